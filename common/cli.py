@@ -1,0 +1,199 @@
+"""What every script has in common on the command line: flags, errors, signals, progress, the summary line.
+
+Imports nothing heavy: `--help` answers at once.
+"""
+
+import argparse
+import contextlib
+import errno
+import logging
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from common.errors import PipelineError, Stopped
+
+log = logging.getLogger("pipeline")
+EXIT_STOPPED = 85  # stopped early by a signal with everything saved: Slurm's wrapper requeues the job
+_stop_signal: int | None = None
+
+
+def parser(doc: str, *, shards: bool = False) -> argparse.ArgumentParser:
+    """The flags that every stage has. `doc`: the script's docstring, shown by --help as it is."""
+    arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    config_flags(arguments)
+    arguments.add_argument("--overwrite", action="store_true", help="make again what is there already")
+    if shards:
+        arguments.add_argument("--shard", type=int, default=0, metavar="I", help="which part of the work (0)")
+        arguments.add_argument("--num-shards", type=int, default=1, metavar="N", help="of how many (1)")
+    return arguments
+
+
+def config_flags(arguments: argparse.ArgumentParser) -> None:
+    """--config and --set, for the scripts that have no --overwrite."""
+    arguments.add_argument("--config", type=Path, metavar="PATH", help="settings (the repository's config.toml)")
+    arguments.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        help="override a setting; repeatable",
+    )
+
+
+def load_config(args: argparse.Namespace):
+    """The settings that the arguments name; checks --shard and sets the log level. Raises ConfigError."""
+    from common import config
+    from common.errors import ConfigError
+
+    num_shards = getattr(args, "num_shards", 1)
+    if not 0 <= getattr(args, "shard", 0) < num_shards:
+        raise ConfigError(f"--shard must lie between 0 and --num-shards - 1 = {num_shards - 1}")
+    cfg = config.load(args.config, args.set)
+    log.setLevel(cfg.logging.level.upper())
+    return cfg
+
+
+def run(main) -> None:
+    """Run a script's `main` and exit: 0 done, 1 failed, 2 unusable arguments, 85 stopped with all saved.
+
+    An error that a user can cause is told on stderr without a traceback; any other is a bug and shows one.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, _remember_signal)
+    sys.exit(exit_code_of(main))
+
+
+def exit_code_of(main) -> int:
+    """Call `main()` and turn what it raises into a message and an exit code."""
+    try:
+        return main() or 0
+    except PipelineError as error:
+        first, *rest = str(error).splitlines()
+        print("\n       ".join([f"error: {first}", *rest]), file=sys.stderr)
+        return error.exit_code
+    except Stopped:
+        print("stopped by a signal; what is finished is saved, and the next run continues", file=sys.stderr)
+        return EXIT_STOPPED
+    except KeyboardInterrupt:
+        print("interrupted; what is finished is saved, and the next run continues", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):  # the reader of our output has gone: `... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        advice = {
+            errno.ENOSPC: "the disk is full",
+            errno.EDQUOT: "the disk quota is used up",
+            errno.EFBIG: "the file is larger than is allowed here (ulimit -f)",
+            errno.EACCES: "permission denied",
+            errno.EROFS: "the file system is read-only",
+        }.get(error.errno)
+        if advice is None:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {advice}{where}", file=sys.stderr)
+        print("       mend that and run it again: finished files are kept", file=sys.stderr)
+        return 1
+
+
+def _remember_signal(number, _frame) -> None:
+    global _stop_signal
+    _stop_signal = number
+
+
+def stop_requested() -> bool:
+    """Whether SIGTERM or SIGUSR2 has arrived: save what is worth saving, then call `check_stop`."""
+    return _stop_signal is not None
+
+
+def check_stop() -> None:
+    """Raise Stopped if a signal has asked this run to end. Call it where nothing unfinished is lost."""
+    if stop_requested():
+        raise Stopped
+
+
+class Progress:
+    """Counts rows in, out and rejected; shows a bar on a terminal, else a line now and then; ends in a summary.
+
+    `total`: how many rows will come in, or None. `unit`: what a row is, in the singular.
+    """
+
+    def __init__(self, stage: str, unit: str, total: int | None = None, interval_s: float = 30.0):
+        self.stage, self.unit, self.total, self.interval_s = stage, unit, total, interval_s
+        self.rows_in = self.rows_out = 0
+        self.rejected: Counter[str] = Counter()
+        self._started = self._last_line = time.monotonic()
+        self._bar = None
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self.total, unit=f" {self.unit}", desc=self.stage, smoothing=0.1, leave=False)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def add(self, rows_in: int, rows_out: int | None = None, rejected: dict[str, int] | None = None) -> None:
+        """Count rows that are done; `rows_out` defaults to `rows_in`."""
+        self.rows_in += rows_in
+        self.rows_out += rows_in if rows_out is None else rows_out
+        self.rejected.update(rejected or {})
+        if self._bar is not None:
+            self._bar.update(rows_in)
+        elif time.monotonic() - self._last_line >= self.interval_s:
+            self._last_line = time.monotonic()
+            print(f"{self.stage}: {self._line()}", file=sys.stderr, flush=True)
+
+    def _line(self) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        rate = self.rows_in / seconds
+        if not self.total:
+            return f"{self.rows_in:,} {_plural(self.unit)}, {rate:,.0f}/s"
+        remaining = (self.total - self.rows_in) / rate if rate else float("inf")
+        return (
+            f"{self.rows_in:,} of {self.total:,} {_plural(self.unit)} ({self.rows_in / self.total:.0%}), "
+            f"{rate:,.0f}/s, {_duration(remaining)} left"
+        )
+
+    def summary(self, note: str = "") -> int:
+        """Print the run's one summary line (with `note` at its end) and return exit code 0."""
+        seconds = time.monotonic() - self._started
+        parts = [f"{self.rows_in:,} {_plural(self.unit)} in, {self.rows_out:,} out"]
+        if self.rejected:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.rejected.most_common())
+            parts[0] += f", {self.rejected.total():,} rejected ({reasons})"
+        parts.append(_duration(seconds) + f", {self.rows_in / max(seconds, 1e-9):,.0f} {_plural(self.unit)}/s")
+        if note:
+            parts.append(note)
+        print(f"{self.stage}: {'; '.join(parts)}", flush=True)
+        return 0
+
+
+def nothing_to_do(stage: str, what: str) -> int:
+    """Say that `what` (such as "12 files") is finished already; returns exit code 0."""
+    print(f"{stage}: nothing to do, {what} up to date", flush=True)
+    return 0
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds == float("inf"):
+        return "unknown time"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def _plural(unit: str) -> str:
+    return unit if unit.endswith("s") else unit + "s"

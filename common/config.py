@@ -1,0 +1,311 @@
+"""The configuration: config.toml read strictly into frozen models, one per section.
+
+config.toml is the only place with defaults: a key that it lacks is an error, and so is one that is not known
+here. `--set section.key=value` overrides; the value is TOML (0.2, true, [1, 2]) or else a plain string.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from common.errors import ConfigError
+
+DEFAULT_PATH = Path(__file__).resolve().parents[1] / "config.toml"
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A section of config.toml: its keys, with types and ranges. What a key means stands in config.toml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Global(Section):
+    seed: Count
+
+
+class Paths(Section):
+    """Directories. After `load` all of them are absolute."""
+
+    root: Path
+    raw_dir: Path
+    intermediates_dir: Path
+    fingerprints_dir: Path
+    embeddings_dir: Path
+    merged_dir: Path
+    difficulty_dir: Path
+    summary_dir: Path
+    study_dir: Path
+    evaluation_dir: Path
+    published_dir: Path
+    checkpoints_dir: Path
+    logs_dir: Path
+
+
+class EmbeddingModel(Section):
+    name: str
+    revision: str
+    pooling: Literal["cls", "mean", "cls_mean"]
+    dtype: Literal["auto", "float32", "bfloat16"]
+
+
+class Data(Section):
+    """From tars to bands. Radii, cells and buffers are in metres."""
+
+    max_reject_share: Ratio
+    rows_per_part: Positive
+    fingerprint: Literal["fast", "exact"]
+    dedup_max_hamming: Annotated[int, Field(ge=0, le=64)]
+    ignore_radius_m: NonNegative
+    split_by: Literal["geo", "building"]
+    split_cell_m: Annotated[float, Field(ge=1)]
+    split_buffer_m: NonNegative
+    train_ratio: Ratio
+    val_ratio: Ratio
+    test_ratio: Ratio
+    neighbors: Annotated[int, Field(ge=1, le=255)]
+    search: Literal["exact", "balltree"]
+    balltree_dim: Positive
+    band_percentiles: list[Annotated[float, Field(gt=0, lt=100)]]
+    band_reference_rank: Positive
+
+    @property
+    def num_bands(self) -> int:
+        return len(self.band_percentiles) + 1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Data":
+        total = self.train_ratio + self.val_ratio + self.test_ratio
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"train_ratio + val_ratio + test_ratio must be 1, not {total:g}")
+        if not self.band_percentiles or sorted(set(self.band_percentiles)) != self.band_percentiles:
+            raise ValueError("band_percentiles must be one or more increasing numbers")
+        return self
+
+
+class TrainingModel(Section):
+    hidden_dim: Positive
+    output_dim: Positive
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    init: Literal["whitening", "random"]
+    whitening_shrinkage: Annotated[list[PositiveFloat], Field(min_length=1)]
+
+
+class Choices(Section):
+    """A categorical dimension of the search space."""
+
+    choices: Annotated[list[str | int | float | bool], Field(min_length=1)]
+
+
+Range = tuple[float, float] | tuple[float, float, Literal["log"]]
+
+
+class Training(Section):
+    run: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    epochs: Positive
+    steps_per_epoch: Positive
+    batch_size: Annotated[int, Field(ge=2)]
+    sampler: Literal["ucb", "uniform", "hard_random", "semi_hard"]
+    loss: Literal["triplet", "infonce", "multi_similarity"]
+    margin: Annotated[float, Field(gt=0, le=2)]
+    temperature: PositiveFloat
+    bandit_groups: Positive
+    bandit_exploration: NonNegative
+    bandit_discount: Annotated[float, Field(gt=0, le=1)]
+    learning_rate: PositiveFloat
+    whitening_lr_factor: NonNegative
+    gain_lr_factor: NonNegative
+    weight_decay: NonNegative
+    warmup_steps: Count
+    grad_clip: PositiveFloat
+    patience: Positive
+    sample_buildings: Literal["all"] | Positive
+    val_max_queries: Positive
+    gallery: Literal["test", "all"]
+    bootstrap_samples: Annotated[int, Field(ge=10)]
+    num_trials: Positive
+    trial_epochs: Positive
+    search_space: dict[str, Range | Choices]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Training":
+        if self.bandit_groups > self.batch_size:
+            raise ValueError(f"bandit_groups ({self.bandit_groups}) exceeds batch_size ({self.batch_size})")
+        return self
+
+    @field_validator("search_space")
+    @classmethod
+    def _known_and_ordered(cls, space: dict[str, Any]) -> dict[str, Any]:
+        tunable = set(cls.model_fields) - {"search_space", "run"}
+        for key, dimension in space.items():
+            if key not in tunable:
+                raise ValueError(f"{key} is not a setting of [training]{_suggestion(key, tunable)}")
+            if isinstance(dimension, tuple) and dimension[0] >= dimension[1]:
+                raise ValueError(f"{key}: the lower end {dimension[0]} is not below {dimension[1]}")
+        return space
+
+
+class Infrastructure(Section):
+    """What makes it fast but changes no value."""
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    workers: Count
+    embedding_batch_size: Positive
+    search_memory_mb: Annotated[int, Field(ge=16)]
+
+
+class Logging(Section):
+    level: Literal["debug", "info", "warning"]
+    progress_interval_s: PositiveFloat
+    wandb_mode: Literal["disabled", "offline", "online"]
+    wandb_project: str
+
+
+class SlurmStage(Section):
+    """Resources of one stage's jobs."""
+
+    throttle: Count
+    time: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,3}(:\d{2}){0,2}$")]
+    sbatch: list[str]
+
+
+class Slurm(Section):
+    num_shards: Positive
+    max_requeues: Count
+    signal_before_s: Count
+    sbatch: list[str]
+    process_tar: SlurmStage
+    compute_fingerprints: SlurmStage
+    generate_embeddings: SlurmStage
+    merge_and_split: SlurmStage
+    summarize_ids: SlurmStage
+    compute_visual_neighbors: SlurmStage
+    optuna_worker: SlurmStage
+    fetch_best_and_train: SlurmStage
+    train: SlurmStage
+    evaluate: SlurmStage
+    convert_to_hf: SlurmStage
+
+
+class Config(Section):
+    """The whole of config.toml; `global` is a Python keyword, hence `global_`."""
+
+    global_: Global = Field(alias="global")
+    paths: Paths
+    embedding_model: EmbeddingModel
+    data: Data
+    training_model: TrainingModel
+    training: Training
+    infrastructure: Infrastructure
+    logging: Logging
+    slurm: Slurm
+
+
+def load(path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The configuration at `path` (default: the repository's) with `--set` overrides; paths made absolute.
+
+    Raises ConfigError with every mistake of the file at once.
+    """
+    path = Path(path or DEFAULT_PATH)
+    try:
+        tree = tomli.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        cfg = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, path)) from None
+    return _absolute(cfg, path.resolve().parent)
+
+
+def values(cfg: Config, *keys: str) -> dict[str, Any]:
+    """The settings named ("section.key" or "section") as plain values: what a stage records of what it reads."""
+    plain = cfg.model_dump(mode="json", by_alias=True)
+    chosen: dict[str, Any] = {}
+    for key in keys:
+        section, _, name = key.partition(".")
+        names = [name] if name else plain[section]
+        chosen.update({f"{section}.{n}": plain[section][n] for n in names})
+    return chosen
+
+
+def is_folder(name: str) -> bool:
+    """Whether a model's name is a folder on this machine (`load` makes those absolute), not a name on the hub."""
+    return Path(name).is_absolute()
+
+
+def _absolute(cfg: Config, base: Path) -> Config:
+    root = (base / cfg.paths.root.expanduser()).resolve()
+    paths = {name: root / Path(value).expanduser() for name, value in cfg.paths if name != "root"}
+    model = cfg.embedding_model
+    folder = base / Path(model.name).expanduser()
+    if folder.is_dir():
+        model = model.model_copy(update={"name": str(folder.resolve())})
+    elif model.name.startswith((".", "/", "~")):
+        raise ConfigError(f"embedding_model.name: there is no folder {folder}")
+    return cfg.model_copy(update={"paths": Paths(root=root, **paths), "embedding_model": model})
+
+
+def _apply(tree: dict, override: str) -> None:
+    """Set one value in the tree that the file gave. Unknown keys are left for the validation to explain."""
+    dotted, equals, text = override.partition("=")
+    *sections, key = dotted.strip().split(".")
+    if not equals or not sections or not key:
+        raise ConfigError(f"--set {override}: write it as --set section.key=value")
+    node = tree
+    for section in sections:
+        if not isinstance(node.get(section), dict):
+            raise ConfigError(f"--set {dotted}: there is no section {section}{_suggestion(section, node)}")
+        node = node[section]
+    if key not in node and "search_space" not in sections:
+        raise ConfigError(f"--set {dotted}: [{'.'.join(sections)}] has no key {key}{_suggestion(key, node)}")
+    node[key] = _toml_value(text.strip())
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomli.loads(f"value = {text}")["value"]
+    except tomli.TOMLDecodeError:
+        return text  # a plain string: a path, a name
+
+
+def _suggestion(name: str, known) -> str:
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+def _explain(error: ValidationError, path: Path) -> str:
+    lines = [f"{path} cannot be used:"]
+    for mistake in error.errors():
+        *sections, key = [str(part) for part in mistake["loc"]] or ["config.toml"]
+        where = f"[{'.'.join(sections)}] {key}" if sections else f"[{key}]"
+        if mistake["type"] == "extra_forbidden":
+            lines.append(f"{where} is not a known key{_suggestion(key, _keys_of(sections))}")
+        elif mistake["type"] == "missing":
+            lines.append(f"{where} is missing")
+        else:
+            lines.append(f"{where}: {mistake['msg'].removeprefix('Value error, ')} (got {mistake['input']!r:.80})")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _keys_of(sections: list[str]) -> list[str]:
+    """The valid keys at a place of the tree, for a suggestion."""
+    model: Any = Config
+    for section in sections:
+        by_alias = {(field.alias or name): field.annotation for name, field in model.model_fields.items()}
+        model = by_alias.get(section)
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -1,0 +1,77 @@
+"""Files that are there when they are whole, and not before: atomic writes that clean up after dead runs."""
+
+import contextlib
+import fcntl
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+_TEMPORARY = re.compile(r"^\.(?P<target>.+)\.tmp-[0-9a-f]{12}$")
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path` when the block ends well, and vanishes when it does not.
+
+    The data is written to a temporary file in the same directory, forced to disk, and renamed over `path`.
+    The temporary file is locked while it is written: one that nobody locks was left by a dead run, and the
+    next run that writes the same `path` removes it. Two runs at once do not disturb each other; the last wins.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_dead_temporaries(path)
+    file, temporary = _open_locked(path)
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)  # still locked: nobody takes it for a dead run's
+        _fsync_directory(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` atomically."""
+    with atomic(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` (UTF-8) to `path` atomically."""
+    write_bytes(path, text.encode())
+
+
+def remove_dead_temporaries(path: Path) -> None:
+    """Remove the temporary files of `path` whose writers are gone (their locks are free)."""
+    for other in path.parent.glob(f".{path.name}.tmp-*"):
+        match = _TEMPORARY.match(other.name)
+        if match is None or match["target"] != path.name:
+            continue
+        with contextlib.suppress(OSError), open(other, "rb") as file:  # gone meanwhile, or locked: in use
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            other.unlink()
+
+
+def _open_locked(path: Path) -> tuple[BinaryIO, Path]:
+    """A new temporary file for `path` that this process holds the lock of."""
+    while True:
+        temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:12]}")
+        file = open(temporary, "xb")  # noqa: SIM115 - closed by `atomic`
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # between its creation and its locking, another run may have taken it for a dead run's and removed it
+        if temporary.exists():
+            return file, temporary
+        file.close()
+
+
+def _fsync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,57 @@
+"""Positions in metres: who is within r metres of whom, and which cell of the map a point lies in.
+
+The Earth is a sphere of radius 6,371,008.8 m here. Over the distances that matter (the ignore zone, 25 m;
+the buffer between splits, 50 m) this differs from the WGS84 ellipsoid by less than 0.6 %.
+"""
+
+import numpy as np
+
+EARTH_RADIUS_M = 6_371_008.8
+METRES_PER_DEGREE = np.pi * EARTH_RADIUS_M / 180.0
+_CELL_COLUMNS = 1 << 32  # more columns than the equator has cells of 1 cm
+
+
+def to_xyz_m(lat_deg: np.ndarray, lon_deg: np.ndarray) -> np.ndarray:
+    """Positions on the sphere, (N, 3) float64, in metres: straight-line distances between rows are distances
+    on the ground to within 1e-9 relative for points less than 1 km apart. Works across any number of cities.
+    """
+    lat, lon = np.radians(np.asarray(lat_deg, np.float64)), np.radians(np.asarray(lon_deg, np.float64))
+    return EARTH_RADIUS_M * np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=-1)
+
+
+def distance_m(lat1_deg, lon1_deg, lat2_deg, lon2_deg) -> np.ndarray:
+    """Straight-line distances in metres, element by element (shapes broadcast)."""
+    return np.linalg.norm(to_xyz_m(lat1_deg, lon1_deg) - to_xyz_m(lat2_deg, lon2_deg), axis=-1)
+
+
+def within(lat_deg: np.ndarray, lon_deg: np.ndarray, radius_m: float) -> tuple[np.ndarray, np.ndarray]:
+    """All points within `radius_m` (inclusive) of each of N points, itself included, as a CSR pair.
+
+    Returns (indptr (N + 1,) int64, indices (P,) int32): the neighbours of point i are
+    `indices[indptr[i]:indptr[i + 1]]`, ascending. Memory: about 24 bytes for each of the P pairs.
+    """
+    from scipy.sparse import coo_matrix
+    from scipy.spatial import cKDTree
+
+    n = len(lat_deg)
+    points = to_xyz_m(lat_deg, lon_deg)
+    pairs = cKDTree(points).query_pairs(radius_m, output_type="ndarray") if n else np.empty((0, 2), np.int64)
+    everyone = np.arange(n)
+    rows = np.concatenate([everyone, pairs[:, 0], pairs[:, 1]])
+    columns = np.concatenate([everyone, pairs[:, 1], pairs[:, 0]])
+    graph = coo_matrix((np.ones(len(rows), np.int8), (rows, columns)), shape=(n, n)).tocsr()
+    graph.sort_indices()
+    return graph.indptr.astype(np.int64), graph.indices.astype(np.int32)
+
+
+def cell_ids(lat_deg: np.ndarray, lon_deg: np.ndarray, cell_m: float) -> np.ndarray:
+    """The square of about `cell_m` x `cell_m` metres that each point lies in, (N,) int64.
+
+    row = floor(lat * m_per_degree / cell_m); column = floor(lon * m_per_degree * cos(latitude of the row's
+    centre) / cell_m); id = row * 2^32 + column + 2^31. All points of a row share one cosine, so a row's cells
+    tile it without overlap; the formula depends on nothing but the point, so ids agree between runs and tars.
+    """
+    row = np.floor(np.asarray(lat_deg, np.float64) * METRES_PER_DEGREE / cell_m)
+    row_lat = np.radians(np.clip((row + 0.5) * cell_m / METRES_PER_DEGREE, -90.0, 90.0))
+    column = np.floor(np.asarray(lon_deg, np.float64) * METRES_PER_DEGREE * np.cos(row_lat) / cell_m)
+    return row.astype(np.int64) * _CELL_COLUMNS + column.astype(np.int64) + _CELL_COLUMNS // 2

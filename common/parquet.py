@@ -1,0 +1,202 @@
+"""Parquet files that say what made them: atomic writing, resuming, and vectors as numpy arrays.
+
+Memory: a writer holds one row group, at most 128 MB; a reader of batches holds what it was asked for.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from common import files
+from common.errors import PipelineError, StaleArtefact
+from common.provenance import Provenance, differences, digest_of
+
+MAX_ROW_GROUP_BYTES = 128 * 2**20  # Hugging Face's viewer and readers with little memory want small groups
+_KEY = b"provenance"
+
+
+class _HashingFile:
+    """Passes what is written on to `file` and keeps a digest of it. (Parquet is written front to back.)"""
+
+    def __init__(self, file):
+        self._file = file
+        self.digest = hashlib.blake2b(digest_size=16)
+
+    def write(self, data) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+class Writer:
+    """Rows on their way into a file; see `writer`. `rows` and `facts` may be filled in until the block ends."""
+
+    def __init__(self, file: _HashingFile, schema: pa.Schema):
+        self.num_rows = 0
+        self.rows: dict = {}  # counts for the provenance, besides "out"
+        self.facts: dict = {}
+        self._schema = schema
+        self._group_rows = max(1, MAX_ROW_GROUP_BYTES // row_bytes(schema))
+        self._pending: list[pa.Table] = []
+        self._pending_rows = 0
+        self.parquet = pq.ParquetWriter(
+            file,
+            schema,
+            compression={field.name: _codec(field.type) for field in schema},
+            use_dictionary=[field.name for field in schema if pa.types.is_string(field.type)],
+            write_statistics=[field.name for field in schema if not pa.types.is_nested(field.type)],
+        )
+
+    def append(self, rows: pa.Table | dict) -> None:
+        """Add a table, or a dict of columns (arrays or lists; an (n, D) array for a fixed-size list)."""
+        table = rows if isinstance(rows, pa.Table) else to_table(rows, self._schema)
+        self._pending.append(table.select(self._schema.names).cast(self._schema))
+        self._pending_rows += table.num_rows
+        self.num_rows += table.num_rows
+        if self._pending_rows >= self._group_rows:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the pending rows as row groups of at most MAX_ROW_GROUP_BYTES."""
+        if self._pending_rows:
+            self.parquet.write_table(pa.concat_tables(self._pending), row_group_size=self._group_rows)
+        self._pending, self._pending_rows = [], 0
+
+
+@contextlib.contextmanager
+def writer(path: Path, schema: pa.Schema, made: Provenance) -> Iterator[Writer]:
+    """A Parquet file that appears, whole and with its provenance, when the `with` block ends well.
+
+    Its id is a digest of its rows as written, and of the stage's name.
+    """
+    with files.atomic(path) as file:
+        hashing = _HashingFile(file)
+        out = Writer(hashing, schema)
+        try:
+            yield out
+            out.flush()
+            content_id = digest_of(hashing.digest.digest(), made.stage)
+            finished = made.finished(content_id, {"out": out.num_rows, **out.rows}, out.facts)
+            out.parquet.add_key_value_metadata({_KEY: finished.to_json().encode()})
+            out.parquet.close()
+        except BaseException:
+            out.parquet.is_open = False  # or its destructor writes a footer to the abandoned file
+            raise
+
+
+def to_table(columns: dict, schema: pa.Schema) -> pa.Table:
+    """A table of `schema` from a dict of columns; (n, D) arrays become fixed-size lists."""
+    arrays = []
+    for field in schema:
+        column = columns[field.name]
+        if pa.types.is_fixed_size_list(field.type) and isinstance(column, np.ndarray):
+            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(column.ravel()), type=field.type))
+        elif isinstance(column, (pa.Array, pa.ChunkedArray)):
+            arrays.append(column)
+        else:
+            arrays.append(pa.array(column, type=field.type))
+    return pa.Table.from_arrays(arrays, names=schema.names)
+
+
+def to_matrix(column: pa.ChunkedArray | pa.FixedSizeListArray) -> np.ndarray:
+    """A fixed-size-list column as an (n, D) array; without a copy when it is one chunk."""
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    dim = column.type.list_size
+    parts = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim) for chunk in chunks]
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else np.empty((0, dim), column.type.value_type.to_pandas_dtype())
+
+
+def read_provenance(path: Path) -> Provenance:
+    """The record in a file's footer. Raises PipelineError if the file is absent, damaged or not ours."""
+    metadata = open_file(path).metadata.metadata or {}
+    if _KEY not in metadata:
+        raise PipelineError(f"{path} was not written by this pipeline (it has no provenance in its footer)")
+    return Provenance.from_json(metadata[_KEY])
+
+
+def open_file(path: Path) -> pq.ParquetFile:
+    """The Parquet file at `path`. Raises PipelineError if it is absent or damaged."""
+    try:
+        return pq.ParquetFile(path, pre_buffer=False)
+    except FileNotFoundError:
+        raise PipelineError(f"{path} does not exist: run the stage that writes it first") from None
+    except pa.ArrowInvalid as error:
+        raise PipelineError(
+            f"{path} is damaged ({first_line(error)}): delete it and run its stage again"
+        ) from None
+
+
+def is_done(path: Path, made: Provenance, overwrite: bool) -> bool:
+    """Whether `path` is what a run that records `made` would write.
+
+    False if it is missing, or if `overwrite` says to make it again; True if settings and inputs match. Raises
+    StaleArtefact, with what differs and the two ways out, if it is there and does not match.
+    """
+    if overwrite or not path.exists():
+        return False
+    there = read_provenance(path)
+    refuse_stale(path, there, made, f"{there.rows.get('out', 0):,} rows")
+    return True
+
+
+def refuse_stale(path: Path, there: Provenance, made: Provenance, amount: str) -> None:
+    """Raise StaleArtefact if what stands at `path` is not what `made` would make. `amount`: what redoing costs."""
+    reasons = differences(there, made)
+    if reasons:
+        raise StaleArtefact(
+            f"{path} {'; it '.join(reasons)}\nput that back, or redo it with --overwrite ({amount})"
+        )
+
+
+def read(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A whole file, or some of its columns, in memory. Raises PipelineError if it is absent or damaged."""
+    with open_file(path) as file:
+        try:
+            return file.read(columns=columns)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise PipelineError(
+                f"{path} is damaged ({first_line(error)}): delete it and run its stage again"
+            ) from None
+
+
+def batches(path: Path, columns: list[str] | None = None, size: int = 65_536) -> Iterator[pa.Table]:
+    """The rows of a file, in order, at most `size` at a time."""
+    with open_file(path) as file:
+        for batch in file.iter_batches(batch_size=size, columns=columns):
+            yield pa.Table.from_batches([batch])
+
+
+def num_rows(path: Path) -> int:
+    """How many rows a file has, from its footer."""
+    with open_file(path) as file:
+        return file.metadata.num_rows
+
+
+def row_bytes(schema: pa.Schema) -> int:
+    """About how many bytes a row of `schema` takes in memory (16 for a string)."""
+    return sum(_value_bytes(field.type) for field in schema)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text: what a user is shown of a library's error."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _value_bytes(kind: pa.DataType) -> int:
+    if pa.types.is_fixed_size_list(kind):
+        return kind.list_size * _value_bytes(kind.value_type)
+    return 16 if pa.types.is_string(kind) else max(1, kind.bit_width // 8)
+
+
+def _codec(kind: pa.DataType) -> str:
+    """Embeddings do not compress: it costs time and saves nothing."""
+    return "NONE" if pa.types.is_nested(kind) else "ZSTD"

@@ -1,0 +1,106 @@
+"""One pyarrow schema per artefact: the contract between the stages. Units stand in the comments."""
+
+from enum import Enum
+
+import pyarrow as pa
+
+
+class Reject(str, Enum):
+    """Why a member of a tar was not used. The value is what stands in the rejects file and the summary."""
+
+    LABEL_EMPTY = "label_empty"  # the text file has no text: the dataset has no label for this image
+    LABEL_MALFORMED = "label_malformed"  # not one readable `d` line of 17 numbers
+    LABEL_MISSING = "label_missing"  # an image without a text file
+    IMAGE_MISSING = "image_missing"  # a text file without an image
+    JPEG_CORRUPT = "jpeg_corrupt"  # the decoder finds an error anywhere in the file
+    JPEG_BLANK = "jpeg_blank"  # one flat colour
+    NOT_FINITE = "not_finite"  # nan or inf in the label
+    POSITION_OUT_OF_RANGE = "position_out_of_range"  # |latitude| > 90 or |longitude| > 180
+    ANGLE_OUT_OF_RANGE = "angle_out_of_range"  # heading, pitch or roll that is no such angle
+    DISTANCE_OUT_OF_RANGE = "distance_out_of_range"  # not in (0, 10 km]
+    DUPLICATE_ID = "duplicate_id"  # an id that an earlier image of the same tar has
+    DATASET_MISMATCH = "dataset_mismatch"  # the label's dataset is not the tar's
+    NAME_MALFORMED = "name_malformed"  # a .jpg or .txt whose name is not four ids
+    PARTNER_REJECTED = "partner_rejected"  # the good half of a pair whose other half was rejected
+    TAR_TRUNCATED = "tar_truncated"  # the tar ends or is damaged here; everything before it was kept
+
+
+INTERMEDIATES = pa.schema(
+    [
+        ("dataset_id", pa.int32()),
+        ("target_id", pa.int64()),
+        ("patch_id", pa.int64()),
+        ("street_view_id", pa.int64()),
+        ("building_id", pa.string()),  # "0088_1234": dataset, target
+        ("streetview_image_id", pa.string()),  # "0088_567": dataset, patch
+        ("target_lat", pa.float64()),  # degrees
+        ("target_lon", pa.float64()),
+        ("target_height", pa.float32()),  # m
+        ("normal_x", pa.float32()),
+        ("normal_y", pa.float32()),
+        ("normal_z", pa.float32()),
+        ("camera_lat", pa.float64()),  # degrees
+        ("camera_lon", pa.float64()),
+        ("camera_height", pa.float32()),  # m
+        ("distance", pa.float32()),  # m, camera to target
+        ("heading", pa.float32()),  # degrees, 0 = north, clockwise
+        ("pitch", pa.float32()),  # degrees, 0 = level, 90 = sky
+        ("roll", pa.float32()),  # degrees
+        ("aligned", pa.bool_()),
+        ("width", pa.int32()),  # px
+        ("height", pa.int32()),
+        ("tar_file", pa.string()),  # name of the tar in raw_dir
+        ("image_path", pa.string()),  # member of the tar
+        ("image_offset", pa.int64()),  # bytes from the start of the tar to the JPEG
+        ("image_size", pa.int64()),  # bytes of the JPEG
+        ("content_hash", pa.uint64()),  # xxh3-64 of the JPEG's bytes
+    ]
+)
+
+REJECTS = pa.schema([("member", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+
+FINGERPRINTS = pa.schema(
+    [
+        ("streetview_image_id", pa.string()),
+        ("building_id", pa.string()),
+        ("phash", pa.uint64()),
+        ("dhash", pa.uint64()),
+    ]
+)
+
+
+def vector(kind: pa.DataType, length: int) -> pa.DataType:
+    """A fixed-size list without nulls inside: Parquet reads and writes it three times as fast as one with."""
+    return pa.list_(pa.field("element", kind, nullable=False), length)
+
+
+def embeddings(dim: int) -> pa.Schema:
+    """Intermediates' columns and the backbone's raw pooled output: finite, not normalised."""
+    return INTERMEDIATES.append(pa.field("embedding", vector(pa.float16(), dim)))
+
+
+_MERGED_COLUMNS = [
+    *("building_id", "streetview_image_id", "dataset_id", "target_id", "patch_id", "street_view_id"),
+    *("target_lat", "target_lon", "target_height", "camera_lat", "camera_lon", "heading", "pitch", "distance"),
+]
+
+
+def merged(dim: int) -> pa.Schema:
+    """Rows of one split, sorted by (dataset_id, target_id, patch_id): a building's rows are contiguous."""
+    fields = [INTERMEDIATES.field(name) for name in _MERGED_COLUMNS]
+    fields += [pa.field("cell_id", pa.int64())]  # see geo.cell_ids
+    fields += [INTERMEDIATES.field(name) for name in ("tar_file", "image_offset", "image_size")]
+    return pa.schema([*fields, pa.field("embedding", vector(pa.float16(), dim))])
+
+
+def difficulty(k: int, bands: int) -> pa.Schema:
+    """A row per row of merged/train, in the same order."""
+    return pa.schema(
+        [
+            ("streetview_image_id", pa.string()),
+            ("building_id", pa.string()),
+            ("neighbor_rows", vector(pa.int32(), k)),  # rows of merged/train, most similar first, -1 = none
+            ("neighbor_similarities", vector(pa.float16(), k)),  # cosine
+            ("band_offsets", vector(pa.uint8(), bands + 1)),  # band b = neighbours offsets[b]:offsets[b+1]
+        ]
+    )

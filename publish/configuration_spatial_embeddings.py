@@ -1,0 +1,30 @@
+"""Configuration of the published model. Hugging Face copies this file beside the weights."""
+
+from transformers import AutoConfig, PretrainedConfig
+
+
+class SpatialEmbeddingsConfig(PretrainedConfig):
+    """A backbone's own configuration, how its output is pooled, and the size of the projection head."""
+
+    model_type = "spatial_embeddings"
+
+    def __init__(
+        self,
+        backbone_config: dict | PretrainedConfig | None = None,
+        pooling: str = "cls",
+        input_dim: int = 768,
+        hidden_dim: int = 512,
+        output_dim: int = 256,
+        dropout: float = 0.0,
+        **kwargs,
+    ):
+        if isinstance(backbone_config, dict):
+            fields = dict(backbone_config)
+            backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        self.backbone_config = backbone_config
+        self.pooling = pooling
+        self.input_dim = input_dim
+        self.hidden_dim = hidden_dim
+        self.output_dim = output_dim
+        self.dropout = dropout
+        super().__init__(**kwargs)

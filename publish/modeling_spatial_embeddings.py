@@ -1,0 +1,38 @@
+"""The published model: a frozen vision backbone, pooling, and the projection head.
+
+Hugging Face copies this file beside the weights, so it imports nothing of this repository but the configuration.
+The head has its one definition here; training imports it from here.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class ProjectionHead(nn.Module):
+    """y = normalize(W0 (x - mu) + g * MLP(x)) with x normalised first: (N, input_dim) -> (N, output_dim) float32.
+
+    `linear.weight` (W0) and `mean` (mu) start as a learned whitening and the gain g at 0, so that training starts
+    from the best linear baseline (cf. cnnimageretrieval-pytorch `whitenlearn`, Radenovic et al. 2018, section 3.3).
+    The arithmetic is float32 whatever the input's dtype and the autocast around it.
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, dropout: float = 0.0):
+        super().__init__()
+        if output_dim > input_dim:
+            raise ValueError(f"output_dim = {output_dim} exceeds the backbone's dimension {input_dim}")
+        self.linear = nn.Linear(input_dim, output_dim, bias=False)
+        self.mean = nn.Parameter(torch.zeros(input_dim), requires_grad=False)
+        self.gain = nn.Parameter(torch.zeros(()))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(input_dim),
+            nn.Linear(input_dim, hidden_dim),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden_dim, output_dim),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.normalize(x.float(), dim=-1)
+        y = self.linear(x - self.mean) + self.gain * self.mlp(x)
+        return F.normalize(y.float(), dim=-1)
