@@ -13,8 +13,8 @@ class ProjectionHead(nn.Module):
     """y = normalize(W0 (x - mu) + g * MLP(x)) with x normalised first: (N, input_dim) -> (N, output_dim) float32.
 
     `linear.weight` (W0) and `mean` (mu) start as a learned whitening and the gain g at 0, so that training starts
-    from the best linear baseline (cf. cnnimageretrieval-pytorch `whitenlearn`, Radenovic et al. 2018, section 3.3).
-    The arithmetic is float32 whatever the input's dtype and the autocast around it.
+    from the best linear baseline (`whitenlearn` of cnnimageretrieval-pytorch; Radenovic et al.
+    2018, section 3.3). Both normalisations run in float32, also under autocast and with half-precision weights.
     """
 
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, dropout: float = 0.0):
@@ -34,5 +34,6 @@ class ProjectionHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.normalize(x.float(), dim=-1)
-        y = self.linear(x - self.mean) + self.gain * self.mlp(x)
+        dtype = self.linear.weight.dtype
+        y = self.linear((x - self.mean.float()).to(dtype)) + self.gain * self.mlp(x.to(dtype))
         return F.normalize(y.float(), dim=-1)
