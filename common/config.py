@@ -179,6 +179,7 @@ class SlurmStage(Section):
 
 class Slurm(Section):
     num_shards: Positive
+    difficulty_shards: Positive
     max_requeues: Count
     signal_before_s: Count
     sbatch: list[str]

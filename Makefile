@@ -1,0 +1,55 @@
+# `make` lists the targets. Everything runs in .venv, which is made again only when its inputs change.
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+BACKBONE ?= demo/backbone
+STREETS ?= 80
+
+VENV = .venv/.installed
+RUN = .venv/bin/python
+
+# The demo's cells are as large as the distance between its streets, so that whole streets are held out, and its
+# test split large enough (20 cells or more) for intervals. Its model and its training are small.
+DEMO_ROOT = demo/$(notdir $(BACKBONE))-run
+DEMO_SETTINGS = --set paths.root=$(DEMO_ROOT) --set paths.raw_dir=../raw \
+    --set embedding_model.name=$(BACKBONE) \
+    --set embedding_model.pooling=$(if $(filter demo/backbone,$(BACKBONE)),mean,cls) \
+    --set data.split_cell_m=300 --set data.train_ratio=0.55 --set data.val_ratio=0.15 --set data.test_ratio=0.3 \
+    --set training_model.output_dim=128 --set training_model.hidden_dim=256 \
+    --set training.epochs=10 --set training.steps_per_epoch=20 --set training.warmup_steps=20 \
+    --set infrastructure.embedding_batch_size=32
+
+.PHONY: help install demo test lint clean
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+install: $(VENV)  ## make .venv with everything that is needed (CONSTRAINTS= for a torch with CUDA)
+
+$(VENV): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || { echo "error: Python 3.10 or newer is needed; name one with make PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
+	@touch $@
+
+demo: $(VENV) demo/raw/.$(STREETS)-streets $(if $(filter demo/backbone,$(BACKBONE)),demo/backbone/config.json)  ## the whole chain on synthetic streets, here, in minutes
+	@$(RUN) slurm/submit.py --local $(DEMO_SETTINGS)
+	@$(RUN) tests/show_demo.py $(DEMO_ROOT)
+
+demo/raw/.$(STREETS)-streets: $(VENV)
+	@$(RUN) tests/synthetic.py --out demo/raw --streets $(STREETS) --cities 4 --processes 2
+	@touch $@
+
+demo/backbone/config.json: $(VENV)
+	@$(RUN) tests/local_backbone.py --out demo/backbone
+
+test: $(VENV) lint  ## lint, then all tests
+	$(RUN) -m pytest -n auto --dist loadfile -q
+
+lint: $(VENV)  ## style, imports and formatting
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+clean:  ## remove what the demo and the tests made
+	rm -rf demo .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +

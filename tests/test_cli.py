@@ -1,0 +1,96 @@
+"""common/cli.py: exit codes, messages without tracebacks, the progress line and the summary line."""
+
+import errno
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from conftest import ROOT
+
+from common import cli
+from common.errors import ConfigError, PipelineError
+
+
+def run_main(body: str) -> subprocess.CompletedProcess:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom common import cli, errors\ndef main():\n"
+    code += textwrap.indent(textwrap.dedent(body), "    ") + "\ncli.run(main)"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (PipelineError("a is missing\nrun b"), 1, "error: a is missing\n       run b\n"),
+        (ConfigError("no such key"), 2, "error: no such key\n"),
+        (OSError(errno.ENOSPC, "No space", "/scratch/x"), 1, "error: the disk is full (/scratch/x)\n"),
+    ],
+)
+def test_a_users_error_is_two_lines_and_an_exit_code(error, code, message, capsys):
+    def main():
+        raise error
+
+    assert cli.exit_code_of(main) == code
+    told = capsys.readouterr().err
+    assert told.startswith(message)
+    assert "Traceback" not in told
+
+
+def test_a_bug_shows_its_traceback():
+    result = run_main("return 1 / 0")
+    assert result.returncode == 1
+    assert "ZeroDivisionError" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2"])
+def test_a_stop_signal_ends_the_run_at_the_next_safe_point_with_85(name):
+    result = run_main(f"""
+        import os, signal
+        os.kill(os.getpid(), signal.{name})
+        print("saved")
+        cli.check_stop()
+        print("not reached")
+    """)
+    assert (result.returncode, result.stdout) == (cli.EXIT_STOPPED, "saved\n")
+    assert "stopped by a signal" in result.stderr
+
+
+def test_without_a_signal_the_run_goes_on():
+    assert signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL  # importing installs nothing
+    assert not cli.stop_requested()
+    cli.check_stop()
+
+
+def test_the_summary_counts_in_out_and_rejects_by_reason(capsys):
+    with cli.Progress("process_tar", "image", total=41_230) as progress:
+        progress.add(41_000, 40_967, {"label_empty": 21, "jpeg_corrupt": 12})
+        progress.add(230)
+    assert progress.summary("2 tars") == 0
+    line = capsys.readouterr().out
+    assert line.startswith(
+        "process_tar: 41,230 images in, 41,197 out, 33 rejected (label_empty 21, jpeg_corrupt 12); "
+    )
+    assert line.endswith("images/s; 2 tars\n")
+
+
+def test_off_a_terminal_a_plain_line_appears_now_and_then(capsys):
+    with cli.Progress("stage", "row", total=10, interval_s=0) as progress:
+        progress.add(5)
+    line = capsys.readouterr().err
+    assert line.startswith("stage: 5 of 10 rows (50%), ")
+    assert "left" in line
+    assert "\r" not in line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (59.2, "59 s"), (61, "1 min 01 s"), (7_260, "2 h 01 min")]
+)
+def test_durations_read_well(seconds, text):
+    assert cli._duration(seconds) == text
+
+
+def test_a_shard_outside_its_range_is_an_error():
+    args = cli.parser("doc", shards=True).parse_args(["--shard", "3", "--num-shards", "3"])
+    with pytest.raises(ConfigError, match="--shard"):
+        cli.load_config(args)

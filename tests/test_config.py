@@ -1,0 +1,117 @@
+"""common/config.py: strict loading. Every mistake a user can make is told by section, key and remedy."""
+
+import re
+
+import pytest
+import tomli
+
+from common import config
+from common.errors import ConfigError
+
+
+@pytest.fixture
+def write_config(tmp_path):
+    """config.toml with some text replaced, in a folder of its own."""
+
+    def write(*replacements):
+        text = config.DEFAULT_PATH.read_text()
+        for old, new in replacements:
+            assert old in text
+            text = text.replace(old, new, 1)
+        path = tmp_path / "config.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_the_repositorys_config_loads_and_its_paths_are_absolute_and_under_root():
+    cfg = config.load()
+    assert cfg.paths.raw_dir == config.DEFAULT_PATH.parent / "data" / "raw"
+    assert cfg.data.num_bands == len(cfg.data.band_percentiles) + 1
+
+
+def test_every_key_of_config_toml_has_a_comment():
+    text = config.DEFAULT_PATH.read_text()
+    for section in ("global", "embedding_model", "data", "training_model", "infrastructure", "logging"):
+        body = text.split(f"[{section}]")[1].split("\n[")[0]
+        uncommented = [line for line in body.splitlines() if re.match(r"\w+ = ", line) and "#" not in line]
+        assert not uncommented
+
+
+def test_all_mistakes_of_a_file_are_shown_at_once(write_config):
+    path = write_config(
+        ("margin = 0.1 ", "margn = 0.1 "), ("neighbors = 150", "neighbors = 999"), ("seed = 0", "seed = -1")
+    )
+    with pytest.raises(ConfigError) as caught:
+        config.load(path)
+    message = str(caught.value)
+    assert "[training] margn is not a known key; did you mean margin?" in message
+    assert "[training] margin is missing" in message
+    assert "[data] neighbors" in message
+    assert "255" in message
+    assert "[global] seed" in message
+
+
+def test_an_unknown_section_and_a_missing_one_are_named(write_config):
+    with pytest.raises(ConfigError) as caught:
+        config.load(write_config(("[logging]", "[loging]")))
+    assert "[logging] is missing" in str(caught.value)
+    assert "did you mean logging?" in str(caught.value)
+
+
+def test_set_overrides_with_toml_values_and_plain_strings():
+    cfg = config.load(
+        None,
+        [
+            "training.margin=0.25",
+            "data.split_by=building",
+            "data.band_percentiles=[10, 50]",
+            "paths.root=/scratch/me",
+        ],
+    )
+    assert (cfg.training.margin, cfg.data.split_by, cfg.data.num_bands) == (0.25, "building", 3)
+    assert str(cfg.paths.merged_dir) == "/scratch/me/data/merged"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.marginn=1", "did you mean margin?"),
+        ("trainin.margin=1", "did you mean training?"),
+        ("training.margin", "--set section.key=value"),
+        ("margin=1", "--set section.key=value"),
+        ("training.margin=wide", "[training] margin"),
+        ("data.train_ratio=0.5", "must be 1"),
+        ("training.bandit_groups=100000", "exceeds batch_size"),
+        ("training.search_space.marginn=[0, 1]", "did you mean margin?"),
+        ("embedding_model.name=./nowhere", "there is no folder"),
+    ],
+)
+def test_a_wrong_override_says_what_is_wrong(override, expected):
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        config.load(None, [override])
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml"):
+        config.load(tmp_path / "nowhere.toml")
+    (tmp_path / "broken.toml").write_text("[global\nseed")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        config.load(tmp_path / "broken.toml")
+
+
+def test_values_are_those_of_the_file():
+    plain = tomli.loads(config.DEFAULT_PATH.read_text())
+    chosen = config.values(config.load(), "global.seed", "training_model")
+    assert chosen == {
+        "global.seed": plain["global"]["seed"],
+        **{f"training_model.{key}": value for key, value in plain["training_model"].items()},
+    }
+
+
+def test_a_model_folder_beside_the_config_becomes_an_absolute_path(write_config, tmp_path):
+    path = write_config(('name = "facebook/dinov2-base"', 'name = "models/mine"'))
+    assert not config.is_folder(config.load(path).embedding_model.name)  # no such folder: a name on the hub
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert config.load(path).embedding_model.name == str(tmp_path / "models" / "mine")

@@ -1,0 +1,75 @@
+"""common/files.py: a file is there when it is whole, whatever happens to its writer."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from conftest import ROOT
+
+from common import files
+
+
+def in_another_process(code: str, *arguments) -> subprocess.Popen:
+    prologue = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom common import files\nfrom pathlib import Path\n"
+    )
+    command = [sys.executable, "-c", prologue + textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_block_that_fails_leaves_the_old_file_and_no_temporary(tmp_path):
+    path = tmp_path / "a.txt"
+    files.write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), files.atomic(path) as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_killed_writers_temporary_is_removed_by_the_next_but_a_living_ones_is_not(tmp_path):
+    path = tmp_path / "a.txt"
+    code = """
+        with files.atomic(Path(sys.argv[1])) as file:
+            print("writing", flush=True)
+            __import__("time").sleep(60)
+    """
+    living, dying = (in_another_process(code, path) for _ in range(2))
+    try:
+        for process in (living, dying):
+            assert process.stdout.readline() == "writing\n"
+        assert len(list(tmp_path.iterdir())) == 2
+        dying.send_signal(signal.SIGKILL)
+        dying.wait()
+        files.write_text(path, "new")
+        assert len(list(tmp_path.glob(".a.txt.tmp-*"))) == 1  # a removal by name alone would leave 0
+        assert path.read_text() == "new"
+    finally:
+        for process in (living, dying):
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def test_two_writers_at_once_both_end_well_and_leave_one_whole_file(tmp_path):
+    path = tmp_path / "a.txt"
+    code = """
+        for _ in range(200):
+            files.write_bytes(Path(sys.argv[1]), sys.argv[2].encode() * 5000)
+    """
+    writers = [in_another_process(code, path, letter) for letter in "xy"]
+    for writer in writers:
+        assert writer.wait(timeout=60) == 0
+        writer.stdout.close()
+    assert path.read_bytes() in (b"x" * 5000, b"y" * 5000)
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_temporary_of_another_file_with_a_longer_name_is_left_alone(tmp_path):
+    other = tmp_path / ".a.txt.tmp-1.tmp-0123456789ab"
+    other.write_bytes(b"")
+    files.write_text(tmp_path / "a.txt", "x")
+    assert other.exists()

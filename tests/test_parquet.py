@@ -1,0 +1,140 @@
+"""common/parquet.py and provenance.py: what is written comes back, resumes, and says what it was made from."""
+
+import os
+import resource
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from common import files, parquet, provenance, schemas
+from common.errors import PipelineError, StaleArtefact
+
+SCHEMA = pa.schema([("name", pa.string()), ("vector", schemas.vector(pa.float16(), 3))])
+ROWS = {"name": ["a", "b"], "vector": np.array([[1, 2, 3], [4, 5, 6]], np.float16)}
+
+
+def write(path, rows=ROWS, config=None, inputs=None, schema=SCHEMA):
+    made = provenance.record("test_stage", config or {"data.x": 1}, inputs or {})
+    with parquet.writer(path, schema, made) as out:
+        out.append(rows)
+    return made
+
+
+def test_rows_come_back_and_the_vectors_as_an_array(tmp_path):
+    write(tmp_path / "a.parquet")
+    table = parquet.read(tmp_path / "a.parquet")
+    assert table["name"].to_pylist() == ["a", "b"]
+    assert table.schema.field("vector").type == SCHEMA.field("vector").type
+    assert np.array_equal(parquet.to_matrix(table["vector"]), ROWS["vector"])
+    assert parquet.to_matrix(table["vector"].slice(1))[0].tolist() == [4, 5, 6]  # .values would ignore the slice
+
+
+def test_an_empty_file_keeps_its_schema(tmp_path):
+    write(tmp_path / "a.parquet", {"name": [], "vector": np.empty((0, 3), np.float16)})
+    assert parquet.num_rows(tmp_path / "a.parquet") == 0
+    assert parquet.to_matrix(parquet.read(tmp_path / "a.parquet")["vector"]).shape == (0, 3)
+
+
+def test_row_groups_stay_below_the_limit(tmp_path):
+    schema = pa.schema([("vector", schemas.vector(pa.float16(), 4096))])
+    write(tmp_path / "a.parquet", {"vector": np.ones((40_000, 4096), np.float16)}, schema=schema)
+    metadata = pq.ParquetFile(tmp_path / "a.parquet").metadata
+    sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    assert len(sizes) == 3
+    assert max(sizes) <= 1.01 * parquet.MAX_ROW_GROUP_BYTES
+
+
+def test_the_id_follows_the_rows_and_not_the_clock(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.parquet")
+    write(tmp_path / "c.parquet", {**ROWS, "name": ["a", "c"]})
+    a, b, c = (parquet.read_provenance(tmp_path / f"{name}.parquet").id for name in "abc")
+    assert a == b != c
+    assert len(a) == 32
+
+
+def test_the_footer_tells_stage_settings_inputs_and_counts(tmp_path):
+    write(tmp_path / "in.parquet")
+    (tmp_path / "0088.tar").write_bytes(b"12345")
+    inputs = [tmp_path / "in.parquet", tmp_path / "0088.tar"]
+    write(tmp_path / "a.parquet", inputs=inputs)
+    made = parquet.read_provenance(tmp_path / "a.parquet")
+    assert made.inputs == {
+        "in.parquet": parquet.read_provenance(tmp_path / "in.parquet").id,
+        "0088.tar": "5 bytes",
+    }
+    assert (made.stage, made.config, made.rows) == ("test_stage", {"data.x": 1}, {"out": 2})
+    assert made.config_hash
+    assert made.versions["pyarrow"] == pa.__version__
+
+
+def test_done_means_that_settings_and_inputs_match(tmp_path):
+    path = tmp_path / "a.parquet"
+    made = provenance.record("test_stage", {"data.x": 1}, {"t.tar": "5 bytes"})
+    assert not parquet.is_done(path, made, overwrite=False)
+    write(path, inputs={"t.tar": "5 bytes"})
+    assert parquet.is_done(path, made, overwrite=False)
+    assert not parquet.is_done(path, made, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "inputs", "expected"),
+    [
+        ({"data.x": 2}, {}, "data.x = 1; this run says 2"),
+        ({"data.x": 1}, {"t.tar": "9 bytes"}, "without t.tar"),
+        ({"data.x": 1, "data.y": 3}, {}, "data.y = null; this run says 3"),
+    ],
+)
+def test_a_stale_file_is_refused_with_what_differs_and_both_ways_out(tmp_path, config, inputs, expected):
+    path = tmp_path / "a.parquet"
+    write(path)
+    with pytest.raises(StaleArtefact) as caught:
+        parquet.is_done(path, provenance.record("test_stage", config, inputs), overwrite=False)
+    assert expected in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "--overwrite (2 rows)" in str(caught.value)
+
+
+def test_a_failing_block_leaves_nothing(tmp_path):
+    with (
+        pytest.raises(KeyError),
+        parquet.writer(tmp_path / "a.parquet", SCHEMA, provenance.record("s", {}, {})) as out,
+    ):
+        out.append(ROWS)
+        raise KeyError
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "a.parquet"
+    write(path)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write(path, {"name": ["x"] * 50_000, "vector": np.zeros((50_000, 3), np.float16)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.parquet"]
+
+
+def test_missing_damaged_and_foreign_files_are_told_apart(tmp_path):
+    path = tmp_path / "a.parquet"
+    with pytest.raises(PipelineError, match="does not exist"):
+        parquet.read_provenance(path)
+    pq.write_table(pa.table({"x": [1]}), path)
+    with pytest.raises(PipelineError, match="not written by this pipeline"):
+        parquet.read_provenance(path)
+    files.write_bytes(path, path.read_bytes()[:-7])
+    with pytest.raises(PipelineError, match="damaged"):
+        parquet.read_provenance(path)
+
+
+def test_batches_are_the_rows_in_order(tmp_path):
+    write(tmp_path / "a.parquet", {"name": list("abcde"), "vector": np.zeros((5, 3), np.float16)})
+    sizes = [batch["name"].to_pylist() for batch in parquet.batches(tmp_path / "a.parquet", ["name"], size=2)]
+    assert sizes == [["a", "b"], ["c", "d"], ["e"]]

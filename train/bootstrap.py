@@ -1,0 +1,71 @@
+"""95 % intervals from a bootstrap over cells of the map.
+
+Images of one street are found or missed together: drawing single images would give intervals that are far too
+narrow. So whole cells are drawn with replacement, and every method is averaged over the same draws, which makes
+the interval of a difference a paired one.
+"""
+
+import numpy as np
+from scipy import stats
+
+MIN_CELLS = 20  # with fewer there are no intervals: they would say less than they seem to
+CONFIDENCE = 0.95
+_BLOCK_VALUES = 1 << 23  # values of one block of draws in `medians`: 64 MB of float64
+
+
+def draw_weights(num_cells: int, draws: int, seed: int) -> np.ndarray:
+    """How often each cell counts, (1 + draws, num_cells) float64: row 0 is the data itself (all 1), each other
+    row a draw of `num_cells` cells with replacement. Below MIN_CELLS there is row 0 alone."""
+    itself = np.ones((1, num_cells))
+    if num_cells < MIN_CELLS:
+        return itself
+    drawn = np.random.default_rng(seed).multinomial(num_cells, np.full(num_cells, 1 / num_cells), size=draws)
+    return np.concatenate([itself, drawn])
+
+
+def means(values: np.ndarray, cell_of_row: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The mean of each column of `values` (n, K) in each draw, (1 + draws, K); NaN where a draw has no row."""
+    num_cells = weights.shape[1]
+    sums = [np.bincount(cell_of_row, weights=column, minlength=num_cells) for column in values.T]
+    rows = weights @ np.bincount(cell_of_row, minlength=num_cells)
+    with np.errstate(invalid="ignore"):
+        return (weights @ np.stack(sums, axis=1)) / rows[:, None]
+
+
+def medians(values: np.ndarray, cell_of_row: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The median of `values` (n,) in each draw, (1 + draws,), as numpy's: the middle two are averaged."""
+    distinct, position = np.unique(values, return_inverse=True)
+    num_cells = weights.shape[1]
+    entries, counts = np.unique(position * num_cells + cell_of_row, return_counts=True)  # sorted by value
+    entry_values, entry_cells = distinct[entries // num_cells], entries % num_cells
+    block = max(1, _BLOCK_VALUES // len(entries))
+    return np.concatenate(
+        [
+            _medians_of_block(entry_values, weights[start : start + block, entry_cells] * counts)
+            for start in range(0, len(weights), block)
+        ]
+    )
+
+
+def _medians_of_block(sorted_values: np.ndarray, repeats: np.ndarray) -> np.ndarray:
+    """Medians of `sorted_values` (E,), each repeated as a row of `repeats` (draws, E) says."""
+    reached = np.cumsum(repeats, axis=1)
+    half = reached[:, -1:] / 2
+    lower, upper = (reached >= half).argmax(axis=1), (reached > half).argmax(axis=1)
+    return (sorted_values[lower] + sorted_values[upper]) / 2
+
+
+def interval(estimates: np.ndarray, num_cells: int) -> dict[str, float | None]:
+    """{"value", "low", "high"} from the estimates of one figure, (1 + draws,), the data's own first.
+
+    Percentiles widened for few cells, Phi(-sqrt(C / (C - 1)) t(C - 1)): the expanded percentile interval of
+    Hesterberg (2015), "What Teachers Should Know About the Bootstrap", section 5. `low` and `high` are None
+    below MIN_CELLS.
+    """
+    value = float(estimates[0])
+    if num_cells < MIN_CELLS or len(estimates) == 1:
+        return {"value": value, "low": None, "high": None}
+    t = stats.t.ppf((1 - CONFIDENCE) / 2, num_cells - 1)
+    tail = stats.norm.cdf(np.sqrt(num_cells / (num_cells - 1)) * t)
+    low, high = np.nanquantile(estimates[1:], [tail, 1 - tail])
+    return {"value": value, "low": float(low), "high": float(high)}
