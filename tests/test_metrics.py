@@ -1,0 +1,128 @@
+"""train/metrics.py. Oracle: a loop over queries that sorts the gallery and walks down the ranking."""
+
+import numpy as np
+import pytest
+import torch
+
+from train import metrics
+from train.metrics import PerQuery, retrieval, summarize
+
+CPU = torch.device("cpu")
+NO_JUNK = "no junk"
+
+
+def on_circle(*degrees):  # similarity = cosine of the angle between two images
+    return np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1).astype(np.float32)
+
+
+def ask(queries, gallery, query_building, gallery_building, self_rows=None, junk=NO_JUNK, memory_mb=16):
+    n = len(queries)
+    lists = [[] for _ in range(n)] if junk == NO_JUNK else junk
+    return retrieval(
+        queries,
+        gallery,
+        query_building=np.array(query_building),
+        gallery_building=np.array(gallery_building),
+        self_rows=np.full(n, -1) if self_rows is None else np.array(self_rows),
+        junk=(np.cumsum([0, *map(len, lists)]), np.array([row for rows in lists for row in rows], np.int64)),
+        memory_mb=memory_mb,
+        device=CPU,
+    )
+
+
+def reference(scores, query_building, gallery_building, self_rows, junk) -> PerQuery:
+    """One query after the other: sort, drop junk and the query itself, walk down. Wrong rows first among equals."""
+    rows = []
+    for q, building in enumerate(query_building):
+        dropped = {self_rows[q], *junk[q]}
+        ranked = [
+            gallery_building[g] == building
+            for g in sorted(
+                range(len(gallery_building)), key=lambda g: (-scores[q][g], gallery_building[g] == building)
+            )
+            if g not in dropped
+        ]
+        relevant = sum(ranked)
+        if not relevant:
+            rows.append((False, 0, 0, 0.0))
+            continue
+        precision = sum(sum(ranked[: i + 1]) / (i + 1) for i in range(relevant) if ranked[i]) / relevant
+        rows.append((True, relevant, ranked.index(True) + 1, precision))
+    return PerQuery(*map(np.array, zip(*rows, strict=True)))
+
+
+def assert_same(found: PerQuery, expected: PerQuery):
+    np.testing.assert_array_equal(found.has_match, expected.has_match)
+    np.testing.assert_array_equal(found.num_matches, expected.num_matches)
+    np.testing.assert_array_equal(found.best_rank, expected.best_rank)
+    np.testing.assert_allclose(found.average_precision_at_r, expected.average_precision_at_r, atol=1e-12)
+
+
+def test_ranks_and_precisions_that_one_can_see():
+    gallery = on_circle(10, 20, 30, 40)
+    found = ask(on_circle(0, 0), gallery, [1, 2], gallery_building=[2, 1, 1, 2])
+    # query 0: wrong, right, right, wrong; R = 2, so only ranks 1 and 2 count: (0 + 1/2) / 2
+    # query 1: right, wrong, wrong, right: (1/1 + 0) / 2
+    assert found.best_rank.tolist() == [2, 1]
+    assert found.num_matches.tolist() == [2, 2]
+    assert found.average_precision_at_r.tolist() == [0.25, 0.5]
+    assert summarize(found, (1, 5)) == {"recall@1": 0.5, "recall@5": 1.0, "map@r": 0.375, "median_rank": 1.5}
+
+
+def test_the_query_itself_is_no_match_and_no_rival():
+    gallery = on_circle(0, 10, 5)
+    found = ask(gallery[:2], gallery, [1, 1], [1, 1, 2], self_rows=[0, 1])
+    assert found.num_matches.tolist() == [1, 1]
+    assert found.best_rank.tolist() == [2, 2]  # counting the query itself would give 1
+
+
+def test_junk_leaves_the_ranking_be_it_a_match_or_not():
+    gallery = on_circle(1, 2, 3, 4)
+    found = ask(on_circle(0), gallery, [1], [2, 1, 2, 1], junk=[[0, 1]])
+    assert found.num_matches.tolist() == [1]
+    assert found.best_rank.tolist() == [2]  # row 2 is still wrong and before row 3
+
+
+def test_ties_count_against_the_match():
+    same = on_circle(30, 30, 30)
+    found = ask(on_circle(0), same, [1], [1, 2, 2])
+    assert found.best_rank.tolist() == [3]  # counting only what scores strictly higher would give 1
+
+
+def test_a_query_without_matches_is_left_out_of_the_means():
+    found = ask(on_circle(0, 0), on_circle(0, 5), [1, 9], [1, 2])
+    assert found.has_match.tolist() == [True, False]
+    assert summarize(found, (1,)) == {"recall@1": 1.0, "map@r": 1.0, "median_rank": 1.0}
+    assert np.isnan(summarize(found.select(~found.has_match), (1,))["map@r"])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_equals_the_loop_on_clustered_data_with_duplicates_and_junk(seed, monkeypatch):
+    monkeypatch.setattr(metrics, "_TILE_BYTES", 50_000)  # tiles of 3 queries: many tiles, the last one smaller
+    rng = np.random.default_rng(seed)
+    gallery_building = rng.integers(0, 12, 100)
+    centers = rng.normal(size=(12, 8))
+    gallery = centers[gallery_building] + rng.normal(size=(100, 8))
+    gallery = gallery[rng.integers(0, 100, 100)]  # some rows twice: ties, within and across buildings
+    gallery = (gallery / np.linalg.norm(gallery, axis=1, keepdims=True)).astype(np.float32)
+    self_rows = np.append(rng.choice(100, 37, replace=False), [-1, -1, -1])
+    queries = gallery[self_rows]
+    query_building = np.append(gallery_building[self_rows[:37]], [3, 4, 99])
+    junk = [rng.choice(100, rng.integers(0, 20), replace=False).tolist() for _ in range(40)]
+    expected = reference(queries @ gallery.T, query_building, gallery_building, self_rows, junk)
+    found = ask(queries, gallery, query_building, gallery_building, self_rows, junk)
+    assert_same(found, expected)
+
+
+def test_a_building_of_many_images_and_a_constant_embedding():
+    gallery = np.tile(on_circle(45), (300, 1))
+    found = ask(gallery, gallery, np.arange(300) // 100, np.arange(300) // 100, self_rows=np.arange(300))
+    assert (found.num_matches == 99).all()
+    assert (found.best_rank == 201).all()  # a model that says the same of everything finds nothing
+    assert (found.average_precision_at_r == 0).all()
+
+
+def test_no_queries_and_values_that_are_not_finite():
+    assert len(ask(np.empty((0, 2), np.float32), on_circle(0), [], [1]).best_rank) == 0
+    with pytest.raises(ValueError, match="gallery"):  # a NaN compares as False and would rank first
+        ask(on_circle(0), np.full((1, 2), np.nan, np.float32), [1], [1])

@@ -1,0 +1,322 @@
+"""The whole chain on small synthetic tars with every kind of damage in them.
+
+Each stage runs twice: undisturbed in one folder, and in another where it is killed with SIGKILL at a random moment
+and started again. Oracles: what the generator planted, plain Hugging Face code, and brute force.
+"""
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+from local_backbone import write_local_backbone
+from synthetic import write_dataset
+
+from common import cli, config, geo, parquet
+from slurm import submit
+
+SETTINGS = [
+    "embedding_model.pooling=mean",
+    "data.max_reject_share=0.6",  # every kind of damage in little data
+    "data.rows_per_part=50",
+    "data.split_cell_m=300",
+    "data.train_ratio=0.5",
+    "data.val_ratio=0.25",
+    "data.test_ratio=0.25",
+    "data.neighbors=40",
+    "training_model.output_dim=64",
+    "training_model.hidden_dim=64",
+    "training.epochs=3",
+    "training.steps_per_epoch=5",
+    "training.batch_size=64",
+    "training.warmup_steps=2",
+    "infrastructure.embedding_batch_size=16",
+]
+
+
+def settings(root: Path) -> list[str]:
+    backbone = root.parent / "backbone"
+    return [*SETTINGS, f"paths.root={root}", "paths.raw_dir=../raw", f"embedding_model.name={backbone}"]
+
+
+def start(step: submit.Step, root: Path) -> subprocess.Popen:
+    flags = [flag for setting in settings(root) for flag in ("--set", setting)]
+    command = submit.local_command(step, flags)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+class Chain:
+    """A finished run, beside one whose every stage was killed once, and what was planted in the tars."""
+
+    def __init__(self, folder: Path):
+        self.truth = write_dataset(
+            folder / "raw", streets=12, cities=3, image_px=112, damage=True, facades_per_street=5
+        )
+        write_local_backbone(folder / "backbone")
+        self.root, self.killed_root = folder / "run", folder / "killed"
+        self.cfg = config.load(None, settings(self.root))
+        self.steps = submit.chain(self.cfg)
+        self.output: dict[str, str] = {}
+        self.survived_kill: list[str] = []
+        rng = random.Random(0)
+        for step in self.steps:
+            started = time.monotonic()
+            self.output[step.name] = finish(start(step, self.root))
+            seconds = time.monotonic() - started
+            victim = start(step, self.killed_root)
+            time.sleep(rng.uniform(0.3, 0.95) * seconds)
+            victim.send_signal(signal.SIGKILL)
+            victim.communicate()
+            if victim.returncode == 0:
+                self.survived_kill.append(step.name)  # it was done before the signal came
+            finish(start(step, self.killed_root))
+
+    def table(self, path: Path) -> pd.DataFrame:
+        return parquet.read(path).to_pandas()
+
+    def all(self, directory: Path) -> pd.DataFrame:
+        return pd.concat([self.table(path) for path in sorted(directory.glob("*.parquet"))], ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> Chain:
+    return Chain(tmp_path_factory.mktemp("chain"))
+
+
+def test_every_valid_image_is_kept_and_its_label_read(chain):
+    kept = chain.all(chain.cfg.paths.intermediates_dir)
+    truth = chain.truth.images
+    kept["tar"] = kept["tar_file"].str.removesuffix(".tar")
+    both = truth.merge(kept, left_on=["tar", "member"], right_on=["tar", "image_path"], suffixes=("", "_read"))
+    assert len(both) == len(truth) == len(kept)
+    for column in ("dataset_id", "target_id", "patch_id", "street_view_id", "aligned"):
+        assert (both[column] == both[f"{column}_read"]).all()
+    for column in ("target_lat", "target_lon", "camera_lat", "camera_lon", "heading", "pitch", "distance"):
+        # rtol: float32 columns; the text has fewer digits than the planted number
+        assert np.allclose(both[column], both[f"{column}_read"], rtol=1e-5, atol=1e-4)
+
+
+def test_every_rejected_member_is_named_with_its_reason(chain):
+    files = sorted((chain.cfg.paths.intermediates_dir / "rejects").glob("*.parquet"))
+    told = pd.concat([chain.table(path).assign(tar=path.stem) for path in files])
+    told = sorted(zip(told["tar"], told["member"], told["reason"], strict=True))
+    planted = chain.truth.rejects
+    assert told == sorted(zip(planted["tar"], planted["member"], planted["reason"], strict=True))
+
+
+def test_members_are_images_labels_rejects_and_other_in_every_tar(chain):
+    for tar, planted in chain.truth.members.items():
+        rows = parquet.read_provenance(chain.cfg.paths.intermediates_dir / f"{tar}.parquet").rows
+        assert {name: rows[name] for name in planted} == planted
+        assert rows["members"] == sum(planted.values())
+
+
+def test_the_offsets_point_at_the_jpegs(chain):
+    for row in chain.all(chain.cfg.paths.intermediates_dir).itertuples():
+        with open(chain.cfg.paths.raw_dir / row.tar_file, "rb") as tar:
+            tar.seek(row.image_offset)
+            content = tar.read(row.image_size)
+        assert content[:2] == b"\xff\xd8"
+
+
+def test_no_building_panorama_or_picture_stands_in_two_splits_and_every_drop_has_a_reason(chain):
+    splits = {
+        name: chain.table(chain.cfg.paths.merged_dir / f"{name}.parquet") for name in ("train", "val", "test")
+    }
+    hashes = chain.all(chain.cfg.paths.intermediates_dir).set_index("streetview_image_id")["content_hash"]
+    rows = pd.concat([frame.assign(split=name) for name, frame in splits.items()])
+    rows["content_hash"] = hashes.loc[rows["streetview_image_id"]].to_numpy()
+    for key in (["building_id"], ["dataset_id", "street_view_id"], ["content_hash"], ["cell_id"]):
+        assert (rows.groupby(key)["split"].nunique() == 1).all()
+    assert (rows.groupby("building_id").size() >= 2).all()
+    report = json.loads((chain.cfg.paths.merged_dir / "split_report.json").read_text())
+    assert sum(report["dropped"].values()) == len(hashes) - len(rows)
+    assert all(len(frame) > 0 for frame in splits.values())
+
+
+def test_the_picture_of_no_imagery_is_dropped_from_all_buildings(chain):
+    no_imagery = chain.truth.images.query("kind == 'no_imagery'")
+    planted = {f"{int(d):04d}_{p}" for d, p in zip(no_imagery["dataset_id"], no_imagery["patch_id"], strict=True)}
+    assert planted
+    kept = chain.all(chain.cfg.paths.merged_dir)["streetview_image_id"]
+    assert not planted & set(kept)
+
+
+def test_buildings_are_contiguous_and_sorted(chain):
+    for name in ("train", "val", "test"):
+        frame = chain.table(chain.cfg.paths.merged_dir / f"{name}.parquet")
+        keys = list(zip(frame["dataset_id"], frame["target_id"], frame["patch_id"], strict=True))
+        assert keys == sorted(keys)
+
+
+def test_embeddings_equal_a_plain_forward_pass_of_hugging_faces_code(chain):
+    import torch
+    from PIL import Image
+    from transformers import AutoImageProcessor, AutoModel
+
+    folder = chain.cfg.embedding_model.name
+    model = AutoModel.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)
+    rows = chain.all(chain.cfg.paths.embeddings_dir)
+    assert len(rows) == len(chain.truth.images)
+    for row in rows.sample(20, random_state=0).itertuples():
+        with open(chain.cfg.paths.raw_dir / row.tar_file, "rb") as tar:
+            tar.seek(row.image_offset)
+            image = Image.open(io.BytesIO(tar.read(row.image_size))).convert("RGB")
+        with torch.inference_mode():
+            hidden = model(**processor(image, return_tensors="pt")).last_hidden_state[0]
+        expected = hidden[1:].mean(dim=0).numpy()
+        ours = np.asarray(row.embedding, np.float32)
+        cosine = expected @ ours / np.linalg.norm(expected) / np.linalg.norm(ours)
+        assert cosine > 0.9999  # pixels may differ by one grey level
+
+
+def test_neighbours_equal_brute_force_outside_building_and_ignore_zone(chain):
+    train = chain.table(chain.cfg.paths.merged_dir / "train.parquet")
+    found = chain.table(chain.cfg.paths.difficulty_dir / "difficulty_metadata.parquet")
+    assert found["streetview_image_id"].tolist() == train["streetview_image_id"].tolist()
+    x = np.stack(train["embedding"]).astype(np.float64)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    similarities = x @ x.T
+    positions = geo.to_xyz_m(train["target_lat"], train["target_lon"])
+    near = np.linalg.norm(positions[:, None] - positions[None], axis=-1) <= chain.cfg.data.ignore_radius_m
+    buildings = train["building_id"].to_numpy()
+    similarities[near | (buildings[:, None] == buildings[None])] = -np.inf
+    k = chain.cfg.data.neighbors
+    for i, ours in enumerate(found["neighbor_rows"]):
+        expected = np.sort(similarities[i])[::-1][:k]
+        ours = ours[ours >= 0]
+        assert len(ours) == np.isfinite(expected).sum()
+        assert len(set(ours)) == len(ours)
+        # by similarity: rows whose similarities differ by less than float32 resolves may change places
+        assert np.allclose(similarities[i][ours], expected[: len(ours)], atol=1e-5)
+
+
+def test_the_published_model_gives_the_pipelines_vectors_in_a_fresh_process_elsewhere(chain, tmp_path):
+    import torch
+
+    from publish.modeling_spatial_embeddings import ProjectionHead
+
+    test = chain.table(chain.cfg.paths.merged_dir / "test.parquet").head(7)
+    for number, row in enumerate(test.itertuples()):
+        with open(chain.cfg.paths.raw_dir / row.tar_file, "rb") as tar:
+            tar.seek(row.image_offset)
+            (tmp_path / f"{number}.jpg").write_bytes(tar.read(row.image_size))
+    code = f"""
+import glob, numpy, torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+folder = {str(chain.cfg.paths.published_dir)!r}
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)
+images = [Image.open(path).convert("RGB") for path in sorted(glob.glob("*.jpg"))]
+with torch.inference_mode():
+    numpy.save("vectors.npy", model(**processor(images, return_tensors="pt")).pooler_output.float().numpy())
+"""
+    modules = tmp_path / "hf_modules"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(modules)}
+    environment.pop("PYTHONPATH", None)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=120)
+
+    checkpoint = torch.load(chain.cfg.paths.checkpoints_dir / "default" / "checkpoint_best.pt", weights_only=True)
+    sizes = {name: checkpoint[name] for name in ("input_dim", "hidden_dim", "output_dim", "dropout")}
+    head = ProjectionHead(**sizes).eval()
+    head.load_state_dict(checkpoint["head"])
+    with torch.inference_mode():
+        expected = head(torch.tensor(np.stack(test["embedding"]).astype(np.float32))).numpy()
+    vectors = np.load(tmp_path / "vectors.npy")
+    assert vectors.shape == expected.shape
+    assert ((vectors * expected).sum(axis=1) > 1 - 1e-3).all()
+
+
+def test_metrics_and_report_tell_all_four_methods(chain):
+    metrics = json.loads((chain.cfg.paths.evaluation_dir / "metrics.json").read_text())
+    assert set(metrics["methods"]) == {"raw", "pca", "whitening", "trained"}
+    for method in metrics["methods"].values():
+        assert 0 <= method["map@r"]["value"] <= method["recall@1000"]["value"] <= 1
+    assert (chain.cfg.paths.evaluation_dir / "report.html").stat().st_size > 10_000
+
+
+def test_a_second_run_does_nothing_and_says_so(chain):
+    before = {path: path.stat().st_mtime_ns for path in chain.root.rglob("*") if path.is_file()}
+    for step in chain.steps:
+        assert "nothing to do" in finish(start(step, chain.root)), step.name
+    assert {path: path.stat().st_mtime_ns for path in chain.root.rglob("*") if path.is_file()} == before
+
+
+def test_a_killed_and_restarted_stage_leaves_what_an_undisturbed_one_does(chain):
+    assert len(chain.survived_kill) <= 3, "the signals came too late to test anything"
+    undisturbed = sorted(path.relative_to(chain.root) for path in chain.root.rglob("*") if path.is_file())
+    restarted = sorted(
+        path.relative_to(chain.killed_root) for path in chain.killed_root.rglob("*") if path.is_file()
+    )
+    assert restarted == undisturbed  # a temporary file left behind would show here
+    for path in undisturbed:
+        ours, theirs = chain.root / path, chain.killed_root / path
+        if path.name == "history.parquet":
+            timed = ["seconds", "triplets_per_second"]
+            pd.testing.assert_frame_equal(
+                chain.table(ours).drop(columns=timed), chain.table(theirs).drop(columns=timed)
+            )
+        elif path.suffix == ".parquet":
+            assert parquet.read(ours).equals(parquet.read(theirs)), path
+            assert parquet.read_provenance(ours).id == parquet.read_provenance(theirs).id, path
+        elif path.name == "checkpoint_best.pt":
+            assert_equal_heads(ours, theirs)
+        elif path.suffix in (".safetensors", ".py"):
+            assert ours.read_bytes() == theirs.read_bytes(), path
+        elif path.name == "metrics.json":
+            ours, theirs = json.loads(ours.read_text()), json.loads(theirs.read_text())
+            assert {**ours, "provenance": None} == {**theirs, "provenance": None}
+
+
+def assert_equal_heads(ours: Path, theirs: Path) -> None:
+    import torch
+
+    a, b = (torch.load(path, weights_only=True)["head"] for path in (ours, theirs))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_a_changed_setting_is_refused_and_overwrite_redoes_it(chain, tmp_path):
+    shutil.copytree(chain.root, tmp_path / "run")
+    shutil.copytree(chain.root.parent / "raw", tmp_path / "raw")
+    shutil.copytree(chain.root.parent / "backbone", tmp_path / "backbone")
+    flags = [flag for setting in settings(tmp_path / "run") for flag in ("--set", setting)]
+    script = str(ROOT / "preprocess" / "merge_and_split.py")
+    command = [sys.executable, script, *flags, "--set", "data.split_buffer_m=10"]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "data.split_buffer_m = 50.0; this run says 10" in refused.stderr
+    assert "--overwrite" in refused.stderr
+    assert subprocess.run([*command, "--overwrite"], capture_output=True).returncode == 0
+    # what was made from the old merge no longer fits, and says so
+    script = str(ROOT / "difficulty" / "compute_visual_neighbors.py")
+    stale = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
+    assert stale.returncode == 1
+    assert "train.parquet" in stale.stderr
+
+
+def test_the_summary_lines_count(chain):
+    rejected = len(chain.truth.rejects)
+    assert f"{len(chain.truth.images):,} out, {rejected:,} rejected" in chain.output["process_tar"]
+    for step in chain.steps:
+        assert "Traceback" not in chain.output[step.name]
+        assert cli.EXIT_STOPPED not in (0, 1, 2)
