@@ -176,6 +176,18 @@ def run_locally(steps: list[Step], shared: list[str]) -> int:
     return 0
 
 
+def print_results(cfg) -> None:
+    """Where the results of a finished chain lie."""
+    results = {
+        "report": cfg.paths.evaluation_dir / "report.html",
+        "figures": cfg.paths.evaluation_dir / "metrics.json",
+        "model": cfg.paths.published_dir,
+    }
+    for name, path in results.items():
+        if path.exists():
+            print(f"{name:8} {path}")
+
+
 def submit(steps: list[Step], cfg, shared: list[str]) -> int:
     """Submit the steps with their dependencies; the record of it is updated after each submission."""
     from common import files
@@ -235,7 +247,11 @@ def main(argv: list[str] | None = None) -> int:
             )
             print(f"\n{shlex.join(command)}")
         return 0
-    return run_locally(steps, shared) if args.local else submit(steps, cfg, shared)
+    if args.local:
+        code = run_locally(steps, shared)
+        print_results(cfg)
+        return code
+    return submit(steps, cfg, shared)
 
 
 if __name__ == "__main__":

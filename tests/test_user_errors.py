@@ -1,4 +1,4 @@
-"""What users get wrong: one or two lines on stderr that say what to do, the exit code as documented, no traceback."""
+"""What users get wrong: one or two lines on stderr that say what to do, the exit code as documented."""
 
 import pytest
 from conftest import ROOT
