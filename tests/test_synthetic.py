@@ -180,7 +180,7 @@ def test_buildings_have_views_and_close_neighbours(clean):
 
 
 def test_the_target_is_in_the_centre_of_its_view():
-    from synthetic import STRIP_MARGIN_M, STRIP_TOP_M, rays, strip_homography
+    from street_views import STRIP_MARGIN_M, STRIP_TOP_M, rays, strip_homography
 
     camera, target = np.array([3.0, 11.0, 2.5]), np.array([9.0, 0.0, 6.0])
     x, y, w = strip_homography(camera, rays(camera, target, 80.0, 100), 24.0) @ [50, 50, 1]
