@@ -5,6 +5,7 @@ here. `--set section.key=value` overrides; the value is TOML (0.2, true, [1, 2])
 """
 
 import difflib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -161,6 +162,12 @@ class Infrastructure(Section):
     embedding_batch_size: Positive
     search_memory_mb: Annotated[int, Field(ge=16)]
 
+    @property
+    def threads(self) -> int:
+        """`workers`, or the cores that this process may use if that is 0."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.workers or cores
+
 
 class Logging(Section):
     level: Literal["debug", "info", "warning"]
@@ -249,7 +256,7 @@ def is_folder(name: str) -> bool:
 
 def _absolute(cfg: Config, base: Path) -> Config:
     root = (base / cfg.paths.root.expanduser()).resolve()
-    paths = {name: root / Path(value).expanduser() for name, value in cfg.paths if name != "root"}
+    paths = {name: (root / Path(value).expanduser()).resolve() for name, value in cfg.paths if name != "root"}
     model = cfg.embedding_model
     folder = base / Path(model.name).expanduser()
     if folder.is_dir():

@@ -115,6 +115,25 @@ def to_matrix(column: pa.ChunkedArray | pa.FixedSizeListArray) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty((0, dim), column.type.value_type.to_pandas_dtype())
 
 
+def read_matrix(path: Path, column: str) -> np.ndarray:
+    """A fixed-size-list column of a whole file as an (N, D) array, without a second copy of it in memory.
+
+    Raises PipelineError, naming the row, where a value is not finite.
+    """
+    with open_file(path) as file:
+        kind = file.schema_arrow.field(column).type
+        matrix = np.empty((file.metadata.num_rows, kind.list_size), kind.value_type.to_pandas_dtype())
+    end = 0
+    for batch in batches(path, [column], size=16_384):
+        block = matrix[end : end + batch.num_rows]
+        block[:] = to_matrix(batch[column])
+        bad = np.flatnonzero(~np.isfinite(block).all(axis=1))
+        if len(bad):
+            raise PipelineError(f"{path}: {column} of row {end + bad[0]:,} holds NaN or infinity")
+        end += len(block)
+    return matrix
+
+
 def read_provenance(path: Path) -> Provenance:
     """The record in a file's footer. Raises PipelineError if the file is absent, damaged or not ours."""
     metadata = open_file(path).metadata.metadata or {}

@@ -93,6 +93,13 @@ def merged(dim: int) -> pa.Schema:
     return pa.schema([*fields, pa.field("embedding", vector(pa.float16(), dim))])
 
 
+def difficulty_part(k: int) -> pa.Schema:
+    """Neighbours of a run of rows of merged/train, in order; similarities in full for the calibration of bands."""
+    return pa.schema(
+        [("neighbor_rows", vector(pa.int32(), k)), ("neighbor_similarities", vector(pa.float32(), k))]
+    )
+
+
 def difficulty(k: int, bands: int) -> pa.Schema:
     """A row per row of merged/train, in the same order."""
     return pa.schema(
@@ -104,3 +111,12 @@ def difficulty(k: int, bands: int) -> pa.Schema:
             ("band_offsets", vector(pa.uint8(), bands + 1)),  # band b = neighbours offsets[b]:offsets[b+1]
         ]
     )
+
+
+def history(bands: int) -> pa.Schema:
+    """A row per epoch of a training run, from epoch 0 (before training, where what needs steps is NaN)."""
+    names = ["loss", "val_map_at_r", "val_recall_at_1", "seconds", "triplets_per_second"]
+    arms = [*(f"band_{b}" for b in range(bands)), "random"]
+    names += [f"share_{arm}" for arm in arms]  # of the epoch's negatives
+    names += [f"reward_{arm}" for arm in arms]  # share of the arm's triplets that were semi-hard
+    return pa.schema([("epoch", pa.int32()), *((name, pa.float64()) for name in names)])

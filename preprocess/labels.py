@@ -1,0 +1,119 @@
+"""The dataset's text labels and file names: their fields, or the reason why they cannot be used.
+
+A name is <DatasetID>_<PatchID>_<StreetViewID>_<TargetID>. A label's `d` line has the target second:
+
+    d DatasetID TargetID PatchID StreetViewID  target_lat target_lon target_height  normal_x normal_y normal_z
+      camera_lat camera_lon camera_height  distance heading pitch roll
+
+on one line, separated by blanks; an `a` line, if there is one, gives the alignment. Other lines are not read.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+from common.schemas import Reject
+
+MAX_DISTANCE_M = 10_000.0
+_NUM_IDS, _NUM_FIELDS = 4, 17
+_ID_LIMIT = 2**63  # ids are stored as int64, the dataset's as int32
+_FLOAT32_LIMIT = 3.4028235e38  # what is larger would be stored as inf
+_NAME = re.compile("_".join(["([0-9]{1,19})"] * 4))
+
+
+class Ids(NamedTuple):
+    dataset_id: int
+    target_id: int
+    patch_id: int
+    street_view_id: int
+
+
+class Label(NamedTuple):
+    """What a label says; the columns of the intermediates with the same names. Degrees and metres."""
+
+    dataset_id: int
+    target_id: int
+    patch_id: int
+    street_view_id: int
+    target_lat: float
+    target_lon: float
+    target_height: float
+    normal_x: float
+    normal_y: float
+    normal_z: float
+    camera_lat: float
+    camera_lon: float
+    camera_height: float
+    distance: float
+    heading: float
+    pitch: float
+    roll: float
+    aligned: bool
+
+
+class Rejected(NamedTuple):
+    """Why something cannot be used: a row of the rejects file, but for the member's name."""
+
+    reason: Reject
+    detail: str = ""
+
+
+def parse_name(stem: str) -> Ids | None:
+    """The ids in a file's name without its suffix; None if it is not four ids."""
+    match = _NAME.fullmatch(stem)
+    if match is None:
+        return None
+    dataset_id, patch_id, street_view_id, target_id = map(int, match.groups())
+    ids = Ids(dataset_id, target_id, patch_id, street_view_id)
+    return ids if _storable(ids) else None
+
+
+def parse_label(content: bytes) -> Label | Rejected:
+    """The fields of a label file, or why it is rejected. Never raises."""
+    if not content.strip():
+        return Rejected(Reject.LABEL_EMPTY)
+    try:
+        lines = [line.split() for line in content.decode("ascii").splitlines()]
+    except UnicodeDecodeError:
+        return Rejected(Reject.LABEL_MALFORMED, "not text")
+    d_lines = [fields for fields in lines if fields[:1] == ["d"]]
+    if len(d_lines) != 1:
+        return Rejected(Reject.LABEL_MALFORMED, f"{len(d_lines)} `d` lines")
+    fields = d_lines[0][1:]
+    if len(fields) != _NUM_FIELDS:
+        return Rejected(Reject.LABEL_MALFORMED, f"{len(fields)} numbers in the `d` line, not {_NUM_FIELDS}")
+    try:
+        ids = Ids(*map(int, fields[:_NUM_IDS]))
+        numbers = [float(field) for field in fields[_NUM_IDS:]]
+    except ValueError as error:
+        return Rejected(Reject.LABEL_MALFORMED, str(error)[:200])
+    if not _storable(ids) or any("_" in field for field in fields):
+        return Rejected(Reject.LABEL_MALFORMED, "an id that is negative, too large or not a plain number")
+    label = Label(*ids, *numbers, aligned=any(line[:1] == ["a"] for line in lines))
+    return _out_of_range(label) or label
+
+
+def _storable(ids: Ids) -> bool:
+    return min(ids) >= 0 and max(ids) < _ID_LIMIT and ids.dataset_id < 2**31
+
+
+def _out_of_range(label: Label) -> Rejected | None:
+    """The first rule that the numbers break, with the number."""
+    for name, value in zip(label._fields[_NUM_IDS:_NUM_FIELDS], label[_NUM_IDS:_NUM_FIELDS], strict=True):
+        if not math.isfinite(value) or abs(value) > _FLOAT32_LIMIT:
+            return Rejected(Reject.NOT_FINITE, f"{name} = {value}")
+    rules = (
+        (Reject.POSITION_OUT_OF_RANGE, "target_lat", -90.0, 90.0),
+        (Reject.POSITION_OUT_OF_RANGE, "target_lon", -180.0, 180.0),
+        (Reject.POSITION_OUT_OF_RANGE, "camera_lat", -90.0, 90.0),
+        (Reject.POSITION_OUT_OF_RANGE, "camera_lon", -180.0, 180.0),
+        (Reject.ANGLE_OUT_OF_RANGE, "heading", -180.0, 360.0),  # both conventions occur
+        (Reject.ANGLE_OUT_OF_RANGE, "pitch", -90.0, 90.0),
+        (Reject.ANGLE_OUT_OF_RANGE, "roll", -180.0, 180.0),
+        (Reject.DISTANCE_OUT_OF_RANGE, "distance", 1e-3, MAX_DISTANCE_M),
+    )
+    for reason, name, low, high in rules:
+        value = getattr(label, name)
+        if not low <= value <= high:
+            return Rejected(reason, f"{name} = {value}")
+    return None

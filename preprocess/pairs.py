@@ -1,0 +1,128 @@
+"""The images and labels of one tar, brought together: a row for each valid pair, a reject for each other file."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from common import tars
+from common.schemas import Reject
+from preprocess.jpegs import Jpeg
+from preprocess.labels import Label, Rejected, parse_name
+
+
+class Image(NamedTuple):
+    name: str  # member of the tar
+    offset: int  # bytes from the start of the tar
+    size: int  # bytes
+    found: Jpeg | Rejected
+
+
+class Text(NamedTuple):
+    name: str
+    found: Label | Rejected
+
+
+class Pairs(NamedTuple):
+    """Every image and label of a tar is in exactly one pair, or has a row among the rejects."""
+
+    valid: list[tuple[Image, Text]]  # in the order of the images
+    rejects: list[tuple[str, Rejected]]  # (member, why)
+    causes: Counter  # reason -> images that were rejected for it, or since their label was
+    num_renamed: int  # valid pairs whose name has other ids than the label, which counts
+
+
+def stem_of(name: str) -> str:
+    return PurePosixPath(name).stem
+
+
+def pair(images: Iterable[Image], texts: Iterable[Text], dataset_id: int | None) -> Pairs:
+    """Pair files by stem, wherever they lie in the tar. `dataset_id`: the tar's; None: that of its first label.
+
+    Where a stem comes several times, its n-th image belongs to its n-th label. Of images with one id the first
+    one that is valid stays. All stems must be four ids (`labels.parse_name`).
+    """
+    image_of, text_of = _by_stem(images), _by_stem(texts)
+    if dataset_id is None:
+        labels = (text.found for text in text_of.values())
+        dataset_id = next((label.dataset_id for label in labels if isinstance(label, Label)), None)
+    pairs = Pairs([], [], Counter(), 0)
+    seen: set[int] = set()
+    renamed = 0
+    for key in [*image_of, *(key for key in text_of if key not in image_of)]:
+        image, text = image_of.get(key), text_of.get(key)
+        why_image, why_text = _judge(image, text, key, dataset_id)
+        if not why_image and not why_text:
+            label = text.found
+            if label.patch_id in seen:
+                why_image = Rejected(Reject.DUPLICATE_ID, f"{label.dataset_id:04d}_{label.patch_id}")
+                why_text = _partner(image, why_image)
+            else:
+                seen.add(label.patch_id)
+                pairs.valid.append((image, text))
+                renamed += label[:4] != parse_name(key[0])
+        if why_image:
+            pairs.rejects.append((image.name, why_image))
+            own = why_image.reason is not Reject.PARTNER_REJECTED
+            pairs.causes[(why_image if own else why_text).reason.value] += 1
+        if why_text:
+            pairs.rejects.append((text.name, why_text))
+    return pairs._replace(num_renamed=renamed)
+
+
+def columns(valid: list[tuple[Image, Text]], tar_file: str) -> dict[str, list]:
+    """The columns of the intermediates (see schemas.INTERMEDIATES)."""
+    images, texts = [image for image, _ in valid], [text for _, text in valid]
+    jpegs = [image.found for image in images]
+    table = {name: [getattr(text.found, name) for text in texts] for name in Label._fields}
+    table["building_id"] = [f"{text.found.dataset_id:04d}_{text.found.target_id}" for text in texts]
+    table["streetview_image_id"] = [f"{text.found.dataset_id:04d}_{text.found.patch_id}" for text in texts]
+    table.update({name: [getattr(jpeg, name) for jpeg in jpegs] for name in Jpeg._fields})
+    table["tar_file"] = [tar_file] * len(valid)
+    table["image_path"] = [tars.printable(image.name) for image in images]
+    table["image_offset"] = [image.offset for image in images]
+    table["image_size"] = [image.size for image in images]
+    return table
+
+
+def _by_stem(files: Iterable) -> dict[tuple[str, int], Image | Text]:
+    """(stem, how many files of this stem came before) -> file."""
+    counts: Counter[str] = Counter()
+    found = {}
+    for file in files:
+        stem = stem_of(file.name)
+        found[stem, counts[stem]] = file
+        counts[stem] += 1
+    return found
+
+
+def _judge(
+    image: Image | None, text: Text | None, key: tuple[str, int], dataset_id: int | None
+) -> tuple[Rejected | None, Rejected | None]:
+    """Why the image and why the label cannot be used; None for one that can, or that is not there."""
+    stem, number = key
+    why_image = image.found if image and isinstance(image.found, Rejected) else None
+    why_text = text and _wrong_with(text, stem, dataset_id)
+    if text is None and not why_image:
+        why_image = Rejected(Reject.DUPLICATE_ID if number else Reject.LABEL_MISSING)
+    if image is None and not why_text:
+        why_text = Rejected(Reject.DUPLICATE_ID if number else Reject.IMAGE_MISSING)
+    if image and text:
+        if why_text and not why_image:
+            why_image = _partner(text, why_text)
+        elif why_image and not why_text:
+            why_text = _partner(image, why_image)
+    return why_image, why_text
+
+
+def _wrong_with(text: Text, stem: str, dataset_id: int | None) -> Rejected | None:
+    if isinstance(text.found, Rejected):
+        return text.found
+    for where, found in (("label", text.found.dataset_id), ("name", parse_name(stem).dataset_id)):
+        if found != dataset_id:
+            return Rejected(Reject.DATASET_MISMATCH, f"dataset {found} in the {where}, {dataset_id} in the tar")
+    return None
+
+
+def _partner(other: Image | Text, why: Rejected) -> Rejected:
+    return Rejected(Reject.PARTNER_REJECTED, f"{tars.printable(other.name)}: {why.reason.value}")

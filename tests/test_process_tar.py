@@ -1,0 +1,280 @@
+"""preprocess/process_tar.py. Oracle: what the synthetic tars were made of, and pairs written out by hand."""
+
+import io
+import random
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import xxhash
+from PIL import Image
+from synthetic import write_dataset
+
+from common import parquet
+from common.cli import exit_code_of
+from common.errors import StaleArtefact
+from preprocess import jpegs, labels, pairs, process_tar, tar_files
+
+
+def jpeg(seed=0, size=(48, 32), **options) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1] // 8, size[0] // 8, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize(size).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def label(dataset=88, target=1, patch=1, view=1, tail="") -> bytes:
+    return f"d {dataset} {target} {patch} {view} 40 -74 10 0 1 0 40 -74 12 15.5 10 2 0\n{tail}".encode()
+
+
+def make_tar(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def run(root, *settings):
+    flags = [f"paths.root={root}", "data.max_reject_share=1", "infrastructure.workers=2", *settings]
+    return process_tar.main([word for flag in flags for word in ("--set", flag)])
+
+
+def rejects(root, stem="0088"):
+    table = parquet.read(root / "data/intermediates/rejects" / f"{stem}.parquet").to_pandas()
+    return dict(zip(table["member"], table["reason"], strict=True))
+
+
+def test_one_pair_becomes_one_row(tmp_path):
+    content = jpeg()
+    files = [
+        ("0088/0088/0088_567_9_1234.txt", label(88, 1234, 567, 9, "a 1 2\n")),
+        ("0088_567_9_1234.jpg", content),
+    ]
+    tar = make_tar(tmp_path / "data/raw/0088.tar", files)  # at different depths, the label first
+    assert run(tmp_path) == 0
+    [row] = parquet.read(tmp_path / "data/intermediates/0088.parquet").to_pylist()
+    assert (row["building_id"], row["streetview_image_id"]) == ("0088_1234", "0088_567")
+    assert (row["width"], row["height"], row["aligned"], row["tar_file"]) == (48, 32, True, "0088.tar")
+    assert tar.read_bytes()[row["image_offset"] :][: row["image_size"]] == content
+    assert row["content_hash"] == xxhash.xxh3_64_intdigest(content)
+    assert rejects(tmp_path) == {}
+
+
+@pytest.fixture
+def judged():
+    """{stem: images and labels}, paired as dataset 88; returns {file: reason} of the rejects, and the valid stems."""
+
+    def judge(files):
+        images, texts = [], []
+        for offset, (name, content) in enumerate(files):
+            if name.endswith(".jpg"):
+                images.append(pairs.Image(name, offset, len(content), jpegs.inspect(content)))
+            else:
+                texts.append(pairs.Text(name, labels.parse_label(content)))
+        found = pairs.pair(images, texts, 88)
+        assert 2 * len(found.valid) + len(found.rejects) == len(files)
+        assert len(found.valid) + found.causes.total() == len(images)
+        return [(name, why.reason.value) for name, why in found.rejects], [image.name for image, _ in found.valid]
+
+    return judge
+
+
+A, B = "88_1_1_1", "88_2_1_1"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ([(f"{A}.jpg", jpeg())], [(f"{A}.jpg", "label_missing")]),
+        ([(f"{A}.txt", label())], [(f"{A}.txt", "image_missing")]),
+        ([(f"{A}.jpg", b""), (f"{A}.txt", b"")], [(f"{A}.jpg", "jpeg_corrupt"), (f"{A}.txt", "label_empty")]),
+        (
+            [(f"{A}.jpg", jpeg()), (f"{A}.txt", b"")],
+            [(f"{A}.jpg", "partner_rejected"), (f"{A}.txt", "label_empty")],
+        ),
+        (
+            [(f"{A}.jpg", b"x"), (f"{A}.txt", label())],
+            [(f"{A}.jpg", "jpeg_corrupt"), (f"{A}.txt", "partner_rejected")],
+        ),
+        (
+            [(f"{A}.jpg", jpeg()), (f"{A}.txt", label(87))],
+            [(f"{A}.jpg", "partner_rejected"), (f"{A}.txt", "dataset_mismatch")],
+        ),
+        (  # one id, under two names: the first image stays
+            [(f"{B}.txt", label()), (f"{A}.jpg", jpeg()), (f"{B}.jpg", jpeg(1)), (f"{A}.txt", label())],
+            [(f"{B}.jpg", "duplicate_id"), (f"{B}.txt", "partner_rejected")],
+        ),
+        (  # one id, but the first image is broken: the second one stays
+            [(f"{A}.jpg", b"x"), (f"{A}.txt", label()), (f"{B}.jpg", jpeg(1)), (f"{B}.txt", label())],
+            [(f"{A}.jpg", "jpeg_corrupt"), (f"{A}.txt", "partner_rejected")],
+        ),
+        (  # one name twice
+            [(f"{A}.jpg", jpeg()), (f"x/{A}.jpg", jpeg(1)), (f"{A}.txt", label())],
+            [(f"x/{A}.jpg", "duplicate_id")],
+        ),
+        (
+            [(f"{A}.jpg", jpeg()), (f"x/{A}.jpg", jpeg(1)), (f"{A}.txt", label()), (f"x/{A}.txt", label())],
+            [(f"x/{A}.jpg", "duplicate_id"), (f"x/{A}.txt", "partner_rejected")],
+        ),
+    ],
+)
+def test_each_file_has_its_own_reason(judged, files, expected):
+    assert judged(files)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (jpeg()[:-2], "jpeg_corrupt"),  # no end marker
+        (jpeg(size=(640, 640))[:9000] + b"\xff\xd9", "jpeg_corrupt"),  # cut, with an end marker: PIL shows grey
+        (jpeg()[:300] + bytes(200) + jpeg()[500:], "jpeg_corrupt"),
+        (b"<html>404</html>", "jpeg_corrupt"),
+        (jpeg(size=(8, 8)), "jpeg_blank"),  # one block, one level
+    ],
+)
+def test_bad_jpegs(content, reason):
+    assert jpegs.inspect(content).reason.value == reason
+
+
+@pytest.mark.parametrize("quality", [40, 95])
+def test_flat_colours_are_blank_and_faint_fog_is_not(quality):
+    for colour in ((0, 0, 0), (128, 128, 128), (255, 255, 255), (200, 30, 90)):
+        buffer = io.BytesIO()
+        Image.new("RGB", (640, 640), colour).save(buffer, "JPEG", quality=quality)
+        assert jpegs.inspect(buffer.getvalue()).reason.value == "jpeg_blank"
+    fog = Image.linear_gradient("L").point(lambda level: 200 + level // 16).resize((640, 640))  # 200..215
+    buffer = io.BytesIO()
+    fog.save(buffer, "JPEG", quality=quality)
+    assert jpegs.inspect(buffer.getvalue()).width == 640
+
+
+def test_progressive_and_grey_jpegs_are_images():
+    assert jpegs.inspect(jpeg(progressive=True)).width == 48
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(jpeg())).convert("L").save(buffer, "JPEG")
+    assert jpegs.inspect(buffer.getvalue()).height == 32
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    root = tmp_path_factory.mktemp("planted")
+    truth = write_dataset(
+        root / "data/raw", streets=6, cities=2, image_px=96, damage=True, facades_per_street=3, seed=3
+    )
+    run(root)
+    return root, truth
+
+
+def test_every_planted_image_and_reject_is_found(planted):
+    root, truth = planted
+    for stem, counts in truth.members.items():
+        rows = parquet.read(root / f"data/intermediates/{stem}.parquet").to_pandas()
+        expected = truth.images[truth.images["tar"] == f"{stem}.tar"]
+        assert sorted(rows["image_path"]) == sorted(expected["member"])
+        both = rows.merge(expected, left_on="image_path", right_on="member")
+        for name in ("target_id_x", "patch_id_x", "street_view_id_x"):
+            assert (both[name] == both[name.replace("_x", "_y")]).all()
+        bad = truth.rejects[truth.rejects["tar"] == f"{stem}.tar"]
+        assert rejects(root, stem) == dict(zip(bad["member"], bad["reason"], strict=True))
+        footer = parquet.read_provenance(root / f"data/intermediates/{stem}.parquet").rows
+        assert {name: footer[name] for name in counts} == counts
+        assert footer["members"] == sum(counts.values())
+        assert rows["image_offset"].is_monotonic_increasing
+
+
+def test_a_second_run_does_nothing_and_a_changed_tar_is_refused(planted, tmp_path, capsys):
+    root, _ = planted
+    assert run(root) == 0
+    assert "nothing to do, 2 tars" in capsys.readouterr().out
+    files = [("88_1_1_1.jpg", jpeg()), ("88_1_1_1.txt", label())]
+    make_tar(tmp_path / "data/raw/0088.tar", files)
+    run(tmp_path)
+    make_tar(tmp_path / "data/raw/0088.tar", [*files, ("README", b"x" * 20_000)])
+    with pytest.raises(StaleArtefact, match=r"0088\.tar"):
+        run(tmp_path)
+
+
+def test_without_its_rejects_a_tar_is_not_done(planted):
+    root, _ = planted
+    target, other = root / "data/intermediates/0088.parquet", root / "data/intermediates/rejects/0088.parquet"
+    before = parquet.read_provenance(target).id, parquet.read_provenance(other).id
+    other.unlink()
+    run(root)
+    assert (parquet.read_provenance(target).id, parquet.read_provenance(other).id) == before
+
+
+def test_too_many_rejects_fail_the_stage_but_not_the_other_tars(tmp_path, capsys):
+    make_tar(tmp_path / "data/raw/0087.tar", [("87_1_1_1.jpg", jpeg()), ("87_1_1_1.txt", b"")])
+    make_tar(tmp_path / "data/raw/0088.tar", [("88_1_1_1.jpg", jpeg()), ("88_1_1_1.txt", label())])
+    assert exit_code_of(lambda: run(tmp_path, "data.max_reject_share=0.5")) == 1
+    said = capsys.readouterr().err
+    assert "0087.tar: 100.0%" in said
+    assert "label_empty 1" in said
+    assert not (tmp_path / "data/intermediates/0087.parquet").exists()
+    assert rejects(tmp_path, "0087")["87_1_1_1.txt"] == "label_empty"
+    assert parquet.num_rows(tmp_path / "data/intermediates/0088.parquet") == 1
+
+
+@pytest.mark.parametrize("files", [[], [("README", b"hello")]])
+def test_a_tar_without_images_fails(tmp_path, capsys, files):
+    make_tar(tmp_path / "data/raw/0088.tar", files)
+    assert exit_code_of(lambda: run(tmp_path)) == 1
+    assert "holds no images" in capsys.readouterr().err
+
+
+def test_an_empty_file_fails_with_its_name(tmp_path, capsys):
+    (tmp_path / "data/raw").mkdir(parents=True)
+    (tmp_path / "data/raw/0088.tar").touch()
+    assert exit_code_of(lambda: run(tmp_path)) == 1
+    assert "0088.tar holds no" in capsys.readouterr().err
+
+
+def test_links_are_rejected_with_their_partners(tmp_path):
+    path = make_tar(tmp_path / "data/raw/0088.tar", [("88_1_1_1.jpg", jpeg()), ("88_1_1_1.txt", label())])
+    with tarfile.open(path, "a") as tar:
+        for name, kind, content in [
+            ("88_2_1_1.jpg", tarfile.LNKTYPE, b""),
+            ("88_2_1_1.txt", b"0", label(patch=2)),
+        ]:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.size = kind, "88_1_1_1.jpg", len(content)
+            tar.addfile(info, io.BytesIO(content))
+    run(tmp_path)
+    assert rejects(tmp_path) == {"88_2_1_1.jpg": "jpeg_corrupt", "88_2_1_1.txt": "partner_rejected"}
+
+
+def test_no_damage_breaks_the_accounting(tmp_path):
+    rng = random.Random(1)
+    files = []
+    for n in range(6):
+        both = [(f"88_{n}_1_1.jpg", jpeg(n)), (f"88_{n}_1_1.txt", label(patch=n))]
+        files += both if n % 2 else reversed(both)
+    whole = make_tar(tmp_path / "whole.tar", files).read_bytes()
+    path = tmp_path / "0088.tar"
+    with tar_files.Readers(2) as readers:
+        for n in range(200):
+            raw = bytearray(whole)
+            start, length = rng.randrange(len(raw)), rng.choice([1, 40, 600])
+            damage = [b"", bytes(length), rng.randbytes(length)][n % 3]
+            raw[start : len(raw) if n % 3 == 0 else start + length] = damage
+            path.write_bytes(raw)
+            found = readers.read(path, on_images=lambda count: None)
+            judged = tar_files.pair(found, path)
+            counts = tar_files.account(found, judged)  # raises if the identity does not hold
+            assert counts["images"] <= 6
+            if n % 3 == 0 and start <= 6 * 2048:
+                assert counts["rejected"]["tar_truncated"] == 1
+
+
+def test_a_full_disk_leaves_no_broken_file(tmp_path):
+    make_tar(tmp_path / "data/raw/0088.tar", [("88_1_1_1.jpg", jpeg()), ("88_1_1_1.txt", label())])
+    command = f"ulimit -f 1; exec {sys.executable} {process_tar.__file__} --set paths.root={tmp_path}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "larger than is allowed" in done.stderr
+    assert not list(tmp_path.glob("data/intermediates/**/*parquet*"))

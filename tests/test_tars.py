@@ -1,0 +1,185 @@
+"""common/tars.py. Oracle: Python's tarfile, on tars that tarfile wrote in each of its formats."""
+
+import io
+import os
+import random
+import tarfile
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from common import tars
+from common.errors import PipelineError
+
+FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+
+
+def make_tar(path, files, **options):
+    with tarfile.open(path, "w", **options) as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def listed(path):
+    return [(m.name, m.offset, m.size) for m in tars.walk(path) if m.kind == "file"]
+
+
+def survivors(path):
+    """Names up to the damage, and the damage."""
+    names = []
+    try:
+        for member in tars.walk(path, contents=True):
+            names.append(member.name)
+    except tars.Damage as damage:
+        return names, damage
+    return names, None
+
+
+def test_two_members_lie_where_the_blocks_say(tmp_path):
+    path = make_tar(tmp_path / "0001.tar", [("a.txt", b"x" * 600), ("b.txt", b"yz")], format=tarfile.USTAR_FORMAT)
+    assert listed(path) == [("a.txt", 512, 600), ("b.txt", 512 + 1024 + 512, 2)]
+    assert [m.content for m in tars.walk(path, contents=True)] == [b"x" * 600, b"yz"]
+    assert tars.read_members(path, [2048, 512], [2, 3]) == [b"yz", b"xxx"]  # in the order asked for
+
+
+path_names = st.text(st.characters(codec="utf-8", exclude_characters="\0/\n"), min_size=1, max_size=90)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(FORMATS[1:]),
+    st.lists(st.tuples(st.lists(path_names, min_size=1, max_size=5), st.binary(max_size=1500)), max_size=8),
+)
+def test_the_index_is_tarfiles(tmp_path, form, files):
+    files = [("/".join(["d", *parts]), content) for parts, content in files]  # long ones take extra headers
+    path = make_tar(tmp_path / "random.tar", files, format=form)
+    with tarfile.open(path) as tar:
+        expected = [(m.name, m.offset_data, m.size) for m in tar]
+    assert listed(path) == expected
+    assert [m.content for m in tars.walk(path, contents=True)] == [content for _, content in files]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_links_folders_and_long_names_are_walked_over(tmp_path, form):
+    path = tmp_path / "mixed.tar"
+    long_name = "folder/" + "n" * 90 + "/" + "m" * 90 + ".jpg"  # ustar splits it, GNU and pax take a header
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, kind, content in [
+            ("folder", tarfile.DIRTYPE, b""),
+            (long_name, tarfile.REGTYPE, b"jpeg"),
+            ("link.jpg", tarfile.SYMTYPE, b""),
+            ("last.txt", tarfile.REGTYPE, b"label"),
+        ]:
+            info = tarfile.TarInfo(name)
+            info.type, info.size, info.linkname = kind, len(content), "folder/x" if kind == tarfile.SYMTYPE else ""
+            tar.addfile(info, io.BytesIO(content))
+    members = list(tars.walk(path, contents=True))
+    assert [(m.name.rstrip("/"), m.kind) for m in members] == [
+        ("folder", "directory"),
+        (long_name, "file"),
+        ("link.jpg", "other"),
+        ("last.txt", "file"),
+    ]
+    assert members[1].content == b"jpeg"
+
+
+def test_a_size_in_base_256_is_read(tmp_path):
+    path = make_tar(tmp_path / "big.tar", [("a", b"12345")], format=tarfile.GNU_FORMAT)
+    raw = bytearray(path.read_bytes())
+    raw[124:136] = b"\x80" + (5).to_bytes(11, "big")
+    raw[148:156] = b" " * 8
+    raw[148:156] = b"%06o\0 " % sum(raw[:512])
+    path.write_bytes(raw)
+    assert listed(path) == [("a", 512, 5)]
+
+
+def test_names_that_are_not_utf8_can_be_stored(tmp_path):
+    path = make_tar(tmp_path / "latin.tar", [("caf\udce9.txt", b"")], format=tarfile.GNU_FORMAT)
+    [member] = tars.walk(path)
+    assert tars.printable(member.name) == "caf\\xe9.txt"
+
+
+def test_a_cut_member_is_named_with_the_offset_and_all_before_it_are_kept(tmp_path):
+    path = make_tar(tmp_path / "cut.tar", [("a", b"1" * 512), ("b", b"2" * 512)])
+    os.truncate(path, 512 + 512 + 512 + 100)
+    names, damage = survivors(path)
+    assert names == ["a"]
+    assert (damage.member, damage.offset) == ("b", 1024)
+    assert "100 of 512 bytes" in str(damage)
+
+
+@pytest.mark.parametrize(("cut_at", "kept"), [(0, 0), (100, 0), (1024, 1), (1100, 1), (2048, 2)])
+def test_a_tar_that_ends_anywhere_else_is_damaged_too(tmp_path, cut_at, kept):
+    path = make_tar(tmp_path / "cut.tar", [("a", b"1" * 512), ("b", b"2" * 512)])
+    os.truncate(path, cut_at)
+    names, damage = survivors(path)
+    assert names == ["a", "b"][:kept]
+    assert damage is not None  # at 2048 both members are whole, but the end marker lacks: more may have followed
+
+
+def test_data_behind_zeros_is_not_lost_in_silence(tmp_path):
+    path = make_tar(tmp_path / "a.tar", [("a", b"1" * 512), ("b", b"2" * 512)])
+    raw = bytearray(path.read_bytes())
+    raw[1024:1536] = bytes(512)  # tarfile takes this for the end
+    path.write_bytes(raw)
+    names, damage = survivors(path)
+    assert names == ["a"]
+    assert damage.offset == 1024
+
+
+def test_damage_never_does_more_than_raise_damage(tmp_path):
+    rng = random.Random(0)
+    files = [(f"{'long' * rng.randrange(40)}{n}", rng.randbytes(rng.randrange(900))) for n in range(12)]
+    whole = [
+        make_tar(tmp_path / f"{form}.tar", files, format=form, pax_headers={}).read_bytes() for form in FORMATS[1:]
+    ]
+    path = tmp_path / "damaged.tar"
+    for n in range(300):
+        raw = bytearray(whole[n % 2])
+        start, length = rng.randrange(len(raw)), rng.choice([1, 16, 512, 3000])
+        if n % 3 == 0:
+            del raw[start:]
+        elif n % 3 == 1:
+            raw[start : start + length] = bytes(len(raw[start : start + length]))
+        else:
+            raw[start : start + length] = rng.randbytes(len(raw[start : start + length]))
+        path.write_bytes(raw)
+        names, _ = survivors(path)
+        assert len(names) <= len(files)
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+def test_a_compressed_tar_is_to_be_decompressed(tmp_path, mode):
+    path = tmp_path / "c.tar"
+    with tarfile.open(path, mode) as tar:
+        tar.addfile(tarfile.TarInfo("a"))
+    with pytest.raises(PipelineError, match="decompress"):
+        list(tars.walk(path))
+
+
+def test_reading_beyond_the_end_is_an_error(tmp_path):
+    path = make_tar(tmp_path / "a.tar", [("a", b"1" * 512)])
+    with pytest.raises(PipelineError, match="shorter"):
+        tars.read_members(path, [512, path.stat().st_size - 3], [4, 10])
+
+
+def test_shards_take_every_tar_once(tmp_path):
+    for n in range(7):
+        (tmp_path / f"{n:04d}.tar").touch()
+    shards = [tars.of_shard(tmp_path, shard, 3) for shard in range(3)]
+    assert [[tar.stem for tar in shard] for shard in shards] == [
+        ["0000", "0003", "0006"],
+        ["0001", "0004"],
+        ["0002", "0005"],
+    ]
+    assert tars.of_shard(tmp_path, 9, 10) == []
+
+
+def test_a_folder_without_tars_is_an_error_that_says_what_to_do(tmp_path):
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(PipelineError, match=r"paths\.raw_dir"):
+            tars.of_shard(folder, 0, 1)
