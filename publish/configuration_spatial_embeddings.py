@@ -19,7 +19,7 @@ class SpatialEmbeddingsConfig(PretrainedConfig):
         **kwargs,
     ):
         if isinstance(backbone_config, dict):
-            fields = dict(backbone_config)
+            fields = dict(backbone_config)  # config.json has it as plain values
             backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         self.backbone_config = backbone_config
         self.pooling = pooling

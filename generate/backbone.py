@@ -1,0 +1,173 @@
+"""The frozen vision backbone: found, checked, loaded, and how its output becomes one vector per image.
+
+Families: DINOv2 with and without registers, DINOv3 ViT and ConvNeXt, from the hub or from a folder.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from huggingface_hub import errors as hub_errors
+from safetensors import SafetensorError
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from common.config import EmbeddingModel, is_folder
+from common.errors import PipelineError
+from common.parquet import first_line
+from common.provenance import digest_of
+from generate.pixels import Preprocessing, read_preprocessing
+from publish.modeling_spatial_embeddings import n_prefix_tokens, pool, width
+
+FAMILIES = ("dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_MIB = 2**20
+
+disable_progress_bar()  # a bar per file of weights, in the logs of a cluster
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A loaded model in inference mode, with what belongs to its output."""
+
+    name: str  # on the hub, or the folder's own
+    model: PreTrainedModel
+    preprocessing: Preprocessing
+    pooling: str
+    dim: int  # of one embedding
+    folder: Path  # where its files lie
+    commit: str | None  # on the hub; None for a folder of the user's
+
+    @torch.inference_mode()
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) float32 -> pooled output, (N, dim) float32, not normalised."""
+        hidden = self.model(pixel_values.to(self.model.dtype)).last_hidden_state  # (N, tokens, width)
+        return pool(hidden, n_prefix_tokens(self.model.config), self.pooling)
+
+    def facts(self) -> dict:
+        """What the embeddings' provenance tells besides the settings."""
+        return {
+            "model": self.name,
+            "revision": self.commit,
+            "pooling": self.pooling,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "image_size": self.preprocessing.image_size,  # height, width
+            "dim": self.dim,
+        }
+
+
+def load(settings: EmbeddingModel, dtype: str, device: torch.device) -> Backbone:
+    """The backbone that the settings name, in `dtype` ("float32", "bfloat16") on `device`.
+
+    Raises PipelineError, with what to do, if it cannot be had or is not of a known family.
+    """
+    folder = locate(settings.name, settings.revision)
+    family = _read_json(folder / "config.json").get("model_type")
+    if family not in FAMILIES:
+        raise PipelineError(
+            f"{settings.name} is a model of type {family}, which is not supported\n"
+            f"set embedding_model.name to one of: {', '.join(FAMILIES)}"
+        )
+    preprocessing = read_preprocessing(folder)
+    if not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+        raise PipelineError(
+            f"{folder} has no weights (model.safetensors)\n"
+            "download the model whole, or save it with save_pretrained"
+        )
+    try:
+        model, report = AutoModel.from_pretrained(
+            folder, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise PipelineError(f"the weights in {folder} cannot be loaded: {first_line(error)}") from None
+    if report["missing_keys"]:
+        raise PipelineError(
+            f"the weights in {folder} are not those of its config.json: "
+            f"{len(report['missing_keys'])} tensors are missing, {min(report['missing_keys'])} among them"
+        )
+    dim = width(model.config) * (2 if settings.pooling == "cls_mean" else 1)
+    commit = None if is_folder(settings.name) else folder.name  # the cache keeps a snapshot under its commit
+    name = folder.name if commit is None else settings.name
+    return Backbone(name, model.eval().to(device), preprocessing, settings.pooling, dim, folder, commit)
+
+
+def locate(name: str, revision: str) -> Path:
+    """The folder of a model's files: `name` itself, or the hub's snapshot, which is downloaded if need be.
+
+    Run once where there is a network, it serves machines that share the cache and have none.
+    """
+    if is_folder(name):
+        if not (Path(name) / "config.json").is_file():
+            raise PipelineError(f"{name} is not a model's folder: it has no config.json")
+        return Path(name)
+    page = f"https://huggingface.co/{name}"
+    wanted = ["config.json", "preprocessor_config.json", *_WEIGHTS]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except hub_errors.GatedRepoError:
+        raise PipelineError(
+            f"{name} is gated: accept its licence at {page}\n"
+            "then log in with `hf auth login`, or set HF_TOKEN to a token of that account"
+        ) from None
+    except hub_errors.RevisionNotFoundError:
+        raise PipelineError(
+            f"{name} has no revision {revision}: see {page}/commits and set embedding_model.revision"
+        ) from None
+    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
+        raise PipelineError(
+            f"there is no model {name} on the hub that you may read\n"
+            "mend embedding_model.name (folders are relative to config.toml); a private model needs HF_TOKEN"
+        ) from None
+    except hub_errors.LocalEntryNotFoundError:
+        raise PipelineError(
+            f"{name} at revision {revision} is not in the cache, and the hub cannot be reached from here\n"
+            f"fetch it where there is a network: hf download {name} --revision {revision}; "
+            "HF_HUB_OFFLINE=1 stays set on machines without one"
+        ) from None
+    except hub_errors.HfHubHTTPError as error:
+        raise PipelineError(f"the hub does not answer for {name}: {first_line(error)}") from None
+
+
+def identity(settings: EmbeddingModel, dtype: str) -> dict:
+    """What embeddings depend on, for their provenance. A folder is known by its files, so it may be moved."""
+    known = {"embedding_model.pooling": settings.pooling, "embedding_model.dtype": dtype}
+    if not is_folder(settings.name):
+        return {
+            "embedding_model.name": settings.name,
+            "embedding_model.revision": settings.revision,
+            **known,
+        }
+    folder = locate(settings.name, settings.revision)
+    return {"embedding_model.name": folder.name, "embedding_model.weights": weights_digest(folder), **known}
+
+
+def weights_digest(folder: Path) -> str:
+    """A digest of a model's configuration and of its weights by name, size, and first and last MiB."""
+    parts: list[bytes | str] = []
+    names = ("config.json", "preprocessor_config.json")
+    for path in [folder / name for name in names if (folder / name).is_file()]:
+        parts += [path.name, path.read_bytes()]
+    for path in sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(_MIB)
+            file.seek(max(0, size - _MIB))
+            parts += [path.name, str(size), head, file.read(_MIB)]
+    return digest_of(*parts)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> str:
+    """The name of the dtype that a setting means on `device`."""
+    if dtype == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    return dtype
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise PipelineError(f"{path} cannot be read ({first_line(error)}): download the model again") from None

@@ -1,0 +1,62 @@
+"""Embeddings of every image by the frozen backbone, 20,000 images to a file.
+
+Reads    data/intermediates/<tar>.parquet; the JPEGs, by offset, from data/raw/<tar>.tar; the backbone, from a
+         folder, the hub or its cache
+Writes   data/embeddings/<tar>-<part>.parquet: the rows of the intermediates, in their order, with the pooled
+         output as float16, not normalised; data/embeddings/rejects/<tar>-<part>.parquet: images that can no
+         longer be decoded, where there are any
+Command  python generate/generate_embeddings.py [--shard 3 --num-shards 40]
+Memory   4 batches of decoded images (64 of 640 x 640 pixels: 79 MB each), one part (20,000 x dim x 10 bytes:
+         154 MB at 768), one tar's intermediates (300 bytes an image), and the backbone
+Time     set by the backbone: ViT-B/14 takes about 23 GFLOP an image, on a CPU core some seconds
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run by path: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common import cli
+
+
+def main(argv=None) -> int:
+    args = cli.parser(__doc__, shards=True).parse_args(argv)
+    cfg = cli.load_config(args)
+    from common import devices, parquet, tars
+    from generate import backbone, loop, parts
+
+    device = devices.pick(cfg.infrastructure.device)
+    dtype = backbone.resolve_dtype(cfg.embedding_model.dtype, device)
+    identity = backbone.identity(cfg.embedding_model, dtype)
+
+    todo, num_parts = [], 0
+    for tar in tars.of_shard(cfg.paths.raw_dir, args.shard, args.num_shards):
+        of_tar = parts.of_tar(cfg, tar, identity)
+        todo += [part for part in of_tar if not parquet.is_done(part.target, part.made, args.overwrite)]
+        parts.refuse_surplus(cfg, tar, len(of_tar), args.overwrite)
+        num_parts += len(of_tar)
+    if not todo:
+        return cli.nothing_to_do("generate_embeddings", f"{num_parts:,} files")
+
+    model = backbone.load(cfg.embedding_model, dtype, device)
+    times = loop.Times()
+    total = sum(part.count for part in todo)
+    with cli.Progress("generate_embeddings", "image", total, cfg.logging.progress_interval_s) as progress:
+        for result in loop.embed(
+            parts.jobs(todo),
+            lambda pixels: model(pixels).half(),
+            model.preprocessing,
+            device,
+            cfg.infrastructure.embedding_batch_size,
+            cfg.infrastructure.threads,
+            times,
+            progress,
+        ):
+            parts.write(result, model.dim, model.facts())
+            cli.check_stop()
+    return progress.summary(str(times))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,92 @@
+"""Whether a published folder gives the pipeline's vectors, asked as a user would: in a process that knows nothing
+of this repository, offline, through AutoModel.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from common import parquet, tars
+from common.config import Config
+from common.errors import PipelineError
+from generate.pixels import Preprocessing, decode
+from train.model import head_of
+
+MAX_IMAGES = 64
+MAX_COSINE_DISTANCE = 1e-3
+_USE = """
+import sys, numpy, torch
+from transformers import AutoModel
+folder, device = sys.argv[1:]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True).to(device)
+pixels = torch.from_numpy(numpy.load("pixels.npy"))
+with torch.inference_mode():
+    vectors = [model(batch.to(device)).pooler_output.float().cpu() for batch in pixels.split(8)]
+numpy.save("vectors.npy", torch.cat(vectors).numpy())
+"""
+
+
+def check(
+    folder: Path, cfg: Config, checkpoint: dict, preprocessing: Preprocessing, device: torch.device
+) -> tuple[float, int]:
+    """(largest cosine distance between the two, number of images) over the first images of the test split.
+
+    Raises PipelineError above MAX_COSINE_DISTANCE.
+    """
+    test = cfg.paths.merged_dir / "test.parquet"
+    columns = ["tar_file", "image_offset", "image_size", "embedding"]
+    rows = next(parquet.batches(test, columns, size=MAX_IMAGES), None)
+    if rows is None:
+        raise PipelineError(f"{test} has no rows: there is nothing to check the published model with")
+    images = [decode(encoded) for encoded in read_images(cfg.paths.raw_dir, rows)]
+    with torch.inference_mode():
+        embeddings = torch.from_numpy(parquet.to_matrix(rows["embedding"]).astype(np.float32))
+        expected = head_of(checkpoint)(embeddings).numpy()
+    vectors = vectors_of(folder, preprocessing(images, torch.device("cpu")).numpy(), device)
+    worst = float(1 - (vectors * expected).sum(axis=1).min())
+    if not worst <= MAX_COSINE_DISTANCE:  # or not a number
+        raise PipelineError(
+            f"the published model's vectors are up to {worst:.1e} in cosine distance from the pipeline's, over "
+            f"{len(images)} images (at most {MAX_COSINE_DISTANCE}); nothing was published\n"
+            "the backbone or its preprocessing is not what the embeddings were made with: make them again"
+        )
+    return worst, len(images)
+
+
+def read_images(raw_dir: Path, rows: pa.Table) -> list[bytes]:
+    """The encoded images of rows with tar_file, image_offset and image_size, tar by tar."""
+    names = np.array(rows["tar_file"].to_pylist())
+    offsets, sizes = (rows[name].to_numpy() for name in ("image_offset", "image_size"))
+    encoded: list[bytes] = [b""] * len(names)
+    for name in dict.fromkeys(names.tolist()):
+        positions = np.flatnonzero(names == name)
+        for position, content in zip(
+            positions, tars.read_members(raw_dir / name, offsets[positions], sizes[positions]), strict=True
+        ):
+            encoded[position] = content
+    return encoded
+
+
+def vectors_of(folder: Path, pixels: np.ndarray, device: torch.device) -> np.ndarray:
+    """What the published model in `folder` makes of (N, 3, H, W) float32, in a process of its own."""
+    with tempfile.TemporaryDirectory() as place:
+        np.save(Path(place) / "pixels.npy", pixels)
+        environment = {
+            **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": str(
+                Path(place) / "modules"
+            ),  # parallel jobs would disturb each other in a shared one
+        }
+        command = [sys.executable, "-c", _USE, str(folder), str(device)]
+        result = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+        if result.returncode:
+            last = result.stderr.strip().splitlines()[-1:] or [f"exit code {result.returncode}"]
+            raise PipelineError(f"AutoModel cannot load the published model: {last[0]}")
+        return np.load(Path(place) / "vectors.npy")

@@ -1,0 +1,244 @@
+"""generate/backbone.py and pixels.py. Oracles: Hugging Face's PIL processor, PIL's resize in floats (what DINOv3's
+processor does, which needs torchvision), AutoModel, and means written out.
+"""
+
+import io
+import json
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import errors as hub_errors
+from local_backbone import FAMILIES, IMAGENET_MEAN, IMAGENET_STD, write_tiny_backbone
+from PIL import Image, ImageFilter
+from transformers import AutoImageProcessor, AutoModel
+
+from common.config import EmbeddingModel
+from common.errors import PipelineError
+from generate import backbone, pixels
+from publish.modeling_spatial_embeddings import n_prefix_tokens, pool
+
+CPU = torch.device("cpu")
+SIZES = [(640, 640), (300, 700), (700, 300), (33, 20), (91, 91)]  # width, height: square, tall, wide, tiny, odd
+
+
+def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    """Smooth colours and hard edges."""
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(3))
+    image.paste((255, 0, 0), (width // 4, height // 4, width // 2, height // 2))
+    return image.convert(mode)
+
+
+def jpeg(image: Image.Image, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90, **options)
+    return buffer.getvalue()
+
+
+def settings(name, pooling: str = "cls", revision: str = "main") -> EmbeddingModel:
+    return EmbeddingModel(name=str(name), revision=revision, pooling=pooling, dtype="float32")
+
+
+# ------------------------------------------------------------------------------------------------------ pooling
+
+
+def test_mean_leaves_cls_and_registers_out():
+    tokens = torch.tensor([[[1.0, 0], [90, 90], [2, 4], [4, 8]]])  # CLS, a register, two patches
+    assert pool(tokens, 2, "cls").tolist() == [[1, 0]]
+    assert pool(tokens, 2, "mean").tolist() == [[3, 6]]  # with the register it would be 32, 34
+    assert pool(tokens, 2, "cls_mean").tolist() == [[1, 0, 3, 6]]
+
+
+def test_pooling_is_done_in_float32():
+    tokens = torch.cat([torch.zeros(1, 1, 1), torch.tensor([[[256.0], [1.0], [1.0], [1.0]]])], dim=1)
+    assert pool(tokens.bfloat16(), 1, "mean").item() == 64.75  # bfloat16 has no number between 64.5 and 65
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pooling", ["cls", "mean", "cls_mean"])
+def test_output_equals_auto_model(family, pooling, tmp_path):
+    folder = write_tiny_backbone(tmp_path / family, family)
+    ours = backbone.load(settings(folder, pooling), "float32", CPU)
+    x = torch.randn(3, 3, *ours.preprocessing.image_size, generator=torch.Generator().manual_seed(0))
+    plain = AutoModel.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        hidden = plain(x).last_hidden_state
+    prefix = {"dinov2": 1, "dinov2_with_registers": 5, "dinov3_vit": 5, "dinov3_convnext": 1}[family]
+    cls, mean = hidden[:, 0], hidden[:, prefix:].mean(dim=1)
+    expected = {"cls": cls, "mean": mean, "cls_mean": torch.cat([cls, mean], dim=1)}[pooling]
+    assert n_prefix_tokens(plain.config) == prefix
+    assert torch.equal(ours(x), expected)
+    assert ours.dim == expected.shape[1]
+    assert ours.facts()["dim"] == ours.dim
+
+
+# ------------------------------------------------------------------------------------------------------- pixels
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_pixels_equal_the_dinov2_processor_within_one_grey_level(size, mode, tmp_path):
+    folder = write_tiny_backbone(tmp_path, "dinov2")
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    config |= {"size": {"shortest_edge": 64}}  # as DINOv2's own: larger than the crop
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    encoded = jpeg(picture(*size, mode))
+    expected = AutoImageProcessor.from_pretrained(folder)(
+        Image.open(io.BytesIO(encoded)).convert("RGB"), return_tensors="pt"
+    )["pixel_values"]
+    ours = pixels.read_preprocessing(folder)([pixels.decode(encoded)], CPU)
+    grey_level = 1 / 255 / torch.tensor(IMAGENET_STD)[:, None, None]
+    assert ours.shape == expected.shape == (1, 3, 56, 56)
+    beyond = ((ours - expected).abs() > 1.01 * grey_level).float().mean()
+    # PIL resizes the columns first where an image is more than twice as high as wide
+    assert beyond <= (1e-3 if size[1] > 2 * size[0] else 0)
+
+
+@pytest.mark.parametrize("size", SIZES[2:])
+def test_the_resize_for_other_devices_equals_pils(size):
+    image = picture(*size)
+    expected = np.asarray(image.resize((60, 40), Image.Resampling.BICUBIC)).astype(int)
+    grey_levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    ours = pixels.resize_grey_levels(grey_levels, (40, 60), "bicubic")[0].permute(1, 2, 0).numpy()
+    assert np.abs(ours - expected).max() <= 1
+    assert (ours == expected).mean() > 0.98  # without rounding between the two passes: 0.85 to 0.93
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pixels_of_dinov3_equal_a_resize_in_floats(size, tmp_path):
+    folder = write_tiny_backbone(tmp_path, "dinov3_vit")
+    encoded = jpeg(picture(*size))
+    channels = Image.open(io.BytesIO(encoded)).split()
+    resized = [np.asarray(c.convert("F").resize((64, 64), Image.Resampling.BILINEAR)) / 255 for c in channels]
+    expected = np.stack([(c - m) / s for c, m, s in zip(resized, IMAGENET_MEAN, IMAGENET_STD, strict=True)])
+    ours = pixels.read_preprocessing(folder)([pixels.decode(encoded)], CPU)[0].numpy()
+    assert np.abs(ours - expected).max() < 1e-4  # rounding to grey levels would give 1e-2
+
+
+def test_a_small_image_is_padded_to_the_crop_as_by_hugging_face(tmp_path):
+    folder = write_tiny_backbone(tmp_path, "dinov2")
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    config |= {"size": {"shortest_edge": 31}, "crop_size": {"height": 56, "width": 56}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    image = picture(31, 31)
+    expected = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
+    ours = pixels.read_preprocessing(folder)([np.asarray(image)], CPU)
+    assert (ours - expected).abs().max() < 1e-5  # no resize: equal but for the order of the arithmetic
+
+
+def test_images_of_different_sizes_keep_their_order(tmp_path):
+    preprocessing = pixels.read_preprocessing(write_tiny_backbone(tmp_path, "dinov2"))
+    images = [np.asarray(picture(*SIZES[i % 3], seed=i)) for i in range(7)]
+    together = preprocessing(images, CPU)
+    assert torch.equal(together, torch.cat([preprocessing([image], CPU) for image in images]))
+
+
+def test_a_rotated_photograph_is_turned_upright():
+    image = picture(40, 30)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side
+    assert pixels.decode(jpeg(image, exif=exif)).shape == (40, 30, 3)
+
+
+def test_other_formats_are_decoded_too():
+    buffer = io.BytesIO()
+    picture(40, 30).save(buffer, "PNG")
+    assert np.array_equal(pixels.decode(buffer.getvalue()), np.asarray(picture(40, 30)))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, 2000])
+def test_what_is_not_a_whole_image_is_undecodable(cut):
+    with pytest.raises(pixels.Undecodable):
+        pixels.decode(jpeg(picture(300, 300))[:cut])
+
+
+# ---------------------------------------------------------------------------------------- what cannot be loaded
+
+
+def load_error(name, **changes) -> str:
+    with pytest.raises(PipelineError) as error:
+        backbone.load(settings(name, **changes), "float32", CPU)
+    return str(error.value)
+
+
+def test_a_folder_without_weights_or_config_or_preprocessing_is_told_apart(tmp_path):
+    folder = write_tiny_backbone(tmp_path / "model", "dinov2")
+    (folder / "model.safetensors").rename(tmp_path / "weights")
+    assert "no weights" in load_error(folder)
+    (folder / "model.safetensors").write_bytes(b"garbage")
+    assert "cannot be loaded" in load_error(folder)
+    (folder / "preprocessor_config.json").unlink()
+    assert "preprocessor_config.json" in load_error(folder)
+    (folder / "config.json").unlink()
+    assert "no config.json" in load_error(folder)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    folder = write_tiny_backbone(tmp_path / "a", "dinov2")
+    other = write_tiny_backbone(tmp_path / "b", "dinov3_convnext")
+    (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+    assert "are not those of its config.json" in load_error(folder)
+
+
+def test_another_family_is_refused_with_the_known_ones(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    message = load_error(tmp_path)
+    assert "bert" in message
+    assert "dinov3_vit" in message
+
+
+def test_a_model_that_is_not_cached_says_how_to_fetch_it():
+    message = load_error("some/model")  # HF_HUB_OFFLINE is set for all tests
+    assert "hf download some/model" in message
+    assert "HF_HUB_OFFLINE" in message
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (hub_errors.GatedRepoError, "accept its licence at https://huggingface.co/some/model"),
+        (hub_errors.RepositoryNotFoundError, "mend embedding_model.name"),
+        (hub_errors.RevisionNotFoundError, "embedding_model.revision"),
+    ],
+)
+def test_what_the_hub_refuses_says_what_to_do(error, advice, monkeypatch):
+    import httpx
+
+    def refuse(*_, **__):
+        raise error("no", response=httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co")))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    assert advice in load_error("some/model")
+
+
+def test_a_name_that_cannot_be_one_is_refused():
+    assert "mend embedding_model.name" in load_error("some/model/too/deep")
+
+
+# ----------------------------------------------------------------------------------------------------- identity
+
+
+def test_a_moved_folder_is_the_same_model_and_a_changed_one_is_not(tmp_path):
+    folder = write_tiny_backbone(tmp_path / "here" / "tiny", "dinov2")
+    before = backbone.identity(settings(folder), "float32")
+    assert before["embedding_model.name"] == "tiny"
+    (tmp_path / "there").mkdir()
+    moved = folder.rename(tmp_path / "there" / "tiny")
+    assert backbone.identity(settings(moved), "float32") == before
+    weights = moved / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert backbone.identity(settings(moved), "float32") != before
+
+
+def test_a_hub_model_is_known_by_name_and_revision_without_a_network():
+    known = backbone.identity(settings("some/model", "mean", "v1"), "bfloat16")
+    assert known == {
+        "embedding_model.name": "some/model",
+        "embedding_model.revision": "v1",
+        "embedding_model.pooling": "mean",
+        "embedding_model.dtype": "bfloat16",
+    }
