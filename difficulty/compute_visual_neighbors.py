@@ -1,0 +1,59 @@
+"""The most similar images of other places for every training image, and how hard each is as a negative.
+
+Reads    data/merged/train.parquet
+Writes   data/difficulty/parts/<part>.parquet: the neighbours of 20,000 images (data.rows_per_part) each;
+         data/difficulty/difficulty_metadata.parquet: those of all, with their bands of difficulty
+Command  python difficulty/compute_visual_neighbors.py
+         or, as a job array: --shard 3 --num-shards 8 for each shard, then once --finish
+Memory   N x D x 2 bytes of embeddings (6 M x 768: 9.2 GB), on the GPU if they fit; tiles of search_memory_mb;
+         about 24 bytes for each pair of buildings within the ignore zone; gathering: 100 bytes an image
+Time     2 N^2 D floating-point operations: 6 M x 768 are 5.5e16, minutes on a large GPU; 100,000 x 768 on
+         two CPU cores take about two minutes
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+if not __package__:  # run by path: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common import cli
+
+log = logging.getLogger("pipeline")
+
+
+def main(argv=None) -> int:
+    arguments = cli.parser(__doc__, shards=True)
+    arguments.add_argument("--finish", action="store_true", help="only gather the parts that the shards have made")
+    args = arguments.parse_args(argv)
+    cfg = cli.load_config(args)
+    from common import parquet
+    from difficulty import bands, parts
+
+    target, made = parts.result(cfg)
+    if parquet.is_done(target, made, args.overwrite):
+        return cli.nothing_to_do("compute_visual_neighbors", target.name)
+
+    every = parts.list_parts(cfg)
+    first, last = (len(every) * shard // args.num_shards for shard in (args.shard, args.shard + 1))
+    mine = [] if args.finish else every[first:last]
+    todo = [part for part in mine if not parquet.is_done(part.target, part.made, args.overwrite)]
+    images = sum(part.stop - part.start for part in todo)
+    with cli.Progress("compute_visual_neighbors", "image", images, cfg.logging.progress_interval_s) as progress:
+        for part in parts.write(cfg, todo) if todo else ():
+            progress.add(part.stop - part.start)
+            cli.check_stop()
+    if args.num_shards > 1 and not args.finish:
+        if not todo:
+            return cli.nothing_to_do("compute_visual_neighbors", f"{len(mine):,} parts")
+        return progress.summary(f"{len(todo):,} parts; when all shards are done, run --finish")
+
+    parts.refuse_missing(every)
+    table = parts.gather(cfg, every)
+    log.info("%s", bands.as_text(table))
+    return progress.summary(f"{len(every):,} parts gathered in {target}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,146 @@
+"""difficulty/search.py. Oracle: brute force in float64, and layouts small enough to see the answer."""
+
+import numpy as np
+import pytest
+import torch
+
+from common.zones import make_zones
+from difficulty import search
+from difficulty.search import balltree_neighbors, build_tree, exact_neighbors, recall
+
+CPU = torch.device("cpu")
+METRES = 1 / 111_195  # degrees of latitude
+
+
+def on_circle(*degrees):  # similarity = cosine of the angle between two images
+    return np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1)
+
+
+def zones_at(north_m, building_of_row=None, radius_m=25.0):
+    north_m = np.asarray(north_m, np.float64)
+    buildings = np.arange(len(north_m)) if building_of_row is None else np.asarray(building_of_row)
+    return make_zones(buildings, north_m * METRES, np.zeros(len(north_m)), radius_m)
+
+
+def neighbors(embeddings, zones, k, rows=None, memory_mb=16.0):
+    rows = np.arange(len(embeddings)) if rows is None else rows
+    embeddings = torch.from_numpy(np.asarray(embeddings))
+    return exact_neighbors(embeddings, zones, k=k, rows=rows, memory_mb=memory_mb, device=CPU)
+
+
+def brute_force(embeddings, zones, k):
+    """Every pair in float64; equal vectors get equal similarities (1e-12); ties by row number."""
+    x = np.asarray(embeddings, np.float64)
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    similarities = np.round(x @ x.T, 12)
+    for row in range(len(x)):
+        indices = zones.rows_of(np.array([row]), own=True)[1]
+        similarities[row, indices] = -np.inf
+    order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
+    values = np.take_along_axis(similarities, order, axis=1)
+    return np.where(np.isfinite(values), order, -1), np.where(np.isfinite(values), values, -1)
+
+
+def test_neighbours_that_one_can_see():
+    rows, similarities = neighbors(on_circle(0, 10, 30, 70), zones_at([0, 1000, 2000, 3000]), k=2)
+    assert rows.tolist() == [[1, 2], [0, 2], [1, 0], [2, 1]]
+    np.testing.assert_allclose(similarities[0], np.cos(np.radians([10, 30])), atol=1e-6)
+
+
+def test_ignore_zone_is_masked_before_the_best_k_are_taken():
+    # row 1 looks most alike, but is the same facade, 10 m on
+    rows, _ = neighbors(on_circle(0, 1, 20, 40), zones_at([0, 10, 5_000, 6_000]), k=2)
+    assert rows[0].tolist() == [2, 3]  # masking after the cut would give [2, -1]
+
+
+def test_images_of_the_same_building_are_never_neighbours():
+    rows, _ = neighbors(on_circle(0, 1, 2, 40), zones_at([0, 0, 0, 6_000], [0, 0, 0, 1]), k=3)
+    assert rows.tolist() == [[3, -1, -1], [3, -1, -1], [3, -1, -1], [2, 1, 0]]
+
+
+def clustered(rng, n, dim):
+    return rng.normal(size=(20, dim))[rng.integers(0, 20, n)] + 0.3 * rng.normal(size=(n, dim))
+
+
+KINDS = {
+    "random": lambda rng, n, dim: rng.normal(size=(n, dim)),
+    "clustered": clustered,
+    "duplicated": lambda rng, n, dim: clustered(rng, n, dim)[rng.integers(0, n // 8, n)],
+    "scaled copies": lambda rng, n, dim: (
+        rng.normal(size=(n // 8, dim))[rng.integers(0, n // 8, n)] * 2.0 ** rng.integers(0, 3, (n, 1))
+    ),
+    "constant": lambda rng, n, dim: np.ones((n, dim)),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_brute_force_in_every_tile_size(kind, dtype):
+    rng = np.random.default_rng(0)
+    n, k = 500, 20
+    embeddings = KINDS[kind](rng, n, 24).astype(dtype)
+    buildings = np.sort(rng.integers(0, 150, n))
+    zones = zones_at(rng.uniform(0, 3_000, 151)[buildings], np.unique(buildings, return_inverse=True)[1])
+    expected_rows, expected_similarities = brute_force(embeddings, zones, k)
+    for memory_mb in (0.02, 0.3, 16):  # tiles of 1 x 27, 34 x 409 and 4096 x 16384
+        rows, similarities = neighbors(embeddings, zones, k, memory_mb=memory_mb)
+        np.testing.assert_array_equal(rows, expected_rows)
+        np.testing.assert_allclose(similarities, expected_similarities, atol=2e-6)  # float32 sums of 24 terms
+
+
+def test_equal_images_stand_by_row_number_though_more_of_them_exist_than_are_kept():
+    embeddings = np.concatenate([on_circle(0), np.tile(on_circle(10), (200, 1)), on_circle(5)])
+    rows, _ = neighbors(embeddings, zones_at(np.arange(202) * 1000), k=4)
+    assert rows[0].tolist() == [201, 1, 2, 3]  # top-k alone takes any of the 200
+
+
+def test_a_shard_has_the_same_neighbours_as_the_whole():
+    rng = np.random.default_rng(1)
+    embeddings, zones = rng.normal(size=(300, 16)).astype(np.float16), zones_at(rng.uniform(0, 5_000, 300))
+    whole, _ = neighbors(embeddings, zones, k=15)
+    parts = [neighbors(embeddings, zones, k=15, rows=rows)[0] for rows in np.array_split(np.arange(300), 7)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_more_neighbours_asked_for_than_there_are_and_a_single_image():
+    rows, similarities = neighbors(on_circle(0, 10, 20), zones_at([0, 1000, 2000]), k=5)
+    assert rows[0].tolist() == [1, 2, -1, -1, -1]
+    assert similarities[0, 2:].tolist() == [-1, -1, -1]
+    assert neighbors(on_circle(0), zones_at([0]), k=2)[0].tolist() == [[-1, -1]]
+
+
+@pytest.mark.parametrize("memory_mb", [16, 100, 1024])
+@pytest.mark.parametrize("dim", [64, 768, 4096])
+def test_tiles_keep_within_the_memory(dim, memory_mb):
+    keep = 150 + search.MARGIN
+    anchors, gallery = search.tile_sizes(dim, keep, memory_mb)
+    held = 4 * anchors * gallery + 8 * anchors * dim + 48 * anchors * keep + 8 * gallery * dim
+    assert held <= memory_mb * 2**20
+    assert anchors >= 100  # or the products crawl
+
+
+def test_balltree_in_all_dimensions_is_exact_and_keeps_its_k_in_a_dense_place():
+    rng = np.random.default_rng(2)
+    embeddings = torch.from_numpy(clustered(rng, 400, 8).astype(np.float32))
+    zones = zones_at(np.repeat(rng.uniform(0, 2_000, 40), 10))
+    rows = np.arange(3, 400, 7)
+    found, similarities = balltree_neighbors(
+        build_tree(embeddings, 8), embeddings, zones, k=12, rows=rows, memory_mb=16
+    )
+    expected, expected_similarities = brute_force(embeddings, zones, 12)
+    assert recall(found, expected[rows]) > 0.97  # distances from the mean's PCA are those of the unit vectors
+    assert (found >= 0).all()
+    np.testing.assert_allclose(np.sort(similarities)[:, ::-1], similarities)
+    np.testing.assert_allclose(similarities, expected_similarities[rows], atol=1e-3)
+
+
+def test_balltree_on_few_dimensions_forgets_neighbours_and_recall_says_so():
+    embeddings = torch.from_numpy(np.random.default_rng(3).normal(size=(400, 32)).astype(np.float32))
+    zones = zones_at(np.arange(400) * 100)
+    tree = build_tree(embeddings, 2)
+    found, _ = balltree_neighbors(tree, embeddings, zones, k=10, rows=np.arange(400), memory_mb=16)
+    assert 0.02 < recall(found, brute_force(embeddings, zones, 10)[0]) < 0.5
+
+
+def test_recall_counts_only_what_there_is_to_find():
+    assert recall(np.array([[4, 5, -1], [1, 2, 3]]), np.array([[5, 9, -1], [3, 1, 2]])) == 4 / 5
