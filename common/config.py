@@ -145,8 +145,13 @@ class Training(Section):
     @field_validator("search_space")
     @classmethod
     def _known_and_ordered(cls, space: dict[str, Any]) -> dict[str, Any]:
-        tunable = set(cls.model_fields) - {"search_space", "run"}
+        # what is fixed for all trials of a study: its data, its measure, its size
+        fixed = {"run", "epochs", "sample_buildings", "val_max_queries", "gallery", "bootstrap_samples"}
+        fixed |= {"num_trials", "trial_epochs", "search_space"}
+        tunable = set(cls.model_fields) - fixed
         for key, dimension in space.items():
+            if key in fixed:
+                raise ValueError(f"{key} is the same for all trials and cannot be varied")
             if key not in tunable:
                 raise ValueError(f"{key} is not a setting of [training]{_suggestion(key, tunable)}")
             if isinstance(dimension, tuple) and dimension[0] >= dimension[1]:

@@ -4,6 +4,9 @@ The Earth is a sphere of radius 6,371,008.8 m here. Over the distances that matt
 the buffer between splits, 50 m) this differs from the WGS84 ellipsoid by less than 0.6 %.
 """
 
+import math
+from collections.abc import Iterator
+
 import numpy as np
 
 EARTH_RADIUS_M = 6_371_008.8
@@ -52,6 +55,40 @@ def cell_ids(lat_deg: np.ndarray, lon_deg: np.ndarray, cell_m: float) -> np.ndar
     tile it without overlap; the formula depends on nothing but the point, so ids agree between runs and tars.
     """
     row = np.floor(np.asarray(lat_deg, np.float64) * METRES_PER_DEGREE / cell_m)
+    column = np.floor(np.asarray(lon_deg, np.float64) * _cells_per_degree(row, cell_m))
+    return _cell_id(row, column)
+
+
+def cells_near(lat_deg: np.ndarray, lon_deg: np.ndarray, cell_m: float, radius_m: float) -> Iterator[np.ndarray]:
+    """Cells of which some point lies within `radius_m` of each of N points: arrays (N,) int64 of ids, as from
+    `cell_ids`; together they name every such cell of every point, some more than once, and no other.
+    """
+    y = np.asarray(lat_deg, np.float64) * METRES_PER_DEGREE / cell_m  # in cells, as all that follows
+    own_row, reach = np.floor(y), radius_m / cell_m
+    for step in range(-math.ceil(reach), math.ceil(reach) + 1):
+        row = own_row + step
+        away = np.maximum(0.0, np.maximum(row - y, y - (row + 1)))
+        row = np.where(away <= reach, row, own_row)
+        half_width = np.sqrt(np.maximum(reach**2 - away**2, 0.0))  # 0 too where the row is out of reach
+        x = np.asarray(lon_deg, np.float64) * _cells_per_degree(row, cell_m)
+        first, last = np.floor(x - half_width), np.floor(x + half_width)
+        for offset in range(int(np.max(last - first, initial=-1)) + 1):
+            yield _cell_id(row, np.minimum(first + offset, last))
+
+
+def cell_corners(ids: np.ndarray, cell_m: float) -> tuple[np.ndarray, np.ndarray]:
+    """Latitudes and longitudes in degrees of the cells' lower left and upper right corners: two (N, 2) arrays."""
+    row = np.asarray(ids) // _CELL_COLUMNS
+    column = np.asarray(ids) % _CELL_COLUMNS - _CELL_COLUMNS // 2
+    lat = np.stack([row, row + 1], axis=-1) * (cell_m / METRES_PER_DEGREE)
+    return lat, np.stack([column, column + 1], axis=-1) / _cells_per_degree(row, cell_m)[:, None]
+
+
+def _cells_per_degree(row: np.ndarray, cell_m: float) -> np.ndarray:
+    """How many cells a degree of longitude has in a row: as its centre's latitude says."""
     row_lat = np.radians(np.clip((row + 0.5) * cell_m / METRES_PER_DEGREE, -90.0, 90.0))
-    column = np.floor(np.asarray(lon_deg, np.float64) * METRES_PER_DEGREE * np.cos(row_lat) / cell_m)
+    return METRES_PER_DEGREE * np.cos(row_lat) / cell_m
+
+
+def _cell_id(row: np.ndarray, column: np.ndarray) -> np.ndarray:
     return row.astype(np.int64) * _CELL_COLUMNS + column.astype(np.int64) + _CELL_COLUMNS // 2

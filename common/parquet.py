@@ -201,7 +201,7 @@ def num_rows(path: Path) -> int:
 
 
 def row_bytes(schema: pa.Schema) -> int:
-    """About how many bytes a row of `schema` takes in memory (16 for a string)."""
+    """About how many bytes a row of `schema` takes in memory (16 for a string, or whatever has no fixed size)."""
     return sum(_value_bytes(field.type) for field in schema)
 
 
@@ -213,7 +213,10 @@ def first_line(error: BaseException) -> str:
 def _value_bytes(kind: pa.DataType) -> int:
     if pa.types.is_fixed_size_list(kind):
         return kind.list_size * _value_bytes(kind.value_type)
-    return 16 if pa.types.is_string(kind) else max(1, kind.bit_width // 8)
+    try:
+        return max(1, kind.bit_width // 8)
+    except ValueError:  # strings, lists, structs
+        return 16
 
 
 def _codec(kind: pa.DataType) -> str:

@@ -68,6 +68,23 @@ FINGERPRINTS = pa.schema(
     ]
 )
 
+SUMMARY = pa.schema(
+    [
+        ("split", pa.string()),  # "train", "val", "test"; "all" before there are splits
+        ("dataset_id", pa.int32()),
+        ("images", pa.int64()),
+        ("buildings", pa.int64()),
+        ("panoramas", pa.int64()),
+        ("views_min", pa.int64()),  # images of a building
+        ("views_median", pa.float64()),
+        ("views_mean", pa.float64()),
+        ("views_max", pa.int64()),
+        ("distance_median", pa.float64()),  # m, camera to target
+        ("mean_lat", pa.float64()),  # degrees, of the images' targets
+        ("mean_lon", pa.float64()),
+    ]
+)
+
 
 def vector(kind: pa.DataType, length: int) -> pa.DataType:
     """A fixed-size list without nulls inside: Parquet reads and writes it three times as fast as one with."""

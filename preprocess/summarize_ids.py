@@ -1,0 +1,78 @@
+"""Count buildings, images, views per building and panoramas, by dataset and by split; show how they are spread.
+
+Reads    data/merged/{train,val,test}.parquet if they are there, else data/intermediates/*.parquet
+Writes   data/summary/summary.parquet: a row per split and dataset; summary.json: totals and histograms;
+         summary.html: one page with the figures and a map
+Command  python preprocess/summarize_ids.py
+Memory   about 150 bytes for each image of the largest file: 3 GB for 20 M images in train
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run by path: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common import cli
+from common.errors import PipelineError
+
+SPLITS = ("train", "val", "test")
+
+
+def main(argv=None) -> int:
+    args = cli.parser(__doc__).parse_args(argv)
+    cfg = cli.load_config(args)
+    import json
+
+    import pandas as pd
+
+    from common import config, files, parquet, provenance, schemas
+    from preprocess import summary
+
+    sources = find_sources(cfg.paths)
+    ids = {f"{path.parent.name}/{path.name}": provenance.identity(path) for path, _ in sources}
+    made = provenance.record("summarize_ids", config.values(cfg, "data.split_cell_m"), ids)
+    table, page, totals = (cfg.paths.summary_dir / f"summary.{kind}" for kind in ("parquet", "html", "json"))
+    if parquet.is_done(table, made, args.overwrite) and page.exists() and totals.exists():
+        return cli.nothing_to_do("summarize_ids", f"{cfg.paths.summary_dir}")
+
+    rows, places, spread = [], [], {}
+    total = sum(parquet.num_rows(path) for path, _ in sources)
+    with cli.Progress("summarize_ids", "image", total, cfg.logging.progress_interval_s) as progress:
+        for path, split in sources:
+            cli.check_stop()
+            images = summary.read(path)
+            rows.append(summary.by_dataset(images, split))
+            places.append(summary.cells(images, split, cfg.data.split_cell_m))
+            found = summary.histograms(images)
+            spread[split] = {name: counts + spread.get(split, {}).get(name, 0) for name, counts in found.items()}
+            progress.add(len(images))
+        rows = pd.concat(rows, ignore_index=True)
+        files.write_text(page, summary.page(rows, spread, pd.concat(places), cfg.data.split_cell_m))
+        with parquet.writer(table, schemas.SUMMARY, made) as out:
+            out.append({name: rows[name].to_numpy() for name in schemas.SUMMARY.names})
+            out.rows = {"in": total}
+        report = {
+            "splits": summary.totals(rows),
+            "histograms": {
+                split: {name: c.tolist() for name, c in found.items()} for split, found in spread.items()
+            },
+            "provenance": parquet.read_provenance(table).to_dict(),
+        }
+        files.write_text(totals, json.dumps(report, indent=2) + "\n")
+    return progress.summary(f"{page}")
+
+
+def find_sources(paths) -> list[tuple[Path, str]]:
+    """The files to read, each with the split that its images are in."""
+    merged = [(paths.merged_dir / f"{split}.parquet", split) for split in SPLITS]
+    if all(path.exists() for path, _ in merged):
+        return merged
+    intermediates = sorted(paths.intermediates_dir.glob("*.parquet"))
+    if not intermediates:
+        raise PipelineError(f"{paths.intermediates_dir} holds no files: run preprocess/process_tar.py first")
+    return [(path, "all") for path in intermediates]
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,122 @@
+"""preprocess/compute_fingerprints.py. Oracle: the library imagehash, on PIL's full decode."""
+
+import io
+
+import imagehash
+import numpy as np
+import pytest
+from PIL import Image
+from synthetic import write_dataset
+
+from common import config, parquet, tars
+from common.cli import exit_code_of
+from common.errors import StaleArtefact
+from preprocess import compute_fingerprints, fingerprints, process_tar
+
+
+def flags(root, *settings):
+    every = [f"paths.root={root}", "infrastructure.workers=2", *settings]
+    return [word for setting in every for word in ("--set", setting)]
+
+
+def as_number(found: imagehash.ImageHash) -> int:
+    return int(str(found), 16)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("views")
+    write_dataset(root / "data/raw", streets=2, cities=2, image_px=640, facades_per_street=3)
+    process_tar.main(flags(root))
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(root):
+    members = [
+        member for tar in tars.of_shard(root / "data/raw", 0, 1) for member in tars.walk(tar, contents=True)
+    ]
+    return [member.content for member in members if member.name.endswith(".jpg")]
+
+
+@pytest.fixture(scope="module")
+def expected(images):
+    pictures = [Image.open(io.BytesIO(content)) for content in images]
+    phash = [as_number(imagehash.phash(picture)) for picture in pictures]
+    return np.array(phash, np.uint64), np.array([as_number(imagehash.dhash(p)) for p in pictures], np.uint64)
+
+
+def bits_apart(a, b):
+    return np.array([bin(int(x) ^ int(y)).count("1") for x, y in zip(a, b, strict=True)])
+
+
+def test_dhash_of_a_ramp_is_all_ones():
+    ramp = np.tile(np.arange(9, dtype=np.uint8), (1, 8, 1))
+    assert fingerprints.dhash_bits(ramp).tolist() == [2**64 - 1]
+    assert fingerprints.dhash_bits(ramp[:, :, ::-1]).tolist() == [0]
+    ramp[0, 0, :2] = 1, 0  # only the first comparison fails: the highest bit
+    assert fingerprints.dhash_bits(ramp).tolist() == [2**63 - 1]
+
+
+def test_exact_is_imagehash_bit_for_bit(images, expected):
+    phash, dhash = fingerprints.hash_images(images, "exact")
+    assert np.array_equal(phash, expected[0])
+    assert np.array_equal(dhash, expected[1])
+
+
+def test_fast_is_within_a_few_bits(images, expected):
+    phash, dhash = fingerprints.hash_images(images, "fast")
+    assert len(images) > 40
+    assert bits_apart(phash, expected[0]).max() <= 3
+    assert bits_apart(dhash, expected[1]).max() <= 5  # a clear sky is level: there a bit is a matter of rounding
+    assert np.mean(phash == expected[0]) >= 0.8
+
+
+@pytest.mark.parametrize("size", [(64, 48), (7, 300), (641, 433)])
+def test_any_size_is_hashed(size):
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 8, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize(size).save(buffer, "JPEG")
+    exact = fingerprints.hash_images([buffer.getvalue()], "exact")
+    assert int(exact[0][0]) == as_number(imagehash.phash(Image.open(buffer)))
+    assert len(fingerprints.hash_images([buffer.getvalue()], "fast")[0]) == 1
+
+
+def test_no_images_have_no_hashes():
+    assert [len(hashes) for hashes in fingerprints.hash_images([], "fast")] == [0, 0]
+
+
+def test_the_command_hashes_every_image_in_order(root, images, expected, capsys):
+    assert compute_fingerprints.main(flags(root, "data.fingerprint=exact")) == 0
+    paths = config.load(None, [f"paths.root={root}"]).paths
+    tables = [parquet.read(path).to_pandas() for path in sorted(paths.fingerprints_dir.glob("*.parquet"))]
+    assert np.array_equal(np.concatenate([table["phash"] for table in tables]), expected[0])
+    assert np.array_equal(np.concatenate([table["dhash"] for table in tables]), expected[1])
+    source = parquet.read(paths.intermediates_dir / "0088.parquet").to_pandas()
+    assert (tables[0]["streetview_image_id"] == source["streetview_image_id"]).all()
+    assert (tables[0]["building_id"] == source["building_id"]).all()
+
+    assert compute_fingerprints.main(flags(root, "data.fingerprint=exact")) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(StaleArtefact, match=r'data\.fingerprint = "exact"; this run says "fast"'):
+        compute_fingerprints.main(flags(root))
+
+
+def test_a_tar_with_other_bytes_is_refused(root, tmp_path):
+    tar = tars.of_shard(root / "data/raw", 0, 1)[0]
+    rows = parquet.read(root / "data/intermediates" / f"{tar.stem}.parquet").slice(0, 2)
+    place = [rows[name].to_numpy() for name in ("image_offset", "image_size", "content_hash")]
+    raw = bytearray(tar.read_bytes())
+    raw[place[0][1] + place[1][1] // 2] ^= 1
+    changed = tmp_path / "0088.tar"
+    changed.write_bytes(raw)
+    assert len(fingerprints.hash_members(tar, *place, "fast")[0]) == 2
+    with pytest.raises(fingerprints.PipelineError, match="other images"):
+        fingerprints.hash_members(changed, *place, "fast")
+
+
+def test_without_intermediates_the_stage_to_run_is_named(tmp_path, capsys):
+    (tmp_path / "data/raw").mkdir(parents=True)
+    (tmp_path / "data/raw/0088.tar").touch()
+    assert exit_code_of(lambda: compute_fingerprints.main(flags(tmp_path))) == 1
+    assert "process_tar.py" in capsys.readouterr().err
