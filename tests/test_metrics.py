@@ -31,7 +31,7 @@ def ask(queries, gallery, query_building, gallery_building, self_rows=None, junk
 
 
 def reference(scores, query_building, gallery_building, self_rows, junk) -> PerQuery:
-    """One query after the other: sort, drop junk and the query itself, walk down. Wrong rows first among equals."""
+    """Query by query: sort, drop junk and the query itself, walk down. Wrong rows first among equals."""
     rows = []
     for q, building in enumerate(query_building):
         dropped = {self_rows[q], *junk[q]}

@@ -25,7 +25,7 @@ def unit(embeddings):
 
 
 def pairs_written_out(embeddings, building_of_row):
-    """Mean, covariance and within-building differences by loops over buildings and pairs; buildings weigh equally."""
+    """Mean, covariance and within-building differences by loops over pairs; buildings weigh equally."""
     x = unit(embeddings)
     groups = [x[building_of_row == b] for b in np.unique(building_of_row)]
     mean = np.mean([group.mean(axis=0) for group in groups], axis=0)

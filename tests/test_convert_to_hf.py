@@ -1,0 +1,328 @@
+"""publish/convert_to_hf.py and what it publishes. Oracles: the head on the pipeline's own embeddings, and
+transformers' own AutoModel, pipeline and save_pretrained.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from local_backbone import FAMILIES, write_tiny_backbone
+from test_generate_embeddings import Setup, cosines, photographs
+
+from common import cli, config, parquet, provenance, schemas
+from common.errors import PipelineError, StaleArtefact
+from generate import generate_embeddings
+from publish import card, parity, published
+from publish.convert_to_hf import main
+from publish.modeling_spatial_embeddings import ProjectionHead, SpatialEmbeddingsModel
+
+JPEGS = photographs(7)
+FIGURES = {"recall@1": (0.543, 0.5, 0.6), "recall@5": (0.7, 0.65, 0.75), "map@r": (0.3, 0.2, 0.4)}
+
+
+def write_merged(cfg: config.Config) -> None:
+    """All embeddings as each of the three splits, as merge_and_split has them."""
+    parts = sorted(cfg.paths.embeddings_dir.glob("*.parquet"))
+    rows = pa.concat_tables([parquet.read(path) for path in parts])
+    rows = rows.append_column("cell_id", pa.array(np.zeros(rows.num_rows, np.int64)))
+    dim = rows.schema.field("embedding").type.list_size
+    for split in ("train", "val", "test"):
+        made = provenance.record("merge_and_split", config.values(cfg, "data"), parts)
+        with parquet.writer(cfg.paths.merged_dir / f"{split}.parquet", schemas.merged(dim), made) as out:
+            out.append(rows)
+
+
+def write_checkpoint(cfg: config.Config, **changes) -> ProjectionHead:
+    """A random head for the embeddings, as train.py saves it."""
+    part = next(cfg.paths.embeddings_dir.glob("*.parquet"))
+    made = parquet.read_provenance(part)
+    model = {key.removeprefix("embedding_model."): v for key, v in made.config.items() if "embedding_model" in key}
+    torch.manual_seed(1)
+    sizes = {"input_dim": made.facts["dim"], "hidden_dim": 24, "output_dim": 16, "dropout": 0.1}
+    head = ProjectionHead(**sizes).eval()
+    with torch.no_grad():
+        head.gain.fill_(0.5)
+        head.mean.normal_(std=0.1)
+    record = provenance.record("train", config.values(cfg, "training"), {}).finished("run-1", {})
+    checkpoint = {
+        "head": head.state_dict(),
+        **sizes,
+        "epoch": 3,
+        "metrics": {"map@r": 0.3},
+        "config": config.values(cfg, "training"),
+        "embedding_model": {**model, "dim": made.facts["dim"]},
+        "provenance": record.to_dict(),
+        **changes,
+    }
+    path = cfg.paths.checkpoints_dir / "default" / "checkpoint_best.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, path)
+    return head
+
+
+def write_metrics(cfg: config.Config, checkpoint_id: str = "run-1") -> dict:
+    """metrics.json as evaluate.py writes it, with invented figures."""
+    figures = {key: dict(zip(("value", "low", "high"), values, strict=True)) for key, values in FIGURES.items()}
+    test = parquet.read_provenance(cfg.paths.merged_dir / "test.parquet").id
+    made = provenance.record("evaluate", {}, {"checkpoint_best.pt": checkpoint_id, "test.parquet": test})
+    metrics = {
+        "methods": dict.fromkeys(("raw", "pca", "whitening", "trained"), figures),
+        "similarity_histograms": {"edges": [-1, 0, 0.5, 1], "matches": [0, 1, 9], "non_matches": [6, 3, 1]},
+        "ignore_radius_m": 25.0,
+        "gallery": "test",
+        "counts": {"queries": 7, "buildings": 4, "gallery": 7, "cells": 30},
+        "provenance": made.finished("figures-1", {}).to_dict(),
+    }
+    path = cfg.paths.evaluation_dir / "metrics.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(metrics))
+    return metrics
+
+
+class Trained(Setup):
+    """A folder in which everything up to the evaluation is done; `head` is the trained one."""
+
+    def __init__(self, root: Path, family: str = "dinov2", **settings):
+        super().__init__(root, {"0088": JPEGS}, family, data__rows_per_part=100, **settings)
+        generate_embeddings.main(self.flags)
+        write_merged(self.cfg)
+        self.head = write_checkpoint(self.cfg)
+        self.metrics = write_metrics(self.cfg)
+
+    def embeddings(self) -> torch.Tensor:
+        column = parquet.read(self.cfg.paths.merged_dir / "test.parquet")["embedding"]
+        return torch.from_numpy(parquet.to_matrix(column).astype(np.float32))
+
+    def vectors(self) -> np.ndarray:
+        with torch.inference_mode():
+            return self.head(self.embeddings()).numpy()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Trained:
+    """Published; tests that change something take a copy."""
+    done = Trained(tmp_path_factory.mktemp("trained"))
+    assert main(done.flags) == 0
+    return done
+
+
+@pytest.fixture
+def unpublished(tmp_path) -> Trained:
+    return Trained(tmp_path)
+
+
+def test_the_published_folder_is_used_as_the_card_says(trained, tmp_path):
+    """In a fresh process, elsewhere, without this repository, offline: all that the card promises, at once."""
+    for number, content in enumerate(JPEGS):
+        (tmp_path / f"{number}.jpg").write_bytes(content)
+    code = """
+import sys, glob, numpy as np, torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, pipeline
+folder = sys.argv[1]
+paths = sorted(glob.glob("*.jpg"))
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained(folder)
+inputs = processor([Image.open(path).convert("RGB") for path in paths], return_tensors="pt")
+found = {}
+with torch.inference_mode():
+    found["auto_model"] = model(**inputs).pooler_output
+    found["one_by_one"] = torch.cat([model(inputs["pixel_values"][i : i + 1]).pooler_output for i in range(7)])
+    found["tuple"] = model(**inputs, return_dict=False)[1]
+    extract = pipeline("image-feature-extraction", model=folder, trust_remote_code=True, pool=True)
+    found["pipeline"] = torch.tensor([extract(path)[0] for path in paths])
+    model.save_pretrained("again")
+    found["saved_again"] = AutoModel.from_pretrained("again", trust_remote_code=True)(**inputs).pooler_output
+    half = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
+    assert half.backbone.dtype == torch.bfloat16
+    found["bfloat16"] = half(**inputs).pooler_output
+    found["cast"] = model.to(torch.bfloat16)(**inputs).pooler_output
+np.savez("found.npz", **{name: vectors.float().numpy() for name, vectors in found.items()})
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "-c", code, str(trained.cfg.paths.published_dir)]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=120)
+    found = np.load(tmp_path / "found.npz")
+    assert len(found.files) == 7
+    for name in found.files:
+        assert found[name].shape == (7, 16), name
+        assert np.allclose(np.linalg.norm(found[name], axis=1), 1, atol=1e-5), name
+        assert (1 - cosines(found[name], trained.vectors()) < 1e-3).all(), name
+
+
+def test_project_gives_the_vectors_of_embeddings_made_earlier(trained):
+    model = SpatialEmbeddingsModel.from_pretrained(trained.cfg.paths.published_dir)
+    with torch.inference_mode():
+        assert np.allclose(model.project(trained.embeddings()).numpy(), trained.vectors(), atol=1e-6)
+
+
+def test_the_folder_holds_what_a_user_needs_and_no_path_of_this_machine(trained):
+    folder = trained.cfg.paths.published_dir
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "provenance.json"),
+        *("configuration_spatial_embeddings.py", "modeling_spatial_embeddings.py"),
+    }
+    for path in folder.glob("*.*"):
+        if path.suffix in (".json", ".md", ".py"):
+            assert str(trained.root) not in path.read_text(), path.name
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["backbone_config"]["model_type"] == "dinov2"
+    assert set(settings["auto_map"]) == {"AutoConfig", "AutoModel"}
+    for name in ("configuration_spatial_embeddings.py", "modeling_spatial_embeddings.py"):
+        assert (folder / name).read_bytes() == Path(published.__file__).with_name(name).read_bytes()
+
+
+def test_the_card_holds_the_measured_figures_with_their_intervals(trained):
+    made = ModelCard.load(trained.cfg.paths.published_dir / "README.md")
+    assert made.data.pipeline_tag == "image-feature-extraction"
+    assert made.data.library_name == "transformers"
+    assert made.data.license == "other"  # of a local folder nobody knows
+    by_type = {result.metric_type: result for result in made.data.eval_results}
+    assert set(by_type) == set(FIGURES)
+    for key, (value, low, high) in FIGURES.items():
+        assert by_type[key].metric_value == value
+        assert by_type[key].metric_args == {"low": low, "high": high}
+    assert "| this model | 54.3 [50.0, 60.0] | 70.0 [65.0, 75.0] | 30.0 [20.0, 40.0] |" in made.text
+    assert "| learned whitening | 54.3" in made.text
+    assert "non-commercial" in made.text
+    assert "{{" not in made.text
+    assert "{%" not in made.text
+
+
+@pytest.mark.parametrize(
+    ("name", "licence"),
+    [
+        ("facebook/dinov2-base", "apache-2.0"),
+        ("facebook/dinov2-with-registers-large", "apache-2.0"),
+        ("facebook/dinov3-vitl16-pretrain-lvd1689m", "other"),
+    ],
+)
+def test_the_licence_is_that_of_the_backbone(name, licence):
+    assert card.licence(name)["license"] == licence
+    assert (card.licence(name).get("license_name") == "dinov3-license") == ("dinov3" in name)
+
+
+def test_figures_without_intervals_are_told_without():
+    assert card.told({"value": 0.5, "low": None, "high": None}, "recall@1") == "50.0"
+    assert card.told({"value": 12.0, "low": 9.4, "high": 15.2}, "median_rank") == "12 [9, 15]"
+
+
+def test_a_second_run_does_nothing(trained, capsys):
+    before = {path: path.stat().st_mtime_ns for path in trained.cfg.paths.published_dir.iterdir()}
+    assert main(trained.flags) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in trained.cfg.paths.published_dir.iterdir()} == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_family_is_saved_in_the_dtype_of_its_embeddings_and_gives_the_same(family, dtype, tmp_path):
+    settings = {"embedding_model__dtype": dtype, "embedding_model__pooling": "cls_mean"}
+    done = Trained(tmp_path, family, **settings)
+    path = done.cfg.paths.checkpoints_dir / "default" / "checkpoint_best.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    (tmp_path / "out").mkdir()
+    backbone_settings = published.backbone_settings(done.cfg, path, checkpoint)
+    preprocessing = published.write_model(tmp_path / "out", backbone_settings, path, checkpoint)
+    card.write(tmp_path / "out", done.cfg, checkpoint, done.metrics, preprocessing)
+    assert "nan" not in ModelCard.load(tmp_path / "out" / "README.md").text
+    model = SpatialEmbeddingsModel.from_pretrained(tmp_path / "out")
+    assert model.backbone.dtype == getattr(torch, dtype)
+    assert model.head.linear.weight.dtype == torch.float32
+    rows = parquet.read(done.cfg.paths.merged_dir / "test.parquet")
+    images = [parity.decode(encoded) for encoded in parity.read_images(done.cfg.paths.raw_dir, rows)]
+    with torch.inference_mode():
+        vectors = model(preprocessing(images, torch.device("cpu"))).pooler_output.numpy()
+    assert (1 - cosines(vectors, done.vectors()) < 1e-3).all()
+
+
+def test_a_model_that_gives_other_vectors_is_not_published(unpublished, monkeypatch):
+    monkeypatch.setattr(parity, "vectors_of", lambda *_: np.roll(unpublished.vectors(), 1, axis=0))
+    with pytest.raises(PipelineError, match=r"cosine distance from the pipeline's, over 7 images"):
+        main(unpublished.flags)
+    data = unpublished.cfg.paths.published_dir.parent
+    assert not [path.name for path in data.iterdir() if "published" in path.name]
+
+
+def test_vectors_that_are_not_numbers_are_not_published(unpublished, monkeypatch):
+    monkeypatch.setattr(parity, "vectors_of", lambda *_: unpublished.vectors() * np.nan)
+    with pytest.raises(PipelineError, match="nothing was published"):
+        main(unpublished.flags)
+
+
+def test_a_head_of_another_backbone_is_refused_naming_both(unpublished):
+    write_tiny_backbone(unpublished.root / "other", "dinov2_with_registers")
+    other = [*unpublished.flags, "--set", f"embedding_model.name={unpublished.root / 'other'}"]
+    with pytest.raises(StaleArtefact, match=r'name = "tiny".*settings say name = "other"'):
+        main(other)
+    with pytest.raises(StaleArtefact, match=r'pooling = "cls".*settings say pooling = "mean"'):
+        main([*unpublished.flags, "--set", "embedding_model.pooling=mean"])
+
+
+def test_metrics_of_another_checkpoint_or_test_split_are_refused(unpublished):
+    write_metrics(unpublished.cfg, checkpoint_id="run-0")
+    with pytest.raises(StaleArtefact, match=r"metrics.json tells of another checkpoint_best\.pt \(run-0\)"):
+        main(unpublished.flags)
+
+
+def test_missing_inputs_name_their_stage(unpublished):
+    (unpublished.cfg.paths.evaluation_dir / "metrics.json").unlink()
+    with pytest.raises(PipelineError, match=r"metrics\.json does not exist: run train/evaluate\.py"):
+        main(unpublished.flags)
+    shutil.rmtree(unpublished.cfg.paths.checkpoints_dir)
+    with pytest.raises(PipelineError, match=r"checkpoint_best\.pt does not exist: run train/train\.py"):
+        main(unpublished.flags)
+
+
+def test_a_new_checkpoint_is_refused_and_overwrite_replaces_the_folder(unpublished, monkeypatch):
+    monkeypatch.setattr(parity, "check", lambda *_: (0.0, 7))  # another test has it
+    main(unpublished.flags)
+    folder = unpublished.cfg.paths.published_dir
+    (folder / "leftover").write_text("")
+    write_metrics(unpublished.cfg)
+    metrics = json.loads((unpublished.cfg.paths.evaluation_dir / "metrics.json").read_text())
+    metrics["provenance"]["id"] = "figures-2"
+    (unpublished.cfg.paths.evaluation_dir / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(StaleArtefact, match=r"another metrics\.json \(figures-1 then, figures-2 now\)"):
+        main(unpublished.flags)
+    assert main([*unpublished.flags, "--overwrite"]) == 0
+    assert not (folder / "leftover").exists()
+    assert [p.name for p in folder.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_folder_that_is_not_ours_is_not_replaced(unpublished):
+    folder = unpublished.cfg.paths.published_dir
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(PipelineError, match=r"was not written by this stage"):
+        main([*unpublished.flags, "--overwrite"])
+    assert (folder / "thesis.tex").exists()
+
+
+def test_what_a_dead_run_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path):
+    target = tmp_path / "published"
+    dead = tmp_path / ".published.tmp-0123456789ab"
+    dead.mkdir()
+    (dead / "model.safetensors").write_bytes(b"half")
+    with published.new_folder(target) as live:
+        (live / "config.json").write_text("{}")
+        published.remove_dead_folders(target)
+        assert not dead.exists()
+        assert live.exists()
+        assert not target.exists()
+    assert [path.name for path in target.iterdir()] == ["config.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["published"]
+
+
+def test_errors_are_two_lines_for_the_user(tmp_path, capsys):
+    assert cli.exit_code_of(lambda: main(["--set", f"paths.root={tmp_path}"])) == 1
+    assert "checkpoint_best.pt does not exist" in capsys.readouterr().err

@@ -1,0 +1,146 @@
+"""publish/generate_embeddings_from_parquet.py. Oracle: the head, and the published model run plainly."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from test_convert_to_hf import JPEGS
+from test_generate_embeddings import cosines
+from test_generate_embeddings_from_hf import flags, model, plain_vectors  # noqa: F401 - fixtures
+
+from common import parquet
+from common.errors import PipelineError, StaleArtefact
+from publish.generate_embeddings_from_parquet import main
+from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
+
+DIM = 32  # of the tiny backbone
+RNG = np.random.default_rng(0)
+EMBEDDINGS = RNG.normal(size=(10, DIM)).astype(np.float32)
+
+
+@pytest.fixture
+def run(flags, tmp_path):  # noqa: F811
+    """Run the command on a table written to in.parquet, in row groups of 4; the table that comes out."""
+
+    def run(columns: dict, *arguments: str) -> pa.Table:
+        pq.write_table(pa.table(columns), tmp_path / "in.parquet", row_group_size=4)
+        command = [str(tmp_path / "in.parquet"), str(tmp_path / "out"), *flags, *arguments]
+        assert main(command) == 0
+        return parquet.read(tmp_path / "out" / "in.parquet")
+
+    return run
+
+
+def head_vectors(model, embeddings) -> np.ndarray:  # noqa: F811
+    with torch.inference_mode():
+        return SpatialEmbeddingsModel.from_pretrained(model).project(torch.from_numpy(embeddings)).numpy()
+
+
+def as_lists(embeddings: np.ndarray, kind: pa.DataType) -> pa.Array:
+    return pa.array(list(embeddings), kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tolerance"),
+    [
+        (pa.list_(pa.float32()), 1e-6),
+        (pa.list_(pa.float64()), 1e-6),
+        (pa.large_list(pa.float32()), 1e-6),
+        (pa.list_(pa.float32(), DIM), 1e-6),
+        (pa.list_(pa.float16(), DIM), 2e-3),  # float16 has 11 bits
+    ],
+    ids=str,
+)
+def test_embeddings_of_every_kind_of_list_go_through_the_head(kind, tolerance, model, run):  # noqa: F811
+    values = EMBEDDINGS.astype(kind.value_type.to_pandas_dtype())
+    table = run({"embedding": as_lists(values, kind)})
+    vectors = parquet.to_matrix(table["embedding"])
+    assert vectors.dtype == np.float32
+    assert np.allclose(vectors, head_vectors(model, EMBEDDINGS), atol=tolerance)
+
+
+def test_other_columns_are_carried_through_with_the_row_groups(run, tmp_path):
+    others = {
+        "id": pa.array(range(10), pa.int64()),
+        "name": pa.array([f"n{i}" for i in range(9)] + [None]),
+        "tags": pa.array([["a"] * i for i in range(10)]),
+        "place": pa.array([{"lat": float(i), "lon": None} for i in range(10)]),
+    }
+    table = run({"id": others["id"], "v": as_lists(EMBEDDINGS, pa.list_(pa.float32())), **others}, "--column", "v")
+    assert table.column_names == [*others, "embedding"]
+    assert table.drop(["embedding"]).equals(pa.table(others))
+    with parquet.open_file(tmp_path / "out" / "in.parquet") as file:
+        assert [file.metadata.row_group(i).num_rows for i in range(3)] == [4, 4, 2]
+
+
+@pytest.mark.parametrize("form", ["bytes", "struct"])
+def test_images_go_through_the_whole_model(form, model, run):  # noqa: F811
+    images = pa.array(JPEGS) if form == "bytes" else pa.array([{"bytes": b, "path": None} for b in JPEGS])
+    table = run({"id": list(range(7)), "image": images})
+    assert table.column_names == ["id", "embedding"]
+    assert table["id"].to_pylist() == list(range(7))
+    assert (cosines(parquet.to_matrix(table["embedding"]), plain_vectors(model, JPEGS)) > 0.9999).all()
+
+
+def test_rows_without_a_whole_image_are_rejects_by_number(model, run, tmp_path, capsys):  # noqa: F811
+    images = [*JPEGS[:5], JPEGS[5][:600], None]
+    table = run({"id": list(range(7)), "image": pa.array(images)})
+    assert table["id"].to_pylist() == [0, 1, 2, 3, 4]
+    assert "7 rows in, 5 out, 2 rejected" in capsys.readouterr().out
+    rejects = parquet.read(tmp_path / "out" / "rejects" / "in.parquet")
+    assert rejects["member"].to_pylist() == ["row 5", "row 6"]
+
+
+def test_a_folder_gives_a_file_per_file_and_a_second_run_does_nothing(flags, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        rows = {"embedding": as_lists(EMBEDDINGS[: 4 * number], pa.list_(pa.float32()))}
+        pq.write_table(pa.table(rows), tmp_path / "in" / f"{number}.parquet")
+    command = [str(tmp_path / "in"), str(tmp_path / "out"), *flags]
+    assert main(command) == 0
+    assert [parquet.num_rows(tmp_path / "out" / f"{n}.parquet") for n in range(3)] == [0, 4, 8]
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "nothing to do, 3 files up to date" in capsys.readouterr().out
+    (tmp_path / "out" / "1.parquet").unlink()
+    assert main(command) == 0
+    assert "4 rows in, 4 out" in capsys.readouterr().out
+    changed = pa.table({"embedding": as_lists(EMBEDDINGS[4:8] + 1, pa.list_(pa.float32()))})
+    pq.write_table(changed, tmp_path / "in" / "1.parquet")
+    with pytest.raises(StaleArtefact, match=r"another 1\.parquet"):
+        main(command)
+
+
+WRONG = {
+    "no usable column": ({"a": [1, 2], "b": ["x", "y"]}, r"no column of embeddings .* or images .*a \(int64\)"),
+    "two usable columns": ({"a": [[0.5]], "b": [b"x"]}, r"choose one of a, b with --column"),
+    "another dimension": ({"v": [[0.5] * 31]}, r"holds vectors of 31 numbers; the model's head takes 32"),
+    "ragged": ({"v": [[0.5] * 32, [0.5] * 3]}, r"holds vectors of 3 numbers"),
+    "a row without one": ({"v": [[0.5] * 32, None]}, r"1 of 2 rows have no embedding"),
+    "not finite": ({"v": [[0.5] * 31 + [float("nan")]]}, r"not finite"),
+    "a missing number": ({"v": [[0.5] * 31 + [None]]}, r"not finite, or with missing numbers"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_used_is_one_clear_error(case, run, tmp_path):
+    columns, message = WRONG[case]
+    with pytest.raises(PipelineError, match=message):
+        run(columns)
+    assert not (tmp_path / "out" / "in.parquet").exists()
+
+
+def test_a_column_that_is_not_there_and_a_name_that_is_taken_are_refused(run):
+    with pytest.raises(PipelineError, match=r"no column nothing of embeddings"):
+        run({"v": [[0.5] * 32]}, "--column", "nothing")
+    with pytest.raises(PipelineError, match=r"has a column embedding already"):
+        run({"v": [[0.5] * 32], "embedding": [1]}, "--column", "v")
+
+
+def test_the_input_is_never_replaced(flags, tmp_path):  # noqa: F811
+    pq.write_table(pa.table({"v": [[0.5] * 32]}), tmp_path / "in.parquet")
+    with pytest.raises(PipelineError, match="is the folder of the input"):
+        main([str(tmp_path / "in.parquet"), str(tmp_path), *flags])
+    with pytest.raises(PipelineError, match=r"nothing\.parquet does not exist"):
+        main([str(tmp_path / "nothing.parquet"), str(tmp_path / "out"), *flags])

@@ -1,0 +1,156 @@
+"""train/report.py, figures.py and sheets.py: the page's structure, and which pictures stand on the sheets."""
+
+import base64
+import io
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+import small_merge
+import torch
+from PIL import Image
+
+from common import config
+from train import evaluate, figures, gallery, metrics, report, sheets
+
+
+class Page(HTMLParser):
+    """The elements of a page with their attributes, and its text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag) -> list[dict]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    cfg = config.load(None, [f"paths.root={tmp_path_factory.mktemp('report')}"])
+    small_merge.write_merge(cfg)
+    small_merge.write_checkpoint(cfg, seed=1)
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def page_path(cfg):
+    evaluate.main(["--set", f"paths.root={cfg.paths.root}", "--set", "training.bootstrap_samples=20"])
+    return cfg.paths.evaluation_dir / "report.html"
+
+
+def test_the_page_holds_everything_and_asks_for_nothing(page_path):
+    text = page_path.read_text()
+    page = Page(text)
+    for method in ("raw", "pca", "whitening", "trained", "trained − whitening"):
+        assert method in page.text
+    assert len(page.all("svg")) == 4  # recall, histogram, two breakdowns; there is no history here
+    assert all(svg["role"] == "img" and svg["aria-label"] for svg in page.all("svg"))
+    images = page.all("img")
+    assert len(images) >= 3 * sheets.QUERIES_PER_SHEET * 2
+    assert all(image["alt"] and image["src"].startswith("data:image/jpeg;base64,") for image in images)
+    for _, attributes in page.elements:
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "#").startswith(("data:", "#"))
+    assert "url(http" not in text
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert not page.all("script")
+
+
+def test_pictures_are_read_by_offset_and_made_small(cfg):
+    rows = gallery.load([cfg.paths.merged_dir / "test.parquet"], 25.0).table.to_pylist()
+    row = rows[7]
+    uri = sheets.picture(cfg.paths.raw_dir / row["tar_file"], row["image_offset"], row["image_size"])
+    small = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    with open(cfg.paths.raw_dir / row["tar_file"], "rb") as tar:
+        tar.seek(row["image_offset"])
+        original = Image.open(io.BytesIO(tar.read(row["image_size"])))
+    assert small.size == (sheets.PICTURE_PX, sheets.PICTURE_PX)
+    np.testing.assert_allclose(np.asarray(small).mean((0, 1)), np.asarray(original).mean((0, 1)), atol=4)
+
+
+def test_a_missing_tar_or_bytes_that_are_no_image_leave_a_gap_that_the_page_tells(cfg, tmp_path):
+    assert sheets.picture(tmp_path / "gone.tar", 0, 10) is None
+    (tmp_path / "bad.tar").write_bytes(bytes(100))
+    assert sheets.picture(tmp_path / "bad.tar", 0, 100) is None
+    shutil.copytree(cfg.paths.root, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "data" / "raw")
+    flags = ["--set", f"paths.root={tmp_path / 'copy'}", "--set", "training.bootstrap_samples=20", "--overwrite"]
+    assert evaluate.main(flags) == 0
+    page = Page((tmp_path / "copy" / "data" / "evaluation" / "report.html").read_text())
+    assert not page.all("img")
+    assert "pictures cannot be shown" in page.text
+    assert str(tmp_path / "copy" / "data" / "raw") in page.text
+
+
+def per_query(ranks) -> metrics.PerQuery:
+    ranks = np.array(ranks)
+    return metrics.PerQuery(ranks > 0, np.ones(len(ranks), int), ranks, np.zeros(len(ranks)))
+
+
+def test_sheets_show_a_building_once_best_by_what_was_gained_worst_by_rank():
+    trained, raw = per_query([1, 1, 1, 0, 90, 80, 7]), per_query([1, 50, 40, 0, 2, 2, 9])
+    chosen = sheets.choose(trained, raw, np.array([0, 1, 1, 2, 3, 3, 4]), seed=0)
+    assert chosen["best"].tolist() == [1, 0, 6, 5]  # 2 is of the building of 1; 3 has no match
+    assert chosen["worst"].tolist() == [4, 6, 0, 2]
+    assert sorted(chosen["random"]) in ([0, a, b, 6] for a in (1, 2) for b in (4, 5))
+
+
+def test_results_leave_the_query_out_and_do_not_count_junk(cfg):
+    rows = gallery.load([cfg.paths.merged_dir / "test.parquet"], 25.0)
+    n = len(rows.embeddings)
+    angles = torch.arange(n) * torch.pi / (2 * n)  # row i is most like rows i + 1, i + 2, ...
+    vectors = torch.stack([angles.cos(), angles.sin()], dim=1)
+    results = sheets.first_results(vectors, rows, 0)
+    # three views a building; buildings 0 and 1 are twins, 2 and 3 further off
+    expected = [
+        (1, "match"),
+        (2, "match"),
+        (3, "junk"),
+        (4, "junk"),
+        (5, "junk"),
+        *((i, "wrong") for i in (6, 7, 8)),
+    ]
+    assert [(row, kind) for row, _, kind in results] == expected
+
+
+def test_figures_take_the_pages_colour_and_are_reproducible():
+    history = pd.DataFrame({"epoch": [0, 1, 2], "loss": [np.nan, 0.2, 0.1], "val_map_at_r": [0.3, 0.31, 0.32]})
+    shares = history.assign(share_band_0=[np.nan, 0.4, 0.5], share_random=[np.nan, 0.6, 0.5])
+    for draw, table in ((figures.training_curves, history), (figures.band_shares, shares)):
+        markup = draw(table)
+        assert "currentColor" in markup
+        assert "#0a0b0c" not in markup
+        assert markup == draw(table)
+    assert figures.band_shares(shares.assign(share_random=np.nan)) is None
+
+
+def test_numbers_as_people_write_them():
+    assert report.percent({"value": 0.4831, "low": None, "high": None}) == "48.3"
+    assert report.percent({"value": -0.0001, "low": -0.012, "high": 0.0034}, "+") == "+0.0 [-1.2, +0.3]"
+    assert report.flat({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+def test_nothing_is_wider_than_a_phone(page_path, tmp_path):
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f"""<iframe id="f" src="{page_path.as_uri()}" style="width:390px;height:800px"></iframe><script>
+        onload = () => {{ const page = document.getElementById("f").contentDocument.documentElement;
+                          document.title = "wider by " + (page.scrollWidth - page.clientWidth) }}</script>"""
+    )
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    command += [f"--user-data-dir={tmp_path}", "--dump-dom", frame.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    assert "<title>wider by 0</title>" in dom

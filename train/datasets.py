@@ -1,0 +1,328 @@
+"""What training reads, and the drawing of whole batches of triplets by index arithmetic on the device.
+
+Memory: a row of train takes D x 2 bytes for its embedding, k x 4 for its neighbours, and 80 for the rest
+(6 M rows, 768-d, k = 150: 9.2, 3.6 and 0.5 GB), on the device as far as it fits, else on the host with a gather
+per batch. `training.sample_buildings` trains on a part.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import devices, geo, parquet, provenance
+from common.config import Config
+from common.errors import PipelineError, StaleArtefact
+from common.zones import make_zones, number_buildings
+from difficulty import parts
+from train.validation import Validation, baselines
+
+_COLUMNS = ["dataset_id", "target_id", "street_view_id", "target_lat", "target_lon"]
+
+
+@dataclass(frozen=True)
+class TrainRows:
+    """The N rows that triplets are drawn from, as tensors. Buildings are runs of rows, with two rows at least."""
+
+    embeddings: torch.Tensor  # (N, D) float16, raw
+    neighbor_rows: torch.Tensor  # (N, k) int32, -1 where there are fewer
+    band_offsets: torch.Tensor  # (N, B + 1) uint8
+    building_of_row: torch.Tensor  # (N,) int64
+    starts: torch.Tensor  # (M + 1,) int64
+    by_panorama: torch.Tensor  # (N,) int64: rows, by building and then by panorama
+    place: torch.Tensor  # (N,) int64: where in its building's part of by_panorama a row stands,
+    run_start: torch.Tensor  # (N,) int64: where the run of its panorama begins there,
+    run_size: torch.Tensor  # (N,) int64: and how long that run is
+    zone_keys: torch.Tensor  # see `random_rows`
+    zone_indptr: torch.Tensor
+    zone_sizes: torch.Tensor
+    zone_rows: torch.Tensor  # (M,) int64: rows in a building's zone, its own among them
+    xyz_m: torch.Tensor  # (N, 3) float64: targets, see geo.to_xyz_m
+    radius_m: float
+
+    @property
+    def num_bands(self) -> int:
+        return self.band_offsets.shape[1] - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.building_of_row.device
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Everything that a run reads; loaded once for any number of runs."""
+
+    train: TrainRows
+    validation: Validation
+    baselines: dict[str, dict]  # see `validation.baselines`
+    embedding_model: dict  # as merged/train names it
+    inputs: dict[str, str]  # file name -> id
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A triplets as rows of train, and the arm that each negative is credited to (B: random)."""
+
+    anchors: torch.Tensor
+    positives: torch.Tensor
+    negatives: torch.Tensor
+    arms: torch.Tensor
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """(3A,): anchors, positives, negatives."""
+        return torch.cat([self.anchors, self.positives, self.negatives])
+
+
+def input_ids(cfg: Config) -> dict[str, str]:
+    """File name -> id of what a run reads. Raises StaleArtefact if the files do not belong together."""
+    paths, known = _inputs(cfg)
+    return {path.name: known[name].id for name, path in paths.items()}
+
+
+def load_data(cfg: Config) -> TrainingData:
+    """merged/train, merged/val and the difficulty, checked to belong together, on the device that trains."""
+    paths, known = _inputs(cfg)
+    device = devices.pick(cfg.infrastructure.device)
+    embeddings = parquet.read_matrix(paths["train"], "embedding")
+    columns = _read_columns(paths["train"])
+    buildings = number_buildings(columns["dataset_id"], columns["target_id"])
+    neighbors, offsets = (
+        parquet.read_matrix(paths["difficulty"], name) for name in ("neighbor_rows", "band_offsets")
+    )
+    if cfg.training.sample_buildings != "all":
+        kept = sample_of_buildings(buildings, cfg.training.sample_buildings, cfg.global_.seed)
+        neighbors, offsets = restrict(neighbors, offsets, kept)
+        embeddings, columns = embeddings[kept], {name: column[kept] for name, column in columns.items()}
+        buildings = number_buildings(columns["dataset_id"], columns["target_id"])
+    output_dim = cfg.training_model.output_dim
+    if output_dim > embeddings.shape[1]:
+        raise PipelineError(
+            f"training_model.output_dim = {output_dim} exceeds the embeddings' {embeddings.shape[1]} dimensions; "
+            "lower it"
+        )
+    validation = _load_validation(cfg, paths["val"], device)
+    shrinkages = cfg.training_model.whitening_shrinkage
+    return TrainingData(
+        train=make_rows(embeddings, neighbors, offsets, buildings, columns, cfg.data.ignore_radius_m, device),
+        validation=validation,
+        baselines=baselines(embeddings, buildings, output_dim, shrinkages, validation),
+        embedding_model=known["train"].facts["embedding_model"],
+        inputs=input_ids(cfg),
+        device=device,
+    )
+
+
+def sample_of_buildings(building_of_row: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """The rows, ascending, of `count` buildings drawn at random (of all, if there are fewer)."""
+    total = int(building_of_row[-1]) + 1
+    chosen = np.zeros(total, bool)
+    chosen[np.random.default_rng(seed).permutation(total)[:count]] = True
+    return np.flatnonzero(chosen[building_of_row])
+
+
+def restrict(neighbors: np.ndarray, offsets: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbours and band offsets among the rows `kept`, renumbered; the others leave their bands."""
+    new_row = np.full(len(neighbors) + 1, -1, np.int32)  # the last entry: what -1 stands for stays -1
+    new_row[kept] = np.arange(len(kept))
+    neighbors, offsets = new_row[neighbors[kept]], offsets[kept]
+    remain = np.cumsum(neighbors >= 0, axis=1)
+    remain = np.concatenate([np.zeros((len(kept), 1), remain.dtype), remain], axis=1)
+    order = np.argsort(neighbors < 0, axis=1, kind="stable")
+    offsets = np.take_along_axis(remain, offsets.astype(np.int64), axis=1).astype(np.uint8)
+    return np.take_along_axis(neighbors, order, axis=1), offsets
+
+
+def make_rows(
+    embeddings: np.ndarray,
+    neighbors: np.ndarray,
+    offsets: np.ndarray,
+    building_of_row: np.ndarray,
+    columns: dict[str, np.ndarray],
+    radius_m: float,
+    device: torch.device,
+) -> TrainRows:
+    """The tables that batches are drawn with. Raises PipelineError where a building can have no triplet."""
+    zones = make_zones(building_of_row, columns["target_lat"], columns["target_lon"], radius_m)
+    starts, n = zones.starts, len(building_of_row)
+    sizes = np.diff(starts)
+    if sizes.min() < 2:
+        raise PipelineError(
+            "merged/train holds a building with one image: run preprocess/merge_and_split.py again"
+        )
+    own_start = starts[building_of_row]
+    panorama = columns["street_view_id"]
+    by_panorama = np.lexsort((np.arange(n), panorama, building_of_row))
+    place = np.empty(n, np.int64)
+    place[by_panorama] = np.arange(n)
+    first = np.ones(n, bool)  # of each run of one panorama in by_panorama
+    first[1:] = np.diff(building_of_row[by_panorama]) != 0
+    first[1:] |= np.diff(panorama[by_panorama]) != 0
+    runs = np.append(np.flatnonzero(first), n)
+    run = (np.cumsum(first) - 1)[place]
+
+    owner = np.repeat(np.arange(len(sizes)), np.diff(zones.indptr))
+    zone_sizes = np.concatenate([[0], np.cumsum(sizes[zones.buildings])])
+    before = zone_sizes[:-1] - zone_sizes[zones.indptr[owner]]
+    zone_rows = np.diff(zone_sizes[zones.indptr])
+    if (zone_rows >= n).any():
+        raise PipelineError(
+            f"the ignore zone of a building holds all {n:,} training images, so it can have no negatives\n"
+            "lower data.ignore_radius_m, or use more of the map"
+        )
+    on_device = {
+        "building_of_row": building_of_row.astype(np.int64),
+        "starts": starts,
+        "by_panorama": by_panorama,
+        "place": place - own_start,
+        "run_start": runs[run] - own_start,
+        "run_size": runs[run + 1] - runs[run],
+        "zone_keys": owner * (n + 1) + starts[zones.buildings] - before,
+        "zone_indptr": zones.indptr,
+        "zone_sizes": zone_sizes,
+        "zone_rows": zone_rows,
+        "xyz_m": geo.to_xyz_m(columns["target_lat"], columns["target_lon"]),
+    }
+    return TrainRows(
+        embeddings=devices.place(embeddings, device),
+        neighbor_rows=devices.place(neighbors, device),
+        band_offsets=devices.place(offsets, device),
+        radius_m=radius_m,
+        **{name: torch.from_numpy(array).to(device) for name, array in on_device.items()},
+    )
+
+
+def gather(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """table[rows] on the device of `rows`, wherever the table is."""
+    return table[rows.to(table.device)].to(rows.device)
+
+
+def step_seed(seed: int, step: int, purpose: int) -> int:
+    """A seed for one step: what a step draws depends on nothing before it, so a resumed run draws the same."""
+    return int(np.random.SeedSequence([seed, purpose, step]).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Sampler:
+    """Draws the batch of any step. Every building is an anchor's once per pass over a random order of them all."""
+
+    def __init__(self, rows: TrainRows, batch_size: int, groups: int, seed: int):
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.group_of_anchor = torch.arange(batch_size, device=rows.device) * groups // batch_size
+        self._orders: dict[int, torch.Tensor] = {}  # of the passes that the last batch touched
+
+    def draw(self, step: int, arms: np.ndarray) -> Batch:
+        """The triplets of a step, given the arm (G,) of each group of anchors (see `negatives_of`)."""
+        rows, n = self.rows, self.batch_size
+        generator = torch.Generator(rows.device).manual_seed(step_seed(self.seed, step, 0))
+        u = torch.rand((4, n), generator=generator, dtype=torch.float64, device=rows.device)
+        buildings = self._buildings(step)
+        first = rows.starts[buildings]
+        anchors = first + (u[0] * (rows.starts[buildings + 1] - first)).long()
+        arm_of_anchor = torch.from_numpy(arms).to(rows.device)[self.group_of_anchor]
+        negatives, credited = negatives_of(rows, anchors, arm_of_anchor, u[2], u[3])
+        return Batch(anchors, positives_of(rows, anchors, u[1]), negatives, credited)
+
+    def _buildings(self, step: int) -> torch.Tensor:
+        count = len(self.rows.starts) - 1
+        first, last = step * self.batch_size, (step + 1) * self.batch_size
+        passes = range(first // count, (last - 1) // count + 1)
+        self._orders = {p: self._orders[p] if p in self._orders else self._order(p, count) for p in passes}
+        joined = torch.cat([self._orders[p] for p in passes])
+        return joined[first - passes[0] * count :][: self.batch_size]
+
+    def _order(self, number: int, count: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(step_seed(self.seed, number, 1))
+        return torch.randperm(count, generator=generator).to(self.rows.device)
+
+
+def positives_of(rows: TrainRows, anchors: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """An image of each anchor's building from another panorama, if there is one, else another image of it;
+    `u` (A,) uniform in [0, 1) chooses."""
+    building = rows.building_of_row[anchors]
+    first = rows.starts[building]
+    size = rows.starts[building + 1] - first
+    elsewhere = rows.run_size[anchors] < size
+    skip_at = torch.where(elsewhere, rows.run_start[anchors], rows.place[anchors])
+    skip = torch.where(elsewhere, rows.run_size[anchors], 1)
+    chosen = (u * (size - skip)).long()
+    return rows.by_panorama[first + chosen + skip * (chosen >= skip_at)]
+
+
+def negatives_of(
+    rows: TrainRows, anchors: torch.Tensor, arms: torch.Tensor, u: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(a negative of each anchor, the arm it is credited to). Arm b < B is band b of the anchor's neighbours, or
+    its nearest band that is not empty (the harder of two); arm B, or an anchor without neighbours, is `random`.
+    """
+    offsets = gather(rows.band_offsets, anchors).long()  # (A, B + 1)
+    sizes = offsets[:, 1:] - offsets[:, :-1]
+    bands = torch.arange(rows.num_bands, device=anchors.device)
+    away = 2 * (bands - arms[:, None]).abs() + (bands > arms[:, None])  # no two bands are equally far
+    band = torch.where(sizes > 0, away, torch.iinfo(torch.int64).max).argmin(dim=1)
+    is_random = (arms == rows.num_bands) | (offsets[:, -1] == 0)
+    size = sizes.gather(1, band[:, None]).squeeze(1)
+    rank = offsets.gather(1, band[:, None]).squeeze(1) + (u * size).long()
+    near = gather(rows.neighbor_rows, anchors).gather(1, rank[:, None].clamp(max=rows.neighbor_rows.shape[1] - 1))
+    negatives = torch.where(is_random, random_rows(rows, anchors, v), near.squeeze(1).long())
+    return negatives, torch.where(is_random, rows.num_bands, band)
+
+
+def random_rows(rows: TrainRows, anchors: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """A row outside each anchor's building and ignore zone, all equally likely; `u` (A,) uniform chooses.
+
+    The zone of building b is a sorted list of runs of rows. Run j, which starts at S_j, has E_j rows of the runs
+    before it: S_j - E_j counts the allowed rows before the run. The allowed row number r lies behind the runs with
+    S_j - E_j <= r. `zone_keys` are b * (N + 1) + S_j - E_j, ascending over all buildings, and one search in them
+    serves the whole batch.
+    """
+    building, n = rows.building_of_row[anchors], len(rows.building_of_row)
+    allowed = (u * (n - rows.zone_rows[building])).long()
+    runs = torch.searchsorted(rows.zone_keys, building * (n + 1) + allowed, right=True)
+    return allowed + rows.zone_sizes[runs] - rows.zone_sizes[rows.zone_indptr[building]]
+
+
+def relations(rows: TrainRows, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(positive, negative), each (R, R) bool, of R rows of train: pairs of one building that are not one image,
+    and pairs of two buildings beyond each other's ignore zone."""
+    building, xyz_m = rows.building_of_row[batch], rows.xyz_m[batch]
+    same = building[:, None] == building[None, :]
+    far = torch.cdist(xyz_m, xyz_m, compute_mode="donot_use_mm_for_euclid_dist") > rows.radius_m
+    return same & (batch[:, None] != batch[None, :]), far & ~same
+
+
+def _load_validation(cfg: Config, path: Path, device: torch.device) -> Validation:
+    columns = _read_columns(path)
+    buildings = number_buildings(columns["dataset_id"], columns["target_id"])
+    zones = make_zones(buildings, columns["target_lat"], columns["target_lon"], cfg.data.ignore_radius_m)
+    count = min(cfg.training.val_max_queries, len(buildings))
+    rng = np.random.default_rng(cfg.global_.seed)
+    queries = np.sort(rng.choice(len(buildings), count, replace=False))
+    embeddings = devices.place(parquet.read_matrix(path, "embedding"), device)
+    junk = zones.rows_of(queries, own=False)
+    return Validation(embeddings, buildings, queries, junk, cfg.infrastructure.search_memory_mb, device)
+
+
+def _read_columns(path: Path) -> dict[str, np.ndarray]:
+    table = parquet.read(path, _COLUMNS)
+    if not table.num_rows:
+        raise PipelineError(f"{path} has no rows: check data.train_ratio and data.val_ratio, and merge again")
+    return {name: table[name].to_numpy() for name in _COLUMNS}
+
+
+def _inputs(cfg: Config) -> tuple[dict[str, Path], dict[str, provenance.Provenance]]:
+    """Paths and records of "train", "val" and "difficulty"; StaleArtefact unless of one merge and this config."""
+    paths = {split: cfg.paths.merged_dir / f"{split}.parquet" for split in ("train", "val")}
+    paths["difficulty"] = cfg.paths.difficulty_dir / "difficulty_metadata.parquet"
+    known = {name: parquet.read_provenance(path) for name, path in paths.items()}
+    reasons = provenance.differences(known["val"], known["train"])
+    if reasons:
+        raise StaleArtefact(
+            f"{paths['val']} and {paths['train'].name} are of two merges: val {reasons[0]}\n"
+            "run preprocess/merge_and_split.py again with --overwrite"
+        )
+    made = parts.result(cfg)[1]
+    parquet.refuse_stale(paths["difficulty"], known["difficulty"], made, "compute_visual_neighbors")
+    return paths, known

@@ -1,0 +1,53 @@
+"""Trains with the settings of the study's best trial, for all of training.epochs.
+
+Leaves the same files as train.py, and the settings used beside them: train.py --config that file repeats the run.
+
+Reads    data/study/journal.log, and what train.py reads
+Writes   checkpoints/<run>/config.toml, and what train.py writes
+Command  python train/fetch_best_and_train.py [--trial 17]
+Memory   as train.py
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run by path: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common import cli
+
+
+def main(argv=None) -> int:
+    arguments = cli.parser(__doc__)
+    arguments.add_argument("--trial", type=int, metavar="N", help="this one instead of the best")
+    args = arguments.parse_args(argv)
+    cfg = cli.load_config(args)
+    from common import files
+    from train import checkpoints, datasets, model, study, train
+
+    tuning = study.open_study(cfg, study.record(cfg), create=False)
+    trial = study.best_trial(tuning, args.trial)
+    unfinished = cfg.training.num_trials - study.num_counted(tuning.trials) + study.num_open(tuning)
+    if unfinished > 0:
+        print(f"fetch_best_and_train: {unfinished:,} trials of the study are still to come")
+    chosen = study.with_training(cfg, **trial.params)
+
+    run_dir = cfg.paths.checkpoints_dir / cfg.training.run
+    if not args.overwrite:  # before config.toml is written beside a checkpoint of other settings
+        made = checkpoints.record(chosen, datasets.input_ids(chosen), chosen.global_.seed)
+        checkpoints.existing(run_dir, made)
+    settings_path, settings = run_dir / "config.toml", study.to_toml(chosen)
+    if not settings_path.exists() or settings_path.read_text() != settings:
+        files.write_text(settings_path, settings)
+    train.main(["--config", str(settings_path), *["--overwrite"][: args.overwrite]])
+
+    reached = model.load_checkpoint(run_dir / "checkpoint_best.pt")["metrics"]["map@r"]
+    print(
+        f"fetch_best_and_train: validation mAP@R {reached:.4f}, {reached - trial.value:+.4f} from the "
+        f"{trial.value:.4f} of trial {trial.number} ({cfg.training.trial_epochs} epochs); settings: {settings_path}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

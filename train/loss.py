@@ -1,0 +1,114 @@
+"""Losses on batches of triplets of unit vectors: anchors, positives and negatives, each (A, d) float32.
+
+Similarities are cosines (large is close). Which other rows of a batch are negatives is not for the losses to know:
+they take masks that leave out an anchor's own building and its ignore zone.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+SMALLEST_TEMPERATURE = 0.01
+ALPHA, BETA, BASE, EPSILON = 2.0, 50.0, 0.5, 0.1  # of multi_similarity, as in its paper
+
+
+def triplet(s_ap: torch.Tensor, s_an: torch.Tensor, margin: float) -> torch.Tensor:
+    """Mean of max(0, s_an - s_ap + margin) over the triplets where it is not 0; 0 if there are none."""
+    violation = F.relu(s_an - s_ap + margin)
+    return violation.sum() / (violation > 0).sum().clamp(min=1)
+
+
+def semi_hard(s_ap: torch.Tensor, s_an: torch.Tensor, margin: float) -> torch.Tensor:
+    """Which triplets are semi-hard: the negative is farther than the positive, by less than the margin."""
+    gap = s_ap - s_an
+    return (gap > 0) & (gap < margin)
+
+
+def mine_semi_hard(s_ap: torch.Tensor, similarities: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    """The similarity (A,) of each anchor's negative among (A, R) candidates: the most similar one that is less
+    similar than the positive, or the least similar one where there is none such (FaceNet, Schroff et al. 2015)."""
+    beyond = negative & (similarities < s_ap[:, None])
+    outside = similarities.masked_fill(~beyond, -torch.inf).max(dim=1).values
+    inside = similarities.masked_fill(~negative, torch.inf).min(dim=1).values
+    return torch.where(beyond.any(dim=1), outside, inside)
+
+
+def info_nce(
+    anchors: torch.Tensor,
+    positives: torch.Tensor,
+    negatives: torch.Tensor,
+    may_contrast: torch.Tensor,
+    log_temperature: torch.Tensor,
+) -> torch.Tensor:
+    """InfoNCE in both directions: each anchor picks its positive, and each positive its anchor, among the other
+    pairs' and all negatives (van den Oord et al. 2018; symmetric as in Sample4Geo, Deuser et al. 2023).
+
+    `may_contrast` (A, 2A) bool: which other positives, then which negatives, are negatives of pair i.
+    """
+    n = len(anchors)
+    scale = 1 / log_temperature.exp().clamp(min=SMALLEST_TEMPERATURE)
+    own = torch.eye(n, 2 * n, dtype=torch.bool, device=anchors.device)
+    target = torch.arange(n, device=anchors.device)
+    loss = anchors.new_zeros(())
+    for queries, others in ((anchors, positives), (positives, anchors)):
+        logits = scale * (queries @ torch.cat([others, negatives]).T)  # (A, 2A)
+        loss = loss + F.cross_entropy(logits.masked_fill(~(may_contrast | own), -torch.inf), target)
+    return loss / 2
+
+
+def multi_similarity(similarities: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    """Multi-similarity loss with its mining of pairs (Wang et al. 2019, equations 14 to 16) over (R, R) cosines.
+
+    `positive`, `negative` (R, R) bool: which rows are of one building, and which may be contrasted.
+    """
+    with torch.no_grad():
+        hardest_negative = similarities.masked_fill(~negative, -torch.inf).max(dim=1, keepdim=True).values
+        hardest_positive = similarities.masked_fill(~positive, torch.inf).min(dim=1, keepdim=True).values
+        mined_positive = positive & (similarities - EPSILON < hardest_negative)
+        mined_negative = negative & (similarities + EPSILON > hardest_positive)
+    pull = _log_one_plus_sum_exp(-ALPHA * (similarities - BASE), mined_positive) / ALPHA
+    push = _log_one_plus_sum_exp(BETA * (similarities - BASE), mined_negative) / BETA
+    return (pull + push).mean()
+
+
+class Loss(nn.Module):
+    """The loss that the settings name, with what it learns itself (the temperature)."""
+
+    def __init__(self, name: str, margin: float, temperature: float, mines: bool):
+        super().__init__()
+        self.name, self.margin, self.mines = name, margin, mines
+        if name == "infonce":
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+
+    @property
+    def needs_relations(self) -> bool:
+        """Whether it contrasts rows across triplets, and so needs `negative` and `positive`."""
+        return self.mines or self.name != "triplet"
+
+    def forward(
+        self, vectors: torch.Tensor, positive: torch.Tensor | None, negative: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the loss, which triplets (A,) are semi-hard) of (3A, d) vectors: anchors, positives, negatives.
+
+        `positive`, `negative` (3A, 3A) bool: see `datasets.relations`.
+        """
+        anchors, positives, negatives = vectors.chunk(3)
+        n = len(anchors)
+        s_ap, s_an = (anchors * positives).sum(dim=1), (anchors * negatives).sum(dim=1)
+        if self.mines:
+            s_an = mine_semi_hard(s_ap, anchors @ vectors.T, negative[:n])
+        if self.name == "triplet":
+            loss = triplet(s_ap, s_an, self.margin)
+        elif self.name == "infonce":
+            loss = info_nce(anchors, positives, negatives, negative[:n, n:], self.log_temperature)
+        else:
+            loss = multi_similarity(vectors @ vectors.T, positive, negative)
+        return loss, semi_hard(s_ap, s_an, self.margin).detach()
+
+
+def _log_one_plus_sum_exp(values: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    """log(1 + sum of exp(values) over `which`) of each row."""
+    values = values.masked_fill(~which, -torch.inf)
+    return torch.cat([values, values.new_zeros(len(values), 1)], dim=1).logsumexp(dim=1)

@@ -1,0 +1,51 @@
+"""Tries settings of [training.search_space] until the study has training.num_trials trials, over all workers.
+
+Start as many workers as there are GPUs: they share the study's journal. A trial trains for training.trial_epochs
+epochs and is worth its best validation mAP@R; after the first five, one that falls behind the median of the
+others at the same epoch is pruned. What a killed worker was at is tried again by another.
+
+Reads    data/merged/{train,val}.parquet, data/difficulty/difficulty_metadata.parquet: once, for all trials
+Writes   data/study/journal.log; data/study/study.html: history, importances and slices of the study
+Command  python train/optuna_worker.py [--trials 10] [--minutes 600]
+Memory   as train.py
+A study of other data or settings is refused; --overwrite replaces such a one, and joins one that matches.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run by path: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common import cli
+from common.errors import PipelineError
+
+
+def main(argv=None) -> int:
+    arguments = cli.parser(__doc__)
+    arguments.add_argument("--trials", type=int, metavar="N", help="run at most so many here")
+    arguments.add_argument("--minutes", type=float, metavar="M", help="begin no trial after so many minutes")
+    args = arguments.parse_args(argv)
+    cfg = cli.load_config(args)
+    from train import study, study_page, trials
+
+    study.check_search_space(cfg)
+    tuning = study.open_study(cfg, study.record(cfg), create=True, overwrite=args.overwrite)
+    page_path = cfg.paths.study_dir / "study.html"
+    if study.is_full(tuning, cfg):
+        return cli.nothing_to_do("optuna_worker", f"{cfg.training.num_trials} trials")
+
+    with cli.Progress("optuna_worker", "trial", args.trials, cfg.logging.progress_interval_s) as progress:
+        trials.work(cfg, tuning, progress, args.trials, args.minutes)
+    study_page.write(page_path, tuning)
+    if study.finished_trials(tuning):
+        best = study.best_trial(tuning)
+        note = f"best so far: trial {best.number}, validation mAP@R {best.value:.4f}; {page_path}"
+        return progress.summary(note)
+    if progress.rejected["failed"]:
+        raise PipelineError(f"every trial so far has failed; the last one: {trials.last_error(tuning)}")
+    return progress.summary("no trial has finished yet")
+
+
+if __name__ == "__main__":
+    cli.run(main)

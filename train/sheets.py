@@ -1,0 +1,111 @@
+"""Queries with their first results, to look at: where the trained head is best, where it fails, and at random."""
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common import geo
+from train.gallery import Gallery
+from train.metrics import PerQuery
+from train.protocol import heading_difference_deg
+
+QUERIES_PER_SHEET = 6
+COUNTED_RESULTS = 5  # results shown, junk among them not counted
+SHOWN_RESULTS = 8  # with junk
+PICTURE_PX = 160
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One picture and what stands under it."""
+
+    image_id: str
+    picture: str | None  # a data URI, or None where the tar or its image cannot be read
+    kind: str  # "query", "match", "wrong" or "junk"
+    lines: tuple[str, ...]
+
+
+def choose(trained: PerQuery, raw: PerQuery, building_of_row: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Query rows of the three sheets, at most one of a building in each. Of equally good ones, "best" has those
+    that the raw backbone found last."""
+    asked = np.flatnonzero(trained.has_match)
+    rank, before = trained.best_rank[asked], raw.best_rank[asked]
+    orders = {
+        "best": np.lexsort((asked, -before, rank)),
+        "worst": np.lexsort((asked, before, -rank)),
+        "random": np.random.default_rng(seed).permutation(len(asked)),
+    }
+    chosen = {}
+    for name, order in orders.items():
+        rows = asked[order]
+        first_of_building = np.sort(np.unique(building_of_row[rows], return_index=True)[1])
+        chosen[name] = rows[first_of_building[:QUERIES_PER_SHEET]]
+    return chosen
+
+
+def first_results(vectors: torch.Tensor, gallery: Gallery, query: int) -> list[tuple[int, float, str]]:
+    """(row, cosine, kind) of the gallery rows most like a query, up to the COUNTED_RESULTS-th that is not junk."""
+    scores = vectors @ vectors[query]  # (G,)
+    scores[query] = -torch.inf
+    found = torch.topk(scores, min(SHOWN_RESULTS, len(scores) - 1))
+    junk = set(gallery.zones.rows_of(np.array([query]), own=False)[1].tolist())
+    buildings = gallery.zones.building_of_row
+    results, counted = [], 0
+    for row, cosine in zip(found.indices.tolist(), found.values.tolist(), strict=True):
+        kind = "junk" if row in junk else "match" if buildings[row] == buildings[query] else "wrong"
+        results.append((row, cosine, kind))
+        counted += kind != "junk"
+        if counted == COUNTED_RESULTS:
+            break
+    return results
+
+
+def picture(tar_path: Path, offset: int, size: int) -> str | None:
+    """A small JPEG of an image as a data URI; None if the tar is missing or does not hold an image there."""
+    try:
+        with open(tar_path, "rb") as tar:
+            tar.seek(offset)
+            image = Image.open(io.BytesIO(tar.read(size)))
+            image.draft("RGB", (PICTURE_PX, PICTURE_PX))
+            image = image.convert("RGB").resize((PICTURE_PX, PICTURE_PX), Image.Resampling.LANCZOS)
+    except OSError:  # PIL's errors about an image's bytes are OSErrors too
+        return None
+    small = io.BytesIO()
+    image.save(small, "JPEG", quality=78, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(small.getvalue()).decode()
+
+
+def make(
+    raw_dir: Path, gallery: Gallery, vectors: torch.Tensor, per_query: dict[str, PerQuery], seed: int
+) -> dict[str, list[list[Tile]]]:
+    """The sheets: for each name the rows of tiles, a query first and then its results."""
+    trained = per_query["trained"]
+    sheets = {}
+    for name, queries in choose(trained, per_query["raw"], gallery.zones.building_of_row, seed).items():
+        sheets[name] = []
+        for query in queries.tolist():
+            results = first_results(vectors, gallery, query)
+            rows = gallery.table.take([query, *(row for row, _, _ in results)]).to_pylist()
+            pictures = [picture(raw_dir / r["tar_file"], r["image_offset"], r["image_size"]) for r in rows]
+            matches = int(trained.num_matches[query])
+            note = f"first match at {trained.best_rank[query]:,}", f"{matches} match{'es' * (matches > 1)}"
+            tiles = [Tile(rows[0]["streetview_image_id"], pictures[0], "query", note)]
+            for row, image, (_, cosine, kind) in zip(rows[1:], pictures[1:], results, strict=True):
+                lines = (f"{_distance(rows[0], row)}, {_degrees(rows[0], row):.0f}°", f"cosine {cosine:.2f}")
+                tiles.append(Tile(row["streetview_image_id"], image, kind, lines))
+            sheets[name].append(tiles)
+    return sheets
+
+
+def _distance(a: dict, b: dict) -> str:
+    metres = geo.distance_m(a["target_lat"], a["target_lon"], b["target_lat"], b["target_lon"])
+    return f"{metres:.0f} m" if metres < 10_000 else f"{metres / 1000:,.0f} km"
+
+
+def _degrees(a: dict, b: dict) -> float:
+    return float(heading_difference_deg(a["heading"], b["heading"]))

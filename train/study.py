@@ -1,0 +1,285 @@
+"""An Optuna study that any number of workers share: one journal, one lock, no trial lost or counted twice.
+
+A worker claims a trial, fails those of dead workers and counts, all under a lock (`flock`, which the kernel
+releases with its holder). A trial has a heartbeat with every epoch. A running one is taken for dead when its last
+heartbeat is older than STALE_EPOCHS of the longest epochs seen in the study, and than STALE_MIN_S. Before the
+study's first epoch has ended nobody knows how long one takes, and STALE_UNKNOWN_S applies.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import ValidationError
+
+from common import parquet, provenance
+from common.config import Choices, Config, Training
+from common.errors import ConfigError, PipelineError
+from common.provenance import Provenance
+from train import checkpoints, datasets
+
+STUDY_NAME = "tuning"
+STALE_EPOCHS = 5
+STALE_MIN_S = 60.0
+STALE_UNKNOWN_S = 3600.0
+MAX_ATTEMPTS = 3  # workers that a trial may take with it: it may be what kills them
+
+log = logging.getLogger("pipeline")
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+# ------------------------------------------------------------------------------------------------ the study
+
+
+def record(cfg: Config) -> Provenance:
+    """What a study depends on: the inputs and a trial's settings; for those that vary, the search space."""
+    inputs = datasets.input_ids(cfg)
+    config = checkpoints.record(cfg, inputs, cfg.global_.seed).config
+    varied = {"training.epochs", *(f"training.{key}" for key in cfg.training.search_space)}
+    config = {key: value for key, value in config.items() if key not in varied}
+    config["training.trial_epochs"] = cfg.training.trial_epochs
+    config["training.search_space"] = cfg.training.model_dump(mode="json")["search_space"]
+    return provenance.record("optuna_worker", config, inputs)
+
+
+def open_study(cfg: Config, made: Provenance, *, create: bool, overwrite: bool = False) -> optuna.Study:
+    """The study in paths.study_dir. Raises StaleArtefact if it was made on other data or settings than `made`
+    says (`overwrite` replaces it then), PipelineError if there is none and `create` is False."""
+    path = cfg.paths.study_dir / "journal.log"
+    if not create and not path.exists():
+        raise PipelineError(f"{path} does not exist: run train/optuna_worker.py first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(cfg.paths.study_dir):
+        _drop_torn_line(path)
+        storage = JournalStorage(JournalFileBackend(str(path)))
+        study = _existing_study(storage)
+        there = study and study.user_attrs.get("provenance")
+        if there and overwrite and provenance.differences(Provenance(**there), made):
+            optuna.delete_study(study_name=STUDY_NAME, storage=storage)
+            there = None
+        if there:
+            parquet.refuse_stale(path, Provenance(**there), made, f"{len(study.trials):,} trials")
+        elif not create:
+            raise PipelineError(f"{path} holds no study: run train/optuna_worker.py first")
+        else:
+            study = optuna.create_study(
+                storage=storage, study_name=STUDY_NAME, direction="maximize", load_if_exists=True
+            )
+            study.set_user_attr("provenance", made.to_dict())
+    study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
+    return study
+
+
+def _existing_study(storage: JournalStorage) -> optuna.Study | None:
+    try:
+        return optuna.load_study(study_name=STUDY_NAME, storage=storage)
+    except KeyError:
+        return None
+
+
+@contextlib.contextmanager
+def locked(study_dir: Path) -> Iterator[None]:
+    """Hold the study's lock; the kernel releases it if this process dies."""
+    with open(study_dir / "lock", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off half a line at the journal's end, which a worker that died while writing has left: the next line
+    would be appended to it, and the journal could not be read any more."""
+    if not path.exists():
+        return
+    lock = JournalFileSymlinkLock(str(path))  # Optuna's own: nobody writes meanwhile
+    lock.acquire()
+    try:
+        with open(path, "r+b") as file:
+            content = file.read()
+            if not content.endswith(b"\n"):
+                file.truncate(content.rfind(b"\n") + 1)
+    finally:
+        lock.release()
+
+
+# ------------------------------------------------------------------------------------------------ its trials
+
+
+def claim(study: optuna.Study, cfg: Config) -> optuna.Trial | None:
+    """The next trial, its parameters drawn, for this worker to run; None if there are training.num_trials.
+
+    Trials of dead workers come back first, and again under a new number.
+    """
+    with locked(cfg.paths.study_dir):
+        requeue_dead(study, time.time())
+        trials = study.get_trials(deepcopy=False)
+        if not _has_work(trials, cfg.training.num_trials):
+            return None
+        # a seed for each trial: workers that share one would all draw the same
+        study.sampler = optuna.samplers.TPESampler(seed=cfg.global_.seed + len(trials), constant_liar=True)
+        trial = study.ask()
+        for key, dimension in cfg.training.search_space.items():
+            suggest(trial, key, dimension, isinstance(getattr(cfg.training, key), int))
+        trial.set_user_attr("worker", worker_name())
+        trial.set_user_attr("heartbeat", time.time())
+    return trial
+
+
+def is_full(study: optuna.Study, cfg: Config) -> bool:
+    """Whether there is no trial left for a worker that starts now."""
+    with locked(cfg.paths.study_dir):
+        requeue_dead(study, time.time())
+        return not _has_work(study.get_trials(deepcopy=False), cfg.training.num_trials)
+
+
+def _has_work(trials: list[FrozenTrial], num_trials: int) -> bool:
+    return num_counted(trials) < num_trials or any(trial.state == TrialState.WAITING for trial in trials)
+
+
+def suggest(trial: optuna.Trial, key: str, dimension: tuple | Choices, whole: bool) -> None:
+    """Draw one setting: `dimension` as in training.search_space, `whole` for one that is an integer."""
+    if isinstance(dimension, Choices):
+        trial.suggest_categorical(key, dimension.choices)
+        return
+    low, high, *scale = dimension
+    if whole:
+        trial.suggest_int(key, int(low), int(high), log=scale == ["log"])
+    else:
+        trial.suggest_float(key, low, high, log=scale == ["log"])
+
+
+def beat(trial: optuna.Trial, longest_epoch_s: float) -> None:
+    """Say that this trial's worker is alive."""
+    trial.set_user_attr("longest_epoch_s", longest_epoch_s)
+    trial.set_user_attr("heartbeat", time.time())
+
+
+def requeue_dead(study: optuna.Study, now: float) -> None:
+    """Fail the running trials whose heartbeat is stale and put them back in the queue. Call it with the lock."""
+    trials = study.get_trials(deepcopy=False)
+    limit = stale_after_s(trials)
+    for trial in trials:
+        if trial.state == TrialState.RUNNING and now - last_heartbeat(trial) > limit:
+            attempts = trial.user_attrs.get("attempts", 0) + 1
+            requeue(study, trial, attempts)
+            log.warning("trial %s of %s is dead, failed", trial.number, trial.user_attrs.get("worker", "a worker"))
+
+
+def requeue(study: optuna.Study, trial: FrozenTrial, attempts: int) -> None:
+    """Fail a running trial and, unless its workers have died MAX_ATTEMPTS times, queue its parameters again.
+
+    Queued first, failed last, and not queued twice: killed in between, the next worker finishes this.
+    """
+    if attempts < MAX_ATTEMPTS and trial.number not in retried(study.get_trials(deepcopy=False)):
+        study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number, "attempts": attempts})
+    study.tell(trial.number, state=TrialState.FAIL)
+
+
+def retried(trials: list[FrozenTrial]) -> set[int]:
+    """The numbers of the trials that were queued again under another number."""
+    return {trial.user_attrs["retry_of"] for trial in trials if "retry_of" in trial.user_attrs}
+
+
+def num_counted(trials: list[FrozenTrial]) -> int:
+    """How many of training.num_trials are finished, failed for good, running or queued."""
+    again = retried(trials)
+    return sum(trial.number not in again for trial in trials)
+
+
+def num_open(study: optuna.Study) -> int:
+    """How many trials are running or queued."""
+    return len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)))
+
+
+def stale_after_s(trials: list[FrozenTrial]) -> float:
+    """The age of a heartbeat from which on a worker is taken for dead; see the top of this file."""
+    longest = max((trial.user_attrs.get("longest_epoch_s", 0.0) for trial in trials), default=0.0)
+    return max(STALE_MIN_S, STALE_EPOCHS * longest) if longest else STALE_UNKNOWN_S
+
+
+def last_heartbeat(trial: FrozenTrial) -> float:
+    """Seconds since 1970; of a worker that died before its first one, when its trial started."""
+    return trial.user_attrs.get("heartbeat", trial.datetime_start.timestamp())
+
+
+def worker_name() -> str:
+    """Host and process, and the Slurm job where there is one."""
+    jobs = [os.environ[name] for name in ("SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID") if name in os.environ][:1]
+    tasks = [os.environ[name] for name in ("SLURM_ARRAY_TASK_ID",) if name in os.environ]
+    job = "_".join(jobs + tasks)
+    return f"{socket.gethostname()}, process {os.getpid()}" + (f", job {job}" if job else "")
+
+
+def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Those with a value: neither pruned nor failed."""
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def best_trial(study: optuna.Study, number: int | None = None) -> FrozenTrial:
+    """The finished trial of highest value, or the one of this number. Raises PipelineError if there is none."""
+    finished = finished_trials(study)
+    if not finished:
+        raise PipelineError(f"none of the study's {len(study.trials)} trials has finished")
+    if number is None:
+        return max(finished, key=lambda trial: (trial.value, -trial.number))
+    chosen = [trial for trial in finished if trial.number == number]
+    if not chosen:
+        numbers = ", ".join(str(trial.number) for trial in finished)
+        raise PipelineError(f"--trial {number} is not a finished trial; those are {numbers}")
+    return chosen[0]
+
+
+# ------------------------------------------------------------------------------------- settings of a trial
+
+
+def with_training(cfg: Config, **changes) -> Config:
+    """`cfg` with these keys of [training] changed, checked as those of a file. Raises ConfigError."""
+    try:
+        training = Training.model_validate({**cfg.training.model_dump(), **changes})
+    except ValidationError as error:
+        told = "; ".join(mistake["msg"] for mistake in error.errors())
+        raise ConfigError(f"[training] cannot be used with {changes}: {told}") from None
+    return cfg.model_copy(update={"training": training})
+
+
+def check_search_space(cfg: Config) -> None:
+    """Raise ConfigError if an end of a range, or a choice, is not a valid value of its setting."""
+    for key, dimension in cfg.training.search_space.items():
+        for value in dimension.choices if isinstance(dimension, Choices) else dimension[:2]:
+            with_training(cfg, **{key: value})
+
+
+def to_toml(cfg: Config) -> str:
+    """The whole configuration as a TOML file that `config.load` reads back."""
+    return "".join(_tables(cfg.model_dump(mode="json", by_alias=True), ()))
+
+
+def _tables(tree: dict, names: tuple[str, ...]) -> Iterator[str]:
+    # a search space's {choices = [...]} is a value in one line
+    plain = {k: v for k, v in tree.items() if not isinstance(v, dict) or names[-1:] == ("search_space",)}
+    if names:
+        yield f"[{'.'.join(names)}]\n"
+        yield from (f"{key} = {_toml(value)}\n" for key, value in plain.items())
+        yield "\n"
+    for key in tree:
+        if key not in plain:
+            yield from _tables(tree[key], (*names, key))
+
+
+def _toml(value) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)  # strings, numbers and booleans are written alike in both

@@ -1,0 +1,56 @@
+"""Trains the projection head, which makes a building's embedding of a backbone's.
+
+Reads    data/merged/{train,val}.parquet, data/difficulty/difficulty_metadata.parquet
+Writes   checkpoints/<run>/checkpoint_best.pt: the head of highest validation mAP@R; the linear baseline that it
+         starts from counts as epoch 0
+         checkpoints/<run>/checkpoint_last.pt: what a stopped run goes on from
+         checkpoints/<run>/{history.parquet,curves.png}: the epochs as a table and as a picture
+Command  python train/train.py [--set training.run=NAME] [--set training.loss=infonce]
+Memory   per training image D x 2 + k x 4 + 80 bytes (6 M, 768-d, k = 150: 13 GB), on the GPU as far as it fits;
+         less with training.sample_buildings; validation: see search_memory_mb
+Time     three passes of 2 D h floating-point operations per image of a batch: 500 steps of 512 triplets at 768-d
+         take about 20 s on two CPU cores
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+if not __package__:  # run by path: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common import cli
+
+log = logging.getLogger("pipeline")
+
+
+def main(argv=None) -> int:
+    args = cli.parser(__doc__).parse_args(argv)
+    cfg = cli.load_config(args)
+    from train import checkpoints, datasets
+    from train.fit import fit
+
+    run_dir = cfg.paths.checkpoints_dir / cfg.training.run
+    best = run_dir / "checkpoint_best.pt"
+    if not args.overwrite:
+        made = checkpoints.record(cfg, datasets.input_ids(cfg), cfg.global_.seed)
+        saved = checkpoints.existing(run_dir, made)
+        if saved is not None and saved["resume"]["finished"] and best.exists():
+            return cli.nothing_to_do(
+                "train", f"{best} (validation mAP@R {saved['resume']['best']['metrics']['map@r']:.4f})"
+            )
+
+    data = datasets.load_data(cfg)
+    whitening = data.baselines["whitening"]
+    log.info("whitening: validation mAP@R by shrinkage: %s", whitening["map@r_by_shrinkage"])
+    total = cfg.training.epochs * cfg.training.steps_per_epoch * cfg.training.batch_size
+    with cli.Progress("train", "triplet", total, cfg.logging.progress_interval_s) as progress:
+        result = fit(cfg, data, run_dir=run_dir, resume=not args.overwrite, progress=progress)
+    before = whitening["validation"]["map@r"]
+    return progress.summary(
+        f"validation mAP@R {result.best_value:.4f} at epoch {result.best_epoch}, learned whitening {before:.4f}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
