@@ -65,20 +65,32 @@ def load(settings: EmbeddingModel, dtype: str, device: torch.device) -> Backbone
     Raises PipelineError, with what to do, if it cannot be had or is not of a known family.
     """
     folder = locate(settings.name, settings.revision)
-    family = _read_json(folder / "config.json").get("model_type")
+    family = read_json(folder / "config.json").get("model_type")
     if family not in FAMILIES:
         raise PipelineError(
             f"{settings.name} is a model of type {family}, which is not supported\n"
             f"set embedding_model.name to one of: {', '.join(FAMILIES)}"
         )
     preprocessing = read_preprocessing(folder)
+    model = load_weights(AutoModel, folder, dtype)
+    dim = width(model.config) * (2 if settings.pooling == "cls_mean" else 1)
+    commit = None if is_folder(settings.name) else folder.name  # the cache keeps a snapshot under its commit
+    name = folder.name if commit is None else settings.name
+    return Backbone(name, model.eval().to(device), preprocessing, settings.pooling, dim, folder, commit)
+
+
+def load_weights(model_class, folder: Path, dtype: str) -> PreTrainedModel:
+    """`model_class.from_pretrained`, but weights that are absent, damaged or another model's are an error.
+
+    Transformers gives tensors that are missing in the files random values, and says so in a warning only.
+    """
     if not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
         raise PipelineError(
             f"{folder} has no weights (model.safetensors)\n"
             "download the model whole, or save it with save_pretrained"
         )
     try:
-        model, report = AutoModel.from_pretrained(
+        model, report = model_class.from_pretrained(
             folder, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -88,10 +100,7 @@ def load(settings: EmbeddingModel, dtype: str, device: torch.device) -> Backbone
             f"the weights in {folder} are not those of its config.json: "
             f"{len(report['missing_keys'])} tensors are missing, {min(report['missing_keys'])} among them"
         )
-    dim = width(model.config) * (2 if settings.pooling == "cls_mean" else 1)
-    commit = None if is_folder(settings.name) else folder.name  # the cache keeps a snapshot under its commit
-    name = folder.name if commit is None else settings.name
-    return Backbone(name, model.eval().to(device), preprocessing, settings.pooling, dim, folder, commit)
+    return model
 
 
 def locate(name: str, revision: str) -> Path:
@@ -166,7 +175,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
     return dtype
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError) as error:

@@ -34,7 +34,7 @@ def main(argv=None) -> int:
     for tar in tars.of_shard(cfg.paths.raw_dir, args.shard, args.num_shards):
         of_tar = parts.of_tar(cfg, tar, identity)
         todo += [part for part in of_tar if not parquet.is_done(part.target, part.made, args.overwrite)]
-        parts.refuse_surplus(cfg, tar, len(of_tar), args.overwrite)
+        parts.refuse_surplus(cfg.paths.embeddings_dir, tar.stem, len(of_tar), args.overwrite)
         num_parts += len(of_tar)
     if not todo:
         return cli.nothing_to_do("generate_embeddings", f"{num_parts:,} files")

@@ -11,6 +11,7 @@ from common import parquet, provenance, schemas, tars
 from common.config import Config, values
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance
+from common.schemas import Reject
 from generate.loop import Job, Result
 
 
@@ -24,10 +25,6 @@ class Part:
     count: int
     target: Path
     made: Provenance
-
-    @property
-    def rejects(self) -> Path:
-        return self.target.parent / "rejects" / self.target.name
 
     def rows(self) -> pa.Table:
         """The part's rows of the intermediates."""
@@ -47,18 +44,17 @@ def of_tar(cfg: Config, tar: Path, model: dict) -> list[Part]:
     ]
 
 
-def refuse_surplus(cfg: Config, tar: Path, num_parts: int, overwrite: bool) -> None:
-    """Files of a tar beyond its parts hold images twice: an error, or removed if `overwrite`."""
+def refuse_surplus(folder: Path, name: str, num_parts: int, overwrite: bool) -> None:
+    """Files <name>-<part> beyond the parts that there are hold images twice: an error, or removed to overwrite."""
     surplus = [
         path
-        for folder in (cfg.paths.embeddings_dir, cfg.paths.embeddings_dir / "rejects")
-        for path in folder.glob(f"{tar.stem}-*.parquet")
-        if path.stem.removeprefix(f"{tar.stem}-").isdecimal() and int(path.stem.rpartition("-")[2]) >= num_parts
+        for path in [*folder.glob(f"{name}-*.parquet"), *folder.glob(f"rejects/{name}-*.parquet")]
+        if path.stem.removeprefix(f"{name}-").isdecimal() and int(path.stem.rpartition("-")[2]) >= num_parts
     ]
     if surplus and not overwrite:
         raise StaleArtefact(
-            f"{surplus[0]} is part of another division of {tar.name}, which has {num_parts} parts now\n"
-            "put data.rows_per_part or the intermediates back, or redo the tar with --overwrite"
+            f"{surplus[0]} is left from another division of {name}, which has {num_parts} parts now\n"
+            "delete it, put data.rows_per_part or the images back, or redo it all with --overwrite"
         )
     for path in surplus:
         path.unlink()
@@ -78,31 +74,43 @@ def jpegs_of(tar: Path, rows: pa.Table):
 
 
 def write(result: Result, dim: int, facts: dict) -> None:
-    """Write a part's embeddings, after its rejects, if there are any. Raises PipelineError for a number that is
-    not finite in float16.
-    """
+    """Write a part's embeddings, after its rejects. Raises PipelineError if one is not finite in float16."""
     part, rows = result.job.name
     vectors = result.vectors.reshape(-1, dim).astype(np.float16)
+    refuse_not_finite(vectors, rows["image_path"].take(result.rows), part.tar)
+    write_rejects(part.target, part.made, named(result.failed, rows["image_path"]))
+    columns = rows.take(result.rows)
+    with parquet.writer(part.target, schemas.embeddings(dim), part.made) as out:
+        out.append({**{name: columns[name] for name in columns.column_names}, "embedding": vectors})
+        out.rows = {"in": part.count, Reject.JPEG_CORRUPT.value: len(result.failed)}
+        out.facts = facts
+
+
+def refuse_not_finite(vectors: np.ndarray, names: pa.ChunkedArray | pa.Array, where: Path) -> None:
+    """Raises PipelineError, with the first image's name, if a row of `vectors` is not finite."""
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
-        name = rows["image_path"][int(result.rows[np.argmin(finite)])]
         raise PipelineError(
-            f"the embedding of {name} in {part.tar} is not finite ({np.sum(~finite):,} such images in the part)\n"
+            f"the embedding of {names[int(np.argmin(finite))]} in {where} is not finite "
+            f"({np.sum(~finite):,} such images in this part)\n"
             "the backbone overflows: set embedding_model.dtype to float32, and check its weights"
         )
-    if result.failed:
-        failed = rows["image_path"].take(list(result.failed))
-        reason = [schemas.Reject.JPEG_CORRUPT.value] * len(failed)
-        with parquet.writer(part.rejects, schemas.REJECTS, part.made) as out:
-            out.append({"member": failed, "reason": reason, "detail": list(result.failed.values())})
-    else:
-        part.rejects.unlink(missing_ok=True)
-    schema = schemas.embeddings(dim)
-    with parquet.writer(part.target, schema, part.made) as out:
-        columns = rows.take(result.rows)
-        out.append({**{name: columns[name] for name in columns.column_names}, "embedding": vectors})
-        out.rows = {"in": part.count, schemas.Reject.JPEG_CORRUPT.value: len(result.failed)}
-        out.facts = facts
+
+
+def write_rejects(target: Path, made: Provenance, failed: dict[str, str]) -> None:
+    """Images that have no vector, and why, in rejects/ beside `target`; no file if there are none."""
+    path = target.parent / "rejects" / target.name
+    if not failed:
+        path.unlink(missing_ok=True)
+        return
+    with parquet.writer(path, schemas.REJECTS, made) as out:
+        reasons = [Reject.JPEG_CORRUPT.value] * len(failed)
+        out.append({"member": list(failed), "reason": reasons, "detail": list(failed.values())})
+
+
+def named(failed: dict[int, str], names: pa.ChunkedArray | pa.Array) -> dict[str, str]:
+    """`failed` by the images' names instead of their numbers."""
+    return {names[row].as_py(): detail for row, detail in failed.items()}
 
 
 def _path(cfg: Config, tar: Path, number: int) -> Path:

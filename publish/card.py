@@ -52,7 +52,7 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
         checkpoint=checkpoint,
         preprocessing=preprocessing,
         images={split: parquet.num_rows(cfg.paths.merged_dir / f"{split}.parquet") for split in SPLITS},
-        data=cfg.data,
+        splits=parquet.read_provenance(cfg.paths.merged_dir / "test.parquet").config,
         training={
             key.removeprefix("training."): value
             for key, value in checkpoint["config"].items()
@@ -65,7 +65,7 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
             for method, values in metrics["methods"].items()
         ],
     )
-    (folder / "README.md").write_text(str(card))
+    (folder / "README.md").write_text(str(card).rstrip() + "\n")
 
 
 def folder_name(cfg: Config) -> str:

@@ -34,9 +34,7 @@ def read_metrics(path: Path) -> dict:
         raise PipelineError(f"{path} is damaged ({error}): delete it and evaluate again") from None
 
 
-def refuse_mixture(
-    test: Path, checkpoint_path: Path, checkpoint: dict, metrics_path: Path, metrics: dict
-) -> None:
+def refuse_mixture(test: Path, checkpoint_path: Path, checkpoint: dict, metrics_path: Path, metrics: dict) -> None:
     """Raises StaleArtefact unless the metrics are of this checkpoint and of the test split that is there."""
     evaluated = metrics["provenance"]["inputs"]
     there = {

@@ -1,0 +1,65 @@
+"""Vectors of any images by the published model: of a folder, a list, a tar, or the pipeline's intermediates.
+
+Reads    IMAGES: a folder (with all below it), a text file with a path per line (absolute, or relative to that
+         file), a .tar, or the intermediates' folder (then also the tars of paths.raw_dir); the published model
+Writes   OUT/<name>-<part>.parquet: `image` (path, member, or streetview_image_id) and `embedding` (float32, of
+         length 1), data.rows_per_part images each; OUT/rejects/: images that cannot be read or decoded
+Command  python publish/generate_embeddings_from_hf.py IMAGES OUT [--model FOLDER]
+Memory   4 batches of decoded images (64 of 640 x 640 pixels: 79 MB each), one part (20,000 x 256 x 4 bytes:
+         20 MB), the images' names, and the model
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run by path: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common import cli
+
+
+def main(argv=None) -> int:
+    arguments = cli.parser(__doc__)
+    arguments.add_argument("images", type=Path, help="folder, text list, .tar, or folder of intermediates")
+    arguments.add_argument("out", type=Path, help="folder for the vectors")
+    arguments.add_argument("--model", type=Path, metavar="FOLDER", help="published model (paths.published_dir)")
+    args = arguments.parse_args(argv)
+    cfg = cli.load_config(args)
+    from common import devices
+    from generate import backbone, loop
+    from publish import inference, sources, vectors
+
+    folder = inference.folder_of(cfg, args.model)
+    device = devices.pick(cfg.infrastructure.device)
+    dtype = backbone.resolve_dtype(cfg.embedding_model.dtype, device)
+    identity = inference.identity(folder, dtype)
+
+    todo, num_parts = [], 0
+    for group in sources.groups(args.images, cfg.paths.raw_dir):
+        parts = vectors.parts_of(group, args.out, cfg.data.rows_per_part, identity)
+        todo += vectors.missing(parts, args.out, group.name, args.overwrite)
+        num_parts += len(parts)
+    if not todo:
+        return cli.nothing_to_do("generate_embeddings_from_hf", f"{num_parts:,} files")
+
+    published = inference.load(folder, dtype, device)
+    times = loop.Times()
+    total = sum(part.count for part in todo)
+    with cli.Progress("generate_embeddings_from_hf", "image", total, cfg.logging.progress_interval_s) as progress:
+        for result in loop.embed(
+            (part.job() for part in todo),
+            published.forward,
+            published.preprocessing,
+            device,
+            cfg.infrastructure.embedding_batch_size,
+            cfg.infrastructure.threads,
+            times,
+            progress,
+        ):
+            vectors.write(result, published.dim)
+            cli.check_stop()
+    return progress.summary(str(times))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,58 @@
+"""Vectors by the published model of what Parquet files hold: backbone embeddings (only the head runs), or images.
+
+Reads    INPUT: a Parquet file, or a folder of them, with a column of embeddings (lists of floats, the backbone's
+         pooled output) or of images (bytes, or Hugging Face's struct of bytes and path); the published model
+Writes   OUT/<file>.parquet for each input file: its other columns as they are, and `embedding` (float32, of length
+         1) in place of the column that was used; OUT/rejects/: rows whose image cannot be decoded
+Command  python publish/generate_embeddings_from_parquet.py INPUT OUT [--column NAME] [--model FOLDER]
+Memory   one row group of the input, twice; for images also 4 batches of decoded ones (64 of 640 x 640 pixels: 79 MB
+         each); and the model
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run by path: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common import cli
+
+
+def main(argv=None) -> int:
+    arguments = cli.parser(__doc__)
+    arguments.add_argument("input", type=Path, help="Parquet file, or a folder of them")
+    arguments.add_argument("out", type=Path, help="folder for the vectors")
+    arguments.add_argument("--column", metavar="NAME", help="with the embeddings or images (the one that fits)")
+    arguments.add_argument("--model", type=Path, metavar="FOLDER", help="published model (paths.published_dir)")
+    args = arguments.parse_args(argv)
+    cfg = cli.load_config(args)
+    from common import devices, parquet
+    from generate import backbone, loop
+    from publish import inference, tables
+
+    folder = inference.folder_of(cfg, args.model)
+    device = devices.pick(cfg.infrastructure.device)
+    dtype = backbone.resolve_dtype(cfg.embedding_model.dtype, device)
+    identity = inference.identity(folder, dtype)
+
+    found = [tables.describe(path, args.out, args.column, identity) for path in tables.files(args.input, args.out)]
+    todo = [table for table in found if not parquet.is_done(table.target, table.made, args.overwrite)]
+    if not todo:
+        return cli.nothing_to_do("generate_embeddings_from_parquet", f"{len(found):,} files")
+
+    published = inference.load(folder, dtype, device)
+    times = loop.Times()
+    total = sum(table.num_rows for table in todo)
+    interval_s = cfg.logging.progress_interval_s
+    with cli.Progress("generate_embeddings_from_parquet", "row", total, interval_s) as progress:
+        for table in todo:
+            if table.holds_images:
+                tables.embed_images(table, published, cfg.infrastructure, times, progress)
+            else:
+                tables.project(table, published, times, progress)
+            cli.check_stop()
+    return progress.summary(str(times))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,63 @@
+"""The published model, as the scripts that use it load it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.config import Config
+from common.errors import PipelineError
+from generate import backbone
+from generate.pixels import Preprocessing, read_preprocessing
+from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published model in inference mode."""
+
+    model: SpatialEmbeddingsModel
+    preprocessing: Preprocessing
+    device: torch.device
+
+    @property
+    def dim(self) -> int:
+        return self.model.config.output_dim
+
+    @torch.inference_mode()
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) float32 -> unit vectors, (N, dim) float32."""
+        return self.model(pixel_values).pooler_output
+
+    @torch.inference_mode()
+    def project(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """The backbone's pooled output, (N, input_dim) -> unit vectors, (N, dim) float32, on the CPU."""
+        return self.model.project(embeddings.to(self.device)).cpu()
+
+
+def folder_of(cfg: Config, argument: Path | None) -> Path:
+    """The published model's folder: --model, or the settings'. Raises PipelineError if it is no such folder."""
+    folder = (argument or cfg.paths.published_dir).resolve()
+    if not (folder / "config.json").is_file():
+        raise PipelineError(
+            f"{folder} holds no published model (it has no config.json)\n"
+            "run publish/convert_to_hf.py, or name the folder with --model"
+        )
+    kind = backbone.read_json(folder / "config.json").get("model_type")
+    if kind != "spatial_embeddings":
+        raise PipelineError(
+            f"{folder} holds a model of type {kind}, not one that publish/convert_to_hf.py has published"
+        )
+    return folder
+
+
+def identity(folder: Path, dtype: str) -> dict:
+    """What vectors depend on, for their provenance: the model's files, wherever they lie, and the dtype."""
+    return {"model.weights": backbone.weights_digest(folder), "embedding_model.dtype": dtype}
+
+
+def load(folder: Path, dtype: str, device: torch.device) -> Published:
+    """The model in `folder`. Raises PipelineError if its files are not whole."""
+    preprocessing = read_preprocessing(folder)
+    model = backbone.load_weights(SpatialEmbeddingsModel, folder, dtype)
+    return Published(model.eval().to(device), preprocessing, device)

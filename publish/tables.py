@@ -1,0 +1,189 @@
+"""Parquet files of any origin through the published model, a row group at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from common import parquet, provenance, schemas
+from common.cli import Progress
+from common.config import Infrastructure
+from common.errors import PipelineError
+from common.provenance import Provenance, digest_of
+from common.schemas import Reject
+from generate import loop, parts
+from publish.inference import Published
+
+PROJECT_ROWS = 8_192  # embeddings through the head at a time: 25 MB of float32 at 768 dimensions
+IMAGE_ROWS = 1_024  # encoded images held at a time: 40 MB of the dataset's
+EMBEDDING = "embedding"  # the column that is written
+_TAIL_BYTES = 65_536  # of a file, with its footer: where the row groups lie, their sizes and extremes
+
+
+@dataclass(frozen=True)
+class Table:
+    """A Parquet file to make vectors of."""
+
+    path: Path
+    column: str  # that the vectors are made of
+    holds_images: bool
+    others: pa.Schema  # the columns carried through
+    num_rows: int
+    target: Path
+    made: Provenance
+
+    def schema(self, dim: int) -> pa.Schema:
+        return self.others.append(pa.field(EMBEDDING, schemas.vector(pa.float32(), dim)))
+
+
+def files(source: Path, out: Path) -> list[Path]:
+    """The Parquet files that `source` means. Raises PipelineError if there are none, or `out` would replace them."""
+    found = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
+    if not found or not source.exists():
+        raise PipelineError(f"{source} {'holds no .parquet file' if source.exists() else 'does not exist'}")
+    if found[0].parent.resolve() == out.resolve():
+        raise PipelineError(f"{out} is the folder of the input: its files would be replaced; name another")
+    return found
+
+
+def describe(path: Path, out: Path, column: str | None, model: dict) -> Table:
+    """What a file holds. `model`: see `inference.identity`. Raises PipelineError without a usable column."""
+    with parquet.open_file(path) as file:
+        schema, num_rows = file.schema_arrow, file.metadata.num_rows
+    kinds = {field.name: _kind(field.type) for field in schema if _kind(field.type)}
+    listing = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    chosen = column or (EMBEDDING if EMBEDDING in kinds else None)
+    if chosen is None and len(kinds) == 1:
+        chosen = next(iter(kinds))
+    if chosen is None and len(kinds) > 1:
+        raise PipelineError(f"{path}: choose one of {', '.join(kinds)} with --column")
+    if chosen not in kinds:
+        what = f"column {chosen}" if chosen else "column"
+        raise PipelineError(f"{path} has no {what} of embeddings (lists of floats) or images (bytes): {listing}")
+    others = schema.remove(schema.get_field_index(chosen)).remove_metadata()
+    if EMBEDDING in others.names:
+        raise PipelineError(f"{path} has a column {EMBEDDING} already: rename it, or drop --column to use it")
+    made = provenance.record(
+        "generate_embeddings_from_parquet", {**model, "column": chosen}, {path.name: _identity(path)}
+    )
+    return Table(path, chosen, kinds[chosen] == "images", others, num_rows, out / path.name, made)
+
+
+def _kind(kind: pa.DataType) -> str | None:
+    """What a column of this type can hold for us: "embeddings", "images" or nothing."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return "embeddings" if pa.types.is_floating(kind.value_type) else None
+    if pa.types.is_struct(kind):
+        names = [kind.field(i).name for i in range(kind.num_fields)]
+        return "images" if "bytes" in names and _kind(kind.field("bytes").type) == "images" else None
+    return "images" if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else None
+
+
+def _identity(path: Path) -> str:
+    """What a Parquet file of any origin is known by: its size and its end, where Parquet describes the rest."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size - _TAIL_BYTES))
+        return f"{size} bytes, {digest_of(file.read())}"
+
+
+def project(table: Table, published: Published, times: loop.Times, progress: Progress) -> None:
+    """Embeddings of a file through the head."""
+    with parquet.writer(table.target, table.schema(published.dim), table.made) as out:
+        times.lap()
+        for rows, ends_group in _batches(table, PROJECT_ROWS):
+            embeddings = _matrix(rows[table.column], published.model.config.input_dim, table)
+            times.read += times.lap()
+            vectors = published.project(torch.from_numpy(embeddings)).numpy()
+            times.compute += times.lap()
+            _append(out, rows.drop([table.column]), vectors, ends_group)
+            progress.add(len(vectors))
+            times.write += times.lap()
+        out.rows = {"in": table.num_rows}
+
+
+def embed_images(
+    table: Table, published: Published, settings: Infrastructure, times: loop.Times, progress: Progress
+) -> None:
+    """Images of a file through the whole model. Rows without a whole image become rejects, by their number."""
+    failed, start = {}, 0
+    with parquet.writer(table.target, table.schema(published.dim), table.made) as out:
+        for result in loop.embed(
+            _jobs(table),
+            published.forward,
+            published.preprocessing,
+            published.device,
+            settings.embedding_batch_size,
+            settings.threads,
+            times,
+            progress,
+        ):
+            rows, ends_group = result.job.name
+            numbers = pa.array([f"row {start + row}" for row in range(result.job.count)])
+            vectors = result.vectors.reshape(-1, published.dim)
+            parts.refuse_not_finite(vectors, numbers.take(pa.array(result.rows)), table.path)
+            _append(out, rows.take(pa.array(result.rows)), vectors, ends_group)
+            failed |= parts.named(result.failed, numbers)
+            start += result.job.count
+        parts.write_rejects(table.target, table.made, failed)
+        out.rows = {"in": table.num_rows, Reject.JPEG_CORRUPT.value: len(failed)}
+
+
+def _batches(table: Table, size: int) -> Iterator[tuple[pa.Table, bool]]:
+    """The rows of a file, at most `size` at a time, and whether they end a row group."""
+    with parquet.open_file(table.path) as file:
+        for group in range(file.metadata.num_row_groups):
+            missing = file.metadata.row_group(group).num_rows
+            for batch in file.iter_batches(size, row_groups=[group]):
+                missing -= batch.num_rows
+                yield pa.Table.from_batches([batch]), missing == 0
+
+
+def _jobs(table: Table) -> Iterator[loop.Job]:
+    """What the loop reads; a job's name is its rows without the images, and whether they end a row group."""
+    for rows, ends_group in _batches(table, IMAGE_ROWS):
+        images = rows[table.column].combine_chunks()
+        if pa.types.is_struct(images.type):
+            images = images.field("bytes")
+        yield loop.Job((rows.drop([table.column]), ends_group), rows.num_rows, _reader(images))
+
+
+def _reader(images: pa.Array):
+    return lambda start, stop: images[start:stop].to_pylist()
+
+
+def _matrix(column: pa.ChunkedArray, dim: int, table: Table) -> np.ndarray:
+    """A column of lists as (n, dim) float32. Raises PipelineError where a row has no, another number of, or no
+    finite numbers.
+    """
+    where = f"{table.path}, column {table.column}"
+    lists = column.combine_chunks()
+    if lists.null_count:
+        raise PipelineError(
+            f"{where}: {lists.null_count:,} of {len(lists):,} rows have no embedding; take them out"
+        )
+    sizes = (
+        {column.type.list_size}
+        if pa.types.is_fixed_size_list(column.type)
+        else set(lists.value_lengths().to_pylist())
+    )
+    if sizes - {dim}:
+        raise PipelineError(
+            f"{where} holds vectors of {min(sizes - {dim})} numbers; the model's head takes {dim}: those of "
+            "its backbone and pooling"
+        )
+    values = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, dim)
+    if not np.isfinite(values).all():
+        raise PipelineError(f"{where} holds vectors that are not finite, or with missing numbers")
+    return values
+
+
+def _append(out: parquet.Writer, others: pa.Table, vectors: np.ndarray, ends_group: bool) -> None:
+    """Add rows; the row groups of the input end in the output too, whatever its columns weigh."""
+    columns = {name: others[name] for name in others.column_names}
+    out.append({**columns, EMBEDDING: np.ascontiguousarray(vectors, np.float32)})
+    if ends_group:
+        out.flush()
