@@ -142,6 +142,18 @@ def read_provenance(path: Path) -> Provenance:
     return Provenance.from_json(metadata[_KEY])
 
 
+def has_provenance(path: Path) -> bool:
+    """Whether this pipeline wrote the file. Raises PipelineError if it is absent or damaged."""
+    return _KEY in (open_file(path).metadata.metadata or {})
+
+
+def require(path: Path, script: str) -> Path:
+    """`path`, which `script` makes. Raises PipelineError, naming the script, if it is absent."""
+    if not path.exists():
+        raise PipelineError(f"{path} does not exist: run {script} first")
+    return path
+
+
 def open_file(path: Path) -> pq.ParquetFile:
     """The Parquet file at `path`. Raises PipelineError if it is absent or damaged."""
     try:

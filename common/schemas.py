@@ -132,7 +132,7 @@ def difficulty(k: int, bands: int) -> pa.Schema:
 
 def history(bands: int) -> pa.Schema:
     """A row per epoch of a training run, from epoch 0 (before training, where what needs steps is NaN)."""
-    names = ["loss", "val_map_at_r", "val_recall_at_1", "seconds", "triplets_per_second"]
+    names = ["loss", "val_map_at_r", "val_recall_at_1", "seconds", "triplets_per_second"]  # without validation
     arms = [*(f"band_{b}" for b in range(bands)), "random"]
     names += [f"share_{arm}" for arm in arms]  # of the epoch's negatives
     names += [f"reward_{arm}" for arm in arms]  # share of the arm's triplets that were semi-hard

@@ -29,7 +29,7 @@ class Part:
 
 
 def train_path(cfg: Config) -> Path:
-    return cfg.paths.merged_dir / "train.parquet"
+    return parquet.require(cfg.paths.merged_dir / "train.parquet", "preprocess/merge_and_split.py")
 
 
 def result(cfg: Config) -> tuple[Path, Provenance]:

@@ -103,17 +103,18 @@ def load_weights(model_class, folder: Path, dtype: str) -> PreTrainedModel:
     return model
 
 
-def locate(name: str, revision: str) -> Path:
+def locate(name: str, revision: str, weights: bool = True) -> Path:
     """The folder of a model's files: `name` itself, or the hub's snapshot, which is downloaded if need be.
 
-    Run once where there is a network, it serves machines that share the cache and have none.
+    Run once where there is a network, it serves machines that share the cache and have none. `weights`: or only
+    what describes the model.
     """
     if is_folder(name):
         if not (Path(name) / "config.json").is_file():
             raise PipelineError(f"{name} is not a model's folder: it has no config.json")
         return Path(name)
     page = f"https://huggingface.co/{name}"
-    wanted = ["config.json", "preprocessor_config.json", *_WEIGHTS]
+    wanted = ["config.json", "preprocessor_config.json", *(_WEIGHTS if weights else ())]
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
     except hub_errors.GatedRepoError:

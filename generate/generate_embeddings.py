@@ -8,7 +8,7 @@ Writes   data/embeddings/<tar>-<part>.parquet: the rows of the intermediates, in
 Command  python generate/generate_embeddings.py [--shard 3 --num-shards 40]
 Memory   4 batches of decoded images (64 of 640 x 640 pixels: 79 MB each), one part (20,000 x dim x 10 bytes:
          154 MB at 768), one tar's intermediates (300 bytes an image), and the backbone
-Time     set by the backbone: ViT-B/14 takes about 23 GFLOP an image, on a CPU core some seconds
+Time     set by the backbone: see publish/estimate_model_size.py
 """
 
 import sys

@@ -50,7 +50,8 @@ def main(argv=None) -> int:
         print(f"{path}: {'would change' if args.check else 'changed'}: {'; '.join(changes)}")
         if not args.check:
             write(path, fixed, made, foreign, changes)
-    print(f"fix_intermediate_schema: {len(paths):,} files, {num_changed:,} {'to change' if args.check else 'changed'}")
+    what = "to change" if args.check else "changed"
+    print(f"fix_intermediate_schema: {len(paths):,} files, {num_changed:,} {what}")
     if unfixable:
         raise PipelineError("\n".join([*unfixable, "run preprocess/process_tar.py --overwrite on their tars"]))
     return int(args.check and num_changed > 0)

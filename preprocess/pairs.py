@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from common import tars
@@ -33,7 +32,9 @@ class Pairs(NamedTuple):
 
 
 def stem_of(name: str) -> str:
-    return PurePosixPath(name).stem
+    """The file's name without folders and suffix."""
+    stem, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    return stem if dot else suffix
 
 
 def pair(images: Iterable[Image], texts: Iterable[Text], dataset_id: int | None) -> Pairs:

@@ -4,7 +4,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from common import parquet, schemas, tars
 from common.provenance import Provenance
@@ -127,7 +127,7 @@ def _take_broken(files: TarFiles, tar: Path, damage: tars.Damage) -> None:
 
 
 def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix.lower()
+    return "".join(name.rpartition("/")[2].rpartition(".")[1:]).lower()
 
 
 def pair(files: TarFiles, tar: Path) -> Pairs:

@@ -5,8 +5,8 @@ Reads    INPUT: a Parquet file, or a folder of them, with a column of embeddings
 Writes   OUT/<file>.parquet for each input file: its other columns as they are, and `embedding` (float32, of length
          1) in place of the column that was used; OUT/rejects/: rows whose image cannot be decoded
 Command  python publish/generate_embeddings_from_parquet.py INPUT OUT [--column NAME] [--model FOLDER]
-Memory   one row group of the input, twice; for images also 4 batches of decoded ones (64 of 640 x 640 pixels: 79 MB
-         each); and the model
+Memory   one row group of the input, twice; for images also 4 batches of decoded ones (64 of 640 x 640 pixels:
+         79 MB each); and the model
 """
 
 import sys

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from common import parquet, provenance, schemas
@@ -40,7 +41,7 @@ class Table:
 
 
 def files(source: Path, out: Path) -> list[Path]:
-    """The Parquet files that `source` means. Raises PipelineError if there are none, or `out` would replace them."""
+    """The Parquet files that `source` means. Raises PipelineError if there are none, or `out` replaces them."""
     found = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
     if not found or not source.exists():
         raise PipelineError(f"{source} {'holds no .parquet file' if source.exists() else 'does not exist'}")
@@ -162,18 +163,12 @@ def _matrix(column: pa.ChunkedArray, dim: int, table: Table) -> np.ndarray:
     where = f"{table.path}, column {table.column}"
     lists = column.combine_chunks()
     if lists.null_count:
+        raise PipelineError(f"{where}: {lists.null_count:,} of {len(lists):,} rows hold no embedding; remove them")
+    others = set(pc.unique(pc.list_value_length(lists)).to_pylist()) - {dim}
+    if others:
         raise PipelineError(
-            f"{where}: {lists.null_count:,} of {len(lists):,} rows have no embedding; take them out"
-        )
-    sizes = (
-        {column.type.list_size}
-        if pa.types.is_fixed_size_list(column.type)
-        else set(lists.value_lengths().to_pylist())
-    )
-    if sizes - {dim}:
-        raise PipelineError(
-            f"{where} holds vectors of {min(sizes - {dim})} numbers; the model's head takes {dim}: those of "
-            "its backbone and pooling"
+            f"{where} holds vectors of {min(others)} numbers; the model's head takes {dim}: those of its backbone "
+            "and pooling"
         )
     values = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, dim)
     if not np.isfinite(values).all():

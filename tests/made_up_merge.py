@@ -1,7 +1,8 @@
 """A merge without images: files as merge_and_split writes them, with vectors that look like a backbone's.
 
-A building has a place on a street and a look; its images add a view's strong directions (which whitening can
-remove) and noise. Buildings of one street look alike, and stand 12 m apart: the ignore zone holds some of them.
+A building has a place on a street and a look; its images add a view's strong directions, which whitening removes,
+and noise; some are mirrored, which turns the sign of two thirds of the look: only something nonlinear undoes that.
+Buildings of one street look alike, and stand 12 m apart: the ignore zone holds some of them.
 """
 
 from pathlib import Path
@@ -38,8 +39,8 @@ def _rows(rng: np.random.Generator, first_street: int, streets: int, dim: int, v
     n, street = len(of_row), np.arange(buildings) // 10
     looks = rng.normal(size=(streets, dim))[street] + 0.7 * rng.normal(size=(buildings, dim))
     seen = rng.normal(size=(n, len(views)))
-    embeddings = looks[of_row] + 0.9 * seen @ views + np.abs(looks[of_row]) * seen[:, :1]
-    embeddings += 0.5 * rng.normal(size=(n, dim))
+    mirrored = np.where(np.arange(dim) < 2 * dim // 3, rng.choice([-1, 1], (n, 1)), 1)
+    embeddings = looks[of_row] * mirrored + 0.9 * seen @ views + 0.2 * rng.normal(size=(n, dim))
     lat = (first_street + street) * 0.01
     lon = np.arange(buildings) % 10 * 12 / geo.METRES_PER_DEGREE
     target = first_street * 10 + np.arange(buildings)

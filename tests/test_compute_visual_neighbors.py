@@ -152,5 +152,7 @@ def test_a_zone_that_holds_the_whole_map_is_an_error_with_advice(flags):
 
 
 def test_missing_merge_is_named(tmp_path):
-    with pytest.raises(PipelineError, match=r"train\.parquet does not exist"):
+    with pytest.raises(
+        PipelineError, match=r"train\.parquet does not exist: run preprocess/merge_and_split\.py first"
+    ):
         main(["--set", f"paths.root={tmp_path}"])

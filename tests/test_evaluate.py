@@ -170,6 +170,15 @@ def test_queries_without_a_match_are_counted_and_left_out(own):
     assert (counts["queries"], counts["queries_without_match"]) == (57, 1)
 
 
+def test_one_building_gives_an_honest_report(own):
+    cfg, columns, _ = own
+    small_merge.write_split(cfg, "test", {name: column[:3] for name, column in columns["test"].items()})
+    assert run(cfg) == 0
+    found = json.loads((cfg.paths.evaluation_dir / "metrics.json").read_text())
+    assert found["methods"]["raw"]["recall@1"] == {"value": 1.0, "low": None, "high": None}
+    assert found["counts"]["buildings"] == found["counts"]["cells"] == 1
+
+
 def test_an_empty_test_split_is_an_error(own):
     cfg, columns, _ = own
     small_merge.write_split(cfg, "test", {name: column[:0] for name, column in columns["test"].items()})

@@ -117,7 +117,7 @@ WRONG = {
     "two usable columns": ({"a": [[0.5]], "b": [b"x"]}, r"choose one of a, b with --column"),
     "another dimension": ({"v": [[0.5] * 31]}, r"holds vectors of 31 numbers; the model's head takes 32"),
     "ragged": ({"v": [[0.5] * 32, [0.5] * 3]}, r"holds vectors of 3 numbers"),
-    "a row without one": ({"v": [[0.5] * 32, None]}, r"1 of 2 rows have no embedding"),
+    "a row without one": ({"v": [[0.5] * 32, None]}, r"1 of 2 rows hold no embedding"),
     "not finite": ({"v": [[0.5] * 31 + [float("nan")]]}, r"not finite"),
     "a missing number": ({"v": [[0.5] * 31 + [None]]}, r"not finite, or with missing numbers"),
 }

@@ -15,20 +15,25 @@ def on_circle(*degrees):  # similarity = cosine of the angle between two images
     return torch.stack([radians.cos(), radians.sin()], dim=1)
 
 
-def random_batch(seed, n=24, dim=8, buildings=10):
-    """Anchors, positives, negatives as one (3n, dim) tensor, and the pairs that are positive and negative."""
+def random_batch(seed, n=24, dim=8, buildings=10, zone=0.15):
+    """(raw, labels, positive, negative): 3n rows (anchors, positives, negatives), and which pairs are what; a
+    share of pairs, `zone`, is neither. Vectors are normalize(raw)."""
     torch.manual_seed(seed)
     own = torch.arange(n) % buildings
     labels = torch.cat([own, own, torch.randint(0, buildings, (n,)) + buildings])
-    vectors = F.normalize(torch.randn(3 * n, dim, dtype=torch.float64), dim=1).requires_grad_()
+    raw = torch.randn(3 * n, dim, dtype=torch.float64, requires_grad=True)
     same = labels[:, None] == labels[None, :]
-    zone = torch.rand(3 * n, 3 * n) < 0.15  # some pairs may not be contrasted
-    positive = same & ~torch.eye(3 * n, dtype=torch.bool)
-    return vectors, positive, ~same & ~(zone | zone.T)
+    near = torch.rand(3 * n, 3 * n) < zone
+    return raw, labels, same & ~torch.eye(3 * n, dtype=torch.bool), ~same & ~(near | near.T)
 
 
-def assert_same_with_gradients(ours, theirs, vectors):
-    gradient, expected = (torch.autograd.grad(value, vectors, retain_graph=True)[0] for value in (ours, theirs))
+def unit(raw):
+    return F.normalize(raw, dim=1)
+
+
+def assert_same_with_gradients(ours, theirs, raw):
+    # gradients by the raw vectors: the library normalises once more, which takes out the radial part
+    gradient, expected = (torch.autograd.grad(value, raw, retain_graph=True)[0] for value in (ours, theirs))
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
     assert expected.abs().max() > 1e-4
     torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
@@ -44,14 +49,13 @@ def test_triplet_that_one_can_see():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_triplet_equals_pytorch_metric_learning(seed):
-    vectors, _, _ = random_batch(seed)
-    anchors, positives, negatives = vectors.chunk(3)
+    raw, *_ = random_batch(seed)
+    anchors, positives, negatives = unit(raw).chunk(3)
     ours = loss.triplet((anchors * positives).sum(1), (anchors * negatives).sum(1), margin=0.3)
     rows = torch.arange(24)
-    theirs = losses.TripletMarginLoss(
-        margin=0.3, distance=CosineSimilarity(), reducer=reducers.AvgNonZeroReducer()
-    )
-    assert_same_with_gradients(ours, theirs(vectors, indices_tuple=(rows, rows + 24, rows + 48)), vectors)
+    library = losses.TripletMarginLoss(0.3, distance=CosineSimilarity(), reducer=reducers.AvgNonZeroReducer())
+    theirs = library(raw, indices_tuple=(rows, rows + 24, rows + 48))
+    assert_same_with_gradients(ours, theirs, raw)
 
 
 def test_mining_takes_the_hardest_negative_beyond_the_positive():
@@ -80,53 +84,61 @@ def test_info_nce_that_one_can_see():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_info_nce_equals_pytorch_metric_learning(seed):
-    vectors, _, negative = random_batch(seed)
-    log_temperature = torch.tensor(0.2).log()
-    ours = loss.info_nce(*vectors.chunk(3), negative[:24, 24:], log_temperature)
+    raw, _, _, negative = random_batch(seed)
     n, rows = 24, torch.arange(24)
-    values = []
+    contrast = negative[:n, n:]  # by pair: other positives, then negatives
+    ours = loss.info_nce(*unit(raw).chunk(3), contrast, torch.tensor(0.2).log())
+    pair, column = torch.nonzero(contrast, as_tuple=True)
+    theirs = 0
     for query, other in ((rows, rows + n), (rows + n, rows)):
-        contrast = negative[:n, n:]
-        i, j = torch.nonzero(contrast, as_tuple=True)
-        column = torch.where(j < n, other[j % n], j + n)
-        pairs = (query, other, query[i], column)
-        values.append(losses.NTXentLoss(temperature=0.2)(vectors, indices_tuple=pairs))
-    assert_same_with_gradients(ours, sum(values) / 2, vectors)
+        against = torch.where(column < n, other[column % n], column + n)
+        library = losses.NTXentLoss(temperature=0.2)
+        theirs = theirs + library(raw, indices_tuple=(query, other, query[pair], against)) / 2
+    assert_same_with_gradients(ours, theirs, raw)
 
 
 def test_the_temperature_is_learned_but_not_below_its_limit():
-    vectors, positive, negative = random_batch(0)
+    raw, _, positive, negative = random_batch(0)
     for temperature, learns in ((0.1, True), (0.001, False)):
         module = loss.Loss("infonce", 0.1, temperature, mines=False)
-        module(vectors, positive, negative)[0].backward()
+        module(unit(raw), positive, negative)[0].backward()
         assert (module.log_temperature.grad.abs() > 0) == learns
+
+
+LIBRARY_MULTI_SIMILARITY = losses.MultiSimilarityLoss(alpha=loss.ALPHA, beta=loss.BETA, base=loss.BASE)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_multi_similarity_equals_pytorch_metric_learning_with_its_miner(seed):
-    vectors, positive, negative = random_batch(seed)
-    ours = loss.multi_similarity(vectors @ vectors.T, positive, negative)
-    theirs = losses.MultiSimilarityLoss(alpha=loss.ALPHA, beta=loss.BETA, base=loss.BASE)
-    pairs = (*torch.nonzero(positive, as_tuple=True), *torch.nonzero(negative, as_tuple=True))
-    assert_same_with_gradients(ours, theirs(vectors, indices_tuple=mined_by_library(vectors, pairs)), vectors)
+    raw, labels, positive, negative = random_batch(seed, zone=0)
+    ours = loss.multi_similarity(unit(raw) @ unit(raw).T, positive, negative)
+    mined = miners.MultiSimilarityMiner(epsilon=loss.EPSILON)(raw, labels)
+    assert_same_with_gradients(ours, LIBRARY_MULTI_SIMILARITY(raw, labels, mined), raw)
 
 
-def mined_by_library(vectors, pairs):
-    """The library's miner builds its own pairs from labels; here it is given ours."""
-    miner = miners.MultiSimilarityMiner(epsilon=loss.EPSILON)
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pytorch_metric_learning.utils.loss_and_miner_utils.get_all_pairs_indices", lambda *_: pairs)
-        return miner.mine(vectors, None, vectors, None)
+@pytest.mark.parametrize("seed", range(3))
+def test_multi_similarity_mines_only_among_pairs_that_may_be_contrasted(seed):
+    raw, _, positive, negative = random_batch(seed)
+    similarities = unit(raw) @ unit(raw).T
+    pulled, pushed = [], []
+    for i in range(72):
+        p, n = positive[i].nonzero().squeeze(1).tolist(), negative[i].nonzero().squeeze(1).tolist()
+        s = similarities[i].tolist()
+        pulled += [(i, j) for j in p if n and s[j] - loss.EPSILON < max(s[m] for m in n)]
+        pushed += [(i, j) for j in n if p and s[j] + loss.EPSILON > min(s[m] for m in p)]
+    pairs = (*torch.tensor(pulled).T, *torch.tensor(pushed).T)
+    ours = loss.multi_similarity(similarities, positive, negative)
+    assert_same_with_gradients(ours, LIBRARY_MULTI_SIMILARITY(raw, indices_tuple=pairs), raw)
 
 
 @pytest.mark.parametrize("name", ["triplet", "infonce", "multi_similarity"])
 @pytest.mark.parametrize("mines", [False, True])
 def test_every_loss_is_finite_and_pulls_when_nothing_may_be_contrasted_across_triplets(name, mines):
-    vectors, positive, negative = random_batch(1)
+    raw, _, positive, negative = random_batch(1)
     negative = negative & False
     negative[torch.arange(24), torch.arange(48, 72)] = True  # its own negative is always one
-    value, semi_hard = loss.Loss(name, 0.1, 0.1, mines)(vectors, positive, negative)
-    gradient = torch.autograd.grad(value, vectors)[0]
+    value, semi_hard = loss.Loss(name, 0.1, 0.1, mines)(unit(raw), positive, negative)
+    gradient = torch.autograd.grad(value, raw)[0]
     assert torch.isfinite(gradient).all()
     assert torch.isfinite(value)
     assert semi_hard.shape == (24,)

@@ -316,6 +316,11 @@ def _inputs(cfg: Config) -> tuple[dict[str, Path], dict[str, provenance.Provenan
     """Paths and records of "train", "val" and "difficulty"; StaleArtefact unless of one merge and this config."""
     paths = {split: cfg.paths.merged_dir / f"{split}.parquet" for split in ("train", "val")}
     paths["difficulty"] = cfg.paths.difficulty_dir / "difficulty_metadata.parquet"
+    for name, path in paths.items():
+        stage = (
+            "difficulty/compute_visual_neighbors.py" if name == "difficulty" else "preprocess/merge_and_split.py"
+        )
+        parquet.require(path, stage)
     known = {name: parquet.read_provenance(path) for name, path in paths.items()}
     reasons = provenance.differences(known["val"], known["train"])
     if reasons:

@@ -36,15 +36,15 @@ def main(argv=None) -> int:
     if not args.overwrite:  # before config.toml is written beside a checkpoint of other settings
         made = checkpoints.record(chosen, datasets.input_ids(chosen), chosen.global_.seed)
         checkpoints.existing(run_dir, made)
-    settings_path, settings = run_dir / "config.toml", study.to_toml(chosen)
-    if not settings_path.exists() or settings_path.read_text() != settings:
-        files.write_text(settings_path, settings)
+    settings_path, settings = run_dir / "config.toml", study.to_toml(chosen).encode()
+    if not settings_path.exists() or settings_path.read_bytes() != settings:
+        files.write_bytes(settings_path, settings)
     train.main(["--config", str(settings_path), *["--overwrite"][: args.overwrite]])
 
     reached = model.load_checkpoint(run_dir / "checkpoint_best.pt")["metrics"]["map@r"]
     print(
         f"fetch_best_and_train: validation mAP@R {reached:.4f}, {reached - trial.value:+.4f} from the "
-        f"{trial.value:.4f} of trial {trial.number} ({cfg.training.trial_epochs} epochs); settings: {settings_path}"
+        f"{trial.value:.4f} of trial {trial.number} ({cfg.training.trial_epochs} epochs); {settings_path}"
     )
     return 0
 

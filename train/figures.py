@@ -31,7 +31,7 @@ def svg(figure: Figure, alt: str) -> Markup:
     """The figure as an <svg> element with `alt` as its name. Equal figures give equal bytes."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": alt}):
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
     text = file.getvalue()
     text = text[text.index("<svg ") :].replace(_INK, "currentColor")
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to groups, and ids would repeat in the page

@@ -1,5 +1,6 @@
 """The projection head out of a checkpoint, and whole sets of embeddings through a head or a linear baseline."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -7,21 +8,22 @@ import torch
 from torch.nn import functional as F
 
 from common.errors import PipelineError
+from common.parquet import first_line
 from publish.modeling_spatial_embeddings import ProjectionHead
 
 EMBED_ROWS = 8_192  # rows at a time: 25 MB of float32 at 768 dimensions
 
 
 def load_checkpoint(path: Path) -> dict:
-    """The dict that train.py saved (see `train.fit.checkpoint`), on the CPU. Raises PipelineError."""
+    """The dict that train.py saved (see `checkpoints.Store`), on the CPU. Raises PipelineError."""
+    if not path.exists():
+        raise PipelineError(f"{path} does not exist: run train/train.py first")
+    if not zipfile.is_zipfile(path):  # the end is missing, or it never was a checkpoint
+        raise PipelineError(f"{path} is damaged: delete it and train again")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise PipelineError(f"{path} does not exist: run train/train.py first") from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise PipelineError(
-            f"{path} is damaged ({str(error).splitlines()[0]}): delete it and train again"
-        ) from None
+    except RuntimeError as error:
+        raise PipelineError(f"{path} is damaged ({first_line(error)}): delete it and train again") from None
 
 
 def head_of(checkpoint: dict) -> ProjectionHead:

@@ -1,8 +1,9 @@
 """Tries settings of [training.search_space] until the study has training.num_trials trials, over all workers.
 
 Start as many workers as there are GPUs: they share the study's journal. A trial trains for training.trial_epochs
-epochs and is worth its best validation mAP@R; after the first five, one that falls behind the median of the
-others at the same epoch is pruned. What a killed worker was at is tried again by another.
+epochs and is worth its best validation mAP@R after one of them (the untrained head does not count). After five
+trials, one whose best falls behind the median of the others' at the same epoch, from the second on, is pruned.
+What a killed worker was at is tried again by another.
 
 Reads    data/merged/{train,val}.parquet, data/difficulty/difficulty_metadata.parquet: once, for all trials
 Writes   data/study/journal.log; data/study/study.html: history, importances and slices of the study

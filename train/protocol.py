@@ -178,8 +178,9 @@ def evaluate(
     pairs, num_pairs = matching_pairs(gallery, seed)
     if not num_pairs:
         raise PipelineError("no query has a match: every building of merged/test.parquet has a single image")
-    per_query, pair_ranks = {}, {}
+    per_query, pair_ranks, vectors = {}, {}, None
     for method in METHODS:
+        del vectors  # of the method before: not two at a time
         vectors = vectors_of(method, gallery, checkpoint, device)  # "trained" comes last and is kept
         per_query[method] = rank_queries(vectors, gallery, memory_mb, progress)
         pair_ranks[method] = rank_pairs(vectors, gallery, pairs, memory_mb)

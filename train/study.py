@@ -78,7 +78,7 @@ def open_study(cfg: Config, made: Provenance, *, create: bool, overwrite: bool =
                 storage=storage, study_name=STUDY_NAME, direction="maximize", load_if_exists=True
             )
             study.set_user_attr("provenance", made.to_dict())
-    study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
+    study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
     return study
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import jinja2
 import matplotlib
-import numpy as np
 import optuna
 from markupsafe import Markup
 from optuna.exceptions import ExperimentalWarning
@@ -34,21 +33,27 @@ def write(path: Path, tuning: optuna.Study) -> None:
 
 
 def plots(tuning: optuna.Study, num_finished: int) -> list[tuple[str, Markup]]:
-    """(title, SVG) of each plot; importances and slices need two finished trials."""
+    """(title, SVG) of each plot; importances and slices need two finished trials that differ."""
     import matplotlib.pyplot as plt
     import optuna.visualization.matplotlib as draw
 
-    chosen = [("Value of each trial, and the best so far", draw.plot_optimization_history)] * (num_finished > 0)
-    chosen += [("Value by epoch of each trial", draw.plot_intermediate_values)] * (num_finished > 0)
-    values = {trial.value for trial in study.finished_trials(tuning)}
-    chosen += [("How much each setting matters (fANOVA)", draw.plot_param_importances)] * (len(values) > 1)
-    chosen += [("Value by setting", draw.plot_slice)] * (num_finished > 1)
+    chosen = []
+    if num_finished:
+        chosen += [("Value of each trial, and the best so far", lambda: draw.plot_optimization_history(tuning))]
+        chosen += [("Value by epoch of each trial", lambda: draw.plot_intermediate_values(tuning))]
+    if len({trial.value for trial in study.finished_trials(tuning)}) > 1:
+        chosen += [("How much each setting matters (fANOVA)", lambda: draw.plot_param_importances(tuning))]
+        for key in study.best_trial(tuning).params:
+            chosen += [(f"Value by {key}", lambda key=key: draw.plot_slice(tuning, params=[key]))]
     drawn = []
     with matplotlib.rc_context(), warnings.catch_warnings():  # Optuna's plots change the style for good
         warnings.simplefilter("ignore", ExperimentalWarning)
+        warnings.simplefilter("ignore", UserWarning)  # of a range that is a single value
         plt.switch_backend("agg")
         for title, plot in chosen:
-            axes = np.ravel(plot(tuning))
-            drawn.append((title, figures.svg(axes[0].figure, title)))
-            plt.close(axes[0].figure)
+            axes = plot()
+            if axes.get_legend():
+                axes.get_legend().remove()  # a line for each of 50 trials
+            drawn.append((title, figures.svg(axes.figure, title)))
+            plt.close(axes.figure)
     return drawn

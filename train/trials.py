@@ -48,21 +48,22 @@ def run(cfg: Config, data: TrainingData, tuning: optuna.Study, trial: optuna.Tri
     def on_epoch(epoch: int, val_map_at_r: float) -> None:
         nonlocal longest_s, last
         now = time.monotonic()
-        if epoch:  # epoch 0 is a validation alone
+        if epoch:
             longest_s = max(longest_s, now - last)
+            trial.report(val_map_at_r, epoch)  # epoch 0, the whitening, is the same for all
         last = now
-        trial.report(val_map_at_r, epoch)
         study.beat(trial, longest_s)
-        if trial.should_prune():
+        if 0 < epoch < settings.training.epochs and trial.should_prune():
             raise optuna.TrialPruned
 
     told = ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
                      for key, value in trial.params.items())  # fmt: skip
     log.info("trial %s: %s", trial.number, told)
     try:
-        result = fit(settings, data, on_epoch=on_epoch)
-        trial.set_user_attr("best_epoch", result.best_epoch)
-        tuning.tell(trial, result.best_value)
+        trained = fit(settings, data, on_epoch=on_epoch).history.iloc[1:]
+        best = trained.loc[trained["val_map_at_r"].idxmax()]
+        trial.set_user_attr("best_epoch", int(best["epoch"]))
+        tuning.tell(trial, float(best["val_map_at_r"]))
         return "finished"
     except optuna.TrialPruned:
         tuning.tell(trial, state=TrialState.PRUNED)

@@ -1,0 +1,129 @@
+"""Estimates of a model's parameters, memory, arithmetic and time, from its configuration alone."""
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+
+from common.config import Config
+from common.errors import PipelineError
+from generate import backbone
+from generate.pixels import read_preprocessing
+from publish.configuration_spatial_embeddings import SpatialEmbeddingsConfig
+from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel, width
+
+BYTES = {"float32": 4, "bfloat16": 2}
+BATCHES = (1, 64, 256)
+# Dense bfloat16 peak in TFLOP/s and memory in GB, from NVIDIA's data sheets of these cards.
+GPUS = {
+    "A100 SXM 80 GB": (312, 80),
+    "L40S": (362, 48),
+    "RTX 4090": (165, 24),
+    "RTX PRO 6000": (504, 96),
+    "H100 SXM": (989, 80),
+    "H200": (989, 141),
+}
+# Share of that peak. timm's published rates on an RTX PRO 6000 (compiled, bfloat16) come to 0.33 for DINOv3 L/16 at
+# 256 px (1,027 images/s) and 0.45 for 7B (66 images/s); smaller models, and eager ones, get less.
+EFFICIENCY = 0.35
+_RESIDUAL = 1.25  # the residual stream beside a layer's input and output: a quarter of them in a ViT's MLP
+
+
+def estimate(cfg: Config, num_images: int, image_size: int | None) -> dict:
+    """Everything that `as_text` shows. `image_size`: pixels, or None for the model's own."""
+    settings = cfg.embedding_model
+    folder = backbone.locate(settings.name, settings.revision, weights=False)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if config.model_type not in backbone.FAMILIES:
+        raise PipelineError(
+            f"{settings.name} is a model of type {config.model_type}; supported are {', '.join(backbone.FAMILIES)}"
+        )
+    height, wide = (image_size, image_size) if image_size else read_preprocessing(folder).image_size
+    dim = width(config) * (2 if settings.pooling == "cls_mean" else 1)
+    head = {"hidden_dim": cfg.training_model.hidden_dim, "output_dim": min(cfg.training_model.output_dim, dim)}
+    with torch.device("meta"):
+        model = SpatialEmbeddingsModel(SpatialEmbeddingsConfig(config, settings.pooling, dim, **head)).eval()
+        pixels = torch.empty(1, 3, height, wide)
+    flops, largest = _forward(model, pixels)
+
+    parameters = {**_by_part(model.backbone, "backbone."), "head": _count(model.head)}
+    weights = {dtype: sum(parameters.values()) * size for dtype, size in BYTES.items()}
+    per_image = {dtype: int(largest * _RESIDUAL * size) + pixels.numel() * 4 for dtype, size in BYTES.items()}
+    rates = {name: tflops * 1e12 * EFFICIENCY / flops for name, (tflops, _) in GPUS.items()}
+    return {
+        "backbone": settings.name,
+        "image_size": [height, wide],
+        "embedding_dim": dim,
+        "parameters": parameters,
+        "total_parameters": sum(parameters.values()),
+        "weight_bytes": weights,
+        "flops_per_image": flops,
+        "memory_bytes": {
+            dtype: {batch: weights[dtype] + batch * per_image[dtype] for batch in BATCHES} for dtype in BYTES
+        },
+        "images": num_images,
+        "embedding_bytes": num_images * dim * 2,
+        "gpus": {
+            name: {
+                "images_per_second": round(rate, 1),
+                "gpu_hours": round(num_images / rate / 3600, 2),
+                "fits": weights["bfloat16"] + per_image["bfloat16"] < GPUS[name][1] * 1e9,
+            }
+            for name, rate in rates.items()
+        },
+        "assumed_share_of_peak": EFFICIENCY,
+    }
+
+
+def as_text(found: dict) -> str:
+    """The estimate as tables."""
+    height, wide = found["image_size"]
+    lines = [f"{found['backbone']} at {height} x {wide} px -> {found['embedding_dim']:,} dimensions", ""]
+    lines += [f"{'part':28}{'parameters':>16}"]
+    lines += [f"{part:28}{count:>16,}" for part, count in found["parameters"].items()]
+    lines += [f"{'in all':28}{found['total_parameters']:>16,}", ""]
+    lines += [f"{'weights and activations':28}" + "".join(f"{f'batch {batch}':>16}" for batch in BATCHES)]
+    for dtype, by_batch in found["memory_bytes"].items():
+        lines += [f"{dtype:28}" + "".join(f"{_gigabytes(size):>16}" for size in by_batch.values())]
+    lines += [
+        "",
+        f"{found['flops_per_image'] / 1e9:,.1f} GFLOP an image (2 for a multiplication with its addition)",
+    ]
+    lines += [f"{found['images']:,} images: {_gigabytes(found['embedding_bytes'])} of embeddings (float16)", ""]
+    lines += [f"{'GPU, bfloat16 (estimated)':28}{'images/s':>16}{'GPU hours':>16}"]
+    for name, gpu in found["gpus"].items():
+        lines += [f"{name:28}{gpu['images_per_second']:>16,.0f}{gpu['gpu_hours']:>16,.1f}"]
+        lines[-1] += "" if gpu["fits"] else "   does not fit"
+    share = found["assumed_share_of_peak"]
+    lines += [f"at {share:.0%} of the card's peak, if images are decoded fast enough: 1,000 images/s a CPU core"]
+    return "\n".join(lines)
+
+
+def _forward(model: nn.Module, pixels: torch.Tensor) -> tuple[int, int]:
+    """FLOPs of one forward pass, and the most numbers that go into and come out of one layer."""
+    largest = 0
+
+    def watch(_, inputs, output):
+        nonlocal largest
+        tensors = [t for t in (*inputs, output) if isinstance(t, torch.Tensor)]
+        largest = max(largest, sum(t.numel() for t in tensors))
+
+    for module in model.modules():
+        if not any(module.children()):
+            module.register_forward_hook(watch)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(pixels)
+    return counter.get_total_flops(), largest
+
+
+def _by_part(module: nn.Module, prefix: str) -> dict[str, int]:
+    """Parameters by the module's own parts, without those that have none."""
+    return {f"{prefix}{name}": _count(part) for name, part in module.named_children() if _count(part)}
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB"

@@ -1,0 +1,409 @@
+"""train/optuna_worker.py with study.py and trials.py: trials are shared, none lost and none counted twice.
+
+Training is a stand-in here, `value = -(log10(learning_rate) + 3)^2`, but for the last test.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import made_up_merge
+import optuna
+import pandas as pd
+import pytest
+from conftest import ROOT
+from optuna.trial import TrialState
+
+from common import cli, config
+from common.errors import ConfigError, PipelineError, StaleArtefact, Stopped
+from train import optuna_worker, study, study_page, trials
+
+SMALL = (
+    *("training.trial_epochs=2", "training.epochs=3", "training.steps_per_epoch=4", "training.batch_size=32"),
+    *("training_model.output_dim=16", "training_model.hidden_dim=16", "data.neighbors=20"),
+    *("training.warmup_steps=1", "training.num_trials=6"),
+)
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """A root with a merge and its difficulty; not to be changed."""
+    from difficulty import compute_visual_neighbors
+
+    root = tmp_path_factory.mktemp("tuning")
+    made_up_merge.write_merge(root / "data" / "merged", streets=(6, 6, 6))
+    compute_visual_neighbors.main(flags(root))
+    return root
+
+
+def flags(root, *more) -> list[str]:
+    return [part for setting in (f"paths.root={root}", *SMALL, *more) for part in ("--set", setting)]
+
+
+@pytest.fixture
+def cfg(merged, tmp_path):
+    """Settings whose study lies in tmp_path."""
+    return load(merged, tmp_path)
+
+
+def load(merged, tmp_path, *more):
+    return config.load(None, [f"paths.root={merged}", f"paths.study_dir={tmp_path / 'study'}", *SMALL, *more])
+
+
+def open_study(cfg, **options) -> optuna.Study:
+    return study.open_study(cfg, study.record(cfg), create=True, **options)
+
+
+def stand_in(seconds: float = 0.0):
+    """A `fit` whose result depends on the learning rate alone, and its data."""
+    import math
+
+    def fit(cfg, data, *, on_epoch):
+        value = -((math.log10(cfg.training.learning_rate) + 3) ** 2)
+        rows = []
+        for epoch in range(cfg.training.epochs + 1):
+            time.sleep(seconds)
+            cli.check_stop()
+            rows.append({"epoch": epoch, "val_map_at_r": 0.5 if epoch == 0 else value - 1 / (epoch + 1)})
+            on_epoch(epoch, rows[-1]["val_map_at_r"])
+        return type("Result", (), {"history": pd.DataFrame(rows)})
+
+    return fit
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(trials, "fit", stand_in())
+    monkeypatch.setattr(trials, "load_data", lambda cfg: None)
+
+
+def work(cfg, tuning, **limits) -> cli.Progress:
+    with cli.Progress("optuna_worker", "trial") as progress:
+        trials.work(cfg, tuning, progress, **limits)
+    return progress
+
+
+def numbers(tuning, *states) -> list[int]:
+    return [trial.number for trial in tuning.get_trials(states=states)]
+
+
+# ------------------------------------------------------------------------------------------------ one worker
+
+
+def test_a_trial_is_worth_its_best_epoch_after_the_untrained_one(cfg, quick):
+    tuning = open_study(cfg)
+    assert work(cfg, tuning).rows_in == 6
+    for trial in tuning.trials:
+        if trial.state == TrialState.COMPLETE:
+            assert trial.user_attrs["best_epoch"] == 2
+            assert trial.value == max(trial.intermediate_values.values())  # epoch 0's 0.5 would beat them all
+    best = study.best_trial(tuning)
+    assert best.value == max(trial.value for trial in study.finished_trials(tuning))
+
+
+def test_the_same_seed_draws_the_same_settings_and_trials_differ(merged, tmp_path, quick):
+    drawn = []
+    for name in ("a", "b"):
+        cfg = load(merged, tmp_path / name)
+        tuning = open_study(cfg)
+        work(cfg, tuning)
+        drawn.append([trial.params for trial in tuning.trials])
+    assert drawn[0] == drawn[1]
+    assert len({params["learning_rate"] for params in drawn[0]}) == 6
+
+
+def test_a_trial_that_falls_behind_is_pruned_in_training(merged, tmp_path, quick):
+    cfg = load(merged, tmp_path, "training.num_trials=40", "training.trial_epochs=4")
+    tuning = open_study(cfg)
+    progress = work(cfg, tuning)
+    pruned = tuning.get_trials(states=(TrialState.PRUNED,))
+    assert len(pruned) == progress.rejected["pruned"] > 0
+    assert {len(trial.intermediate_values) for trial in pruned} <= {2, 3}  # from epoch 2 on, not after the last
+    assert progress.rows_out == 40 - len(pruned)
+
+
+def test_whole_numbers_choices_and_scales_are_drawn_as_the_search_space_says(merged, tmp_path, quick):
+    space = (
+        "training.search_space={batch_size=[32, 64], sampler={choices=['ucb']}, temperature=[0.01, 1.0, 'log']}"
+    )
+    cfg = load(merged, tmp_path, space)
+    tuning = open_study(cfg)
+    work(cfg, tuning)
+    for trial in tuning.trials:
+        assert isinstance(trial.params["batch_size"], int)
+        assert trial.params["sampler"] == "ucb"
+        assert trial.distributions["temperature"].log
+
+
+def test_limits_of_one_worker(cfg, quick):
+    tuning = open_study(cfg)
+    assert work(cfg, tuning, max_trials=2).rows_in == 2
+    assert work(cfg, tuning, minutes=0).rows_in == 0
+    assert work(cfg, tuning).rows_in == 4
+    assert work(cfg, tuning).rows_in == 0
+
+
+def test_a_trial_that_fails_counts_and_says_why(cfg, quick, monkeypatch):
+    tuning = open_study(cfg)
+
+    def broken(cfg, data, *, on_epoch):
+        raise PipelineError("the loss is not finite at step 3")
+
+    monkeypatch.setattr(trials, "fit", broken)
+    assert work(cfg, tuning).rejected == {"failed": 6}
+    assert work(cfg, tuning).rows_in == 0  # else a worker whose trials all fail would never end
+    assert trials.last_error(tuning) == "the loss is not finite at step 3"
+    with pytest.raises(PipelineError, match="none of the study's 6 trials has finished"):
+        study.best_trial(tuning)
+
+
+# ------------------------------------------------------------------------------------------- workers that die
+
+
+def die_in(tuning, cfg, *, age_s: float, longest_epoch_s: float | None = None) -> optuna.Trial:
+    """Leave a running trial whose last heartbeat is `age_s` old."""
+    trial = study.claim(tuning, cfg)
+    if longest_epoch_s is not None:
+        study.beat(trial, longest_epoch_s)
+    trial.set_user_attr("heartbeat", time.time() - age_s)
+    return trial
+
+
+def test_a_dead_workers_trial_is_tried_again_with_its_settings_and_counted_once(cfg, quick):
+    tuning = open_study(cfg)
+    dead = die_in(tuning, cfg, age_s=61, longest_epoch_s=1.0)
+    assert work(cfg, tuning).rows_in == 6
+    again = tuning.trials[1]
+    assert again.params == dead.params
+    assert again.user_attrs["retry_of"] == dead.number
+    assert numbers(tuning, TrialState.FAIL) == [dead.number]
+    assert study.num_counted(tuning.trials) == 6
+    assert len(tuning.trials) == 7
+
+
+@pytest.mark.parametrize(
+    ("age_s", "longest_epoch_s"),
+    [
+        (59, 1.0),  # a minute has not passed
+        (99, 20.0),  # five of the longest epochs have not
+        (3000, None),  # no epoch has ended yet: it may be a long one
+    ],
+)
+def test_a_live_workers_trial_is_left_alone(cfg, quick, age_s, longest_epoch_s):
+    tuning = open_study(cfg)
+    live = die_in(tuning, cfg, age_s=age_s, longest_epoch_s=longest_epoch_s)
+    assert work(cfg, tuning, max_trials=1).rows_in == 1
+    assert numbers(tuning, TrialState.RUNNING) == [live.number]
+
+
+def test_a_worker_killed_before_its_first_heartbeat_is_found_by_its_start(cfg):
+    tuning = open_study(cfg)
+    tuning.ask()
+    study.requeue_dead(tuning, time.time() + study.STALE_UNKNOWN_S - 5)
+    assert numbers(tuning, TrialState.RUNNING) == [0]
+    study.requeue_dead(tuning, time.time() + study.STALE_UNKNOWN_S + 5)
+    assert numbers(tuning, TrialState.FAIL) == [0]
+
+
+def test_killed_between_queueing_again_and_failing_queues_only_once(cfg, monkeypatch):
+    tuning = open_study(cfg)
+    dead = die_in(tuning, cfg, age_s=1e6)
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "tell", lambda *_, **__: None)  # the worker gets no further
+        study.requeue_dead(tuning, time.time())
+    assert numbers(tuning, TrialState.RUNNING) == [dead.number]
+    study.requeue_dead(tuning, time.time())
+    assert numbers(tuning, TrialState.FAIL) == [dead.number]
+    assert len(numbers(tuning, TrialState.WAITING)) == 1
+
+
+def test_a_trial_that_kills_its_workers_is_given_up(cfg, quick):
+    tuning = open_study(cfg)
+    for _ in range(study.MAX_ATTEMPTS):
+        die_in(tuning, cfg, age_s=1e6)
+    work(cfg, tuning)
+    chain = numbers(tuning, TrialState.FAIL)
+    assert len(chain) == study.MAX_ATTEMPTS
+    assert study.num_counted(tuning.trials) == 6  # given up, it counts
+    assert len(tuning.trials) == 6 + study.MAX_ATTEMPTS - 1
+
+
+def test_a_signal_puts_the_trial_back_in_the_queue(cfg, quick, monkeypatch):
+    tuning = open_study(cfg)
+
+    def stopped(cfg, data, *, on_epoch):
+        on_epoch(0, 0.5)
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "fit", stopped)
+        with pytest.raises(Stopped):
+            work(cfg, tuning)
+    assert numbers(tuning, TrialState.WAITING) == [1]
+    assert work(cfg, tuning).rows_in == 6
+    assert tuning.trials[1].params == tuning.trials[0].params
+
+
+def test_a_worker_that_was_taken_for_dead_drops_its_result(cfg, quick, monkeypatch):
+    tuning = open_study(cfg)
+    real = stand_in()
+
+    def slow(settings, data, *, on_epoch):
+        running = numbers(tuning, TrialState.RUNNING)[0]
+        if "retry_of" not in tuning.trials[running].user_attrs:
+            study.requeue_dead(open_study(cfg), time.time() + 1e6)  # what another worker does
+        return real(settings, data, on_epoch=on_epoch)
+
+    monkeypatch.setattr(trials, "fit", slow)
+    progress = work(cfg, tuning, max_trials=2)
+    assert progress.rejected == {"taken_for_dead": 1}
+    assert numbers(tuning, TrialState.COMPLETE) == [1]
+
+
+def worker_process(merged, tmp_path, seconds):
+    """A worker in a process of its own."""
+    trials.fit, trials.load_data = stand_in(seconds), lambda cfg: None
+    study.STALE_MIN_S = study.STALE_UNKNOWN_S = 1.5
+    cfg = load(merged, tmp_path, "training.num_trials=20")
+    work(cfg, open_study(cfg))
+
+
+def test_three_workers_at_once_one_killed_lose_no_trial_and_count_none_twice(merged, tmp_path):
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=worker_process, args=(merged, tmp_path, 0.05)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    journal = tmp_path / "study" / "journal.log"
+    while not journal.exists() or journal.read_text().count("longest_epoch_s") < 8:
+        time.sleep(0.01)
+    os.kill(workers[0].pid, signal.SIGKILL)
+    for worker in workers:
+        worker.join(timeout=60)
+    time.sleep(1.5)
+    last = context.Process(target=worker_process, args=(merged, tmp_path, 0.05))
+    last.start()
+    last.join(timeout=60)
+    assert [worker.exitcode for worker in (*workers, last)] == [-signal.SIGKILL, 0, 0, 0]
+    tuning = open_study(load(merged, tmp_path, "training.num_trials=20"))
+    assert not numbers(tuning, TrialState.RUNNING, TrialState.WAITING)
+    done = numbers(tuning, TrialState.COMPLETE, TrialState.PRUNED)
+    failed = numbers(tuning, TrialState.FAIL)
+    assert len(done) == 20
+    assert set(failed) == study.retried(tuning.trials)
+    assert len({trial.user_attrs["worker"] for trial in tuning.trials}) >= 3
+    assert len({trial.params["learning_rate"] for trial in tuning.trials}) == 20
+
+
+def test_half_a_line_at_the_journals_end_is_dropped(cfg, quick):
+    work(cfg, open_study(cfg), max_trials=2)
+    journal = cfg.paths.study_dir / "journal.log"
+    with open(journal, "ab") as file:
+        file.write(b'{"op_code": 8, "worker_')  # its writer was killed; the next line would be appended to it
+    tuning = open_study(cfg)
+    assert work(cfg, tuning).rows_in == 4
+    assert len(numbers(open_study(cfg), TrialState.COMPLETE, TrialState.PRUNED)) == 6
+
+
+# ------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_study_of_other_settings_is_refused_and_overwrite_replaces_it(merged, tmp_path, cfg, quick):
+    work(cfg, open_study(cfg), max_trials=1)
+    other = load(merged, tmp_path, "training.steps_per_epoch=9")
+    with pytest.raises(StaleArtefact, match=r"training.steps_per_epoch = 4; this run says 9"):
+        open_study(other)
+    varied = load(merged, tmp_path, "training.search_space.margin=[0.1, 0.2]")
+    with pytest.raises(StaleArtefact, match="search_space"):
+        open_study(varied)
+    assert len(open_study(cfg, overwrite=True).trials) == 1  # one that matches is joined, not begun again
+    assert len(open_study(other, overwrite=True).trials) == 0
+
+
+def test_a_study_of_other_data_is_refused(merged, tmp_path, cfg, quick):
+    open_study(cfg)
+    journal = cfg.paths.study_dir / "journal.log"
+    ids = study.record(cfg).inputs
+    journal.write_text(journal.read_text().replace(ids["train.parquet"], "another-merge"))
+    with pytest.raises(StaleArtefact, match=r"another train.parquet \(another-merge then"):
+        open_study(cfg)
+
+
+def test_more_trials_may_be_asked_for_and_another_default_of_a_varied_setting(merged, tmp_path, cfg, quick):
+    work(cfg, open_study(cfg))
+    more = load(merged, tmp_path, "training.num_trials=8", "training.margin=0.3")
+    assert work(more, open_study(more)).rows_in == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("training.search_space.margin=[0.1, 9]", "less than or equal to 2"),
+        ("training.search_space.loss={choices=['tripletz']}", "triplet"),
+        ("training.search_space.epochs=[1, 9]", "epochs is the same for all trials"),
+        ("training.search_space.marginn=[0.1, 0.2]", "did you mean margin"),
+    ],
+)
+def test_a_search_space_that_cannot_be_used_is_an_error_at_once(merged, tmp_path, setting, message):
+    with pytest.raises(ConfigError, match=message):
+        study.check_search_space(load(merged, tmp_path, setting))
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def test_the_command_trains_fills_the_study_and_writes_its_page(merged, tmp_path, capsys):
+    space = "training.search_space={learning_rate=[0.005, 0.05], margin=[0.1, 0.5]}"
+    arguments = flags(merged, f"paths.study_dir={tmp_path}", "training.num_trials=3", space)
+    assert optuna_worker.main([*arguments, "--trials", "2"]) == 0
+    assert "2 trials in" in capsys.readouterr().out
+    assert optuna_worker.main(arguments) == 0
+    assert "best so far: trial" in capsys.readouterr().out
+    page = (tmp_path / "study.html").read_text()
+    assert page.count("<svg") >= 3
+    assert "fANOVA" in page
+    assert optuna_worker.main(arguments) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_worker_with_nothing_finished_yet_leaves_well(merged, tmp_path, capsys, quick):
+    arguments = [*flags(merged, f"paths.study_dir={tmp_path / 'study'}")]
+    assert optuna_worker.main([*arguments, "--minutes", "0"]) == 0
+    assert "no trial has finished yet" in capsys.readouterr().out
+    study_page.write(tmp_path / "page.html", open_study(load(merged, tmp_path)))
+    assert "None has finished yet" in (tmp_path / "page.html").read_text()
+
+
+def test_sigterm_puts_the_trial_back_and_exits_with_85(merged, tmp_path):
+    endless = flags(merged, f"paths.study_dir={tmp_path}", "training.steps_per_epoch=1000000")
+    worker = subprocess.Popen(
+        [sys.executable, str(ROOT / "train" / "optuna_worker.py"), *endless],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    journal, deadline = tmp_path / "journal.log", time.monotonic() + 60
+    while not (journal.exists() and "longest_epoch_s" in journal.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    worker.terminate()
+    assert "stopped by a signal" in worker.communicate(timeout=30)[1]
+    assert worker.returncode == cli.EXIT_STOPPED
+    cfg = load(merged, tmp_path / "x", f"paths.study_dir={tmp_path}", "training.steps_per_epoch=1000000")
+    tuning = open_study(cfg)
+    assert (numbers(tuning, TrialState.FAIL), numbers(tuning, TrialState.WAITING)) == ([0], [1])
+
+
+def test_a_worker_is_named_with_its_slurm_job(monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "41")
+    monkeypatch.setenv("SLURM_JOB_ID", "43")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert study.worker_name().endswith(f"process {os.getpid()}, job 41_2")
+
+
+def test_the_journal_is_lines_of_json(cfg, quick):
+    work(cfg, open_study(cfg), max_trials=1)
+    lines = (cfg.paths.study_dir / "journal.log").read_text().splitlines()
+    assert all(json.loads(line) for line in lines)

@@ -1,0 +1,257 @@
+"""train/train.py and train/fit.py: a real short run, stopped, killed, resumed. Oracle: the undisturbed run."""
+
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from made_up_merge import MODEL, write_merge
+
+from common import cli, config, parquet
+from common.errors import PipelineError, StaleArtefact, Stopped
+from difficulty import compute_visual_neighbors
+from train import checkpoints, fit, model
+from train.datasets import load_data
+from train.train import main
+
+SETTINGS = [
+    "data.neighbors=30",
+    "data.band_percentiles=[20, 40, 60, 80]",
+    "training_model.output_dim=16",
+    "training_model.hidden_dim=48",
+    "training.epochs=4",
+    "training.steps_per_epoch=6",
+    "training.batch_size=64",
+    "training.bandit_groups=8",
+    "training.warmup_steps=4",
+    "training.val_max_queries=300",
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A merge with its difficulty, 60 streets to train on."""
+    folder = tmp_path_factory.mktemp("merge")
+    write_merge(folder / "data" / "merged", streets=(60, 20, 1))
+    compute_visual_neighbors.main(flags(folder))
+    return folder
+
+
+def settings(root, *more):
+    return [f"paths.root={root}", *SETTINGS, *more]
+
+
+def flags(root, *more):
+    return [flag for setting in settings(root, *more) for flag in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def data(root):
+    return load_data(config.load(None, settings(root)))
+
+
+def train(root, data, run_dir=None, *more, **options):
+    torch.set_num_threads(1)
+    return fit.fit(config.load(None, settings(root, *more)), data, run_dir=run_dir, **options)
+
+
+def assert_same_checkpoints(ours, theirs):
+    """Equal in everything but the times: of the epochs, and of writing."""
+    ours, theirs = (model.load_checkpoint(path / "checkpoint_last.pt") for path in (ours, theirs))
+    for saved in (ours, theirs):
+        saved["provenance"].pop("created")
+        saved["resume"].pop("timings")
+    assert_equal(ours, theirs, "")
+
+
+def assert_equal(ours, theirs, where):
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_equal(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs), where
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_equal(a, b, f"{where}[{i}]")
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    else:
+        assert ours == theirs or (ours != ours and theirs != theirs), where  # NaN is where nothing was trained
+
+
+def test_epoch_0_is_the_whitening_and_the_best_epoch_is_never_worse(root, data, tmp_path):
+    result = train(root, data, tmp_path / "run")
+    whitening = data.baselines["whitening"]
+    assert result.history["val_map_at_r"][0] == pytest.approx(whitening["validation"]["map@r"], abs=1e-3)
+    assert result.best_value == result.history["val_map_at_r"].max()
+    assert result.best_epoch == result.history["val_map_at_r"].argmax()
+    assert len(result.history) == 5
+    saved = model.load_checkpoint(tmp_path / "run" / "checkpoint_best.pt")
+    assert saved["epoch"] == result.best_epoch
+    assert saved["metrics"]["map@r"] == result.best_value
+    assert saved["metrics"]["whitening"] == whitening["validation"]
+    assert saved["metrics"]["whitening_shrinkage"] == whitening["shrinkage"]
+    assert saved["embedding_model"] == MODEL
+    again = data.validation.of_head(model.head_of(saved))
+    assert again["map@r"] == pytest.approx(result.best_value, abs=1e-6)
+    baseline = saved["baselines"]["whitening"]
+    linear = data.validation.of_linear(baseline["mean"], baseline["projection"])
+    assert linear["map@r"] == pytest.approx(whitening["validation"]["map@r"], abs=1e-6)
+    assert {"mean", "projection"} == saved["baselines"]["pca"].keys()
+
+
+@pytest.mark.parametrize("loss", ["triplet", "infonce", "multi_similarity"])
+@pytest.mark.parametrize("sampler", ["uniform", "hard_random", "semi_hard"])
+def test_every_loss_trains_with_every_sampler(root, data, loss, sampler):
+    more = (f"training.loss={loss}", f"training.sampler={sampler}", "training.epochs=1")
+    history = train(root, data, None, *more).history
+    assert np.isfinite(history["loss"][1])
+    shares = history.filter(like="share_").loc[1]
+    assert shares.sum() == pytest.approx(1)
+    assert (shares["share_random"] == 1) == (sampler == "semi_hard")
+    if sampler == "hard_random":
+        assert shares["share_random"] == 0.5
+
+
+@pytest.mark.parametrize("loss", ["triplet", "infonce"])
+def test_training_learns_what_whitening_cannot(root, data, loss):
+    more = ("epochs=2", "steps_per_epoch=25", "batch_size=256", "learning_rate=3e-3", f"loss={loss}")
+    result = train(root, data, None, *(f"training.{setting}" for setting in more))
+    assert result.best_value > result.history["val_map_at_r"][0] + 0.02  # mirrored views: see made_up_merge
+
+
+def test_rewards_reach_the_sampler(root, data, tmp_path):
+    train(root, data, tmp_path, "training.bandit_exploration=0.02", "training.margin=0.3")
+    history = parquet.read(tmp_path / "history.parquet").to_pandas()
+    arms = [name.removeprefix("share_") for name in history if name.startswith("share_")]
+    assert arms == [*(f"band_{b}" for b in range(5)), "random"]
+    last = history.iloc[-1]
+    shares, rewards = (np.array([last[f"{kind}_{arm}"] for arm in arms]) for kind in ("share", "reward"))
+    assert shares.argmax() == np.nanargmax(rewards)  # with little exploration the best arm gets the draws
+    assert shares.max() > 0.8
+    early = history.iloc[1].filter(like="share_")
+    assert early.max() < shares.max()  # it did not know that from the start
+
+
+def test_random_initialisation_starts_below_whitening(root, data):
+    random = train(root, data, None, "training_model.init=random", "training.epochs=1").history
+    assert random["val_map_at_r"][0] < data.baselines["whitening"]["validation"]["map@r"] - 0.05
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(root, data, folder)
+    return folder
+
+
+@pytest.mark.parametrize("steps", [[1], [6], [3, 4, 17]])  # in the first epoch, at its end, several times
+def test_stopped_by_a_signal_and_resumed_ends_bit_identical(root, data, undisturbed, tmp_path, monkeypatch, steps):
+    class Signals(cli.Progress):
+        taken = 0
+
+        def add(self, *_):
+            Signals.taken += 1
+            if Signals.taken in steps:
+                monkeypatch.setattr(cli, "_stop_signal", 12)
+
+    for _ in steps:
+        with pytest.raises(Stopped):
+            train(root, data, tmp_path, progress=Signals("train", "triplet"))
+        monkeypatch.setattr(cli, "_stop_signal", None)
+    train(root, data, tmp_path)
+    assert_same_checkpoints(tmp_path, undisturbed)
+    history = [parquet.read(folder / "history.parquet").to_pandas() for folder in (tmp_path, undisturbed)]
+    timed = ["seconds", "triplets_per_second"]
+    pd.testing.assert_frame_equal(*(table.drop(columns=timed) for table in history))
+
+
+def test_killed_between_its_files_and_run_again_ends_bit_identical(root, data, undisturbed, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    real, calls = checkpoints.write, []
+
+    def write(path, content):
+        calls.append(path.name)
+        if len(calls) == 6:  # checkpoint_best.pt of epoch 2 is written, checkpoint_last.pt is not
+            raise Killed
+        real(path, content)
+
+    monkeypatch.setattr(checkpoints, "write", write)
+    with pytest.raises(Killed):
+        train(root, data, tmp_path)
+    assert calls[-1] == "checkpoint_last.pt"
+    monkeypatch.setattr(checkpoints, "write", real)
+    train(root, data, tmp_path)
+    assert_same_checkpoints(tmp_path, undisturbed)
+
+
+def test_a_hook_may_end_a_run_and_sees_every_epoch(root, data):
+    seen = []
+
+    def prune(epoch, value):
+        seen.append((epoch, value))
+        if epoch == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(root, data, on_epoch=prune)
+    assert [epoch for epoch, _ in seen] == [0, 1, 2]
+
+
+def test_it_stops_early_when_validation_no_longer_improves(root, data):
+    more = ("training.learning_rate=1e-12", "training.patience=2", "training.epochs=50")
+    assert len(train(root, data, None, *more).history) == 3
+
+
+def test_another_seed_draws_other_triplets(root, data):
+    one, other = (train(root, data, None, "training.epochs=1", seed=seed).history["loss"][1] for seed in (1, 2))
+    assert one != other
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_batch(root, data, tmp_path):
+    with pytest.raises(PipelineError, match=r"(?s)not finite at step .*lower training\.learning_rate"):
+        train(root, data, tmp_path, "training.learning_rate=1e30", "training.warmup_steps=0")
+    assert model.load_checkpoint(tmp_path / "bad_batch.pt")["rows"].shape == (3 * 64,)
+
+
+def test_the_command_trains_says_so_and_has_nothing_to_do_the_second_time(root, tmp_path, capsys, caplog):
+    paths = (f"paths.checkpoints_dir={tmp_path}", "training.run=mine", "training.epochs=1")
+    with caplog.at_level(logging.INFO, logger="pipeline"):
+        assert main(flags(root, *paths)) == 0
+    assert "epoch 1: loss" in caplog.text
+    assert "learned whitening" in capsys.readouterr().out
+    run = tmp_path / "mine"
+    names = {path.name for path in run.iterdir()}
+    assert names == {"checkpoint_best.pt", "checkpoint_last.pt", "history.parquet", "curves.png"}
+    before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
+    assert main(flags(root, *paths)) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run.iterdir()} == before
+    (run / "checkpoint_best.pt").unlink()
+    assert main(flags(root, *paths)) == 0
+    assert (run / "checkpoint_best.pt").exists()
+    with pytest.raises(StaleArtefact, match=r"training\.margin = 0\.1; this run says 0\.2"):
+        main(flags(root, *paths, "training.margin=0.2"))
+    assert main([*flags(root, *paths, "training.margin=0.2"), "--overwrite"]) == 0
+    assert model.load_checkpoint(run / "checkpoint_best.pt")["config"]["training.margin"] == 0.2
+
+
+def test_missing_and_damaged_files_are_named(root, tmp_path):
+    with pytest.raises(
+        PipelineError, match=r"train\.parquet does not exist: run preprocess/merge_and_split\.py first"
+    ):
+        main(flags(tmp_path))
+    (tmp_path / "default").mkdir()
+    (tmp_path / "default" / "checkpoint_last.pt").write_bytes(b"half a checkpoint")
+    with pytest.raises(PipelineError, match=r"checkpoint_last\.pt is damaged"):
+        main(flags(root, f"paths.checkpoints_dir={tmp_path}"))
+
+
+def test_wandb_offline_records_the_epochs(root, data, tmp_path):
+    more = ("logging.wandb_mode=offline", f"paths.logs_dir={tmp_path / 'logs'}", "training.epochs=1")
+    train(root, data, tmp_path / "run", *more)
+    assert list((tmp_path / "logs" / "wandb").glob("offline-run-*/*.wandb"))
