@@ -34,7 +34,8 @@ $(VENV): pyproject.toml $(CONSTRAINTS)
 
 demo: $(VENV) demo/raw/.$(STREETS)-streets $(if $(filter demo/backbone,$(BACKBONE)),demo/backbone/config.json)  ## the whole chain on synthetic streets, here, in minutes
 	@$(RUN) slurm/submit.py --local $(DEMO_SETTINGS)
-	@$(RUN) tests/show_demo.py $(DEMO_ROOT)
+	@test -f $(DEMO_ROOT)/search.png || $(RUN) publish/demo_usage.py search --out $(DEMO_ROOT)/search.png $(DEMO_SETTINGS)
+	@echo "search   $(CURDIR)/$(DEMO_ROOT)/search.png"
 
 demo/raw/.$(STREETS)-streets: $(VENV)
 	@$(RUN) tests/synthetic.py --out demo/raw --streets $(STREETS) --cities 4 --processes 2

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from common import parquet, tars
 from common.errors import PipelineError
@@ -52,6 +53,43 @@ def groups(source: Path, raw_dir: Path) -> Iterator[Group]:
         yield group
     if not some:
         raise PipelineError(f"{source} holds no images ({', '.join(SUFFIXES)})")
+
+
+def of_split(path: Path, raw_dir: Path, limit: int) -> Group:
+    """The first `limit` images of a split, of whole runs of buildings, called "<building> <image>"."""
+    columns = ["building_id", "streetview_image_id", "tar_file", "image_offset", "image_size"]
+    rows = parquet.read(path, columns).slice(0, limit)
+    names = [" ".join(pair) for pair in zip(*(rows[name].to_pylist() for name in columns[:2]), strict=True)]
+    tar_files = rows["tar_file"].to_pylist()
+
+    def read(start: int, stop: int) -> list[bytes | None]:
+        chosen = rows.slice(start, stop - start)
+        contents: list[bytes | None] = []
+        for tar_file in dict.fromkeys(tar_files[start:stop]):  # a split is sorted by tar
+            of_tar = chosen.filter(pc.equal(chosen["tar_file"], tar_file))
+            contents += tars.read_members(
+                raw_dir / tar_file, of_tar["image_offset"].to_pylist(), of_tar["image_size"].to_pylist()
+            )
+        return contents
+
+    return Group(path.stem, pa.array(names, pa.string()), read, lambda a, b: rows["image_size"][a:b].to_pylist())
+
+
+def read_image(name: str) -> bytes:
+    """The bytes of an image that is a file, or a member of a tar as TAR:MEMBER. Raises PipelineError if absent."""
+    tar, colon, member_name = name.rpartition(":")
+    if colon and tar.endswith(".tar"):
+        try:
+            for member in tars.walk(Path(tar)):
+                if member.name == member_name:
+                    return tars.read_members(Path(tar), [member.offset], [member.size])[0]
+        except tars.Damage as damage:
+            raise PipelineError(f"{tar} has no member {member_name} before its damage ({damage})") from None
+        raise PipelineError(f"{tar} has no member {member_name}")
+    content = _content(Path(name))
+    if content is None:
+        raise PipelineError(f"{name} cannot be read: name an image, or a member of a tar as TAR:MEMBER")
+    return content
 
 
 def _of_folder(folder: Path) -> Group:

@@ -324,3 +324,51 @@ def test_the_summary_line_counts_every_image(chain):
     assert rows_out == len(chain.truth.images)
     assert rows_in == rows_out + rejected
     assert rejected == chain.truth.rejects["member"].str.lower().str.endswith((".jpg", ".jpeg")).sum()
+
+
+def demo_usage(chain, *arguments):
+    flags = [flag for setting in settings(chain.root) for flag in ("--set", setting)]
+    command = [sys.executable, str(ROOT / "publish" / "demo_usage.py"), *map(str, arguments), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_demo_usage_finds_an_image_again_and_compares_two(chain, tmp_path):
+    row = chain.table(chain.cfg.paths.merged_dir / "test.parquet").iloc[0]
+    tar = chain.cfg.paths.raw_dir / row["tar_file"]
+    members = chain.all(chain.cfg.paths.intermediates_dir).set_index("streetview_image_id")["image_path"]
+    query = f"{tar}:{members[row['streetview_image_id']]}"
+    found = demo_usage(chain, "search", query, "--gallery", tar, "--top", 3, "--out", tmp_path / "a.png")
+    assert found.returncode == 0, found.stderr
+    first = found.stdout.splitlines()[1].split()
+    assert first[1] == "1.000"  # the query itself lies in the tar
+    assert first[2:4] == ["same", "building"]
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+    same = demo_usage(chain, "compare", query, query)
+    assert same.stdout.startswith("similarity 1.000")
+    assert "0.0% of matches and 0.00% of non-matches" in same.stdout
+
+
+def test_demo_usage_shows_one_of_the_test_split_by_itself(chain, tmp_path):
+    found = demo_usage(chain, "search", "--out", tmp_path / "a.png")
+    assert found.returncode == 0, found.stderr
+    lines = found.stdout.splitlines()
+    assert len(lines) == 7
+    query = lines[0].split(" to ")[1]
+    assert not any(line.endswith(query) for line in lines[1:])  # itself is left out
+    similarities = [float(line.split()[1]) for line in lines[1:6]]
+    assert similarities == sorted(similarities, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("compare", "nowhere.jpg", "nowhere.jpg"), 1, "nowhere.jpg cannot be read"),
+        (("search", "query.jpg"), 2, "a QUERY and a --gallery, or neither"),
+    ],
+)
+def test_demo_usage_says_what_is_wrong(chain, arguments, code, message):
+    told = demo_usage(chain, *arguments)
+    assert told.returncode == code
+    assert message in told.stderr
+    assert "Traceback" not in told.stderr

@@ -1,0 +1,79 @@
+"""The published model at work: how alike two photographs are, and which of many show the building of one.
+
+Reads    the published model; images: files, or members of a tar as 0088.tar:0088/0088_1_2_3.jpg; without a QUERY
+         the test split (data/merged/test.parquet and the tars), as far as --limit
+Writes   search: OUT, a picture of the query and its nearest images; both print a table
+Command  python publish/demo_usage.py compare A.jpg B.jpg
+         python publish/demo_usage.py search QUERY.jpg --gallery FOLDER_OR_TAR --out search.png
+         python publish/demo_usage.py search
+Memory   the gallery's vectors (1 kB an image), 4 batches of decoded images, and the model
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run by path: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common import cli
+from common.errors import ConfigError
+
+
+def parse(argv) -> argparse.Namespace:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = arguments.add_subparsers(dest="command", required=True)
+    compare = commands.add_parser("compare", help="how alike two photographs are")
+    compare.add_argument("first", metavar="A", help="image, or TAR:MEMBER")
+    compare.add_argument("second", metavar="B", help="image, or TAR:MEMBER")
+    search = commands.add_parser("search", help="which images of a gallery show a building")
+    search.add_argument("query", nargs="?", metavar="QUERY", help="image, or TAR:MEMBER (one of the test split)")
+    search.add_argument("--gallery", type=Path, metavar="PATH", help="folder, list or .tar (the test split)")
+    search.add_argument("--top", type=int, default=5, metavar="N", help="results to show (5)")
+    search.add_argument("--limit", type=int, default=2000, metavar="N", help="images of the test split (2000)")
+    search.add_argument("--out", type=Path, default=Path("search.png"), help="the picture (search.png)")
+    for command in (compare, search):
+        command.add_argument("--model", type=Path, metavar="FOLDER", help="published model (paths.published_dir)")
+        cli.config_flags(command)
+    args = arguments.parse_args(argv)
+    if args.command == "search" and (args.query is None) != (args.gallery is None):
+        raise ConfigError("search takes a QUERY and a --gallery, or neither: then it shows one of the test split")
+    if args.command == "search" and min(args.top, args.limit) < 1:
+        raise ConfigError("--top and --limit must be 1 or more")
+    return args
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    cfg = cli.load_config(args)
+    from common import devices
+    from generate import backbone
+    from publish import inference, retrieval, sources
+
+    folder = inference.folder_of(cfg, args.model)
+    gallery = query = None  # read before the model is loaded: a mistake shows at once
+    if args.command == "search" and args.query is None:
+        gallery = sources.of_split(cfg.paths.merged_dir / "test.parquet", cfg.paths.raw_dir, args.limit)
+    elif args.command == "search":
+        query = retrieval.Photograph(args.query, sources.read_image(args.query))
+        (gallery,) = sources.groups(args.gallery, cfg.paths.raw_dir)
+    else:
+        pair = [retrieval.Photograph(name, sources.read_image(name)) for name in (args.first, args.second)]
+
+    device = devices.pick(cfg.infrastructure.device)
+    published = inference.load(folder, backbone.resolve_dtype(cfg.embedding_model.dtype, device), device)
+    if args.command == "compare":
+        similarity = retrieval.similarity(published, *pair)
+        print(f"similarity {similarity:.3f} (1: the same direction, 0: unrelated)")
+        print(retrieval.where_it_lies(similarity, cfg.paths.evaluation_dir / "metrics.json"))
+        return 0
+
+    found = retrieval.search(published, query, gallery, cfg.infrastructure, args.top)
+    print(retrieval.table(found))
+    retrieval.draw(found, args.out)
+    print(f"picture: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

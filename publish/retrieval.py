@@ -1,0 +1,155 @@
+"""Search by the published model: vectors of photographs, the nearest of a gallery, and a picture of them."""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from common import files
+from common.cli import Progress
+from common.config import Infrastructure
+from common.errors import PipelineError
+from generate import loop
+from generate.pixels import Undecodable, decode
+from preprocess.labels import parse_name
+from publish.inference import Published
+from publish.sources import Group
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+
+class Photograph(NamedTuple):
+    name: str
+    encoded: bytes  # a JPEG, PNG, ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """A query and its nearest images, most similar first."""
+
+    query: Photograph
+    results: list[Photograph]
+    similarities: np.ndarray  # (n,) cosine
+    gallery_size: int
+
+    def is_match(self, number: int) -> bool | None:
+        """Whether a result shows the query's building; None where the names do not tell."""
+        query, result = building_of(self.query.name), building_of(self.results[number].name)
+        return None if query is None or result is None else query == result
+
+
+def building_of(name: str) -> str | None:
+    """The building that a name tells: of "0088_12 0088_345" (building, image), or of a file of the dataset."""
+    building, blank, _ = name.partition(" ")
+    if blank:
+        return building
+    ids = parse_name(Path(name.rpartition(":")[2]).stem)
+    return f"{ids.dataset_id:04d}_{ids.target_id}" if ids else None
+
+
+def similarity(published: Published, first: Photograph, second: Photograph) -> float:
+    """Cosine of the two vectors. Raises PipelineError for a file that is not an image."""
+    a, b = (vector_of(published, photograph) for photograph in (first, second))
+    return float(a @ b)
+
+
+def vector_of(published: Published, photograph: Photograph) -> np.ndarray:
+    """The unit vector of one photograph, (D,) float32."""
+    try:
+        image = decode(photograph.encoded)
+    except Undecodable as error:
+        raise PipelineError(f"{photograph.name} cannot be read as an image: {error}") from None
+    return published.forward(published.preprocessing([image], published.device)).float().cpu().numpy()[0]
+
+
+def search(
+    published: Published, query: Photograph | None, gallery: Group, settings: Infrastructure, top: int
+) -> Found:
+    """The `top` images of the gallery most like the query, the query itself left out.
+
+    Without a query: the first image of the gallery that has another of its building in it.
+    """
+    names = gallery.names.to_pylist()
+    job = loop.Job(gallery.name, len(names), gallery.read)
+    forward, prepare, device = published.forward, published.preprocessing, published.device
+    with Progress("search", "image", len(names)) as progress:
+        (result,) = loop.embed(
+            [job],
+            forward,
+            prepare,
+            device,
+            settings.embedding_batch_size,
+            settings.threads,
+            loop.Times(),
+            progress,
+        )
+    if query is None:
+        row = first_with_a_match(names)
+        query = Photograph(names[row], gallery.read(row, row + 1)[0])
+    similarities = result.vectors.astype(np.float32) @ vector_of(published, query)
+    others = np.array([names[row] != query.name for row in result.rows])
+    similarities = np.where(others, similarities, -np.inf)
+    best = np.argsort(-similarities, kind="stable")[: min(top, int(others.sum()))]
+    rows = result.rows[best]
+    results = [Photograph(names[row], gallery.read(int(row), int(row) + 1)[0]) for row in rows]
+    return Found(query, results, similarities[best], len(names))
+
+
+def first_with_a_match(names: list[str]) -> int:
+    """The first image whose building has another one; the first at all where the names do not tell."""
+    buildings = [building_of(name) for name in names]
+    return next((i for i, one in enumerate(buildings) if one and buildings.count(one) > 1), 0)
+
+
+def table(found: Found) -> str:
+    """The results as text, a line each."""
+    words = {True: "same building", False: "another building", None: ""}
+    lines = [f"the nearest of {found.gallery_size:,} images to {found.query.name}"]
+    for number, (result, cosine) in enumerate(zip(found.results, found.similarities, strict=True)):
+        lines.append(f"{number + 1:3}  {cosine:6.3f}  {words[found.is_match(number)]:16}  {result.name}".rstrip())
+    return "\n".join(lines)
+
+
+def draw(found: Found, path: Path) -> None:
+    """The query and its results in a row, as PNG; frame and words tell which show the query's building."""
+    photographs = [found.query, *found.results]
+    figure, axes = plt.subplots(1, len(photographs), figsize=(2.6 * len(photographs), 3.1), squeeze=False)
+    for number, (axis, photograph) in enumerate(zip(axes[0], photographs, strict=True)):
+        axis.imshow(Image.open(io.BytesIO(photograph.encoded)).convert("RGB").resize((256, 256)))
+        axis.set_xticks([])
+        axis.set_yticks([])
+        match = found.is_match(number - 1) if number else None
+        colour = {True: "#1a7f37", False: "#cf222e", None: "#57606a"}[match]
+        words = {True: "same building", False: "another building", None: ""}[match]
+        title = f"{found.similarities[number - 1]:.3f} {words}" if number else "query"
+        axis.set_title(title, fontsize=10, color=colour)
+        for spine in axis.spines.values():
+            spine.set(color=colour, linewidth=3)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    files.write_bytes(path, buffer.getvalue())
+
+
+def where_it_lies(cosine: float, metrics: Path) -> str:
+    """A similarity among the evaluation's: which share of matches and of non-matches are as similar or more."""
+    if not metrics.is_file():
+        return f"(run train/evaluate.py to see where that lies among matches and non-matches: no {metrics})"
+    histograms = json.loads(metrics.read_text())["similarity_histograms"]
+    edges = np.array(histograms["edges"])
+    shares = []
+    for kind in ("matches", "non_matches"):
+        counts = np.array(histograms[kind], np.float64)
+        above = np.clip((edges[1:] - cosine) / np.diff(edges), 0, 1)  # share of each bin that lies above
+        shares.append(float(counts @ above / max(counts.sum(), 1)))
+    return (
+        f"of the evaluation's pairs, {shares[0]:.1%} of matches and {shares[1]:.2%} of non-matches are as similar"
+        " or more"
+    )
