@@ -23,8 +23,8 @@ GPUS = {
     "H100 SXM": (989, 80),
     "H200": (989, 141),
 }
-# Share of that peak. timm's published rates on an RTX PRO 6000 (compiled, bfloat16) come to 0.33 for DINOv3 L/16 at
-# 256 px (1,027 images/s) and 0.45 for 7B (66 images/s); smaller models, and eager ones, get less.
+# Share of that peak. timm's published rates on an RTX PRO 6000 (compiled, bfloat16) come to 0.33 for DINOv3 L/16
+# at 256 px (1,027 images/s) and 0.45 for 7B (66 images/s); smaller models, and eager ones, get less.
 EFFICIENCY = 0.35
 _RESIDUAL = 1.25  # the residual stream beside a layer's input and output: a quarter of them in a ViT's MLP
 

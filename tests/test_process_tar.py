@@ -67,7 +67,7 @@ def test_one_pair_becomes_one_row(tmp_path):
 
 @pytest.fixture
 def judged():
-    """{stem: images and labels}, paired as dataset 88; returns {file: reason} of the rejects, and the valid stems."""
+    """{stem: images and labels}, paired as dataset 88 -> {file: reason} of the rejects, and the valid stems."""
 
     def judge(files):
         images, texts = [], []
