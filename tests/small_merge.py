@@ -1,7 +1,8 @@
 """A small merge, made directly: three splits with pictures in a tar, and a checkpoint as training leaves it.
 
 An embedding is its building's own vector plus noise that is strong in a few dimensions: learned whitening undoes
-that, so it beats the raw vectors, and PCA does not. Buildings come in twins 10 m apart, each the other's junk.
+that, so it beats the raw vectors, and PCA does not. Buildings come in twins that look alike, 10 m apart:
+each is the other's junk, and would often come before the match.
 """
 
 import io
@@ -44,6 +45,7 @@ def split_columns(split: str, buildings: int, views: int, cells: int, rng, place
     of_row = np.repeat(number, views)
     n = len(of_row)
     own = np.random.default_rng(first + 1).normal(0, 1, (buildings, DIM))
+    own[1::2] = 0.8 * own[: buildings // 2 * 2 : 2] + 0.6 * own[1::2]  # twins look alike
     embedding = own[of_row] + rng.normal(0, 1, (n, DIM)) * NUISANCE
     dataset = np.full(n, 88, np.int32)
     target, patch = first + of_row, first + np.arange(n)

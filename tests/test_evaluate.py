@@ -123,6 +123,15 @@ def test_pairs_are_all_ordered_pairs_of_a_building_and_a_sample_is_seeded(merged
     np.testing.assert_array_equal(sample, protocol.matching_pairs(rows, seed=0)[0])
 
 
+def test_random_pairs_of_a_building_or_its_zone_are_no_non_matches(merged):
+    rows = load(merged, "test")
+    vectors = protocol.vectors_of("raw", rows, {}, CPU)
+    pairs = protocol.matching_pairs(rows, seed=0)[0]
+    found = protocol.similarity_histograms(vectors, rows, pairs, merged.data.ignore_radius_m, seed=0)
+    share = sum(found["non_matches"]) / protocol.RANDOM_PAIRS
+    assert share == pytest.approx(174 / 180, abs=2e-3)  # 3 rows are of the building, 3 of its twin; 3.4 sigma
+
+
 def test_blocks_of_queries_change_nothing(merged, monkeypatch):
     rows = load(merged, "test")
     checkpoint = torch.load(merged.paths.checkpoints_dir / "default" / "checkpoint_best.pt", weights_only=True)
