@@ -294,8 +294,18 @@ def test_three_workers_at_once_one_killed_lose_no_trial_and_count_none_twice(mer
     failed = numbers(tuning, TrialState.FAIL)
     assert len(done) == 20
     assert set(failed) == study.retried(tuning.trials)
-    assert len({trial.user_attrs["worker"] for trial in tuning.trials}) >= 3
-    assert len({trial.params["learning_rate"] for trial in tuning.trials}) == 20
+    assert len({tuning.trials[number].user_attrs["worker"] for number in done}) >= 2  # 3, but for an early kill
+    assert len({tuning.trials[number].params["learning_rate"] for number in done}) == 20
+
+
+@pytest.mark.timeout(25)  # Optuna's own lock waits for 30 s
+def test_a_writer_that_dies_with_the_journals_lock_keeps_nobody_waiting(cfg, quick):
+    tuning = open_study(cfg)
+    journal = cfg.paths.study_dir / "journal.log"
+    code = f"import os, signal; from train.study import JournalLock; JournalLock({str(journal)!r}).acquire()"
+    killed = subprocess.run([sys.executable, "-c", code + "; os.kill(os.getpid(), signal.SIGKILL)"], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    assert work(cfg, tuning, max_trials=1).rows_in == 1
 
 
 def test_half_a_line_at_the_journals_end_is_dropped(cfg, quick):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import ValidationError
 
@@ -62,8 +62,7 @@ def open_study(cfg: Config, made: Provenance, *, create: bool, overwrite: bool =
         raise PipelineError(f"{path} does not exist: run train/optuna_worker.py first")
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(cfg.paths.study_dir):
-        _drop_torn_line(path)
-        storage = JournalStorage(JournalFileBackend(str(path)))
+        storage = JournalStorage(JournalFileBackend(str(path), JournalLock(path)))
         study = _existing_study(storage)
         there = study and study.user_attrs.get("provenance")
         if there and overwrite and provenance.differences(Provenance(**there), made):
@@ -97,20 +96,28 @@ def locked(study_dir: Path) -> Iterator[None]:
         yield
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut off half a line at the journal's end, which a worker that died while writing has left: the next line
-    would be appended to it, and the journal could not be read any more."""
-    if not path.exists():
-        return
-    lock = JournalFileSymlinkLock(str(path))  # Optuna's own: nobody writes meanwhile
-    lock.acquire()
-    try:
-        with open(path, "r+b") as file:
-            content = file.read()
-            if not content.endswith(b"\n"):
-                file.truncate(content.rfind(b"\n") + 1)
-    finally:
-        lock.release()
+class JournalLock:
+    """The lock of a journal's writers. The kernel releases it with a writer that dies, where Optuna's own locks,
+    files that are there or not, keep all others waiting for 30 s.
+
+    It also cuts off half a line at the journal's end, which such a writer can leave: the next line would be
+    appended to it, and the journal could not be read any more.
+    """
+
+    def __init__(self, journal: Path):
+        self.journal = journal
+
+    def acquire(self) -> bool:
+        self.file = open(self.journal, "r+b")
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+        size = self.file.seek(0, os.SEEK_END)
+        if size and os.pread(self.file.fileno(), 1, size - 1) != b"\n":
+            self.file.seek(0)
+            self.file.truncate(self.file.read().rfind(b"\n") + 1)
+        return True
+
+    def release(self) -> None:
+        self.file.close()
 
 
 # ------------------------------------------------------------------------------------------------ its trials
