@@ -8,12 +8,15 @@ from common.errors import ConfigError
 
 def pick(name: str) -> torch.device:
     """The device that `infrastructure.device` means: "auto" is CUDA if there is one. Raises ConfigError."""
-    available = torch.cuda.is_available()
+    found = torch.cuda.device_count()
     if name == "auto":
-        return torch.device("cuda" if available else "cpu")
-    if name.startswith("cuda") and not available:
-        raise ConfigError(f'infrastructure.device = "{name}", but there is no CUDA device here; set it to "auto"')
-    return torch.device(name)
+        return torch.device("cuda" if found else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise ConfigError(
+            f'infrastructure.device = "{name}", but there are {found} CUDA devices here; set it to "auto"'
+        )
+    return device
 
 
 def place(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -44,7 +44,7 @@ def estimate(cfg: Config, num_images: int, image_size: int | None) -> dict:
     with torch.device("meta"):
         model = SpatialEmbeddingsModel(SpatialEmbeddingsConfig(config, settings.pooling, dim, **head)).eval()
         pixels = torch.empty(1, 3, height, wide)
-    flops, largest = _forward(model, pixels)
+    flops, largest = measure(model, pixels)
 
     parameters = {**_by_part(model.backbone, "backbone."), "head": _count(model.head)}
     weights = {dtype: sum(parameters.values()) * size for dtype, size in BYTES.items()}
@@ -99,7 +99,7 @@ def as_text(found: dict) -> str:
     return "\n".join(lines)
 
 
-def _forward(model: nn.Module, pixels: torch.Tensor) -> tuple[int, int]:
+def measure(model: nn.Module, pixels: torch.Tensor) -> tuple[int, int]:
     """FLOPs of one forward pass, and the most numbers that go into and come out of one layer."""
     largest = 0
 

@@ -1,0 +1,106 @@
+"""publish/demo_usage.py and retrieval.py. Oracles: the published model run plainly, and histograms small enough to
+count in.
+"""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_backbone import jpeg, picture
+from test_convert_to_hf import JPEGS
+from test_generate_embeddings import write_tar
+from test_generate_embeddings_from_hf import flags, image_folder, model, plain_vectors  # noqa: F401 - fixtures
+
+from common import cli
+from common.errors import ConfigError, PipelineError
+from publish import retrieval
+from publish.demo_usage import main
+
+QUERY = jpeg(picture(90, 70, seed=500))
+
+
+@pytest.fixture
+def query(tmp_path) -> str:
+    (tmp_path / "query.jpg").write_bytes(QUERY)
+    return str(tmp_path / "query.jpg")
+
+
+def results_of(output: str) -> list[tuple[float, str]]:
+    """(similarity, image) of the lines of the table."""
+    lines = [line.split() for line in output.splitlines() if line.strip()[:1].isdigit()]
+    return [(float(line[1]), line[-1]) for line in lines]
+
+
+def test_search_gives_the_most_similar_images_first(model, flags, query, tmp_path, capsys):  # noqa: F811
+    names = image_folder(tmp_path / "gallery")
+    out = tmp_path / "found.png"
+    command = ["search", query, "--gallery", str(tmp_path / "gallery"), "--top", "4", "--out", str(out), *flags]
+    assert main(command) == 0
+    similarities = plain_vectors(model, JPEGS) @ plain_vectors(model, [QUERY])[0]
+    found = results_of(capsys.readouterr().out)
+    assert [name for _, name in found] == [names[i] for i in np.argsort(-similarities)[:4]]
+    assert np.allclose([s for s, _ in found], np.sort(similarities)[::-1][:4], atol=2e-3)  # 3 digits, grey levels
+    assert Image.open(out).width > 4 * Image.open(out).height / 2  # the query and 4 results in a row
+
+
+def test_search_in_a_tar_leaves_out_what_cannot_be_decoded(flags, query, tmp_path, capsys):  # noqa: F811
+    write_tar(tmp_path / "0088.tar", [*JPEGS[:3], JPEGS[3][:600]])
+    out = str(tmp_path / "found.png")
+    assert main(["search", query, "--gallery", str(tmp_path / "0088.tar"), "--out", out, *flags]) == 0
+    assert len(results_of(capsys.readouterr().out)) == 3
+
+
+def test_results_of_the_dataset_say_whether_they_show_the_same_building(flags, tmp_path, capsys):  # noqa: F811
+    write_tar(tmp_path / "0088.tar", JPEGS[:4])  # images 0 and 1 show building 0, 2 and 3 building 1
+    query = f"{tmp_path / '0088.tar'}:0088/0088_0_0_0.jpg"
+    out = str(tmp_path / "found.png")
+    main(["search", query, "--gallery", str(tmp_path / "0088.tar"), "--out", out, *flags])
+    told = {line.split()[-1]: "same building" in line for line in capsys.readouterr().out.splitlines()[1:5]}
+    assert told == {f"0088/0088_{n}_0_{n // 2}.jpg": n < 2 for n in range(4)}
+
+
+def test_compare_gives_the_cosine_of_the_two_vectors(model, flags, query, tmp_path, capsys):  # noqa: F811
+    write_tar(tmp_path / "0088.tar", JPEGS)
+    member = f"{tmp_path / '0088.tar'}:0088/0088_3_0_1.jpg"
+    assert main(["compare", query, member, *flags]) == 0
+    output = capsys.readouterr().out
+    expected = float(np.prod(plain_vectors(model, [QUERY, JPEGS[3]]), axis=0).sum())
+    assert float(output.split()[1]) == pytest.approx(expected, abs=2e-3)
+    assert "run train/evaluate.py" in output  # there are no histograms here
+
+
+@pytest.mark.parametrize(
+    ("cosine", "told"),
+    [
+        (-1.0, "100.0% of matches and 100.00% of non-matches"),
+        (0.5, "90.0% of matches and 10.00% of non-matches"),  # an edge
+        (0.75, "45.0% of matches and 5.00% of non-matches"),  # half of the last bin
+        (1.0, "0.0% of matches and 0.00% of non-matches"),
+    ],
+)
+def test_a_similarity_is_placed_among_the_evaluations_pairs(cosine, told, tmp_path):
+    counts = {"edges": [-1, 0, 0.5, 1], "matches": [0, 1, 9], "non_matches": [6, 3, 1]}
+    (tmp_path / "metrics.json").write_text(json.dumps({"similarity_histograms": counts}))
+    assert told in retrieval.where_it_lies(cosine, tmp_path / "metrics.json")
+
+
+@pytest.mark.parametrize(
+    ("file", "building"),
+    [
+        ("0088_12 0088_345", "0088_12"),  # building and image, as the test split's are called
+        ("a/0088.tar:0088/0088_1_2_3.jpg", "0088_3"),  # the target comes last in a file's name
+        ("holiday.jpg", None),
+    ],
+)
+def test_a_building_is_told_by_the_name(file, building):
+    assert retrieval.building_of(file) == building
+
+
+def test_a_damaged_query_and_options_that_make_no_sense_are_refused(flags, query, tmp_path):  # noqa: F811
+    (tmp_path / "half.jpg").write_bytes(QUERY[:500])
+    with pytest.raises(PipelineError, match=r"half\.jpg cannot be read as an image"):
+        main(["compare", str(tmp_path / "half.jpg"), query, *flags])
+    with pytest.raises(ConfigError, match="--top"):
+        main(["search", query, "--gallery", str(tmp_path), "--top", "0", *flags])
+    assert cli.exit_code_of(lambda: main(["search", query, *flags])) == 2

@@ -1,0 +1,96 @@
+"""publish/estimate_model_size.py. Oracles: real models' parameters and files, and arithmetic done by hand."""
+
+import json
+
+import pytest
+import torch
+from local_backbone import FAMILIES, write_preprocessor, write_tiny_backbone
+from transformers import AutoModel, Dinov2Config
+
+from common.errors import ConfigError, PipelineError
+from publish import sizes
+from publish.estimate_model_size import main
+
+
+@pytest.fixture
+def estimate(capsys):
+    def estimate(*arguments) -> dict:
+        assert main([*map(str, arguments), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return estimate
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_and_bytes_are_those_of_the_real_model(family, estimate, tmp_path):
+    folder = write_tiny_backbone(tmp_path, family)
+    plain = AutoModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()  # it must do without
+    found = estimate("--backbone", folder, "--set", "training_model.output_dim=16")
+    parts = {name: count for name, count in found["parameters"].items() if name != "head"}
+    real = sum(parameter.numel() for parameter in plain.parameters())
+    assert sum(parts.values()) == real
+    assert found["total_parameters"] == real + found["parameters"]["head"]
+    assert found["weight_bytes"]["float32"] == 4 * found["total_parameters"]
+    assert found["embedding_dim"] == 32
+
+
+def test_the_arithmetic_of_a_vit_is_that_of_its_matrix_products(estimate, tmp_path):
+    width, layers, tokens, mlp = 64, 3, 1 + 4 * 4, 4 * 64
+    Dinov2Config(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=2, image_size=56, patch_size=14
+    ).save_pretrained(tmp_path)
+    write_preprocessor(tmp_path, "dinov2", 56)
+    head = ("--set", "training_model.output_dim=32", "--set", "training_model.hidden_dim=48")
+    found = estimate("--backbone", tmp_path, *head)
+    patches = 2 * 16 * (3 * 14 * 14) * width
+    block = 2 * tokens * (4 * width * width + 2 * width * mlp) + 2 * 2 * tokens * tokens * width
+    projection = 2 * (width * 32 + width * 48 + 48 * 32)
+    assert found["flops_per_image"] == patches + layers * block + projection
+
+
+def test_dinov2_base_has_the_published_figures(estimate, tmp_path):
+    Dinov2Config(image_size=518).save_pretrained(tmp_path)
+    write_preprocessor(tmp_path, "dinov2", 224)
+    found = estimate("--backbone", tmp_path, "--images", 1_000_000)
+    assert found["total_parameters"] - found["parameters"]["head"] == 86_580_480  # "86 M"
+    assert found["flops_per_image"] / 1e9 == pytest.approx(46.3, rel=0.01)  # 257 tokens of 86 M, both ways
+    assert found["embedding_bytes"] == 1_000_000 * 768 * 2
+    card = found["gpus"]["H100 SXM"]
+    assert card["gpu_hours"] == pytest.approx(1_000_000 / card["images_per_second"] / 3600, abs=0.01)
+
+
+def test_more_pixels_and_more_images_in_a_batch_take_more_memory(estimate, tmp_path):
+    folder = write_tiny_backbone(tmp_path, "dinov3_vit")
+    small, large = estimate("--backbone", folder), estimate("--backbone", folder, "--image-size", 128)
+    assert large["flops_per_image"] > 3.9 * small["flops_per_image"]
+    by_batch = list(small["memory_bytes"]["bfloat16"].values())
+    assert by_batch == sorted(by_batch)
+    assert large["memory_bytes"]["bfloat16"]["64"] > by_batch[1]
+
+
+def test_the_activations_are_those_of_the_widest_layer():
+    config = Dinov2Config(
+        hidden_size=256, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    _, largest = sizes.measure(AutoModel.from_config(config).eval(), torch.zeros(1, 3, 56, 56))
+    assert largest == 2 * 17 * (4 * 256)  # into and out of the MLP's activation function, 17 tokens
+
+
+def test_the_tables_tell_the_same_figures(tmp_path, capsys):
+    folder = write_tiny_backbone(tmp_path, "dinov3_convnext")
+    assert main(["--backbone", str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert "at 64 x 64 px -> 32 dimensions" in text
+    assert "25,000,000 images: 1.60 GB of embeddings" in text
+    assert "H200" in text
+
+
+def test_what_cannot_be_estimated_is_one_clear_error(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(PipelineError, match="bert"):
+        main(["--backbone", str(tmp_path)])
+    with pytest.raises(PipelineError, match="hf download some/model"):
+        main(["--backbone", "some/model"])
+    with pytest.raises(ConfigError, match="at least 1"):
+        main(["--images", "0"])
