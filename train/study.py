@@ -108,7 +108,7 @@ class JournalLock:
         self.journal = journal
 
     def acquire(self) -> bool:
-        self.file = open(self.journal, "r+b")
+        self.file = open(self.journal, "r+b")  # noqa: SIM115 - held until release
         fcntl.flock(self.file, fcntl.LOCK_EX)
         size = self.file.seek(0, os.SEEK_END)
         if size and os.pread(self.file.fileno(), 1, size - 1) != b"\n":
