@@ -86,11 +86,9 @@ def as_text(ratios: list[Ratio]) -> str:
     lines = [f"{'what':58} {'ours':>18} {'against':24} {'ratio':>6} {'range':>13} {'target':>6}"]
     for row in ratios:
         target = "" if row.target is None else f"{row.target:g}{'' if row.ratio >= row.target else ' !'}"
-        spread = f"{row.low:.2f}-{row.high:.2f}"
         ours = f"{row.ours:,.3g}" if row.ours < 100 else f"{row.ours:,.0f}"
-        lines.append(
-            f"{row.what:58} {ours + ' ' + row.unit:>18} {row.baseline:24} {row.ratio:6.2f} {spread:>13} {target:>6}"
-        )
+        measured = f"{row.ratio:6.2f} {f'{row.low:.2f}-{row.high:.2f}':>13} {target:>6}"
+        lines.append(f"{row.what:58} {ours + ' ' + row.unit:>18} {row.baseline:24} {measured}")
     return "\n".join(lines)
 
 
