@@ -19,7 +19,7 @@ DEMO_SETTINGS = --set paths.root=$(DEMO_ROOT) --set paths.raw_dir=../raw \
     --set training.epochs=10 --set training.steps_per_epoch=20 --set training.warmup_steps=20 \
     --set infrastructure.embedding_batch_size=32
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test lint bench readme clean
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
@@ -50,6 +50,12 @@ test: $(VENV) lint  ## lint, then all tests
 lint: $(VENV)  ## style, imports and formatting
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+bench: $(VENV)  ## time everything against its baselines, and write the README's table
+	$(RUN) tests/benchmarks/run_all.py
+
+readme: $(VENV)  ## write the README's tables that are made from the code
+	$(RUN) tests/readme_parts.py
 
 clean:  ## remove what the demo and the tests made
 	rm -rf demo .pytest_cache .ruff_cache .hypothesis *.egg-info

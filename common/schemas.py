@@ -27,28 +27,28 @@ class Reject(str, Enum):
 
 INTERMEDIATES = pa.schema(
     [
-        ("dataset_id", pa.int32()),
-        ("target_id", pa.int64()),
-        ("patch_id", pa.int64()),
-        ("street_view_id", pa.int64()),
+        ("dataset_id", pa.int32()),  # of the tar: 88 for 0088.tar
+        ("target_id", pa.int64()),  # a point on a facade: the "building"; unique within a dataset, as all ids
+        ("patch_id", pa.int64()),  # an image
+        ("street_view_id", pa.int64()),  # the panorama that the image is cut from
         ("building_id", pa.string()),  # "0088_1234": dataset, target
         ("streetview_image_id", pa.string()),  # "0088_567": dataset, patch
         ("target_lat", pa.float64()),  # degrees
-        ("target_lon", pa.float64()),
+        ("target_lon", pa.float64()),  # degrees
         ("target_height", pa.float32()),  # m
-        ("normal_x", pa.float32()),
-        ("normal_y", pa.float32()),
-        ("normal_z", pa.float32()),
+        ("normal_x", pa.float32()),  # of the facade at the target, unit vector
+        ("normal_y", pa.float32()),  # the same
+        ("normal_z", pa.float32()),  # the same
         ("camera_lat", pa.float64()),  # degrees
-        ("camera_lon", pa.float64()),
+        ("camera_lon", pa.float64()),  # degrees
         ("camera_height", pa.float32()),  # m
         ("distance", pa.float32()),  # m, camera to target
         ("heading", pa.float32()),  # degrees, 0 = north, clockwise
         ("pitch", pa.float32()),  # degrees, 0 = level, 90 = sky
         ("roll", pa.float32()),  # degrees
-        ("aligned", pa.bool_()),
+        ("aligned", pa.bool_()),  # the label has an `a` line: the centre was corrected
         ("width", pa.int32()),  # px
-        ("height", pa.int32()),
+        ("height", pa.int32()),  # px
         ("tar_file", pa.string()),  # name of the tar in raw_dir
         ("image_path", pa.string()),  # member of the tar
         ("image_offset", pa.int64()),  # bytes from the start of the tar to the JPEG
@@ -57,14 +57,20 @@ INTERMEDIATES = pa.schema(
     ]
 )
 
-REJECTS = pa.schema([("member", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+REJECTS = pa.schema(
+    [
+        ("member", pa.string()),  # its name in the tar
+        ("reason", pa.string()),  # one of Reject
+        ("detail", pa.string()),  # what exactly was found
+    ]
+)
 
 FINGERPRINTS = pa.schema(
     [
         ("streetview_image_id", pa.string()),
         ("building_id", pa.string()),
-        ("phash", pa.uint64()),
-        ("dhash", pa.uint64()),
+        ("phash", pa.uint64()),  # imagehash's phash, bit 63 first
+        ("dhash", pa.uint64()),  # imagehash's dhash, bit 63 first
     ]
 )
 
@@ -81,7 +87,7 @@ SUMMARY = pa.schema(
         ("views_max", pa.int64()),
         ("distance_median", pa.float64()),  # m, camera to target
         ("mean_lat", pa.float64()),  # degrees, of the images' targets
-        ("mean_lon", pa.float64()),
+        ("mean_lon", pa.float64()),  # the same
     ]
 )
 
@@ -93,7 +99,9 @@ def vector(kind: pa.DataType, length: int) -> pa.DataType:
 
 def embeddings(dim: int) -> pa.Schema:
     """Intermediates' columns and the backbone's raw pooled output: finite, not normalised."""
-    return INTERMEDIATES.append(pa.field("embedding", vector(pa.float16(), dim)))
+    return INTERMEDIATES.append(
+        pa.field("embedding", vector(pa.float16(), dim))  # the pooled output, finite, not normalised
+    )
 
 
 _MERGED_COLUMNS = [
@@ -105,7 +113,7 @@ _MERGED_COLUMNS = [
 def merged(dim: int) -> pa.Schema:
     """Rows of one split, sorted by (dataset_id, target_id, patch_id): a building's rows are contiguous."""
     fields = [INTERMEDIATES.field(name) for name in _MERGED_COLUMNS]
-    fields += [pa.field("cell_id", pa.int64())]  # see geo.cell_ids
+    fields += [pa.field("cell_id", pa.int64())]  # the square of the map that the target lies in
     fields += [INTERMEDIATES.field(name) for name in ("tar_file", "image_offset", "image_size")]
     return pa.schema([*fields, pa.field("embedding", vector(pa.float16(), dim))])
 
