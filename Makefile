@@ -10,7 +10,8 @@ RUN = .venv/bin/python
 
 # The demo's cells are as large as the distance between its streets, so that whole streets are held out, and its
 # test split large enough (20 cells or more) for intervals. Its model and its training are small.
-DEMO_ROOT = demo/$(notdir $(BACKBONE))-run
+DEMO_RAW = demo/$(STREETS)-streets/raw
+DEMO_ROOT = demo/$(STREETS)-streets/$(notdir $(BACKBONE))
 DEMO_SETTINGS = --set paths.root=$(DEMO_ROOT) --set paths.raw_dir=../raw \
     --set embedding_model.name=$(BACKBONE) \
     --set embedding_model.pooling=$(if $(filter demo/backbone,$(BACKBONE)),mean,cls) \
@@ -32,13 +33,13 @@ $(VENV): pyproject.toml $(CONSTRAINTS)
 	$(RUN) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
 	@touch $@
 
-demo: $(VENV) demo/raw/.$(STREETS)-streets $(if $(filter demo/backbone,$(BACKBONE)),demo/backbone/config.json)  ## the whole chain on synthetic streets, here, in minutes
+demo: $(VENV) $(DEMO_RAW)/.complete $(if $(filter demo/backbone,$(BACKBONE)),demo/backbone/config.json)  ## the whole chain on synthetic streets, here, in minutes
 	@$(RUN) slurm/submit.py --local $(DEMO_SETTINGS)
-	@test -f $(DEMO_ROOT)/search.png || $(RUN) publish/demo_usage.py search --out $(DEMO_ROOT)/search.png $(DEMO_SETTINGS)
+	@test $(DEMO_ROOT)/search.png -nt $(DEMO_ROOT)/data/published/provenance.json || $(RUN) publish/demo_usage.py search --out $(DEMO_ROOT)/search.png $(DEMO_SETTINGS)
 	@echo "search   $(CURDIR)/$(DEMO_ROOT)/search.png"
 
-demo/raw/.$(STREETS)-streets: $(VENV)
-	@$(RUN) tests/synthetic.py --out demo/raw --streets $(STREETS) --cities 4 --processes 2
+$(DEMO_RAW)/.complete: $(VENV)
+	@$(RUN) tests/synthetic.py --out $(DEMO_RAW) --streets $(STREETS) --cities 4 --processes 2
 	@touch $@
 
 demo/backbone/config.json: $(VENV)

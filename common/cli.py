@@ -18,6 +18,7 @@ from common.errors import PipelineError, Stopped
 
 log = logging.getLogger("pipeline")
 EXIT_STOPPED = 85  # stopped early by a signal with everything saved: Slurm's wrapper requeues the job
+_OUR_PACKAGES = ("common", "preprocess", "generate", "difficulty", "train", "publish", "slurm")
 _stop_signal: int | None = None
 
 
@@ -57,15 +58,21 @@ def load_config(args: argparse.Namespace):
     return cfg
 
 
-def run(main) -> None:
+def run(main, *, resumable: bool = False) -> None:
     """Run a script's `main` and exit: 0 done, 1 failed, 2 unusable arguments, 85 stopped with all saved.
 
     An error that a user can cause is told on stderr without a traceback; any other is a bug and shows one.
+    `resumable`: the script calls `check_stop` and goes on where it stopped, so SIGTERM and SIGUSR2 end it with 85.
+    Others are ended by SIGTERM at once, as any program; SIGUSR2, Slurm's warning before the time limit, leaves
+    them the minutes that remain.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, _remember_signal)
+    if resumable:
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, _remember_signal)
+    else:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     sys.exit(exit_code_of(main))
 
 
@@ -83,6 +90,12 @@ def exit_code_of(main) -> int:
     except KeyboardInterrupt:
         print("interrupted; what is finished is saved, and the next run continues", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] in _OUR_PACKAGES:
+            raise
+        print(f"error: the Python package {error.name} is not installed for {sys.executable}", file=sys.stderr)
+        print("       run `make install`, then `source .venv/bin/activate`", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         with contextlib.suppress(OSError):  # the reader of our output has gone: `... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -94,6 +107,10 @@ def exit_code_of(main) -> int:
             errno.EFBIG: "the file is larger than is allowed here (ulimit -f)",
             errno.EACCES: "permission denied",
             errno.EROFS: "the file system is read-only",
+            errno.EISDIR: "this is a folder, and a file is wanted",
+            errno.ENOTDIR: "this is a file, and a folder is wanted",
+            errno.EEXIST: "this is a file, and a folder is wanted",
+            errno.EIO: "the disk cannot be read or written here",
         }.get(error.errno)
         if advice is None:
             raise

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tomli
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from common.errors import ConfigError
 
@@ -110,7 +111,7 @@ Range = tuple[float, float] | tuple[float, float, Literal["log"]]
 
 
 class Training(Section):
-    run: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    run: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     epochs: Positive
     steps_per_epoch: Positive
     batch_size: Annotated[int, Field(ge=2)]
@@ -229,7 +230,7 @@ def load(path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) 
     """
     path = Path(path or DEFAULT_PATH)
     try:
-        tree = tomli.loads(path.read_text())
+        tree = tomli.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -284,7 +285,9 @@ def _apply(tree: dict, override: str) -> None:
         node = node[section]
     if key not in node and "search_space" not in sections:
         raise ConfigError(f"--set {dotted}: [{'.'.join(sections)}] has no key {key}{_suggestion(key, node)}")
-    node[key] = _toml_value(text.strip())
+    value = _toml_value(text.strip())
+    is_text = _is_text(sections, key) and not isinstance(value, str)
+    node[key] = text.strip() if is_text else value  # a run may be called 2024
 
 
 def _toml_value(text: str) -> Any:
@@ -292,6 +295,12 @@ def _toml_value(text: str) -> Any:
         return tomli.loads(f"value = {text}")["value"]
     except tomli.TOMLDecodeError:
         return text  # a plain string: a path, a name
+
+
+def _is_text(sections: list[str], key: str) -> bool:
+    """Whether the setting at this place of the tree is a string or a path."""
+    fields = _fields_of(sections)
+    return key in fields and fields[key].annotation in (str, Path)
 
 
 def _suggestion(name: str, known) -> str:
@@ -305,20 +314,26 @@ def _explain(error: ValidationError, path: Path) -> str:
         *sections, key = [str(part) for part in mistake["loc"]] or ["config.toml"]
         where = f"[{'.'.join(sections)}] {key}" if sections else f"[{key}]"
         if mistake["type"] == "extra_forbidden":
-            lines.append(f"{where} is not a known key{_suggestion(key, _keys_of(sections))}")
+            lines.append(f"{where} is not a known key{_suggestion(key, _fields_of(sections))}")
         elif mistake["type"] == "missing":
             lines.append(f"{where} is missing")
         else:
-            lines.append(f"{where}: {mistake['msg'].removeprefix('Value error, ')} (got {mistake['input']!r:.80})")
+            lines.append(f"{where}: {mistake['msg'].removeprefix('Value error, ')}{_given(mistake)}")
     return "\n".join(dict.fromkeys(lines))
 
 
-def _keys_of(sections: list[str]) -> list[str]:
-    """The valid keys at a place of the tree, for a suggestion."""
+def _given(mistake) -> str:
+    """What stood there, where the message does not say it: of a single value only."""
+    value = mistake["input"]
+    return "" if isinstance(value, dict) else f" (got {value!r:.80})"
+
+
+def _fields_of(sections: list[str]) -> dict[str, FieldInfo]:
+    """The fields of the model at a place of the tree, by the keys of the file."""
     model: Any = Config
     for section in sections:
         by_alias = {(field.alias or name): field.annotation for name, field in model.model_fields.items()}
         model = by_alias.get(section)
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return []
-    return [field.alias or name for name, field in model.model_fields.items()]
+            return {}
+    return {(field.alias or name): field for name, field in model.model_fields.items()}

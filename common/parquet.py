@@ -166,6 +166,25 @@ def open_file(path: Path) -> pq.ParquetFile:
         ) from None
 
 
+@contextlib.contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        raise PipelineError(
+            f"{path} is damaged ({first_line(error)}): delete it and run its stage again"
+        ) from None
+
+
+def _require_columns(path: Path, file: pq.ParquetFile, columns: list[str] | None) -> None:
+    missing = [column for column in columns or () if column not in file.schema_arrow.names]
+    if missing:
+        raise PipelineError(
+            f"{path} has no column {', '.join(missing)}: another program or version wrote it\n"
+            "intermediates are brought to today's columns by preprocess/fix_intermediate_schema.py"
+        )
+
+
 def is_done(path: Path, made: Provenance, overwrite: bool) -> bool:
     """Whether `path` is what a run that records `made` would write.
 
@@ -189,20 +208,22 @@ def refuse_stale(path: Path, there: Provenance, made: Provenance, amount: str) -
 
 
 def read(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """A whole file, or some of its columns, in memory. Raises PipelineError if it is absent or damaged."""
-    with open_file(path) as file:
-        try:
-            return file.read(columns=columns)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise PipelineError(
-                f"{path} is damaged ({first_line(error)}): delete it and run its stage again"
-            ) from None
+    """A whole file, or some of its columns, in memory. Raises PipelineError if absent, damaged, or without one."""
+    with open_file(path) as file, _damage_told(path):
+        _require_columns(path, file, columns)
+        return file.read(columns=columns)
 
 
 def batches(path: Path, columns: list[str] | None = None, size: int = 65_536) -> Iterator[pa.Table]:
-    """The rows of a file, in order, at most `size` at a time."""
+    """The rows of a file, in order, at most `size` at a time. Raises PipelineError as `read` does."""
     with open_file(path) as file:
-        for batch in file.iter_batches(batch_size=size, columns=columns):
+        _require_columns(path, file, columns)
+        found = file.iter_batches(batch_size=size, columns=columns)
+        while True:
+            with _damage_told(path):
+                batch = next(found, None)
+            if batch is None:
+                return
             yield pa.Table.from_batches([batch])
 
 

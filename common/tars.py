@@ -60,9 +60,17 @@ class _Header(NamedTuple):
 
 def of_shard(raw_dir: Path, shard: int, num_shards: int) -> list[Path]:
     """The tars whose rank in the sorted listing of `raw_dir` is `shard` modulo `num_shards`."""
-    listing = sorted(raw_dir.glob("*.tar")) if raw_dir.is_dir() else []
+    listing = []
+    if raw_dir.is_dir():  # macOS leaves "._0088.tar" beside what it copies
+        listing = sorted(p for p in raw_dir.glob("*.tar") if p.is_file() and not p.name.startswith("."))
     if not listing:
-        what = "holds no .tar file" if raw_dir.is_dir() else "does not exist"
+        what = (
+            "does not exist"
+            if not raw_dir.exists()
+            else "is a file"
+            if raw_dir.is_file()
+            else "holds no .tar file"
+        )
         raise PipelineError(f"{raw_dir} {what}\nput the dataset's tars there, or set paths.raw_dir")
     return listing[shard::num_shards]
 

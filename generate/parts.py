@@ -28,7 +28,7 @@ class Part:
 
     def rows(self) -> pa.Table:
         """The part's rows of the intermediates."""
-        return parquet.read(self.source).slice(self.start, self.count)
+        return parquet.read(self.source, schemas.INTERMEDIATES.names).slice(self.start, self.count)
 
 
 def of_tar(cfg: Config, tar: Path, model: dict) -> list[Part]:

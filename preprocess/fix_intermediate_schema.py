@@ -86,4 +86,4 @@ def write(path: Path, fixed, made, foreign: bool, changes: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, resumable=True)

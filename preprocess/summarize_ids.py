@@ -40,7 +40,6 @@ def main(argv=None) -> int:
     total = sum(parquet.num_rows(path) for path, _ in sources)
     with cli.Progress("summarize_ids", "image", total, cfg.logging.progress_interval_s) as progress:
         for path, split in sources:
-            cli.check_stop()
             images = summary.read(path)
             rows.append(summary.by_dataset(images, split))
             places.append(summary.cells(images, split, cfg.data.split_cell_m))

@@ -13,9 +13,9 @@ from common import cli
 from common.errors import ConfigError, PipelineError
 
 
-def run_main(body: str) -> subprocess.CompletedProcess:
+def run_main(body: str, resumable: bool = False) -> subprocess.CompletedProcess:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom common import cli, errors\ndef main():\n"
-    code += textwrap.indent(textwrap.dedent(body), "    ") + "\ncli.run(main)"
+    code += textwrap.indent(textwrap.dedent(body), "    ") + f"\ncli.run(main, resumable={resumable})"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
 
@@ -51,7 +51,7 @@ def test_a_stop_signal_ends_the_run_at_the_next_safe_point_with_85(name):
         print("saved")
         cli.check_stop()
         print("not reached")
-    """)
+    """, resumable=True)  # fmt: skip
     assert (result.returncode, result.stdout) == (cli.EXIT_STOPPED, "saved\n")
     assert "stopped by a signal" in result.stderr
 
@@ -94,3 +94,32 @@ def test_a_shard_outside_its_range_is_an_error():
     args = cli.parser("doc", shards=True).parse_args(["--shard", "3", "--num-shards", "3"])
     with pytest.raises(ConfigError, match="--shard"):
         cli.load_config(args)
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_slurms_warning_ends_only_a_script_that_can_go_on_later(resumable):
+    result = run_main("""
+        import os, signal
+        os.kill(os.getpid(), signal.SIGUSR2)
+        if cli.stop_requested():
+            cli.check_stop()
+        print("went on")
+    """, resumable)  # fmt: skip
+    assert (result.returncode, result.stdout) == ((cli.EXIT_STOPPED, "") if resumable else (0, "went on\n"))
+
+
+def test_sigterm_ends_a_script_that_saves_nothing_half_way():
+    result = run_main("""
+        import os, signal
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("went on")
+    """)
+    assert (result.returncode, result.stdout) == (-signal.SIGTERM, "")
+
+
+def test_a_package_that_is_not_installed_is_named_with_the_way_out():
+    result = run_main("import no_such_package")
+    assert result.returncode == 1
+    assert "the Python package no_such_package is not installed" in result.stderr
+    assert "make install" in result.stderr
+    assert "Traceback" in run_main("import common.no_such_module").stderr  # a bug of ours

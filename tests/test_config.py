@@ -115,3 +115,15 @@ def test_a_model_folder_beside_the_config_becomes_an_absolute_path(write_config,
     assert not config.is_folder(config.load(path).embedding_model.name)  # no such folder: a name on the hub
     (tmp_path / "models" / "mine").mkdir(parents=True)
     assert config.load(path).embedding_model.name == str(tmp_path / "models" / "mine")
+
+
+@pytest.mark.parametrize("name", ["2024", "2024-05-01", "true", "seed1"])
+def test_a_name_may_look_like_another_type(name):
+    assert config.load(None, [f"training.run={name}"]).training.run == name
+    assert config.load(None, [f'training.run="{name}"']).training.run == name
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", ""])
+def test_a_run_stays_in_its_own_folder(name):
+    with pytest.raises(ConfigError, match="run"):
+        config.load(None, [f"training.run={name}"])

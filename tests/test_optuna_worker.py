@@ -267,12 +267,13 @@ def test_a_worker_that_was_taken_for_dead_drops_its_result(cfg, quick, monkeypat
 def worker_process(merged, tmp_path, seconds):
     """A worker in a process of its own."""
     trials.fit, trials.load_data = stand_in(seconds), lambda cfg: None
-    study.STALE_MIN_S = study.STALE_UNKNOWN_S = 1.5
     cfg = load(merged, tmp_path, "training.num_trials=20")
     work(cfg, open_study(cfg))
 
 
-def test_three_workers_at_once_one_killed_lose_no_trial_and_count_none_twice(merged, tmp_path):
+def test_three_workers_at_once_one_killed_lose_no_trial_and_count_none_twice(merged, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "STALE_MIN_S", 1.5)  # the workers are forked: it holds for them too
+    monkeypatch.setattr(study, "STALE_UNKNOWN_S", 1.5)
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=worker_process, args=(merged, tmp_path, 0.05)) for _ in range(3)]
     for worker in workers:
@@ -283,7 +284,9 @@ def test_three_workers_at_once_one_killed_lose_no_trial_and_count_none_twice(mer
     os.kill(workers[0].pid, signal.SIGKILL)
     for worker in workers:
         worker.join(timeout=60)
-    time.sleep(1.5)
+    deadline = time.time() + study.stale_after_s(open_study(load(merged, tmp_path)).trials)
+    while time.time() <= deadline:  # until the killed worker's heartbeat is stale
+        time.sleep(0.1)
     last = context.Process(target=worker_process, args=(merged, tmp_path, 0.05))
     last.start()
     last.join(timeout=60)

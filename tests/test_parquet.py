@@ -138,3 +138,24 @@ def test_batches_are_the_rows_in_order(tmp_path):
     write(tmp_path / "a.parquet", {"name": list("abcde"), "vector": np.zeros((5, 3), np.float16)})
     sizes = [batch["name"].to_pylist() for batch in parquet.batches(tmp_path / "a.parquet", ["name"], size=2)]
     assert sizes == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_a_column_that_is_not_there_is_named_with_the_way_out(tmp_path):
+    path = tmp_path / "foreign.parquet"
+    pq.write_table(pa.table({"a": [1]}), path)
+    for reading in (lambda: parquet.read(path, ["a", "b"]), lambda: list(parquet.batches(path, ["b"]))):
+        with pytest.raises(
+            PipelineError, match=r"foreign.parquet has no column b.*\n.*fix_intermediate_schema.py"
+        ):
+            reading()
+
+
+def test_damaged_pages_are_told_by_both_ways_of_reading(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"a": list(range(100_000))}), path, compression="zstd")
+    content = bytearray(path.read_bytes())
+    content[4:40_000] = bytes(39_996)
+    path.write_bytes(content)
+    for reading in (lambda: parquet.read(path), lambda: list(parquet.batches(path))):
+        with pytest.raises(PipelineError, match="is damaged"):
+            reading()

@@ -22,13 +22,17 @@ def record(cfg: Config, inputs: dict[str, str], seed: int) -> Provenance:
 
 
 def existing(run_dir: Path, made: Provenance) -> dict | None:
-    """checkpoint_last.pt, or None. Raises StaleArtefact if it is of other settings or inputs than `made`."""
-    path = run_dir / "checkpoint_last.pt"
-    if not path.exists():
-        return None
-    saved = model.load_checkpoint(path)
-    parquet.refuse_stale(path, Provenance(**saved["provenance"]), made, f"{saved['epoch']} epochs")
-    return saved
+    """checkpoint_last.pt, or None; a lone checkpoint_best.pt cannot be continued, and is made again.
+
+    Raises StaleArtefact if what is there is of other settings or inputs than `made`.
+    """
+    for name in ("checkpoint_last.pt", "checkpoint_best.pt"):
+        path = run_dir / name
+        if path.exists():
+            saved = model.load_checkpoint(path)
+            parquet.refuse_stale(path, Provenance(**saved["provenance"]), made, f"{saved['epoch']} epochs")
+            return saved if "resume" in saved else None
+    return None
 
 
 def restore(run, saved: dict) -> None:
