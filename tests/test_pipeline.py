@@ -45,14 +45,33 @@ SETTINGS = [
 ]
 
 
+STEPS = {step.name: step for step in submit.chain(config.load())}
+
+
 def settings(root: Path) -> list[str]:
     backbone = root.parent / "backbone"
     return [*SETTINGS, f"paths.root={root}", "paths.raw_dir=../raw", f"embedding_model.name={backbone}"]
 
 
-def start(step: submit.Step, root: Path) -> subprocess.Popen:
+# what one does with the published model, after the chain: module and arguments
+USES = {
+    "vectors_of_a_tar": ("publish.generate_embeddings_from_hf", "{raw}/0088.tar", "{root}/vectors"),
+    "vectors_of_embeddings": (
+        "publish.generate_embeddings_from_parquet",
+        "{root}/data/merged",
+        "{root}/projected",
+    ),
+}
+
+
+def start(name: str, root: Path) -> subprocess.Popen:
+    """A stage of the chain, or one of USES, with its files under `root`."""
     flags = [flag for setting in settings(root) for flag in ("--set", setting)]
-    command = submit.local_command(step, flags)
+    if name in USES:
+        arguments = [argument.format(root=root, raw=root.parent / "raw") for argument in USES[name]]
+        command = [sys.executable, "-m", *arguments, *flags]
+    else:
+        command = submit.local_command(STEPS[name], flags)
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -83,13 +102,12 @@ class Chain:
         write_local_backbone(folder / "backbone")
         self.root, self.killed_root = folder / "run", folder / "killed"
         self.cfg = config.load(None, settings(self.root))
-        self.steps = submit.chain(self.cfg)
         self.output: dict[str, str] = {}
         rng = random.Random(0)
-        for step in self.steps:
-            self.output[step.name] = finish(start(step, self.root))
-            kill_at_work(start(step, self.killed_root), self.killed_root, rng.uniform(0, 0.02))
-            finish(start(step, self.killed_root))
+        for name in (*STEPS, *USES):
+            self.output[name] = finish(start(name, self.root))
+            kill_at_work(start(name, self.killed_root), self.killed_root, rng.uniform(0, 0.02))
+            finish(start(name, self.killed_root))
 
     def table(self, path: Path) -> pd.DataFrame:
         return parquet.read(path).to_pandas()
@@ -260,8 +278,8 @@ def test_metrics_and_report_tell_all_four_methods(chain):
 
 def test_a_second_run_does_nothing_and_says_so(chain):
     before = {path: path.stat().st_mtime_ns for path in chain.root.rglob("*") if path.is_file()}
-    for step in chain.steps:
-        assert "nothing to do" in finish(start(step, chain.root)), step.name
+    for name in (*STEPS, *USES):
+        assert "nothing to do" in finish(start(name, chain.root)), name
     assert {path: path.stat().st_mtime_ns for path in chain.root.rglob("*") if path.is_file()} == before
 
 
@@ -285,9 +303,9 @@ def test_a_killed_and_restarted_stage_leaves_what_an_undisturbed_one_does(chain)
             assert_equal_heads(ours, theirs)
         elif path.suffix in (".safetensors", ".py"):
             assert ours.read_bytes() == theirs.read_bytes(), path
-        elif path.name == "metrics.json":
+        elif path.name in ("metrics.json", "split_report.json", "summary.json"):
             ours, theirs = json.loads(ours.read_text()), json.loads(theirs.read_text())
-            assert {**ours, "provenance": None} == {**theirs, "provenance": None}
+            assert {**ours, "provenance": None} == {**theirs, "provenance": None}, path
 
 
 def assert_equal_heads(ours: Path, theirs: Path) -> None:
