@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from common import geo
+from train.breakdowns import heading_difference_deg
 from train.gallery import Gallery
 from train.metrics import PerQuery
-from train.protocol import heading_difference_deg
 
 QUERIES_PER_SHEET = 6
 COUNTED_RESULTS = 5  # results shown, junk among them not counted
@@ -30,11 +30,11 @@ class Tile:
     lines: tuple[str, ...]
 
 
-def choose(trained: PerQuery, raw: PerQuery, building_of_row: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+def choose(shown: PerQuery, raw: PerQuery, building_of_row: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """Query rows of the three sheets, at most one of a building in each. Of equally good ones, "best" has those
     that the raw backbone found last."""
-    asked = np.flatnonzero(trained.has_match)
-    rank, before = trained.best_rank[asked], raw.best_rank[asked]
+    asked = np.flatnonzero(shown.has_match)
+    rank, before = shown.best_rank[asked], raw.best_rank[asked]
     orders = {
         "best": np.lexsort((asked, -before, rank)),
         "worst": np.lexsort((asked, before, -rank)),
@@ -81,19 +81,18 @@ def picture(tar_path: Path, offset: int, size: int) -> str | None:
 
 
 def make(
-    raw_dir: Path, gallery: Gallery, vectors: torch.Tensor, per_query: dict[str, PerQuery], seed: int
+    raw_dir: Path, gallery: Gallery, vectors: torch.Tensor, shown: PerQuery, raw: PerQuery, seed: int
 ) -> dict[str, list[list[Tile]]]:
-    """The sheets: for each name the rows of tiles, a query first and then its results."""
-    trained = per_query["trained"]
+    """The sheets: for each name the rows of tiles, a query first and then its results. `vectors`: of `shown`."""
     sheets = {}
-    for name, queries in choose(trained, per_query["raw"], gallery.zones.building_of_row, seed).items():
+    for name, queries in choose(shown, raw, gallery.zones.building_of_row, seed).items():
         sheets[name] = []
         for query in queries.tolist():
             results = first_results(vectors, gallery, query)
             rows = gallery.table.take([query, *(row for row, _, _ in results)]).to_pylist()
             pictures = [picture(raw_dir / r["tar_file"], r["image_offset"], r["image_size"]) for r in rows]
-            matches = int(trained.num_matches[query])
-            note = f"first match at {trained.best_rank[query]:,}", f"{matches} match{'es' * (matches > 1)}"
+            matches = int(shown.num_matches[query])
+            note = f"first match at {shown.best_rank[query]:,}", f"{matches} match{'es' * (matches > 1)}"
             tiles = [Tile(rows[0]["streetview_image_id"], pictures[0], "query", note)]
             for row, image, (_, cosine, kind) in zip(rows[1:], pictures[1:], results, strict=True):
                 lines = (f"{_distance(rows[0], row)}, {_degrees(rows[0], row):.0f}°", f"cosine {cosine:.2f}")
