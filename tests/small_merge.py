@@ -92,6 +92,11 @@ def write_merge(cfg, *, buildings: int = 60, views: int = 3, cells: int = 24, se
     return columns
 
 
+def of_run(cfg, run: str):
+    """The configuration with another name of the run."""
+    return cfg.model_copy(update={"training": cfg.training.model_copy(update={"run": run})})
+
+
 def write_checkpoint(cfg, seed: int = 0) -> Path:
     """checkpoint_best.pt of an untrained head that starts at the whitening, and a history of three epochs."""
     import torch

@@ -102,9 +102,11 @@ def of_run(cfg, compare: list[Path]) -> Task:
     path = run_dir / "checkpoint_best.pt"
     checkpoint = model.load_checkpoint(path)
     known = gallery.read_records(cfg.paths.merged_dir)
-    gallery.refuse_foreign_head(path, checkpoint["provenance"]["inputs"], checkpoint["embedding_model"], known)
+    gallery.refuse_foreign_head(
+        path, checkpoint["provenance"]["inputs"], checkpoint["embedding_model"], cfg.paths.merged_dir, known
+    )
     own = methods.of_checkpoint(checkpoint)
-    further = methods.compared(compare, known, [method.name for method in own])
+    further = methods.compared(compare, cfg.paths.merged_dir, known, [method.name for method in own])
     inputs = {f"{split}.parquet": of_split.id for split, of_split in known.items()}
     inputs |= {path.name: checkpoint["provenance"]["id"], **{method.name: method.id for method in further}}
     made = provenance.record("evaluate", config.values(cfg, *SETTINGS, "training.gallery"), inputs)

@@ -20,14 +20,14 @@ _MARKERS = "osD^vP"
 MAX_CLASSES = 12  # bars that fit a figure
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: small, and in the page's font
-    "font.size": 9,
+    "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 9,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
 }
-_SIZE_INCH = (4.4, 3.0)
+_SIZE_INCH = (4.2, 3.0)
 
 
 def svg(figure: Figure, alt: str) -> Markup:
@@ -96,8 +96,8 @@ def breakdown(found: dict, xlabel: str) -> Markup:
             lengths = np.abs(100 * np.array(ends, float) - values)
             axes.errorbar(x, values, lengths, fmt="none", ecolor=_INK, elinewidth=0.8)
         ticks = [f"{entry['class']}\n{entry['queries']:,}" for entry in classes]
-        axes.set_xticks(range(len(classes)), ticks, fontsize=8 if len(classes) <= 6 else 6)
-        axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axes.set_xticks(range(len(classes)), ticks, fontsize=9 if len(classes) <= 6 else 6)
+        axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1, handlelength=1.2)
     return svg(figure, f"Recall at 1 of each method by {xlabel}")
 
 

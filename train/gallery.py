@@ -97,9 +97,12 @@ def _matrix(path: Path, batch: pa.Table, dim: int | None) -> np.ndarray:
     column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
     if not (pa.types.is_fixed_size_list(column.type) or pa.types.is_list(column.type)):
         raise PipelineError(f"{path}: the column embedding holds {column.type}, not lists of numbers")
-    lengths = column.value_lengths().to_numpy(zero_copy_only=False) if len(column) else np.empty(0)
+    if column.null_count:
+        bad = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))
+        raise PipelineError(f"{path}: image {_image(batch, bad)} has no embedding")
+    lengths = column.value_lengths().to_numpy(zero_copy_only=False)
     wanted = dim if dim is not None else lengths[0]
-    bad = np.flatnonzero(lengths != wanted)  # that of an empty row is NaN
+    bad = np.flatnonzero(lengths != wanted)
     if len(bad):
         raise PipelineError(
             f"{path}: the embedding of image {_image(batch, bad)} has {lengths[bad[0]]} dimensions, "
@@ -134,21 +137,24 @@ def read_records(merged_dir: Path) -> dict[str, Provenance]:
     return known
 
 
-def refuse_foreign_head(path: Path, inputs: dict, embedding_model: dict, known: dict[str, Provenance]) -> None:
+def refuse_foreign_head(
+    path: Path, inputs: dict, embedding_model: dict, merged_dir: Path, known: dict[str, Provenance]
+) -> None:
     """Raise StaleArtefact, naming both sides, unless the head at `path` was trained on this merge (on another one,
     images of test could be among those it saw), and on embeddings of the same model."""
     for split in ("train", "val"):
         trained_on, there = inputs.get(f"{split}.parquet"), known[split].id
         if trained_on != there:
             raise StaleArtefact(
-                f"{path} was trained on another {split}.parquet ({trained_on}) than the one there is ({there})\n"
+                f"{path} was trained on another {split}.parquet ({trained_on}) than "
+                f"{merged_dir / f'{split}.parquet'} ({there})\n"
                 "train again, or put that merge back"
             )
     ours = known["test"].facts.get("embedding_model")
     if ours != embedding_model:
         raise StaleArtefact(
             f"{path} was trained on embeddings of {_told(embedding_model)}\n"
-            f"test.parquet holds embeddings of {_told(ours)}"
+            f"{merged_dir / 'test.parquet'} holds embeddings of {_told(ours)}"
         )
 
 

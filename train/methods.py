@@ -51,9 +51,11 @@ def of_file(path: Path) -> Method:
     return Method("raw", f"the vectors of {path.name} as they are", identity(path), _raw)
 
 
-def compared(paths: list[Path], known: dict[str, Provenance], taken: Iterable[str]) -> list[Method]:
+def compared(
+    paths: list[Path], merged_dir: Path, known: dict[str, Provenance], taken: Iterable[str]
+) -> list[Method]:
     """What --compare names: checkpoints, folders that publish/convert_to_hf.py wrote, and Parquet files with other
-    vectors of the same images. `known`: the records of the splits; `taken`: names that are given already.
+    vectors of the same images. `known`: the records of the splits in `merged_dir`; `taken`: names given already.
 
     Raises PipelineError where one cannot be read, StaleArtefact where a head was trained on other images (test's
     could be among them) or on embeddings of another model.
@@ -64,7 +66,7 @@ def compared(paths: list[Path], known: dict[str, Provenance], taken: Iterable[st
         name = _free_name(path, taken)
         taken.add(name)
         if path.is_dir():
-            methods.append(_published(path, name, known))
+            methods.append(_published(path, name, merged_dir, known))
         elif path.suffix == ".parquet":
             told = f"the vectors of {path.name}"
             methods.append(
@@ -73,7 +75,7 @@ def compared(paths: list[Path], known: dict[str, Provenance], taken: Iterable[st
         else:
             checkpoint = model.load_checkpoint(path)
             galleries.refuse_foreign_head(
-                path, checkpoint["provenance"]["inputs"], checkpoint["embedding_model"], known
+                path, checkpoint["provenance"]["inputs"], checkpoint["embedding_model"], merged_dir, known
             )
             told = f"the head of {path}, epoch {checkpoint['epoch']}"
             methods.append(Method(name, told, checkpoint["provenance"]["id"], _head(checkpoint)))
@@ -109,7 +111,7 @@ def _free_name(path: Path, taken: set[str]) -> str:
     return name
 
 
-def _published(folder: Path, name: str, known: dict[str, Provenance]) -> Method:
+def _published(folder: Path, name: str, merged_dir: Path, known: dict[str, Provenance]) -> Method:
     """The head of a published folder; its backbone is not run: the embeddings are there."""
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -128,7 +130,7 @@ def _published(folder: Path, name: str, known: dict[str, Provenance]) -> Method:
             f"{folder} is neither a run's folder nor one that publish/convert_to_hf.py wrote "
             f"({parquet.first_line(error)})"
         ) from None
-    galleries.refuse_foreign_head(folder, trained_on["inputs"], trained_on["embedding_model"], known)
+    galleries.refuse_foreign_head(folder, trained_on["inputs"], trained_on["embedding_model"], merged_dir, known)
     return Method(name, f"the published model in {folder}", record.id, _head(head))
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from train.metrics import PerQuery
 
 QUERIES_PER_SHEET = 6
 COUNTED_RESULTS = 5  # results shown, junk among them not counted
-SHOWN_RESULTS = 8  # with junk
+SHOWN_JUNK = 3  # at most, among them
 PICTURE_PX = 160
 
 
@@ -49,19 +50,25 @@ def choose(shown: PerQuery, raw: PerQuery, building_of_row: np.ndarray, seed: in
 
 
 def first_results(vectors: torch.Tensor, gallery: Gallery, query: int) -> list[tuple[int, float, str]]:
-    """(row, cosine, kind) of the gallery rows most like a query, up to the COUNTED_RESULTS-th that is not junk."""
+    """(row, cosine, kind) of the gallery rows most like a query, up to the COUNTED_RESULTS-th that is not junk; if
+    no match is among them, the best match after them."""
     scores = vectors @ vectors[query]  # (G,)
     scores[query] = -torch.inf
-    found = torch.topk(scores, min(SHOWN_RESULTS, len(scores) - 1))
     junk = set(gallery.zones.rows_of(np.array([query]), own=False)[1].tolist())
+    found = torch.topk(scores, min(COUNTED_RESULTS + len(junk), len(scores) - 1))
     buildings = gallery.zones.building_of_row
-    results, counted = [], 0
+    results, seen = [], Counter()
     for row, cosine in zip(found.indices.tolist(), found.values.tolist(), strict=True):
         kind = "junk" if row in junk else "match" if buildings[row] == buildings[query] else "wrong"
-        results.append((row, cosine, kind))
-        counted += kind != "junk"
-        if counted == COUNTED_RESULTS:
+        seen[kind] += 1
+        if kind != "junk" or seen[kind] <= SHOWN_JUNK:
+            results.append((row, cosine, kind))
+        if seen["match"] + seen["wrong"] == COUNTED_RESULTS:
             break
+    if not seen["match"]:
+        own = np.flatnonzero(buildings == buildings[query])
+        best = own[scores[torch.from_numpy(own).to(scores.device)].argmax().item()]
+        results.append((int(best), scores[best].item(), "match"))
     return results
 
 
@@ -94,8 +101,11 @@ def make(
             matches = int(shown.num_matches[query])
             note = f"first match at {shown.best_rank[query]:,}", f"{matches} match{'es' * (matches > 1)}"
             tiles = [Tile(rows[0]["streetview_image_id"], pictures[0], "query", note)]
+            late = shown.best_rank[query] > COUNTED_RESULTS
             for row, image, (_, cosine, kind) in zip(rows[1:], pictures[1:], results, strict=True):
                 lines = (f"{_distance(rows[0], row)}, {_degrees(rows[0], row):.0f}°", f"cosine {cosine:.2f}")
+                if late and kind == "match":
+                    lines = (f"at rank {shown.best_rank[query]:,}", *lines)
                 tiles.append(Tile(row["streetview_image_id"], image, kind, lines))
             sheets[name].append(tiles)
     return sheets
@@ -103,7 +113,7 @@ def make(
 
 def _distance(a: dict, b: dict) -> str:
     metres = geo.distance_m(a["target_lat"], a["target_lon"], b["target_lat"], b["target_lon"])
-    return f"{metres:.0f} m" if metres < 10_000 else f"{metres / 1000:,.0f} km"
+    return f"{metres:,.0f} m" if metres < 10_000 else f"{metres / 1000:,.0f} km"
 
 
 def _degrees(a: dict, b: dict) -> float:
