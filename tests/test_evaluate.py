@@ -409,8 +409,9 @@ def test_a_file_of_vectors_is_judged_by_the_same_protocol(own, tmp_path):
     cfg, columns, _ = own
     assert run(cfg) == 0
     path = tmp_path / "theirs.parquet"
-    frame = pd.DataFrame({name: list(column) for name, column in columns["test"].items()})
-    frame.to_parquet(path)
+    vectors = columns["test"]["embedding"].astype(np.float64)
+    frame = pd.read_parquet(cfg.paths.merged_dir / "test.parquet")  # these two lines stand in the README
+    frame.assign(embedding=list(vectors)).to_parquet(path)
     elsewhere = config.load(None, [f"paths.root={tmp_path / 'elsewhere'}"])  # no merge, no checkpoint
     assert run(elsewhere, "--embeddings", str(path)) == 0
     ours = results.read(cfg.paths.evaluation_dir / "metrics.json")
@@ -455,12 +456,12 @@ def test_check_tells_whether_two_files_have_the_same_figures(merged, tmp_path, c
     other.write_text(json.dumps(found))
     capsys.readouterr()
     assert evaluate.main(["--check", str(path), str(other)]) == 0
-    assert "all figures are the same" in capsys.readouterr().out
+    assert "0 of 1," in capsys.readouterr().out
     found["methods"]["trained"]["recall@1"]["value"] += 0.02
     found["provenance"]["config"]["global.seed"] = 7
     other.write_text(json.dumps(found))
     assert evaluate.main(["--check", str(path), str(other)]) == 1
     told = capsys.readouterr().out
-    assert "global.seed = 7" in told
+    assert "global.seed: 0, 7" in told
     assert "(+2.00)" in told
     assert "methods.trained.recall@1.value" in told

@@ -6,12 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from common import provenance
 from common.errors import PipelineError
-from common.provenance import Provenance
 
 FORMAT = 2  # a reader of metrics.json can rely on the keys of its format
 METRICS = ("recall@1", "recall@5", "recall@10", "recall@100", "recall@1000", "map@r", "median_rank")
+_CHECKED = ("recall@1", "recall@5", "map@r")
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -129,26 +128,25 @@ def read(path: Path) -> dict:
 def check(first: Path, second: Path) -> tuple[str, bool]:
     """What two metrics.json say of one another, as text, and whether all their figures are the same."""
     one, other = read(first), read(second)
-    records = [Provenance(**found["provenance"]) for found in (other, one)]
-    lines = [f"{second} {reason}" for reason in provenance.differences(*records)]
-    lines.append(f"{'%, first, second':<22}" + "".join(f"{key:<24}" for key in ("recall@1", "recall@5", "map@r")))
+    lines = []
+    for what in ("config", "inputs"):
+        a, b = (found["provenance"][what] for found in (one, other))
+        lines += [f"{key}: {a.get(key)}, {b.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)]
+    lines.append(f"{'%, first, second':<22}" + "".join(f"{key:<24}" for key in _CHECKED))
     for method in [name for name in one["methods"] if name in other["methods"]]:
-        cells = []
-        for key in ("recall@1", "recall@5", "map@r"):
-            a, b = (100 * found["methods"][method][key]["value"] for found in (one, other))
-            cells.append(f"{f'{a:.1f}, {b:.1f} ({b - a:+.2f})':<24}")
-        lines.append(f"{method:<22}" + "".join(cells))
-    for path, found, without in ((first, one, other), (second, other, one)):
-        only = [name for name in found["methods"] if name not in without["methods"]]
-        if only:
-            lines.append(f"only in {path}: {', '.join(only)}")
+        pairs = [[100 * found["methods"][method][key]["value"] for found in (one, other)] for key in _CHECKED]
+        lines.append(f"{method:<22}" + "".join(f"{f'{a:.1f}, {b:.1f} ({b - a:+.2f})':<24}" for a, b in pairs))
     leaves = [flat({**found, "provenance": {}}) for found in (one, other)]
-    different = [key for key in {**leaves[0], **leaves[1]} if leaves[0].get(key) != leaves[1].get(key)]
-    lines.append(
-        f"{len(different):,} of {len(leaves[0]):,} values differ" if different else "all figures are the same"
-    )
-    lines += [f"  {key}: {leaves[0].get(key)}, {leaves[1].get(key)}" for key in different[:5]]
-    return "\n".join(line.rstrip() for line in lines), not different
+    shared = [key for key in leaves[0] if key in leaves[1]]
+    different = [key for key in shared if leaves[0][key] != leaves[1][key]]
+    lines.append(f"{len(different):,} of {len(shared):,} values that both have differ")
+    lines += [f"  {key}: {leaves[0][key]}, {leaves[1][key]}" for key in different[:5]]
+    for path, found, without in ((first, *leaves), (second, *leaves[::-1])):
+        only = [key for key in found if key not in without]
+        if only:
+            lines.append(f"only in {path}: {len(only):,} values, the first is {only[0]}")
+    same = not different and leaves[0].keys() == leaves[1].keys()
+    return "\n".join(line.rstrip() for line in lines), same
 
 
 def flat(tree: dict | list, prefix: str = "") -> dict:
