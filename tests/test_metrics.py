@@ -158,6 +158,15 @@ def test_equal_vectors_have_equal_scores_wherever_they_stand(monkeypatch):
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("memory_mb", [16, 64, 4096])
+@pytest.mark.parametrize("dim", [256, 4096])
+def test_a_tile_keeps_within_its_memory(memory_mb, dim):
+    queries, width = metrics._tile_sizes(torch.empty(1).expand(3_000_000, dim), memory_mb)
+    assert (
+        queries * width * 6 + queries * dim * 8 <= memory_mb * 2**20
+    )  # a score and its comparison; queries twice
+
+
 def test_a_part_of_the_matches_leaves_the_others_out_of_the_ranking():
     gallery = on_circle(10, 20, 30, 40)
     found = metrics.find_matches(

@@ -113,6 +113,14 @@ def test_pictures_are_read_by_offset_and_made_small(cfg):
     np.testing.assert_allclose(np.asarray(small).mean((0, 1)), np.asarray(original).mean((0, 1)), atol=4)
 
 
+def test_the_largest_pictures_leave_the_page_below_ten_megabytes(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (640, 640, 3), np.uint8).repeat(2, 0).repeat(2, 1)
+    Image.fromarray(noise).save(tmp_path / "noise.tar", "JPEG", quality=95)
+    largest = len(sheets.picture(tmp_path / "noise.tar", 0, 10**8))
+    most = 3 * sheets.QUERIES_PER_SHEET * (1 + sheets.COUNTED_RESULTS + sheets.SHOWN_JUNK + 1)
+    assert most * largest < 8_000_000  # the rest, a dozen figures and tables, takes less than one
+
+
 def test_a_missing_tar_or_bytes_that_are_no_image_leave_a_gap_that_the_page_tells(cfg, tmp_path):
     assert sheets.picture(tmp_path / "gone.tar", 0, 10) is None
     (tmp_path / "bad.tar").write_bytes(bytes(100))
