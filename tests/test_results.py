@@ -50,7 +50,7 @@ def test_what_fits_is_written_and_read_back(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "where"),
     [
-        ("format", 1, "format"),
+        ("format", 0, "format"),
         ("methods.raw.map@r", None, "raw must have the figures"),
         ("methods.raw.recall@2", FIGURE, "raw must have the figures"),
         ("methods.raw.map@r.value", "0.5", "methods.raw.map@r.value"),

@@ -102,8 +102,10 @@ def _head(sizes_and_weights: dict):
 
 def _free_name(path: Path, taken: set[str]) -> str:
     """The run of a checkpoint, the name of a folder or file; with the folders above it where that is taken."""
-    parts = path.resolve().with_suffix("").parts
-    parts = parts[:-1] if path.name == "checkpoint_best.pt" else parts
+    path = path.resolve()
+    if path.name == "checkpoint_best.pt":
+        path = path.parent
+    parts = (path if path.is_dir() else path.with_suffix("")).parts
     names = ("/".join(parts[-length:]) for length in range(1, len(parts)))
     name = next((name for name in names if name not in taken), None)
     if name is None:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from common.errors import PipelineError
 
-FORMAT = 2  # a reader of metrics.json can rely on the keys of its format
+FORMAT = 1  # raised when keys of metrics.json change their names or meanings
 METRICS = ("recall@1", "recall@5", "recall@10", "recall@100", "recall@1000", "map@r", "median_rank")
 _CHECKED = ("recall@1", "recall@5", "map@r")
 Count = Annotated[int, Field(ge=0)]
