@@ -360,7 +360,7 @@ def published(cfg, folder, checkpoint_path):
 def other_vectors(path, columns, **changes):
     """A file of another model's vectors as another program would write it: plain lists, in another order."""
     frame = pd.DataFrame({name: list(column) for name, column in {**columns, **changes}.items()})
-    frame.iloc[::-1].to_parquet(path)
+    frame.sample(frac=1, random_state=0).to_parquet(path)
     return path
 
 
