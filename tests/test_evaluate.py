@@ -457,6 +457,12 @@ def test_check_tells_whether_two_files_have_the_same_figures(merged, tmp_path, c
     capsys.readouterr()
     assert evaluate.main(["--check", str(path), str(other)]) == 0
     assert "0 of 1," in capsys.readouterr().out
+    below_root = path.relative_to(merged.paths.root)
+    assert run(merged, "--check", str(below_root), str(other)) == 0
+    del found["methods"]["pca"]
+    other.write_text(json.dumps(found))
+    assert evaluate.main(["--check", str(path), str(other)]) == 0
+    assert f"only in {path}: 21 values, the first is methods.pca.recall@1.value" in capsys.readouterr().out
     found["methods"]["trained"]["recall@1"]["value"] += 0.02
     found["provenance"]["config"]["global.seed"] = 7
     other.write_text(json.dumps(found))

@@ -6,7 +6,7 @@ come from a bootstrap over cells of the map, below 20 cells there are none.
 
 --compare adds rows: other checkpoints (or folders of runs), published folders, Parquet files with another model's
 vectors of the same images. --embeddings judges a file with the columns of merged/test.parquet by itself, in the
-same way. --check says how two metrics.json differ (exit code 1 if they do).
+same way. --check says how two metrics.json differ (exit code 1 if a value that both have does).
 
 Reads    data/merged/{test,train,val}.parquet, checkpoints/<run>/{checkpoint_best.pt,history.parquet};
          for the report's pictures, by offset, data/raw/<tar>.tar (may be gone)
@@ -48,14 +48,15 @@ def main(argv=None) -> int:
     other.add_argument("--embeddings", type=Path, metavar="FILE", help="judge this file instead")
     other.add_argument("--check", type=Path, nargs=2, metavar="METRICS", help="compare two metrics.json")
     args = parser.parse_args(argv)
-    if args.check:
-        return check(*args.check)
     cfg = cli.load_config(args)
+    if args.check:
+        return check(*(locate(cfg, path) for path in args.check))
     from common import devices, files
     from train import gallery, protocol, report, results
 
     # what there is, and whether it belongs together
-    task = of_file(cfg, args.embeddings) if args.embeddings else of_run(cfg, args.compare)
+    compare = [locate(cfg, path) for path in args.compare]
+    task = of_file(cfg, locate(cfg, args.embeddings)) if args.embeddings else of_run(cfg, compare)
     metrics_path, report_path = task.folder / "metrics.json", task.folder / "report.html"
     if report_path.exists() and is_done(metrics_path, task.made, args.overwrite):
         print(report.table(results.read(metrics_path)))
@@ -83,6 +84,11 @@ def main(argv=None) -> int:
     print(report.table(found))
     print(f"report: {report_path}")
     return progress.summary()
+
+
+def locate(cfg, path: Path) -> Path:
+    """A path of the command line: from here, or else from paths.root, as those of config.toml."""
+    return path if path.exists() or not (cfg.paths.root / path).exists() else cfg.paths.root / path
 
 
 def check(first: Path, second: Path) -> int:

@@ -57,7 +57,6 @@ def rank(vectors: torch.Tensor, gallery: Gallery, memory_mb: int, progress: cli.
     """Where each query's matches stand in the rest of the gallery."""
     building, parts = gallery.zones.building_of_row, []
     for start in range(0, gallery.num_queries, _QUERY_BLOCK):
-        cli.check_stop()
         rows = np.arange(start, min(start + _QUERY_BLOCK, gallery.num_queries))
         part = metrics.find_matches(
             vectors[start : start + len(rows)],
