@@ -71,7 +71,7 @@ def find_matches(
     queries, gallery = (torch.as_tensor(side, dtype=torch.float32) for side in (queries, gallery))
     gallery = gallery.to(device)
     for name, vectors in (("queries", queries), ("gallery", gallery)):
-        if not torch.isfinite(vectors).all():
+        if not torch.isfinite(vectors.sum()):  # unlike isfinite of all, it needs no memory
             raise ValueError(f"{name} hold values that are not finite")
     self_rows, (indptr, indices) = np.asarray(self_rows), (np.asarray(part, np.int64) for part in junk)
     order, first, last = _rows_of_buildings(np.asarray(query_building), np.asarray(gallery_building))
@@ -190,7 +190,7 @@ def _product(queries: torch.Tensor, gallery: torch.Tensor, start: int, out: torc
 
 def _count(hits: torch.Tensor) -> torch.Tensor:
     """How many of each row are True, (n,) int64. Eight bytes are added at a time, as one integer, and at most 128
-    of those, so that no byte overflows: 30 to 500 times as fast as `count_nonzero(dim=1)` on the CPU."""
+    of those, so that no byte overflows: 20 times as fast as `count_nonzero(dim=1)` on the CPU, or more."""
     eight = hits.view(torch.int64).view(len(hits), -1, _LANES // 8)
     return eight.sum(dim=2).view(torch.uint8).sum(dim=1)
 
