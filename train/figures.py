@@ -46,6 +46,7 @@ def svg(figure: Figure, alt: str) -> Markup:
 def _axes(xlabel: str, ylabel: str):
     figure = Figure(figsize=_SIZE_INCH, layout="constrained")
     axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+    axes.set_axisbelow(True)
     axes.grid(axis="y", color="#80808040", linewidth=0.6)
     return figure, axes
 
