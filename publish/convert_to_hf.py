@@ -48,7 +48,12 @@ def main(argv=None) -> int:
         preprocessing = published.write_model(folder, settings, checkpoint_path, checkpoint)
         card.write(folder, cfg, checkpoint, metrics, preprocessing)
         worst, count = parity.check(folder, cfg, checkpoint, preprocessing, device)
-        published.write_provenance(folder, made, {"parity_images": count, "worst_cosine_distance": worst})
+        facts = {"parity_images": count, "worst_cosine_distance": worst}
+        trained_on = {
+            "inputs": checkpoint["provenance"]["inputs"],
+            "embedding_model": checkpoint["embedding_model"],
+        }
+        published.write_provenance(folder, made, {**facts, "trained_on": trained_on})
     print(
         f"convert_to_hf: wrote {cfg.paths.published_dir}; {count} images of the test split are within "
         f"{worst:.1e} cosine distance of the pipeline's vectors"

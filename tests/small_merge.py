@@ -63,7 +63,7 @@ def split_columns(split: str, buildings: int, views: int, cells: int, rng, place
         "camera_lat": lat[of_row],
         "camera_lon": rng.uniform(5, 50, n) * METRES,
         "heading": rng.uniform(0, 360, n).astype(np.float32),
-        "pitch": np.zeros(n, np.float32),
+        "pitch": np.random.default_rng(first).uniform(-20, 40, n).astype(np.float32),
         "distance": rng.uniform(5, 50, n).astype(np.float32),
         "cell_id": geo.cell_ids(lat[of_row], np.zeros(n), 1000.0),
         "tar_file": ["0088.tar"] * n,
@@ -90,6 +90,11 @@ def write_merge(cfg, *, buildings: int = 60, views: int = 3, cells: int = 24, se
     for split, of_split in columns.items():
         write_split(cfg, split, of_split)
     return columns
+
+
+def of_run(cfg, run: str):
+    """The configuration with another name of the run."""
+    return cfg.model_copy(update={"training": cfg.training.model_copy(update={"run": run})})
 
 
 def write_checkpoint(cfg, seed: int = 0) -> Path:

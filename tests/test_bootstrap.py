@@ -58,6 +58,19 @@ def test_intervals_cover_the_truth_95_times_in_100(num_cells):
     assert 0.93 <= covered / 600 <= 0.97  # drawing single images would cover 40 %
 
 
+def test_intervals_of_a_share_cover_the_truth_with_cells_of_unequal_size():
+    rng = np.random.default_rng(8)
+    sizes = rng.integers(2, 60, 40)
+    cells = np.repeat(np.arange(40), sizes)
+    weights = bootstrap.draw_weights(40, 400, seed=0)
+    ease = rng.beta(4, 2, (800, 40))  # of a cell: a query is found with this probability; 2/3 on average
+    found = (rng.random((len(cells), 800)) < ease[:, cells].T).astype(np.float64)
+    estimates = bootstrap.means(found, cells, weights)
+    intervals = [bootstrap.interval(column, 40) for column in estimates.T]
+    covered = np.mean([interval["low"] <= 2 / 3 <= interval["high"] for interval in intervals])
+    assert 0.93 <= covered <= 0.97
+
+
 def test_the_paired_interval_of_a_difference_is_narrower_than_the_unpaired_one():
     rng = np.random.default_rng(5)
     cells = np.repeat(np.arange(40), 20)

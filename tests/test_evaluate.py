@@ -3,13 +3,14 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import small_merge
 import torch
 
 from common import cli, config, geo, parquet
 from common.errors import PipelineError, StaleArtefact
-from train import evaluate, gallery, protocol
+from train import breakdowns, evaluate, gallery, methods, metrics, protocol, results
 
 CPU = torch.device("cpu")
 
@@ -53,39 +54,76 @@ def slow_ranks(vectors, rows, radius_m, query, positives) -> list[int]:
     return [1 + sum(score >= scores[p] for score in wrong) for p in positives]
 
 
-@pytest.mark.parametrize("splits", [("test",), ("test", "train", "val")])
-def test_figures_equal_loops_over_queries_and_pairs(merged, splits):
-    setting = "all" if len(splits) > 1 else "test"
-    cfg = merged.model_copy(update={"training": merged.training.model_copy(update={"gallery": setting})})
-    rows = load(cfg, *splits)
+def slow_figures(alone_by_query: list[list[int]]) -> dict:
+    """Means over the queries that have ranks: of their positives, the other positives not standing in its way."""
+    recall_at_1, recall_at_5, precisions = [], [], []
+    for alone in filter(None, alone_by_query):
+        ranks = [wrong + place for place, wrong in enumerate(sorted(alone))]  # with its better positives ahead
+        recall_at_1.append(ranks[0] <= 1)
+        recall_at_5.append(ranks[0] <= 5)
+        hits = [place / rank for place, rank in enumerate(ranks, 1) if rank <= len(ranks)]
+        precisions.append(sum(hits) / len(ranks))
+    return {"recall@1": np.mean(recall_at_1), "recall@5": np.mean(recall_at_5), "map@r": np.mean(precisions)}
+
+
+def slow_classes(rows, query: int, match: int) -> dict[str, str]:
+    """The class of a pair in each breakdown, in plain words."""
+    heading, distance, pitch = (rows.column(name).astype(float) for name in ("heading", "distance", "pitch"))
+    angle = abs(heading[match] - heading[query]) % 360
+    angle, far = min(angle, 360 - angle), max(distance[query], distance[match])
+    height = distance[query] * np.sin(pitch[query] / 180 * np.pi)
+    views = int((rows.zones.building_of_row == rows.zones.building_of_row[query]).sum())
+    return {
+        "heading_difference_deg": next((f"{a}-{a + 30}" for a in (0, 30, 60) if a <= angle < a + 30), "over 90"),
+        "camera_distance_m": "0-10" if far < 10 else "10-20" if far < 20 else "20-40" if far < 40 else "over 40",
+        "target_height_m": "below 0" if height < 0 else "0-2" if height < 2 else "2-5" if height < 5 else "over 5",
+        "views": str(views) if views < 6 else "6 or more",
+        "dataset": f"{rows.column('dataset_id')[query]:04d}",
+    }  # fmt: skip
+
+
+def evaluate_run(cfg, rows):
     checkpoint = torch.load(cfg.paths.checkpoints_dir / "default" / "checkpoint_best.pt", weights_only=True)
     with cli.Progress("evaluate", "ranking") as progress:
-        figures, trained, _ = protocol.evaluate(cfg, rows, checkpoint, CPU, progress)
-    vectors = trained.double().numpy()
-    building, heading = rows.zones.building_of_row, rows.column("heading").astype(float)
-    firsts, precisions, by_class = [], [], {}
+        return protocol.evaluate(cfg, rows, methods.of_checkpoint(checkpoint), CPU, progress)
+
+
+@pytest.mark.parametrize("splits", [("test",), ("test", "train", "val")])
+def test_figures_equal_loops_over_queries_and_pairs(merged, splits):
+    rows = load(merged, *splits)
+    figures, trained, _ = evaluate_run(merged, rows)
+    vectors, building = trained.double().numpy(), rows.zones.building_of_row
+    all_ranks, by_class = [], {}
     for query in range(rows.num_queries):
         matches = [i for i in np.flatnonzero(building == building[query]) if i != query]
-        alone = slow_ranks(vectors, rows, cfg.data.ignore_radius_m, query, matches)
-        ranks = [wrong + place for place, wrong in enumerate(sorted(alone))]  # with its other matches ahead of it
-        hits = [place / rank for place, rank in enumerate(ranks, 1) if rank <= len(matches)]
-        firsts.append(ranks[0])
-        precisions.append(sum(hits) / len(matches))
-        for match, rank in zip(matches, alone, strict=True):
-            angle = abs(heading[match] - heading[query])
-            by_class.setdefault(np.digitize(min(angle, 360 - angle), [30, 60, 90]), []).append(rank)
-    found = figures["methods"]["trained"]
-    assert found["map@r"]["value"] == pytest.approx(np.mean(precisions), abs=1e-6)
-    assert found["median_rank"]["value"] == np.median(firsts)
-    for k in (1, 5, 10, 100, 1000):
-        assert found[f"recall@{k}"]["value"] == pytest.approx(np.mean(np.array(firsts) <= k), abs=1e-9)
+        ranks = slow_ranks(vectors, rows, merged.data.ignore_radius_m, query, matches)
+        all_ranks.append(ranks)
+        for match, rank in zip(matches, ranks, strict=True):
+            for name, label in slow_classes(rows, query, match).items():
+                by_class.setdefault((name, label), {}).setdefault(query, []).append(rank)
+    found, expected = figures["methods"]["trained"], slow_figures(all_ranks)
     assert 0.05 < found["recall@1"]["value"] < 0.95  # else this test would tell little
-    for number, entry in enumerate(figures["breakdowns"]["heading_difference_deg"]["classes"]):
-        assert entry["pairs"] == len(by_class[number])
-        value = entry["methods"]["trained"]["recall@1"]["value"]
-        assert value == pytest.approx(np.mean(np.array(by_class[number]) == 1), abs=1e-9)
-    histograms = figures["similarity_histograms"]
-    assert sum(histograms["matches"]) == figures["counts"]["pairs"] == sum(map(len, by_class.values()))
+    for key, value in expected.items():
+        assert found[key]["value"] == pytest.approx(value, abs=1e-9)
+    firsts = np.array([min(ranks) for ranks in all_ranks])
+    assert found["median_rank"]["value"] == np.median(firsts)
+    for k in (10, 100, 1000):
+        assert found[f"recall@{k}"]["value"] == pytest.approx(np.mean(firsts <= k), abs=1e-9)
+    curve = figures["recall_curve"]
+    assert curve["methods"]["trained"] == pytest.approx([np.mean(firsts <= k) for k in curve["k"]])
+    told = {
+        (name, entry["class"]): entry
+        for name, breakdown in figures["breakdowns"].items()
+        for entry in breakdown["classes"]
+        if entry["queries"]
+    }
+    assert told.keys() == by_class.keys()
+    for key, ranks_of_query in by_class.items():
+        assert told[key]["queries"] == len(ranks_of_query)
+        assert told[key]["matches"] == sum(map(len, ranks_of_query.values()))
+        for figure, value in slow_figures(list(ranks_of_query.values())).items():
+            assert told[key]["methods"]["trained"][figure]["value"] == pytest.approx(value, abs=1e-9)
+    assert sum(figures["similarity_histograms"]["matches"]) == sum(map(len, all_ranks))
 
 
 def test_a_differences_value_is_the_difference_and_its_interval_is_paired(merged):
@@ -99,46 +137,35 @@ def test_a_differences_value_is_the_difference_and_its_interval_is_paired(merged
 
 
 def test_the_angle_between_headings_goes_the_short_way_round():
-    assert protocol.heading_difference_deg(
-        np.array([350, 10, 0, -90]), np.array([10, 350, 180, 270])
-    ).tolist() == [
-        20,
-        20,
-        180,
-        0,
-    ]
+    found = breakdowns.heading_difference_deg(np.array([350, 10, 0, -90]), np.array([10, 350, 180, 270]))
+    assert found.tolist() == [20, 20, 180, 0]
 
 
-def test_pairs_are_all_ordered_pairs_of_a_building_and_a_sample_is_seeded(merged, monkeypatch):
-    rows = load(merged, "test", "train")
-    pairs, count = protocol.matching_pairs(rows, seed=0)
-    building = rows.zones.building_of_row
-    n = rows.num_queries
-    expected = [(i, j) for i in range(n) for j in range(len(building)) if i != j and building[i] == building[j]]
-    assert [tuple(pair) for pair in pairs] == expected
-    monkeypatch.setattr(protocol, "MAX_PAIRS", 50)
-    sample, same_count = protocol.matching_pairs(rows, seed=0)
-    assert same_count == count == len(expected)
-    assert len(np.unique(sample, axis=0)) == 50
-    np.testing.assert_array_equal(sample, protocol.matching_pairs(rows, seed=0)[0])
+def test_a_class_is_not_won_by_the_easy_matches_of_another():
+    # query 0 has an easy match (row 1, nothing ahead of it) and a hard one (row 2, 7 wrong rows ahead)
+    matches = metrics.Matches(1, np.array([0, 0]), np.array([1, 2]), np.array([0, 7]), np.ones(2, np.float32))
+    split = breakdowns.Breakdown("", ["easy", "hard", "none"], np.array([0, 1]))
+    easy, hard, none = breakdowns.figures(split, {"m": matches}, np.zeros(1, int), np.ones((1, 1)))["classes"]
+    assert easy["methods"]["m"]["recall@5"]["value"] == 1
+    assert hard["methods"]["m"]["recall@5"]["value"] == 0  # 1 if the easy match stayed a positive
+    assert none["methods"] == {}
+    assert none["queries"] == 0
 
 
 def test_random_pairs_of_a_building_or_its_zone_are_no_non_matches(merged):
     rows = load(merged, "test")
-    vectors = protocol.vectors_of("raw", rows, {}, CPU)
-    pairs = protocol.matching_pairs(rows, seed=0)[0]
-    found = protocol.similarity_histograms(vectors, rows, pairs, merged.data.ignore_radius_m, seed=0)
+    vectors = torch.nn.functional.normalize(torch.from_numpy(rows.embeddings).float(), dim=1)
+    found = protocol.similarity_histograms(vectors, rows, np.array([-1, 1.0]), merged.data.ignore_radius_m, seed=0)
     share = sum(found["non_matches"]) / protocol.RANDOM_PAIRS
     assert share == pytest.approx(174 / 180, abs=2e-3)  # 3 rows are of the building, 3 of its twin; 3.4 sigma
+    assert found["matches"][0] == found["matches"][-1] == 1
 
 
 def test_blocks_of_queries_change_nothing(merged, monkeypatch):
     rows = load(merged, "test")
-    checkpoint = torch.load(merged.paths.checkpoints_dir / "default" / "checkpoint_best.pt", weights_only=True)
-    with cli.Progress("evaluate", "ranking") as progress:
-        whole, *_ = protocol.evaluate(merged, rows, checkpoint, CPU, progress)
-        monkeypatch.setattr(protocol, "_QUERY_BLOCK", 7)
-        blocks, *_ = protocol.evaluate(merged, rows, checkpoint, CPU, progress)
+    whole, *_ = evaluate_run(merged, rows)
+    monkeypatch.setattr(protocol, "_QUERY_BLOCK", 7)
+    blocks, *_ = evaluate_run(merged, rows)
     assert whole == blocks
 
 
@@ -186,6 +213,22 @@ def test_one_building_gives_an_honest_report(own):
     found = json.loads((cfg.paths.evaluation_dir / "metrics.json").read_text())
     assert found["methods"]["raw"]["recall@1"] == {"value": 1.0, "low": None, "high": None}
     assert found["counts"]["buildings"] == found["counts"]["cells"] == 1
+    assert sum(found["similarity_histograms"]["non_matches"]) == 0
+
+
+def test_one_image_is_an_error(own):
+    cfg, columns, _ = own
+    small_merge.write_split(cfg, "test", {name: column[:1] for name, column in columns["test"].items()})
+    with pytest.raises(PipelineError, match="no query has a match"):
+        run(cfg)
+
+
+def test_embeddings_of_another_dimension_are_refused(own):
+    cfg, columns, _ = own
+    columns["test"]["embedding"] = columns["test"]["embedding"][:, :10]
+    small_merge.write_split(cfg, "test", columns["test"], model={**small_merge.MODEL, "dim": 10})
+    with pytest.raises(StaleArtefact, match=r"dim 24(.|\n)*dim 10"):
+        run(cfg)
 
 
 def test_an_empty_test_split_is_an_error(own):
@@ -198,12 +241,21 @@ def test_an_empty_test_split_is_an_error(own):
 @pytest.mark.parametrize(
     ("column", "message"), [("target_id", "building 0088_40000"), ("street_view_id", "panorama 0088_40000")]
 )
-def test_a_leak_is_refused_by_name(own, column, message):
+def test_a_building_or_panorama_of_test_in_train_is_refused_by_name(own, column, message):
     cfg, columns, _ = own
     columns["train"][column][:3] = columns["test"][column][0]
     small_merge.write_split(cfg, "train", columns["train"])
     small_merge.write_checkpoint(cfg)
     with pytest.raises(PipelineError, match=f"{message} stands in both test.parquet and train.parquet"):
+        run(cfg)
+
+
+def test_a_panorama_in_train_and_val_is_refused_too(own):
+    cfg, columns, _ = own
+    columns["val"]["street_view_id"][5] = columns["train"]["street_view_id"][1]
+    small_merge.write_split(cfg, "val", columns["val"])
+    small_merge.write_checkpoint(cfg)
+    with pytest.raises(PipelineError, match=r"panorama 0088_1 stands in both train.parquet and val.parquet"):
         run(cfg)
 
 
@@ -280,4 +332,142 @@ def test_the_record_names_its_inputs(merged):
     test = parquet.read_provenance(merged.paths.merged_dir / "test.parquet").id
     assert record["inputs"]["test.parquet"] == test
     assert record["inputs"]["checkpoint_best.pt"] == "checkpoint1"
+    assert record["config_hash"]
     assert record["rows"] == {"in": 180, "out": 180}
+
+
+# ------------------------------------------------------------------------------------ further rows, other files
+
+
+def published(cfg, folder, checkpoint_path):
+    """A folder as publish/convert_to_hf.py writes it, but for the backbone."""
+    from safetensors.torch import save_file
+
+    from common import provenance
+
+    checkpoint = torch.load(checkpoint_path, weights_only=True)
+    folder.mkdir(parents=True)
+    sizes = {key: checkpoint[key] for key in ("input_dim", "hidden_dim", "output_dim", "dropout")}
+    (folder / "config.json").write_text(json.dumps(sizes))
+    weights = {f"head.{name}": tensor for name, tensor in checkpoint["head"].items()}
+    save_file({**weights, "backbone.weight": torch.zeros(3)}, folder / "model.safetensors")
+    trained_on = {"inputs": checkpoint["provenance"]["inputs"], "embedding_model": checkpoint["embedding_model"]}
+    made = provenance.record("convert_to_hf", {}, {}).finished("published1", {}, {"trained_on": trained_on})
+    (folder / "provenance.json").write_text(json.dumps(made.to_dict()))
+    return folder
+
+
+def other_vectors(path, columns, **changes):
+    """A file of another model's vectors as another program would write it: plain lists, in another order."""
+    frame = pd.DataFrame({name: list(column) for name, column in {**columns, **changes}.items()})
+    frame.sample(frac=1, random_state=0).to_parquet(path)
+    return path
+
+
+def test_checkpoints_published_folders_and_files_are_further_rows(own, tmp_path):
+    cfg, columns, first = own
+    second = small_merge.write_checkpoint(small_merge.of_run(cfg, "second"), seed=3)
+    folder = published(cfg, tmp_path / "hub" / "model", second)
+    file = other_vectors(tmp_path / "theirs.parquet", columns["test"])
+    assert run(cfg) == 0
+    assert run(cfg, "--compare", str(second), str(first.parent), str(folder), str(file)) == 0
+    alone = results.read(cfg.paths.evaluation_dir / "metrics.json")
+    found = results.read(cfg.paths.evaluation_dir / "compared" / "metrics.json")
+    assert list(found["methods"]) == ["raw", "pca", "whitening", "trained", "second", "default", "model", "theirs"]
+    for name in alone["methods"]:
+        assert found["methods"][name] == alone["methods"][name]
+    assert found["methods"]["default"] == found["methods"]["trained"]  # the same head
+    assert found["methods"]["model"] == found["methods"]["second"] != found["methods"]["trained"]
+    assert found["methods"]["theirs"] == found["methods"]["raw"]  # the same vectors
+    assert found["differences"]["trained-default"]["map@r"]["value"] == 0
+    assert found["provenance"]["inputs"]["model"] == "published1"
+    page = (cfg.paths.evaluation_dir / "compared" / "report.html").read_text()
+    assert "the published model in" in page
+
+
+def test_what_cannot_be_compared_is_told(own, tmp_path):
+    cfg, columns, first = own
+    folder = published(cfg, tmp_path / "model", first)
+    few = {name: column[:50] for name, column in columns["test"].items()}
+    for path, message in (
+        (other_vectors(tmp_path / "few.parquet", few), "no vector of image 0088_40050, and of 9 more"),
+        (tmp_path / "gone.pt", "gone.pt does not exist"),
+        (cfg.paths.root, "neither a run's folder nor one that publish/convert_to_hf.py wrote"),
+    ):
+        with pytest.raises(PipelineError, match=message):
+            run(cfg, "--compare", str(path))
+    with pytest.raises(PipelineError, match=r"names .* twice"):
+        run(cfg, "--compare", *[str(folder)] * 40)
+    columns["train"]["heading"][0] += 1
+    small_merge.write_split(cfg, "train", columns["train"])
+    small_merge.write_checkpoint(cfg)
+    with pytest.raises(StaleArtefact, match=r"model was trained on another train.parquet"):
+        run(cfg, "--compare", str(folder))
+
+
+def test_a_file_of_vectors_is_judged_by_the_same_protocol(own, tmp_path):
+    cfg, columns, _ = own
+    assert run(cfg) == 0
+    path = tmp_path / "theirs.parquet"
+    vectors = columns["test"]["embedding"].astype(np.float64)
+    frame = pd.read_parquet(cfg.paths.merged_dir / "test.parquet")  # these two lines stand in the README
+    frame.assign(embedding=list(vectors)).to_parquet(path)
+    elsewhere = config.load(None, [f"paths.root={tmp_path / 'elsewhere'}"])  # no merge, no checkpoint
+    assert run(elsewhere, "--embeddings", str(path)) == 0
+    ours = results.read(cfg.paths.evaluation_dir / "metrics.json")
+    theirs = results.read(elsewhere.paths.evaluation_dir / "theirs" / "metrics.json")
+    assert theirs["methods"] == {"raw": ours["methods"]["raw"]}
+    assert theirs["leakage"] is None
+    assert "theirs.parquet" in (elsewhere.paths.evaluation_dir / "theirs" / "report.html").read_text()
+
+
+def test_a_file_that_cannot_be_judged_says_why(own, tmp_path):
+    cfg, columns, _ = own
+    test, path = columns["test"], tmp_path / "theirs.parquet"
+    wrong = {
+        "no column pitch": lambda frame: frame.drop(columns="pitch"),
+        "image 0088_40001 has 3 dimensions, those before it 24": lambda frame: frame.assign(
+            embedding=[*frame["embedding"][:1], np.zeros(3, np.float16), *frame["embedding"][2:]]
+        ),
+        "image 0088_40002 holds NaN": lambda frame: frame.assign(
+            embedding=[*frame["embedding"][:2], np.full(24, np.inf, np.float16), *frame["embedding"][3:]]
+        ),
+        "image 0088_40000 has no embedding": lambda frame: frame.assign(embedding=[None, *frame["embedding"][1:]]),
+        "do not stand together": lambda frame: frame.sample(frac=1, random_state=0),
+        "column heading has rows that are empty": lambda frame: frame.assign(heading=np.nan),
+        "no query has a match": lambda frame: frame.iloc[::3],
+        "has no rows": lambda frame: frame.iloc[:0],
+        "embedding holds double, not lists": lambda frame: frame.assign(embedding=1.0),
+    }
+    for message, spoil in wrong.items():
+        spoil(pd.DataFrame({name: list(column) for name, column in test.items()})).to_parquet(path)
+        with pytest.raises(PipelineError, match=message):
+            run(cfg, "--embeddings", str(path))
+    with pytest.raises(PipelineError, match=r"gone.parquet does not exist"):
+        run(cfg, "--embeddings", str(tmp_path / "gone.parquet"))
+
+
+def test_check_tells_whether_two_files_have_the_same_figures(merged, tmp_path, capsys):
+    assert run(merged, "--overwrite") == 0
+    path = merged.paths.evaluation_dir / "metrics.json"
+    other = tmp_path / "other.json"
+    found = json.loads(path.read_text())
+    found["provenance"]["created"] = "another day"
+    other.write_text(json.dumps(found))
+    capsys.readouterr()
+    assert evaluate.main(["--check", str(path), str(other)]) == 0
+    assert "0 of 1," in capsys.readouterr().out
+    below_root = path.relative_to(merged.paths.root)
+    assert run(merged, "--check", str(below_root), str(other)) == 0
+    del found["methods"]["pca"]
+    other.write_text(json.dumps(found))
+    assert evaluate.main(["--check", str(path), str(other)]) == 0
+    assert f"only in {path}: 21 values, the first is methods.pca.recall@1.value" in capsys.readouterr().out
+    found["methods"]["trained"]["recall@1"]["value"] += 0.02
+    found["provenance"]["config"]["global.seed"] = 7
+    other.write_text(json.dumps(found))
+    assert evaluate.main(["--check", str(path), str(other)]) == 1
+    told = capsys.readouterr().out
+    assert "global.seed: 0, 7" in told
+    assert "(+2.00)" in told
+    assert "methods.trained.recall@1.value" in told

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from train import metrics
 from train.metrics import PerQuery, retrieval, summarize
@@ -98,7 +100,7 @@ def test_a_query_without_matches_is_left_out_of_the_means():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_equals_the_loop_on_clustered_data_with_duplicates_and_junk(seed, monkeypatch):
-    monkeypatch.setattr(metrics, "_TILE_BYTES", 50_000)  # tiles of 3 queries: many tiles, the last one smaller
+    monkeypatch.setitem(metrics._LARGEST_TILE, "cpu", (3, 1024))  # many tiles, the last one smaller
     rng = np.random.default_rng(seed)
     gallery_building = rng.integers(0, 12, 100)
     centers = rng.normal(size=(12, 8))
@@ -112,6 +114,69 @@ def test_equals_the_loop_on_clustered_data_with_duplicates_and_junk(seed, monkey
     expected = reference(queries @ gallery.T, query_building, gallery_building, self_rows, junk)
     found = ask(queries, gallery, query_building, gallery_building, self_rows, junk)
     assert_same(found, expected)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_equals_the_loop_on_whatever_comes(data):
+    """Few values, so that many scores are equal; buildings of one image; junk from none to nearly everything."""
+    draw = data.draw
+    n, buildings = draw(st.integers(1, 24)), draw(st.sampled_from([1, 3, 8, 40]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    places = draw(st.sampled_from([1, 2, 5, 1000]))  # different vectors: 1 = all equal
+    gallery = np.eye(8, dtype=np.float32)[rng.integers(0, 8, places)] + rng.normal(size=(places, 8)) * (places > 5)
+    gallery = gallery[rng.integers(0, places, n)]
+    gallery = (gallery / np.linalg.norm(gallery, axis=1, keepdims=True)).astype(np.float32)
+    gallery_building = rng.integers(0, buildings, n)
+    self_rows = np.where(rng.random(n) < 0.8, np.arange(n), -1)
+    junk_share = draw(st.sampled_from([0, 0.2, 0.9]))
+    junk = [np.flatnonzero(rng.random(n) < junk_share).tolist() for _ in range(n)]
+    found = ask(gallery, gallery, gallery_building, gallery_building, self_rows, junk)
+    # equal vectors have equal scores, others differ by far more than rounding
+    scores = np.round(gallery.astype(np.float64) @ gallery.T.astype(np.float64), 6)
+    expected = reference(scores, gallery_building, gallery_building, self_rows, junk)
+    assert_same(found, expected)
+    ranks, precisions = expected.best_rank[expected.has_match], expected.average_precision_at_r[expected.has_match]
+    if len(ranks):
+        summary = summarize(found)
+        assert summary["median_rank"] == sorted(ranks)[len(ranks) // 2] or len(ranks) % 2 == 0
+        assert summary["map@r"] == pytest.approx(sum(precisions) / len(ranks))
+        for k in metrics.RECALL_AT:
+            assert summary[f"recall@{k}"] == pytest.approx(sum(rank <= k for rank in ranks) / len(ranks))
+
+
+def test_equal_vectors_have_equal_scores_wherever_they_stand(monkeypatch):
+    monkeypatch.setitem(metrics._LARGEST_TILE, "cpu", (13, 1024))  # many tiles, the last of each kind smaller
+    rng = np.random.default_rng(0)
+    looks = rng.normal(size=(40, 96)).astype(np.float32)
+    looks /= np.linalg.norm(looks, axis=1, keepdims=True)
+    which = rng.integers(0, 40, 3_500)  # every vector about 87 times, all over the gallery
+    building = rng.integers(0, 700, 3_500)
+    found = ask(looks[which[:100]], looks[which], building[:100], building, np.arange(100))
+    scores = looks.astype(np.float64) @ looks.T.astype(np.float64)
+    expected = reference(scores[which[:100]][:, which], building[:100], building, np.arange(100), [[]] * 100)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("memory_mb", [16, 64, 4096])
+@pytest.mark.parametrize("dim", [256, 4096])
+def test_a_tile_keeps_within_its_memory(memory_mb, dim):
+    queries, width = metrics._tile_sizes(torch.empty(1).expand(3_000_000, dim), memory_mb)
+    assert (
+        queries * width * 6 + queries * dim * 8 <= memory_mb * 2**20
+    )  # a score and its comparison; queries twice
+
+
+def test_a_part_of_the_matches_leaves_the_others_out_of_the_ranking():
+    gallery = on_circle(10, 20, 30, 40)
+    found = metrics.find_matches(
+        on_circle(0), gallery, query_building=np.array([1]), gallery_building=np.array([1, 2, 1, 2]),
+        self_rows=np.array([-1]), junk=(np.array([0, 0]), np.empty(0, np.int64)), memory_mb=16, device=CPU,
+    )  # fmt: skip
+    assert (found.row.tolist(), found.ahead.tolist()) == ([0, 2], [0, 1])
+    np.testing.assert_allclose(found.score, np.cos(np.radians([10, 30])), atol=1e-6)
+    hard = metrics.per_query(found.select(found.row == 2))
+    assert (hard.num_matches.tolist(), hard.best_rank.tolist()) == ([1], [2])  # 3 with the other match ahead of it
 
 
 def test_a_building_of_many_images_and_a_constant_embedding():

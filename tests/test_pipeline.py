@@ -268,6 +268,24 @@ with torch.inference_mode():
     assert ((vectors * expected).sum(axis=1) > 1 - 1e-3).all()
 
 
+def test_the_published_folder_is_evaluated_as_the_head_in_it(chain, tmp_path):
+    flags = [flag for setting in settings(chain.root) for flag in ("--set", setting)]
+    command = [
+        sys.executable,
+        str(ROOT / "train" / "evaluate.py"),
+        *flags,
+        "--set",
+        f"paths.evaluation_dir={tmp_path}",
+    ]
+    done = subprocess.run(
+        [*command, "--compare", str(chain.cfg.paths.published_dir)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "compared" / "metrics.json").read_text())
+    for name, figure in found["differences"]["trained-published"].items():
+        assert abs(figure["value"]) < 1e-3, name  # the same head
+
+
 def test_metrics_and_report_tell_all_four_methods(chain):
     metrics = json.loads((chain.cfg.paths.evaluation_dir / "metrics.json").read_text())
     assert set(metrics["methods"]) == {"raw", "pca", "whitening", "trained"}

@@ -4,15 +4,21 @@ Every image of the test split is a query; the rest of the split (training.galler
 what it is looked for in. Four methods: the raw backbone, PCA, learned whitening, the trained head. 95 % intervals
 come from a bootstrap over cells of the map, below 20 cells there are none.
 
+--compare adds rows: other checkpoints (or folders of runs), published folders, Parquet files with another model's
+vectors of the same images. --embeddings judges a file with the columns of merged/test.parquet by itself, in the
+same way. --check says how two metrics.json differ (exit code 1 if a value that both have does).
+
 Reads    data/merged/{test,train,val}.parquet, checkpoints/<run>/{checkpoint_best.pt,history.parquet};
          for the report's pictures, by offset, data/raw/<tar>.tar (may be gone)
-Writes   data/evaluation/{report.html,metrics.json}
-Command  python train/evaluate.py [--set training.gallery=all] [--set training.run=NAME]
+Writes   data/evaluation/{report.html,metrics.json}; with --compare in compared/ below that, with --embeddings in a
+         folder with the file's name
+Command  python train/evaluate.py [--set training.gallery=all] [--compare checkpoints/other data/published]
 Memory   gallery rows x (D x 2 + 150) bytes on the host and x D x 4 on the device (768-d, 2.5 M rows: 4 and 8 GB),
-         plus search_memory_mb
+         plus 32 bytes for each match and method, and search_memory_mb
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:  # run by path: import from the repository root, not from this folder
@@ -20,84 +26,141 @@ if not __package__:  # run by path: import from the repository root, not from th
 
 from common import cli
 
-SETTINGS = ("global.seed", "data.ignore_radius_m", "training.gallery", "training.bootstrap_samples")
+SETTINGS = ("global.seed", "data.ignore_radius_m", "training.bootstrap_samples")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is evaluated, and where that is told."""
+
+    folder: Path
+    made: object  # Provenance
+    paths: list[Path]  # files of rows, the queries' first
+    methods: list  # of methods.Method
+    subject: dict
+    run_dir: Path | None  # where history.parquet lies
 
 
 def main(argv=None) -> int:
-    args = cli.parser(__doc__).parse_args(argv)
+    parser = cli.parser(__doc__)
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--compare", type=Path, nargs="+", default=[], metavar="PATH", help="further rows")
+    other.add_argument("--embeddings", type=Path, metavar="FILE", help="judge this file instead")
+    other.add_argument("--check", type=Path, nargs=2, metavar="METRICS", help="compare two metrics.json")
+    args = parser.parse_args(argv)
     cfg = cli.load_config(args)
-    from common import config, devices, files, provenance
-    from train import gallery, model, protocol, report
+    if args.check:
+        return check(*(locate(cfg, path) for path in args.check))
+    from common import devices, files
+    from train import gallery, protocol, report, results
 
     # what there is, and whether it belongs together
-    run_dir = cfg.paths.checkpoints_dir / cfg.training.run
-    checkpoint_path = run_dir / "checkpoint_best.pt"
-    checkpoint = model.load_checkpoint(checkpoint_path)
-    splits = gallery.refuse_mixture(cfg.paths.merged_dir, checkpoint_path, checkpoint)
-    inputs = {f"{split}.parquet": known.id for split, known in splits.items()}
-    inputs[checkpoint_path.name] = checkpoint["provenance"]["id"]
-    made = provenance.record("evaluate", config.values(cfg, *SETTINGS), inputs)
-    metrics_path, report_path = (cfg.paths.evaluation_dir / name for name in ("metrics.json", "report.html"))
-    if report_path.exists() and is_done(metrics_path, made, args.overwrite):
-        print(report.table(read_metrics(metrics_path)))
+    compare = [locate(cfg, path) for path in args.compare]
+    task = of_file(cfg, locate(cfg, args.embeddings)) if args.embeddings else of_run(cfg, compare)
+    metrics_path, report_path = task.folder / "metrics.json", task.folder / "report.html"
+    if report_path.exists() and is_done(metrics_path, task.made, args.overwrite):
+        print(report.table(results.read(metrics_path)))
         return cli.nothing_to_do("evaluate", f"{metrics_path} and {report_path}")
-    gallery.refuse_leaks(cfg.paths.merged_dir)
+    leakage = None if args.embeddings else gallery.refuse_leaks(cfg.paths.merged_dir)
 
     # rank, average
-    names = gallery.SPLITS if cfg.training.gallery == "all" else gallery.SPLITS[:1]
-    paths = [cfg.paths.merged_dir / f"{name}.parquet" for name in names]
-    rows = gallery.load(paths, cfg.data.ignore_radius_m)
+    rows = gallery.load(task.paths, cfg.data.ignore_radius_m)
     device = devices.pick(cfg.infrastructure.device)
-    total = rows.num_queries * len(protocol.METHODS)
+    total = rows.num_queries * len(task.methods)
     with cli.Progress("evaluate", "ranking", total, cfg.logging.progress_interval_s) as progress:
-        figures, vectors, per_query = protocol.evaluate(cfg, rows, checkpoint, device, progress)
+        found, vectors, per_query = protocol.evaluate(cfg, rows, task.methods, device, progress)
+    found |= {
+        "subject": task.subject,
+        "told": {method.name: method.told for method in task.methods},
+        "gallery": "file" if args.embeddings else cfg.training.gallery,
+        "leakage": leakage,
+    }
 
     # save: the report first, so that metrics.json says that both are there
-    figures["provenance"] = finish(made, figures)
-    page = report.render(cfg, figures, checkpoint, rows, vectors, per_query)
-    files.write_text(report_path, page)
-    files.write_text(metrics_path, to_json(figures))
-    print(report.table(figures))
+    found["provenance"] = finish(task.made, found)
+    text = results.to_json(found)
+    files.write_text(report_path, report.render(cfg, found, task.run_dir, rows, vectors, per_query))
+    files.write_text(metrics_path, text)
+    print(report.table(found))
     print(f"report: {report_path}")
     return progress.summary()
+
+
+def locate(cfg, path: Path) -> Path:
+    """A path of the command line: from here, or else from paths.root, as those of config.toml."""
+    return path if path.exists() or not (cfg.paths.root / path).exists() else cfg.paths.root / path
+
+
+def check(first: Path, second: Path) -> int:
+    from train import results
+
+    text, same = results.check(first, second)
+    print(text)
+    return 0 if same else 1
+
+
+def of_run(cfg, compare: list[Path]) -> Task:
+    """The config's run on the test split, beside what is compared with it."""
+    from common import config, provenance
+    from train import gallery, methods, model
+
+    run_dir = cfg.paths.checkpoints_dir / cfg.training.run
+    path = run_dir / "checkpoint_best.pt"
+    checkpoint = model.load_checkpoint(path)
+    known = gallery.read_records(cfg.paths.merged_dir)
+    gallery.refuse_foreign_head(
+        path, checkpoint["provenance"]["inputs"], checkpoint["embedding_model"], cfg.paths.merged_dir, known
+    )
+    own = methods.of_checkpoint(checkpoint)
+    further = methods.compared(compare, cfg.paths.merged_dir, known, [method.name for method in own])
+    inputs = {f"{split}.parquet": of_split.id for split, of_split in known.items()}
+    inputs |= {path.name: checkpoint["provenance"]["id"], **{method.name: method.id for method in further}}
+    made = provenance.record("evaluate", config.values(cfg, *SETTINGS, "training.gallery"), inputs)
+    names = gallery.SPLITS if cfg.training.gallery == "all" else gallery.SPLITS[:1]
+    subject = {
+        "run": cfg.training.run,
+        "epoch": checkpoint["epoch"],
+        "embedding_model": checkpoint["embedding_model"],
+        "config_hash": checkpoint["provenance"]["config_hash"],
+        "config": checkpoint["config"],
+    }
+    folder = cfg.paths.evaluation_dir / "compared" if compare else cfg.paths.evaluation_dir
+    paths = [cfg.paths.merged_dir / f"{name}.parquet" for name in names]
+    return Task(folder, made, paths, [*own, *further], subject, run_dir)
+
+
+def of_file(cfg, path: Path) -> Task:
+    """A file of any model's vectors, by itself."""
+    from common import config, provenance
+    from train import gallery, methods
+
+    gallery.refuse_missing_columns(path)
+    method = methods.of_file(path)
+    made = provenance.record("evaluate", config.values(cfg, *SETTINGS), {path.name: method.id})
+    return Task(cfg.paths.evaluation_dir / path.stem, made, [path], [method], {"file": str(path)}, None)
 
 
 def is_done(path: Path, made, overwrite: bool) -> bool:
     """Whether metrics.json is there, of these inputs and settings. Raises StaleArtefact if of others."""
     from common import parquet, provenance
+    from train import results
 
     if overwrite or not path.exists():
         return False
-    there = provenance.Provenance(**read_metrics(path)["provenance"])
+    there = provenance.Provenance(**results.read(path)["provenance"])
     parquet.refuse_stale(path, there, made, f"{there.rows['in']:,} queries")
     return True
 
 
-def read_metrics(path: Path) -> dict:
-    """metrics.json as a dict. Raises PipelineError if it is damaged."""
-    import json
-
-    from common.errors import PipelineError
-
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise PipelineError(f"{path} is damaged ({error}): delete it and evaluate again") from None
-
-
-def to_json(figures: dict) -> str:
-    import json
-
-    return json.dumps(figures, indent=1, allow_nan=False) + "\n"
-
-
-def finish(made, figures: dict) -> dict:
+def finish(made, found: dict) -> dict:
     """The record as it stands in metrics.json; its id is a digest of the figures."""
+    import json
+
     from common.provenance import digest_of
 
-    counts = figures["counts"]
+    counts = found["counts"]
     rows = {"in": counts["queries"] + counts["queries_without_match"], "out": counts["queries"]}
-    return made.finished(digest_of(to_json(figures)), rows).to_dict()
+    return made.finished(digest_of(json.dumps(found)), rows).to_dict()
 
 
 if __name__ == "__main__":

@@ -13,18 +13,21 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 _INK = "#0a0b0c"  # drawn with this, then replaced by the page's text colour
-COLOURS = {"raw": "#8c8c8c", "pca": "#b07ad0", "whitening": "#e08a1e", "trained": "#2a86d8"}
-LINES = {"raw": ":", "pca": "-.", "whitening": "--", "trained": "-"}  # told apart without colour too
+_COLOURS = {"raw": "#8c8c8c", "pca": "#b07ad0", "whitening": "#e08a1e", "trained": "#2a86d8"}
+_LINES = {"raw": ":", "pca": "-.", "whitening": "--", "trained": "-"}  # told apart without colour too
+_FURTHER_COLOURS = ("#3a9d4e", "#d4483b", "#12a5a5", "#c2a800", "#d667a8", "#7a5a40")
+_MARKERS = "osD^vP"
+MAX_CLASSES = 12  # bars that fit a figure
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: small, and in the page's font
-    "font.size": 9,
+    "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 9,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
 }
-_SIZE_INCH = (4.4, 3.0)
+_SIZE_INCH = (4.2, 3.0)
 
 
 def svg(figure: Figure, alt: str) -> Markup:
@@ -43,49 +46,67 @@ def svg(figure: Figure, alt: str) -> Markup:
 def _axes(xlabel: str, ylabel: str):
     figure = Figure(figsize=_SIZE_INCH, layout="constrained")
     axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+    axes.set_axisbelow(True)
     axes.grid(axis="y", color="#80808040", linewidth=0.6)
     return figure, axes
 
 
-def recall_curve(best_ranks: dict[str, np.ndarray]) -> Markup:
-    """Share of the queries whose best match is among the first k, for k up to 1000. One array per method."""
-    k = np.unique(np.geomspace(1, 1000, 60).astype(int))
+def _looks(methods: list[str]) -> dict[str, dict]:
+    """Colour, line and marker of each method; the markers tell apart what is not one of the four."""
+    looks, further = {}, 0
+    for method in methods:
+        if method in _COLOURS:
+            looks[method] = {"color": _COLOURS[method], "linestyle": _LINES[method]}
+        else:
+            marker = _MARKERS[further % len(_MARKERS)]
+            colour = _FURTHER_COLOURS[further % len(_FURTHER_COLOURS)]
+            looks[method] = {"color": colour, "marker": marker, "markersize": 3, "markevery": 6}
+            further += 1
+    return looks
+
+
+def recall_curve(found: dict) -> Markup:
+    """Share of the queries whose best match is among the first k, for k up to 1000, by method."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes("k (results looked at)", "Recall@k, %")
-        for method, ranks in best_ranks.items():
-            recall = 100 * np.searchsorted(np.sort(ranks), k, side="right") / len(ranks)
-            axes.plot(k, recall, LINES[method], color=COLOURS[method], label=method)
-            axes.lines[-1].set_zorder(7 - len(axes.lines))  # a solid line would hide a dashed one
+        looks = _looks(list(found["methods"]))
+        for number, (method, recall) in enumerate(found["methods"].items()):
+            # the first lines on top: a solid line would hide a dashed one
+            axes.plot(found["k"], 100 * np.array(recall), label=method, zorder=20 - number, **looks[method])
         axes.set(xscale="log", xlim=(1, 1000), ylim=(0, 101))
         axes.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
-        axes.legend()
+        axes.legend(loc="lower right")
     return svg(figure, "Recall at k against k for each method")
 
 
 def breakdown(found: dict, xlabel: str) -> Markup:
-    """Recall@1 of each method in each class of (query, match) pairs, with intervals where there are some."""
-    classes = [entry for entry in found["classes"] if entry["pairs"]]
+    """Recall@1 of each method in each class, with intervals where there are some; of many classes the largest."""
+    classes = [entry for entry in found["classes"] if entry["queries"]]
+    smallest = sorted((entry["queries"] for entry in classes), reverse=True)[:MAX_CLASSES][-1]
+    classes = [entry for entry in classes if entry["queries"] >= smallest][:MAX_CLASSES]
+    methods = list(classes[0]["methods"])
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes(xlabel, "Recall@1, %")
-        width = 0.8 / len(COLOURS)
-        for number, method in enumerate(COLOURS):
+        figure, axes = _axes(f"{xlabel}\n(below each class: its queries)", "Recall@1, %")
+        width = 0.8 / len(methods)
+        for number, (method, look) in enumerate(_looks(methods).items()):
             figures = [entry["methods"][method]["recall@1"] for entry in classes]
             values = np.array([100 * figure["value"] for figure in figures])
-            x = np.arange(len(classes)) + (number - (len(COLOURS) - 1) / 2) * width
-            axes.bar(x, values, width * 0.9, color=COLOURS[method], label=method)
+            x = np.arange(len(classes)) + (number - (len(methods) - 1) / 2) * width
+            axes.bar(x, values, width * 0.9, color=look["color"], label=method)
             ends = [[figure[end] for figure in figures] for end in ("low", "high")]  # None: too few cells
             lengths = np.abs(100 * np.array(ends, float) - values)
             axes.errorbar(x, values, lengths, fmt="none", ecolor=_INK, elinewidth=0.8)
-        axes.set_xticks(range(len(classes)), [f"{entry['class']}\n{entry['pairs']:,} pairs" for entry in classes])
-        axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        ticks = [f"{entry['class']}\n{entry['queries']:,}" for entry in classes]
+        axes.set_xticks(range(len(classes)), ticks, fontsize=9 if len(classes) <= 6 else 6)
+        axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1, handlelength=1.2)
     return svg(figure, f"Recall at 1 of each method by {xlabel}")
 
 
-def histogram(found: dict) -> Markup:
+def histogram(found: dict, method: str) -> Markup:
     """Cosines of matching pairs and of random pairs, each as a share of its own total."""
     edges = np.array(found["edges"])
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes("cosine of two images, trained head", "% of the pairs")
+        figure, axes = _axes(f"cosine of two images, {method}", "% of the pairs")
         for name, colour in (("matches", "#3a9d4e"), ("non_matches", "#d4483b")):
             counts = np.array(found[name], float)
             shares = 100 * counts / max(counts.sum(), 1)
@@ -99,13 +120,13 @@ def training_curves(history: pd.DataFrame) -> Markup:
     """The loss and the validation mAP@R by epoch."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes("epoch", "validation mAP@R, %")
-        axes.plot(history["epoch"], 100 * history["val_map_at_r"], "o-", ms=3, color=COLOURS["trained"])
-        axes.yaxis.label.set_color(COLOURS["trained"])
+        axes.plot(history["epoch"], 100 * history["val_map_at_r"], "o-", ms=3, color=_COLOURS["trained"])
+        axes.yaxis.label.set_color(_COLOURS["trained"])
         axes.xaxis.get_major_locator().set_params(integer=True)
         other = axes.twinx()
         other.spines["right"].set_visible(True)
-        other.plot(history["epoch"], history["loss"], "s--", ms=3, color=COLOURS["whitening"])
-        other.set_ylabel("training loss", color=COLOURS["whitening"])
+        other.plot(history["epoch"], history["loss"], "s--", ms=3, color=_COLOURS["whitening"])
+        other.set_ylabel("training loss", color=_COLOURS["whitening"])
     return svg(figure, "Validation mAP at R and training loss by epoch")
 
 

@@ -3,7 +3,9 @@
 Memory: G rows x D x 2 bytes for the embeddings and about 150 bytes a row for the other columns.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +17,10 @@ from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance
 
 SPLITS = ("test", "train", "val")
-COLUMNS = [
-    *(
-        "building_id",
-        "streetview_image_id",
-        "dataset_id",
-        "target_id",
-        "street_view_id",
-        "target_lat",
-        "target_lon",
-    ),
-    *("camera_lat", "camera_lon", "heading", "distance", "cell_id", "tar_file", "image_offset", "image_size"),
-]
+COLUMNS = (
+    "building_id streetview_image_id dataset_id target_id street_view_id target_lat target_lon camera_lat "
+    "camera_lon heading pitch distance cell_id tar_file image_offset image_size"
+).split()
 
 
 @dataclass(frozen=True)
@@ -35,7 +29,7 @@ class Gallery:
 
     num_queries: int
     table: pa.Table  # COLUMNS
-    embeddings: np.ndarray  # (G, D) float16, raw
+    embeddings: np.ndarray  # (G, D), raw, float16 (float32 where a file holds more digits)
     zones: zones.Zones  # buildings are numbered over all rows: an id stands in one split only
 
     def column(self, name: str) -> np.ndarray:
@@ -43,80 +37,147 @@ class Gallery:
 
 
 def load(paths: list[Path], ignore_radius_m: float) -> Gallery:
-    """The rows of these files, the first being test's. Raises PipelineError where an embedding is not finite."""
+    """The rows of these files, the first being the queries'. Raises PipelineError where a column is missing, a
+    value is not finite, or a building's rows do not stand together."""
+    tables, embeddings, start = [], None, 0
     sizes = [parquet.num_rows(path) for path in paths]
-    tables, embeddings, end = [], None, 0
     for path in paths:
-        for batch in parquet.batches(path, [*COLUMNS, "embedding"]):
-            vectors = parquet.to_matrix(batch["embedding"])
-            _refuse_not_finite(path, batch, vectors)
+        refuse_missing_columns(path)
+        for batch, vectors in _batches(path):
             if embeddings is None:
                 embeddings = np.empty((sum(sizes), vectors.shape[1]), vectors.dtype)
-            embeddings[end : end + len(vectors)] = vectors
-            tables.append(batch.select(COLUMNS))
-            end += len(vectors)
+            embeddings[start : start + len(vectors)] = vectors
+            tables.append(batch)
+            start += len(vectors)
     if not sizes[0]:
         raise PipelineError(f"{paths[0]} has no rows: there is nothing to evaluate")
     table = pa.concat_tables(tables)
-    buildings = zones.number_buildings(table["dataset_id"].to_numpy(), table["target_id"].to_numpy())
+    ids = table["dataset_id"].to_numpy(), table["target_id"].to_numpy()
+    buildings = zones.number_buildings(*ids)
+    if len(pd.DataFrame({"dataset": ids[0], "target": ids[1]}).drop_duplicates()) <= buildings[-1]:
+        raise PipelineError(
+            f"{paths[0]}: a building's rows do not stand together\nsort the file by dataset_id and target_id"
+        )
     lat, lon = table["target_lat"].to_numpy(), table["target_lon"].to_numpy()
     return Gallery(sizes[0], table, embeddings, zones.make_zones(buildings, lat, lon, ignore_radius_m))
 
 
-def _refuse_not_finite(path: Path, batch: pa.Table, vectors: np.ndarray) -> None:
-    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if len(bad):
-        image = batch["streetview_image_id"][int(bad[0])].as_py()
+def refuse_missing_columns(path: Path) -> None:
+    with parquet.open_file(path) as file:
+        missing = sorted({*COLUMNS, "embedding"} - set(file.schema_arrow.names))
+    if missing:
         raise PipelineError(
-            f"{path}: the embedding of image {image} holds NaN or infinity\n"
-            "find the part in the embeddings directory that has it, and make that and the merge again"
+            f"{path} has no column {', '.join(missing)}\n"
+            "it must have the columns of merged/test.parquet (see the README), embeddings of any dimension"
         )
 
 
-def refuse_mixture(merged_dir: Path, checkpoint_path: Path, checkpoint: dict) -> dict[str, Provenance]:
-    """The records of the three splits. Raises StaleArtefact, naming both sides, unless they are of one merge and
-    the checkpoint was trained on it, with embeddings of the same model."""
+def read_vectors(path: Path) -> np.ndarray:
+    """The embeddings of a whole file, (N, D). Raises PipelineError where one is not finite."""
+    return np.concatenate([vectors for _, vectors in _batches(path, ["streetview_image_id"])])
+
+
+def _batches(path: Path, columns: list[str] = COLUMNS) -> Iterator[tuple[pa.Table, np.ndarray]]:
+    """The columns (without the embedding) and the embeddings (n, D) of the rows of a file, some at a time."""
+    dim = None
+    for batch in parquet.batches(path, [*columns, "embedding"]):
+        vectors = _matrix(path, batch, dim)
+        dim = vectors.shape[1]
+        rows = batch.select(columns)
+        for name, column in zip(rows.column_names, rows.columns, strict=True):
+            floating = pa.types.is_floating(column.type)
+            if column.null_count or (floating and not np.isfinite(column.to_numpy()).all()):
+                raise PipelineError(f"{path}: column {name} has rows that are empty or not finite")
+        yield rows, vectors
+
+
+def _matrix(path: Path, batch: pa.Table, dim: int | None) -> np.ndarray:
+    """The embeddings of a batch, (n, D). Other programs write lists whose lengths nothing guarantees."""
+    column = batch["embedding"].combine_chunks()
+    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    if not (pa.types.is_fixed_size_list(column.type) or pa.types.is_list(column.type)):
+        raise PipelineError(f"{path}: the column embedding holds {column.type}, not lists of numbers")
+    if column.null_count:
+        bad = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))
+        raise PipelineError(f"{path}: image {_image(batch, bad)} has no embedding")
+    lengths = column.value_lengths().to_numpy(zero_copy_only=False)
+    wanted = dim if dim is not None else lengths[0]
+    bad = np.flatnonzero(lengths != wanted)
+    if len(bad):
+        raise PipelineError(
+            f"{path}: the embedding of image {_image(batch, bad)} has {lengths[bad[0]]} dimensions, "
+            f"those before it {wanted}"
+        )
+    flat = column.flatten()
+    vectors = (flat if pa.types.is_float16(flat.type) else flat.cast(pa.float32())).to_numpy(zero_copy_only=False)
+    vectors = vectors.reshape(len(batch), -1)
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(bad):
+        raise PipelineError(
+            f"{path}: the embedding of image {_image(batch, bad)} holds NaN or infinity\n"
+            "find what it was made from, and make that and this file again"
+        )
+    return vectors
+
+
+def _image(batch: pa.Table, rows: np.ndarray) -> str:
+    return batch["streetview_image_id"][int(rows[0])].as_py()
+
+
+def read_records(merged_dir: Path) -> dict[str, Provenance]:
+    """The records of the three splits. Raises StaleArtefact, naming both sides, unless they are of one merge."""
     known = {split: parquet.read_provenance(merged_dir / f"{split}.parquet") for split in SPLITS}
-    test = known["test"]
     for split in SPLITS[1:]:
-        reasons = provenance.differences(known[split], test)
+        reasons = provenance.differences(known[split], known["test"])
         if reasons:
             raise StaleArtefact(
                 f"{merged_dir}/{split}.parquet and test.parquet are of two merges: {split} {reasons[0]}\n"
                 "run preprocess/merge_and_split.py again with --overwrite"
             )
-    inputs = checkpoint["provenance"]["inputs"]
+    return known
+
+
+def refuse_foreign_head(
+    path: Path, inputs: dict, embedding_model: dict, merged_dir: Path, known: dict[str, Provenance]
+) -> None:
+    """Raise StaleArtefact, naming both sides, unless the head at `path` was trained on this merge (on another one,
+    images of test could be among those it saw), and on embeddings of the same model."""
     for split in ("train", "val"):
         trained_on, there = inputs.get(f"{split}.parquet"), known[split].id
         if trained_on != there:
             raise StaleArtefact(
-                f"{checkpoint_path} was trained on another {split}.parquet ({trained_on}) than "
-                f"{merged_dir / f'{split}.parquet'} ({there})\ntrain again, or put that merge back"
+                f"{path} was trained on another {split}.parquet ({trained_on}) than "
+                f"{merged_dir / f'{split}.parquet'} ({there})\n"
+                "train again, or put that merge back"
             )
-    ours, theirs = test.facts.get("embedding_model"), checkpoint["embedding_model"]
-    if ours != theirs:
+    ours = known["test"].facts.get("embedding_model")
+    if ours != embedding_model:
         raise StaleArtefact(
-            f"{checkpoint_path} was trained on embeddings of {_told(theirs)}\n"
+            f"{path} was trained on embeddings of {_told(embedding_model)}\n"
             f"{merged_dir / 'test.parquet'} holds embeddings of {_told(ours)}"
         )
-    return known
 
 
 def _told(model: dict | None) -> str:
     return ", ".join(f"{key} {value}" for key, value in sorted((model or {"model": "unknown"}).items()))
 
 
-def refuse_leaks(merged_dir: Path) -> None:
-    """Raise PipelineError if a building or a panorama of test stands in train or val too, naming one."""
+def refuse_leaks(merged_dir: Path) -> dict[str, dict[str, int]]:
+    """Raise PipelineError, naming one, if a building or a panorama stands in two splits. Else the proof: how many
+    buildings and panoramas were compared, by split."""
     columns = ["dataset_id", "target_id", "street_view_id"]
     rows = {split: parquet.read(merged_dir / f"{split}.parquet", columns).to_pandas() for split in SPLITS}
-    for split in SPLITS[1:]:
-        for what, key in (("building", columns[:2]), ("panorama", [columns[0], columns[2]])):
-            shared = pd.merge(rows["test"][key].drop_duplicates(), rows[split][key].drop_duplicates())
+    proof = {}
+    for what, key in (("building", columns[:2]), ("panorama", [columns[0], columns[2]])):
+        ids = {split: frame[key].drop_duplicates() for split, frame in rows.items()}
+        for one, other in combinations(SPLITS, 2):
+            shared = pd.merge(ids[one], ids[other])
             if len(shared):
                 dataset, number = shared.iloc[0]
                 raise PipelineError(
-                    f"{what} {dataset:04d}_{number} stands in both test.parquet and {split}.parquet of "
+                    f"{what} {dataset:04d}_{number} stands in both {one}.parquet and {other}.parquet of "
                     f"{merged_dir} (and {len(shared) - 1:,} more do): the figures would be too good\n"
                     "run preprocess/merge_and_split.py again with --overwrite"
                 )
+        proof[f"{what}s"] = {**{split: len(frame) for split, frame in ids.items()}, "in_two_splits": 0}
+    return proof

@@ -1,139 +1,132 @@
-"""The evaluation's arithmetic: every image of test asks the gallery for its building, by four methods.
+"""The evaluation's arithmetic: every image of test asks the gallery for its building, by each method.
 
 A match has the query's building. Rows of other buildings in the ignore zone are junk: removed from the ranking.
-Per-query values come first and are averaged last, over draws of cells of the map (see train/bootstrap.py).
+The gallery is ranked once per method; per-query values come first and are averaged last, over draws of cells of
+the map (see train/bootstrap.py).
 
 Memory, on the device: G x D x 4 bytes for the vectors of one method (D: of the backbone for "raw", of the head for
-the others), and tiles of scores within search_memory_mb.
+the others) and of the one that the report shows, and tiles of scores within search_memory_mb.
 """
 
 import numpy as np
 import torch
 
-from common import cli, geo, zones
+from common import cli, geo
 from common.config import Config
 from common.errors import PipelineError
-from train import bootstrap, metrics, model
+from train import bootstrap, breakdowns, metrics
 from train.gallery import Gallery
+from train.methods import Method
+from train.metrics import Matches, PerQuery
+from train.results import FORMAT
 
-METHODS = ("raw", "pca", "whitening", "trained")
 DIFFERENCES = (("trained", "whitening"), ("trained", "raw"), ("whitening", "raw"))
-BREAKDOWNS = {  # name -> (upper ends of the classes, what the classes are)
-    "heading_difference_deg": ((30, 60, 90, np.inf), "angle between the headings of query and match, degrees"),
-    "camera_distance_m": ((10, 20, 40, np.inf), "distance from camera to target, the farther of the two, metres"),
-}
-BREAKDOWN_RECALL_AT = (1, 5)
-MAX_PAIRS = 100_000  # (query, match) pairs in the breakdowns: more would narrow their intervals no further
+CURVE_K = np.unique(np.geomspace(1, 1000, 60).astype(int))
 RANDOM_PAIRS = 200_000  # for the histogram of non-matches
 HISTOGRAM_EDGES = np.linspace(-1, 1, 81)
 _QUERY_BLOCK = 32_768  # queries whose junk is listed at a time
 
 
-def vectors_of(method: str, gallery: Gallery, checkpoint: dict, device: torch.device) -> torch.Tensor:
-    """(G, d) float32 unit vectors of one of METHODS, on the device."""
-    if method == "trained":
-        return model.embed(model.head_of(checkpoint), gallery.embeddings, device)
-    if method == "raw":
-        vectors = torch.from_numpy(gallery.embeddings).to(device).float()
-        return vectors.div_(vectors.norm(dim=1, keepdim=True).clamp_min_(1e-12))  # in place: no second copy
-    baseline = checkpoint["baselines"][method]
-    return model.project(gallery.embeddings, baseline["mean"], baseline["projection"], device)
+def evaluate(
+    cfg: Config, gallery: Gallery, methods: list[Method], device: torch.device, progress: cli.Progress
+) -> tuple[dict, torch.Tensor, dict[str, PerQuery]]:
+    """(The figures of metrics.json, the vectors of the method that the report shows, `PerQuery` of each method.)
+
+    Raises PipelineError if no query has a match.
+    """
+    shown = shown_of([method.name for method in methods])
+    found, vectors = {}, None
+    for method in sorted(methods, key=lambda method: method.name == shown):
+        del vectors  # of the method before: not two at a time
+        vectors = method.vectors(gallery, device)  # those of `shown` come last, and are kept
+        found[method.name] = rank(vectors, gallery, cfg.infrastructure.search_memory_mb, progress)
+    matches = {method.name: found[method.name] for method in methods}
+    per_query = {name: metrics.per_query(of_method) for name, of_method in matches.items()}
+    asked = per_query[shown].has_match  # the same for all methods
+    if not asked.any():
+        raise PipelineError("no query has a match: no building has two images that are evaluated")
+    return figures(cfg, gallery, matches, per_query, vectors), vectors, per_query
 
 
-def rank_queries(
-    vectors: torch.Tensor, gallery: Gallery, memory_mb: int, progress: cli.Progress
-) -> metrics.PerQuery:
+def shown_of(names: list[str]) -> str:
+    """The method whose histograms and sheets the report shows."""
+    return "trained" if "trained" in names else names[0]
+
+
+def rank(vectors: torch.Tensor, gallery: Gallery, memory_mb: int, progress: cli.Progress) -> Matches:
     """Where each query's matches stand in the rest of the gallery."""
-    parts = []
+    building, parts = gallery.zones.building_of_row, []
     for start in range(0, gallery.num_queries, _QUERY_BLOCK):
-        cli.check_stop()
         rows = np.arange(start, min(start + _QUERY_BLOCK, gallery.num_queries))
-        parts.append(_rank(vectors, gallery, rows, gallery.zones.rows_of(rows, own=False), memory_mb))
+        part = metrics.find_matches(
+            vectors[start : start + len(rows)],
+            vectors,
+            query_building=building[rows],
+            gallery_building=building,
+            self_rows=rows,
+            junk=gallery.zones.rows_of(rows, own=False),
+            memory_mb=memory_mb,
+            device=vectors.device,
+        )
+        parts.append(part)
         progress.add(len(rows))
     return metrics.concatenate(parts)
 
 
-def rank_pairs(vectors: torch.Tensor, gallery: Gallery, pairs: np.ndarray, memory_mb: int) -> np.ndarray:
-    """The rank (P,) of the match of each of (P, 2) pairs (query row, match row), the query's other matches being
-    junk: so a class of pairs is not won by the easy matches of another class."""
-    parts = [np.empty(0, np.int64)]
-    for start in range(0, len(pairs), _QUERY_BLOCK):
-        cli.check_stop()
-        queries, matches = pairs[start : start + _QUERY_BLOCK].T
-        indptr, indices = gallery.zones.rows_of(queries, own=True)
-        of_query = np.repeat(np.arange(len(queries)), np.diff(indptr))
-        junk = indices != matches[of_query]
-        kept = np.bincount(of_query[junk], minlength=len(queries))
-        others = np.concatenate([[0], np.cumsum(kept)]), indices[junk]
-        parts.append(_rank(vectors, gallery, queries, others, memory_mb).best_rank)
-    return np.concatenate(parts)
-
-
-def _rank(
-    vectors: torch.Tensor, gallery: Gallery, rows: np.ndarray, junk: zones.Csr, memory_mb: int
-) -> metrics.PerQuery:
-    buildings = gallery.zones.building_of_row
-    return metrics.retrieval(
-        vectors[torch.from_numpy(rows).to(vectors.device)],
-        vectors,
-        query_building=buildings[rows],
-        gallery_building=buildings,
-        self_rows=rows,
-        junk=junk,
-        memory_mb=memory_mb,
-        device=vectors.device,
-    )
-
-
-def matching_pairs(gallery: Gallery, seed: int) -> tuple[np.ndarray, int]:
-    """Pairs (query row, match row), (P, 2) int64, ordered, and how many there are in all; a seeded sample of
-    MAX_PAIRS if there are more. (All matches of a query are in test.)"""
-    starts, building = gallery.zones.starts, gallery.zones.building_of_row[: gallery.num_queries]
-    queries = np.repeat(np.arange(gallery.num_queries), starts[building + 1] - starts[building])
-    matches = zones.ranges(starts[building], starts[building + 1])
-    pairs = np.stack([queries, matches], axis=1)[queries != matches]
-    if len(pairs) <= MAX_PAIRS:
-        return pairs, len(pairs)
-    chosen = np.random.default_rng(seed).choice(len(pairs), MAX_PAIRS, replace=False, shuffle=False)
-    return pairs[np.sort(chosen)], len(pairs)
-
-
-def heading_difference_deg(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The angle between two headings, 0 to 180 degrees."""
-    return np.abs((np.asarray(a, np.float64) - b + 180) % 360 - 180)
-
-
-def classes_of_pairs(gallery: Gallery, pairs: np.ndarray) -> dict[str, np.ndarray]:
-    """For each of BREAKDOWNS the class number (P,) of each pair; a class contains its lower end."""
-    heading, distance = gallery.column("heading"), gallery.column("distance")
-    measured = {
-        "heading_difference_deg": heading_difference_deg(heading[pairs[:, 0]], heading[pairs[:, 1]]),
-        "camera_distance_m": distance[pairs].max(axis=1),
-    }
-    return {
-        name: np.searchsorted(ends[:-1], measured[name], side="right") for name, (ends, _) in BREAKDOWNS.items()
-    }
-
-
-def similarity_histograms(
-    vectors: torch.Tensor, gallery: Gallery, pairs: np.ndarray, ignore_radius_m, seed
+def figures(
+    cfg: Config,
+    gallery: Gallery,
+    matches: dict[str, Matches],
+    per_query: dict[str, PerQuery],
+    vectors: torch.Tensor,
 ) -> dict:
-    """How many of the matching pairs, and of random pairs that are neither matches nor junk, have which cosine."""
-    rng = np.random.default_rng(seed)
-    random = np.stack([rng.integers(0, n, RANDOM_PAIRS) for n in (gallery.num_queries, len(vectors))], axis=1)
-    lat, lon = gallery.column("target_lat")[random], gallery.column("target_lon")[random]
-    apart = geo.distance_m(lat[:, 0], lon[:, 0], lat[:, 1], lon[:, 1]) > ignore_radius_m  # no match is: 0 m
-    counts = {}
-    for name, chosen in (("matches", pairs), ("non_matches", random[apart])):
-        left, right = (
-            vectors[torch.from_numpy(np.ascontiguousarray(rows)).to(vectors.device)] for rows in chosen.T
-        )
-        cosines = (left * right).sum(dim=1).clamp(-1, 1).cpu().numpy()
-        counts[name] = np.histogram(cosines, HISTOGRAM_EDGES)[0].tolist()
-    return {"edges": HISTOGRAM_EDGES.tolist(), **counts}
+    """What metrics.json says of the methods; see train/results.py."""
+    seed, shown = cfg.global_.seed, shown_of(list(matches))
+    asked = per_query[shown].has_match
+    cell_id = gallery.column("cell_id")[: gallery.num_queries]
+    cells = np.unique(cell_id[asked])  # the others have no say in the draws
+    num_cells, cell_of_query = len(cells), np.searchsorted(cells, cell_id)
+    weights = bootstrap.draw_weights(num_cells, cfg.training.bootstrap_samples, seed)
+    answered = {name: of_method.select(asked) for name, of_method in per_query.items()}
+    estimates = {name: estimates_of(answers, cell_of_query[asked], weights) for name, answers in answered.items()}
+    others = [name for name in matches if name not in ("raw", "pca", "whitening", "trained")]
+    pairs = [*DIFFERENCES, *(("trained", name) for name in others)]
+
+    def intervals(values: dict) -> dict:
+        return {key: bootstrap.interval(of_key, num_cells) for key, of_key in values.items()}
+
+    return {
+        "format": FORMAT,
+        "methods": {name: intervals(of_method) for name, of_method in estimates.items()},
+        "differences": {
+            f"{a}-{b}": intervals({key: estimates[a][key] - values for key, values in estimates[b].items()})
+            for a, b in pairs
+            if a in estimates and b in estimates
+        },
+        "recall_curve": {
+            "k": CURVE_K.tolist(),
+            "methods": {name: _recall_curve(answers.best_rank) for name, answers in answered.items()},
+        },
+        "breakdowns": {
+            name: breakdowns.figures(breakdown, matches, cell_of_query, weights)
+            for name, breakdown in breakdowns.of(gallery, matches[shown]).items()
+        },
+        "similarity_histograms": similarity_histograms(
+            vectors, gallery, matches[shown].score, cfg.data.ignore_radius_m, seed
+        ),
+        "ignore_radius_m": cfg.data.ignore_radius_m,
+        "counts": {
+            "queries": int(asked.sum()),
+            "queries_without_match": int((~asked).sum()),
+            "gallery": len(gallery.embeddings),
+            "buildings": len(np.unique(gallery.zones.building_of_row[: gallery.num_queries][asked])),
+            "cells": num_cells,
+            "matches": len(matches[shown].query),
+        },
+    }
 
 
-def estimates_of(per_query: metrics.PerQuery, cell_of_query: np.ndarray, weights: np.ndarray) -> dict:
+def estimates_of(per_query: PerQuery, cell_of_query: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Each figure in each draw, (1 + draws,), the data's own first. All queries must have a match."""
     rank = per_query.best_rank
     values = np.stack([*(rank <= k for k in metrics.RECALL_AT), per_query.average_precision_at_r], axis=1)
@@ -145,74 +138,26 @@ def estimates_of(per_query: metrics.PerQuery, cell_of_query: np.ndarray, weights
     }
 
 
-def breakdown(
-    ranks: dict[str, np.ndarray], classes: np.ndarray, cell_of_pair: np.ndarray, name: str, weights
+def _recall_curve(best_rank: np.ndarray) -> list[float]:
+    return (np.searchsorted(np.sort(best_rank), CURVE_K, side="right") / len(best_rank)).tolist()
+
+
+def similarity_histograms(
+    vectors: torch.Tensor, gallery: Gallery, scores_of_matches: np.ndarray, ignore_radius_m: float, seed: int
 ) -> dict:
-    """Recall over the pairs of each class of one of BREAKDOWNS, by method, with intervals."""
-    ends, meaning = BREAKDOWNS[name]
-    table = []
-    for number, (low, high) in enumerate(zip((0, *ends[:-1]), ends, strict=True)):
-        which = classes == number
-        entry = {"class": f"{low}-{high}" if np.isfinite(high) else f"over {low}", "pairs": int(which.sum())}
-        if which.any():
-            entry["cells"] = len(np.unique(cell_of_pair[which]))
-            entry["methods"] = {
-                method: {
-                    f"recall@{k}": bootstrap.interval(
-                        bootstrap.means((rank[which, None] <= k) * 1.0, cell_of_pair[which], weights)[:, 0],
-                        entry["cells"],
-                    )
-                    for k in BREAKDOWN_RECALL_AT
-                }
-                for method, rank in ranks.items()
-            }
-        table.append(entry)
-    return {"meaning": meaning, "classes": table}
-
-
-def evaluate(
-    cfg: Config, gallery: Gallery, checkpoint: dict, device: torch.device, progress: cli.Progress
-) -> tuple:
-    """(what metrics.json says, but for its provenance; the trained vectors; `PerQuery` of each method)."""
-    seed, memory_mb = cfg.global_.seed, cfg.infrastructure.search_memory_mb
-    pairs, num_pairs = matching_pairs(gallery, seed)
-    if not num_pairs:
-        raise PipelineError("no query has a match: every building of merged/test.parquet has a single image")
-    per_query, pair_ranks, vectors = {}, {}, None
-    for method in METHODS:
-        del vectors  # of the method before: not two at a time
-        vectors = vectors_of(method, gallery, checkpoint, device)  # "trained" comes last and is kept
-        per_query[method] = rank_queries(vectors, gallery, memory_mb, progress)
-        pair_ranks[method] = rank_pairs(vectors, gallery, pairs, memory_mb)
-
-    has_match = per_query["raw"].has_match  # the same for all methods
-    cell_id = gallery.column("cell_id")
-    cells, cell_of_query = np.unique(cell_id[: gallery.num_queries][has_match], return_inverse=True)
-    num_cells = len(cells)
-    weights = bootstrap.draw_weights(num_cells, cfg.training.bootstrap_samples, seed)
-    estimates = {m: estimates_of(per_query[m].select(has_match), cell_of_query, weights) for m in METHODS}
-    cell_of_pair = np.searchsorted(cells, cell_id[pairs[:, 0]])
-    figures = {
-        "methods": {m: {k: bootstrap.interval(e, num_cells) for k, e in estimates[m].items()} for m in METHODS},
-        "differences": {
-            f"{a}-{b}": {k: bootstrap.interval(estimates[a][k] - e, num_cells) for k, e in estimates[b].items()}
-            for a, b in DIFFERENCES
-        },
-        "breakdowns": {
-            name: breakdown(pair_ranks, classes, cell_of_pair, name, weights)
-            for name, classes in classes_of_pairs(gallery, pairs).items()
-        },
-        "similarity_histograms": similarity_histograms(vectors, gallery, pairs, cfg.data.ignore_radius_m, seed),
-        "ignore_radius_m": cfg.data.ignore_radius_m,
-        "gallery": cfg.training.gallery,
-        "counts": {
-            "queries": int(has_match.sum()),
-            "queries_without_match": int((~has_match).sum()),
-            "gallery": len(gallery.embeddings),
-            "buildings": len(np.unique(gallery.zones.building_of_row[: gallery.num_queries])),
-            "cells": num_cells,
-            "pairs": num_pairs,
-            "pairs_in_breakdowns": len(pairs),
-        },
+    """How many of the matches, and of random pairs that are neither matches nor junk, have which cosine."""
+    rng = np.random.default_rng(seed)
+    random = np.stack([rng.integers(0, n, RANDOM_PAIRS) for n in (gallery.num_queries, len(vectors))], axis=1)
+    lat, lon = gallery.column("target_lat")[random], gallery.column("target_lon")[random]
+    apart = geo.distance_m(lat[:, 0], lon[:, 0], lat[:, 1], lon[:, 1]) > ignore_radius_m  # no match is: 0 m
+    cosines = [np.empty(0, np.float32)]
+    for block in np.array_split(random[apart], 64):  # 200,000 pairs of 768-d at once would take 1.2 GB
+        left, right = (
+            vectors[torch.from_numpy(rows).to(vectors.device)] for rows in np.ascontiguousarray(block.T)
+        )
+        cosines.append((left * right).sum(dim=1).cpu().numpy())
+    counts = {
+        name: np.histogram(values.clip(-1, 1), HISTOGRAM_EDGES)[0].tolist()
+        for name, values in (("matches", scores_of_matches), ("non_matches", np.concatenate(cosines)))
     }
-    return figures, vectors, per_query
+    return {"edges": HISTOGRAM_EDGES.tolist(), **counts}

@@ -12,6 +12,7 @@ from common.errors import PipelineError
 from train import figures, protocol, sheets
 from train.gallery import Gallery
 from train.metrics import RECALL_AT, PerQuery
+from train.results import flat
 
 _TEMPLATE = "report.html"
 TITLES = {
@@ -22,51 +23,53 @@ _PRINTED = ("recall@1", "recall@5", "map@r")
 _XLABELS = {
     "heading_difference_deg": "angle between headings, degrees",
     "camera_distance_m": "camera to target, metres (the farther camera)",
+    "target_height_m": "target above the camera, metres",
+    "views": "images of the building",
+    "dataset": "dataset (city)",
 }
 
 
 def render(
     cfg: Config,
     found: dict,
-    checkpoint: dict,
+    run_dir: Path | None,
     gallery: Gallery,
     vectors: torch.Tensor,
     per_query: dict[str, PerQuery],
 ) -> str:
-    """The page. `found`: what metrics.json says; `vectors`: of the trained head; see `protocol.evaluate`."""
-    history_path = cfg.paths.checkpoints_dir / cfg.training.run / "history.parquet"
+    """The page. `found`: what metrics.json says; `vectors`: of the method that is shown; see `protocol.evaluate`.
+    `run_dir`: where the run's history lies, None for a file of vectors."""
+    shown = protocol.shown_of(list(per_query))
+    history_path = run_dir / "history.parquet" if run_dir else None
     split_path = cfg.paths.merged_dir / "split_report.json"
-    history = parquet.read(history_path).to_pandas() if history_path.exists() else None
-    pictures = sheets.make(cfg.paths.raw_dir, gallery, vectors, per_query, cfg.global_.seed)
-    tiles = [tile for sheet in pictures.values() for row in sheet for tile in row]
-    asked = per_query["raw"].has_match
-    page = _environment().get_template(_TEMPLATE)
-    return page.render(
-        found=found,
-        run=cfg.training.run,
-        model=checkpoint["embedding_model"],
-        epoch=checkpoint["epoch"],
-        metrics=TITLES,
-        recall_curve=figures.recall_curve({m: per_query[m].best_rank[asked] for m in protocol.METHODS}),
-        breakdowns=[(b, figures.breakdown(b, _XLABELS[name])) for name, b in found["breakdowns"].items()],
-        histogram=figures.histogram(found["similarity_histograms"]),
-        training_curves=None if history is None else figures.training_curves(history),
-        band_shares=None if history is None else figures.band_shares(history),
-        sheets=pictures,
-        missing_pictures=sum(tile.picture is None for tile in tiles),
-        num_pictures=len(tiles),
-        raw_dir=cfg.paths.raw_dir,
-        split_report=flat(_read_json(split_path)) if split_path.exists() else {},
-        settings={**checkpoint["config"], **found["provenance"]["config"]},
+    history = parquet.read(history_path).to_pandas() if run_dir and history_path.exists() else None
+    split_report = _read_json(split_path) if run_dir and split_path.exists() else {}
+    pictures = sheets.make(
+        cfg.paths.raw_dir, gallery, vectors, per_query[shown], per_query["raw"], cfg.global_.seed
     )
-
-
-def flat(tree: dict, prefix: str = "") -> dict:
-    """{"dropped.duplicates": 3} from {"dropped": {"duplicates": 3}}."""
-    rows = {}
-    for key, value in tree.items():
-        rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return rows
+    tiles = [tile for sheet in pictures.values() for row in sheet for tile in row]
+    return (
+        _environment()
+        .get_template(_TEMPLATE)
+        .render(
+            found=found,
+            subject=found["subject"],
+            shown=shown,
+            metrics=TITLES,
+            recall_curve=figures.recall_curve(found["recall_curve"]),
+            breakdowns=[(b, figures.breakdown(b, _XLABELS[name])) for name, b in found["breakdowns"].items()],
+            max_classes=figures.MAX_CLASSES,
+            histogram=figures.histogram(found["similarity_histograms"], shown),
+            training_curves=None if history is None else figures.training_curves(history),
+            band_shares=None if history is None else figures.band_shares(history),
+            sheets=pictures,
+            missing_pictures=sum(tile.picture is None for tile in tiles),
+            num_pictures=len(tiles),
+            raw_dir=cfg.paths.raw_dir,
+            split_report=flat({key: value for key, value in split_report.items() if key != "provenance"}),
+            settings={**found["subject"].get("config", {}), **found["provenance"]["config"]},
+        )
+    )
 
 
 def _read_json(path: Path) -> dict:
@@ -84,7 +87,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "share": share}
+    environment.filters |= {"number": number, "share": share, "has_intervals": has_intervals}
     return environment
 
 
@@ -103,15 +106,21 @@ def table(figures: dict) -> str:
     ]
     if counts["queries_without_match"]:
         lines.append(f"{counts['queries_without_match']:,} more queries have no match and are left out")
-    lines.append(f"{'%':<20}" + "".join(f"{TITLES[key]:<22}" for key in _PRINTED).rstrip())
+    names = [*figures["methods"], *(f"{pair}  " for pair in figures["differences"])]  # with " - " in place of "-"
+    width = 1 + max(map(len, names))
+    lines.append(f"{'%':<{width}}" + "".join(f"{TITLES[key]:<22}" for key in _PRINTED).rstrip())
     for method, found in figures["methods"].items():
-        lines.append(f"{method:<20}" + "".join(f"{percent(found[key]):<22}" for key in _PRINTED).rstrip())
+        lines.append(f"{method:<{width}}" + "".join(f"{percent(found[key]):<22}" for key in _PRINTED).rstrip())
     for pair, found in figures["differences"].items():
-        name = " - ".join(pair.split("-"))
-        lines.append(f"{name:<20}" + "".join(f"{percent(found[key], '+'):<22}" for key in _PRINTED).rstrip())
-    if figures["methods"]["raw"]["map@r"]["low"] is None:
+        name = " - ".join(pair.split("-", 1))
+        lines.append(f"{name:<{width}}" + "".join(f"{percent(found[key], '+'):<22}" for key in _PRINTED).rstrip())
+    if not has_intervals(figures):
         lines.append("no intervals: the queries lie in fewer than 20 cells of the map")
     return "\n".join(lines)
+
+
+def has_intervals(figures: dict) -> bool:
+    return next(iter(figures["methods"].values()))["map@r"]["low"] is not None
 
 
 def percent(figure: dict, sign: str = "") -> str:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +11,13 @@ import torch
 from PIL import Image
 
 from common import geo
+from train.breakdowns import heading_difference_deg
 from train.gallery import Gallery
 from train.metrics import PerQuery
-from train.protocol import heading_difference_deg
 
 QUERIES_PER_SHEET = 6
 COUNTED_RESULTS = 5  # results shown, junk among them not counted
-SHOWN_RESULTS = 8  # with junk
+SHOWN_JUNK = 3  # at most, among them
 PICTURE_PX = 160
 
 
@@ -30,11 +31,11 @@ class Tile:
     lines: tuple[str, ...]
 
 
-def choose(trained: PerQuery, raw: PerQuery, building_of_row: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+def choose(shown: PerQuery, raw: PerQuery, building_of_row: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """Query rows of the three sheets, at most one of a building in each. Of equally good ones, "best" has those
     that the raw backbone found last."""
-    asked = np.flatnonzero(trained.has_match)
-    rank, before = trained.best_rank[asked], raw.best_rank[asked]
+    asked = np.flatnonzero(shown.has_match)
+    rank, before = shown.best_rank[asked], raw.best_rank[asked]
     orders = {
         "best": np.lexsort((asked, -before, rank)),
         "worst": np.lexsort((asked, before, -rank)),
@@ -49,19 +50,25 @@ def choose(trained: PerQuery, raw: PerQuery, building_of_row: np.ndarray, seed: 
 
 
 def first_results(vectors: torch.Tensor, gallery: Gallery, query: int) -> list[tuple[int, float, str]]:
-    """(row, cosine, kind) of the gallery rows most like a query, up to the COUNTED_RESULTS-th that is not junk."""
+    """(row, cosine, kind) of the gallery rows most like a query, up to the COUNTED_RESULTS-th that is not junk; if
+    no match is among them, the best match after them."""
     scores = vectors @ vectors[query]  # (G,)
     scores[query] = -torch.inf
-    found = torch.topk(scores, min(SHOWN_RESULTS, len(scores) - 1))
     junk = set(gallery.zones.rows_of(np.array([query]), own=False)[1].tolist())
+    found = torch.topk(scores, min(COUNTED_RESULTS + len(junk), len(scores) - 1))
     buildings = gallery.zones.building_of_row
-    results, counted = [], 0
+    results, seen = [], Counter()
     for row, cosine in zip(found.indices.tolist(), found.values.tolist(), strict=True):
         kind = "junk" if row in junk else "match" if buildings[row] == buildings[query] else "wrong"
-        results.append((row, cosine, kind))
-        counted += kind != "junk"
-        if counted == COUNTED_RESULTS:
+        seen[kind] += 1
+        if kind != "junk" or seen[kind] <= SHOWN_JUNK:
+            results.append((row, cosine, kind))
+        if seen["match"] + seen["wrong"] == COUNTED_RESULTS:
             break
+    if not seen["match"]:
+        own = np.flatnonzero(buildings == buildings[query])
+        best = own[scores[torch.from_numpy(own).to(scores.device)].argmax().item()]
+        results.append((int(best), scores[best].item(), "match"))
     return results
 
 
@@ -81,22 +88,24 @@ def picture(tar_path: Path, offset: int, size: int) -> str | None:
 
 
 def make(
-    raw_dir: Path, gallery: Gallery, vectors: torch.Tensor, per_query: dict[str, PerQuery], seed: int
+    raw_dir: Path, gallery: Gallery, vectors: torch.Tensor, shown: PerQuery, raw: PerQuery, seed: int
 ) -> dict[str, list[list[Tile]]]:
-    """The sheets: for each name the rows of tiles, a query first and then its results."""
-    trained = per_query["trained"]
+    """The sheets: for each name the rows of tiles, a query first and then its results. `vectors`: of `shown`."""
     sheets = {}
-    for name, queries in choose(trained, per_query["raw"], gallery.zones.building_of_row, seed).items():
+    for name, queries in choose(shown, raw, gallery.zones.building_of_row, seed).items():
         sheets[name] = []
         for query in queries.tolist():
             results = first_results(vectors, gallery, query)
             rows = gallery.table.take([query, *(row for row, _, _ in results)]).to_pylist()
             pictures = [picture(raw_dir / r["tar_file"], r["image_offset"], r["image_size"]) for r in rows]
-            matches = int(trained.num_matches[query])
-            note = f"first match at {trained.best_rank[query]:,}", f"{matches} match{'es' * (matches > 1)}"
+            matches = int(shown.num_matches[query])
+            note = f"first match at {shown.best_rank[query]:,}", f"{matches} match{'es' * (matches > 1)}"
             tiles = [Tile(rows[0]["streetview_image_id"], pictures[0], "query", note)]
+            late = shown.best_rank[query] > COUNTED_RESULTS
             for row, image, (_, cosine, kind) in zip(rows[1:], pictures[1:], results, strict=True):
                 lines = (f"{_distance(rows[0], row)}, {_degrees(rows[0], row):.0f}°", f"cosine {cosine:.2f}")
+                if late and kind == "match":
+                    lines = (f"at rank {shown.best_rank[query]:,}", *lines)
                 tiles.append(Tile(row["streetview_image_id"], image, kind, lines))
             sheets[name].append(tiles)
     return sheets
@@ -104,7 +113,7 @@ def make(
 
 def _distance(a: dict, b: dict) -> str:
     metres = geo.distance_m(a["target_lat"], a["target_lon"], b["target_lat"], b["target_lon"])
-    return f"{metres:.0f} m" if metres < 10_000 else f"{metres / 1000:,.0f} km"
+    return f"{metres:,.0f} m" if metres < 10_000 else f"{metres / 1000:,.0f} km"
 
 
 def _degrees(a: dict, b: dict) -> float:

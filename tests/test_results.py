@@ -1,0 +1,81 @@
+"""train/results.py: the schema of metrics.json refuses what does not fit it, and says where."""
+
+import json
+
+import pytest
+
+from common.errors import PipelineError
+from train import results
+
+FIGURE = {"value": 0.5, "low": 0.4, "high": 0.6}
+FIGURES = dict.fromkeys(results.METRICS, FIGURE)
+CLASS = {"class": "0-30", "queries": 2, "matches": 3, "cells": 1, "methods": {"raw": {"recall@1": FIGURE}}}
+FOUND = {
+    "format": results.FORMAT,
+    "subject": {"run": "default"},
+    "methods": {"raw": FIGURES, "trained": FIGURES},
+    "told": {"raw": "as they are", "trained": "the head"},
+    "differences": {"trained-raw": FIGURES},
+    "recall_curve": {"k": [1, 2], "methods": {"raw": [0.5, 0.6]}},
+    "breakdowns": {"views": {"meaning": "images of the building", "classes": [CLASS]}},
+    "similarity_histograms": {"edges": [-1.0, 0.0, 1.0], "matches": [0, 1], "non_matches": [3, 1]},
+    "ignore_radius_m": 25.0,
+    "gallery": "test",
+    "counts": dict.fromkeys(("queries", "queries_without_match", "gallery", "buildings", "cells", "matches"), 2),
+    "leakage": {"buildings": {"test": 1, "train": 2, "val": 1, "in_two_splits": 0}},
+    "provenance": {"stage": "evaluate", "config": {}, "inputs": {}},
+}
+
+
+def changed(key: str, value):
+    """FOUND with one value, at a dotted place, set (or left out, if it is None)."""
+    found = json.loads(json.dumps(FOUND))
+    *parents, last = key.split(".")
+    place = found
+    for parent in parents:
+        place = place[parent]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return found
+
+
+def test_what_fits_is_written_and_read_back(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text(results.to_json(FOUND))
+    assert results.read(path) == FOUND
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "where"),
+    [
+        ("format", 0, "format"),
+        ("methods.raw.map@r", None, "raw must have the figures"),
+        ("methods.raw.recall@2", FIGURE, "raw must have the figures"),
+        ("methods.raw.map@r.value", "0.5", "methods.raw.map@r.value"),
+        ("counts.queries", -1, "counts.queries"),
+        ("counts.queries", None, "counts.queries"),
+        ("leakage.buildings.in_two_splits", 3, "leakage.buildings.in_two_splits"),
+        ("surplus", 1, "surplus"),
+        ("gallery", "train", "gallery"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_place(tmp_path, key, value, where):
+    path = tmp_path / "metrics.json"
+    path.write_text(json.dumps(changed(key, value)))
+    with pytest.raises(PipelineError, match=where):
+        results.read(path)
+
+
+def test_infinity_is_not_written():
+    with pytest.raises(ValueError, match="finite"):
+        results.to_json(changed("methods.raw.map@r.value", float("inf")))
+
+
+def test_a_file_that_is_absent_or_cut_off_is_told(tmp_path):
+    with pytest.raises(PipelineError, match=r"cannot read .*gone.json"):
+        results.read(tmp_path / "gone.json")
+    (tmp_path / "cut.json").write_text(results.to_json(FOUND)[:100])
+    with pytest.raises(PipelineError, match=r"cut.json is damaged"):
+        results.read(tmp_path / "cut.json")
