@@ -115,7 +115,10 @@ def of_run(cfg, compare: list[Path]) -> Task:
     further = methods.compared(compare, cfg.paths.merged_dir, known, [method.name for method in own])
     inputs = {f"{split}.parquet": of_split.id for split, of_split in known.items()}
     inputs |= {path.name: checkpoint["provenance"]["id"], **{method.name: method.id for method in further}}
-    made = provenance.record("evaluate", config.values(cfg, *SETTINGS, "training.gallery"), inputs)
+    history = run_dir / "history.parquet"  # the report draws it
+    inputs |= {history.name: provenance.identity(history)} if history.exists() else {}
+    settings = config.values(cfg, *SETTINGS, "training.gallery", "training.run")
+    made = provenance.record("evaluate", settings, inputs)
     names = gallery.SPLITS if cfg.training.gallery == "all" else gallery.SPLITS[:1]
     subject = {
         "run": cfg.training.run,

@@ -67,7 +67,7 @@ def evaluation(n: int):
     building, lat, lon = buildings_and_places(n)
     junk = make_zones(building, lat, lon, 25.0).rows_of(np.arange(n), own=False)
     found = vectors(n, OUTPUT_DIM)
-    return lambda: metrics.retrieval(
+    return lambda: metrics.find_matches(
         found,
         found,
         query_building=building,
