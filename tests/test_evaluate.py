@@ -471,3 +471,11 @@ def test_check_tells_whether_two_files_have_the_same_figures(merged, tmp_path, c
     assert "global.seed: 0, 7" in told
     assert "(+2.00)" in told
     assert "methods.trained.recall@1.value" in told
+
+
+def test_the_same_head_under_another_runs_name_gets_a_report_of_its_own(own):
+    cfg, *_ = own
+    run(cfg)
+    (cfg.paths.checkpoints_dir / "default").rename(cfg.paths.checkpoints_dir / "best")
+    with pytest.raises(StaleArtefact, match=r'training.run = "default"; this run says "best"'):
+        run(cfg, "--set", "training.run=best")
