@@ -1,0 +1,338 @@
+"""The chain on a real Slurm: a cluster of one node and two fake GPUs, which this file starts and stops.
+
+Oracle: the same chain run by `submit.py --local`, without Slurm and undisturbed. Skipped, with the reason, where
+Slurm is not installed; never in continuous integration.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import one_node_slurm
+import pytest
+from conftest import ROOT
+from local_backbone import write_local_backbone
+from one_node_slurm import OneNodeSlurm
+from same_artefacts import assert_same_artefacts
+from synthetic import write_dataset
+
+from common import config
+from train import study
+
+pytestmark = pytest.mark.timeout(600)  # the first test waits for the whole chain, twice
+PATIENCE_S = 240  # for what should take seconds on an idle machine
+SETTINGS = [
+    "embedding_model.pooling=mean",
+    "data.rows_per_part=20",
+    "data.split_cell_m=300",
+    "data.train_ratio=0.5",
+    "data.val_ratio=0.25",
+    "data.test_ratio=0.25",
+    "data.neighbors=40",
+    "training_model.output_dim=64",
+    "training_model.hidden_dim=64",
+    "training.epochs=30",
+    "training.patience=30",
+    "training.steps_per_epoch=5",
+    "training.batch_size=64",
+    "training.warmup_steps=2",
+    "training.num_trials=4",
+    "training.trial_epochs=2",
+    "training.bootstrap_samples=100",
+    "infrastructure.embedding_batch_size=16",
+    "infrastructure.workers=1",
+    "slurm.num_shards=2",  # three tars: the first shard takes two
+    "slurm.difficulty_shards=2",
+    "slurm.signal_before_s=10",
+]
+GPU_STAGES = ("generate_embeddings", "compute_visual_neighbors", "optuna_worker", "fetch_best_and_train", "train")
+
+
+over = threading.Event()  # the tests of this file are at their end: nobody needs to wait any more
+
+
+def wait_for(condition, what: str):
+    """The first true value of `condition()`."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (value := condition()):
+        assert not over.is_set(), f"no {what} until the end"
+        assert time.monotonic() < deadline, f"no {what} after {PATIENCE_S} s"
+        time.sleep(0.05)
+    return value
+
+
+class Place:
+    """A cluster, a finished run of the chain to compare with, and the commands of a user."""
+
+    def __init__(self, folder: Path, cluster: OneNodeSlurm):
+        self.folder, self.cluster = folder, cluster
+        self.environment = {**cluster.environment, "OMP_NUM_THREADS": "1"}
+        # the Python of the tests is the jobs', also where it is not in .venv
+        self.environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), self.environment["PATH"]])
+        write_dataset(folder / "raw", streets=12, cities=3, image_px=112, facades_per_street=5)
+        write_local_backbone(folder / "backbone")
+        stages = [
+            f'slurm.{stage}.sbatch=["--mem=1G"]' for stage in config.Slurm.model_fields if self._is_stage(stage)
+        ]
+        stages += [f'slurm.{stage}.sbatch=["--mem=1G", "--gres=gpu:1"]' for stage in GPU_STAGES]
+        paths = [f"paths.root={folder / 'local'}", f"paths.raw_dir={folder / 'raw'}"]
+        cfg = config.load(None, [*SETTINGS, *stages, *paths, f"embedding_model.name={folder / 'backbone'}"])
+        self.config = folder / "config.toml"
+        self.local = folder / "local"
+        self.config.write_text(study.to_toml(cfg).replace(f"{self.local}/", ""))  # relative to paths.root
+
+    @staticmethod
+    def _is_stage(name: str) -> bool:
+        return config.Slurm.model_fields[name].annotation is config.SlurmStage
+
+    def run(self, *command, code: int = 0, **options) -> str:
+        """Run a command, which must end with `code`; what it printed."""
+        command = [str(word) for word in command]
+        result = subprocess.run(
+            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=PATIENCE_S, **options,
+        )  # fmt: skip
+        assert result.returncode == code, f"{shlex.join(command)}\n{result.stdout}"
+        assert "Traceback" not in result.stdout, result.stdout
+        return result.stdout
+
+    def submit(self, root: Path, *arguments, code: int = 0) -> str:
+        flags = ["--config", self.config, "--set", f"paths.root={root}"]
+        return self.run(sys.executable, ROOT / "slurm" / "submit.py", *flags, *arguments, code=code)
+
+    def status(self, root: Path, *arguments, code: int = 0) -> str:
+        flags = ["--config", self.config, "--set", f"paths.root={root}"]
+        return self.run(sys.executable, ROOT / "slurm" / "status.py", *flags, *arguments, code=code)
+
+    def told(self, root: Path, code: int = 0) -> dict:
+        """The status of the newest run as a dict, and its steps by name."""
+        report = json.loads(self.status(root, "--json", code=code))
+        return {**report, "steps": {step["name"]: step for step in report["steps"]}}
+
+    def wait(self, root: Path) -> None:
+        """Until nothing of the newest run is in the queue."""
+        ids = set(self.jobs(root).values())
+        wait_for(lambda: not ids & self.live(), f"end of {ids}")
+
+    def live(self) -> set[str]:
+        return set(self.cluster.ask("squeue", "--noheader", "--format=%F").split())
+
+    def jobs(self, root: Path) -> dict[str, str]:
+        newest = max((root / "logs" / "runs").iterdir())
+        return {
+            name: entry["job"] for name, entry in json.loads((newest / "run.json").read_text())["steps"].items()
+        }
+
+    def copy(self, name: str, *without: str) -> Path:
+        """A copy of the finished run, without the files that match."""
+        root = self.folder / name
+        shutil.copytree(self.local, root)
+        for pattern in without:
+            found = list(root.glob(pattern))
+            assert found, pattern
+            for path in found:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return root
+
+    def python_of(self, script: str, root: Path) -> list[int]:
+        """The Python processes of a stage's tasks."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().decode().split("\0") if entry.name.isdecimal() else []
+                if (
+                    len(words) > 2
+                    and "python" in words[0]
+                    and words[1].endswith(script)
+                    and f"paths.root={root}" in words
+                ):
+                    found.append(int(entry.name))
+        return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    reason = one_node_slurm.why_not()
+    if reason:
+        assert not os.environ.get("CI"), reason
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("slurm")
+    with OneNodeSlurm(folder / "cluster") as cluster:
+        place = Place(folder, cluster)
+        place.submit(place.local, "--local", "--jobs", 2)
+        yield place
+
+
+@pytest.fixture(scope="module")
+def limited(place):
+    """Training and generation on their way to a time limit of one minute: frozen once they have written something,
+    until Slurm has signalled them. That takes most of a minute: other tests go on meanwhile.
+    """
+    root = place.copy("limited", "data/embeddings", "checkpoints")
+    frozen = [
+        frozen_until_signalled(place, root, "generate_embeddings", "data/embeddings/*.parquet"),
+        frozen_until_signalled(place, root, "train", "checkpoints/default/checkpoint_last.pt"),
+    ]
+    yield root, frozen
+    over.set()
+    for thread in frozen:
+        thread.join()
+
+
+def frozen_until_signalled(place, root: Path, stage: str, sign: str) -> threading.Thread:
+    """Submit a stage, freeze it at the first file that matches `sign`, thaw it when SIGUSR2 waits for it."""
+    flags = [f"slurm.{stage}.time=00:01:00", f'slurm.{stage}.sbatch=["--mem=1G"]', "slurm.num_shards=1"]
+    place.submit(root, "--only", stage, *(word for flag in flags for word in ("--set", flag)))
+
+    def freeze():
+        wait_for(lambda: any(root.glob(sign)), sign)
+        (process,) = place.python_of(f"{stage}.py", root)
+        os.kill(process, signal.SIGSTOP)
+        wait_for(lambda: is_pending(process, signal.SIGUSR2), "signal from Slurm")
+        os.kill(process, signal.SIGCONT)
+
+    thread = threading.Thread(target=freeze, daemon=True)
+    thread.start()
+    return thread
+
+
+def is_pending(process: int, number: int) -> bool:
+    status = dict(
+        line.split(":\t", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines() if ":\t" in line
+    )
+    return any(int(status[field], 16) >> (number - 1) & 1 for field in ("SigPnd", "ShdPnd"))
+
+
+# ------------------------------------------------------------------------------------------------ the tests
+
+
+def test_one_submit_runs_the_whole_chain_and_leaves_what_a_local_run_leaves(place, limited):
+    root = place.folder / "cluster-run"
+    place.submit(root)
+    assert "for merge_and_split" in place.status(root)  # the steps after it wait, and it is said what for
+    place.submit(root, "--only", "train", code=1)  # a step that is in the queue is not submitted twice
+    place.wait(root)
+    text = place.status(root)
+    assert "10 of 10 stages done" in text
+    assert_same_artefacts(root, place.local)
+    assert "nothing to do" in place.submit(root)
+    assert len(list((root / "logs" / "runs").iterdir())) == 1
+
+
+def test_a_failing_shard_cancels_what_depends_on_it_and_the_printed_command_finishes_the_chain(place):
+    gone = ("data/intermediates/0089.parquet", "data/fingerprints/0089.parquet", "data/embeddings/0089-*.parquet")
+    root = place.copy("failing", *gone)
+    raw = root / "raw"
+    shutil.copytree(place.folder / "raw", raw)
+    (raw / "0089.tar").write_bytes(b"\x1f\x8b\x08" + bytes(600))  # gzip's magic: refused
+    kept = {path: path.stat().st_mtime_ns for path in root.glob("data/**/*") if path.is_file()}
+    flags = ("--set", f"paths.raw_dir={raw}", "--to", "merge_and_split")
+    assert "shards 1 of 2" in place.submit(root, *flags)
+    place.wait(root)  # nothing waits for ever
+
+    report = place.told(root, code=1)
+    assert {name: step["state"] for name, step in report["steps"].items()} == {
+        "process_tar": "failed",
+        "compute_fingerprints": "cancelled",
+        "generate_embeddings": "cancelled",
+        "merge_and_split": "cancelled",
+    }
+    (failure,) = report["failures"]
+    assert (failure["step"], failure["task"], failure["why"]) == ("process_tar", 1, "exit code 1")
+    text = place.status(root, code=1)
+    assert "process_tar, shard 1" in text
+    assert "0089.tar is compressed" in text  # the log's last lines
+    assert report["continue"] in text
+
+    shutil.copy(place.folder / "raw" / "0089.tar", raw)
+    place.run(*shlex.split(report["continue"]), cwd=place.folder)
+    place.wait(root)
+    assert "4 of 4 stages done" in place.status(root)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # nothing that was done was redone
+    assert_same_artefacts(root, place.local)
+
+
+def test_a_scancelled_array_is_told_as_cancelled_and_resubmitting_continues(place):
+    root = place.copy("cancelled", "data/embeddings")
+    place.submit(root, "--only", "generate_embeddings")
+    job = place.jobs(root)["generate_embeddings"]
+    wait_for(lambda: len(place.python_of("generate_embeddings.py", root)) == 2, "running tasks")
+    assert place.told(root)["steps"]["generate_embeddings"]["tasks"] == {"running": 2}
+    place.run("scancel", job)
+    place.wait(root)  # SIGTERM makes the stage end with 85: it must not requeue itself
+    report = place.told(root, code=1)
+    assert report["steps"]["generate_embeddings"]["tasks"] == {"cancelled": 2}
+    place.run(*shlex.split(report["continue"]), cwd=ROOT)
+    place.wait(root)
+    place.status(root)
+    assert_same_artefacts(root, place.local)
+
+
+def test_a_crashed_node_and_a_restarted_controller_are_told_and_the_job_starts_again(place):
+    root = place.copy("crash", "data/summary")
+    flags = ("--only", "summarize_ids")
+    place.submit(root, *flags)
+    (process,) = wait_for(lambda: place.python_of("summarize_ids.py", root), "running task")
+    os.kill(process, signal.SIGSTOP)  # it must not end before the node does
+    place.cluster.kill("slurmctld")
+    assert "slurm" in place.status(root, code=1)  # the queue cannot be asked: neither done nor failed
+    place.cluster.start_controller()
+    assert place.told(root)["steps"]["summarize_ids"]["state"] == "running"
+
+    place.cluster.crash_node()
+    place.cluster.start_node()
+    place.wait(root)
+    assert place.told(root)["steps"]["summarize_ids"]["state"] == "done"
+    assert_same_artefacts(root, place.local)
+
+
+def test_three_optuna_workers_share_a_study_and_its_best_trial_is_trained(place):
+    root = place.copy("tuned", "checkpoints")
+    place.submit(root, "--tune", 3, "--from", "optuna_worker", "--to", "train")
+    place.wait(root)
+    report = place.told(root)
+    assert report["steps"]["optuna_worker"]["progress"] == {"done": 4, "total": 4, "unit": "trials"}
+    assert report["steps"]["train"]["state"] == "done"
+    cfg = config.load(place.config, [f"paths.root={root}"])
+    tuning = study.open_study(cfg, study.record(cfg), create=False)
+    workers = {trial.user_attrs["worker"] for trial in tuning.trials}
+    assert len(tuning.trials) == 4
+    assert all("job " in worker for worker in workers)
+    chosen = config.load(root / "checkpoints" / "default" / "config.toml", [])
+    best = study.best_trial(tuning)
+    assert {key: getattr(chosen.training, key) for key in best.params} == best.params
+    assert "nothing to do" in place.submit(root, "--tune", 3, "--from", "optuna_worker", "--to", "train")
+
+
+def test_a_stage_is_submitted_by_hand_from_another_directory(place, tmp_path):
+    flags = ["--config", place.config.name, "--set", "training.run=by_hand", "--set", "training.epochs=1"]
+    shutil.copy(place.config, tmp_path)  # a relative path is the user's directory's
+    resources = ["--mem=1G", "--cpus-per-task=2", "--wait"]
+    place.run("sbatch", *resources, ROOT / "slurm" / "train.sbatch", *flags, cwd=tmp_path)
+    (log,) = tmp_path.glob("train-*.log")
+    assert "1 of 1 epochs" in log.read_text() or "validation mAP@R" in log.read_text()
+    assert (place.local / "checkpoints" / "by_hand" / "checkpoint_best.pt").exists()
+
+
+def test_time_limits_in_training_and_generation_lead_to_the_same_results(place, limited):
+    root, threads = limited
+    for thread in threads:
+        thread.join()
+    wait_for(lambda: not place.live(), "end of all jobs")
+    for run, stage in zip(
+        sorted((root / "logs" / "runs").iterdir()), ("generate_embeddings", "train"), strict=True
+    ):
+        log = (run / f"{stage}.log").read_text()
+        assert "stopped by a signal" in log
+        assert "ends with exit code 85" in log  # of the first start; the log is appended to
+        assert log.count(" starts on ") == 2
+        assert "1 of 1 stages done" in place.status(root, run.name)
+    assert_same_artefacts(root, place.local)
