@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ class Job:
     """A job, or a task of an array, as squeue tells of it."""
 
     id: str  # "12", or "12_3" for task 3 of an array
+    name: str
     state: str  # such as "PENDING"
     reason: str  # why it waits, or why it ended
 
@@ -46,13 +46,14 @@ def ask(*command: str) -> str:
 
 def queue() -> dict[str, Job]:
     """Job id -> job, of all of this user's jobs that Slurm still knows, a task of an array each."""
-    lines = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%T|%r").splitlines()
-    return {job.id: job for job in (Job(*line.strip().split("|", 2)) for line in lines)}
+    lines = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r").splitlines()
+    return {job.id: job for job in (Job(*line.strip().split("|", 3)) for line in lines)}
 
 
-def live_ids(jobs: Iterable[Job]) -> set[str]:
-    """The ids that sbatch gave to what waits or runs."""
-    return {job.id.partition("_")[0] for job in jobs if job.is_live}
+def live_steps(record: dict, jobs: dict[str, Job]) -> dict[str, str]:
+    """Step -> job id, of a run's steps that wait or run. By name, too: a cluster may begin its ids anew."""
+    live = {(job.id.partition("_")[0], job.name) for job in jobs.values() if job.is_live}
+    return {name: job for name, job in job_ids(record).items() if (job, name) in live}
 
 
 def create(logs_dir: Path) -> Path:
@@ -113,11 +114,10 @@ def adopt(folder: Path, record: dict) -> None:
 
 def refuse_busy(logs_dir: Path, targets: set[str]) -> None:
     """Raise PipelineError if a job of an earlier run writes, or will write, into one of these folders."""
-    live = live_ids(queue().values())
+    jobs = queue()
     for folder in folders(logs_dir):
         record = load(folder)
-        busy = [name for name, job in job_ids(record).items()
-                if job in live and record["steps"][name]["target"] in targets]  # fmt: skip
+        busy = [name for name in live_steps(record, jobs) if record["steps"][name]["target"] in targets]
         if busy:
             halted = len(job_ids(record)) < len(record["steps"])
             advice = f"submit the rest of it with --continue {folder.name}, or" if halted else "wait for it, or"
@@ -131,10 +131,10 @@ def cancel(folder: Path) -> int:
     """Cancel what is left of a run in the queue; how many jobs that were."""
     record = load(folder)
     adopt(folder, record)
-    ours = set(job_ids(record).values()) & live_ids(queue().values())
-    if ours:
-        ask("scancel", *sorted(ours))
-    return len(ours)
+    live = live_steps(record, queue())
+    if live:
+        ask("scancel", *live.values())
+    return len(live)
 
 
 def max_array_size() -> int:

@@ -230,16 +230,15 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
     args.config, args.set, args.tune = record["config"] and Path(record["config"]), record["set"], record["tune"]
     cfg = config.load(args.config, args.set)
     steps = [step for step in chain(cfg, args.tune) if step.name in record["steps"]]
-    live = runs.live_ids(runs.queue().values())
+    live = runs.live_steps(record, runs.queue())
     left = artefacts.missing(steps, cfg)
     for name, job in runs.job_ids(record).items():
-        if job not in live and left[name]:
+        if name not in live and left[name]:
             raise PipelineError(
                 f"{name} (job {job}) of that run has ended without finishing: see {record['steps'][name]['log']}\n"
                 f"slurm/submit.py --cancel {folder.name}, then submit again"
             )
-    job_ids = {name: job for name, job in runs.job_ids(record).items() if job in live}
-    return submit_rest(folder, record, steps, cfg, args, job_ids)
+    return submit_rest(folder, record, steps, cfg, args, live)
 
 
 # ------------------------------------------------------------------------------------------------ command line

@@ -115,18 +115,22 @@ class OneNodeSlurm:
     def start_node(self) -> None:
         self._start("slurmd", "slurmd", "-D", "-f", str(self.folder / "slurm.conf"), "-N", "localhost")
 
-    def kill(self, name: str) -> None:
-        """End a daemon as a crash does."""
-        self.daemons[name].kill()
-        self.daemons.pop(name).wait()
+    def end(self, name: str) -> None:
+        """End a daemon as a restart does: slurmctld saves its state."""
+        daemon = self.daemons.pop(name, None)
+        if daemon:
+            daemon.terminate()
+            try:
+                daemon.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
 
     def crash_node(self) -> None:
         """End slurmd and everything that it started, as a power cut does."""
-        processes = self._job_processes()
-        self.kill("slurmd")
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        self.daemons["slurmd"].kill()
+        self.daemons.pop("slurmd").wait()
+        self._kill_jobs()
 
     def ask(self, *command: str) -> str:
         """What a client prints; empty if it fails."""
@@ -135,26 +139,21 @@ class OneNodeSlurm:
     def stop(self) -> None:
         """Cancel all jobs, then end the daemons and what may be left of the jobs."""
         if "slurmctld" in self.daemons and "slurmd" in self.daemons:
-            self.ask("scancel", "--state=RUNNING", "--signal=KILL", "--full", "--user=root")
             self.ask("scancel", "--user=root")
-        for process in self._job_processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        self._kill_jobs()
         for name in ("slurmd", "slurmctld", "munged"):
-            if name in self.daemons:
-                self.daemons[name].terminate()
-                try:
-                    self.daemons[name].wait(timeout=10)
-                except subprocess.TimeoutExpired:
-                    self.daemons[name].kill()
-                    self.daemons[name].wait()
-        self.daemons.clear()
+            self.end(name)
 
     def _start(self, name: str, *command: str) -> None:
         with open(self.folder / f"{name}.out", "ab") as out:
             self.daemons[name] = subprocess.Popen(
                 command, env=self.environment, stdout=out, stderr=out, preexec_fn=_die_with_parent
             )
+
+    def _kill_jobs(self) -> None:
+        for process in self._job_processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
     def _job_processes(self) -> list[int]:
         """Every process of a job, by the configuration in its environment, and its slurmstepd."""
