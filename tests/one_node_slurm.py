@@ -48,7 +48,7 @@ ReturnToService=2
 KillWait=5
 SlurmdTimeout=30
 MaxArraySize=101
-SchedulerParameters=sched_min_interval=0,bf_interval=1
+SchedulerParameters=sched_min_interval=0,sched_interval=1,batch_sched_delay=0,bf_interval=1
 SelectType=select/cons_tres
 DefMemPerCPU=1000
 SlurmdParameters=config_overrides
@@ -127,10 +127,17 @@ class OneNodeSlurm:
                 daemon.wait()
 
     def crash_node(self) -> None:
-        """End slurmd and everything that it started, as a power cut does."""
+        """End slurmd and everything that it started, as a power cut does, and let the controller notice it now
+        (which it would by itself after SlurmdTimeout)."""
         self.daemons["slurmd"].kill()
         self.daemons.pop("slurmd").wait()
         self._kill_jobs()
+        self.ask("scontrol", "update", "NodeName=localhost", "State=down", "Reason=crash")
+
+    def boot_node(self) -> None:
+        """The node after a crash is there again."""
+        self.start_node()
+        self.ask("scontrol", "update", "NodeName=localhost", "State=resume")
 
     def ask(self, *command: str) -> str:
         """What a client prints; empty if it fails."""

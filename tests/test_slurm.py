@@ -96,18 +96,18 @@ class Place:
     def run(self, *command, code: int = 0, **options) -> str:
         """Run a command, which must end with `code`; what it printed."""
         command = [str(word) for word in command]
-        options = {"cwd": self.folder, **options}
+        options = {"cwd": self.folder, "env": self.environment, **options}
         result = subprocess.run(
-            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             timeout=PATIENCE_S, **options,
         )  # fmt: skip
         assert result.returncode == code, f"{shlex.join(command)}\n{result.stdout}"
         assert "Traceback" not in result.stdout, result.stdout
         return result.stdout
 
-    def submit(self, root: Path, *arguments, code: int = 0) -> str:
+    def submit(self, root: Path, *arguments, **options) -> str:
         flags = ["--config", self.config, "--set", f"paths.root={root}"]
-        return self.run(sys.executable, ROOT / "slurm" / "submit.py", *flags, *arguments, code=code)
+        return self.run(sys.executable, ROOT / "slurm" / "submit.py", *flags, *arguments, **options)
 
     def status(self, root: Path, *arguments, code: int = 0) -> str:
         flags = ["--config", self.config, "--set", f"paths.root={root}"]
@@ -119,18 +119,17 @@ class Place:
         return {**report, "steps": {step["name"]: step for step in report["steps"]}}
 
     def wait(self, root: Path) -> None:
-        """Until nothing of the newest run is in the queue."""
-        ids = set(self.jobs(root).values())
+        """Until nothing of the runs of this root is in the queue."""
+        ids = {job for run in (root / "logs" / "runs").iterdir() for job in self.jobs(root, run).values()}
         wait_for(lambda: not ids & self.live(), f"end of {ids}")
 
     def live(self) -> set[str]:
         return set(self.cluster.ask("squeue", "--noheader", "--format=%F").split())
 
-    def jobs(self, root: Path) -> dict[str, str]:
-        newest = max((root / "logs" / "runs").iterdir())
-        return {
-            name: entry["job"] for name, entry in json.loads((newest / "run.json").read_text())["steps"].items()
-        }
+    def jobs(self, root: Path, run: Path | None = None) -> dict[str, str]:
+        """Step -> job id, of a run, or of the newest."""
+        run = run or max((root / "logs" / "runs").iterdir())
+        return {name: entry["job"] for name, entry in json.loads((run / "run.json").read_text())["steps"].items()}
 
     def copy(self, name: str, *without: str) -> Path:
         """A copy of the finished run, without the files that match."""
@@ -164,7 +163,7 @@ def place(tmp_path_factory):
         assert not os.environ.get("CI"), reason
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("slurm")
-    with OneNodeSlurm(folder / "cluster") as cluster:
+    with OneNodeSlurm(folder / "cluster", cpus=6) as cluster:
         place = Place(folder, cluster)
         place.submit(place.local, "--local", "--jobs", 2)
         yield place
@@ -195,18 +194,22 @@ def frozen_until_signalled(place, root: Path, stage: str, sign: str) -> threadin
         wait_for(lambda: any(root.glob(sign)), sign)
         (process,) = place.python_of(f"{stage}.py", root)
         os.kill(process, signal.SIGSTOP)
-        wait_for(lambda: is_pending(process, signal.SIGUSR2), "signal from Slurm")
-        os.kill(process, signal.SIGCONT)
+        wait_for(lambda: has_arrived(signal.SIGUSR2, process), "signal from Slurm")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGCONT)
 
     thread = threading.Thread(target=freeze, daemon=True)
     thread.start()
     return thread
 
 
-def is_pending(process: int, number: int) -> bool:
-    status = dict(
-        line.split(":\t", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines() if ":\t" in line
-    )
+def has_arrived(number: int, process: int) -> bool:
+    """Whether a frozen process has a signal to attend to, or has gone (Slurm may thaw it itself)."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
     return any(int(status[field], 16) >> (number - 1) & 1 for field in ("SigPnd", "ShdPnd"))
 
 
@@ -288,15 +291,85 @@ def test_a_crashed_node_and_a_restarted_controller_are_told_and_the_job_starts_a
     assert place.told(root)["steps"]["summarize_ids"]["state"] == "running"
 
     place.cluster.crash_node()
-    place.cluster.start_node()
+    step = place.told(root)["steps"]["summarize_ids"]
+    assert step["state"] == "waiting"  # Slurm has queued it again; nothing has failed
+    place.cluster.boot_node()
     place.wait(root)
     assert place.told(root)["steps"]["summarize_ids"]["state"] == "done"
     assert_same_artefacts(root, place.local)
 
 
+def test_a_shard_that_waits_for_nothing_of_its_own_runs_too(place):
+    """Shard 1 of the tars is to be done again, and both shards of the fingerprints: the arrays differ."""
+    root = place.copy("uneven", "data/intermediates/0089.parquet", "data/fingerprints/*")
+    assert "shards 1 of 2" in place.submit(root, "--to", "compute_fingerprints")
+    place.wait(root)
+    assert "2 of 2 stages done" in place.status(root)
+    assert_same_artefacts(root, place.local)
+
+
+def test_a_submission_that_breaks_off_is_continued_and_a_run_is_cancelled(place, tmp_path):
+    root = place.copy("half", "data/intermediates/0089.parquet")
+    refusing = tmp_path / "sbatch"  # the real one, but for the third job
+    refusing.write_text(
+        f"#!/bin/sh\necho >> {tmp_path}/calls\n"
+        f'[ "$(wc -l < {tmp_path}/calls)" = 3 ] && echo no luck >&2 && exit 1\n'
+        f'exec {shutil.which("sbatch", path=place.environment["PATH"])} "$@"\n'
+    )
+    refusing.chmod(0o755)
+    flags = ("--set", 'slurm.sbatch=["--hold"]', "--to", "merge_and_split")
+    environment = {**place.environment, "PATH": f"{tmp_path}:{place.environment['PATH']}"}
+    told = place.submit(root, *flags, code=1, env=environment)
+    assert "generate_embeddings was not submitted: sbatch says: no luck" in told
+    (folder,) = (root / "logs" / "runs").iterdir()
+    assert folder.name in told
+    first = place.jobs(root)
+    assert [name for name, job in first.items() if job] == ["process_tar", "compute_fingerprints"]
+    assert f"--continue {folder.name}" in place.status(root, code=1)
+    assert f"--continue {folder.name}" in place.submit(root, *flags, code=1)  # not twice into the same folders
+
+    # worse: it died between sbatch's answer and the writing of the record
+    record = json.loads((folder / "run.json").read_text())
+    record["steps"]["compute_fingerprints"]["job"] = None
+    (folder / "run.json").write_text(json.dumps(record))
+    place.submit(root, "--continue", folder.name)
+    jobs = place.jobs(root)
+    assert all(jobs.values())
+    assert {name: jobs[name] for name in first if first[name]} == {name: job for name, job in first.items() if job}
+    waiting = place.told(root)["steps"]
+    assert waiting["process_tar"]["why"] == "held: scontrol release it"
+
+    assert "4 jobs cancelled" in place.submit(root, "--cancel", folder.name)
+    assert not set(jobs.values()) & place.live()
+    assert {step["state"] for step in place.told(root, code=1)["steps"].values()} == {"cancelled"}
+
+
+def test_an_array_wider_than_the_cluster_takes_is_refused_before_anything_is_submitted(place):
+    root = place.folder / "wide"
+    told = place.submit(root, "--set", "slurm.num_shards=102", code=1)
+    assert "an array of 102 tasks is too wide: this cluster takes 101 (MaxArraySize)" in told
+    assert not root.exists()
+
+
+def test_prefetch_looks_for_the_backbone_on_a_compute_node(place):
+    told = place.submit(place.local, "--prefetch")
+    assert told.count(str(place.folder / "backbone")) >= 3
+    assert "from a compute node" in told
+
+
 def test_three_optuna_workers_share_a_study_and_its_best_trial_is_trained(place):
     root = place.copy("tuned", "checkpoints")
-    place.submit(root, "--tune", 3, "--from", "optuna_worker", "--to", "train")
+    flags = (
+        "--set",
+        'slurm.optuna_worker.sbatch=["--mem=1G"]',
+        "--tune",
+        3,
+        "--from",
+        "optuna_worker",
+        "--to",
+        "train",
+    )
+    place.submit(root, *flags)  # without GPUs, of which there are two: all at once
     place.wait(root)
     report = place.told(root)
     assert report["steps"]["optuna_worker"]["progress"] == {"done": 4, "total": 4, "unit": "trials"}
@@ -309,7 +382,7 @@ def test_three_optuna_workers_share_a_study_and_its_best_trial_is_trained(place)
     chosen = config.load(root / "checkpoints" / "default" / "config.toml", [])
     best = study.best_trial(tuning)
     assert {key: getattr(chosen.training, key) for key in best.params} == best.params
-    assert "nothing to do" in place.submit(root, "--tune", 3, "--from", "optuna_worker", "--to", "train")
+    assert "nothing to do" in place.submit(root, *flags)
 
 
 def test_a_stage_is_submitted_by_hand_from_another_directory(place, tmp_path):
@@ -328,7 +401,7 @@ def test_time_limits_in_training_and_generation_lead_to_the_same_results(place, 
     root, threads = limited
     for thread in threads:
         thread.join()
-    wait_for(lambda: not place.live(), "end of all jobs")
+    place.wait(root)
     for run, stage in zip(
         sorted((root / "logs" / "runs").iterdir()), ("generate_embeddings", "train"), strict=True
     ):
