@@ -28,7 +28,7 @@ from common import config
 from train import study
 
 pytestmark = pytest.mark.timeout(600)  # the first test waits for the whole chain, twice
-PATIENCE_S = 240  # for what should take seconds on an idle machine
+PATIENCE_S = 150  # for what should take seconds on an idle machine
 SETTINGS = [
     "embedding_model.pooling=mean",
     "data.rows_per_part=20",
@@ -74,6 +74,8 @@ class Place:
 
     def __init__(self, folder: Path, cluster: OneNodeSlurm):
         self.folder, self.cluster = folder, cluster
+        self.whole = self.limited = Path()  # roots of what is under way
+        self.frozen: list[threading.Thread] = []
         self.environment = {**cluster.environment, "OMP_NUM_THREADS": "1"}
         # the Python of the tests is the jobs', also where it is not in .venv
         self.environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), self.environment["PATH"]])
@@ -158,6 +160,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
+    """A cluster, and what takes long under way on it: the tests that look at how it ended come last."""
     reason = one_node_slurm.why_not()
     if reason:
         assert not os.environ.get("CI"), reason
@@ -166,27 +169,23 @@ def place(tmp_path_factory):
     with OneNodeSlurm(folder / "cluster", cpus=6) as cluster:
         place = Place(folder, cluster)
         place.submit(place.local, "--local", "--jobs", 2)
+        place.whole = folder / "whole"
+        place.submit(place.whole)
+        place.limited = place.copy("limited", "data/embeddings", "checkpoints")
+        place.frozen = [
+            frozen_until_signalled(place, place.limited, "generate_embeddings", "data/embeddings/*.parquet"),
+            frozen_until_signalled(place, place.limited, "train", "checkpoints/default/checkpoint_last.pt"),
+        ]
         yield place
-
-
-@pytest.fixture(scope="module")
-def limited(place):
-    """Training and generation on their way to a time limit of one minute: frozen once they have written something,
-    until Slurm has signalled them. That takes most of a minute: other tests go on meanwhile.
-    """
-    root = place.copy("limited", "data/embeddings", "checkpoints")
-    frozen = [
-        frozen_until_signalled(place, root, "generate_embeddings", "data/embeddings/*.parquet"),
-        frozen_until_signalled(place, root, "train", "checkpoints/default/checkpoint_last.pt"),
-    ]
-    yield root, frozen
-    over.set()
-    for thread in frozen:
-        thread.join()
+        over.set()
+        for thread in place.frozen:
+            thread.join()
 
 
 def frozen_until_signalled(place, root: Path, stage: str, sign: str) -> threading.Thread:
-    """Submit a stage, freeze it at the first file that matches `sign`, thaw it when SIGUSR2 waits for it."""
+    """Submit a stage with a time limit of a minute; freeze it at the first file that matches `sign`, until Slurm
+    has signalled it: so it is not finished by then, and the cores are free for other tests.
+    """
     flags = [f"slurm.{stage}.time=00:01:00", f'slurm.{stage}.sbatch=["--mem=1G"]', "slurm.num_shards=1"]
     place.submit(root, "--only", stage, *(word for flag in flags for word in ("--set", flag)))
 
@@ -216,17 +215,12 @@ def has_arrived(number: int, process: int) -> bool:
 # ------------------------------------------------------------------------------------------------ the tests
 
 
-def test_one_submit_runs_the_whole_chain_and_leaves_what_a_local_run_leaves(place, limited):
-    root = place.folder / "cluster-run"
-    place.submit(root)
-    assert "for merge_and_split" in place.status(root)  # the steps after it wait, and it is said what for
-    place.submit(root, "--only", "train", code=1)  # a step that is in the queue is not submitted twice
-    place.wait(root)
-    text = place.status(root)
-    assert "10 of 10 stages done" in text
-    assert_same_artefacts(root, place.local)
-    assert "nothing to do" in place.submit(root)
-    assert len(list((root / "logs" / "runs").iterdir())) == 1
+def test_a_run_that_is_under_way_is_told_and_not_submitted_again(place):
+    report = place.told(place.whole)
+    assert report["steps"]["merge_and_split"]["state"] == "waiting"
+    assert report["steps"]["evaluate"]["why"] == "for train"
+    assert "convert_to_hf in the queue" in place.submit(place.whole, "--only", "convert_to_hf", code=1)
+    assert "still at it: train, evaluate in" in place.submit(place.whole, "--only", "evaluate", code=1)
 
 
 def test_a_failing_shard_cancels_what_depends_on_it_and_the_printed_command_finishes_the_chain(place):
@@ -265,37 +259,19 @@ def test_a_failing_shard_cancels_what_depends_on_it_and_the_printed_command_fini
 
 def test_a_scancelled_array_is_told_as_cancelled_and_resubmitting_continues(place):
     root = place.copy("cancelled", "data/embeddings")
-    place.submit(root, "--only", "generate_embeddings")
+    without_gpu = ("--set", 'slurm.generate_embeddings.sbatch=["--mem=1G"]')  # which others may have
+    place.submit(root, "--only", "generate_embeddings", *without_gpu)
     job = place.jobs(root)["generate_embeddings"]
-    wait_for(lambda: len(place.python_of("generate_embeddings.py", root)) == 2, "running tasks")
-    assert place.told(root)["steps"]["generate_embeddings"]["tasks"] == {"running": 2}
+    for process in wait_for(lambda: place.python_of("generate_embeddings.py", root), "running task"):
+        os.kill(process, signal.SIGSTOP)  # it must not end before it is cancelled
+    assert place.told(root)["steps"]["generate_embeddings"]["state"] == "running"
     place.run("scancel", job)
-    place.wait(root)  # SIGTERM makes the stage end with 85: it must not requeue itself
+    place.wait(root)  # Slurm thaws it and sends SIGTERM: the stage ends with 85, but must not queue itself again
     report = place.told(root, code=1)
     assert report["steps"]["generate_embeddings"]["tasks"] == {"cancelled": 2}
     place.run(*shlex.split(report["continue"]))
     place.wait(root)
     place.status(root)
-    assert_same_artefacts(root, place.local)
-
-
-def test_a_crashed_node_and_a_restarted_controller_are_told_and_the_job_starts_again(place):
-    root = place.copy("crash", "data/summary")
-    flags = ("--only", "summarize_ids")
-    place.submit(root, *flags)
-    (process,) = wait_for(lambda: place.python_of("summarize_ids.py", root), "running task")
-    os.kill(process, signal.SIGSTOP)  # it must not end before the node does
-    place.cluster.end("slurmctld")
-    assert "slurm" in place.status(root, code=1)  # the queue cannot be asked: neither done nor failed
-    place.cluster.start_controller()
-    assert place.told(root)["steps"]["summarize_ids"]["state"] == "running"
-
-    place.cluster.crash_node()
-    step = place.told(root)["steps"]["summarize_ids"]
-    assert step["state"] == "waiting"  # Slurm has queued it again; nothing has failed
-    place.cluster.boot_node()
-    place.wait(root)
-    assert place.told(root)["steps"]["summarize_ids"]["state"] == "done"
     assert_same_artefacts(root, place.local)
 
 
@@ -397,9 +373,17 @@ def test_a_stage_is_submitted_by_hand_from_another_directory(place, tmp_path):
     assert (root / "checkpoints" / "default" / "checkpoint_best.pt").exists()
 
 
-def test_time_limits_in_training_and_generation_lead_to_the_same_results(place, limited):
-    root, threads = limited
-    for thread in threads:
+def test_one_submit_runs_the_whole_chain_and_leaves_what_a_local_run_leaves(place):
+    place.wait(place.whole)
+    assert "10 of 10 stages done" in place.status(place.whole)
+    assert_same_artefacts(place.whole, place.local)
+    assert "nothing to do" in place.submit(place.whole)
+    assert len(list((place.whole / "logs" / "runs").iterdir())) == 1
+
+
+def test_time_limits_in_training_and_generation_lead_to_the_same_results(place):
+    root = place.limited
+    for thread in place.frozen:
         thread.join()
     place.wait(root)
     for run, stage in zip(
@@ -410,4 +394,24 @@ def test_time_limits_in_training_and_generation_lead_to_the_same_results(place, 
         assert "ends with exit code 85" in log  # of the first start; the log is appended to
         assert log.count(" starts on ") == 2
         assert "1 of 1 stages done" in place.status(root, run.name)
+    assert_same_artefacts(root, place.local)
+
+
+def test_a_crashed_node_and_a_restarted_controller_are_told_and_the_job_starts_again(place):
+    root = place.copy("crash", "data/summary")
+    flags = ("--only", "summarize_ids")
+    place.submit(root, *flags)
+    (process,) = wait_for(lambda: place.python_of("summarize_ids.py", root), "running task")
+    os.kill(process, signal.SIGSTOP)  # it must not end before the node does
+    place.cluster.end("slurmctld")
+    assert "slurm" in place.status(root, code=1)  # the queue cannot be asked: neither done nor failed
+    place.cluster.start_controller()
+    assert place.told(root)["steps"]["summarize_ids"]["state"] == "running"
+
+    place.cluster.crash_node()
+    step = place.told(root)["steps"]["summarize_ids"]
+    assert step["state"] == "waiting"  # Slurm has queued it again; nothing has failed
+    place.cluster.boot_node()
+    place.wait(root)
+    assert place.told(root)["steps"]["summarize_ids"]["state"] == "done"
     assert_same_artefacts(root, place.local)
