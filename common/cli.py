@@ -179,7 +179,7 @@ class Progress:
         remaining = (self.total - self.rows_in) / rate if rate else float("inf")
         return (
             f"{self.rows_in:,} of {self.total:,} {_plural(self.unit)} ({self.rows_in / self.total:.0%}), "
-            f"{rate:,.0f}/s, {_duration(remaining)} left"
+            f"{rate:,.0f}/s, {duration(remaining)} left"
         )
 
     def summary(self, note: str = "") -> int:
@@ -189,7 +189,7 @@ class Progress:
         if self.rejected:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.rejected.most_common())
             parts[0] += f", {self.rejected.total():,} rejected ({reasons})"
-        parts.append(_duration(seconds) + f", {self.rows_in / max(seconds, 1e-9):,.0f} {_plural(self.unit)}/s")
+        parts.append(duration(seconds) + f", {self.rows_in / max(seconds, 1e-9):,.0f} {_plural(self.unit)}/s")
         if note:
             parts.append(note)
         print(f"{self.stage}: {'; '.join(parts)}", flush=True)
@@ -202,7 +202,7 @@ def nothing_to_do(stage: str, what: str) -> int:
     return 0
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     if seconds == float("inf"):

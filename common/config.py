@@ -4,6 +4,7 @@ config.toml is the only place with defaults: a key that it lacks is an error, an
 here. `--set section.key=value` overrides; the value is TOML (0.2, true, [1, 2]) or else a plain string.
 """
 
+import datetime
 import difflib
 import os
 from pathlib import Path
@@ -189,6 +190,17 @@ class SlurmStage(Section):
     time: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,3}(:\d{2}){0,2}$")]
     sbatch: list[str]
 
+    @property
+    def time_s(self) -> int:
+        """The time limit in seconds. As sbatch reads it: minutes, m:s, h:m:s, days-h, days-h:m or days-h:m:s."""
+        days, dash, rest = self.time.rpartition("-")
+        parts = [int(part) for part in rest.split(":")]
+        if dash or len(parts) == 3:
+            hours, minutes, seconds = (*parts, 0, 0)[:3]
+        else:
+            hours, (minutes, seconds) = 0, (*parts, 0)[:2]
+        return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
 
 class Slurm(Section):
     num_shards: Positive
@@ -207,6 +219,16 @@ class Slurm(Section):
     train: SlurmStage
     evaluate: SlurmStage
     convert_to_hf: SlurmStage
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Slurm":
+        for name, stage in self:
+            if isinstance(stage, SlurmStage) and stage.time_s <= self.signal_before_s:
+                raise ValueError(
+                    f"{name}.time = {stage.time} is not longer than signal_before_s = {self.signal_before_s}: "
+                    "the job would be told to stop as it starts"
+                )
+        return self
 
 
 class Config(Section):
@@ -292,9 +314,10 @@ def _apply(tree: dict, override: str) -> None:
 
 def _toml_value(text: str) -> Any:
     try:
-        return tomli.loads(f"value = {text}")["value"]
+        value = tomli.loads(f"value = {text}")["value"]
     except tomli.TOMLDecodeError:
         return text  # a plain string: a path, a name
+    return text if isinstance(value, (datetime.date, datetime.time)) else value  # 04:00:00 is a time limit
 
 
 def _is_text(sections: list[str], key: str) -> bool:

@@ -1,12 +1,16 @@
-# The environment of every job: yours to edit. It is sourced in the repository's root, on the compute node.
+# shellcheck shell=bash disable=SC2154
+# The environment of every job: yours to edit. It is sourced on the compute node; $root is the repository.
 
 # module load python/3.11 cuda/12.6
 # conda activate embeddings
-if [ -f .venv/bin/activate ]; then
-    source .venv/bin/activate
+if [ -f "$root/.venv/bin/activate" ]; then
+    # shellcheck source=/dev/null
+    source "$root/.venv/bin/activate"
 fi
 
-# Compute nodes often have no network: models come from the cache that the login node filled.
+# Compute nodes often have no network: models come from the cache that `submit.py --prefetch` fills. It lies below
+# $HOME; if compute nodes have another $HOME, or a small one, name a folder that all nodes see:
+# export HF_HOME=/scratch/$USER/huggingface
 export HF_HUB_OFFLINE=1
 export WANDB_MODE=offline
 

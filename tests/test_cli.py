@@ -87,7 +87,7 @@ def test_off_a_terminal_a_plain_line_appears_now_and_then(capsys):
     ("seconds", "text"), [(0.04, "0.0 s"), (59.2, "59 s"), (61, "1 min 01 s"), (7_260, "2 h 01 min")]
 )
 def test_durations_read_well(seconds, text):
-    assert cli._duration(seconds) == text
+    assert cli.duration(seconds) == text
 
 
 def test_a_shard_outside_its_range_is_an_error():

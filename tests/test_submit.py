@@ -1,15 +1,22 @@
-"""slurm/submit.py: the graph, the command lines and the local run. No Slurm is needed for these."""
+"""slurm/submit.py and what it calls: the graph, the command lines, what is left, the local run, a task's fate.
+No Slurm is needed: tests/test_slurm.py submits to a real one.
+"""
 
 import json
 import os
 import re
+import shlex
+import shutil
+import subprocess
 
 import pytest
 from conftest import ROOT
 
 from common import config
-from common.errors import ConfigError
-from slurm import submit
+from common.errors import ConfigError, PipelineError
+from slurm import artefacts, local, runs, status, submit
+
+SHELL_FILES = sorted([*ROOT.glob("slurm/*.sbatch"), ROOT / "slurm" / "env.sh", ROOT / ".ci" / "run"])
 
 
 @pytest.fixture
@@ -17,35 +24,56 @@ def cfg(tmp_path):
     return config.load(None, [f"paths.root={tmp_path}", "slurm.num_shards=4", 'slurm.sbatch=["--account=abc"]'])
 
 
-def test_every_step_needs_only_steps_before_it_and_has_resources(cfg):
+def everything(steps) -> dict[str, list[int]]:
+    return {step.name: list(range(step.tasks)) for step in steps}
+
+
+def sbatch_line(step, cfg, tasks=None, shared=(), dependency="") -> list[str]:
+    tasks = list(range(step.tasks)) if tasks is None else tasks
+    return submit.sbatch_command(step, tasks, cfg, list(shared), cfg.paths.logs_dir, dependency)
+
+
+# ------------------------------------------------------------------------------------------------ the graph
+
+
+def test_every_step_needs_only_steps_before_it_and_has_resources_a_target_and_a_wrapper(cfg):
     for steps in (submit.chain(cfg), submit.chain(cfg, tune=3)):
         seen = set()
         for step in steps:
             assert set(step.needs) <= seen
             assert getattr(cfg.slurm, step.resources).time
-            assert (ROOT / (step.module.replace(".", "/") + ".py")).exists()
+            assert (ROOT / step.script).exists()
+            assert (ROOT / "slurm" / f"{step.resources}.sbatch").exists()
+            assert artefacts.target_of(step, cfg).is_relative_to(cfg.paths.root)
             seen.add(step.name)
 
 
 def test_shard_i_waits_for_shard_i_only_where_that_is_enough(cfg):
-    ids = {step.name: str(number) for number, step in enumerate(submit.chain(cfg), 1)}
-    waits = {step.name: submit.dependency_of(step, ids) for step in submit.chain(cfg)}
+    steps = submit.chain(cfg)
+    ids = {step.name: str(number) for number, step in enumerate(steps, 1)}
+    waits = {step.name: submit.dependency_of(step, everything(steps), ids) for step in steps}
     assert waits["process_tar"] == ""
     assert waits["generate_embeddings"] == "aftercorr:1"
     assert waits["merge_and_split"] == "afterok:2:3"  # a merge waits for all shards of both
     assert waits["train"] == "afterok:6"
 
 
-def test_an_array_is_as_wide_as_the_shards_and_throttled(cfg, tmp_path):
+def test_arrays_of_different_shards_are_not_paired(cfg):
+    embeddings = next(step for step in submit.chain(cfg) if step.name == "generate_embeddings")
+    for theirs, ours, expected in [([1, 3], [1, 3], "aftercorr:7"), ([1], [1, 3], "afterok:7")]:
+        todo = {"process_tar": theirs, "generate_embeddings": ours}
+        assert submit.dependency_of(embeddings, todo, {"process_tar": "7"}) == expected
+
+
+def test_an_array_holds_the_shards_that_are_left_and_is_throttled(cfg):
     steps = {step.name: step for step in submit.chain(cfg, tune=3)}
-    command = submit.sbatch_command(steps["generate_embeddings"], cfg, ["--set", "a.b=1"], tmp_path, "aftercorr:7")
-    assert "--array=0-3%4" in command
-    assert command.index("--account=abc") < command.index("slurm/stage.sbatch")
-    assert command[-4:] == ["--num-shards", "4", "--set", "a.b=1"]
-    assert "--array=0-2" in submit.sbatch_command(steps["optuna_worker"], cfg, [], tmp_path, "")
-    assert not any(
-        flag.startswith("--array") for flag in submit.sbatch_command(steps["train"], cfg, [], tmp_path, "")
-    )
+    command = sbatch_line(steps["generate_embeddings"], cfg, [0, 1, 3], ["--set", "a.b=1"], "aftercorr:7")
+    assert "--array=0-1,3%4" in command
+    assert "--dependency=aftercorr:7" in command
+    assert command.index("--account=abc") < command.index(f"{ROOT}/slurm/stage.sbatch")
+    assert command[-5:] == ["generate/generate_embeddings.py", "--num-shards", "4", "--set", "a.b=1"]
+    assert "--array=0-2" in sbatch_line(steps["optuna_worker"], cfg)
+    assert not any(flag.startswith("--array") for flag in sbatch_line(steps["train"], cfg))
 
 
 def test_a_neighbour_search_in_parts_is_gathered_by_one_task(tmp_path):
@@ -66,41 +94,87 @@ def test_select_takes_both_ends_and_refuses_what_is_not_there(cfg):
         submit.select(steps, "train", "process_tar")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tune", "-1"], "number of workers"),
+        (["--jobs", "2"], "belongs to --local"),
+        (["--only", "train", "--to", "train"], "leave out --from and --to"),
+    ],
+)
+def test_unusable_arguments_say_so(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        submit.parse(arguments)
+
+
+# ------------------------------------------------------------------------------------------------ what is left
+
+
+def test_what_depends_on_something_left_is_left_too(cfg, monkeypatch):
+    done = {("process_tar", 0), ("process_tar", 2), ("process_tar", 3), ("compute_fingerprints", 1)}
+    done |= {("generate_embeddings", task) for task in range(4)}
+    monkeypatch.setattr(artefacts, "is_done", lambda step, task, _: (step.name, task) in done)
+    steps = submit.chain(cfg)
+    left = artefacts.missing(steps, cfg)
+    assert left["process_tar"] == [1]
+    assert left["compute_fingerprints"] == [0, 1, 2, 3]  # 1 is there, but its input is made anew
+    assert left["generate_embeddings"] == [1]
+    assert left["merge_and_split"] == [0]
+    assert artefacts.missing(steps[2:3], cfg) == {
+        "generate_embeddings": []
+    }  # --only: no step before it is looked at
+
+
+def test_a_file_is_done_if_its_settings_and_inputs_are_the_same(cfg, tmp_path):
+    """process_tar and compute_fingerprints on one tar; then a setting, the input and the file itself change."""
+    from synthetic import write_dataset
+
+    flags = ["--set", f"paths.root={tmp_path}"]
+    write_dataset(cfg.paths.raw_dir, streets=1, cities=1, image_px=96)
+    steps = submit.chain(cfg)[:2]
+    assert artefacts.missing(steps, cfg)["process_tar"] == [0]  # shards 1 to 3 have no tar
+    for step in steps:
+        subprocess.run(submit.local_command(step, flags), check=True, capture_output=True)
+    assert artefacts.missing(steps, cfg) == {"process_tar": [], "compute_fingerprints": []}
+
+    exact = config.load(None, [*flags[1:], "slurm.num_shards=4", "data.fingerprint=exact"])
+    assert artefacts.missing(steps, exact) == {"process_tar": [], "compute_fingerprints": [0]}
+    fingerprints = cfg.paths.fingerprints_dir / "0088.parquet"
+    whole = fingerprints.read_bytes()
+    fingerprints.write_bytes(whole[:100])
+    assert artefacts.missing(steps, cfg)["compute_fingerprints"] == [0]
+    fingerprints.write_bytes(whole)
+    with (cfg.paths.raw_dir / "0088.tar").open("ab") as tar:
+        tar.write(bytes(512))
+    assert artefacts.missing(steps, cfg) == {"process_tar": [0], "compute_fingerprints": [0]}
+
+
+def test_without_tars_everything_is_left(cfg):
+    assert all(artefacts.missing(submit.chain(cfg, tune=2), cfg).values())
+
+
 def test_dry_run_needs_no_slurm_and_prints_every_command(run_script, tmp_path):
     result = run_script("slurm/submit.py", "--dry-run", "--set", f"paths.root={tmp_path}", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
-    modules = re.findall(r"stage\.sbatch \d+ (\S+)", result.stdout)
-    assert modules == [step.module for step in submit.chain(config.load())]
+    scripts = re.findall(r"stage\.sbatch \S+ \d+ (\S+)", result.stdout)
+    assert scripts == [step.script for step in submit.chain(config.load())]
+    assert "process_tar                16 of 16 tasks to do (0-15)" in result.stdout
+    assert "after compute_fingerprints, generate_embeddings" in result.stdout
+    assert result.stdout.count(f"--set paths.root={tmp_path}") == len(scripts)
     assert not (tmp_path / "logs").exists()
 
 
-def test_without_slurm_it_says_so_and_offers_local(monkeypatch, cfg):
+def test_without_slurm_it_says_so_and_offers_local(monkeypatch, cfg, tmp_path):
     monkeypatch.setattr(submit.shutil, "which", lambda _: None)
-    with pytest.raises(submit.PipelineError, match="--local"):
-        submit.submit(submit.chain(cfg), cfg, [])
+    steps = submit.chain(cfg)
+    with pytest.raises(PipelineError, match="--local"):
+        submit.submit(steps, everything(steps), cfg, submit.parse([]))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PipelineError, match="there is no squeue here"):
+        runs.queue()
 
 
-@pytest.fixture
-def fake_sbatch(tmp_path, monkeypatch):
-    """An sbatch that answers job ids 101, 102, ... and refuses the third job."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    script = folder / "sbatch"
-    script.write_text(
-        f"#!/bin/sh\nn=$(cat {tmp_path}/n 2>/dev/null || echo 0); n=$((n+1)); echo $n > {tmp_path}/n\n"
-        'if [ $n -eq 3 ]; then echo "invalid partition" >&2; exit 1; fi; echo "$((100+n));cluster"\n'
-    )
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-
-def test_the_record_holds_what_was_submitted_before_a_refusal(fake_sbatch, cfg):
-    with pytest.raises(submit.PipelineError, match=r"(?s)invalid partition.*101 102"):
-        submit.submit(submit.chain(cfg), cfg, [])
-    (record,) = cfg.paths.logs_dir.glob("runs/*/run.json")
-    jobs = json.loads(record.read_text())["jobs"]
-    assert {name: job["id"] for name, job in jobs.items()} == {"process_tar": "101", "compute_fingerprints": "102"}
-    assert "--dependency=aftercorr:101" in jobs["compute_fingerprints"]["command"]
+# ------------------------------------------------------------------------------------------------ here
 
 
 def test_a_local_run_stops_at_the_stage_that_fails_with_its_exit_code(run_script, tmp_path):
@@ -112,17 +186,209 @@ def test_a_local_run_stops_at_the_stage_that_fails_with_its_exit_code(run_script
     assert "the chain stopped at process_tar (exit code 1)" in result.stderr
 
 
-def test_the_wrapper_gives_an_array_task_its_shard(tmp_path):
-    """stage.sbatch with a fake srun: the shard is added to what works by shards and to nothing else."""
-    import subprocess
+def test_jobs_cut_what_goes_by_tars_and_the_others_wait_for_all_of_it(cfg, tmp_path):
+    steps = submit.chain(cfg, tune=3)
+    commands = local.commands(steps, everything(steps), ["--set", "a.b=1"], jobs=2)
+    names = [step.name for step, _ in commands]
+    assert [names.count(name) for name in ("process_tar", "merge_and_split", "optuna_worker")] == [2, 1, 2]
+    assert commands[1][1][-6:] == ["--set", "a.b=1", "--num-shards", "2", "--shard", "1"]
+    one_by_one = local.commands(steps, everything(steps), [], jobs=1)
+    assert [step.name for step, _ in one_by_one] == [step.name for step in steps]
+    assert not any("--shard" in command for _, command in one_by_one)
 
-    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')
-    (tmp_path / "srun").chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "2"}
+    # the same order with commands that only say when they begin and end
+    log = tmp_path / "log"
+    told = [(s, ["sh", "-c", f"echo begin {s.name} >> {log}; echo end {s.name} >> {log}"]) for s, _ in commands]
+    assert local.run(told, jobs=2) == 0
+    lines = log.read_text().splitlines()
+    for step in steps:
+        begin = lines.index(f"begin {step.name}")
+        for need in step.needs:
+            assert max(i for i, line in enumerate(lines) if line == f"end {need}") < begin
 
-    def wrapped(*arguments):
-        command = ["bash", "slurm/stage.sbatch", "20", *arguments]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout.split()
 
-    assert wrapped("a.b", "--num-shards", "4") == ["python", "-m", "a.b", "--num-shards", "4", "--shard", "2"]
-    assert wrapped("train.optuna_worker") == ["python", "-m", "train.optuna_worker"]
+def test_after_a_failure_nothing_new_is_started(cfg, tmp_path):
+    steps = submit.chain(cfg)
+    commands = [(step, ["sh", "-c", "exit 3" if step.name == "summarize_ids" else "true"]) for step in steps]
+    commands[-1] = (steps[-1], ["touch", str(tmp_path / "started")])
+    for jobs in (1, 3):
+        assert local.run(commands, jobs) == 3
+        assert not (tmp_path / "started").exists()
+
+
+# ------------------------------------------------------------------------------------------------ status
+
+
+def log_of(folder, text: str) -> status.Log:
+    (folder / "a.log").write_text(text)
+    return status.read_log(folder / "a.log")
+
+
+def test_a_log_is_read_from_its_last_start_on(tmp_path):
+    assert status.read_log(tmp_path / "none.log").first_start_s is None
+    first = "-- 100 job 7 starts on a\nstopped\n-- 200 job 7 ends with exit code 85\n"
+    requeued = "slurmstepd: error: *** JOB 7 ON a CANCELLED AT 2026-01-01T00:00:00 DUE TO JOB REQUEUE ***\n"
+    running = log_of(tmp_path, first + requeued + "-- 300 job 7 starts on b\nworking\n")
+    assert (running.first_start_s, running.exit_code, running.killed) == (100, None, "")
+    assert running.lines == ("working",)
+    failed = log_of(tmp_path, first + "-- 300 job 7 starts on b\nerror: no\n-- 301 job 7 ends with exit code 1\n")
+    assert (failed.exit_code, failed.lines) == (1, ("error: no",))
+    limit = "slurmstepd: error: *** STEP 7.0 ON a CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***\n"
+    assert log_of(tmp_path, "-- 1 job 7 starts on a\n" + limit).killed == "time limit"
+
+
+@pytest.mark.parametrize(
+    ("job", "text", "expected"),
+    [
+        (("PENDING", "Dependency"), "", ("waiting", "Dependency")),
+        (("RUNNING", "None"), "-- 1 job 7 starts on a\n", ("running", "")),
+        (("CANCELLED", "DependencyNeverSatisfied"), "", ("cancelled", "what it needs has failed")),
+        (("TIMEOUT", "TimeLimit"), "-- 1 job 7 starts on a\n", ("failed", "the time limit")),
+        (None, "", ("cancelled", "before it started")),  # Slurm has forgotten the job: the log alone tells
+        (None, "-- 1 job 7 starts on a\n", ("failed", "killed")),
+        (None, "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 1\n", ("failed", "exit code 1")),
+    ],
+)
+def test_what_became_of_a_task(cfg, tmp_path, job, text, expected):
+    step = submit.chain(cfg)[0]
+    job = job and runs.Job("7_0", "process_tar", *job)
+    log = log_of(tmp_path, text) if text else status.read_log(tmp_path / "none.log")
+    assert status.fate(step, 0, job, log, cfg) == expected
+
+
+def test_a_reused_job_id_is_not_taken_for_the_runs_own():
+    """A cluster that was set up anew counts from 1 again: --cancel must not end somebody else's job 7."""
+    record = {"steps": {"train": {"job": "7"}, "evaluate": {"job": "8"}}}
+    queue = {"7": runs.Job("7", "another", "RUNNING", ""), "8": runs.Job("8", "evaluate", "PENDING", "")}
+    assert runs.live_steps(record, queue) == {"evaluate": "8"}
+
+
+def test_status_names_a_run_that_is_not_there(run_script, tmp_path):
+    for arguments, message in [((), "holds no run"), (("20260101-000000",), "there is no run 20260101-000000")]:
+        result = run_script("slurm/status.py", *arguments, "--set", f"paths.root={tmp_path}")
+        assert result.returncode == 1
+        assert message in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------ shell
+
+
+@pytest.fixture
+def wrapped(tmp_path):
+    """Run stage.sbatch with a fake srun, which ends with `code`, and a fake scontrol, which notes its words."""
+
+    def run(*arguments, code: int = 0, **variables) -> subprocess.CompletedProcess:
+        for name, text in {
+            "srun": f'echo "$@"; exit {code}',
+            "scontrol": f'echo "$@" >> {tmp_path}/requeued; exit 1',  # 0: it would wait to be killed
+        }.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+            (tmp_path / name).chmod(0o755)
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "9", **variables}
+        command = ["bash", str(ROOT / "slurm" / "stage.sbatch"), str(ROOT), "2", *arguments]
+        # the .venv that env.sh would put before the fakes stays out
+        (tmp_path / "slurm").mkdir(exist_ok=True)
+        (tmp_path / "slurm" / "env.sh").write_text("")
+        command[2] = str(tmp_path)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+
+    return run
+
+
+def test_the_wrapper_gives_an_array_task_its_shard(wrapped, tmp_path):
+    """The shard is added to what works by shards and to nothing else."""
+
+    def words(*arguments):
+        return wrapped(*arguments, SLURM_ARRAY_TASK_ID="2").stdout.splitlines()[1].split()
+
+    script = str(tmp_path / "a" / "b.py")
+    assert words("a/b.py", "--num-shards", "4") == ["python", script, "--num-shards", "4", "--shard", "2"]
+    assert words("a/b.py") == ["python", script]
+
+
+def test_exit_code_85_requeues_the_task_itself_up_to_the_limit(wrapped, tmp_path):
+    array = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}
+    assert wrapped("a/b.py", code=85).returncode == 85
+    assert wrapped("a/b.py", code=85, SLURM_RESTART_COUNT="1", **array).returncode == 85
+    last = wrapped("a/b.py", code=85, SLURM_RESTART_COUNT="2")
+    assert "was queued 2 times" in last.stdout
+    assert wrapped("a/b.py", code=1).returncode == 1
+    # "requeue 9" of an array's last task, whose own id is the array's, would requeue every task
+    assert (tmp_path / "requeued").read_text().splitlines() == ["requeue 9", "requeue 9_3"]
+
+
+def test_the_wrappers_ask_for_what_config_toml_says():
+    cfg = config.load()
+    stages = [name for name, field in config.Slurm.model_fields.items() if field.annotation is config.SlurmStage]
+    assert {path.stem for path in ROOT.glob("slurm/*.sbatch")} == {*stages, "stage"}
+    for name in stages:
+        lines = (ROOT / "slurm" / f"{name}.sbatch").read_text().splitlines()
+        resources = getattr(cfg.slurm, name)
+        assert len(lines) == 3
+        flags = set(shlex.split(lines[1])[1:])
+        assert flags >= {f"--time={resources.time}", f"--signal=USR2@{cfg.slurm.signal_before_s}", "--requeue"}
+        assert {
+            flag for flag in flags if not re.match("--(job-name|output|open-mode|requeue|signal|time)", flag)
+        } == {
+            *cfg.slurm.sbatch,
+            *resources.sbatch,
+        }
+        (script,) = [path.relative_to(ROOT) for path in ROOT.glob(f"*/{name}.py")]
+        assert lines[2].endswith(f'"$root" {cfg.slurm.max_requeues} {script} "$@"')
+        assert f"/slurm/{name}[.]sbatch" in lines[2]
+
+
+def test_shell_files_are_short_and_pass_shellcheck():
+    files = [*SHELL_FILES, ROOT / ".ci" / "system-packages"]
+    assert max(len(path.read_text().splitlines()) for path in files) < 60
+    if shutil.which("shellcheck") is None:
+        assert not os.environ.get("CI"), "shellcheck is not installed"
+        pytest.skip("shellcheck is not installed here: .ci/system-packages installs it")
+    result = subprocess.run(["shellcheck", *files], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30", 1800),
+        ("30:15", 1815),
+        ("4:00:00", 14400),
+        ("1-12", 129600),
+        ("1-00:30", 88200),
+        ("2-01:00:05", 176405),
+    ],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(text, seconds):
+    assert config.load(None, [f'slurm.train.time="{text}"']).slurm.train.time_s == seconds
+
+
+def test_a_time_limit_within_the_warning_before_it_is_refused():
+    with pytest.raises(ConfigError, match=r"train\.time = 5:00 is not longer than signal_before_s = 300"):
+        config.load(None, ["slurm.train.time=5:00"])
+
+
+# ------------------------------------------------------------------------------------------------ prefetch
+
+
+def test_prefetch_finds_whole_weights_and_names_what_is_missing(run_script, tmp_path):
+    from local_backbone import write_local_backbone
+
+    folder = write_local_backbone(tmp_path / "backbone")
+    found = run_script("slurm/prefetch.py", "--set", f"embedding_model.name={folder}")
+    assert found.returncode == 0, found.stderr
+    assert "dinov2" in found.stdout
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])  # a download that broke off
+    broken = run_script("slurm/prefetch.py", "--set", f"embedding_model.name={folder}")
+    assert broken.returncode == 1
+    assert "model.safetensors is missing or damaged" in broken.stderr
+
+
+def test_a_record_is_found_by_name_by_path_and_as_the_newest(tmp_path):
+    for name in ("20260101-000000", "20260102-000000"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.json").write_text(json.dumps({"steps": {}}))
+    assert runs.find(tmp_path, None).name == "20260102-000000"
+    assert runs.find(tmp_path, "20260101-000000").name == "20260101-000000"
+    assert runs.find(tmp_path, str(tmp_path / "runs" / "20260101-000000")).name == "20260101-000000"

@@ -1,0 +1,251 @@
+"""What each step of the chain leaves behind, and which of it is there already: judged from the files' own records.
+
+A file counts as done if no setting that it records has another value now and its inputs are still the same. A file
+that is there but does not match is its stage's to refuse: here it is merely not done. Reads footers only; torch is
+imported where a checkpoint is there, and Optuna where a study is.
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import config, parquet
+from common.config import Config
+from common.errors import PipelineError
+from common.provenance import Provenance
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A file that a stage makes, and what from: name in its record -> file."""
+
+    path: Path
+    inputs: dict[str, Path]
+
+    def is_done(self, cfg: Config) -> bool:
+        """Whether it is there, of these settings and of the inputs that are there now."""
+        try:
+            there = record_of(self.path)
+            now = {name: identity(path) for name, path in self.inputs.items()}
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, PipelineError):
+            return False  # it or an input is absent, damaged or somebody else's: its stage says which
+        return there.inputs == now and _same_settings(there, cfg) and _is_finished(self.path)
+
+
+def missing(steps, cfg: Config) -> dict[str, list[int]]:
+    """Step -> its tasks that have something to do, among `steps` in the order of the chain.
+
+    A task whose input is about to be made has something to do, whatever is there: its stage looks again.
+    """
+    todo: dict[str, list[int]] = {}
+    for step in steps:
+        needed = [todo[name] for name in step.needs if todo.get(name)]
+        if needed and not step.shards_match:
+            todo[step.name] = list(range(step.tasks))
+            continue
+        again = {task for tasks in needed for task in tasks}
+        todo[step.name] = [task for task in range(step.tasks) if task in again or not is_done(step, task, cfg)]
+    return todo
+
+
+def is_done(step, task: int, cfg: Config) -> bool:
+    """Whether a task of a step has nothing left to do."""
+    if step.name == "optuna_worker":
+        finished, total = trials(cfg)
+        return finished >= total
+    if step.name == "neighbor_parts" and all(a.is_done(cfg) for a in _difficulty(cfg)):
+        return True
+    if step.resources == "fetch_best_and_train":
+        cfg = _with_best_trial(cfg)
+        if cfg is None:
+            return False
+    made = of_task(step, task, cfg)
+    return made is not None and all(artefact.is_done(cfg) for artefact in made)
+
+
+def of_task(step, task: int, cfg: Config) -> list[Artefact] | None:
+    """The files of one task of a step; None where that cannot be known before its inputs are there."""
+    try:
+        return list(_of_task(step, task, cfg))
+    except (OSError, PipelineError):
+        return None
+
+
+def trials(cfg: Config) -> tuple[int, int]:
+    """How many trials the study has that need no worker any more, of how many."""
+    if not (cfg.paths.study_dir / "journal.log").exists():
+        return 0, cfg.training.num_trials
+    from train import study
+
+    try:
+        tuning = study.open_study(cfg, study.record(cfg), create=False)
+    except PipelineError:  # of other data or settings: the worker says so
+        return 0, cfg.training.num_trials
+    return study.num_counted(tuning.trials) - study.num_open(tuning), cfg.training.num_trials
+
+
+def epochs(cfg: Config) -> tuple[int, int]:
+    """How many epochs of training.run are over, of how many at most."""
+    try:
+        rows = parquet.num_rows(_run_dir(cfg) / "history.parquet")
+    except PipelineError:
+        rows = 1
+    return rows - 1, cfg.training.epochs  # the first row is of before training
+
+
+def target_of(step, cfg: Config) -> Path:
+    """The folder that a step writes: two steps with the same one must not run at once."""
+    paths = cfg.paths
+    return {
+        "process_tar": paths.intermediates_dir,
+        "compute_fingerprints": paths.fingerprints_dir,
+        "generate_embeddings": paths.embeddings_dir,
+        "merge_and_split": paths.merged_dir,
+        "summarize_ids": paths.summary_dir,
+        "neighbor_parts": paths.difficulty_dir / "parts",
+        "compute_visual_neighbors": paths.difficulty_dir,
+        "optuna_worker": paths.study_dir,
+        "train": _run_dir(cfg),
+        "evaluate": paths.evaluation_dir,
+        "convert_to_hf": paths.published_dir,
+    }[step.name]
+
+
+def _of_task(step, task: int, cfg: Config) -> Iterator[Artefact]:
+    paths, run = cfg.paths, _run_dir(cfg)
+    best = run / "checkpoint_best.pt"
+    merged = {f"{split}.parquet": paths.merged_dir / f"{split}.parquet" for split in SPLITS}
+    if step.name in ("process_tar", "compute_fingerprints", "generate_embeddings"):
+        folder = target_of(step, cfg)
+        for tar in _tars(cfg)[task :: step.tasks]:
+            name = f"{tar.stem}.parquet"
+            source = paths.intermediates_dir / name
+            if step.name == "process_tar":  # its rejects are written first
+                yield Artefact(folder / name, {tar.name: tar})
+            elif step.name == "compute_fingerprints":
+                yield Artefact(folder / name, {name: source})
+            else:
+                for part in range(_num_parts(source, cfg)):
+                    yield Artefact(folder / f"{tar.stem}-{part}.parquet", {tar.name: tar, name: source})
+    elif step.name == "merge_and_split":
+        inputs = _inputs_of_merge(cfg)
+        for path in (*merged.values(), paths.merged_dir / "split_report.json"):  # the report comes last
+            yield Artefact(path, inputs)
+    elif step.name == "summarize_ids":
+        inputs = {f"{path.parent.name}/{name}": path for name, path in merged.items()}
+        yield Artefact(paths.summary_dir / "summary.json", inputs)
+    elif step.name == "neighbor_parts":
+        total = _num_parts(merged["train.parquet"], cfg)
+        for part in range(total * task // step.tasks, total * (task + 1) // step.tasks):
+            yield Artefact(target_of(step, cfg) / f"{part:05d}.parquet", _only(merged, "train"))
+    elif step.name == "compute_visual_neighbors":
+        yield from _difficulty(cfg)
+    elif step.name == "train":
+        difficulty = [artefact.path for artefact in _difficulty(cfg)]
+        inputs = _only(merged, "train", "val") | {path.name: path for path in difficulty}
+        yield from (Artefact(run / f"checkpoint_{which}.pt", inputs) for which in ("best", "last"))
+    elif step.name == "evaluate":
+        yield Artefact(paths.evaluation_dir / "metrics.json", merged | {best.name: best})
+    elif step.name == "convert_to_hf":
+        metrics = paths.evaluation_dir / "metrics.json"
+        inputs = {best.name: best, metrics.name: metrics}
+        yield Artefact(paths.published_dir / "provenance.json", inputs)
+
+
+def _tars(cfg: Config) -> list[Path]:
+    from common import tars
+
+    return tars.of_shard(cfg.paths.raw_dir, 0, 1)
+
+
+def _num_parts(source: Path, cfg: Config) -> int:
+    return max(1, -(-parquet.num_rows(source) // cfg.data.rows_per_part))
+
+
+def _inputs_of_merge(cfg: Config) -> dict[str, Path]:
+    inputs, paths = {}, cfg.paths
+    for tar in _tars(cfg):
+        name = f"{tar.stem}.parquet"
+        inputs[f"intermediates/{name}"] = paths.intermediates_dir / name
+        inputs[f"fingerprints/{name}"] = paths.fingerprints_dir / name
+        for part in range(_num_parts(paths.intermediates_dir / name, cfg)):
+            name = f"{tar.stem}-{part}.parquet"
+            inputs[f"embeddings/{name}"] = paths.embeddings_dir / name
+    return inputs
+
+
+def _difficulty(cfg: Config) -> list[Artefact]:
+    train = {"train.parquet": cfg.paths.merged_dir / "train.parquet"}
+    return [Artefact(cfg.paths.difficulty_dir / "difficulty_metadata.parquet", train)]
+
+
+def _only(merged: dict[str, Path], *splits: str) -> dict[str, Path]:
+    return {f"{split}.parquet": merged[f"{split}.parquet"] for split in splits}
+
+
+def _run_dir(cfg: Config) -> Path:
+    return cfg.paths.checkpoints_dir / cfg.training.run
+
+
+def _with_best_trial(cfg: Config) -> Config | None:
+    """The settings with which fetch_best_and_train trains; None if the study is not there or not of `cfg`."""
+    if not (cfg.paths.study_dir / "journal.log").exists():
+        return None
+    from train import study
+
+    try:
+        tuning = study.open_study(cfg, study.record(cfg), create=False)
+        return study.with_training(cfg, **study.best_trial(tuning).params)
+    except PipelineError:
+        return None
+
+
+# ------------------------------------------------------------------------------------------------ records
+
+
+def identity(path: Path) -> str:
+    """What a file is known by in the records of what was made from it."""
+    return f"{path.stat().st_size} bytes" if path.suffix == ".tar" else record_of(path).id
+
+
+def record_of(path: Path) -> Provenance:
+    """The record in a file. Raises whatever goes wrong where there is none."""
+    return _read(path, path.stat().st_mtime_ns)[0]
+
+
+def _is_finished(path: Path) -> bool:
+    """False for the checkpoint of a run that is to be continued."""
+    return _read(path, path.stat().st_mtime_ns)[1]
+
+
+@functools.cache  # many steps look at the same files, and status.py looks again and again
+def _read(path: Path, mtime_ns: int) -> tuple[Provenance, bool]:
+    if path.suffix == ".parquet":
+        return parquet.read_provenance(path), True
+    if path.suffix == ".json":
+        content = json.loads(path.read_text())
+        return Provenance(**content.get("provenance", content)), True
+    import torch
+
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # tensors stay on the disk
+    finished = "resume" not in content or content["resume"]["finished"]
+    return Provenance(**content["provenance"]), finished
+
+
+def _same_settings(there: Provenance, cfg: Config) -> bool:
+    """Whether no setting in a record has another value now; what is not a setting is left to the stage."""
+    model = cfg.embedding_model
+    if config.is_folder(model.name):  # recorded by its last part, so that it may be moved
+        model = model.model_copy(update={"name": Path(model.name).name})
+    plain = cfg.model_copy(update={"embedding_model": model}).model_dump(mode="json", by_alias=True)
+    for key, value in there.config.items():
+        section, _, name = key.partition(".")
+        now = plain.get(section, {}).get(name, value)
+        unknown = key == "embedding_model.dtype" and now == "auto"  # the compute node's device decides
+        if now != value and not unknown:
+            return False
+    return True

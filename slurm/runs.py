@@ -1,0 +1,152 @@
+"""Runs that were submitted: their records, logs/runs/<time>/run.json, and what Slurm's queue says of their jobs.
+
+A record holds every step of the run from the start, with its job's id as soon as there is one, so that a submit
+that dies half-way can be continued or cancelled. Slurm forgets a job minutes after its end, and accounting is not
+everywhere: what became of it then is told by its log and its files (see status.py).
+"""
+
+import json
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import files
+from common.errors import PipelineError
+
+ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
+LOG_WIDTH = 4096  # characters of a path, as squeue is asked for it
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job, or a task of an array, as squeue tells of it."""
+
+    id: str  # "12", or "12_3" for task 3 of an array
+    name: str
+    state: str  # such as "PENDING"
+    reason: str  # why it waits, or why it ended
+
+    @property
+    def is_live(self) -> bool:
+        return self.state not in ENDED
+
+
+def ask(*command: str) -> str:
+    """What a client of Slurm answers. Raises PipelineError if it does not."""
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise PipelineError(f"there is no {command[0]} here: run this on a login node of the cluster") from None
+    if answer.returncode:
+        raise PipelineError(f"{command[0]} says: {answer.stderr.strip() or answer.stdout.strip()}")
+    return answer.stdout
+
+
+def queue() -> dict[str, Job]:
+    """Job id -> job, of all of this user's jobs that Slurm still knows, a task of an array each."""
+    lines = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r").splitlines()
+    return {job.id: job for job in (Job(*line.strip().split("|", 3)) for line in lines)}
+
+
+def live_steps(record: dict, jobs: dict[str, Job]) -> dict[str, str]:
+    """Step -> job id, of a run's steps that wait or run. By name, too: a cluster may begin its ids anew."""
+    live = {(job.id.partition("_")[0], job.name) for job in jobs.values() if job.is_live}
+    return {name: job for name, job in job_ids(record).items() if (job, name) in live}
+
+
+def create(logs_dir: Path) -> Path:
+    """A new run's folder. It must be there before its jobs start, or they fail without a log."""
+    while True:
+        folder = logs_dir / "runs" / time.strftime("%Y%m%d-%H%M%S")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # another submit in this second
+            time.sleep(0.2)
+
+
+def save(folder: Path, record: dict) -> None:
+    files.write_text(folder / "run.json", json.dumps(record, indent=2) + "\n")
+
+
+def load(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{folder / 'run.json'} cannot be read: {error}") from None
+
+
+def find(logs_dir: Path, name: str | None) -> Path:
+    """The folder of a run, by its name or path; the newest one without a name. Raises PipelineError."""
+    known = folders(logs_dir)
+    if name is None:
+        if not known:
+            raise PipelineError(f"{logs_dir / 'runs'} holds no run: submit one with slurm/submit.py")
+        return known[-1]
+    for folder in (logs_dir / "runs" / name, Path(name)):
+        if (folder / "run.json").exists():
+            return folder.resolve()
+    newest = f"; the newest is {known[-1].name}" if known else ""
+    raise PipelineError(f"there is no run {name} in {logs_dir / 'runs'}{newest}")
+
+
+def folders(logs_dir: Path) -> list[Path]:
+    """All runs, the oldest first."""
+    return sorted(path.parent for path in logs_dir.glob("runs/*/run.json"))
+
+
+def job_ids(record: dict) -> dict[str, str]:
+    """Step -> job id, of what was submitted."""
+    return {name: entry["job"] for name, entry in record["steps"].items() if entry["job"]}
+
+
+def adopt(folder: Path, record: dict) -> None:
+    """Enter jobs of this run that are in the queue but not in its record: submit died between the two."""
+    lines = ask("squeue", "--me", "--noheader", f"--Format=ArrayJobID:20,STDOUT:{LOG_WIDTH}").splitlines()
+    for job, log in ((line[:20].strip(), Path(line[20:].strip())) for line in lines):
+        for entry in record["steps"].values():
+            if not entry["job"] and log == Path(entry["log"]):
+                entry["job"] = job
+    save(folder, record)
+
+
+def refuse_busy(logs_dir: Path, targets: set[str]) -> None:
+    """Raise PipelineError if a job of an earlier run writes, or will write, into one of these folders."""
+    jobs = queue()
+    for folder in folders(logs_dir):
+        record = load(folder)
+        busy = [name for name in live_steps(record, jobs) if record["steps"][name]["target"] in targets]
+        if busy:
+            halted = len(job_ids(record)) < len(record["steps"])
+            advice = f"submit the rest of it with --continue {folder.name}, or" if halted else "wait for it, or"
+            raise PipelineError(
+                f"run {folder.name} is still at it: {', '.join(busy)} in the queue\n"
+                f"{advice} end it with slurm/submit.py --cancel {folder.name}"
+            )
+
+
+def cancel(folder: Path) -> int:
+    """Cancel what is left of a run in the queue; how many jobs that were."""
+    record = load(folder)
+    adopt(folder, record)
+    live = live_steps(record, queue())
+    if live:
+        ask("scancel", *live.values())
+    return len(live)
+
+
+def max_array_size() -> int:
+    """The cluster's MaxArraySize: the largest index of an array is one less."""
+    for line in ask("scontrol", "show", "config").splitlines():
+        key, _, value = line.partition("=")
+        if key.strip() == "MaxArraySize":
+            return int(value)
+    raise PipelineError("scontrol show config names no MaxArraySize")
+
+
+def command_line(program: Path, arguments: list[str]) -> list[str]:
+    """The words that start `program` from here, by the shortest path to it."""
+    here = Path(os.path.relpath(program))
+    return ["python", str(program if here.parts[0] == ".." else here), *arguments]

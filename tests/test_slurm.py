@@ -1,0 +1,417 @@
+"""The chain on a real Slurm: a cluster of one node and two fake GPUs, which this file starts and stops.
+
+Oracle: the same chain run by `submit.py --local`, without Slurm and undisturbed. Skipped, with the reason, where
+Slurm is not installed; never in continuous integration.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import one_node_slurm
+import pytest
+from conftest import ROOT
+from local_backbone import write_local_backbone
+from one_node_slurm import OneNodeSlurm
+from same_artefacts import assert_same_artefacts
+from synthetic import write_dataset
+
+from common import config
+from train import study
+
+pytestmark = pytest.mark.timeout(600)  # the first test waits for the whole chain, twice
+PATIENCE_S = 150  # for what should take seconds on an idle machine
+SETTINGS = [
+    "embedding_model.pooling=mean",
+    "data.rows_per_part=20",
+    "data.split_cell_m=300",
+    "data.train_ratio=0.5",
+    "data.val_ratio=0.25",
+    "data.test_ratio=0.25",
+    "data.neighbors=40",
+    "training_model.output_dim=64",
+    "training_model.hidden_dim=64",
+    "training.epochs=30",
+    "training.patience=30",
+    "training.steps_per_epoch=5",
+    "training.batch_size=64",
+    "training.warmup_steps=2",
+    "training.num_trials=4",
+    "training.trial_epochs=2",
+    "training.bootstrap_samples=100",
+    "infrastructure.embedding_batch_size=16",
+    "infrastructure.workers=1",
+    "slurm.num_shards=2",  # three tars: the first shard takes two
+    "slurm.difficulty_shards=2",
+    "slurm.signal_before_s=10",
+]
+GPU_STAGES = ("generate_embeddings", "compute_visual_neighbors", "optuna_worker", "fetch_best_and_train", "train")
+
+
+over = threading.Event()  # the tests of this file are at their end: nobody needs to wait any more
+
+
+def wait_for(condition, what: str):
+    """The first true value of `condition()`."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (value := condition()):
+        assert not over.is_set(), f"no {what} until the end"
+        assert time.monotonic() < deadline, f"no {what} after {PATIENCE_S} s"
+        time.sleep(0.05)
+    return value
+
+
+class Place:
+    """A cluster, a finished run of the chain to compare with, and the commands of a user."""
+
+    def __init__(self, folder: Path, cluster: OneNodeSlurm):
+        self.folder, self.cluster = folder, cluster
+        self.whole = self.limited = Path()  # roots of what is under way
+        self.frozen: list[threading.Thread] = []
+        self.environment = {**cluster.environment, "OMP_NUM_THREADS": "1"}
+        # the Python of the tests is the jobs', also where it is not in .venv
+        self.environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), self.environment["PATH"]])
+        write_dataset(folder / "raw", streets=12, cities=3, image_px=112, facades_per_street=5)
+        write_local_backbone(folder / "backbone")
+        stages = [
+            f'slurm.{stage}.sbatch=["--mem=1G"]' for stage in config.Slurm.model_fields if self._is_stage(stage)
+        ]
+        stages += [f'slurm.{stage}.sbatch=["--mem=1G", "--gres=gpu:1"]' for stage in GPU_STAGES]
+        paths = [f"paths.root={folder / 'local'}", f"paths.raw_dir={folder / 'raw'}"]
+        cfg = config.load(None, [*SETTINGS, *stages, *paths, f"embedding_model.name={folder / 'backbone'}"])
+        self.config = folder / "config.toml"
+        self.local = folder / "local"
+        self.config.write_text(study.to_toml(cfg).replace(f"{self.local}/", ""))  # relative to paths.root
+
+    @staticmethod
+    def _is_stage(name: str) -> bool:
+        return config.Slurm.model_fields[name].annotation is config.SlurmStage
+
+    def run(self, *command, code: int = 0, **options) -> str:
+        """Run a command, which must end with `code`; what it printed."""
+        command = [str(word) for word in command]
+        options = {"cwd": self.folder, "env": self.environment, **options}
+        result = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=PATIENCE_S, **options,
+        )  # fmt: skip
+        assert result.returncode == code, f"{shlex.join(command)}\n{result.stdout}"
+        assert "Traceback" not in result.stdout, result.stdout
+        return result.stdout
+
+    def submit(self, root: Path, *arguments, **options) -> str:
+        flags = ["--config", self.config, "--set", f"paths.root={root}"]
+        return self.run(sys.executable, ROOT / "slurm" / "submit.py", *flags, *arguments, **options)
+
+    def status(self, root: Path, *arguments, code: int = 0) -> str:
+        flags = ["--config", self.config, "--set", f"paths.root={root}"]
+        return self.run(sys.executable, ROOT / "slurm" / "status.py", *flags, *arguments, code=code)
+
+    def told(self, root: Path, code: int = 0) -> dict:
+        """The status of the newest run as a dict, and its steps by name."""
+        report = json.loads(self.status(root, "--json", code=code))
+        return {**report, "steps": {step["name"]: step for step in report["steps"]}}
+
+    def wait(self, root: Path) -> None:
+        """Until nothing of the runs of this root is in the queue."""
+        ids = {job for run in (root / "logs" / "runs").iterdir() for job in self.jobs(root, run).values()}
+        wait_for(lambda: not ids & self.live(), f"end of {ids}")
+
+    def live(self) -> set[str]:
+        return set(self.cluster.ask("squeue", "--noheader", "--format=%F").split())
+
+    def jobs(self, root: Path, run: Path | None = None) -> dict[str, str]:
+        """Step -> job id, of a run, or of the newest."""
+        run = run or max((root / "logs" / "runs").iterdir())
+        return {name: entry["job"] for name, entry in json.loads((run / "run.json").read_text())["steps"].items()}
+
+    def copy(self, name: str, *without: str) -> Path:
+        """A copy of the finished run, without the files that match."""
+        root = self.folder / name
+        shutil.copytree(self.local, root)
+        for pattern in without:
+            for path in list(root.glob(pattern)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return root
+
+    def python_of(self, script: str, root: Path) -> list[int]:
+        """The Python processes of a stage's tasks."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().decode().split("\0") if entry.name.isdecimal() else []
+                if (
+                    len(words) > 2
+                    and "python" in words[0]
+                    and words[1].endswith(script)
+                    and f"paths.root={root}" in words
+                ):
+                    found.append(int(entry.name))
+        return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A cluster, and what takes long under way on it: the tests that look at how it ended come last."""
+    reason = one_node_slurm.why_not()
+    if reason:
+        assert not os.environ.get("CI"), reason
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("slurm")
+    with OneNodeSlurm(folder / "cluster", cpus=6) as cluster:
+        place = Place(folder, cluster)
+        place.submit(place.local, "--local", "--jobs", 2)
+        place.whole = folder / "whole"
+        place.submit(place.whole)
+        place.limited = place.copy("limited", "data/embeddings", "checkpoints")
+        place.frozen = [
+            frozen_until_signalled(place, place.limited, "generate_embeddings", "data/embeddings/*.parquet"),
+            frozen_until_signalled(place, place.limited, "train", "checkpoints/default/checkpoint_last.pt"),
+        ]
+        yield place
+        over.set()
+        for thread in place.frozen:
+            thread.join()
+
+
+def frozen_until_signalled(place, root: Path, stage: str, sign: str) -> threading.Thread:
+    """Submit a stage with a time limit of a minute; freeze it at the first file that matches `sign`, until Slurm
+    has signalled it: so it is not finished by then, and the cores are free for other tests.
+    """
+    flags = [f"slurm.{stage}.time=00:01:00", f'slurm.{stage}.sbatch=["--mem=1G"]', "slurm.num_shards=1"]
+    place.submit(root, "--only", stage, *(word for flag in flags for word in ("--set", flag)))
+
+    def freeze():
+        wait_for(lambda: any(root.glob(sign)), sign)
+        (process,) = place.python_of(f"{stage}.py", root)
+        os.kill(process, signal.SIGSTOP)
+        wait_for(lambda: has_arrived(signal.SIGUSR2, process), "signal from Slurm")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGCONT)
+
+    thread = threading.Thread(target=freeze, daemon=True)
+    thread.start()
+    return thread
+
+
+def has_arrived(number: int, process: int) -> bool:
+    """Whether a frozen process has a signal to attend to, or has gone (Slurm may thaw it itself)."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    return any(int(status[field], 16) >> (number - 1) & 1 for field in ("SigPnd", "ShdPnd"))
+
+
+# ------------------------------------------------------------------------------------------------ the tests
+
+
+def test_a_run_that_is_under_way_is_told_and_not_submitted_again(place):
+    report = place.told(place.whole)
+    assert report["steps"]["merge_and_split"]["state"] == "waiting"
+    assert report["steps"]["evaluate"]["why"] == "for train"
+    assert "convert_to_hf in the queue" in place.submit(place.whole, "--only", "convert_to_hf", code=1)
+    assert "still at it: train, evaluate in" in place.submit(place.whole, "--only", "evaluate", code=1)
+
+
+def test_a_failing_shard_cancels_what_depends_on_it_and_the_printed_command_finishes_the_chain(place):
+    root = place.copy(
+        "failing", "data/intermediates/**/0089.parquet", "data/*/0089.parquet", "data/*/0089-*.parquet"
+    )
+    raw = root / "raw"
+    shutil.copytree(place.folder / "raw", raw)
+    (raw / "0089.tar").write_bytes(b"\x1f\x8b\x08" + bytes(600))  # gzip's magic: refused
+    kept = {path: path.stat().st_mtime_ns for path in root.glob("data/**/*") if path.is_file()}
+    flags = ("--set", f"paths.raw_dir={raw}", "--to", "merge_and_split")
+    assert "shards 1 of 2" in place.submit(root, *flags)
+    place.wait(root)  # nothing waits for ever
+
+    report = place.told(root, code=1)
+    assert {name: step["state"] for name, step in report["steps"].items()} == {
+        "process_tar": "failed",
+        "compute_fingerprints": "cancelled",
+        "generate_embeddings": "cancelled",
+        "merge_and_split": "cancelled",
+    }
+    (failure,) = report["failures"]
+    assert (failure["step"], failure["task"], failure["why"]) == ("process_tar", 1, "exit code 1")
+    text = place.status(root, code=1)
+    assert "process_tar, shard 1" in text
+    assert "0089.tar is compressed" in text  # the log's last lines
+    assert report["continue"] in text
+
+    shutil.copy(place.folder / "raw" / "0089.tar", raw)
+    place.run(*shlex.split(report["continue"]))
+    place.wait(root)
+    assert "4 of 4 stages done" in place.status(root)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # nothing that was done was redone
+    assert_same_artefacts(root, place.local)
+
+
+def test_a_scancelled_array_is_told_as_cancelled_and_resubmitting_continues(place):
+    root = place.copy("cancelled", "data/embeddings")
+    without_gpu = ("--set", 'slurm.generate_embeddings.sbatch=["--mem=1G"]')  # which others may have
+    place.submit(root, "--only", "generate_embeddings", *without_gpu)
+    job = place.jobs(root)["generate_embeddings"]
+    for process in wait_for(lambda: place.python_of("generate_embeddings.py", root), "running task"):
+        os.kill(process, signal.SIGSTOP)  # it must not end before it is cancelled
+    assert place.told(root)["steps"]["generate_embeddings"]["state"] == "running"
+    place.run("scancel", job)
+    place.wait(root)  # Slurm thaws it and sends SIGTERM: the stage ends with 85, but must not queue itself again
+    report = place.told(root, code=1)
+    assert report["steps"]["generate_embeddings"]["tasks"] == {"cancelled": 2}
+    place.run(*shlex.split(report["continue"]))
+    place.wait(root)
+    place.status(root)
+    assert_same_artefacts(root, place.local)
+
+
+def test_a_shard_that_waits_for_nothing_of_its_own_runs_too(place):
+    """Shard 1 of the tars is to be done again, and both shards of the fingerprints: the arrays differ."""
+    root = place.copy("uneven", "data/intermediates/0089.parquet", "data/fingerprints/*")
+    assert "shards 1 of 2" in place.submit(root, "--to", "compute_fingerprints")
+    place.wait(root)
+    assert "2 of 2 stages done" in place.status(root)
+    assert_same_artefacts(root, place.local)
+
+
+def test_a_submission_that_breaks_off_is_continued_and_a_run_is_cancelled(place, tmp_path):
+    root = place.copy("half", "data/intermediates/0089.parquet")
+    refusing = tmp_path / "sbatch"  # the real one, but for the third job
+    refusing.write_text(
+        f"#!/bin/sh\necho >> {tmp_path}/calls\n"
+        f'[ "$(wc -l < {tmp_path}/calls)" = 3 ] && echo no luck >&2 && exit 1\n'
+        f'exec {shutil.which("sbatch", path=place.environment["PATH"])} "$@"\n'
+    )
+    refusing.chmod(0o755)
+    flags = ("--set", 'slurm.sbatch=["--hold"]', "--to", "merge_and_split")
+    environment = {**place.environment, "PATH": f"{tmp_path}:{place.environment['PATH']}"}
+    told = place.submit(root, *flags, code=1, env=environment)
+    assert "generate_embeddings was not submitted: sbatch says: no luck" in told
+    (folder,) = (root / "logs" / "runs").iterdir()
+    assert folder.name in told
+    first = place.jobs(root)
+    assert [name for name, job in first.items() if job] == ["process_tar", "compute_fingerprints"]
+    assert f"--continue {folder.name}" in place.status(root, code=1)
+    assert f"--continue {folder.name}" in place.submit(root, *flags, code=1)  # not twice into the same folders
+
+    # worse: it died between sbatch's answer and the writing of the record
+    record = json.loads((folder / "run.json").read_text())
+    record["steps"]["compute_fingerprints"]["job"] = None
+    (folder / "run.json").write_text(json.dumps(record))
+    place.submit(root, "--continue", folder.name)
+    jobs = place.jobs(root)
+    assert all(jobs.values())
+    assert {name: jobs[name] for name in first if first[name]} == {name: job for name, job in first.items() if job}
+    waiting = place.told(root)["steps"]
+    assert waiting["process_tar"]["why"] == "held: scontrol release it"
+
+    assert "4 jobs cancelled" in place.submit(root, "--cancel", folder.name)
+    assert not set(jobs.values()) & place.live()
+    assert {step["state"] for step in place.told(root, code=1)["steps"].values()} == {"cancelled"}
+
+
+def test_an_array_wider_than_the_cluster_takes_is_refused_before_anything_is_submitted(place):
+    root = place.folder / "wide"
+    told = place.submit(root, "--set", "slurm.num_shards=102", code=1)
+    assert "an array of 102 tasks is too wide: this cluster takes 101 (MaxArraySize)" in told
+    assert not root.exists()
+
+
+def test_prefetch_looks_for_the_backbone_on_a_compute_node(place):
+    told = place.submit(place.local, "--prefetch")
+    assert told.count(str(place.folder / "backbone")) >= 3
+    assert "from a compute node" in told
+
+
+def test_three_optuna_workers_share_a_study_and_its_best_trial_is_trained(place):
+    root = place.copy("tuned", "checkpoints")
+    flags = (
+        "--set",
+        'slurm.optuna_worker.sbatch=["--mem=1G"]',
+        "--tune",
+        3,
+        "--from",
+        "optuna_worker",
+        "--to",
+        "train",
+    )
+    place.submit(root, *flags)  # without GPUs, of which there are two: all at once
+    place.wait(root)
+    report = place.told(root)
+    assert report["steps"]["optuna_worker"]["progress"] == {"done": 4, "total": 4, "unit": "trials"}
+    assert report["steps"]["train"]["state"] == "done"
+    cfg = config.load(place.config, [f"paths.root={root}"])
+    tuning = study.open_study(cfg, study.record(cfg), create=False)
+    workers = {trial.user_attrs["worker"] for trial in tuning.trials}
+    assert len(tuning.trials) == 4
+    assert all("job " in worker for worker in workers)
+    chosen = config.load(root / "checkpoints" / "default" / "config.toml", [])
+    best = study.best_trial(tuning)
+    assert {key: getattr(chosen.training, key) for key in best.params} == best.params
+    assert "nothing to do" in place.submit(root, *flags)
+
+
+def test_a_stage_is_submitted_by_hand_from_another_directory(place, tmp_path):
+    root = place.copy("by-hand", "checkpoints")
+    shutil.copy(place.config, tmp_path)  # a relative path is one of the user's directory
+    flags = ["--config", "config.toml", "--set", f"paths.root={root}", "--set", "training.epochs=2"]
+    resources = ["--mem=1G", "--cpus-per-task=2", "--wait"]
+    place.run("sbatch", *resources, ROOT / "slurm" / "train.sbatch", *flags, cwd=tmp_path)
+    (log,) = tmp_path.glob("train-*.log")
+    assert "epoch 2: " in log.read_text()
+    assert "epoch 3: " not in log.read_text()
+    assert (root / "checkpoints" / "default" / "checkpoint_best.pt").exists()
+
+
+def test_one_submit_runs_the_whole_chain_and_leaves_what_a_local_run_leaves(place):
+    place.wait(place.whole)
+    assert "10 of 10 stages done" in place.status(place.whole)
+    assert_same_artefacts(place.whole, place.local)
+    assert "nothing to do" in place.submit(place.whole)
+    assert len(list((place.whole / "logs" / "runs").iterdir())) == 1
+
+
+def test_time_limits_in_training_and_generation_lead_to_the_same_results(place):
+    root = place.limited
+    for thread in place.frozen:
+        thread.join()
+    place.wait(root)
+    for run, stage in zip(
+        sorted((root / "logs" / "runs").iterdir()), ("generate_embeddings", "train"), strict=True
+    ):
+        log = (run / f"{stage}.log").read_text()
+        assert "stopped by a signal" in log
+        assert "ends with exit code 85" in log  # of the first start; the log is appended to
+        assert log.count(" starts on ") == 2
+        assert "1 of 1 stages done" in place.status(root, run.name)
+    assert_same_artefacts(root, place.local)
+
+
+def test_a_crashed_node_and_a_restarted_controller_are_told_and_the_job_starts_again(place):
+    root = place.copy("crash", "data/summary")
+    flags = ("--only", "summarize_ids")
+    place.submit(root, *flags)
+    (process,) = wait_for(lambda: place.python_of("summarize_ids.py", root), "running task")
+    os.kill(process, signal.SIGSTOP)  # it must not end before the node does
+    place.cluster.end("slurmctld")
+    assert "slurm" in place.status(root, code=1)  # the queue cannot be asked: neither done nor failed
+    place.cluster.start_controller()
+    assert place.told(root)["steps"]["summarize_ids"]["state"] == "running"
+
+    place.cluster.crash_node()
+    step = place.told(root)["steps"]["summarize_ids"]
+    assert step["state"] == "waiting"  # Slurm has queued it again; nothing has failed
+    place.cluster.boot_node()
+    place.wait(root)
+    assert place.told(root)["steps"]["summarize_ids"]["state"] == "done"
+    assert_same_artefacts(root, place.local)
