@@ -4,7 +4,6 @@ config.toml is the only place with defaults: a key that it lacks is an error, an
 here. `--set section.key=value` overrides; the value is TOML (0.2, true, [1, 2]) or else a plain string.
 """
 
-import datetime
 import difflib
 import os
 from pathlib import Path
@@ -309,15 +308,14 @@ def _apply(tree: dict, override: str) -> None:
         raise ConfigError(f"--set {dotted}: [{'.'.join(sections)}] has no key {key}{_suggestion(key, node)}")
     value = _toml_value(text.strip())
     is_text = _is_text(sections, key) and not isinstance(value, str)
-    node[key] = text.strip() if is_text else value  # a run may be called 2024
+    node[key] = text.strip() if is_text else value  # a run may be called 2024, a time limit is 04:00:00
 
 
 def _toml_value(text: str) -> Any:
     try:
-        value = tomli.loads(f"value = {text}")["value"]
+        return tomli.loads(f"value = {text}")["value"]
     except tomli.TOMLDecodeError:
         return text  # a plain string: a path, a name
-    return text if isinstance(value, (datetime.date, datetime.time)) else value  # 04:00:00 is a time limit
 
 
 def _is_text(sections: list[str], key: str) -> bool:

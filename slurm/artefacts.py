@@ -149,7 +149,9 @@ def _of_task(step, task: int, cfg: Config) -> Iterator[Artefact]:
         inputs = _only(merged, "train", "val") | {path.name: path for path in difficulty}
         yield from (Artefact(run / f"checkpoint_{which}.pt", inputs) for which in ("best", "last"))
     elif step.name == "evaluate":
-        yield Artefact(paths.evaluation_dir / "metrics.json", merged | {best.name: best})
+        history = run / "history.parquet"  # for the report, if it is there
+        inputs = merged | {best.name: best} | ({history.name: history} if history.exists() else {})
+        yield Artefact(paths.evaluation_dir / "metrics.json", inputs)
     elif step.name == "convert_to_hf":
         metrics = paths.evaluation_dir / "metrics.json"
         inputs = {best.name: best, metrics.name: metrics}

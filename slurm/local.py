@@ -1,12 +1,18 @@
 """The chain on this machine, as `submit.py --local` runs it, and the fetching of the backbone on a login node."""
 
+import contextlib
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
 
-from common import cli
+from common.errors import Stopped
 from slurm import submit
 
 
@@ -27,34 +33,78 @@ def commands(steps: list, todo: dict[str, list[int]], shared: list[str], jobs: i
 def run(commands: list[tuple], jobs: int) -> int:
     """Run the commands here, `jobs` at once, each after what it needs; stops where one fails, with its exit code.
 
-    One at a time they talk to the terminal; otherwise what each has said is printed at its end.
+    One at a time they talk to the terminal; otherwise what each has said is printed at its end. SIGTERM is passed
+    on to those that run, and ends the chain with 85.
     """
-    threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
-    options: dict = {"cwd": submit.ROOT, "text": True}
-    if jobs > 1:
-        options |= {"env": {"OMP_NUM_THREADS": threads, **os.environ}}
-        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    waiting, running, code = list(enumerate(commands, 1)), {}, 0
-    with ThreadPoolExecutor(jobs) as pool:
-        while waiting or running:
-            unfinished = {step.name for _, (step, _) in waiting} | {step.name for _, step in running.values()}
+    waiting, running, code = list(enumerate(commands, 1)), [], 0
+    with _passed_on(running) as stopped:
+        while (waiting and not code and not stopped) or running:
+            unfinished = {step.name for _, (step, _) in waiting} | {task.step.name for task in running}
             ready = [item for item in waiting if not unfinished & set(item[1][0].needs)]
-            for item in ready[: jobs - len(running)]:
+            for item in ready[: jobs - len(running)] if not code and not stopped else ():
                 number, (step, command) = item
                 print(f"[{number}/{len(commands)}] {step.name}", flush=True)
-                running[pool.submit(subprocess.run, command, **options)] = number, step
+                running.append(_start(f"[{number}/{len(commands)}]", step, command, jobs))
                 waiting.remove(item)
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                number, step = running.pop(future)
-                ended = future.result()
-                if jobs > 1:
-                    print(f"[{number}/{len(commands)}] {step.name}:\n{ended.stdout}", end="", flush=True)
-                if ended.returncode and not code:
-                    code, waiting = ended.returncode, []
-                    stop = f"the chain stopped at {step.name} (exit code {code})"
-                    print(f"{stop}; the same command continues there", file=sys.stderr)
-            cli.check_stop()
+            time.sleep(0.02)
+            for task in [task for task in running if task.process.poll() is not None]:
+                running.remove(task)
+                _tell_output(task)
+                if task.process.returncode and not code and not stopped:
+                    code = task.process.returncode
+                    stop = f"the chain stopped at {task.step.name} (exit code {code})"
+                    print(f"{stop}: mend that, and the same command continues there", file=sys.stderr)
+                    print(f"that stage by itself: {shlex.join(task.process.args)}", file=sys.stderr)
+    if stopped:
+        raise Stopped
     return code if code >= 0 else 1
+
+
+class _Task(NamedTuple):
+    """A command that runs."""
+
+    title: str
+    step: object  # submit.Step
+    process: subprocess.Popen
+    output: BinaryIO | None  # what it says, where several run at once
+
+
+def _start(title: str, step, command: list[str], jobs: int) -> _Task:
+    if jobs == 1:
+        return _Task(title, step, subprocess.Popen(command, cwd=submit.ROOT), None)
+    threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `_tell_output`
+    process = subprocess.Popen(command, cwd=submit.ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    return _Task(title, step, process, output)
+
+
+def _tell_output(task: _Task) -> None:
+    if task.output is not None:
+        with task.output:
+            task.output.seek(0)
+            print(
+                f"{task.title} {task.step.name}:\n{task.output.read().decode(errors='replace')}",
+                end="",
+                flush=True,
+            )
+
+
+@contextlib.contextmanager
+def _passed_on(running: list[_Task]) -> Iterator[list[int]]:
+    """Pass SIGTERM on to what runs; a list that holds it once it has come."""
+    received: list[int] = []
+
+    def pass_on(number, _frame) -> None:
+        received.append(number)
+        for task in running:
+            task.process.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def print_results(cfg) -> None:

@@ -6,6 +6,7 @@ Command  python slurm/submit.py              submit what is missing to Slurm (sl
          python slurm/submit.py --dry-run    print the graph, what is left, and the command lines
          python slurm/submit.py --local      the same stages in order, on this machine [--jobs N at once]
          [--from STAGE] [--to STAGE] [--only STAGE] [--tune N] [--config PATH] [--set section.key=value]
+         python slurm/submit.py --from merge_and_split --overwrite    with tars or settings that are new
          python slurm/submit.py --prefetch   fetch the backbone for compute nodes without a network
          python slurm/submit.py --cancel RUN, or --continue RUN where a submission broke off
 """
@@ -177,6 +178,7 @@ def submit(steps: list[Step], todo: dict[str, list[int]], cfg, args: argparse.Na
     folder = runs.create(cfg.paths.logs_dir)
     record: dict = {"continue_with": continuation(args), "done_before": [s.name for s in steps if s not in left]}
     record |= {"config": args.config and str(args.config.resolve()), "set": args.set, "tune": args.tune}
+    record["overwrite"] = args.overwrite
     record["steps"] = {
         step.name: {
             "job": None,  # its id, once submitted
@@ -228,6 +230,7 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
     record = runs.load(folder)
     runs.adopt(folder, record)
     args.config, args.set, args.tune = record["config"] and Path(record["config"]), record["set"], record["tune"]
+    args.overwrite = record["overwrite"]
     cfg = config.load(args.config, args.set)
     steps = [step for step in chain(cfg, args.tune) if step.name in record["steps"]]
     live = runs.live_steps(record, runs.queue())
@@ -242,6 +245,11 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ command line
+
+
+def everything(steps: list[Step]) -> dict[str, list[int]]:
+    """All tasks of all steps: what --overwrite does again."""
+    return {step.name: list(range(step.tasks)) for step in steps}
 
 
 def planned(steps: list[Step], todo: dict[str, list[int]], cfg, args) -> list[list[str]]:
@@ -269,16 +277,21 @@ def print_plan(steps: list[Step], todo: dict[str, list[int]], commands: list[lis
         print(f"\n{shlex.join(command)}")
 
 
-def shared_flags(args: argparse.Namespace) -> list[str]:
-    """The flags that every stage is given."""
+def settings_flags(args: argparse.Namespace) -> list[str]:
+    """--config and --set, as they were given."""
     flags = ["--config", str(args.config.resolve())] if args.config else []
     return [*flags, *(word for override in args.set for word in ("--set", override))]
+
+
+def shared_flags(args: argparse.Namespace) -> list[str]:
+    """The flags that every stage is given."""
+    return [*settings_flags(args), *(["--overwrite"] if args.overwrite else [])]
 
 
 def continuation(args: argparse.Namespace) -> list[str]:
     """The arguments with which submit.py goes on where this run leaves off."""
     selection = {"--only": args.only, "--from": args.first, "--to": args.last, "--tune": args.tune or None}
-    return [*shared_flags(args), *(str(x) for flag, x in selection.items() if x is not None for x in (flag, x))]
+    return [*settings_flags(args), *(str(x) for flag, x in selection.items() if x is not None for x in (flag, x))]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -288,6 +301,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments.add_argument("--from", dest="first", metavar="STAGE", help="begin with this stage")
     arguments.add_argument("--to", dest="last", metavar="STAGE", help="end with this stage")
     arguments.add_argument("--only", metavar="STAGE", help="this stage alone")
+    arguments.add_argument("--overwrite", action="store_true", help="with --from or --only: make that again")
     arguments.add_argument("--tune", type=int, default=0, metavar="N", help="N Optuna workers first")
     arguments.add_argument("--jobs", type=int, default=1, metavar="N", help="with --local: so many at once (1)")
     where = arguments.add_mutually_exclusive_group()
@@ -304,6 +318,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise ConfigError(
             "--jobs takes a number, 1 or more, and belongs to --local; Slurm's is slurm.<stage>.throttle"
         )
+    if args.overwrite and not (args.only or args.first):
+        raise ConfigError(
+            "--overwrite makes stages again: say from which one on with --from, or which with --only"
+        )
     if args.only and (args.first or args.last):
         raise ConfigError("--only names one stage: leave out --from and --to")
     return args
@@ -315,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     from slurm import artefacts, local, runs
 
     if args.prefetch:
-        return local.prefetch(cfg, shared_flags(args))
+        return local.prefetch(cfg, settings_flags(args))
     if args.rest:
         return continue_run(args.rest, args, cfg.paths.logs_dir)
     if args.cancel:
@@ -326,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.local:  # the neighbour search is cut for job arrays only: here one process has all cores
         cfg = cfg.model_copy(update={"slurm": cfg.slurm.model_copy(update={"difficulty_shards": 1})})
     steps = select(chain(cfg, args.tune), args.only or args.first, args.only or args.last)
-    todo = artefacts.missing(steps, cfg)
+    todo = everything(steps) if args.overwrite else artefacts.missing(steps, cfg)
     here = local.commands(steps, todo, shared_flags(args), args.jobs)
     if args.dry_run:
         jobs = [] if args.local else planned(steps, todo, cfg, args)
@@ -334,7 +352,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.local:
         code = local.run(here, args.jobs)
-        local.print_results(cfg)
+        if code == 0 and steps[-1].name == "convert_to_hf":
+            local.print_results(cfg)
         return code
     return submit(steps, todo, cfg, args)
 

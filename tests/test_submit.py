@@ -8,11 +8,13 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
+import time
 
 import pytest
 from conftest import ROOT
 
-from common import config
+from common import cli, config
 from common.errors import ConfigError, PipelineError
 from slurm import artefacts, local, runs, status, submit
 
@@ -392,3 +394,61 @@ def test_a_record_is_found_by_name_by_path_and_as_the_newest(tmp_path):
     assert runs.find(tmp_path, None).name == "20260102-000000"
     assert runs.find(tmp_path, "20260101-000000").name == "20260101-000000"
     assert runs.find(tmp_path, str(tmp_path / "runs" / "20260101-000000")).name == "20260101-000000"
+
+
+# ------------------------------------------------------------------------------------- signals, doing it again
+
+
+def test_sigterm_reaches_the_stage_that_runs_and_ends_the_chain_with_85(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from common import cli, config
+from slurm import local, submit
+steps = submit.chain(config.load())[:2]
+says = "trap 'echo told > {tmp_path}/told; exit 85' TERM; touch {tmp_path}/runs; while :; do sleep 0.05; done"
+commands = [(steps[0], ["bash", "-c", says]), (steps[1], ["touch", "{tmp_path}/next"])]
+cli.run(lambda: local.run(commands, 1))
+"""
+    chain = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "runs").exists():
+        assert chain.poll() is None
+        time.sleep(0.02)
+    chain.terminate()
+    assert "stopped by a signal" in chain.communicate(timeout=30)[1]
+    assert chain.returncode == cli.EXIT_STOPPED
+    assert (tmp_path / "told").exists()
+    assert not (tmp_path / "next").exists()
+
+
+def test_overwrite_makes_everything_again_from_a_stage_on(run_script, tmp_path):
+    flags = ("--set", f"paths.root={tmp_path}", "--dry-run", "--overwrite")
+    told = run_script("slurm/submit.py", *flags, "--from", "evaluate")
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.count("--overwrite") == 2
+    assert "evaluate                   to do" in told.stdout
+    alone = run_script("slurm/submit.py", *flags)
+    assert alone.returncode == 2
+    assert "--from" in alone.stderr
+
+
+def test_a_requeued_job_keeps_what_it_has_made_again(tmp_path):
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "env.sh").write_text("")
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    wrapper = [
+        "bash",
+        str(ROOT / "slurm" / "stage.sbatch"),
+        str(tmp_path),
+        "5",
+        "a.py",
+        "--overwrite",
+        "--set",
+        "b=c",
+    ]
+    for restarts, arguments in (("0", "a.py --overwrite --set b=c"), ("1", "a.py --set b=c")):
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_RESTART_COUNT": restarts}
+        environment["SLURM_JOB_ID"] = "7"
+        told = subprocess.run(wrapper, env=environment, capture_output=True, text=True, check=True)
+        assert f"{tmp_path}/{arguments}" in told.stdout
