@@ -365,8 +365,9 @@ def test_a_stage_is_submitted_by_hand_from_another_directory(place, tmp_path):
     root = place.copy("by-hand", "checkpoints")
     shutil.copy(place.config, tmp_path)  # a relative path is one of the user's directory
     flags = ["--config", "config.toml", "--set", f"paths.root={root}", "--set", "training.epochs=2"]
-    resources = ["--mem=1G", "--cpus-per-task=2", "--wait"]
-    place.run("sbatch", *resources, ROOT / "slurm" / "train.sbatch", *flags, cwd=tmp_path)
+    resources = ["--parsable", "--mem=1G", "--cpus-per-task=2"]  # the node is smaller than the wrapper asks for
+    job = place.run("sbatch", *resources, ROOT / "slurm" / "train.sbatch", *flags, cwd=tmp_path).strip()
+    wait_for(lambda: job not in place.live(), "end of the job")
     (log,) = tmp_path.glob("train-*.log")
     assert "epoch 2: " in log.read_text()
     assert "epoch 3: " not in log.read_text()

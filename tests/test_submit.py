@@ -308,15 +308,16 @@ def test_the_wrapper_gives_an_array_task_its_shard(wrapped, tmp_path):
     assert words("a/b.py") == ["python", script]
 
 
-def test_exit_code_85_requeues_the_task_itself_up_to_the_limit(wrapped, tmp_path):
+def test_a_stage_that_was_told_to_stop_is_queued_again_by_itself_up_to_the_limit(wrapped, tmp_path):
     array = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}
     assert wrapped("a/b.py", code=85).returncode == 85
     assert wrapped("a/b.py", code=85, SLURM_RESTART_COUNT="1", **array).returncode == 85
     last = wrapped("a/b.py", code=85, SLURM_RESTART_COUNT="2")
-    assert "was queued 2 times" in last.stdout
+    assert "was queued again 2 times" in last.stdout
     assert wrapped("a/b.py", code=1).returncode == 1
+    assert wrapped("a/b.py", code=143).returncode == 143  # preempted, in a stage that cannot stop half-way
     # "requeue 9" of an array's last task, whose own id is the array's, would requeue every task
-    assert (tmp_path / "requeued").read_text().splitlines() == ["requeue 9", "requeue 9_3"]
+    assert (tmp_path / "requeued").read_text().splitlines() == ["requeue 9", "requeue 9_3", "requeue 9"]
 
 
 def test_the_wrappers_ask_for_what_config_toml_says():
