@@ -1,4 +1,4 @@
-"""Perceptual hashes of JPEGs: ours on one core against decoding an image in each of three stages, and against once.
+"""Perceptual hashes of JPEGs: ours on one core against decoding an image in each of three stages, or just once.
 
 Command  python tests/benchmarks/bench_fingerprints.py
 """
