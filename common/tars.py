@@ -16,7 +16,7 @@ from zlib import adler32
 
 from common.errors import PipelineError
 
-CHUNK_BYTES = 8 * 2**20  # of one read when contents are wanted; parallel file systems like large ones
+CHUNK_BYTES = 2**20  # of one read when contents are wanted: large for a file system, and still in the cache
 MAX_CONTENT_BYTES = 64 * 2**20  # a larger member is not an image or a label of the dataset
 _BLOCK = 512
 _INDEX_BYTES = 3 * _BLOCK  # of one read when they are not: a label's header, its content, and the next header
@@ -104,7 +104,7 @@ def walk(path: Path, contents: bool = False) -> Iterator[Member]:
                 there = max(0, file_bytes - member.offset)
                 raise Damage(at, f"{there:,} of {stored:,} bytes are there of a member that begins", member.name)
             if contents and member.kind == "file" and member.size <= MAX_CONTENT_BYTES:
-                member = member._replace(content=window.read(member.offset, member.size))
+                member = _new(Member, (*member[:-1], window.read(member.offset, member.size)))
             yield member
             at = end + -end % _BLOCK
         _check_end(window, at)

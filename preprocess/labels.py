@@ -99,9 +99,11 @@ def _storable(ids: Ids) -> bool:
 
 def _out_of_range(label: Label) -> Rejected | None:
     """The first rule that the numbers break, with the number."""
-    for name, value in zip(label._fields[_NUM_IDS:_NUM_FIELDS], label[_NUM_IDS:_NUM_FIELDS], strict=True):
-        if not math.isfinite(value) or abs(value) > _FLOAT32_LIMIT:
-            return Rejected(Reject.NOT_FINITE, f"{name} = {value}")
+    numbers = label[_NUM_IDS:_NUM_FIELDS]
+    if not sum(map(abs, numbers)) <= _FLOAT32_LIMIT:  # true of nan too; one look for all of them
+        for name, value in zip(label._fields[_NUM_IDS:_NUM_FIELDS], numbers, strict=True):
+            if not math.isfinite(value) or abs(value) > _FLOAT32_LIMIT:
+                return Rejected(Reject.NOT_FINITE, f"{name} = {value}")
     rules = (
         (Reject.POSITION_OUT_OF_RANGE, "target_lat", -90.0, 90.0),
         (Reject.POSITION_OUT_OF_RANGE, "target_lon", -180.0, 180.0),

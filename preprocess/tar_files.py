@@ -47,19 +47,19 @@ class Readers:
     def read(self, tar: Path, on_images: Callable[[int], None]) -> TarFiles:
         """All files of a tar, up to where it is damaged. `on_images` is told how many more images are checked."""
         files = TarFiles()
-        batch: list[tars.Member] = []
-        waiting: deque[tuple[list[tars.Member], Future]] = deque()
+        batch: list[tuple] = []  # (name, offset, size, JPEG) of images
+        batch_bytes = 0
+        waiting: deque[tuple[list[tuple], Future]] = deque()
 
         def collect() -> None:
-            members, future = waiting.popleft()
-            for member, found in zip(members, future.result(), strict=True):
-                files.images.append(Image(member.name, member.offset, member.size, found))
-            files.num_checked += len(members)
-            on_images(len(members))
+            places, future = waiting.popleft()
+            files.images += [Image(*place, found) for place, found in zip(places, future.result(), strict=True)]
+            files.num_checked += len(places)
+            on_images(len(places))
 
         def submit() -> None:
-            contents = [member.content for member in batch]
-            waiting.append(([member._replace(content=None) for member in batch], self._inspect(contents)))
+            future = self._pool.submit(_inspect_all, [content for *_, content in batch])
+            waiting.append(([place for *place, _ in batch], future))
             batch.clear()
             if len(waiting) > self._max_waiting:
                 collect()
@@ -70,10 +70,11 @@ class Readers:
                     continue
                 files.num_members += 1
                 if _take(files, member):
-                    batch.append(member)
-                    size = sum(len(image.content or b"") for image in batch)
-                    if len(batch) == _BATCH_IMAGES or size > _BATCH_BYTES:
+                    batch.append((member.name, member.offset, member.size, member.content))
+                    batch_bytes += len(member.content or b"")
+                    if len(batch) == _BATCH_IMAGES or batch_bytes > _BATCH_BYTES:
                         submit()
+                        batch_bytes = 0
         except tars.Damage as damage:
             broken = damage
         else:
@@ -84,9 +85,6 @@ class Readers:
         if broken:
             _take_broken(files, tar, broken)
         return files
-
-    def _inspect(self, contents: list[bytes | None]) -> Future:
-        return self._pool.submit(_inspect_all, contents)
 
 
 def _inspect_all(contents: list[bytes | None]) -> list[jpegs.Jpeg | Rejected]:
@@ -127,7 +125,8 @@ def _take_broken(files: TarFiles, tar: Path, damage: tars.Damage) -> None:
 
 
 def _suffix(name: str) -> str:
-    return "".join(name.rpartition("/")[2].rpartition(".")[1:]).lower()
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot > name.rfind("/") else ""
 
 
 def pair(files: TarFiles, tar: Path) -> Pairs:
