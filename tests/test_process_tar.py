@@ -1,6 +1,7 @@
 """preprocess/process_tar.py. Oracle: what the synthetic tars were made of, and pairs written out by hand."""
 
 import io
+import os
 import random
 import subprocess
 import sys
@@ -29,9 +30,9 @@ def label(dataset=88, target=1, patch=1, view=1, tail="") -> bytes:
     return f"d {dataset} {target} {patch} {view} 40 -74 10 0 1 0 40 -74 12 15.5 10 2 0\n{tail}".encode()
 
 
-def make_tar(path, files):
+def make_tar(path, files, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w", **options) as tar:
         for name, content in files:
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -248,26 +249,43 @@ def test_links_are_rejected_with_their_partners(tmp_path):
     assert rejects(tmp_path) == {"88_2_1_1.jpg": "jpeg_corrupt", "88_2_1_1.txt": "partner_rejected"}
 
 
-def test_no_damage_breaks_the_accounting(tmp_path):
-    rng = random.Random(1)
+def damaged(whole: bytes, rng: random.Random) -> tuple[bytes, int]:
+    """The tar cut off, or with bytes zeroed, overwritten or one bit flipped; and how long it is then."""
+    raw, start = bytearray(whole), rng.randrange(len(whole))
+    length = min(rng.choice([1, 40, 512, 3_000]), len(raw) - start)
+    kind = rng.randrange(4)
+    if kind == 0:
+        del raw[start:]
+    elif kind == 1:
+        raw[start : start + length] = bytes(length)
+    elif kind == 2:
+        raw[start : start + length] = rng.randbytes(length)
+    else:
+        raw[start] ^= 1 << rng.randrange(8)
+    return bytes(raw), start if kind == 0 else len(whole)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_no_damage_breaks_the_accounting(tmp_path, form):
+    """DAMAGED_TARS=100000 pytest ... tries more than the 1,500 here."""
+    rng = random.Random(form)
+    folder = "0088/" + ("s" * 90 + "/" if form == tarfile.USTAR_FORMAT else "street/" * 20)  # extra headers
     files = []
     for n in range(6):
-        both = [(f"88_{n}_1_1.jpg", jpeg(n)), (f"88_{n}_1_1.txt", label(patch=n))]
+        both = [(f"{folder}88_{n}_1_1.jpg", jpeg(n)), (f"{folder}88_{n}_1_1.txt", label(patch=n))]
         files += both if n % 2 else reversed(both)
-    whole = make_tar(tmp_path / "whole.tar", files).read_bytes()
+    whole = make_tar(tmp_path / "whole.tar", files, format=form).read_bytes()
     path = tmp_path / "0088.tar"
     with tar_files.Readers(2) as readers:
-        for n in range(200):
-            raw = bytearray(whole)
-            start, length = rng.randrange(len(raw)), rng.choice([1, 40, 600])
-            damage = [b"", bytes(length), rng.randbytes(length)][n % 3]
-            raw[start : len(raw) if n % 3 == 0 else start + length] = damage
+        for _ in range(int(os.environ.get("DAMAGED_TARS", 1_500)) // 3):
+            raw, length = damaged(whole, rng)
             path.write_bytes(raw)
             found = readers.read(path, on_images=lambda count: None)
             judged = tar_files.pair(found, path)
             counts = tar_files.account(found, judged)  # raises if the identity does not hold
             assert counts["images"] <= 6
-            if n % 3 == 0 and start <= 6 * 2048:
+            assert counts["members"] == counts["images"] + counts["labels"] + counts["rejects"] + counts["other"]
+            if length <= len(whole.rstrip(b"\0")):
                 assert counts["rejected"]["tar_truncated"] == 1
 
 
