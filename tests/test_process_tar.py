@@ -291,8 +291,25 @@ def test_no_damage_breaks_the_accounting(tmp_path, form):
 
 def test_a_full_disk_leaves_no_broken_file(tmp_path):
     make_tar(tmp_path / "data/raw/0088.tar", [("88_1_1_1.jpg", jpeg()), ("88_1_1_1.txt", label())])
-    command = f"ulimit -f 1; exec {sys.executable} {process_tar.__file__} --set paths.root={tmp_path}"
+    # -B: Python would cut off its own files of bytecode too
+    command = f"ulimit -f 1; exec {sys.executable} -B {process_tar.__file__} --set paths.root={tmp_path}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "larger than is allowed" in done.stderr
     assert not list(tmp_path.glob("data/intermediates/**/*parquet*"))
+
+
+def test_two_tasks_on_one_tar_at_once_leave_one_correct_file(tmp_path):
+    files = []
+    for n in range(300):
+        files += [(f"88_{n}_1_1.jpg", jpeg(n)), (f"88_{n}_1_1.txt", label(patch=n))]
+    make_tar(tmp_path / "data/raw/0088.tar", files)
+    command = [sys.executable, process_tar.__file__, "--set", f"paths.root={tmp_path}"]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [task.communicate(timeout=120)[1] for task in both]
+    assert [task.returncode for task in both] == [0, 0], said
+    table = parquet.read(tmp_path / "data/intermediates/0088.parquet")
+    assert table["patch_id"].to_pylist() == list(range(300))
+    assert rejects(tmp_path) == {}
+    left = sorted(path.name for path in (tmp_path / "data/intermediates").rglob("*") if path.is_file())
+    assert left == ["0088.parquet", "0088.parquet"]  # the other one lies in rejects/
