@@ -26,7 +26,7 @@ class Group(NamedTuple):
 
 
 def largest_groups(images: Images, found: Decision) -> list[Group]:
-    """Of images dropped as their building has the picture already, or as buildings far apart have the same JPEG."""
+    """The largest, of both kinds: a picture that its building has already; a JPEG at buildings far apart."""
     groups = []
     for reason, key, title in (
         ("duplicate_across_buildings", images.content_hash, "one JPEG at buildings far apart: all dropped"),

@@ -44,8 +44,10 @@ class Readers:
     def __exit__(self, *_) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def read(self, tar: Path, on_images: Callable[[int], None]) -> TarFiles:
-        """All files of a tar, up to where it is damaged. `on_images` is told how many more images are checked."""
+    def read(self, tar: Path, on_images: Callable[[int, int], None]) -> TarFiles:
+        """All files of a tar, up to where it is damaged. `on_images` is told how many more images are checked, and
+        up to which byte of the tar.
+        """
         files = TarFiles()
         batch: list[tuple] = []  # (name, offset, size, JPEG) of images
         batch_bytes = 0
@@ -55,7 +57,8 @@ class Readers:
             places, future = waiting.popleft()
             files.images += [Image(*place, found) for place, found in zip(places, future.result(), strict=True)]
             files.num_checked += len(places)
-            on_images(len(places))
+            if places:
+                on_images(len(places), places[-1][1] + places[-1][2])
 
         def submit() -> None:
             future = self._pool.submit(_inspect_all, [content for *_, content in batch])
@@ -155,17 +158,22 @@ def account(files: TarFiles, found: Pairs) -> dict:
     return counts
 
 
-def failure(tar: Path, counts: dict, max_reject_share: float) -> str:
-    """Why the tar fails the stage; empty if it does not."""
-    if not counts["images"] + counts["rejects"]:
-        return f"{tar} holds no images"
+def failure(tar: Path, files: TarFiles, counts: dict, max_reject_share: float) -> str:
+    """Why the tar fails the stage, and what to do; empty if it does not."""
+    if (
+        not files.images
+        and not files.texts
+        and all(why.reason is Reject.TAR_TRUNCATED for _, why in files.rejects)
+    ):
+        size = tar.stat().st_size
+        return f"{tar} ({size:,} bytes) holds no images: download it again, or move it out of the folder"
     share = counts["rejects"] / (counts["images"] + counts["labels"] + counts["rejects"])
     if share <= max_reject_share:
         return "" if counts["images"] else f"{tar} holds no valid images"
-    reasons = ", ".join(f"{reason} {count:,}" for reason, count in Counter(counts["rejected"]).most_common(3))
-    return (
-        f"{tar}: {share:.1%} of its images and labels are rejected ({reasons}), more than {max_reject_share:.1%}"
-    )
+    causes = Counter(counts["rejected"])
+    del causes[Reject.PARTNER_REJECTED.value]  # a partner is rejected for the other's reason
+    told = ", ".join(f"{reason} {count:,}" for reason, count in causes.most_common(3))
+    return f"{tar}: {share:.1%} of its images and labels are rejected ({told}), more than {max_reject_share:.1%}"
 
 
 def write_rejects(path: Path, found: Pairs, made: Provenance, counts: dict) -> None:

@@ -48,7 +48,7 @@ def process(tar: Path, folder: Path, threads: int) -> None:
     """What process_tar.py does with one tar, without the start of Python."""
     made = provenance.record("process_tar", {}, [tar])
     with tar_files.Readers(threads) as readers:
-        files = readers.read(tar, on_images=lambda count: None)
+        files = readers.read(tar, on_images=lambda count, at: None)
     pairs = tar_files.pair(files, tar)
     counts = tar_files.account(files, pairs)
     assert counts["images"] == IMAGES
