@@ -10,6 +10,7 @@ on one line, separated by blanks; an `a` line, if there is one, gives the alignm
 
 import math
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from common.schemas import Reject
@@ -58,6 +59,7 @@ class Rejected(NamedTuple):
     detail: str = ""
 
 
+@lru_cache(64)  # an image and its label have one, and lie side by side
 def parse_name(stem: str) -> Ids | None:
     """The ids in a file's name without its suffix; None if it is not four ids."""
     match = _NAME.fullmatch(stem)
