@@ -139,13 +139,15 @@ def check_stop() -> None:
 class Progress:
     """Counts rows in, out and rejected; shows a bar on a terminal, else a line now and then; ends in a summary.
 
-    `total`: how many rows will come in, or None. `unit`: what a row is, in the singular.
+    `total`: how many rows will come in, or None where only the share of the work that is done gets known, by
+    `add`. `unit`: what a row is, in the singular.
     """
 
     def __init__(self, stage: str, unit: str, total: int | None = None, interval_s: float = 30.0):
         self.stage, self.unit, self.total, self.interval_s = stage, unit, total, interval_s
         self.rows_in = self.rows_out = 0
         self.rejected: Counter[str] = Counter()
+        self._share = 0.0  # of the work, where `total` is not known
         self._started = self._last_line = time.monotonic()
         self._bar = None
 
@@ -160,12 +162,21 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def add(self, rows_in: int, rows_out: int | None = None, rejected: dict[str, int] | None = None) -> None:
-        """Count rows that are done; `rows_out` defaults to `rows_in`."""
+    def add(
+        self,
+        rows_in: int,
+        rows_out: int | None = None,
+        rejected: dict[str, int] | None = None,
+        share: float | None = None,
+    ) -> None:
+        """Count rows that are done; `rows_out` defaults to `rows_in`. `share`: of all work, done by now (0..1)."""
+        self._share = self._share if share is None else share
         self.rows_in += rows_in
         self.rows_out += rows_in if rows_out is None else rows_out
         self.rejected.update(rejected or {})
         if self._bar is not None:
+            if self._share:
+                self._bar.total = round(self.rows_in / self._share)  # for its percent and time left
             self._bar.update(rows_in)
         elif time.monotonic() - self._last_line >= self.interval_s:
             self._last_line = time.monotonic()
@@ -174,13 +185,12 @@ class Progress:
     def _line(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)
         rate = self.rows_in / seconds
-        if not self.total:
-            return f"{self.rows_in:,} {_plural(self.unit)}, {rate:,.0f}/s"
-        remaining = (self.total - self.rows_in) / rate if rate else float("inf")
-        return (
-            f"{self.rows_in:,} of {self.total:,} {_plural(self.unit)} ({self.rows_in / self.total:.0%}), "
-            f"{rate:,.0f}/s, {duration(remaining)} left"
-        )
+        share = self.rows_in / self.total if self.total else self._share
+        counted = f"{self.rows_in:,} of {self.total:,}" if self.total else f"{self.rows_in:,}"
+        if not (self.total or share):
+            return f"{counted} {_plural(self.unit)}, {rate:,.0f}/s"
+        remaining = seconds * (1 - share) / share if share else float("inf")
+        return f"{counted} {_plural(self.unit)} ({share:.0%}), {rate:,.0f}/s, {duration(remaining)} left"
 
     def summary(self, note: str = "") -> int:
         """Print the run's one summary line (with `note` at its end) and return exit code 0."""

@@ -123,7 +123,8 @@ def _digest(values: dict) -> str:
 @functools.cache
 def _git_commit() -> str:
     root = Path(__file__).resolve().parents[1]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    # without optional locks: killed by a full disk, git would leave one that blocks the user's next commit
+    command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

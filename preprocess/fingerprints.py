@@ -3,9 +3,15 @@
 pHash: the signs of the lowest 8 x 8 frequencies of the picture at 32 x 32, against their median. dHash: whether
 each of 8 x 9 grey levels is below its right neighbour's. Both as in the library `imagehash`, bit for bit; the
 first bit of its matrix is the highest of ours.
+
+"exact" is imagehash bit for bit. "fast" decodes the brightness channel alone and shrinks it by two matrix products
+with the weights of PIL's Lanczos filter, rounding between them as PIL does: of 62 synthetic views all pHashes and
+98 % of the dHashes are the same, in a tenth of the time. Decoding at 1/2 scale would save another fifth of it, but
+a clear sky is so level that its dHash hangs on single grey levels: 77 % were the same.
 """
 
 import io
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +23,16 @@ from scipy import fft
 from common import tars
 from common.errors import PipelineError
 
-# "fast" decodes at the smallest scale with both sides this long: 1/4 of 640 px, five pixels for each of pHash's 32
-FAST_MIN_PX = 128
 _PHASH_SIZE = (32, 32)
 _DHASH_SIZE = (9, 8)  # width, height
+_LANCZOS_SUPPORT = 3.0  # the filter reaches this many pixels of the smaller picture to either side
 
 
 def hash_images(contents: list[bytes], method: str) -> tuple[np.ndarray, np.ndarray]:
     """pHash and dHash of N JPEGs, (N,) uint64 each. `method`: data.fingerprint, "fast" or "exact"."""
-    shrunk = [_shrink(decode_grey(content, method)) for content in contents]
-    for_phash = np.array([image for image, _ in shrunk], np.uint8).reshape(-1, *_PHASH_SIZE)
+    shrink = _shrink_exactly if method == "exact" else _shrink_fast
+    shrunk = [shrink(content) for content in contents]
+    for_phash = np.array([image for image, _ in shrunk], np.uint8).reshape(-1, *_PHASH_SIZE[::-1])
     for_dhash = np.array([image for _, image in shrunk], np.uint8).reshape(-1, *_DHASH_SIZE[::-1])
     return phash_bits(for_phash), dhash_bits(for_dhash)
 
@@ -43,14 +49,6 @@ def hash_members(tar: Path, offsets, sizes, content_hashes, method: str) -> tupl
     return hash_images(contents, method)
 
 
-def decode_grey(content: bytes, method: str) -> Image.Image:
-    """The picture in grey levels: as PIL makes it ("exact"), or the brightness channel at reduced scale."""
-    if method == "exact":
-        return Image.open(io.BytesIO(content)).convert("L")
-    pixels = simplejpeg.decode_jpeg(content, "GRAY", min_height=FAST_MIN_PX, min_width=FAST_MIN_PX)
-    return Image.fromarray(pixels[:, :, 0])
-
-
 def phash_bits(images: np.ndarray) -> np.ndarray:
     """(N,) uint64 from (N, 32, 32) grey levels."""
     frequencies = fft.dctn(images.astype(np.float64), axes=(1, 2))[:, :8, :8].reshape(-1, 64)
@@ -62,9 +60,45 @@ def dhash_bits(images: np.ndarray) -> np.ndarray:
     return _pack(images[:, :, 1:] > images[:, :, :-1])
 
 
-def _shrink(grey: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    lanczos = Image.Resampling.LANCZOS
+def _shrink_exactly(content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The grey levels that pHash (32, 32) and dHash (8, 9) are made from, as PIL computes them."""
+    grey, lanczos = Image.open(io.BytesIO(content)).convert("L"), Image.Resampling.LANCZOS
     return np.asarray(grey.resize(_PHASH_SIZE, lanczos)), np.asarray(grey.resize(_DHASH_SIZE, lanczos))
+
+
+def _shrink_fast(content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The same within a grey level: across for both hashes at once, rounded, then down."""
+    grey = simplejpeg.decode_jpeg(content, "GRAY")[:, :, 0]
+    height, width = grey.shape
+    across = _rounded(
+        grey.astype(np.float32) @ _weights(width, _PHASH_SIZE[0], _DHASH_SIZE[0])
+    )  # (height, 32 + 9)
+    down = _rounded(_weights(height, _PHASH_SIZE[1], _DHASH_SIZE[1]).T @ across)  # (32 + 8, 32 + 9)
+    rows, columns = _PHASH_SIZE[1], _PHASH_SIZE[0]
+    return down[:rows, :columns], down[rows:, columns:]
+
+
+def _rounded(levels: np.ndarray) -> np.ndarray:
+    """To whole grey levels; the filter overshoots beside edges."""
+    return np.clip(np.rint(levels), 0, 255)
+
+
+@lru_cache(maxsize=64)
+def _weights(length: int, *shorter: int) -> np.ndarray:
+    """(length, sum of shorter) float32: a line of `length` pixels times this is that line at each shorter length.
+
+    The Lanczos filter as in PIL's Image.resize: stretched by the factor of shrinking, cut off at the line's ends,
+    each output's weights adding up to 1.
+    """
+    parts = []
+    for size in shorter:
+        scale = length / size
+        stretch = max(scale, 1.0)
+        centre = (np.arange(size) + 0.5) * scale
+        x = (np.arange(length)[:, None] + 0.5 - centre) / stretch
+        near = np.where(np.abs(x) < _LANCZOS_SUPPORT, np.sinc(x) * np.sinc(x / _LANCZOS_SUPPORT), 0.0)
+        parts.append(near / near.sum(axis=0))
+    return np.concatenate(parts, axis=1).astype(np.float32)
 
 
 def _pack(bits: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ on one line, separated by blanks; an `a` line, if there is one, gives the alignm
 
 import math
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from common.schemas import Reject
@@ -58,6 +59,7 @@ class Rejected(NamedTuple):
     detail: str = ""
 
 
+@lru_cache(64)  # an image and its label have one, and lie side by side
 def parse_name(stem: str) -> Ids | None:
     """The ids in a file's name without its suffix; None if it is not four ids."""
     match = _NAME.fullmatch(stem)
@@ -99,9 +101,11 @@ def _storable(ids: Ids) -> bool:
 
 def _out_of_range(label: Label) -> Rejected | None:
     """The first rule that the numbers break, with the number."""
-    for name, value in zip(label._fields[_NUM_IDS:_NUM_FIELDS], label[_NUM_IDS:_NUM_FIELDS], strict=True):
-        if not math.isfinite(value) or abs(value) > _FLOAT32_LIMIT:
-            return Rejected(Reject.NOT_FINITE, f"{name} = {value}")
+    numbers = label[_NUM_IDS:_NUM_FIELDS]
+    if not sum(map(abs, numbers)) <= _FLOAT32_LIMIT:  # true of nan too; one look for all of them
+        for name, value in zip(label._fields[_NUM_IDS:_NUM_FIELDS], numbers, strict=True):
+            if not math.isfinite(value) or abs(value) > _FLOAT32_LIMIT:
+                return Rejected(Reject.NOT_FINITE, f"{name} = {value}")
     rules = (
         (Reject.POSITION_OUT_OF_RANGE, "target_lat", -90.0, 90.0),
         (Reject.POSITION_OUT_OF_RANGE, "target_lon", -180.0, 180.0),

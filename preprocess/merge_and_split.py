@@ -7,10 +7,11 @@ panorama, or a picture, that a later split has too; buildings with fewer than 2 
 Reads    data/intermediates, data/fingerprints and data/embeddings of every tar in data/raw
 Writes   data/merged/{train,val,test}.parquet, sorted by (dataset_id, target_id, patch_id);
          data/merged/split_report.json: what was dropped and why, ratios, the proof that nothing leaks;
-         data/merged/split_map.png: the cells by split
+         data/merged/split_map.png: the cells by split;
+         data/merged/duplicates.png: the largest groups of duplicates, where there are any and the tars are there
 Command  python preprocess/merge_and_split.py
-Memory   about 200 bytes for each image; then three times the embeddings of the largest tar and three row groups of
-         128 MB more: 25 M images of 4096 dimensions, 40,000 to a tar, take 5 GB and 1.4 GB
+Memory   about 280 bytes for each image; then three times the embeddings of the largest tar and three row groups of
+         128 MB more: 25 M images of 4096 dimensions, 40,000 to a tar, take 7 GB and 1.4 GB
 Time     the disk's: each embedding is read once and written once
 """
 
@@ -21,6 +22,7 @@ if not __package__:  # run by path: import from the repository root, not from th
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli
+from common.errors import PipelineError
 
 SETTINGS = (
     *("global.seed", "data.dedup_max_hamming", "data.ignore_radius_m"),
@@ -33,12 +35,13 @@ def main(argv=None) -> int:
     args = cli.parser(__doc__).parse_args(argv)
     cfg = cli.load_config(args)
     from common import config, files, parquet, provenance, tars
-    from preprocess import merge_files, split, split_report
+    from preprocess import duplicate_sheet, merge_files, split, split_report
 
     sources = merge_files.find(cfg, tars.of_shard(cfg.paths.raw_dir, 0, 1))
     made = provenance.record("merge_and_split", config.values(cfg, *SETTINGS), sources.ids)
     targets = [cfg.paths.merged_dir / f"{name}.parquet" for name in split.SPLITS]
     report_path, map_path = cfg.paths.merged_dir / "split_report.json", cfg.paths.merged_dir / "split_map.png"
+    sheet_path = cfg.paths.merged_dir / "duplicates.png"
     done = [parquet.is_done(target, made, args.overwrite) for target in targets]
     if all([*done, report_path.exists(), map_path.exists()]):
         return cli.nothing_to_do("merge_and_split", f"{len(targets)} files")
@@ -53,8 +56,15 @@ def main(argv=None) -> int:
         progress.add(0, 0, {reason: count for reason, count in decision.dropped.items() if count})
         # the report of an older merge must not stand beside new splits: it goes first and comes last
         report_path.unlink(missing_ok=True)
+        sheet_path.unlink(missing_ok=True)
         ids = merge_files.write_splits(sources, images, decision, targets, made, progress)
         files.write_bytes(map_path, split_report.draw_map(images, decision, cfg.data.split_cell_m))
+        groups = duplicate_sheet.largest_groups(images, decision)
+        try:
+            if groups:
+                files.write_bytes(sheet_path, duplicate_sheet.draw(groups, sources, cfg.paths.raw_dir))
+        except PipelineError as error:  # the tars are not needed for the merge
+            cli.log.warning("no sheet of duplicates: %s", str(error).splitlines()[0])
         known = made.finished(provenance.digest_of(*ids), {"in": len(images), "out": progress.rows_out})
         files.write_text(report_path, split_report.to_json(report, known.to_dict()))
     print(split_report.tell(report))

@@ -38,20 +38,26 @@ def main(argv=None) -> int:
         return cli.nothing_to_do("process_tar", f"{len(listing):,} tars")
 
     failures, notes, num_renamed = [], [], 0
+    bytes_read, all_bytes = 0, sum(tar.stat().st_size for tar, *_ in todo)
     with (
         tar_files.Readers(cfg.infrastructure.threads) as readers,
         cli.Progress("process_tar", "image", interval_s=cfg.logging.progress_interval_s) as progress,
     ):
         for tar, target, rejects, made in todo:
             cli.check_stop()
-            files = readers.read(tar, on_images=lambda count: progress.add(count, 0))
+
+            def show(count: int, position: int, before: int = bytes_read) -> None:
+                progress.add(count, 0, share=min(1.0, (before + position) / all_bytes))
+
+            files = readers.read(tar, on_images=show)
+            bytes_read += tar.stat().st_size
             pairs = tar_files.pair(files, tar)
             progress.add(
                 len(pairs.valid) + pairs.causes.total() - files.num_checked, len(pairs.valid), pairs.causes
             )
             counts = tar_files.account(files, pairs)
             tar_files.write_rejects(rejects, pairs, made, counts)
-            failure = tar_files.failure(tar, counts, cfg.data.max_reject_share)
+            failure = tar_files.failure(tar, files, counts, cfg.data.max_reject_share)
             if failure:
                 failures.append(f"{failure}; see {rejects}")
             else:  # written last: where the intermediates are, the rejects are too

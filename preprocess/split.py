@@ -43,6 +43,7 @@ class Decision:
     building: np.ndarray  # (N,) int32, ascending
     cell: np.ndarray  # (N,) int64, see geo.cell_ids
     dropped: dict[str, int]  # reason -> images, in the order in which the rules were applied
+    why: np.ndarray  # (N,) int8: which of `dropped` it is, by its place; -1 for an image that is kept
     lookalikes: int  # images kept though they share both perceptual hashes with another building's
 
 
@@ -52,11 +53,13 @@ def decide(images: Images, data: Data, seed: int) -> Decision:
     firsts = np.flatnonzero(np.diff(building, prepend=-1))  # a building is where its first image says
     lat, lon = images.target_lat[firsts], images.target_lon[firsts]
     split = np.full(len(images), NONE, np.int8)
+    why = np.full(len(images), -1, np.int8)
     rows = np.arange(len(images))  # still there
     dropped = {}
 
     def drop(reason: str, bad: np.ndarray) -> None:
         nonlocal rows
+        why[rows[bad]] = len(dropped)
         dropped[reason] = int(bad.sum())
         split[rows[bad]] = NONE
         rows = rows[~bad]
@@ -88,7 +91,7 @@ def decide(images: Images, data: Data, seed: int) -> Decision:
     drop("picture_in_two_splits", shared_with_later_split(split[rows], images.content_hash[rows]))
     left = np.bincount(building[rows], minlength=len(firsts))
     drop("single_view", left[building[rows]] < 2)
-    return Decision(split, building, cell[building], dropped, lookalikes)
+    return Decision(split, building, cell[building], dropped, why, lookalikes)
 
 
 def assign_cells(cell: np.ndarray, sizes: np.ndarray, ratios, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,7 @@
 
 Reads    data/merged/{train,val,test}.parquet if they are there, else data/intermediates/*.parquet
 Writes   data/summary/summary.parquet: a row per split and dataset; summary.json: totals and histograms;
-         summary.html: one page with the figures and a map
+         summary.html: one page with the figures and a map. From intermediates: summary_intermediates.*
 Command  python preprocess/summarize_ids.py
 Memory   about 150 bytes for each image of the largest file: 3 GB for 20 M images in train
 """
@@ -32,7 +32,9 @@ def main(argv=None) -> int:
     sources = find_sources(cfg.paths)
     ids = {f"{path.parent.name}/{path.name}": provenance.identity(path) for path, _ in sources}
     made = provenance.record("summarize_ids", config.values(cfg, "data.split_cell_m"), ids)
-    table, page, totals = (cfg.paths.summary_dir / f"summary.{kind}" for kind in ("parquet", "html", "json"))
+    # names of their own before the merge: what was counted then must not stand in the way of counting its splits
+    name = "summary" if sources[0][1] in SPLITS else "summary_intermediates"
+    table, page, totals = (cfg.paths.summary_dir / f"{name}.{kind}" for kind in ("parquet", "html", "json"))
     if parquet.is_done(table, made, args.overwrite) and page.exists() and totals.exists():
         return cli.nothing_to_do("summarize_ids", f"{cfg.paths.summary_dir}")
 

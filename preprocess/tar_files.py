@@ -44,22 +44,25 @@ class Readers:
     def __exit__(self, *_) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def read(self, tar: Path, on_images: Callable[[int], None]) -> TarFiles:
-        """All files of a tar, up to where it is damaged. `on_images` is told how many more images are checked."""
+    def read(self, tar: Path, on_images: Callable[[int, int], None]) -> TarFiles:
+        """All files of a tar, up to where it is damaged. `on_images` is told how many more images are checked, and
+        up to which byte of the tar.
+        """
         files = TarFiles()
-        batch: list[tars.Member] = []
-        waiting: deque[tuple[list[tars.Member], Future]] = deque()
+        batch: list[tuple] = []  # (name, offset, size, JPEG) of images
+        batch_bytes = 0
+        waiting: deque[tuple[list[tuple], Future]] = deque()
 
         def collect() -> None:
-            members, future = waiting.popleft()
-            for member, found in zip(members, future.result(), strict=True):
-                files.images.append(Image(member.name, member.offset, member.size, found))
-            files.num_checked += len(members)
-            on_images(len(members))
+            places, future = waiting.popleft()
+            files.images += [Image(*place, found) for place, found in zip(places, future.result(), strict=True)]
+            files.num_checked += len(places)
+            if places:
+                on_images(len(places), places[-1][1] + places[-1][2])
 
         def submit() -> None:
-            contents = [member.content for member in batch]
-            waiting.append(([member._replace(content=None) for member in batch], self._inspect(contents)))
+            future = self._pool.submit(_inspect_all, [content for *_, content in batch])
+            waiting.append(([place for *place, _ in batch], future))
             batch.clear()
             if len(waiting) > self._max_waiting:
                 collect()
@@ -70,10 +73,11 @@ class Readers:
                     continue
                 files.num_members += 1
                 if _take(files, member):
-                    batch.append(member)
-                    size = sum(len(image.content or b"") for image in batch)
-                    if len(batch) == _BATCH_IMAGES or size > _BATCH_BYTES:
+                    batch.append((member.name, member.offset, member.size, member.content))
+                    batch_bytes += len(member.content or b"")
+                    if len(batch) == _BATCH_IMAGES or batch_bytes > _BATCH_BYTES:
                         submit()
+                        batch_bytes = 0
         except tars.Damage as damage:
             broken = damage
         else:
@@ -84,9 +88,6 @@ class Readers:
         if broken:
             _take_broken(files, tar, broken)
         return files
-
-    def _inspect(self, contents: list[bytes | None]) -> Future:
-        return self._pool.submit(_inspect_all, contents)
 
 
 def _inspect_all(contents: list[bytes | None]) -> list[jpegs.Jpeg | Rejected]:
@@ -127,7 +128,8 @@ def _take_broken(files: TarFiles, tar: Path, damage: tars.Damage) -> None:
 
 
 def _suffix(name: str) -> str:
-    return "".join(name.rpartition("/")[2].rpartition(".")[1:]).lower()
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot > name.rfind("/") else ""
 
 
 def pair(files: TarFiles, tar: Path) -> Pairs:
@@ -156,17 +158,22 @@ def account(files: TarFiles, found: Pairs) -> dict:
     return counts
 
 
-def failure(tar: Path, counts: dict, max_reject_share: float) -> str:
-    """Why the tar fails the stage; empty if it does not."""
-    if not counts["images"] + counts["rejects"]:
-        return f"{tar} holds no images"
+def failure(tar: Path, files: TarFiles, counts: dict, max_reject_share: float) -> str:
+    """Why the tar fails the stage, and what to do; empty if it does not."""
+    if (
+        not files.images
+        and not files.texts
+        and all(why.reason is Reject.TAR_TRUNCATED for _, why in files.rejects)
+    ):
+        size = tar.stat().st_size
+        return f"{tar} ({size:,} bytes) holds no images: download it again, or move it out of the folder"
     share = counts["rejects"] / (counts["images"] + counts["labels"] + counts["rejects"])
     if share <= max_reject_share:
         return "" if counts["images"] else f"{tar} holds no valid images"
-    reasons = ", ".join(f"{reason} {count:,}" for reason, count in Counter(counts["rejected"]).most_common(3))
-    return (
-        f"{tar}: {share:.1%} of its images and labels are rejected ({reasons}), more than {max_reject_share:.1%}"
-    )
+    causes = Counter(counts["rejected"])
+    del causes[Reject.PARTNER_REJECTED.value]  # a partner is rejected for the other's reason
+    told = ", ".join(f"{reason} {count:,}" for reason, count in causes.most_common(3))
+    return f"{tar}: {share:.1%} of its images and labels are rejected ({told}), more than {max_reject_share:.1%}"
 
 
 def write_rejects(path: Path, found: Pairs, made: Provenance, counts: dict) -> None:

@@ -83,6 +83,19 @@ def test_off_a_terminal_a_plain_line_appears_now_and_then(capsys):
     assert "\r" not in line
 
 
+def test_where_only_the_share_of_the_work_is_known_the_line_has_percent_and_time_left(capsys):
+    with cli.Progress("stage", "row", interval_s=0) as progress:
+        progress.add(5)
+        progress._started -= 90
+        progress.add(7, share=0.75)
+        progress.add(0, 0, {"bad": 1})  # the share stays
+    first, *others = capsys.readouterr().err.splitlines()
+    assert "%" not in first
+    for line in others:
+        assert line.startswith("stage: 12 rows (75%), ")
+        assert line.endswith("30 s left")
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.04, "0.0 s"), (59.2, "59 s"), (61, "1 min 01 s"), (7_260, "2 h 01 min")]
 )

@@ -1,4 +1,7 @@
-"""preprocess/labels.py. Oracle: the numbers that the label was written from."""
+"""preprocess/labels.py. Oracles: the numbers that a label was written from; a parser by regular expressions."""
+
+import re
+from decimal import Decimal
 
 import pytest
 from hypothesis import given
@@ -42,6 +45,52 @@ def test_what_was_written_is_read(ids, free, positions, last, blank, number):
     numbers = [lat, lon, free[0], *free[1:4], camera_lat, camera_lon, free[4], *last]
     text = blank.join(["d", *map(str, ids), *(number.format(value) for value in numbers)])
     assert parse_label(text.encode()) == Label(*ids, *numbers, aligned=False)
+
+
+BLANKS = st.text(" \t", min_size=1, max_size=3)
+ENDS = st.sampled_from(["\n", "\r\n", "\r"])
+OTHER_LINES = st.sampled_from(["", "a 1 2 3", "  a 0.5", "p 1 2", "dd 1", "# d", "ab 3"])
+IDS = st.builds(lambda zeros, n: "0" * zeros + str(n), st.integers(0, 4), st.integers(0, 2**31 - 1))
+
+
+def written(low: float, high: float):
+    """A number between the two, as one of the ways to write it."""
+    ways = ["{!r}", "{:+.6f}", "{:e}", "{:.12E}", "{:.3g}", "{:.0f}."]
+    texts = st.builds(lambda value, way: way.format(value), st.floats(low, high), st.sampled_from(ways))
+    return texts.filter(lambda text: low <= Decimal(text) <= high)
+
+
+def by_regular_expression(text: str) -> dict | None:
+    """A label's fields as the dataset's page describes the format; None where there is no `d` line as it does."""
+    number = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+    blank = r"[ \t]+"
+    d_line = rf"[ \t]*d((?:{blank}\d+){{4}})((?:{blank}{number}){{13}})[ \t]*"
+    lines = re.split(r"\r\n|\n|\r", text)
+    found = [match for match in (re.fullmatch(d_line, line) for line in lines) if match]
+    if len(found) != 1:
+        return None
+    ids, numbers = re.findall(r"\d+", found[0][1]), re.findall(number, found[0][2])
+    order = ["dataset_id", "target_id", "patch_id", "street_view_id"]
+    order += ["target_lat", "target_lon", "target_height", "normal_x", "normal_y", "normal_z"]
+    order += ["camera_lat", "camera_lon", "camera_height", "distance", "heading", "pitch", "roll"]
+    values = [Decimal(text) for text in ids + numbers]
+    return dict(zip(order, values, strict=True)) | {
+        "aligned": any(re.match(r"[ \t]*a([ \t]|$)", x) for x in lines)
+    }
+
+
+@given(st.data())
+def test_another_parser_reads_the_same_from_valid_labels(data):
+    bounds = [(-90, 90), (-180, 180), *[(-1e6, 1e6)] * 4, (-90, 90), (-180, 180), (-1e6, 1e6)]
+    bounds += [(0.01, 10_000), (-180, 360), (-90, 90), (-180, 180)]
+    fields = [data.draw(IDS) for _ in range(4)] + [data.draw(written(*pair)) for pair in bounds]
+    d_line = data.draw(st.sampled_from(["", " "])) + "d" + "".join(data.draw(BLANKS) + field for field in fields)
+    before, after = data.draw(OTHER_LINES), data.draw(OTHER_LINES)
+    text = before + data.draw(ENDS) + d_line + data.draw(ENDS) + after + data.draw(st.sampled_from(["", "\n"]))
+    expected = by_regular_expression(text)
+    assert expected is not None
+    found = parse_label(text.encode())._asdict()
+    assert {name: float(value) for name, value in found.items()} == {n: float(v) for n, v in expected.items()}
 
 
 @pytest.mark.parametrize(

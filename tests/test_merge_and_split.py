@@ -1,16 +1,18 @@
 """preprocess/merge_and_split.py. Oracle: the rules written as loops over images, and layouts that one can see."""
 
+import io
 import itertools
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from common import config, geo, parquet, provenance, schemas
 from common.cli import exit_code_of
 from common.errors import StaleArtefact
-from preprocess import duplicates, merge_and_split, split
+from preprocess import duplicate_sheet, duplicates, merge_and_split, split
 
 METRE = 1 / geo.METRES_PER_DEGREE  # in degrees of latitude
 ALL = 2**64 - 1
@@ -284,6 +286,50 @@ class Chain:
 
     def report(self):
         return json.loads((self.cfg.paths.merged_dir / "split_report.json").read_text())
+
+
+def test_the_largest_groups_are_those_of_most_images_with_the_one_that_was_kept_first():
+    frame = city(buildings=60, datasets=1)
+    frame["content_hash"] = np.arange(len(frame)) + 1000
+    places = frame.groupby("target_id")["target_lat"].first().sort_values().index
+    chosen = frame.index[frame["target_id"].isin(places[[0, -1]])][:5]
+    assert frame.loc[chosen, "target_id"].nunique() == 2  # at opposite ends of the city
+    frame.loc[chosen, "content_hash"] = 404
+    many = len(frame) + np.arange(9)  # ten views of building 7, all of one picture
+    copies = pd.concat([frame[frame["target_id"] == 7].head(1)] * 10).assign(patch_id=[1, *(many + 9_000)])
+    copies["content_hash"] = [*many.tolist(), 5]
+    images = images_of(pd.concat([frame[frame["target_id"] != 7], copies]))
+    found = split.decide(images, data(split_cell_m=250), 0)
+    groups = duplicate_sheet.largest_groups(images, found)
+    assert groups[0].size == 9
+    assert images.target_id[groups[0].rows].tolist() == [7] * duplicate_sheet.SHOWN
+    assert images.patch_id[groups[0].rows[0]] == 1  # the lowest patch was kept
+    [far] = [group for group in groups if "far apart" in group.title]
+    assert set(images.content_hash[far.rows].tolist()) == {404}
+    assert far.size == found.dropped["duplicate_across_buildings"] == (np.array(far.rows) >= 0).sum() > 1
+
+
+def test_a_sheet_shows_the_duplicates_read_from_the_tars(tmp_path, caplog):
+    pictures, places, at = [], [], 0
+    for colour in ((250, 0, 0), (0, 0, 250)):
+        buffer = io.BytesIO()
+        Image.new("RGB", (320, 320), colour).save(buffer, "JPEG")
+        pictures.append(buffer.getvalue())
+        places.append((at, len(pictures[-1])))
+        at += len(pictures[-1])
+    frame = city(buildings=60, datasets=2)
+    frame["image_offset"], frame["image_size"] = np.array(places)[frame["patch_id"] % 2].T
+    chain = Chain(tmp_path, frame)
+    sheet = chain.cfg.paths.merged_dir / "duplicates.png"
+    chain.run()  # the tars hold no images yet
+    assert "no sheet of duplicates" in caplog.text
+    assert not sheet.exists()
+    for tar in chain.cfg.paths.raw_dir.glob("*.tar"):
+        tar.write_bytes(b"".join(pictures))
+    chain.run("--overwrite")
+    red, green, blue = np.asarray(Image.open(sheet).convert("RGB"), int).reshape(-1, 3).T
+    assert (green[(red > 240) & (blue < 15)] < 15).sum() > 1_000
+    assert (green[(blue > 240) & (red < 15)] < 15).sum() > 1_000
 
 
 def test_the_command_writes_what_was_decided(tmp_path, capsys):

@@ -76,7 +76,7 @@ def test_two_buildings_of_one_dataset(tmp_path):
     rows = [(88, 1, 0, 5, 0, 10), (88, 1, 1, 6, 359, 20), (88, 2, 2, 5, -1, 600)]
     write(tmp_path / "data/intermediates/0088.parquet", schemas.INTERMEDIATES, rows, "process_tar")
     assert run(tmp_path) == 0
-    [row] = parquet.read(tmp_path / "data/summary/summary.parquet").to_pylist()
+    [row] = parquet.read(tmp_path / "data/summary/summary_intermediates.parquet").to_pylist()
     assert (row["split"], row["dataset_id"], row["images"], row["buildings"], row["panoramas"]) == (
         "all",
         88,
@@ -85,7 +85,7 @@ def test_two_buildings_of_one_dataset(tmp_path):
         2,
     )
     assert (row["views_min"], row["views_median"], row["views_max"], row["distance_median"]) == (1, 1.5, 2, 20)
-    report = json.loads((tmp_path / "data/summary/summary.json").read_text())
+    report = json.loads((tmp_path / "data/summary/summary_intermediates.json").read_text())
     assert report["splits"] == {"all": {"images": 3, "buildings": 2, "panoramas": 2, "datasets": 1}}
     assert report["histograms"]["all"]["views"][:3] == [1, 1, 0]
     assert report["histograms"]["all"]["heading"][0] == 1
@@ -140,6 +140,19 @@ def test_a_second_run_does_nothing_and_other_inputs_are_told(merged, capsys):
     write(root / "data/merged/val.parquet", schemas.merged(2), random_rows(9), "merge_and_split")
     with pytest.raises(StaleArtefact, match=r"val\.parquet"):
         run(root)
+
+
+def test_a_summary_from_before_the_merge_is_not_in_the_way(merged, capsys):
+    root, _ = merged
+    for split in ("train", "val", "test"):
+        (root / f"data/merged/{split}.parquet").rename(root / f"{split}.parquet")
+    write(root / "data/intermediates/0001.parquet", schemas.INTERMEDIATES, random_rows(0), "process_tar")
+    assert run(root) == 0
+    for split in ("train", "val", "test"):
+        (root / f"{split}.parquet").rename(root / f"data/merged/{split}.parquet")
+    assert run(root) == 0
+    assert "1,500 images in" in capsys.readouterr().out
+    assert len(list((root / "data/summary").iterdir())) == 6
 
 
 def test_without_inputs_the_stage_to_run_is_named(tmp_path, capsys):
