@@ -41,6 +41,7 @@ def main(argv=None) -> int:
         return cli.nothing_to_do("generate_embeddings_from_parquet", f"{len(found):,} files")
 
     published = inference.load(folder, dtype, device)
+    backbone.compile_if_asked(published.model, cfg.infrastructure)
     times = loop.Times()
     total = sum(table.num_rows for table in todo)
     interval_s = cfg.logging.progress_interval_s

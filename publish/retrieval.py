@@ -84,8 +84,7 @@ def search(
             forward,
             prepare,
             device,
-            settings.embedding_batch_size,
-            settings.threads,
+            settings,
             loop.Times(),
             progress,
         )

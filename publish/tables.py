@@ -117,8 +117,7 @@ def embed_images(
             published.forward,
             published.preprocessing,
             published.device,
-            settings.embedding_batch_size,
-            settings.threads,
+            settings,
             times,
             progress,
         ):
