@@ -476,5 +476,5 @@ def test_a_compiled_model_gives_the_same_embeddings(setup, monkeypatch):
 def test_compiling_without_a_compiler_is_a_clear_error(setup, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(PipelineError, match="infrastructure.compile"):
+    with pytest.raises(PipelineError, match=r"infrastructure\.compile"):
         main([*setup.flags, "--set", "infrastructure.compile=true"])
