@@ -9,13 +9,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 
-from common import parquet, tars
+from common import parquet
 from common.config import Config
 from common.errors import PipelineError
 from generate.pixels import Preprocessing, decode
+from publish.sources import read_images
 from train.model import head_of
 
 MAX_IMAGES = 64
@@ -57,20 +57,6 @@ def check(
             "the backbone or its preprocessing is not what the embeddings were made with: make them again"
         )
     return worst, len(images)
-
-
-def read_images(raw_dir: Path, rows: pa.Table) -> list[bytes]:
-    """The encoded images of rows with tar_file, image_offset and image_size, tar by tar."""
-    names = np.array(rows["tar_file"].to_pylist())
-    offsets, sizes = (rows[name].to_numpy() for name in ("image_offset", "image_size"))
-    encoded: list[bytes] = [b""] * len(names)
-    for name in dict.fromkeys(names.tolist()):
-        positions = np.flatnonzero(names == name)
-        for position, content in zip(
-            positions, tars.read_members(raw_dir / name, offsets[positions], sizes[positions]), strict=True
-        ):
-            encoded[position] = content
-    return encoded
 
 
 def vectors_of(folder: Path, pixels: np.ndarray, device: torch.device) -> np.ndarray:
