@@ -395,6 +395,18 @@ def test_a_model_that_gives_other_vectors_is_not_published(unpublished, monkeypa
     assert not [path.name for path in data.iterdir() if "published" in path.name]
 
 
+def test_images_damaged_since_are_left_out_of_the_check(unpublished, monkeypatch):
+    rows = parquet.read(unpublished.cfg.paths.merged_dir / "test.parquet")
+    with (unpublished.cfg.paths.raw_dir / "0088.tar").open("r+b") as tar:
+        tar.seek(rows["image_offset"][2].as_py() + 400)
+        tar.write(bytes(300))
+    kept = np.delete(unpublished.vectors(), 2, axis=0)
+    monkeypatch.setattr(parity, "vectors_of", lambda *_: kept)
+    assert main(unpublished.flags) == 0
+    made = json.loads((unpublished.cfg.paths.published_dir / "provenance.json").read_text())
+    assert made["facts"]["parity_images"] == 6
+
+
 def test_vectors_that_are_not_numbers_are_not_published(unpublished, monkeypatch):
     monkeypatch.setattr(parity, "vectors_of", lambda *_: unpublished.vectors() * np.nan)
     with pytest.raises(PipelineError, match="nothing was published"):
