@@ -6,6 +6,9 @@ dropping them, against that with resizing and normalising, and against extracted
 processor and a DataLoader of as many workers. Ours is all that the stage does: JPEGs by offset from the tar to
 finished Parquet files. Where there is a GPU: ViT-B/14 and L/14 in bfloat16, and their share of the card's peak.
 
+Against decoding alone 0.8 is wanted and not to be had here: torch's uint8 resize takes 0.5 ms of a core for an image
+of 640 pixels beside 0.8 ms for decoding it, and a faster one is not within one grey level of Hugging Face's.
+
 Command  python tests/benchmarks/bench_generation.py
 """
 
@@ -100,7 +103,7 @@ def against_the_model(cfg: config.Config, device: torch.device, images: int, rou
     return timing.seconds(ways, rounds)
 
 
-def almost_free(cfg: config.Config, folder: Path, rounds: int = 7) -> tuple[dict, int]:
+def almost_free(cfg: config.Config, folder: Path, rounds: int = 5) -> tuple[dict, int]:
     """(seconds of each way with a "model" that takes a few pixels, number of images)."""
     todo = parts_of(cfg, 10**6)
     count, threads = todo[0].count, cfg.infrastructure.threads
@@ -177,7 +180,7 @@ def measure() -> list[timing.Ratio]:
         write_dataset(root / "data" / "raw", streets=streets, cities=1)
         cfg = settings(root, write_vit(root / "S", "S"), "infrastructure.device=cpu")
         process_tar.main(["--set", f"paths.root={root}"])
-        taken = against_the_model(cfg, CPU, images=MODEL_IMAGES, rounds=9)
+        taken = against_the_model(cfg, CPU, images=MODEL_IMAGES, rounds=5)
         free, count = almost_free(cfg, root / "files")
         what = f"{count} JPEGs of 640 x 640 px to {PX} px, a model of no cost"
         ratios = [
