@@ -6,8 +6,8 @@ dropping them, against that with resizing and normalising, and against extracted
 processor and a DataLoader of as many workers. Ours is all that the stage does: JPEGs by offset from the tar to
 finished Parquet files. Where there is a GPU: ViT-B/14 and L/14 in bfloat16, and their share of the card's peak.
 
-Against decoding alone 0.8 is wanted and not to be had here: torch's uint8 resize takes 0.5 ms of a core for an image
-of 640 pixels beside 0.8 ms for decoding it, and a faster one is not within one grey level of Hugging Face's.
+Against decoding alone 0.8 is wanted and not to be had here: torch's uint8 resize takes 0.5 ms of a core for an
+image of 640 pixels, beside 0.8 ms for decoding it, and faster ones are not within a grey level of Hugging Face's.
 
 Command  python tests/benchmarks/bench_generation.py
 """
