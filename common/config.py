@@ -165,7 +165,8 @@ class Infrastructure(Section):
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     workers: Count
-    embedding_batch_size: Positive
+    embedding_batch_size: Literal["auto"] | Positive
+    compile: bool
     search_memory_mb: Annotated[int, Field(ge=16)]
 
     @property

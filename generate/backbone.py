@@ -4,6 +4,8 @@ Families: DINOv2 with and without registers, DINOv3 ViT and ConvNeXt, from the h
 """
 
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from common.config import EmbeddingModel, is_folder
+from common.config import EmbeddingModel, Infrastructure, is_folder
 from common.errors import PipelineError
 from common.parquet import first_line
 from common.provenance import digest_of
@@ -101,6 +103,18 @@ def load_weights(model_class, folder: Path, dtype: str) -> PreTrainedModel:
             f"{len(report['missing_keys'])} tensors are missing, {min(report['missing_keys'])} among them"
         )
     return model
+
+
+def compile_if_asked(model: PreTrainedModel, settings: Infrastructure) -> None:
+    """torch.compile, in place, if infrastructure.compile says so. Raises PipelineError without a compiler."""
+    if not settings.compile:
+        return
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        raise PipelineError(
+            "infrastructure.compile needs a C++ compiler, and there is none on the PATH\n"
+            "load or install one (g++), or set infrastructure.compile to false"
+        )
+    model.compile()
 
 
 def locate(name: str, revision: str, weights: bool = True) -> Path:

@@ -6,8 +6,8 @@ Writes   data/embeddings/<tar>-<part>.parquet: the rows of the intermediates, in
          output as float16, not normalised; data/embeddings/rejects/<tar>-<part>.parquet: images that can no
          longer be decoded, where there are any
 Command  python generate/generate_embeddings.py [--shard 3 --num-shards 40]
-Memory   4 batches of decoded images (64 of 640 x 640 pixels: 79 MB each), one part (20,000 x dim x 10 bytes:
-         154 MB at 768), one tar's intermediates (300 bytes an image), and the backbone
+Memory   the images under way (see loop.py: some tens of MB), one part (20,000 x dim x 10 bytes: 154 MB at 768),
+         one tar's intermediates (300 bytes an image), and the backbone
 Time     set by the backbone: see publish/estimate_model_size.py
 """
 
@@ -40,6 +40,7 @@ def main(argv=None) -> int:
         return cli.nothing_to_do("generate_embeddings", f"{num_parts:,} files")
 
     model = backbone.load(cfg.embedding_model, dtype, device)
+    backbone.compile_if_asked(model.model, cfg.infrastructure)
     times = loop.Times()
     total = sum(part.count for part in todo)
     with cli.Progress("generate_embeddings", "image", total, cfg.logging.progress_interval_s) as progress:
@@ -48,8 +49,7 @@ def main(argv=None) -> int:
             lambda pixels: model(pixels).half(),
             model.preprocessing,
             device,
-            cfg.infrastructure.embedding_batch_size,
-            cfg.infrastructure.threads,
+            cfg.infrastructure,
             times,
             progress,
         ):

@@ -1,8 +1,13 @@
-"""Images through a model, decoded ahead by threads: the one loop that every embedding stage runs.
+"""Images through a model, prepared ahead by threads: the one loop that every embedding stage runs.
 
-Memory: AHEAD + 1 batches of decoded images (64 of 640 x 640: 79 MB each) and the vectors of one job.
+Threads read, decode, resize and normalise chunks of images; the main thread runs the model. On CUDA a chunk goes
+to the device from pinned memory once it is decoded, and is resized there, on a stream of its own while the model
+computes; a batch's vectors are fetched when the next batch is under way.
+
+Memory: see `_prepared_ahead`; and the vectors of one job.
 """
 
+import errno
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,11 +19,12 @@ import numpy as np
 import torch
 
 from common.cli import Progress
+from common.config import Infrastructure
 from common.schemas import Reject
+from generate import batches
 from generate.pixels import Preprocessing, Undecodable, decode
 
-AHEAD = 3  # batches being read and decoded while one is computed
-_CHUNK = 8  # images read and decoded by one call of a thread
+CHUNK = 8  # images that a thread prepares at once
 
 
 class Job(NamedTuple):
@@ -59,10 +65,17 @@ class Times:
         return f"{', '.join(shares)} of the time"
 
 
+class _Chunk(NamedTuple):
+    rows: list[int]  # numbers of the images that could be decoded
+    pixels: torch.Tensor  # (len(rows), 3, H, W) on the device
+    failed: dict[int, str]
+    ready: torch.cuda.Event | None  # when the pixels are there
+
+
 class _Batch(NamedTuple):
     job: Job
-    start: int
-    images: list[Future]  # of chunks: list[array | text of the error]
+    parts: list[tuple[int, int]]  # of the job's images
+    chunks: list[Future]  # of _Chunk, for each part
     is_last: bool
 
 
@@ -71,8 +84,7 @@ def embed(
     forward: Callable[[torch.Tensor], torch.Tensor],
     preprocessing: Preprocessing,
     device: torch.device,
-    batch_size: int,
-    threads: int,
+    settings: Infrastructure,
     times: Times,
     progress: Progress,
 ) -> Iterator[Result]:
@@ -81,54 +93,112 @@ def embed(
     A job's batches start at its first image and end with its last, so that its vectors do not depend on what
     else is computed in this run. Each batch is counted in `progress`, with what was rejected.
     """
-    pool = ThreadPoolExecutor(threads)
+    size = batches.size_of(settings, forward, preprocessing.image_size, device)
+    # single-threaded torch in these threads (and in later ones): all cores have an image of their own
+    pool = ThreadPoolExecutor(settings.threads, initializer=torch.set_num_threads, initargs=(1,))
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    prepare = lambda job, start, stop: _prepare(job, start, stop, preprocessing, device, stream)  # noqa: E731
     try:
         outputs, rows, failed = [], [], {}
         times.lap()
-        for batch in _decoded_ahead(jobs, pool, batch_size):
-            images = [image for chunk in batch.images for image in chunk.result()]
+        for batch in _prepared_ahead(jobs, pool, prepare, size, settings.threads):
+            chunks = [_chunk(batch, number, prepare) for number in range(len(batch.parts))]
             times.read += times.lap()
-            good = [i for i, image in enumerate(images) if isinstance(image, np.ndarray)]
-            failed.update({batch.start + i: images[i] for i in set(range(len(images))).difference(good)})
-            rows += [batch.start + i for i in good]
-            vectors = forward(preprocessing([images[i] for i in good], device)) if good else None
+            good = [chunk.pixels for chunk in chunks if chunk.rows]
+            vectors = [batches.forward(forward, _joined(good), size)] if good else []
             if outputs:  # waits for the batch before, while the device works on this one
                 outputs[-1] = outputs[-1].cpu()
-            if vectors is not None:
-                outputs.append(vectors)
-            lost = len(images) - len(good)
-            progress.add(len(images), len(good), {Reject.JPEG_CORRUPT.value: lost} if lost else {})
+            outputs += vectors
+            for chunk in chunks:
+                rows += chunk.rows
+                failed |= chunk.failed
+                lost = {Reject.JPEG_CORRUPT.value: len(chunk.failed)} if chunk.failed else {}
+                progress.add(len(chunk.rows) + len(chunk.failed), len(chunk.rows), lost)
             times.compute += times.lap()
             if batch.is_last:
                 matrix = torch.cat([output.cpu() for output in outputs]).numpy() if outputs else np.empty((0, 0))
                 times.compute += times.lap()
-                yield Result(batch.job, np.array(rows, np.int64), matrix, dict(sorted(failed.items())))
+                yield Result(batch.job, np.array(rows, np.int64), matrix, failed)
                 outputs, rows, failed = [], [], {}
                 times.write += times.lap()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _decoded_ahead(jobs: Iterable[Job], pool: ThreadPoolExecutor, batch_size: int) -> Iterator[_Batch]:
-    """The jobs' batches, in order, AHEAD of them in the hands of the threads. An empty job is one empty batch."""
+def _prepared_ahead(
+    jobs: Iterable[Job], pool: ThreadPoolExecutor, prepare: Callable, size: batches.Size, threads: int
+) -> Iterator[_Batch]:
+    """The jobs' batches, in order, enough of them in the hands of the threads. An empty job is one empty batch.
+
+    Memory: three batches, or two chunks a thread, of the model's input on the device (0.6 MB an image at 224
+    pixels); in each thread one decoded image (1.2 MB for 640 x 640 pixels), for CUDA a chunk of them, twice.
+    """
     waiting: deque[_Batch] = deque()
     for job in jobs:
-        for start in range(0, max(job.count, 1), batch_size):
-            stop = min(start + batch_size, job.count)
-            chunks = [(at, min(at + _CHUNK, stop)) for at in range(start, stop, _CHUNK)]
-            images = [pool.submit(_load, job, *chunk) for chunk in chunks]
-            waiting.append(_Batch(job, start, images, stop == job.count))
-            if len(waiting) > AHEAD:
+        start = 0
+        while start < job.count or start == job.count == 0:
+            stop = min(start + size.images, job.count)
+            parts = [(at, min(at + CHUNK, stop)) for at in range(start, stop, CHUNK)]
+            chunks = [pool.submit(prepare, job, *part) for part in parts]
+            waiting.append(_Batch(job, parts, chunks, stop == job.count))
+            if len(waiting) > 2 and sum(len(batch.chunks) for batch in waiting) > 2 * threads:
                 yield waiting.popleft()
+            start = max(stop, 1)
     yield from waiting
 
 
-def _load(job: Job, start: int, stop: int) -> list[np.ndarray | str]:
-    """Read and decode images: (H, W, 3) uint8, or the text of what is wrong with one."""
-    images: list[np.ndarray | str] = []
-    for encoded in job.read(start, stop):
-        try:
-            images.append(decode(encoded) if encoded is not None else "cannot be read")
-        except Undecodable as error:
-            images.append(str(error))
-    return images
+def _prepare(
+    job: Job,
+    start: int,
+    stop: int,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    stream: torch.cuda.Stream | None,
+) -> _Chunk:
+    """Images start..stop of a job, from bytes to the model's input on the device."""
+    rows: list[int] = []
+    failed: dict[int, str] = {}
+
+    def decoded() -> Iterator[np.ndarray]:
+        for number, encoded in enumerate(_read(job, start, stop), start):
+            try:
+                image = decode(encoded)
+            except Undecodable as error:
+                failed[number] = str(error)
+            else:
+                rows.append(number)
+                yield image
+
+    with torch.inference_mode(), torch.cuda.stream(stream):  # no stream on the CPU: that changes nothing
+        pixels = preprocessing(decoded(), device)
+        ready = stream.record_event() if stream else None
+    return _Chunk(rows, pixels, failed, ready)
+
+
+def _chunk(batch: _Batch, number: int, prepare: Callable) -> _Chunk:
+    """A chunk of a batch, when it is ready for the model."""
+    try:
+        chunk = batch.chunks[number].result()
+    except torch.OutOfMemoryError:  # the model had taken all of it; now, between two batches, there is room
+        chunk = prepare(batch.job, *batch.parts[number])
+    if chunk.ready is not None:
+        current = torch.cuda.current_stream(chunk.pixels.device)
+        current.wait_event(chunk.ready)
+        chunk.pixels.record_stream(current)  # its memory is not given away before the model has read it
+    return chunk
+
+
+def _read(job: Job, start: int, stop: int) -> list[bytes | None]:
+    """The encoded images start..stop, with None for those in a place that the disk cannot read any more."""
+    try:
+        return job.read(start, stop)
+    except OSError as error:
+        if error.errno != errno.EIO:  # a file system that has gone, say, is not to end in millions of rejects
+            raise
+    if stop - start == 1:
+        return [None]
+    return [image for row in range(start, stop) for image in _read(job, row, row + 1)]
+
+
+def _joined(pixels: list[torch.Tensor]) -> torch.Tensor:
+    return pixels[0] if len(pixels) == 1 else torch.cat(pixels)

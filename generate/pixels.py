@@ -6,8 +6,9 @@ and normalised at once, on the model's device. For DINOv3 it is also the only wa
 
 import io
 import json
-from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +27,18 @@ class Undecodable(Exception):
     """The bytes are not a whole image. The text is the decoder's."""
 
 
-def decode(encoded: bytes) -> np.ndarray:
+def decode(encoded: bytes | None) -> np.ndarray:
     """An image's pixels as RGB, (H, W, 3) uint8: JPEG strictly, other formats and EXIF rotations as PIL has them.
 
-    Raises Undecodable for what is not an image, or not a whole one.
+    Raises Undecodable for what is not an image, or not a whole one, or could not even be read (None).
     """
+    if encoded is None:
+        raise Undecodable("cannot be read")
     try:
         if _is_plain_jpeg(encoded):
             return simplejpeg.decode_jpeg(encoded, colorspace="RGB", strict=True)
         with Image.open(io.BytesIO(encoded)) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except _UNREADABLE as error:
         raise Undecodable(str(error) or type(error).__name__) from None
 
@@ -48,7 +51,7 @@ class Preprocessing:
     exact_size: tuple[int, int] | None  # resize to this height and width, or (both None) not at all
     crop: tuple[int, int] | None  # height and width cut from the middle, padded with 0 where the image is smaller
     mode: str  # of the resize: "bicubic", "bilinear" or "nearest-exact"
-    rescale_first: bool  # DINOv3 resizes numbers in 0..1, the others grey levels, which it rounds
+    rescale_first: bool  # as DINOv3: the resize is not rounded to grey levels, as it is for the others
     scale: float  # 1/255
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -61,27 +64,29 @@ class Preprocessing:
             raise PipelineError("preprocessor_config.json gives neither a crop nor an exact size for all images")
         return list(size)
 
-    def __call__(self, images: list[np.ndarray], device: torch.device) -> torch.Tensor:
-        """(N, 3, H, W) float32 on `device`, of N images, (h, w, 3) uint8 of any sizes."""
-        rows_of_shape = defaultdict(list)
-        for row, image in enumerate(images):
-            rows_of_shape[image.shape].append(row)
-        if len(rows_of_shape) == 1:
-            return self._apply(_to_device(images, device))
-        parts = [self._apply(_to_device([images[r] for r in rows], device)) for rows in rows_of_shape.values()]
-        order = np.concatenate(list(rows_of_shape.values()))
-        return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(device)]
+    def __call__(self, images: Iterable[np.ndarray], device: torch.device) -> torch.Tensor:
+        """(N, 3, H, W) float32 on `device`, of N images, (h, w, 3) uint8 of any sizes.
 
-    def _apply(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Images of one size, (n, 3, h, w) uint8 -> (n, 3, H, W) float32."""
-        if self.rescale_first:
-            pixels = self._resize(pixels.float() * self.scale)
+        On the CPU they are taken one by one as they come: what was just decoded is still in the core's cache.
+        """
+        if device.type == "cpu":
+            shrunk = [self._shrink(torch.from_numpy(image[None]).permute(0, 3, 1, 2)) for image in images]
         else:
-            pixels = self._resize(pixels).float() * self.scale
-        if self.crop:
-            pixels = _center_crop(pixels, *self.crop)
+            runs = groupby(images, key=np.shape)  # neighbours of one size go together
+            shrunk = [self._shrink(_to_cuda(list(run), device)) for _, run in runs]
+        if not shrunk:
+            return torch.empty((0, 3, *self.image_size), device=device)
+        return self._normalize(torch.cat(shrunk))
+
+    def _shrink(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Images of one size, (n, 3, h, w) uint8 -> (n, 3, H, W), grey levels."""
+        pixels = self._resize(pixels.float() if self.rescale_first else pixels)
+        return _center_crop(pixels, *self.crop) if self.crop else pixels
+
+    def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Grey levels -> float32: (grey level * scale - mean) / std, as one factor and one offset."""
         mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (self.mean, self.std))
-        return (pixels - mean).div_(std)
+        return pixels.float().mul_(self.scale / std).sub_(mean / std)
 
     def _resize(self, pixels: torch.Tensor) -> torch.Tensor:
         height, width = pixels.shape[-2:]
@@ -154,13 +159,11 @@ def _is_plain_jpeg(encoded: bytes) -> bool:
     return simplejpeg.decode_jpeg_header(encoded)[2] not in ("CMYK", "YCCK")
 
 
-def _to_device(images: list[np.ndarray], device: torch.device) -> torch.Tensor:
-    """Images of one size as (n, 3, h, w) uint8 (a view of (n, h, w, 3)) on the device."""
-    height, width, channels = images[0].shape
-    on_cuda = device.type == "cuda"
-    batch = torch.empty((len(images), height, width, channels), dtype=torch.uint8, pin_memory=on_cuda)
+def _to_cuda(images: list[np.ndarray], device: torch.device) -> torch.Tensor:
+    """Images of one size as (n, 3, h, w) uint8 (a view of (n, h, w, 3)) on the device, by way of pinned memory."""
+    batch = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, pin_memory=True)
     np.stack(images, out=batch.numpy())
-    return batch.to(device, non_blocking=on_cuda).permute(0, 3, 1, 2)
+    return batch.to(device, non_blocking=True).permute(0, 3, 1, 2)
 
 
 def _center_crop(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:

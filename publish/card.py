@@ -61,8 +61,12 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
         metrics=metrics,
         titles=[METRICS[key] for key in shown],
         table=[
-            (METHODS[method], [told(values[key], key) for key in shown])
+            (METHODS.get(method, method), [told(values[key], key) for key in shown])
             for method, values in metrics["methods"].items()
+        ]
+        + [
+            (f"{METHODS.get(a, a)} - {METHODS.get(b, b)}", [told(values[key], key, "+") for key in shown])
+            for (a, b), values in differences(metrics)
         ],
     )
     (folder / "README.md").write_text(str(card).rstrip() + "\n")
@@ -103,10 +107,16 @@ def results(metrics: dict) -> list[EvalResult]:
     return found
 
 
-def told(figure: dict, key: str) -> str:
-    """A figure as text: "54.3 [52.1, 56.4]", in percent unless it is a rank."""
+def differences(metrics: dict) -> list[tuple[tuple[str, str], dict]]:
+    """The paired differences between the trained head and the linear baselines that it is measured against."""
+    pairs = [("trained", "whitening"), ("trained", "raw")]
+    return [(pair, metrics["differences"]["-".join(pair)]) for pair in pairs]
+
+
+def told(figure: dict, key: str, sign: str = "") -> str:
+    """A figure as text: "54.3 [52.1, 56.4]", in percent unless it is a rank. `sign`: "+" for a difference."""
     factor, digits = (1, 0) if key == "median_rank" else (100, 1)
-    text = f"{figure['value'] * factor:.{digits}f}"
+    text = f"{figure['value'] * factor:{sign}.{digits}f}"
     if figure.get("low") is None:
         return text
-    return f"{text} [{figure['low'] * factor:.{digits}f}, {figure['high'] * factor:.{digits}f}]"
+    return f"{text} [{figure['low'] * factor:{sign}.{digits}f}, {figure['high'] * factor:{sign}.{digits}f}]"

@@ -5,7 +5,8 @@ Reads    checkpoints/<run>/checkpoint_best.pt, data/evaluation/metrics.json, the
 Writes   data/published/: config.json, model.safetensors (the dtype of the embeddings; files of at most 5 GB),
          preprocessor_config.json, two .py files, README.md (the card), provenance.json. The folder appears when it
          is whole and its vectors are within 1e-3 cosine distance of the pipeline's; a former one is replaced
-Command  python publish/convert_to_hf.py [--set training.run=NAME]
+Command  python publish/convert_to_hf.py [--set training.run=NAME] [--push USER/NAME [--dry-run]]
+         --push sends the folder to the hub, into a private repository if there is none; --dry-run only lists it
 Memory   the backbone in that dtype (7B parameters in bfloat16: 13 GB), once here and then once in the check
 """
 
@@ -16,11 +17,31 @@ if not __package__:  # run by path: import from the repository root, not from th
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli
+from common.errors import ConfigError
 
 
 def main(argv=None) -> int:
-    args = cli.parser(__doc__).parse_args(argv)
+    arguments = cli.parser(__doc__)
+    arguments.add_argument(
+        "--push", metavar="USER/NAME", help="send it to this repository of the Hugging Face hub"
+    )
+    arguments.add_argument("--dry-run", action="store_true", help="with --push: only list what would go there")
+    args = arguments.parse_args(argv)
+    if args.dry_run and not args.push:
+        raise ConfigError("--dry-run says what --push would send: name the repository with --push USER/NAME")
     cfg = cli.load_config(args)
+    convert(cfg, args.overwrite)
+    if args.push:
+        from publish import push
+
+        print(push.listing(cfg.paths.published_dir, args.push))
+        if not args.dry_run:
+            print(f"pushed: {push.push(cfg.paths.published_dir, args.push)}")
+    return 0
+
+
+def convert(cfg, overwrite: bool) -> None:
+    """Write the published folder, unless it is there."""
     from common import config, devices, provenance
     from publish import card, parity, published
     from train import model
@@ -38,8 +59,9 @@ def main(argv=None) -> int:
     }
     made = provenance.record("convert_to_hf", config.values(cfg, "training.run"), inputs)
     published.remove_dead_folders(cfg.paths.published_dir)
-    if published.is_done(cfg.paths.published_dir, made, args.overwrite):
-        return cli.nothing_to_do("convert_to_hf", str(cfg.paths.published_dir))
+    if published.is_done(cfg.paths.published_dir, made, overwrite):
+        cli.nothing_to_do("convert_to_hf", str(cfg.paths.published_dir))
+        return
 
     # write beside the target, check, move into place
     device = devices.pick(cfg.infrastructure.device)
@@ -58,7 +80,6 @@ def main(argv=None) -> int:
         f"convert_to_hf: wrote {cfg.paths.published_dir}; {count} images of the test split are within "
         f"{worst:.1e} cosine distance of the pipeline's vectors"
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Writes   search: OUT, a picture of the query and its nearest images; both print 
 Command  python publish/demo_usage.py compare A.jpg B.jpg
          python publish/demo_usage.py search QUERY.jpg --gallery FOLDER_OR_TAR --out search.png
          python publish/demo_usage.py search
-Memory   the gallery's vectors (1 kB an image), 4 batches of decoded images, and the model
+Memory   the gallery's vectors (1 kB an image), the images under way (see generate/loop.py), and the model
 """
 
 import argparse

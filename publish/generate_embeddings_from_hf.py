@@ -5,8 +5,8 @@ Reads    IMAGES: a folder (with all below it), a text file with a path per line 
 Writes   OUT/<name>-<part>.parquet: `image` (path, member, or streetview_image_id) and `embedding` (float32, of
          length 1), data.rows_per_part images each; OUT/rejects/: images that cannot be read or decoded
 Command  python publish/generate_embeddings_from_hf.py IMAGES OUT [--model FOLDER]
-Memory   4 batches of decoded images (64 of 640 x 640 pixels: 79 MB each), one part (20,000 x 256 x 4 bytes:
-         20 MB), the images' names, and the model
+Memory   the images under way (see generate/loop.py: some tens of MB), one part (20,000 x 256 x 4 bytes: 20 MB),
+         the images' names, and the model
 """
 
 import sys
@@ -43,6 +43,7 @@ def main(argv=None) -> int:
         return cli.nothing_to_do("generate_embeddings_from_hf", f"{num_parts:,} files")
 
     published = inference.load(folder, dtype, device)
+    backbone.compile_if_asked(published.model, cfg.infrastructure)
     times = loop.Times()
     total = sum(part.count for part in todo)
     with cli.Progress("generate_embeddings_from_hf", "image", total, cfg.logging.progress_interval_s) as progress:
@@ -51,8 +52,7 @@ def main(argv=None) -> int:
             published.forward,
             published.preprocessing,
             device,
-            cfg.infrastructure.embedding_batch_size,
-            cfg.infrastructure.threads,
+            cfg.infrastructure,
             times,
             progress,
         ):

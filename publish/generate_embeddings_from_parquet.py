@@ -1,12 +1,14 @@
 """Vectors by the published model of what Parquet files hold: backbone embeddings (only the head runs), or images.
 
 Reads    INPUT: a Parquet file, or a folder of them, with a column of embeddings (lists of floats, the backbone's
-         pooled output) or of images (bytes, or Hugging Face's struct of bytes and path); the published model
-Writes   OUT/<file>.parquet for each input file: its other columns as they are, and `embedding` (float32, of length
-         1) in place of the column that was used; OUT/rejects/: rows whose image cannot be decoded
+         pooled output) or of images (bytes, or Hugging Face's struct of bytes and path), or the pipeline's
+         intermediates (then also the tars of paths.raw_dir); the published model
+Writes   OUT/<file>-<part>.parquet: the other columns as they are, and `embedding` (float32, of length 1) in place
+         of the column that was used; whole row groups, at least data.rows_per_part rows a part;
+         OUT/rejects/: rows whose image cannot be decoded
 Command  python publish/generate_embeddings_from_parquet.py INPUT OUT [--column NAME] [--model FOLDER]
-Memory   one row group of the input, twice; for images also 4 batches of decoded ones (64 of 640 x 640 pixels:
-         79 MB each); and the model
+Memory   one row group of the input, twice; for images also those under way (see generate/loop.py: some tens of
+         MB); and the model
 """
 
 import sys
@@ -27,7 +29,7 @@ def main(argv=None) -> int:
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
     from common import devices, parquet
-    from generate import backbone, loop
+    from generate import backbone, loop, parts
     from publish import inference, tables
 
     folder = inference.folder_of(cfg, args.model)
@@ -35,19 +37,24 @@ def main(argv=None) -> int:
     dtype = backbone.resolve_dtype(cfg.embedding_model.dtype, device)
     identity = inference.identity(folder, dtype)
 
-    found = [tables.describe(path, args.out, args.column, identity) for path in tables.files(args.input, args.out)]
-    todo = [table for table in found if not parquet.is_done(table.target, table.made, args.overwrite)]
+    todo, num_parts = [], 0
+    for path in tables.files(args.input, args.out):
+        found = tables.parts_of(path, args.out, args.column, cfg.data.rows_per_part, identity)
+        todo += [part for part in found if not parquet.is_done(part.target, part.made, args.overwrite)]
+        parts.refuse_surplus(args.out, path.stem, len(found), args.overwrite)
+        num_parts += len(found)
     if not todo:
-        return cli.nothing_to_do("generate_embeddings_from_parquet", f"{len(found):,} files")
+        return cli.nothing_to_do("generate_embeddings_from_parquet", f"{num_parts:,} files")
 
     published = inference.load(folder, dtype, device)
+    backbone.compile_if_asked(published.model, cfg.infrastructure)
     times = loop.Times()
     total = sum(table.num_rows for table in todo)
     interval_s = cfg.logging.progress_interval_s
     with cli.Progress("generate_embeddings_from_parquet", "row", total, interval_s) as progress:
         for table in todo:
             if table.holds_images:
-                tables.embed_images(table, published, cfg.infrastructure, times, progress)
+                tables.embed_images(table, cfg.paths.raw_dir, published, cfg.infrastructure, times, progress)
             else:
                 tables.project(table, published, times, progress)
             cli.check_stop()

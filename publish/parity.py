@@ -2,6 +2,7 @@
 of this repository, offline, through AutoModel.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,13 +10,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 
-from common import parquet, tars
+from common import parquet
 from common.config import Config
 from common.errors import PipelineError
-from generate.pixels import Preprocessing, decode
+from generate.pixels import Preprocessing, Undecodable, decode
+from publish.sources import read_images
 from train.model import head_of
 
 MAX_IMAGES = 64
@@ -44,9 +45,15 @@ def check(
     rows = next(parquet.batches(test, columns, size=MAX_IMAGES), None)
     if rows is None:
         raise PipelineError(f"{test} has no rows: there is nothing to check the published model with")
-    images = [decode(encoded) for encoded in read_images(cfg.paths.raw_dir, rows)]
+    images, numbers = [], []
+    for number, encoded in enumerate(read_images(cfg.paths.raw_dir, rows)):
+        with contextlib.suppress(Undecodable):  # damaged since its embedding was made
+            images.append(decode(encoded))
+            numbers.append(number)
+    if not images:
+        raise PipelineError(f"none of the first {rows.num_rows} images of {test} can be decoded any more")
     with torch.inference_mode():
-        embeddings = torch.from_numpy(parquet.to_matrix(rows["embedding"]).astype(np.float32))
+        embeddings = torch.from_numpy(parquet.to_matrix(rows["embedding"])[numbers].astype(np.float32))
         expected = head_of(checkpoint)(embeddings).numpy()
     vectors = vectors_of(folder, preprocessing(images, torch.device("cpu")).numpy(), device)
     worst = float(1 - (vectors * expected).sum(axis=1).min())
@@ -57,20 +64,6 @@ def check(
             "the backbone or its preprocessing is not what the embeddings were made with: make them again"
         )
     return worst, len(images)
-
-
-def read_images(raw_dir: Path, rows: pa.Table) -> list[bytes]:
-    """The encoded images of rows with tar_file, image_offset and image_size, tar by tar."""
-    names = np.array(rows["tar_file"].to_pylist())
-    offsets, sizes = (rows[name].to_numpy() for name in ("image_offset", "image_size"))
-    encoded: list[bytes] = [b""] * len(names)
-    for name in dict.fromkeys(names.tolist()):
-        positions = np.flatnonzero(names == name)
-        for position, content in zip(
-            positions, tars.read_members(raw_dir / name, offsets[positions], sizes[positions]), strict=True
-        ):
-            encoded[position] = content
-    return encoded
 
 
 def vectors_of(folder: Path, pixels: np.ndarray, device: torch.device) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common import files
 from common.cli import Progress
@@ -84,14 +84,15 @@ def search(
             forward,
             prepare,
             device,
-            settings.embedding_batch_size,
-            settings.threads,
+            settings,
             loop.Times(),
             progress,
         )
     if query is None:
         row = first_with_a_match(names)
         query = Photograph(names[row], gallery.read(row, row + 1)[0])
+    if not len(result.rows):
+        raise PipelineError(f"none of the {len(names):,} images of the gallery can be decoded")
     similarities = result.vectors.astype(np.float32) @ vector_of(published, query)
     others = np.array([names[row] != query.name for row in result.rows])
     similarities = np.where(others, similarities, -np.inf)
@@ -119,21 +120,23 @@ def table(found: Found) -> str:
 def draw(found: Found, path: Path) -> None:
     """The query and its results in a row, as PNG; frame and words tell which show the query's building."""
     photographs = [found.query, *found.results]
-    figure, axes = plt.subplots(1, len(photographs), figsize=(2.6 * len(photographs), 3.1), squeeze=False)
+    figure, axes = plt.subplots(1, len(photographs), figsize=(2.5 * len(photographs), 3), squeeze=False)
     for number, (axis, photograph) in enumerate(zip(axes[0], photographs, strict=True)):
-        axis.imshow(Image.open(io.BytesIO(photograph.encoded)).convert("RGB").resize((256, 256)))
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(photograph.encoded))).convert("RGB")
+        axis.imshow(ImageOps.pad(image, (320, 320), color="white"))  # whole, and in its own proportions
         axis.set_xticks([])
         axis.set_yticks([])
         match = found.is_match(number - 1) if number else None
-        colour = {True: "#1a7f37", False: "#cf222e", None: "#57606a"}[match]
+        colour = {True: "#1a7f37", False: "#cf222e", None: "#57606a"}[match] if number else "#1f2328"
         words = {True: "same building", False: "another building", None: ""}[match]
-        title = f"{found.similarities[number - 1]:.3f} {words}" if number else "query"
-        axis.set_title(title, fontsize=10, color=colour)
+        title = f"{number}.  {found.similarities[number - 1]:.3f}" if number else "query"
+        axis.set_title(title, fontsize=12, color=colour, fontweight="bold")
+        axis.set_xlabel(words, fontsize=11, color=colour)
         for spine in axis.spines.values():
             spine.set(color=colour, linewidth=3)
-    figure.tight_layout()
+    figure.tight_layout(w_pad=1.5)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", pad_inches=0.1)
     plt.close(figure)
     files.write_bytes(path, buffer.getvalue())
 

@@ -96,6 +96,9 @@ def as_text(found: dict) -> str:
         lines[-1] += "" if gpu["fits"] else "   does not fit"
     share = found["assumed_share_of_peak"]
     lines += [f"at {share:.0%} of the card's peak, if images are decoded fast enough: 1,000 images/s a CPU core"]
+    lines += [
+        "(peaks: NVIDIA's data sheets, dense bfloat16; share: timm's published rates of DINOv3, see sizes.py)"
+    ]
     return "\n".join(lines)
 
 

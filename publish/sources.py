@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from common import parquet, tars
 from common.errors import PipelineError
@@ -60,19 +59,25 @@ def of_split(path: Path, raw_dir: Path, limit: int) -> Group:
     columns = ["building_id", "streetview_image_id", "tar_file", "image_offset", "image_size"]
     rows = parquet.read(path, columns).slice(0, limit)
     names = [" ".join(pair) for pair in zip(*(rows[name].to_pylist() for name in columns[:2]), strict=True)]
-    tar_files = rows["tar_file"].to_pylist()
 
     def read(start: int, stop: int) -> list[bytes | None]:
-        chosen = rows.slice(start, stop - start)
-        contents: list[bytes | None] = []
-        for tar_file in dict.fromkeys(tar_files[start:stop]):  # a split is sorted by tar
-            of_tar = chosen.filter(pc.equal(chosen["tar_file"], tar_file))
-            contents += tars.read_members(
-                raw_dir / tar_file, of_tar["image_offset"].to_pylist(), of_tar["image_size"].to_pylist()
-            )
-        return contents
+        return read_images(raw_dir, rows.slice(start, stop - start))
 
     return Group(path.stem, pa.array(names, pa.string()), read, lambda a, b: rows["image_size"][a:b].to_pylist())
+
+
+def read_images(raw_dir: Path, rows: pa.Table) -> list[bytes | None]:
+    """The encoded images of rows with tar_file, image_offset and image_size, tar by tar."""
+    names = np.array(rows["tar_file"].to_pylist())
+    offsets, sizes = (rows[name].to_numpy() for name in ("image_offset", "image_size"))
+    encoded: list[bytes | None] = [None] * len(names)
+    for name in dict.fromkeys(names.tolist()):
+        positions = np.flatnonzero(names == name)
+        for position, content in zip(
+            positions, tars.read_members(raw_dir / name, offsets[positions], sizes[positions]), strict=True
+        ):
+            encoded[position] = content
+    return encoded
 
 
 def read_image(name: str) -> bytes:

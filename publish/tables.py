@@ -1,4 +1,4 @@
-"""Parquet files of any origin through the published model, a row group at a time."""
+"""Parquet files of any origin through the published model, a row group at a time, in parts that resume."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,21 +17,25 @@ from common.provenance import Provenance, digest_of
 from common.schemas import Reject
 from generate import loop, parts
 from publish.inference import Published
+from publish.sources import read_images
 
 PROJECT_ROWS = 8_192  # embeddings through the head at a time: 25 MB of float32 at 768 dimensions
 IMAGE_ROWS = 1_024  # encoded images held at a time: 40 MB of the dataset's
 EMBEDDING = "embedding"  # the column that is written
+MEMBER = ("tar_file", "image_offset", "image_size")  # of the intermediates: where an image lies
 _TAIL_BYTES = 65_536  # of a file, with its footer: where the row groups lie, their sizes and extremes
 
 
 @dataclass(frozen=True)
 class Table:
-    """A Parquet file to make vectors of."""
+    """A run of row groups of a Parquet file, and the file for their vectors."""
 
     path: Path
-    column: str  # that the vectors are made of
+    column: str | None  # that the vectors are made of; None: the columns that say where in a tar an image lies
     holds_images: bool
     others: pa.Schema  # the columns carried through
+    groups: range  # row groups
+    start: int  # number of the first row
     num_rows: int
     target: Path
     made: Provenance
@@ -50,10 +54,30 @@ def files(source: Path, out: Path) -> list[Path]:
     return found
 
 
-def describe(path: Path, out: Path, column: str | None, model: dict) -> Table:
-    """What a file holds. `model`: see `inference.identity`. Raises PipelineError without a usable column."""
+def parts_of(path: Path, out: Path, column: str | None, size: int, model: dict) -> list[Table]:
+    """A file's parts: whole row groups, at least `size` rows. `model`: see `inference.identity`.
+
+    Raises PipelineError without a usable column.
+    """
     with parquet.open_file(path) as file:
-        schema, num_rows = file.schema_arrow, file.metadata.num_rows
+        schema = file.schema_arrow
+        group_rows = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+    chosen, holds_images, others = _usable(path, schema, column)
+    settings = {**model, "column": chosen, "data.rows_per_part": size}
+    made = provenance.record("generate_embeddings_from_parquet", settings, {path.name: _identity(path)})
+    found, first, start = [], 0, 0
+    for group in range(max(len(group_rows), 1)):
+        count = sum(group_rows[first : group + 1])
+        if count >= size or group + 1 >= len(group_rows):
+            target = out / f"{path.stem}-{len(found)}.parquet"
+            groups = range(first, min(group + 1, len(group_rows)))
+            found.append(Table(path, chosen, holds_images, others, groups, start, count, target, made))
+            first, start = group + 1, start + count
+    return found
+
+
+def _usable(path: Path, schema: pa.Schema, column: str | None) -> tuple[str | None, bool, pa.Schema]:
+    """(the column to use, whether it holds images, the other columns); see `Table`."""
     kinds = {field.name: _kind(field.type) for field in schema if _kind(field.type)}
     listing = ", ".join(f"{field.name} ({field.type})" for field in schema)
     chosen = column or (EMBEDDING if EMBEDDING in kinds else None)
@@ -61,16 +85,15 @@ def describe(path: Path, out: Path, column: str | None, model: dict) -> Table:
         chosen = next(iter(kinds))
     if chosen is None and len(kinds) > 1:
         raise PipelineError(f"{path}: choose one of {', '.join(kinds)} with --column")
+    if chosen is None and not kinds and set(MEMBER) <= set(schema.names):
+        return None, True, schema.remove_metadata()
     if chosen not in kinds:
         what = f"column {chosen}" if chosen else "column"
         raise PipelineError(f"{path} has no {what} of embeddings (lists of floats) or images (bytes): {listing}")
     others = schema.remove(schema.get_field_index(chosen)).remove_metadata()
     if EMBEDDING in others.names:
         raise PipelineError(f"{path} has a column {EMBEDDING} already: rename it, or drop --column to use it")
-    made = provenance.record(
-        "generate_embeddings_from_parquet", {**model, "column": chosen}, {path.name: _identity(path)}
-    )
-    return Table(path, chosen, kinds[chosen] == "images", others, num_rows, out / path.name, made)
+    return chosen, kinds[chosen] == "images", others
 
 
 def _kind(kind: pa.DataType) -> str | None:
@@ -107,18 +130,22 @@ def project(table: Table, published: Published, times: loop.Times, progress: Pro
 
 
 def embed_images(
-    table: Table, published: Published, settings: Infrastructure, times: loop.Times, progress: Progress
+    table: Table,
+    raw_dir: Path,
+    published: Published,
+    settings: Infrastructure,
+    times: loop.Times,
+    progress: Progress,
 ) -> None:
     """Images of a file through the whole model. Rows without a whole image become rejects, by their number."""
-    failed, start = {}, 0
+    failed, start = {}, table.start
     with parquet.writer(table.target, table.schema(published.dim), table.made) as out:
         for result in loop.embed(
-            _jobs(table),
+            _jobs(table, raw_dir),
             published.forward,
             published.preprocessing,
             published.device,
-            settings.embedding_batch_size,
-            settings.threads,
+            settings,
             times,
             progress,
         ):
@@ -134,22 +161,29 @@ def embed_images(
 
 
 def _batches(table: Table, size: int) -> Iterator[tuple[pa.Table, bool]]:
-    """The rows of a file, at most `size` at a time, and whether they end a row group."""
+    """The rows of a part, at most `size` at a time, and whether they end a row group."""
     with parquet.open_file(table.path) as file:
-        for group in range(file.metadata.num_row_groups):
+        for group in table.groups:
             missing = file.metadata.row_group(group).num_rows
             for batch in file.iter_batches(size, row_groups=[group]):
                 missing -= batch.num_rows
                 yield pa.Table.from_batches([batch]), missing == 0
 
 
-def _jobs(table: Table) -> Iterator[loop.Job]:
+def _jobs(table: Table, raw_dir: Path) -> Iterator[loop.Job]:
     """What the loop reads; a job's name is its rows without the images, and whether they end a row group."""
     for rows, ends_group in _batches(table, IMAGE_ROWS):
+        if table.column is None:
+            yield loop.Job((rows, ends_group), rows.num_rows, _reader_of_members(raw_dir, rows))
+            continue
         images = rows[table.column].combine_chunks()
         if pa.types.is_struct(images.type):
             images = images.field("bytes")
         yield loop.Job((rows.drop([table.column]), ends_group), rows.num_rows, _reader(images))
+
+
+def _reader_of_members(raw_dir: Path, rows: pa.Table):
+    return lambda start, stop: read_images(raw_dir, rows.slice(start, stop - start))
 
 
 def _reader(images: pa.Array):

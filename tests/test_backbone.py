@@ -124,13 +124,13 @@ def test_a_small_image_is_padded_to_the_crop_as_by_hugging_face(tmp_path):
     (folder / "preprocessor_config.json").write_text(json.dumps(config))
     image = picture(31, 31)
     expected = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
-    ours = pixels.read_preprocessing(folder)([np.asarray(image)], CPU)
+    ours = pixels.read_preprocessing(folder)([np.array(image)], CPU)
     assert (ours - expected).abs().max() < 1e-5  # no resize: equal but for the order of the arithmetic
 
 
 def test_images_of_different_sizes_keep_their_order(tmp_path):
     preprocessing = pixels.read_preprocessing(write_tiny_backbone(tmp_path, "dinov2"))
-    images = [np.asarray(picture(*SIZES[i % 3], seed=i)) for i in range(7)]
+    images = [np.array(picture(*SIZES[i % 3], seed=i)) for i in range(7)]
     together = preprocessing(images, CPU)
     assert torch.equal(together, torch.cat([preprocessing([image], CPU) for image in images]))
 

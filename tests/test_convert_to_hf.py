@@ -2,25 +2,32 @@
 transformers' own AutoModel, pipeline and save_pretrained.
 """
 
+import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
-import sys
+import venv
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from huggingface_hub.utils import filter_repo_objects
 from local_backbone import FAMILIES, write_tiny_backbone
+from packaging.requirements import Requirement
 from test_generate_embeddings import Setup, cosines, photographs
 
 from common import cli, config, parquet, provenance, schemas
 from common.errors import PipelineError, StaleArtefact
 from generate import generate_embeddings
-from publish import card, parity, published
+from publish import card, parity, published, push
 from publish.convert_to_hf import main
 from publish.modeling_spatial_embeddings import ProjectionHead, SpatialEmbeddingsModel
 
@@ -75,6 +82,7 @@ def write_metrics(cfg: config.Config, checkpoint_id: str = "run-1") -> dict:
     made = provenance.record("evaluate", {}, {"checkpoint_best.pt": checkpoint_id, "test.parquet": test})
     metrics = {
         "methods": dict.fromkeys(("raw", "pca", "whitening", "trained"), figures),
+        "differences": dict.fromkeys(("trained-whitening", "trained-raw"), figures),
         "similarity_histograms": {"edges": [-1, 0, 0.5, 1], "matches": [0, 1, 9], "non_matches": [6, 3, 1]},
         "ignore_radius_m": 25.0,
         "gallery": "test",
@@ -106,6 +114,18 @@ class Trained(Setup):
             return self.head(self.embeddings()).numpy()
 
 
+def publish_without_check(done: Trained) -> Path:
+    """The folder as convert_to_hf writes it, without the parity check, which another test has."""
+    path = done.cfg.paths.checkpoints_dir / "default" / "checkpoint_best.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    folder = done.root / "published"
+    folder.mkdir()
+    settings = published.backbone_settings(done.cfg, path, checkpoint)
+    preprocessing = published.write_model(folder, settings, path, checkpoint)
+    card.write(folder, done.cfg, checkpoint, done.metrics, preprocessing)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Trained:
     """Published; tests that change something take a copy."""
@@ -119,14 +139,12 @@ def unpublished(tmp_path) -> Trained:
     return Trained(tmp_path)
 
 
-def test_the_published_folder_is_used_as_the_card_says(trained, tmp_path):
-    """In a fresh process, elsewhere, without this repository, offline: all that the card promises, at once."""
-    for number, content in enumerate(JPEGS):
-        (tmp_path / f"{number}.jpg").write_bytes(content)
-    code = """
-import sys, glob, numpy as np, torch
+USE = """
+import importlib.util, sys, glob, numpy as np, torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, pipeline
+for name in ("pandas", "pyarrow", "sklearn", "simplejpeg", "torchvision", "scipy", "common", "publish"):
+    assert importlib.util.find_spec(name) is None, name
 folder = sys.argv[1]
 paths = sorted(glob.glob("*.jpg"))
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
@@ -137,6 +155,7 @@ with torch.inference_mode():
     found["auto_model"] = model(**inputs).pooler_output
     found["one_by_one"] = torch.cat([model(inputs["pixel_values"][i : i + 1]).pooler_output for i in range(7)])
     found["tuple"] = model(**inputs, return_dict=False)[1]
+    found["project"] = model.project(torch.from_numpy(np.load("embeddings.npy")))
     extract = pipeline("image-feature-extraction", model=folder, trust_remote_code=True, pool=True)
     found["pipeline"] = torch.tensor([extract(path)[0] for path in paths])
     model.save_pretrained("again")
@@ -144,19 +163,76 @@ with torch.inference_mode():
     half = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
     assert half.backbone.dtype == torch.bfloat16
     found["bfloat16"] = half(**inputs).pooler_output
+    found["bfloat16_one_by_one"] = torch.cat(
+        [half(inputs["pixel_values"][i : i + 1]).pooler_output for i in range(7)]
+    )
     found["cast"] = model.to(torch.bfloat16)(**inputs).pooler_output
 np.savez("found.npz", **{name: vectors.float().numpy() for name, vectors in found.items()})
 """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", code, str(trained.cfg.paths.published_dir)]
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=120)
+
+
+def fresh_environment(folder: Path) -> str:
+    """The Python of a new virtual environment with torch, transformers, pillow and numpy, and what those require.
+
+    The packages are links to the ones that run this test: downloading them takes minutes and gives the same files.
+    """
+    wanted, todo = {}, ["torch", "transformers", "pillow", "numpy"]
+    while todo:
+        name = todo.pop()
+        try:
+            found = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # for other systems
+        if found.name in wanted:
+            continue
+        wanted[found.name] = found
+        requirements = [Requirement(text) for text in found.requires or []]
+        todo += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    venv.create(folder, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for found in wanted.values():
+        root = Path(found.locate_file(""))
+        for top in {path.parts[0] for path in found.files if path.parts[0] not in ("..", "__pycache__")}:
+            if not (site / top).exists():
+                (site / top).symlink_to(root / top)
+    return str(folder / "bin" / "python")
+
+
+def in_fresh_environment(place: Path, code: str, *arguments: str) -> str:
+    """What the code prints in a fresh environment, in `place`, offline, without this repository."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    kept |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "home")}
+    command = [fresh_environment(place / "environment"), "-c", code, *arguments]
+    done = subprocess.run(command, cwd=place, env=kept, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_published_folder_alone_gives_the_pipelines_vectors(trained, tmp_path):
+    for number, content in enumerate(JPEGS):
+        (tmp_path / f"{number}.jpg").write_bytes(content)
+    np.save(tmp_path / "embeddings.npy", trained.embeddings().numpy())
+    in_fresh_environment(tmp_path, USE, str(trained.cfg.paths.published_dir))
     found = np.load(tmp_path / "found.npz")
-    assert len(found.files) == 7
+    assert len(found.files) == 9
     for name in found.files:
         assert found[name].shape == (7, 16), name
         assert np.allclose(np.linalg.norm(found[name], axis=1), 1, atol=1e-5), name
         assert (1 - cosines(found[name], trained.vectors()) < 1e-3).all(), name
+
+
+@pytest.mark.parametrize(
+    "family", ["dinov2", "dinov3_vit"]
+)  # the second prepares images without AutoImageProcessor
+def test_the_cards_example_runs_as_it_stands(family, tmp_path):
+    done = Trained(tmp_path / "work", family)
+    folder = publish_without_check(done)
+    for name, content in zip(("a.jpg", "b.jpg"), JPEGS, strict=False):
+        (tmp_path / name).write_bytes(content)
+    code = (folder / "README.md").read_text().split("```python")[1].split("```")[0].replace("PATH", str(folder))
+    printed = in_fresh_environment(tmp_path, code)
+    vectors = done.vectors()
+    assert float(re.search(r"-?\d\.\d+", printed)[0]) == pytest.approx(float(vectors[0] @ vectors[1]), abs=2e-3)
 
 
 def test_project_gives_the_vectors_of_embeddings_made_earlier(trained):
@@ -193,6 +269,7 @@ def test_the_card_holds_the_measured_figures_with_their_intervals(trained):
         assert by_type[key].metric_args == {"low": low, "high": high}
     assert "| this model | 54.3 [50.0, 60.0] | 70.0 [65.0, 75.0] | 30.0 [20.0, 40.0] |" in made.text
     assert "| learned whitening | 54.3" in made.text
+    assert "| this model - learned whitening | +54.3 [+50.0, +60.0] |" in made.text
     assert "non-commercial" in made.text
     assert "{{" not in made.text
     assert "{%" not in made.text
@@ -209,6 +286,71 @@ def test_the_card_holds_the_measured_figures_with_their_intervals(trained):
 def test_the_licence_is_that_of_the_backbone(name, licence):
     assert card.licence(name)["license"] == licence
     assert (card.licence(name).get("license_name") == "dinov3-license") == ("dinov3" in name)
+
+
+def test_the_cards_metadata_is_whole_by_the_hubs_rules(trained):
+    """The hub's own check needs a network; these are its rules, and huggingface_hub's reading without excuses."""
+    text = (trained.cfg.paths.published_dir / "README.md").read_text()
+    made = ModelCard(text, ignore_metadata_errors=False)
+    (model,) = yaml.safe_load(text.split("---")[1])["model-index"]
+    metrics = json.loads((trained.cfg.paths.evaluation_dir / "metrics.json").read_text())["methods"]["trained"]
+    assert model["name"]
+    assert model_index_to_eval_results([model])[1] == made.data.eval_results
+    listed = {}
+    for result in model["results"]:
+        assert result["task"]["type"] == made.data.pipeline_tag
+        assert result["dataset"]["type"]
+        assert result["dataset"]["name"]
+        listed |= {metric["type"]: (metric["value"], metric["args"]) for metric in result["metrics"]}
+    assert listed == {key: (f["value"], {"low": f["low"], "high": f["high"]}) for key, f in metrics.items()}
+    assert re.fullmatch(r"[a-z0-9.-]+", made.data.license_name)  # required where the licence is "other"
+    assert all(re.fullmatch(r"[a-z0-9-]+", tag) for tag in made.data.tags)
+
+
+def test_a_dry_run_lists_what_would_go_and_sends_nothing(trained, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(trained.cfg.paths.published_dir, tmp_path / "published")
+    (folder / "sheet.png").write_bytes(b"a picture of the dataset")
+    monkeypatch.setattr(push, "HfApi", None)
+    flags = [*trained.flags, "--set", f"paths.published_dir={folder}"]
+    assert main([*flags, "--push", "me/buildings", "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    weights = (folder / "model.safetensors").stat().st_size
+    assert re.search(rf"{weights:,} bytes  model\.safetensors", told)
+    total = sum(path.stat().st_size for path in folder.iterdir() if path.name != "sheet.png")
+    assert f"{total:,} bytes  in all" in told
+    assert "stays here: sheet.png" in told
+    assert cli.exit_code_of(lambda: main([*flags, "--dry-run"])) == 2
+
+
+def test_pushing_sends_the_listed_files_to_a_private_repository(trained, tmp_path, monkeypatch):
+    folder = shutil.copytree(trained.cfg.paths.published_dir, tmp_path / "published")
+    (folder / "sheet.png").write_bytes(b"a picture of the dataset")
+    calls = []
+
+    class Hub:
+        def create_repo(self, repo, **options):
+            calls.append((repo, options["private"]))
+
+        def upload_folder(self, *, repo_id, folder_path, allow_patterns, **_):
+            names = filter_repo_objects(
+                [path.name for path in folder_path.iterdir()], allow_patterns=allow_patterns
+            )
+            calls.append((repo_id, sorted(names)))
+            return SimpleNamespace(commit_url="https://hub/commit")
+
+    monkeypatch.setattr(push, "HfApi", Hub)
+    assert main([*trained.flags, "--set", f"paths.published_dir={folder}", "--push", "me/buildings"]) == 0
+    sent = sorted(path.name for path in trained.cfg.paths.published_dir.iterdir())
+    assert calls == [("me/buildings", True), ("me/buildings", sent)]
+    assert [path.name for path in push.going(folder)] == sent
+
+
+@pytest.mark.parametrize(
+    ("repo", "message"), [("me/buildings", "cannot be reached|network"), ("not a name", "cannot be a repository")]
+)
+def test_a_hub_that_does_not_answer_or_a_wrong_name_is_a_clear_error(repo, message, trained):
+    with pytest.raises(PipelineError, match=message):  # HF_HUB_OFFLINE is set for all tests
+        push.push(trained.cfg.paths.published_dir, repo)
 
 
 def test_figures_without_intervals_are_told_without():
@@ -251,6 +393,18 @@ def test_a_model_that_gives_other_vectors_is_not_published(unpublished, monkeypa
         main(unpublished.flags)
     data = unpublished.cfg.paths.published_dir.parent
     assert not [path.name for path in data.iterdir() if "published" in path.name]
+
+
+def test_images_damaged_since_are_left_out_of_the_check(unpublished, monkeypatch):
+    rows = parquet.read(unpublished.cfg.paths.merged_dir / "test.parquet")
+    with (unpublished.cfg.paths.raw_dir / "0088.tar").open("r+b") as tar:
+        tar.seek(rows["image_offset"][2].as_py() + 400)
+        tar.write(bytes(300))
+    kept = np.delete(unpublished.vectors(), 2, axis=0)
+    monkeypatch.setattr(parity, "vectors_of", lambda *_: kept)
+    assert main(unpublished.flags) == 0
+    made = json.loads((unpublished.cfg.paths.published_dir / "provenance.json").read_text())
+    assert made["facts"]["parity_images"] == 6
 
 
 def test_vectors_that_are_not_numbers_are_not_published(unpublished, monkeypatch):

@@ -51,6 +51,12 @@ def test_search_in_a_tar_leaves_out_what_cannot_be_decoded(flags, query, tmp_pat
     assert len(results_of(capsys.readouterr().out)) == 3
 
 
+def test_a_gallery_of_which_nothing_can_be_decoded_is_a_clear_error(flags, query, tmp_path):  # noqa: F811
+    write_tar(tmp_path / "0088.tar", [content[:600] for content in JPEGS[:2]])
+    with pytest.raises(PipelineError, match="none of the 2 images"):
+        main(["search", query, "--gallery", str(tmp_path / "0088.tar"), *flags])
+
+
 def test_results_of_the_dataset_say_whether_they_show_the_same_building(flags, tmp_path, capsys):  # noqa: F811
     write_tar(tmp_path / "0088.tar", JPEGS[:4])  # images 0 and 1 show building 0, 2 and 3 building 1
     query = f"{tmp_path / '0088.tar'}:0088/0088_0_0_0.jpg"

@@ -2,13 +2,14 @@
 by image. The tars are small, and their intermediates are written here, with only the columns' types to go by.
 """
 
+import errno
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from common import cli, config, parquet, provenance, schemas, tars
 from common.errors import PipelineError, StaleArtefact
-from generate import backbone, loop, pixels
+from generate import backbone, batches, loop, pixels
 from generate.generate_embeddings import main
 
 
@@ -276,37 +277,67 @@ def test_a_stop_signal_ends_after_the_part_under_way(setup, monkeypatch):
     assert [p.stem for p in setup.cfg.paths.embeddings_dir.glob("*.parquet")] == ["0088-0"]
 
 
-def test_a_killed_run_continues_to_the_same_files(tmp_path):
-    """One kill at a random moment of the work itself, in a process of its own."""
-    setup = Setup(tmp_path, {"0088": photographs(40)}, data__rows_per_part=2)
+RUN_AND_KILL = """
+import os, random, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+folder, flags = Path(sys.argv[2]), sys.argv[3:]
+import torch, transformers
+from generate import backbone, loop, parts  # once, here: each run below is a fork of this process
+from generate.generate_embeddings import main
+
+rng = random.Random(0)
+for _ in range(20):
+    present = len(list(folder.glob("0088-*.parquet")))
+    wanted, delay_s = present + rng.randrange(3), rng.uniform(0, 0.02)
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(main(flags))
+    ended = lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    while len(list(folder.glob("0088-*.parquet"))) < wanted and not ended():
+        time.sleep(0.001)
+    time.sleep(delay_s)  # a random moment of the part under way
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    print(os.WIFSIGNALED(status), len(list(folder.glob("0088-*.parquet"))))
+"""
+
+
+def test_a_run_killed_twenty_times_ends_with_the_same_bits(tmp_path):
+    """Each kill at a random moment of loading, computing or writing."""
+    setup = Setup(tmp_path, {"0088": photographs(80)}, data__rows_per_part=1)
+    folder = setup.cfg.paths.embeddings_dir
     main(setup.flags)
-    undisturbed = {p.name: p.read_bytes() for p in setup.cfg.paths.embeddings_dir.glob("*.parquet")}
-    whole = {name: parquet.read(setup.part(name.removesuffix(".parquet"))) for name in undisturbed}
-    for name in undisturbed:
-        setup.cfg.paths.embeddings_dir.joinpath(name).unlink()
-    command = [sys.executable, str(ROOT / "generate" / "generate_embeddings.py"), *setup.flags]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not list(setup.cfg.paths.embeddings_dir.glob("0088-?.parquet")) and process.poll() is None:
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    assert len(list(setup.cfg.paths.embeddings_dir.glob("*.parquet"))) < 20, "it was killed too late to matter"
+    undisturbed = {path.name: parquet.read(path) for path in folder.glob("*.parquet")}
+    shutil.rmtree(folder)
+    folder.mkdir()
+    command = [sys.executable, "-c", RUN_AND_KILL, str(ROOT), str(folder), *setup.flags]
+    killed = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    lines = killed.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["True"] * 20, killed.stderr  # none had ended by itself
+    assert 0 < int(lines[-1].split()[1]) < 80
     main(setup.flags)
-    assert {p.name for p in setup.cfg.paths.embeddings_dir.iterdir()} == set(undisturbed)  # no temporary file
-    for name, table in whole.items():
-        assert parquet.read(setup.part(name.removesuffix(".parquet"))).equals(table)
+    assert {path.name for path in folder.iterdir()} == set(undisturbed)  # no temporary file
+    assert all(parquet.read(folder / name).equals(table) for name, table in undisturbed.items())
 
 
 # --------------------------------------------------------------------------------------------------- the loop
 
 
-def embed_all(jobs: list[loop.Job], batch_size: int = 4) -> list[loop.Result]:
+def mean_colour(x: torch.Tensor) -> torch.Tensor:
+    return x.mean(dim=(2, 3))
+
+
+def embed_all(jobs: list[loop.Job], forward=mean_colour, batch_size: int | str = 4) -> list[loop.Result]:
     """Jobs through the loop with a "model" that gives an image's mean colour."""
     preprocessing = pixels.Preprocessing(None, (8, 8), None, "bilinear", False, 1.0, (0.0,) * 3, (1.0,) * 3)
-    progress, times = cli.Progress("test", "image"), loop.Times()
-    mean = lambda x: x.mean(dim=(2, 3))  # noqa: E731
-    cpu = torch.device("cpu")
-    return list(loop.embed(jobs, mean, preprocessing, cpu, batch_size, 2, times, progress))
+    overrides = [f"infrastructure.embedding_batch_size={batch_size}", "infrastructure.workers=2"]
+    settings = config.load(None, overrides).infrastructure
+    progress = cli.Progress("test", "image")
+    found = list(loop.embed(jobs, forward, preprocessing, torch.device("cpu"), settings, loop.Times(), progress))
+    assert progress.rows_in == sum(job.count for job in jobs)
+    return found
 
 
 def flat(value: int) -> bytes:
@@ -337,17 +368,13 @@ def test_unreadable_images_are_left_out_and_numbered():
 
 def test_a_batch_never_spans_two_jobs():
     seen = []
-    preprocessing = pixels.Preprocessing(None, (8, 8), None, "bilinear", False, 1.0, (0.0,) * 3, (1.0,) * 3)
 
     def forward(x):
         seen.append(len(x))
-        return x.mean(dim=(2, 3))
+        return mean_colour(x)
 
-    jobs = [job("a", [flat(1)] * 5), job("b", [flat(2)] * 5)]
-    progress = cli.Progress("test", "image")
-    list(loop.embed(jobs, forward, preprocessing, torch.device("cpu"), 4, 2, loop.Times(), progress))
+    embed_all([job("a", [flat(1)] * 5), job("b", [flat(2)] * 5)], forward)
     assert seen == [4, 1, 4, 1]  # else a part's bits would depend on what else the run computes
-    assert progress.rows_in == progress.rows_out == 10
 
 
 def test_an_error_while_reading_is_raised_and_threads_end():
@@ -356,3 +383,98 @@ def test_an_error_while_reading_is_raised_and_threads_end():
 
     with pytest.raises(PipelineError, match="the tar has gone"):
         embed_all([loop.Job("a", 3, broken)])
+
+
+# -------------------------------------------------------------------------------------------------- batch sizes
+
+
+def short_of_memory(most: int):
+    """A "model" that runs out of memory above `most` images, and the sizes of the batches that it was given."""
+    seen = []
+
+    def forward(x):
+        seen.append(len(x))
+        if len(x) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return mean_colour(x)
+
+    return forward, seen
+
+
+def test_out_of_memory_halves_the_batches_and_goes_on_and_says_so(caplog):
+    forward, seen = short_of_memory(5)
+    (result,) = embed_all([job("a", [flat(v) for v in range(80)])], forward, batch_size=16)
+    assert result.vectors[:, 0].tolist() == list(range(80))  # none twice, none lost
+    assert seen[:3] == [16, 8, 4]
+    assert set(seen[2:]) == {4}  # and it stays there
+    assert [record.getMessage() for record in caplog.records] == [
+        f"out of memory: going on with batches of {images} images" for images in (8, 4)
+    ]
+
+
+def test_a_model_too_large_for_one_image_is_a_clear_error():
+    with pytest.raises(PipelineError, match="does not suffice for the model and one image"):
+        embed_all([job("a", [flat(1)] * 3)], short_of_memory(0)[0])
+
+
+def test_images_whose_preparation_ran_out_of_memory_are_prepared_again(monkeypatch):
+    """On CUDA the threads that prepare images compete with the model for its memory."""
+    prepare, failures = loop._prepare, iter([torch.OutOfMemoryError("CUDA out of memory.")] * 3)
+
+    def failing(*arguments):
+        for error in failures:
+            raise error
+        return prepare(*arguments)
+
+    monkeypatch.setattr(loop, "_prepare", failing)
+    monkeypatch.setattr(loop, "CHUNK", 64)  # a batch is a chunk; each of the three first attempts fails once
+    results = embed_all([job(name, [flat(1), flat(2)]) for name in "abcd"])
+    assert [result.vectors[:, 0].tolist() for result in results] == [[1, 2]] * 4
+
+
+@pytest.mark.parametrize(("budget", "images"), [(10_000, 64), (6_400, 64), (6_399, 32), (1, 1), (10**9, 512)])
+def test_auto_takes_the_largest_batch_within_its_share_of_the_memory(budget, images):
+    tried = []
+    assert batches.largest(lambda n: tried.append(n) or 100 * n, budget) == images
+    assert max(tried) * 100 <= max(budget, 100)  # nothing that might not fit was tried
+
+
+def test_auto_on_the_cpu_is_a_fixed_size():
+    seen = []
+    embed_all([job("a", [flat(1)] * 20)], lambda x: seen.append(len(x)) or mean_colour(x), batch_size="auto")
+    assert seen == [8, 8, 4]
+
+
+def test_a_place_that_the_disk_cannot_read_costs_its_own_image_only():
+    def read(start, stop):
+        if start <= 3 < stop:
+            raise OSError(errno.EIO, "Input/output error")
+        return [flat(v) for v in range(start, stop)]
+
+    (result,) = embed_all([loop.Job("a", 10, read)])
+    assert result.rows.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert result.failed == {3: "cannot be read"}
+
+
+def test_a_file_system_that_has_gone_is_an_error_and_not_a_heap_of_rejects():
+    def read(start, stop):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with pytest.raises(OSError, match="Stale"):
+        embed_all([loop.Job("a", 10, read)])
+
+
+def test_a_compiled_model_gives_the_same_embeddings(setup, monkeypatch):
+    compiling = torch.nn.Module.compile  # the model is traced; making machine code of it takes half a minute
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiling(self, backend="eager"))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    main([*setup.flags, "--set", "infrastructure.compile=true", "--set", "data.rows_per_part=100"])
+    compiled = parquet.to_matrix(parquet.read(setup.part("0088-0"))["embedding"])
+    assert (cosines(compiled, plain_embeddings(setup.root / "tiny", photographs(12), "cls")) > 0.9999).all()
+
+
+def test_compiling_without_a_compiler_is_a_clear_error(setup, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(PipelineError, match=r"infrastructure\.compile"):
+        main([*setup.flags, "--set", "infrastructure.compile=true"])

@@ -6,10 +6,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from test_convert_to_hf import JPEGS
-from test_generate_embeddings import cosines
+from test_generate_embeddings import cosines, write_intermediates, write_tar
 from test_generate_embeddings_from_hf import flags, model, plain_vectors  # noqa: F401 - fixtures
 
-from common import parquet
+from common import config, parquet
 from common.errors import PipelineError, StaleArtefact
 from publish.generate_embeddings_from_parquet import main
 from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
@@ -27,7 +27,8 @@ def run(flags, tmp_path):  # noqa: F811
         pq.write_table(pa.table(columns), tmp_path / "in.parquet", row_group_size=4)
         command = [str(tmp_path / "in.parquet"), str(tmp_path / "out"), *flags, *arguments]
         assert main(command) == 0
-        return parquet.read(tmp_path / "out" / "in.parquet")
+        found = sorted((tmp_path / "out").glob("in-*.parquet"))
+        return pa.concat_tables([parquet.read(path) for path in found])
 
     return run
 
@@ -70,8 +71,11 @@ def test_other_columns_are_carried_through_with_the_row_groups(run, tmp_path):
     table = run({"id": others["id"], "v": as_lists(EMBEDDINGS, pa.list_(pa.float32())), **others}, "--column", "v")
     assert table.column_names == [*others, "embedding"]
     assert table.drop(["embedding"]).equals(pa.table(others))
-    with parquet.open_file(tmp_path / "out" / "in.parquet") as file:
-        assert [file.metadata.row_group(i).num_rows for i in range(3)] == [4, 4, 2]
+    groups = []
+    for part in range(3):  # rows_per_part is 3: each row group of 4 is a part
+        with parquet.open_file(tmp_path / "out" / f"in-{part}.parquet") as file:
+            groups += [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+    assert groups == [4, 4, 2]
 
 
 @pytest.mark.parametrize("form", ["bytes", "struct"])
@@ -88,7 +92,7 @@ def test_rows_without_a_whole_image_are_rejects_by_number(model, run, tmp_path, 
     table = run({"id": list(range(7)), "image": pa.array(images)})
     assert table["id"].to_pylist() == [0, 1, 2, 3, 4]
     assert "7 rows in, 5 out, 2 rejected" in capsys.readouterr().out
-    rejects = parquet.read(tmp_path / "out" / "rejects" / "in.parquet")
+    rejects = parquet.read(tmp_path / "out" / "rejects" / "in-1.parquet")
     assert rejects["member"].to_pylist() == ["row 5", "row 6"]
 
 
@@ -99,17 +103,42 @@ def test_a_folder_gives_a_file_per_file_and_a_second_run_does_nothing(flags, tmp
         pq.write_table(pa.table(rows), tmp_path / "in" / f"{number}.parquet")
     command = [str(tmp_path / "in"), str(tmp_path / "out"), *flags]
     assert main(command) == 0
-    assert [parquet.num_rows(tmp_path / "out" / f"{n}.parquet") for n in range(3)] == [0, 4, 8]
+    assert [parquet.num_rows(tmp_path / "out" / f"{n}-0.parquet") for n in range(3)] == [0, 4, 8]
     capsys.readouterr()
     assert main(command) == 0
     assert "nothing to do, 3 files up to date" in capsys.readouterr().out
-    (tmp_path / "out" / "1.parquet").unlink()
+    (tmp_path / "out" / "1-0.parquet").unlink()
     assert main(command) == 0
     assert "4 rows in, 4 out" in capsys.readouterr().out
     changed = pa.table({"embedding": as_lists(EMBEDDINGS[4:8] + 1, pa.list_(pa.float32()))})
     pq.write_table(changed, tmp_path / "in" / "1.parquet")
     with pytest.raises(StaleArtefact, match=r"another 1\.parquet"):
         main(command)
+
+
+def test_parts_are_whole_row_groups_and_only_a_missing_one_is_made(run, tmp_path, capsys):
+    columns = {"id": list(range(10)), "v": as_lists(EMBEDDINGS, pa.list_(pa.float32()))}
+    whole = run(columns, "--set", "data.rows_per_part=5")
+    assert [parquet.num_rows(tmp_path / "out" / f"in-{part}.parquet") for part in range(2)] == [8, 2]
+    (tmp_path / "out" / "in-0.parquet").unlink()
+    capsys.readouterr()
+    assert run(columns, "--set", "data.rows_per_part=5").equals(whole)
+    assert "8 rows in, 8 out" in capsys.readouterr().out
+    with pytest.raises(StaleArtefact, match="rows_per_part"):
+        run(columns)
+
+
+def test_intermediates_are_read_from_their_tars(model, flags, tmp_path):  # noqa: F811
+    write_tar(tmp_path / "data" / "raw" / "0088.tar", [*JPEGS[:3], JPEGS[3][:600], *JPEGS[4:]])
+    cfg = config.load(None, [f"paths.root={tmp_path}"])
+    write_intermediates(cfg)
+    assert main([str(cfg.paths.intermediates_dir), str(tmp_path / "out"), *flags]) == 0
+    table = parquet.read(tmp_path / "out" / "0088-0.parquet")
+    rows = parquet.read(cfg.paths.intermediates_dir / "0088.parquet").to_pylist()
+    assert table.drop(["embedding"]).to_pylist() == rows[:3] + rows[4:]
+    vectors = plain_vectors(model, JPEGS[:3] + JPEGS[4:])
+    assert (cosines(parquet.to_matrix(table["embedding"]), vectors) > 0.9999).all()
+    assert parquet.read(tmp_path / "out" / "rejects" / "0088-0.parquet")["member"].to_pylist() == ["row 3"]
 
 
 WRONG = {
@@ -128,7 +157,7 @@ def test_what_cannot_be_used_is_one_clear_error(case, run, tmp_path):
     columns, message = WRONG[case]
     with pytest.raises(PipelineError, match=message):
         run(columns)
-    assert not (tmp_path / "out" / "in.parquet").exists()
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_a_column_that_is_not_there_and_a_name_that_is_taken_are_refused(run):
