@@ -392,8 +392,8 @@ def test_time_limits_in_training_and_generation_lead_to_the_same_results(place):
     ):
         log = (run / f"{stage}.log").read_text()
         assert "stopped by a signal" in log
-        assert "ends with exit code 85" in log  # of the first start; the log is appended to
-        assert log.count(" starts on ") == 2
+        starts = log.count(" starts on ")  # the log is appended to; on a busy machine a limit may be hit again
+        assert log.count("ends with exit code 85") == starts - 1 >= 1
         assert "1 of 1 stages done" in place.status(root, run.name)
     assert_same_artefacts(root, place.local)
 
