@@ -208,8 +208,18 @@ def test_it_stops_early_when_validation_no_longer_improves(root, data):
 
 
 def test_another_seed_draws_other_triplets(root, data):
-    one, other = (train(root, data, None, "training.epochs=1", seed=seed).history["loss"][1] for seed in (1, 2))
-    assert one != other
+    runs = [train(root, data, None, "training.epochs=1", f"training.seed={seed}").history for seed in (1, 2)]
+    assert runs[0]["loss"][1] != runs[1]["loss"][1]
+    assert runs[0]["val_map_at_r"][0] == runs[1]["val_map_at_r"][0]  # nothing of validation or baseline moves
+
+
+def test_the_seed_of_the_split_draws_no_triplets_and_both_are_recorded(root, data, tmp_path):
+    runs = [train(root, data, tmp_path / str(seed), "training.epochs=1", f"global.seed={seed}") for seed in (1, 2)]
+    assert runs[0].history["loss"][1] == runs[1].history["loss"][1]
+    config_of = model.load_checkpoint(tmp_path / "2" / "checkpoint_last.pt")["config"]
+    assert (config_of["global.seed"], config_of["training.seed"]) == (2, 0)
+    with pytest.raises(StaleArtefact, match=r"training\.seed = 0; this run says 5"):
+        train(root, data, tmp_path / "2", "training.epochs=1", "global.seed=2", "training.seed=5")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_batch(root, data, tmp_path):

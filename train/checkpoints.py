@@ -14,11 +14,11 @@ NOT_OF_A_RUN = ("run", "gallery", "bootstrap_samples", "num_trials", "trial_epoc
 NAMES = ("checkpoint_best.pt", "checkpoint_last.pt", "history.parquet", "curves.png", "bad_batch.pt")
 
 
-def record(cfg: Config, inputs: dict[str, str], seed: int) -> Provenance:
+def record(cfg: Config, inputs: dict[str, str]) -> Provenance:
     """The record of a run: every setting that its head depends on, and the ids of what it reads."""
-    config = values(cfg, "data.ignore_radius_m", "training_model", "training")
+    config = values(cfg, "global.seed", "data.ignore_radius_m", "training_model", "training")
     config = {key: value for key, value in config.items() if key.removeprefix("training.") not in NOT_OF_A_RUN}
-    return provenance.record("train", {"global.seed": seed, **config}, inputs)
+    return provenance.record("train", config, inputs)
 
 
 def existing(run_dir: Path, made: Provenance) -> dict | None:

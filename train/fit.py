@@ -57,13 +57,12 @@ def fit(
     cfg: Config,
     data: TrainingData,
     *,
-    seed: int | None = None,
     run_dir: Path | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
     resume: bool = True,
     progress: cli.Progress | None = None,
 ) -> FitResult:
-    """Train a head on `data` (see `datasets.load_data`) with the settings of `cfg`; `seed` replaces global.seed.
+    """Train a head on `data` (see `datasets.load_data`) with the settings of `cfg`.
 
     With a `run_dir` it keeps checkpoint_{best,last}.pt, history.parquet and curves.png there and, if `resume`,
     goes on from a checkpoint_last.pt of the same settings and inputs (StaleArtefact if of others); without
@@ -71,10 +70,9 @@ def fit(
     training) included, and may raise to end the run. On SIGTERM or SIGUSR2 it saves after the step in hand and
     raises Stopped. `progress` counts triplets.
     """
-    seed = cfg.global_.seed if seed is None else seed
-    made = checkpoints.record(cfg, data.inputs, seed)
+    made = checkpoints.record(cfg, data.inputs)
     store = checkpoints.Store(cfg, data, made, run_dir)
-    run = start(cfg, data, seed)
+    run = start(cfg, data)
     if run_dir and not resume:
         store.clear()
     saved = checkpoints.existing(run_dir, made) if run_dir else None
@@ -84,12 +82,12 @@ def fit(
         finished = saved["resume"]["finished"]
         store.save(run, finished)  # a file that was deleted meanwhile is there again
         log.info("continuing %s at step %s", run_dir, f"{run.step:,}")
-    sampler = Sampler(data.train, cfg.training.batch_size, cfg.training.bandit_groups, seed)
+    sampler = Sampler(data.train, cfg.training.batch_size, cfg.training.bandit_groups, cfg.training.seed)
     with tracking.session(cfg, run_dir, made) as track:
         while not finished:
             began, first_step = time.monotonic(), run.step
             while run.step < run.epoch * cfg.training.steps_per_epoch:
-                train_step(cfg, data, run, sampler, seed, run_dir)
+                train_step(cfg, data, run, sampler, run_dir)
                 if progress:
                     progress.add(cfg.training.batch_size)
                 if cli.stop_requested():
@@ -106,10 +104,10 @@ def fit(
     return FitResult(run.best["metrics"]["map@r"], run.best["epoch"], store.best(run), frame)
 
 
-def start(cfg: Config, data: TrainingData, seed: int) -> Run:
+def start(cfg: Config, data: TrainingData) -> Run:
     """A run before its first step: the head is the whitening (or random), the bandit knows nothing."""
     settings, training = cfg.training_model, cfg.training
-    torch.manual_seed(step_seed(seed, 0, purpose=3))
+    torch.manual_seed(step_seed(training.seed, 0, purpose=3))
     input_dim = data.train.embeddings.shape[1]
     head = ProjectionHead(input_dim, settings.hidden_dim, settings.output_dim, settings.dropout)
     whitening = data.baselines["whitening"]
@@ -160,14 +158,12 @@ def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> floa
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
 
 
-def train_step(
-    cfg: Config, data: TrainingData, run: Run, sampler: Sampler, seed: int, run_dir: Path | None
-) -> None:
+def train_step(cfg: Config, data: TrainingData, run: Run, sampler: Sampler, run_dir: Path | None) -> None:
     """Draw, forward, loss, backward, step; what it brought goes into `run.sums` and to the bandit."""
     training = cfg.training
     arms = arms_of_step(training.sampler, run.bandit, run.step, training.bandit_groups)
     batch = sampler.draw(run.step, arms)
-    torch.manual_seed(step_seed(seed, run.step, purpose=2))  # of the dropout
+    torch.manual_seed(step_seed(training.seed, run.step, purpose=2))  # of the dropout
     with torch.autocast("cuda", torch.bfloat16, enabled=data.device.type == "cuda"):
         vectors = run.head.train()(gather(data.train.embeddings, batch.rows))
     positive, negative = relations(data.train, batch.rows) if run.loss.needs_relations else (None, None)
