@@ -130,6 +130,7 @@ class Training(Section):
     weight_decay: NonNegative
     warmup_steps: Count
     grad_clip: PositiveFloat
+    remine_epochs: Count
     patience: Positive
     sample_buildings: Literal["all"] | Positive
     val_max_queries: Positive

@@ -15,9 +15,9 @@ from common import cli
 from common.config import Config
 from common.errors import PipelineError
 from publish.modeling_spatial_embeddings import ProjectionHead
-from train import checkpoints, history, tracking
+from train import checkpoints, history, remine, tracking
 from train.bandit import DiscountedUcb, arms_of_step
-from train.datasets import Batch, Sampler, TrainingData, gather, relations, step_seed
+from train.datasets import Batch, Sampler, TrainingData, TrainRows, gather, relations, step_seed
 from train.loss import Loss
 
 log = logging.getLogger("pipeline")
@@ -45,6 +45,7 @@ class Run:
     history: list[dict]  # a row per finished epoch, without the timings
     timings: list[dict]  # of each row: kept apart, since no two runs have the same
     best: dict  # "epoch", "metrics" and "head" of the best epoch
+    mined_with: dict | None = None  # weights of the head that made the bands in use; None: those of difficulty
     step: int = 0
 
     @property
@@ -83,6 +84,8 @@ def fit(
         store.save(run, finished)  # a file that was deleted meanwhile is there again
         log.info("continuing %s at step %s", run_dir, f"{run.step:,}")
     sampler = Sampler(data.train, cfg.training.batch_size, cfg.training.bandit_groups, cfg.training.seed)
+    if run.mined_with and not finished:
+        mine(cfg, data, run, sampler)
     with tracking.session(cfg, run_dir, made) as track:
         while not finished:
             began, first_step = time.monotonic(), run.step
@@ -96,10 +99,15 @@ def fit(
             finish_epoch(cfg, data, run, time.monotonic() - began, run.step - first_step)
             epoch = run.epoch - 1
             finished = epoch >= cfg.training.epochs or epoch - run.best["epoch"] >= cfg.training.patience
+            due = cfg.training.remine_epochs and epoch and epoch % cfg.training.remine_epochs == 0 and not finished
+            if due:
+                run.mined_with = weights_of(run.head)
             store.save(run, finished)
             track({**run.history[-1], **run.timings[-1]})
             if on_epoch:
                 on_epoch(epoch, run.history[-1]["val_map_at_r"])
+            if due:
+                mine(cfg, data, run, sampler)
     frame = history.frame(run.history, run.timings)
     return FitResult(run.best["metrics"]["map@r"], run.best["epoch"], store.best(run), frame)
 
@@ -118,8 +126,7 @@ def start(cfg: Config, data: TrainingData) -> Run:
     loss = Loss(training.loss, training.margin, training.temperature, mines=training.sampler == "semi_hard")
     head.to(data.device)
     loss.to(data.device)
-    sizes = data.train.band_offsets.int().diff(dim=1)
-    available = np.append((sizes > 0).any(dim=0).cpu().numpy(), True)
+    available = arms_of(data.train)
     return Run(
         head=head,
         loss=loss,
@@ -130,6 +137,23 @@ def start(cfg: Config, data: TrainingData) -> Run:
         timings=[],
         best={},
     )
+
+
+def arms_of(rows: TrainRows) -> np.ndarray:
+    """Which arms (B + 1,) have something to draw: bands that are not empty for all, and random."""
+    sizes = rows.band_offsets.int().diff(dim=1)
+    return np.append((sizes > 0).any(dim=0).cpu().numpy(), True)
+
+
+def mine(cfg: Config, data: TrainingData, run: Run, sampler: Sampler) -> None:
+    """Draw from now on from the bands in the space of the head with the weights `run.mined_with`."""
+    sampler.rows = remine.mine(cfg, data.train, run.head, run.mined_with)
+    run.bandit.available = arms_of(sampler.rows)
+
+
+def weights_of(head: ProjectionHead) -> dict[str, torch.Tensor]:
+    """A copy of the head's state, on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in head.state_dict().items()}
 
 
 def make_optimizer(cfg: Config, head: ProjectionHead, loss: Loss) -> torch.optim.AdamW:
@@ -203,8 +227,7 @@ def finish_epoch(cfg: Config, data: TrainingData, run: Run, seconds: float, step
     run.timings.append({"seconds": seconds, "triplets_per_second": rate})
     run.sums = np.zeros_like(run.sums)
     if not run.best or value > run.best["metrics"]["map@r"]:
-        state = {name: tensor.detach().cpu().clone() for name, tensor in run.head.state_dict().items()}
-        run.best = {"epoch": epoch, "metrics": metrics, "head": state}
+        run.best = {"epoch": epoch, "metrics": metrics, "head": weights_of(run.head)}
     log.info("%s", history.as_line(run.history[-1], run.timings[-1], run.best["epoch"]))
 
 
