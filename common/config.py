@@ -112,6 +112,7 @@ Range = tuple[float, float] | tuple[float, float, Literal["log"]]
 
 class Training(Section):
     run: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    seed: Count
     epochs: Positive
     steps_per_epoch: Positive
     batch_size: Annotated[int, Field(ge=2)]
@@ -128,6 +129,7 @@ class Training(Section):
     weight_decay: NonNegative
     warmup_steps: Count
     grad_clip: PositiveFloat
+    remine_epochs: Count
     patience: Positive
     sample_buildings: Literal["all"] | Positive
     val_max_queries: Positive
@@ -147,7 +149,7 @@ class Training(Section):
     @classmethod
     def _known_and_ordered(cls, space: dict[str, Any]) -> dict[str, Any]:
         # what is fixed for all trials of a study: its data, its measure, its size
-        fixed = {"run", "epochs", "sample_buildings", "val_max_queries", "gallery", "bootstrap_samples"}
+        fixed = {"run", "seed", "epochs", "sample_buildings", "val_max_queries", "gallery", "bootstrap_samples"}
         fixed |= {"num_trials", "trial_epochs", "search_space"}
         tunable = set(cls.model_fields) - fixed
         for key, dimension in space.items():

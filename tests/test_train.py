@@ -11,8 +11,8 @@ from made_up_merge import MODEL, write_merge
 from common import cli, config, parquet
 from common.errors import PipelineError, StaleArtefact, Stopped
 from difficulty import compute_visual_neighbors
-from train import checkpoints, fit, model
-from train.datasets import load_data
+from train import checkpoints, fit, model, remine
+from train.datasets import load_data, relations
 from train.train import main
 
 SETTINGS = [
@@ -27,6 +27,9 @@ SETTINGS = [
     "training.warmup_steps=4",
     "training.val_max_queries=300",
 ]
+
+REMINE = ("training.remine_epochs=2",)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +150,81 @@ def undisturbed(root, data, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def remined(root, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("remined")
+    train(root, data, folder, *REMINE)
+    return folder
+
+
+def test_bands_are_mined_in_the_heads_space(root, data):
+    cfg = config.load(None, settings(root))
+    head = train(root, data).best["head"]
+    rows = remine.mine(cfg, data.train, model.head_of(head_checkpoint(cfg, data, head)), head)
+    vectors = model.embed(model.head_of(head_checkpoint(cfg, data, head)), data.train.embeddings, CPU)
+    vectors = vectors.half().double().numpy()
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    _, negative = relations(data.train, torch.arange(len(vectors)))
+    similarities = np.where(negative, vectors @ vectors.T, -np.inf)
+    best = -np.sort(-similarities, axis=1)[:, :30]  # brute force
+    found = rows.neighbor_rows.numpy()
+    assert (found >= 0).all()
+    np.testing.assert_allclose(np.take_along_axis(similarities, found.astype(int), axis=1), best, atol=1e-12)
+    ratio = (1 - best) / (1 - best[:, 9:10])
+    share = (rows.band_offsets.int().diff(dim=1).sum(dim=0) / ratio.size).numpy()
+    np.testing.assert_allclose(share, 0.2, atol=0.01)  # the edges are percentiles, of the new ratios
+    assert (found[:, 0] != data.train.neighbor_rows[:, 0].numpy()).mean() > 0.1  # the old space has others
+
+
+def head_checkpoint(cfg, data, head):
+    sizes = {"input_dim": data.train.embeddings.shape[1], "dropout": cfg.training_model.dropout}
+    return {"head": head, "hidden_dim": 48, "output_dim": 16, **sizes}
+
+
+def test_mining_anew_changes_what_is_drawn_from_the_epoch_after_on(root, data, undisturbed, remined):
+    plain, mined = (
+        parquet.read(f / "history.parquet").to_pandas()["loss"].to_numpy() for f in (undisturbed, remined)
+    )
+    assert plain[1:3].tolist() == mined[1:3].tolist()  # remine_epochs = 2: first after epoch 2
+    assert plain[3] != mined[3]
+
+
+@pytest.mark.parametrize("steps", [[1], [12], [13, 15, 23]])  # before, at, and after the mining of epoch 2
+def test_stopped_and_resumed_with_mined_bands_ends_bit_identical(
+    root, data, remined, tmp_path, monkeypatch, steps
+):
+    stopped_at(root, data, tmp_path, monkeypatch, steps, *REMINE)
+    assert_same_checkpoints(tmp_path, remined)
+
+
+def test_a_signal_while_mining_leaves_everything_saved(root, data, remined, tmp_path, monkeypatch):
+    real = remine.mine
+
+    def stopped(*arguments):
+        monkeypatch.setattr(cli, "_stop_signal", 12)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remine, "mine", stopped)
+        with pytest.raises(Stopped):
+            train(root, data, tmp_path, *REMINE)
+    monkeypatch.setattr(cli, "_stop_signal", None)
+    train(root, data, tmp_path, *REMINE)
+    assert_same_checkpoints(tmp_path, remined)
+
+
 @pytest.mark.parametrize("steps", [[1], [6], [3, 4, 17]])  # in the first epoch, at its end, several times
 def test_stopped_by_a_signal_and_resumed_ends_bit_identical(root, data, undisturbed, tmp_path, monkeypatch, steps):
+    stopped_at(root, data, tmp_path, monkeypatch, steps)
+    assert_same_checkpoints(tmp_path, undisturbed)
+    history = [parquet.read(folder / "history.parquet").to_pandas() for folder in (tmp_path, undisturbed)]
+    timed = ["seconds", "triplets_per_second"]
+    pd.testing.assert_frame_equal(*(table.drop(columns=timed) for table in history))
+
+
+def stopped_at(root, data, folder, monkeypatch, steps, *more):
+    """A run in `folder` that is stopped after these steps, each time resumed, and then ends."""
+
     class Signals(cli.Progress):
         taken = 0
 
@@ -159,13 +235,9 @@ def test_stopped_by_a_signal_and_resumed_ends_bit_identical(root, data, undistur
 
     for _ in steps:
         with pytest.raises(Stopped):
-            train(root, data, tmp_path, progress=Signals("train", "triplet"))
+            train(root, data, folder, *more, progress=Signals("train", "triplet"))
         monkeypatch.setattr(cli, "_stop_signal", None)
-    train(root, data, tmp_path)
-    assert_same_checkpoints(tmp_path, undisturbed)
-    history = [parquet.read(folder / "history.parquet").to_pandas() for folder in (tmp_path, undisturbed)]
-    timed = ["seconds", "triplets_per_second"]
-    pd.testing.assert_frame_equal(*(table.drop(columns=timed) for table in history))
+    train(root, data, folder, *more)
 
 
 def test_killed_between_its_files_and_run_again_ends_bit_identical(root, data, undisturbed, tmp_path, monkeypatch):
@@ -208,8 +280,18 @@ def test_it_stops_early_when_validation_no_longer_improves(root, data):
 
 
 def test_another_seed_draws_other_triplets(root, data):
-    one, other = (train(root, data, None, "training.epochs=1", seed=seed).history["loss"][1] for seed in (1, 2))
-    assert one != other
+    runs = [train(root, data, None, "training.epochs=1", f"training.seed={seed}").history for seed in (1, 2)]
+    assert runs[0]["loss"][1] != runs[1]["loss"][1]
+    assert runs[0]["val_map_at_r"][0] == runs[1]["val_map_at_r"][0]  # nothing of validation or baseline moves
+
+
+def test_the_seed_of_the_split_draws_no_triplets_and_both_are_recorded(root, data, tmp_path):
+    runs = [train(root, data, tmp_path / str(seed), "training.epochs=1", f"global.seed={seed}") for seed in (1, 2)]
+    assert runs[0].history["loss"][1] == runs[1].history["loss"][1]
+    config_of = model.load_checkpoint(tmp_path / "2" / "checkpoint_last.pt")["config"]
+    assert (config_of["global.seed"], config_of["training.seed"]) == (2, 0)
+    with pytest.raises(StaleArtefact, match=r"training\.seed = 0; this run says 5"):
+        train(root, data, tmp_path / "2", "training.epochs=1", "global.seed=2", "training.seed=5")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_batch(root, data, tmp_path):

@@ -14,11 +14,13 @@ NOT_OF_A_RUN = ("run", "gallery", "bootstrap_samples", "num_trials", "trial_epoc
 NAMES = ("checkpoint_best.pt", "checkpoint_last.pt", "history.parquet", "curves.png", "bad_batch.pt")
 
 
-def record(cfg: Config, inputs: dict[str, str], seed: int) -> Provenance:
+def record(cfg: Config, inputs: dict[str, str]) -> Provenance:
     """The record of a run: every setting that its head depends on, and the ids of what it reads."""
-    config = values(cfg, "data.ignore_radius_m", "training_model", "training")
+    config = values(cfg, "global.seed", "data.ignore_radius_m", "training_model", "training")
+    if cfg.training.remine_epochs:
+        config |= values(cfg, "data.band_percentiles", "data.band_reference_rank")
     config = {key: value for key, value in config.items() if key.removeprefix("training.") not in NOT_OF_A_RUN}
-    return provenance.record("train", {"global.seed": seed, **config}, inputs)
+    return provenance.record("train", config, inputs)
 
 
 def existing(run_dir: Path, made: Provenance) -> dict | None:
@@ -42,7 +44,7 @@ def restore(run, saved: dict) -> None:
     run.loss.load_state_dict(state["loss"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.bandit.load_state_dict(state["bandit"])
-    run.sums = np.array(state["sums"])
+    run.sums, run.mined_with = np.array(state["sums"]), state["mined_with"]
     run.step, run.history, run.timings, run.best = (state[key] for key in ("step", "history", "timings", "best"))
 
 
@@ -87,6 +89,7 @@ class Store:
             "optimizer": run.optimizer.state_dict(),
             "bandit": run.bandit.state_dict(),
             "sums": run.sums.tolist(),
+            "mined_with": run.mined_with,
             "history": run.history,
             "timings": run.timings,
             "best": run.best,

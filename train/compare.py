@@ -51,9 +51,10 @@ def main(argv=None) -> int:
 
     # settings, and what is there already
     inputs = datasets.input_ids(cfg) | {"test.parquet": provenance.identity(cfg.paths.merged_dir / "test.parquet")}
-    shared = checkpoints.record(cfg, inputs, 0).config
-    shared = {key: value for key, value in shared.items() if key not in ("training.sampler", "training.loss")}
-    shared |= config.values(cfg, "training.gallery", "training.bootstrap_samples", "global.seed")
+    shared = checkpoints.record(cfg, inputs).config
+    varied = ("training.sampler", "training.loss", "training.seed")
+    shared = {key: value for key, value in shared.items() if key not in varied}
+    shared |= config.values(cfg, "training.gallery", "training.bootstrap_samples")
     made = provenance.record("compare", {**shared, "seeds": args.seeds}, inputs)
     target = cfg.paths.evaluation_dir / "comparison.json"
     if target.exists() and not args.overwrite:
@@ -74,9 +75,9 @@ def main(argv=None) -> int:
     runs = [(combination, seed) for combination in combinations for seed in range(args.seeds)]
     with cli.Progress("compare", "run", len(runs), cfg.logging.progress_interval_s) as progress:
         for combination, seed in runs:
-            settings = with_training(cfg, **combination._asdict())
+            settings = with_training(cfg, **combination._asdict(), seed=seed)
             run_dir = cfg.paths.checkpoints_dir / "compare" / f"{combination.sampler}-{combination.loss}-{seed}"
-            result = fit(settings, data, seed=seed, run_dir=run_dir, resume=not args.overwrite)
+            result = fit(settings, data, run_dir=run_dir, resume=not args.overwrite)
             best[combination, seed] = result.best
             log.info("%s, %s, seed %d: validation mAP@R %.4f, epoch %d",
                      *combination, seed, result.best_value, result.best_epoch)  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from common import devices, geo, parquet, provenance
 from common.config import Config
 from common.errors import PipelineError, StaleArtefact
-from common.zones import make_zones, number_buildings
+from common.zones import Zones, make_zones, number_buildings
 from difficulty import parts
 from train.validation import Validation, baselines
 
@@ -39,6 +39,7 @@ class TrainRows:
     zone_sizes: torch.Tensor
     zone_rows: torch.Tensor  # (M,) int64: rows in a building's zone, its own among them
     xyz_m: torch.Tensor  # (N, 3) float64: targets, see geo.to_xyz_m
+    zones: Zones  # on the host: what a search leaves out
     radius_m: float
 
     @property
@@ -190,6 +191,7 @@ def make_rows(
         embeddings=devices.place(embeddings, device),
         neighbor_rows=devices.place(neighbors, device),
         band_offsets=devices.place(offsets, device),
+        zones=zones,
         radius_m=radius_m,
         **{name: torch.from_numpy(array).to(device) for name, array in on_device.items()},
     )

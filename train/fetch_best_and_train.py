@@ -34,7 +34,7 @@ def main(argv=None) -> int:
 
     run_dir = cfg.paths.checkpoints_dir / cfg.training.run
     if not args.overwrite:  # before config.toml is written beside a checkpoint of other settings
-        made = checkpoints.record(chosen, datasets.input_ids(chosen), chosen.global_.seed)
+        made = checkpoints.record(chosen, datasets.input_ids(chosen))
         checkpoints.existing(run_dir, made)
     settings_path, settings = run_dir / "config.toml", study.to_toml(chosen).encode()
     if not settings_path.exists() or settings_path.read_bytes() != settings:

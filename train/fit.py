@@ -15,9 +15,9 @@ from common import cli
 from common.config import Config
 from common.errors import PipelineError
 from publish.modeling_spatial_embeddings import ProjectionHead
-from train import checkpoints, history, tracking
+from train import checkpoints, history, remine, tracking
 from train.bandit import DiscountedUcb, arms_of_step
-from train.datasets import Batch, Sampler, TrainingData, gather, relations, step_seed
+from train.datasets import Batch, Sampler, TrainingData, TrainRows, gather, relations, step_seed
 from train.loss import Loss
 
 log = logging.getLogger("pipeline")
@@ -45,6 +45,7 @@ class Run:
     history: list[dict]  # a row per finished epoch, without the timings
     timings: list[dict]  # of each row: kept apart, since no two runs have the same
     best: dict  # "epoch", "metrics" and "head" of the best epoch
+    mined_with: dict | None = None  # weights of the head that made the bands in use; None: those of difficulty
     step: int = 0
 
     @property
@@ -57,13 +58,12 @@ def fit(
     cfg: Config,
     data: TrainingData,
     *,
-    seed: int | None = None,
     run_dir: Path | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
     resume: bool = True,
     progress: cli.Progress | None = None,
 ) -> FitResult:
-    """Train a head on `data` (see `datasets.load_data`) with the settings of `cfg`; `seed` replaces global.seed.
+    """Train a head on `data` (see `datasets.load_data`) with the settings of `cfg`.
 
     With a `run_dir` it keeps checkpoint_{best,last}.pt, history.parquet and curves.png there and, if `resume`,
     goes on from a checkpoint_last.pt of the same settings and inputs (StaleArtefact if of others); without
@@ -71,10 +71,9 @@ def fit(
     training) included, and may raise to end the run. On SIGTERM or SIGUSR2 it saves after the step in hand and
     raises Stopped. `progress` counts triplets.
     """
-    seed = cfg.global_.seed if seed is None else seed
-    made = checkpoints.record(cfg, data.inputs, seed)
+    made = checkpoints.record(cfg, data.inputs)
     store = checkpoints.Store(cfg, data, made, run_dir)
-    run = start(cfg, data, seed)
+    run = start(cfg, data)
     if run_dir and not resume:
         store.clear()
     saved = checkpoints.existing(run_dir, made) if run_dir else None
@@ -84,12 +83,14 @@ def fit(
         finished = saved["resume"]["finished"]
         store.save(run, finished)  # a file that was deleted meanwhile is there again
         log.info("continuing %s at step %s", run_dir, f"{run.step:,}")
-    sampler = Sampler(data.train, cfg.training.batch_size, cfg.training.bandit_groups, seed)
+    sampler = Sampler(data.train, cfg.training.batch_size, cfg.training.bandit_groups, cfg.training.seed)
+    if run.mined_with and not finished:
+        mine(cfg, data, run, sampler)
     with tracking.session(cfg, run_dir, made) as track:
         while not finished:
             began, first_step = time.monotonic(), run.step
             while run.step < run.epoch * cfg.training.steps_per_epoch:
-                train_step(cfg, data, run, sampler, seed, run_dir)
+                train_step(cfg, data, run, sampler, run_dir)
                 if progress:
                     progress.add(cfg.training.batch_size)
                 if cli.stop_requested():
@@ -98,18 +99,23 @@ def fit(
             finish_epoch(cfg, data, run, time.monotonic() - began, run.step - first_step)
             epoch = run.epoch - 1
             finished = epoch >= cfg.training.epochs or epoch - run.best["epoch"] >= cfg.training.patience
+            due = cfg.training.remine_epochs and epoch and epoch % cfg.training.remine_epochs == 0 and not finished
+            if due:
+                run.mined_with = weights_of(run.head)
             store.save(run, finished)
             track({**run.history[-1], **run.timings[-1]})
             if on_epoch:
                 on_epoch(epoch, run.history[-1]["val_map_at_r"])
+            if due:
+                mine(cfg, data, run, sampler)
     frame = history.frame(run.history, run.timings)
     return FitResult(run.best["metrics"]["map@r"], run.best["epoch"], store.best(run), frame)
 
 
-def start(cfg: Config, data: TrainingData, seed: int) -> Run:
+def start(cfg: Config, data: TrainingData) -> Run:
     """A run before its first step: the head is the whitening (or random), the bandit knows nothing."""
     settings, training = cfg.training_model, cfg.training
-    torch.manual_seed(step_seed(seed, 0, purpose=3))
+    torch.manual_seed(step_seed(training.seed, 0, purpose=3))
     input_dim = data.train.embeddings.shape[1]
     head = ProjectionHead(input_dim, settings.hidden_dim, settings.output_dim, settings.dropout)
     whitening = data.baselines["whitening"]
@@ -120,8 +126,7 @@ def start(cfg: Config, data: TrainingData, seed: int) -> Run:
     loss = Loss(training.loss, training.margin, training.temperature, mines=training.sampler == "semi_hard")
     head.to(data.device)
     loss.to(data.device)
-    sizes = data.train.band_offsets.int().diff(dim=1)
-    available = np.append((sizes > 0).any(dim=0).cpu().numpy(), True)
+    available = arms_of(data.train)
     return Run(
         head=head,
         loss=loss,
@@ -132,6 +137,23 @@ def start(cfg: Config, data: TrainingData, seed: int) -> Run:
         timings=[],
         best={},
     )
+
+
+def arms_of(rows: TrainRows) -> np.ndarray:
+    """Which arms (B + 1,) have something to draw: bands that are not empty for all, and random."""
+    sizes = rows.band_offsets.int().diff(dim=1)
+    return np.append((sizes > 0).any(dim=0).cpu().numpy(), True)
+
+
+def mine(cfg: Config, data: TrainingData, run: Run, sampler: Sampler) -> None:
+    """Draw from now on from the bands in the space of the head with the weights `run.mined_with`."""
+    sampler.rows = remine.mine(cfg, data.train, run.head, run.mined_with)
+    run.bandit.available = arms_of(sampler.rows)
+
+
+def weights_of(head: ProjectionHead) -> dict[str, torch.Tensor]:
+    """A copy of the head's state, on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in head.state_dict().items()}
 
 
 def make_optimizer(cfg: Config, head: ProjectionHead, loss: Loss) -> torch.optim.AdamW:
@@ -160,14 +182,12 @@ def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> floa
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
 
 
-def train_step(
-    cfg: Config, data: TrainingData, run: Run, sampler: Sampler, seed: int, run_dir: Path | None
-) -> None:
+def train_step(cfg: Config, data: TrainingData, run: Run, sampler: Sampler, run_dir: Path | None) -> None:
     """Draw, forward, loss, backward, step; what it brought goes into `run.sums` and to the bandit."""
     training = cfg.training
     arms = arms_of_step(training.sampler, run.bandit, run.step, training.bandit_groups)
     batch = sampler.draw(run.step, arms)
-    torch.manual_seed(step_seed(seed, run.step, purpose=2))  # of the dropout
+    torch.manual_seed(step_seed(training.seed, run.step, purpose=2))  # of the dropout
     with torch.autocast("cuda", torch.bfloat16, enabled=data.device.type == "cuda"):
         vectors = run.head.train()(gather(data.train.embeddings, batch.rows))
     positive, negative = relations(data.train, batch.rows) if run.loss.needs_relations else (None, None)
@@ -207,8 +227,7 @@ def finish_epoch(cfg: Config, data: TrainingData, run: Run, seconds: float, step
     run.timings.append({"seconds": seconds, "triplets_per_second": rate})
     run.sums = np.zeros_like(run.sums)
     if not run.best or value > run.best["metrics"]["map@r"]:
-        state = {name: tensor.detach().cpu().clone() for name, tensor in run.head.state_dict().items()}
-        run.best = {"epoch": epoch, "metrics": metrics, "head": state}
+        run.best = {"epoch": epoch, "metrics": metrics, "head": weights_of(run.head)}
     log.info("%s", history.as_line(run.history[-1], run.timings[-1], run.best["epoch"]))
 
 

@@ -46,7 +46,7 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 def record(cfg: Config) -> Provenance:
     """What a study depends on: the inputs and a trial's settings; for those that vary, the search space."""
     inputs = datasets.input_ids(cfg)
-    config = checkpoints.record(cfg, inputs, cfg.global_.seed).config
+    config = checkpoints.record(cfg, inputs).config
     varied = {"training.epochs", *(f"training.{key}" for key in cfg.training.search_space)}
     config = {key: value for key, value in config.items() if key not in varied}
     config["training.trial_epochs"] = cfg.training.trial_epochs
@@ -134,7 +134,7 @@ def claim(study: optuna.Study, cfg: Config) -> optuna.Trial | None:
         if not _has_work(trials, cfg.training.num_trials):
             return None
         # a seed for each trial: workers that share one would all draw the same
-        study.sampler = optuna.samplers.TPESampler(seed=cfg.global_.seed + len(trials), constant_liar=True)
+        study.sampler = optuna.samplers.TPESampler(seed=cfg.training.seed + len(trials), constant_liar=True)
         trial = study.ask()
         for key, dimension in cfg.training.search_space.items():
             suggest(trial, key, dimension, isinstance(getattr(cfg.training, key), int))

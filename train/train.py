@@ -33,7 +33,7 @@ def main(argv=None) -> int:
     run_dir = cfg.paths.checkpoints_dir / cfg.training.run
     best = run_dir / "checkpoint_best.pt"
     if not args.overwrite:
-        made = checkpoints.record(cfg, datasets.input_ids(cfg), cfg.global_.seed)
+        made = checkpoints.record(cfg, datasets.input_ids(cfg))
         saved = checkpoints.existing(run_dir, made)
         if saved is not None and saved["resume"]["finished"] and best.exists():
             return cli.nothing_to_do(
