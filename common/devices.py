@@ -19,12 +19,13 @@ def pick(name: str) -> torch.device:
     return device
 
 
-def place(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """`array` as a tensor on `device`, if it takes at most two thirds of the free memory there; else on the host.
+def fits(size: int, device: torch.device) -> bool:
+    """Whether so many bytes take at most two thirds of the memory that is free on a CUDA device. The host, where
+    they would lie otherwise, always takes them."""
+    return device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] * 2 // 3
 
-    On the host it shares memory with `array`.
-    """
+
+def place(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """`array` as a tensor on `device`, if it fits there (see `fits`); else on the host, where it shares memory."""
     tensor = torch.from_numpy(array)
-    if device.type == "cuda" and array.nbytes <= torch.cuda.mem_get_info(device)[0] * 2 // 3:
-        return tensor.to(device)
-    return tensor
+    return tensor.to(device) if fits(array.nbytes, device) else tensor

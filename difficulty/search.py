@@ -1,11 +1,24 @@
 """The k most similar images of each image, by cosine, outside its own building and ignore zone.
 
 `exact_neighbors` compares everything with everything, in tiles. Forbidden pairs are set to -inf inside the tile,
-before the best are taken, so that an image in a dense place gets its k all the same. `balltree_neighbors` asks
-scikit-learn's tree on a PCA: it forgets neighbours, how many depends on the data (`recall` says it).
+before the best are taken, so that an image in a dense place gets its k all the same. The answer is exact, ties by
+row number, though most of the work is done in bfloat16:
 
-Memory: the embeddings (N x D x 2 bytes, on the device if they fit, else on the host); tiles of `memory_mb`.
-Traffic, where they stay on the host: N x D x 2 bytes for every tile of anchors.
+1. Products of bfloat16 vectors, on a GPU or a CPU that is fast at them. Each differs from the cosine by less than
+   what `_Gallery.below` says, so that nothing below an anchor's floor can be among its best k. The floor rises as
+   better candidates are found, and only what lies above it is collected: no tile is sorted.
+2. The candidates left (about 1.5 k of them) are compared in float32, and those that float32 cannot tell apart in
+   float64.
+3. Anchors with more candidates than are kept (copies, tight clusters) are searched again with float32 products,
+   and where that is still too many, with all that reaches the floor compared in float64.
+
+`balltree_neighbors` asks scikit-learn's tree on a PCA: it forgets neighbours, how many depends on the data
+(`recall` says it).
+
+Memory: N x D x 4 bytes (the embeddings, float16, and their unit vectors in bfloat16; each on the device if it fits,
+else on the host), and tiles of `memory_mb`; see `tile_sizes`.
+Traffic: N x D x 2 bytes for every tile of A anchors, from the host where the vectors stay there, and A x 1.5 k x D
+x 2 of candidates.
 """
 
 from typing import NamedTuple
@@ -15,12 +28,16 @@ import torch
 from sklearn.neighbors import BallTree
 from torch.nn import functional as F
 
+from common import devices
 from common.zones import Zones
 from train import whitening
 
-MARGIN = 32  # candidates kept besides the best k: their order is settled in float64
 NO_ROW, NO_SIMILARITY = -1, -1.0  # where an image has fewer than k candidates
-_MAX_ANCHORS, _MAX_GALLERY = 4_096, 16_384  # rows of a tile: larger ones are no faster
+KEPT = 4  # times k: the candidates that an anchor may have before its floor rises
+_WORD = 8  # flags that are looked at together
+_LOWEST = -2.0  # below every cosine, above the -inf of forbidden pairs
+_TILE = {"cpu": (1_024, 8_192), "cuda": (8_192, 32_768)}  # rows: larger tiles are no faster
+_BLOCK_ROWS = 8_192  # converted at a time
 _TREE_QUERIES = 1_024  # anchors asked of the tree at a time
 
 Neighbors = tuple[np.ndarray, np.ndarray]  # (rows (n, k) int32, similarities (n, k) float32), most similar first
@@ -35,53 +52,64 @@ def exact_neighbors(
     memory_mb: float,
     device: torch.device,
 ) -> Neighbors:
-    """The neighbours of the anchors `rows` (n,) among all of `embeddings` (N, D), ties by row number.
-
-    Float32 products find k + MARGIN candidates. Those that float32 cannot tell apart are compared in float64, and
-    where so many are equal that the cut goes through them, the anchor is searched again for all of them.
-    """
-    n, dim = embeddings.shape
-    keep = min(k + MARGIN, n)
-    anchors_per_tile, gallery_per_tile = tile_sizes(dim, keep, memory_mb)
+    """The neighbours of the anchors `rows` (n,) among all of `embeddings` (N, D), ties by row number."""
     found_rows = np.full((len(rows), k), NO_ROW, np.int32)
     found_similarities = np.full((len(rows), k), NO_SIMILARITY, np.float32)
-    for start in range(0, len(rows), anchors_per_tile):
-        tile = slice(start, start + anchors_per_tile)
-        anchors = torch.from_numpy(np.asarray(rows[tile], np.int64))
-        forbidden = _forbidden(zones, rows[tile], device)
-        candidates, scores = _candidates(embeddings, anchors, forbidden, keep, gallery_per_tile, device)
-        best, similarities, undecided = _settle(embeddings, anchors, candidates, scores, k, memory_mb)
-        if len(undecided):
-            floor = scores.sort(dim=1, descending=True).values[undecided, k - 1] - tolerance(dim)
-            again = _all_above(
-                embeddings, zones, anchors[undecided.cpu()], floor, k, gallery_per_tile, memory_mb, device
-            )
-            best[undecided], similarities[undecided] = again
-        width = best.shape[1]
-        valid = torch.isfinite(similarities)
-        found_rows[tile, :width] = torch.where(valid, best, NO_ROW).cpu().numpy()
-        found_similarities[tile, :width] = torch.where(valid, similarities, NO_SIMILARITY).cpu().numpy()
+
+    def keep(places: np.ndarray, best: torch.Tensor, similarities: torch.Tensor) -> None:
+        valid, width = torch.isfinite(similarities), best.shape[1]
+        found_rows[places, :width] = torch.where(valid, best, NO_ROW).cpu().numpy()
+        found_similarities[places, :width] = torch.where(valid, similarities, NO_SIMILARITY).cpu().numpy()
+
+    left = np.arange(len(rows))
+    for dtype in [torch.bfloat16, torch.float32] if fast_bfloat16(device) else [torch.float32]:
+        gallery = _Gallery(embeddings, dtype, device)
+        size = tile_sizes(embeddings.shape[1], k, memory_mb, device, dtype)
+        crowded = []
+        for places in _cut(left, size[0]):
+            anchors = np.asarray(rows[places], np.int64)
+            collected = _collect(gallery, zones, anchors, k, size)
+            best, similarities = _settle(gallery, anchors, collected, k, memory_mb)
+            keep(places, best, similarities)
+            crowded.append(places[collected.crowded.cpu().numpy()])
+        left = np.concatenate(crowded) if crowded else left
+        if not len(left):
+            break
+    for places in _cut(left, int(max(1, memory_mb * 2**20 // (64 * len(embeddings))))):
+        keep(places, *_all_in_float64(embeddings, zones, np.asarray(rows[places], np.int64), k, memory_mb))
     return found_rows, found_similarities
 
 
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are faster there than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def tolerance(dim: int) -> float:
-    """Similarities nearer to each other than this may stand in the wrong order in float32."""
+    """Cosines nearer to each other than this may stand in the wrong order in float32: 8 sqrt(D) times its unit
+    roundoff, which sums of D terms exceed with probability below 1e-13 (Higham & Mary 2019, theorem 2.4)."""
     return 4 * float(np.finfo(np.float32).eps) * dim**0.5
 
 
-def tile_sizes(dim: int, keep: int, memory_mb: float) -> tuple[int, int]:
-    """(anchors, gallery rows) of a tile. A quarter of the memory is for a block of the gallery, twice in float32;
-    half is for the scores, the anchors, and the candidates with what merging them takes."""
-    size = memory_mb * 2**20
-    gallery = int(np.clip(size / 4 // (8 * dim), 1, _MAX_GALLERY))
-    anchors = int(np.clip(size / 2 // (4 * gallery + 8 * dim + 48 * keep), 1, _MAX_ANCHORS))
-    return anchors, gallery
+def tile_sizes(
+    dim: int, k: int, memory_mb: float, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[int, int]:
+    """(anchors A, gallery rows G) of a tile. A quarter of the memory is for a block of the gallery in float32, G x
+    D x 8 bytes; half is for the scores with their flags, A x G x (itemsize + 4), the anchors, A x D x 8, and the
+    candidates, A x KEPT k x 40; the last quarter serves the comparisons in float32 and float64."""
+    size, most = memory_mb * 2**20, _TILE[device.type]
+    gallery = int(np.clip(size / 4 // (8 * dim), 1, most[1]))
+    gallery = -(-gallery // _WORD) * _WORD
+    anchors = size / 2 // ((dtype.itemsize + 4) * gallery + 8 * dim + 40 * KEPT * k)
+    return int(np.clip(anchors, 1, most[0])), gallery
 
 
 def similarities_of(embeddings: torch.Tensor, left: torch.Tensor, right: torch.Tensor, memory_mb: float):
     """Cosines (P,) float64 of the pairs of rows (left[i], right[i]), from products summed row by row: pairs of
     equal vectors get equal cosines, whatever else is in the list."""
-    step = int(max(1, memory_mb * 2**20 // (40 * embeddings.shape[1])))
+    step = max(int(memory_mb * 2**20 // (160 * embeddings.shape[1])), 64)
     left, right = left.to(embeddings.device), right.to(embeddings.device)
     parts = [torch.empty(0, dtype=torch.float64, device=embeddings.device)]
     for start in range(0, len(left), step):
@@ -91,6 +119,161 @@ def similarities_of(embeddings: torch.Tensor, left: torch.Tensor, right: torch.T
     return torch.cat(parts)
 
 
+class _Gallery:
+    """All unit vectors in one precision, and how far products of them may be from the cosines."""
+
+    def __init__(self, embeddings: torch.Tensor, dtype: torch.dtype, device: torch.device):
+        n, dim = embeddings.shape
+        self.embeddings, self.dtype, self.device = embeddings, dtype, device
+        self.vectors = None  # float32: made a block at a time, for it would take twice the room
+        self.scale = torch.empty(n, device=device)  # 1 / length
+        self.error = torch.zeros(n, device=device)  # the length of what rounding took off a unit vector
+        self.rounding = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0  # of a product, relative
+        self.tolerance = tolerance(dim)
+        if dtype != torch.float32:
+            here = device if devices.fits(n * dim * dtype.itemsize, device) else embeddings.device
+            self.vectors = torch.empty((n, dim), dtype=dtype, device=here)
+        for start in range(0, n, _BLOCK_ROWS):
+            block = slice(start, start + _BLOCK_ROWS)
+            raw = embeddings[block].to(device).float()
+            self.scale[block] = 1 / raw.norm(dim=1).clamp(min=1e-12)
+            if self.vectors is not None:
+                unit = raw * self.scale[block, None]
+                low = unit.to(dtype)
+                self.vectors[block] = low.to(self.vectors.device)
+                self.error[block] = 1.001 * (unit - low.float()).norm(dim=1)
+
+    def block(self, which) -> torch.Tensor:
+        """The unit vectors of some rows (a slice, or numbers), on the device."""
+        if self.vectors is not None:
+            return self.vectors[which].to(self.device)
+        return self.embeddings[which].to(self.device).float() * self.scale[which, None]
+
+    def below(self, kth: torch.Tensor, anchor_error: torch.Tensor) -> torch.Tensor:
+        """The floor (A,) of anchors whose k-th best score so far is `kth`: what scores less is not of the best k.
+
+        A score s is within e + r |s| of the cosine, where e is the sum of the two vectors' errors (by Cauchy and
+        Schwarz; both vectors are at most 1.004 long) and r the rounding of a product. So k cosines reach
+        kth - e - r |kth|, and what scores less than that minus e + r |floor| does not. The floor is rounded too.
+        """
+        e = 1.005 * (anchor_error + self.error.max()) + self.tolerance
+        floor = kth - 2 * e - 3 * self.rounding * (kth.abs() + 0.03)
+        return floor.clamp(min=_LOWEST)  # where fewer than k are known, kth is -inf, and the floor -2
+
+
+class _Collected:
+    """Candidates of A anchors, in the order of their rows: at most KEPT k each, or the anchor is `crowded`."""
+
+    def __init__(self, anchors: int, k: int, dtype: torch.dtype, device: torch.device):
+        self.k, room = k, max(KEPT * k, 32)
+        self.rows = torch.zeros((anchors, room), dtype=torch.int32, device=device)
+        self.scores = torch.full((anchors, room), -torch.inf, dtype=dtype, device=device)
+        self.count = torch.zeros(anchors, dtype=torch.int64, device=device)
+        self.crowded = torch.zeros(anchors, dtype=torch.bool, device=device)
+
+    def add(self, anchors: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor) -> None:
+        """Append candidates that are sorted by anchor; there is room for them."""
+        new = torch.bincount(anchors, minlength=len(self.count))
+        first = new.cumsum(0) - new
+        place = torch.arange(len(anchors), device=anchors.device) + (self.count - first)[anchors]
+        self.rows[anchors, place] = rows.int()
+        self.scores[anchors, place] = scores
+        self.count += new
+
+    def kth(self) -> torch.Tensor:
+        """The k-th best score (A,) float32 so far, -inf where there are fewer."""
+        return self.scores.topk(min(self.k, self.scores.shape[1]), dim=1, sorted=False).values.amin(dim=1).float()
+
+    def drop_below(self, floor: torch.Tensor) -> None:
+        anchors, places = (self.scores >= floor[:, None]).nonzero(as_tuple=True)
+        rows, scores = self.rows[anchors, places], self.scores[anchors, places]
+        self.scores.fill_(-torch.inf)
+        self.count.zero_()
+        self.add(anchors, rows, scores)
+
+
+def _collect(gallery: _Gallery, zones: Zones, anchors: np.ndarray, k: int, size: tuple[int, int]) -> _Collected:
+    """The rows that may be among the best k of each anchor."""
+    n, device, dtype = len(gallery.embeddings), gallery.device, gallery.dtype
+    forbidden = _forbidden(zones, anchors, device)
+    on_device = torch.from_numpy(anchors).to(device)
+    queries, error = gallery.block(_on(gallery, anchors)), gallery.error[on_device]
+    collected = _Collected(len(anchors), k, dtype, device)
+    floor = torch.full((len(anchors),), _LOWEST, device=device)
+    width = min(size[1], -(-n // _WORD) * _WORD)
+    scores = torch.empty((len(anchors), width), dtype=dtype, device=device)
+    flags = torch.empty((len(anchors), width), dtype=torch.bool, device=device)
+    for start in range(0, n, width):
+        stop = min(start + width, n)
+        _products(queries, gallery.block(slice(start, stop)), scores)
+        scores[:, stop - start :] = -torch.inf
+        forbidden.remove(scores, start, stop)
+        if start == 0:
+            floor = gallery.below(_at_most_kth(scores, k), error)
+        hits = _hits(scores, floor, flags)
+        room = collected.scores.shape[1]
+        if (hits.per_anchor + collected.count > room).any():
+            kth = torch.maximum(collected.kth(), _at_most_kth(scores, k))
+            floor = torch.maximum(floor, gallery.below(kth, error))
+            collected.drop_below(floor)
+            hits = _hits(scores, floor, flags)
+            crowded = hits.per_anchor + collected.count > room
+            floor[crowded] = torch.inf  # they are searched again, otherwise
+            collected.crowded |= crowded
+            hits = hits.without(crowded)
+        anchor, column = hits.expand(flags)
+        collected.add(anchor, column + start, scores[anchor, column])
+    collected.drop_below(torch.maximum(floor, gallery.below(collected.kth(), error)))
+    return collected
+
+
+def _on(gallery: _Gallery, rows: np.ndarray) -> torch.Tensor:
+    table = gallery.vectors if gallery.vectors is not None else gallery.embeddings
+    return torch.from_numpy(rows).to(table.device)
+
+
+def _products(queries: torch.Tensor, block: torch.Tensor, scores: torch.Tensor) -> None:
+    """Write the scores (A, G) of the queries (A, D) and a block (G or fewer, D) of the gallery."""
+    torch.mm(queries, block.T, out=scores if len(block) == scores.shape[1] else scores[:, : len(block)])
+
+
+def _at_most_kth(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """At most the k-th largest score (A,) of each row, and near it: the k-th largest of maxima over disjoint sets
+    of about a third of k-th part of the columns. A tenth of the time of a true top-k."""
+    sets = scores.shape[1] // max(1, scores.shape[1] // (3 * k))
+    if sets < k:
+        return scores.new_full((len(scores),), -torch.inf, dtype=torch.float32)
+    depth = scores.shape[1] // sets
+    maxima = scores[:, : depth * sets].unflatten(1, (depth, sets)).amax(dim=1)
+    return maxima.topk(k, dim=1, sorted=False).values.amin(dim=1).float()
+
+
+class _Hits(NamedTuple):
+    """Where scores reach their floors, as the words of _WORD flags that are not all 0, in order."""
+
+    words: torch.Tensor  # (W, 2): row, number of the word in it
+    counts: torch.Tensor  # (W,): hits in it
+    per_anchor: torch.Tensor  # (A,)
+
+    def without(self, anchors: torch.Tensor) -> "_Hits":
+        """Without those of some anchors (A,) bool."""
+        left = ~anchors[self.words[:, 0]]
+        return _Hits(self.words[left], self.counts[left], self.per_anchor.masked_fill(anchors, 0))
+
+    def expand(self, flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(row, column) of each hit, in order."""
+        word, bit = flags.unflatten(1, (-1, _WORD))[self.words[:, 0], self.words[:, 1]].nonzero(as_tuple=True)
+        return self.words[word, 0], self.words[word, 1] * _WORD + bit
+
+
+def _hits(scores: torch.Tensor, floor: torch.Tensor, flags: torch.Tensor) -> _Hits:
+    torch.ge(scores, floor.to(scores.dtype)[:, None], out=flags)
+    words = flags.view(torch.int64).nonzero()  # an eighth as many as flags: `nonzero` is the dearest step here
+    counts = flags.unflatten(1, (-1, _WORD))[words[:, 0], words[:, 1]].sum(dim=1)
+    per_anchor = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
+    return _Hits(words, counts, per_anchor.index_add_(0, words[:, 0], counts))
+
+
 class _Forbidden(NamedTuple):
     """Pairs (anchor of the tile, row) that may not be neighbours, by row."""
 
@@ -98,9 +281,9 @@ class _Forbidden(NamedTuple):
     rows: torch.Tensor
     sorted_rows: np.ndarray  # the same as `rows`, on the host
 
-    def remove(self, scores: torch.Tensor, start: int) -> None:
-        """Set the scores (A, G) of the forbidden pairs to -inf; the columns are the rows from `start` on."""
-        first, last = np.searchsorted(self.sorted_rows, [start, start + scores.shape[1]])
+    def remove(self, scores: torch.Tensor, start: int, stop: int) -> None:
+        """Set the scores of the forbidden pairs to -inf; the columns are the rows start..stop."""
+        first, last = np.searchsorted(self.sorted_rows, [start, stop])
         scores[self.anchors[first:last], self.rows[first:last] - start] = -torch.inf
 
 
@@ -112,92 +295,61 @@ def _forbidden(zones: Zones, rows: np.ndarray, device: torch.device) -> _Forbidd
     return _Forbidden(torch.from_numpy(anchors).to(device), torch.from_numpy(by_row).to(device), by_row)
 
 
-def _unit(embeddings: torch.Tensor, which, device: torch.device) -> torch.Tensor:
-    return F.normalize(embeddings[which].to(device).float(), dim=1)
-
-
-def _candidates(
-    embeddings: torch.Tensor,
-    anchors: torch.Tensor,
-    forbidden: _Forbidden,
-    keep: int,
-    gallery_per_tile: int,
-    device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `keep` rows of highest float32 score for each anchor, (A, keep), by row, and their scores."""
-    queries = _unit(embeddings, anchors.to(embeddings.device), device)
-    best = torch.empty((len(anchors), 0), device=device)
-    best_rows = torch.empty((len(anchors), 0), dtype=torch.int64, device=device)
-    for start in range(0, len(embeddings), gallery_per_tile):
-        scores = queries @ _unit(embeddings, slice(start, start + gallery_per_tile), device).T  # (A, G), cosine
-        forbidden.remove(scores, start)
-        top, columns = scores.topk(min(keep, scores.shape[1]), dim=1, sorted=False)
-        best = torch.cat([best, top], dim=1)
-        best_rows = torch.cat([best_rows, columns + start], dim=1)
-        if best.shape[1] > keep:
-            best, places = best.topk(keep, dim=1, sorted=False)
-            best_rows = best_rows.gather(1, places)
-    best_rows, places = best_rows.sort(dim=1)
-    return best_rows, best.gather(1, places)
-
-
 def _settle(
-    embeddings: torch.Tensor,
-    anchors: torch.Tensor,
-    candidates: torch.Tensor,
-    scores: torch.Tensor,
-    k: int,
-    memory_mb: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The best k of the candidates (given by row) with their similarities, and the anchors that stay undecided:
-    those where what lies beyond the candidates may be as good as the k-th."""
-    near = tolerance(embeddings.shape[1])
+    gallery: _Gallery, anchors: np.ndarray, collected: _Collected, k: int, memory_mb: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best k rows of the candidates with their cosines (A, k), -inf where there are fewer: by float32, and
+    those that it cannot tell apart by float64; ties by row number."""
+    width = max(1, int(collected.count.max()))
+    rows, scores = collected.rows[:, :width].long(), collected.scores[:, :width]
+    valid = torch.isfinite(scores)
+    if gallery.dtype != torch.float32:
+        scores = _float32_cosines(gallery, anchors, rows, memory_mb).masked_fill(~valid, -torch.inf)
     ordered, order = scores.sort(dim=1, descending=True)
-    close = (ordered[:, :-1] - ordered[:, 1:]) <= near  # False where both are -inf: the difference is NaN
+    close = (ordered[:, :-1] - ordered[:, 1:]) <= gallery.tolerance  # False where both are -inf: NaN
+    close &= ordered[:, 1:] >= ordered[:, [min(k, width) - 1]] - gallery.tolerance  # those below stay below
     unclear = F.pad(close, (0, 1)) | F.pad(close, (1, 0))
     unclear = torch.zeros_like(unclear).scatter_(1, order, unclear)  # back to the order by row
-    which, place = torch.nonzero(unclear, as_tuple=True)
+    which, place = unclear.nonzero(as_tuple=True)
     values = scores.double()
-    if len(which):
-        exact = similarities_of(embeddings, anchors.to(which.device)[which], candidates[which, place], memory_mb)
-        values[which, place] = exact.to(values.device)
+    left = torch.from_numpy(anchors).to(which.device)[which]
+    values[which, place] = similarities_of(gallery.embeddings, left, rows[which, place], memory_mb).to(values)
     values, order = values.sort(dim=1, descending=True, stable=True)
-    best, similarities = candidates.gather(1, order)[:, :k], values[:, :k].float()
-    if scores.shape[1] <= k or scores.shape[1] == len(embeddings):
-        return best, similarities, torch.empty(0, dtype=torch.int64, device=scores.device)
-    cut = (ordered[:, k - 1] - ordered[:, -1] <= near) & torch.isfinite(ordered[:, -1])
-    return best, similarities, torch.nonzero(cut).squeeze(1)
+    return rows.gather(1, order)[:, :k], values[:, :k].float()
 
 
-def _all_above(
-    embeddings: torch.Tensor,
-    zones: Zones,
-    anchors: torch.Tensor,
-    floor: torch.Tensor,
-    k: int,
-    gallery_per_tile: int,
-    memory_mb: float,
-    device: torch.device,
+def _float32_cosines(gallery: _Gallery, anchors: np.ndarray, rows: torch.Tensor, memory_mb: float) -> torch.Tensor:
+    """Cosines (A, W) of each anchor with the rows (A, W) that go with it."""
+    embeddings, (count, width) = gallery.embeddings, rows.shape
+    step = int(max(1, memory_mb * 2**20 // 4 // (6 * width * embeddings.shape[1])))
+    if gallery.device.type == "cpu":
+        step = min(step, 8)  # what is gathered stays in the cache
+    cosines = torch.empty((count, width), device=gallery.device)
+    for start in range(0, count, step):
+        own = torch.from_numpy(anchors[start : start + step])
+        some = rows[start : start + step]
+        x = embeddings[own.to(embeddings.device)].to(gallery.device).float() * gallery.scale[own, None]
+        y = embeddings.index_select(0, some.reshape(-1).to(embeddings.device)).to(gallery.device).float()
+        cosines[start : start + step] = torch.bmm(y.view(*some.shape, -1), x[:, :, None]).squeeze(2)
+    return cosines * gallery.scale[rows]
+
+
+def _all_in_float64(
+    embeddings: torch.Tensor, zones: Zones, anchors: np.ndarray, k: int, memory_mb: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best k of all rows whose score reaches the anchor's floor, by float64 similarity, ties by row."""
-    n = len(embeddings)
-    anchors_per_tile = int(max(1, memory_mb * 2**20 // (64 * n)))  # all of the gallery may reach the floor
-    best, similarities = [], []
-    for start in range(0, len(anchors), anchors_per_tile):
-        some = anchors[start : start + anchors_per_tile]
-        forbidden = _forbidden(zones, some.numpy(), device)
-        queries = _unit(embeddings, some.to(embeddings.device), device)
-        values = torch.full((len(some), n), -torch.inf, dtype=torch.float64, device=device)
-        for first in range(0, n, gallery_per_tile):
-            scores = queries @ _unit(embeddings, slice(first, first + gallery_per_tile), device).T
-            forbidden.remove(scores, first)
-            which, column = torch.nonzero(scores >= floor[start : start + len(some), None], as_tuple=True)
-            exact = similarities_of(embeddings, some.to(device)[which], column + first, memory_mb)
-            values[which, column + first] = exact.to(device)
-        values, order = values.sort(dim=1, descending=True, stable=True)
-        best.append(order[:, :k])
-        similarities.append(values[:, :k].float())
-    return torch.cat(best), torch.cat(similarities)
+    """The best k of all rows for each anchor with their cosines (A, k), -inf where there are fewer."""
+    n, near = len(embeddings), []
+    for anchor in anchors:
+        values = similarities_of(embeddings, torch.full((n,), int(anchor)), torch.arange(n), memory_mb)
+        near.append(values)
+    values = torch.stack(near)
+    _forbidden(zones, anchors, values.device).remove(values, 0, n)
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    return order[:, :k], values[:, :k].float()
+
+
+def _cut(places: np.ndarray, size: int) -> list[np.ndarray]:
+    return [places[start : start + size] for start in range(0, len(places), size)]
 
 
 class Tree(NamedTuple):
@@ -209,9 +361,9 @@ def build_tree(embeddings: torch.Tensor, dim: int) -> Tree:
     """A ball tree over the `dim` principal components of the normalised embeddings; N x dim x 12 bytes."""
     mean, projection = whitening.pca(embeddings.cpu().numpy(), min(dim, embeddings.shape[1]))
     points = np.empty((len(embeddings), len(projection)), np.float32)
-    for start in range(0, len(points), _MAX_GALLERY):
-        block = slice(start, start + _MAX_GALLERY)
-        points[block] = (_unit(embeddings, block, torch.device("cpu")).numpy() - mean) @ projection.T
+    for start in range(0, len(points), _BLOCK_ROWS):
+        block = slice(start, start + _BLOCK_ROWS)
+        points[block] = (F.normalize(embeddings[block].cpu().float(), dim=1).numpy() - mean) @ projection.T
     return Tree(BallTree(points), points)
 
 

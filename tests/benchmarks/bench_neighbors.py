@@ -1,0 +1,124 @@
+"""Neighbour search: ours, exact, against the peer's tree on a PCA and against faiss's exact index.
+
+Size     20,000 x 768 by default; --images 100000 for the size that the README names
+Command  python tests/benchmarks/bench_neighbors.py [--images N] [--json PATH]
+Memory   N x 768 x 10 bytes: the embeddings, faiss's copy in float32, ours in bfloat16
+"""
+
+import resource
+import sys
+import time
+
+import numpy as np
+import timing  # puts the repository's root on sys.path
+import torch
+from sklearn.decomposition import PCA
+from sklearn.neighbors import BallTree
+
+from common.zones import Zones, make_zones
+from difficulty.search import exact_neighbors, recall
+
+DIM, K, RADIUS_M, MEMORY_MB = 768, 150, 25.0, 512
+TREE_DIM, TREE_QUERIES = 32, 500  # the peer's PCA; the queries that its time is carried on from
+CHECKED = 500  # anchors whose neighbours are compared with float64
+
+
+def made_up(n: int) -> tuple[np.ndarray, Zones]:
+    """(n, DIM) float16 vectors and their zones: buildings of 4 images, 12 m apart along streets of 25, in styles
+    that about 80 images share, each image with noise of its own."""
+    rng = np.random.default_rng(0)
+    building = np.arange(n) // 4
+    styles = rng.normal(size=(max(1, n // 80), DIM)).astype(np.float32)
+    own = rng.normal(size=(building[-1] + 1, DIM)).astype(np.float32)
+    style = styles[rng.integers(0, len(styles), len(own))]
+    noise = rng.normal(size=(n, DIM)).astype(np.float32)
+    common = rng.normal(size=DIM).astype(np.float32)  # a backbone's vectors all lean one way
+    vectors = 0.7 * common + (style + 0.5 * own)[building] + 0.5 * noise
+    street = building // 25
+    lat = 45 + street % 500 * 200 / 111_195
+    return vectors.astype(np.float16), make_zones(building, lat, street // 500 * 0.05 + building % 25 * 1.53e-4, RADIUS_M)
+
+
+def peers_way(vectors: np.ndarray):
+    """PCA to 32 dimensions and a ball tree on them, asked for some of the queries, without masks."""
+    reduced = PCA(TREE_DIM, random_state=0).fit_transform(vectors.astype(np.float32))
+    tree = BallTree(reduced)
+    queries = np.linspace(0, len(vectors) - 1, TREE_QUERIES).astype(int)
+    started = time.perf_counter()
+    found = tree.query(reduced[queries], K + 1, return_distance=False)
+    return time.perf_counter() - started, queries, found
+
+
+def with_faiss(vectors: np.ndarray, zones: Zones) -> np.ndarray:
+    """IndexFlatIP asked for K and as many more as the largest zone holds, which is then filtered."""
+    import faiss
+
+    n = len(vectors)
+    unit = vectors.astype(np.float32)
+    faiss.normalize_L2(unit)
+    index = faiss.IndexFlatIP(DIM)
+    index.add(unit)
+    found = np.empty((n, K), np.int64)
+    for start in range(0, n, 4_096):
+        rows = np.arange(start, min(n, start + 4_096))
+        indptr, forbidden = zones.rows_of(rows, own=True)
+        asked = index.search(unit[rows], K + int(np.diff(indptr).max()))[1]
+        pairs = np.repeat(np.arange(len(rows)), np.diff(indptr)) * n + forbidden
+        allowed = ~np.isin(np.arange(len(rows))[:, None] * n + asked, pairs)
+        order = np.argsort(~allowed, axis=1, kind="stable")[:, :K]
+        found[rows] = np.take_along_axis(asked, order, axis=1)
+    return found
+
+
+def in_float64(vectors: np.ndarray, zones: Zones, rows: np.ndarray) -> np.ndarray:
+    """The K best rows (n, K) of some anchors by products in float64."""
+    unit = vectors.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    similarities = unit[rows] @ unit.T
+    indptr, forbidden = zones.rows_of(rows, own=True)
+    similarities[np.repeat(np.arange(len(rows)), np.diff(indptr)), forbidden] = -np.inf
+    return np.argsort(-similarities, axis=1, kind="stable")[:, :K]
+
+
+def measure(n: int = 20_000) -> list[timing.Ratio]:
+    vectors, zones = made_up(n)
+    embeddings, rows, cpu = torch.from_numpy(vectors), np.arange(n), torch.device("cpu")
+    found = {}
+
+    def ours():
+        options = {"k": K, "memory_mb": MEMORY_MB, "device": cpu}
+        found["ours"] = np.concatenate(
+            [exact_neighbors(embeddings, zones, rows=part, **options)[0] for part in np.array_split(rows, -(-n // 20_000))]
+        )
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ours()
+    added_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    allowed_mb = MEMORY_MB + n * DIM * 2 / 2**20
+    print(f"peak memory of ours: {added_mb:,.0f} MB more, of {allowed_mb:,.0f} MB", flush=True)
+    checked = np.linspace(0, n - 1, CHECKED).astype(int)
+    true = in_float64(vectors, zones, checked)
+    assert recall(found["ours"][checked], true) == 1.0
+
+    ways = {"ours": ours, "faiss": lambda: found.update(faiss=with_faiss(vectors, zones))}
+    taken = timing.seconds(ways, rounds=3 if n <= 20_000 else 1, warm_up=False)
+    of_faiss = recall(found["faiss"][checked], true)
+    asked_s, queries, by_tree = peers_way(vectors)
+    taken["tree"] = [asked_s * n / TREE_QUERIES] * len(taken["ours"])
+    of_tree = recall(by_tree, in_float64(vectors, zones, queries))
+    print(f"recall@{K}: ours 1, faiss {of_faiss:.4f}, the tree {of_tree:.2f}", flush=True)
+    what = f"neighbours, {n:,} x {DIM}, k = {K}, masked"
+    unit = {"items": n, "unit": "images/s"}
+    return [
+        timing.ratio(f"{what}; tree from {TREE_QUERIES} queries", taken, "ours", "PCA-32 + BallTree", **unit, target=10),
+        timing.ratio(what, taken, "ours", "faiss IndexFlatIP", **unit, target=1.5),
+    ]
+
+
+if __name__ == "__main__":
+    size = 20_000
+    if "--images" in sys.argv:
+        place = sys.argv.index("--images")
+        size = int(sys.argv[place + 1])
+        del sys.argv[place : place + 2]
+    timing.main(__doc__, lambda: measure(size))
