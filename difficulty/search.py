@@ -15,8 +15,8 @@ row number, though most of the work is done in bfloat16:
 `balltree_neighbors` asks scikit-learn's tree on a PCA: it forgets neighbours, how many depends on the data
 (`recall` says it).
 
-Memory: N x D x 4 bytes (the embeddings, float16, and their unit vectors in bfloat16; each on the device if it fits,
-else on the host), and tiles of `memory_mb`; see `tile_sizes`.
+Memory: N x D x 4 bytes (the embeddings, float16, and their unit vectors in bfloat16; each on the device if it
+fits, else on the host), and tiles of `memory_mb`; see `tile_sizes`.
 Traffic: N x D x 2 bytes for every tile of A anchors, from the host where the vectors stay there, and A x 1.5 k x D
 x 2 of candidates.
 """

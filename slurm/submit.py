@@ -6,7 +6,7 @@ Command  python slurm/submit.py              submit what is missing to Slurm (sl
          python slurm/submit.py --dry-run    print the graph, what is left, and the command lines
          python slurm/submit.py --local      the same stages in order, on this machine [--jobs N at once]
          [--from STAGE] [--to STAGE] [--only STAGE] [--tune N] [--config PATH] [--set section.key=value]
-         python slurm/submit.py --from merge_and_split --overwrite    with tars or settings that are new
+         python slurm/submit.py --local --from merge_and_split --overwrite    with tars or settings that are new
          python slurm/submit.py --prefetch   fetch the backbone for compute nodes without a network
          python slurm/submit.py --cancel RUN, or --continue RUN where a submission broke off
 """
@@ -178,7 +178,6 @@ def submit(steps: list[Step], todo: dict[str, list[int]], cfg, args: argparse.Na
     folder = runs.create(cfg.paths.logs_dir)
     record: dict = {"continue_with": continuation(args), "done_before": [s.name for s in steps if s not in left]}
     record |= {"config": args.config and str(args.config.resolve()), "set": args.set, "tune": args.tune}
-    record["overwrite"] = args.overwrite
     record["steps"] = {
         step.name: {
             "job": None,  # its id, once submitted
@@ -230,7 +229,6 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
     record = runs.load(folder)
     runs.adopt(folder, record)
     args.config, args.set, args.tune = record["config"] and Path(record["config"]), record["set"], record["tune"]
-    args.overwrite = record["overwrite"]
     cfg = config.load(args.config, args.set)
     steps = [step for step in chain(cfg, args.tune) if step.name in record["steps"]]
     live = runs.live_steps(record, runs.queue())
@@ -301,7 +299,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments.add_argument("--from", dest="first", metavar="STAGE", help="begin with this stage")
     arguments.add_argument("--to", dest="last", metavar="STAGE", help="end with this stage")
     arguments.add_argument("--only", metavar="STAGE", help="this stage alone")
-    arguments.add_argument("--overwrite", action="store_true", help="with --from or --only: make that again")
+    arguments.add_argument(
+        "--overwrite", action="store_true", help="with --local and --from or --only: make that again"
+    )
     arguments.add_argument("--tune", type=int, default=0, metavar="N", help="N Optuna workers first")
     arguments.add_argument("--jobs", type=int, default=1, metavar="N", help="with --local: so many at once (1)")
     where = arguments.add_mutually_exclusive_group()
@@ -344,6 +344,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.local:  # the neighbour search is cut for job arrays only: here one process has all cores
         cfg = cfg.model_copy(update={"slurm": cfg.slurm.model_copy(update={"difficulty_shards": 1})})
     steps = select(chain(cfg, args.tune), args.only or args.first, args.only or args.last)
+    if args.overwrite and not args.local:  # a job that is requeued would begin again and again
+        folders = " ".join(str(artefacts.target_of(step, cfg)) for step in steps)
+        raise ConfigError(f"--overwrite belongs to --local; on Slurm remove what is to be made again:\n{folders}")
     todo = everything(steps) if args.overwrite else artefacts.missing(steps, cfg)
     here = local.commands(steps, todo, shared_flags(args), args.jobs)
     if args.dry_run:

@@ -423,33 +423,14 @@ cli.run(lambda: local.run(commands, 1))
 
 
 def test_overwrite_makes_everything_again_from_a_stage_on(run_script, tmp_path):
-    flags = ("--set", f"paths.root={tmp_path}", "--dry-run", "--overwrite")
+    flags = ("--set", f"paths.root={tmp_path}", "--dry-run", "--local", "--overwrite")
     told = run_script("slurm/submit.py", *flags, "--from", "evaluate")
     assert told.returncode == 0, told.stderr
-    assert told.stdout.count("--overwrite") == 2
+    assert told.stdout.count("--overwrite") == 2  # evaluate and convert_to_hf
     assert "evaluate                   to do" in told.stdout
     alone = run_script("slurm/submit.py", *flags)
     assert alone.returncode == 2
     assert "--from" in alone.stderr
-
-
-def test_a_requeued_job_keeps_what_it_has_made_again(tmp_path):
-    (tmp_path / "slurm").mkdir()
-    (tmp_path / "slurm" / "env.sh").write_text("")
-    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')
-    (tmp_path / "srun").chmod(0o755)
-    wrapper = [
-        "bash",
-        str(ROOT / "slurm" / "stage.sbatch"),
-        str(tmp_path),
-        "5",
-        "a.py",
-        "--overwrite",
-        "--set",
-        "b=c",
-    ]
-    for restarts, arguments in (("0", "a.py --overwrite --set b=c"), ("1", "a.py --set b=c")):
-        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_RESTART_COUNT": restarts}
-        environment["SLURM_JOB_ID"] = "7"
-        told = subprocess.run(wrapper, env=environment, capture_output=True, text=True, check=True)
-        assert f"{tmp_path}/{arguments}" in told.stdout
+    on_slurm = run_script("slurm/submit.py", *[flag for flag in flags if flag != "--local"], "--from", "evaluate")
+    assert on_slurm.returncode == 2
+    assert f"{tmp_path}/data/evaluation {tmp_path}/data/published" in on_slurm.stderr  # what to remove by hand

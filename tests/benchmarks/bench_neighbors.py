@@ -36,7 +36,9 @@ def made_up(n: int) -> tuple[np.ndarray, Zones]:
     vectors = 0.7 * common + (style + 0.5 * own)[building] + 0.5 * noise
     street = building // 25
     lat = 45 + street % 500 * 200 / 111_195
-    return vectors.astype(np.float16), make_zones(building, lat, street // 500 * 0.05 + building % 25 * 1.53e-4, RADIUS_M)
+    return vectors.astype(np.float16), make_zones(
+        building, lat, street // 500 * 0.05 + building % 25 * 1.53e-4, RADIUS_M
+    )
 
 
 def peers_way(vectors: np.ndarray):
@@ -88,7 +90,10 @@ def measure(n: int = 20_000) -> list[timing.Ratio]:
     def ours():
         options = {"k": K, "memory_mb": MEMORY_MB, "device": cpu}
         found["ours"] = np.concatenate(
-            [exact_neighbors(embeddings, zones, rows=part, **options)[0] for part in np.array_split(rows, -(-n // 20_000))]
+            [
+                exact_neighbors(embeddings, zones, rows=part, **options)[0]
+                for part in np.array_split(rows, -(-n // 20_000))
+            ]
         )
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -110,7 +115,9 @@ def measure(n: int = 20_000) -> list[timing.Ratio]:
     what = f"neighbours, {n:,} x {DIM}, k = {K}, masked"
     unit = {"items": n, "unit": "images/s"}
     return [
-        timing.ratio(f"{what}; tree from {TREE_QUERIES} queries", taken, "ours", "PCA-32 + BallTree", **unit, target=10),
+        timing.ratio(
+            f"{what}; tree from {TREE_QUERIES} queries", taken, "ours", "PCA-32 + BallTree", **unit, target=10
+        ),
         timing.ratio(what, taken, "ours", "faiss IndexFlatIP", **unit, target=1.5),
     ]
 
