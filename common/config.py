@@ -137,6 +137,8 @@ class Training(Section):
     bootstrap_samples: Annotated[int, Field(ge=10)]
     num_trials: Positive
     trial_epochs: Positive
+    study_storage: str
+    pruner: Literal["median", "hyperband"]
     search_space: dict[str, Range | Choices]
 
     @model_validator(mode="after")
@@ -150,7 +152,7 @@ class Training(Section):
     def _known_and_ordered(cls, space: dict[str, Any]) -> dict[str, Any]:
         # what is fixed for all trials of a study: its data, its measure, its size
         fixed = {"run", "seed", "epochs", "sample_buildings", "val_max_queries", "gallery", "bootstrap_samples"}
-        fixed |= {"num_trials", "trial_epochs", "search_space"}
+        fixed |= {"num_trials", "trial_epochs", "study_storage", "pruner", "search_space"}
         tunable = set(cls.model_fields) - fixed
         for key, dimension in space.items():
             if key in fixed:

@@ -77,7 +77,7 @@ def of_task(step, task: int, cfg: Config) -> list[Artefact] | None:
 
 def trials(cfg: Config) -> tuple[int, int]:
     """How many trials the study has that need no worker any more, of how many."""
-    if not (cfg.paths.study_dir / "journal.log").exists():
+    if cfg.training.study_storage == "journal" and not (cfg.paths.study_dir / "journal.log").exists():
         return 0, cfg.training.num_trials
     from train import study
 
@@ -195,7 +195,7 @@ def _run_dir(cfg: Config) -> Path:
 
 def _with_best_trial(cfg: Config) -> Config | None:
     """The settings with which fetch_best_and_train trains; None if the study is not there or not of `cfg`."""
-    if not (cfg.paths.study_dir / "journal.log").exists():
+    if cfg.training.study_storage == "journal" and not (cfg.paths.study_dir / "journal.log").exists():
         return None
     from train import study
 

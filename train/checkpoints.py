@@ -10,7 +10,16 @@ from common.config import Config, values
 from common.provenance import Provenance, digest_of
 from train import history, model
 
-NOT_OF_A_RUN = ("run", "gallery", "bootstrap_samples", "num_trials", "trial_epochs", "search_space")
+NOT_OF_A_RUN = (
+    "run",
+    "gallery",
+    "bootstrap_samples",
+    "num_trials",
+    "trial_epochs",
+    "search_space",
+    "study_storage",
+    "pruner",
+)
 NAMES = ("checkpoint_best.pt", "checkpoint_last.pt", "history.parquet", "curves.png", "bad_batch.pt")
 
 

@@ -2,7 +2,7 @@
 
 Leaves the same files as train.py, and the settings used beside them: train.py --config that file repeats the run.
 
-Reads    data/study/journal.log, and what train.py reads
+Reads    the study (data/study/journal.log, or training.study_storage), and what train.py reads
 Writes   checkpoints/<run>/config.toml, and what train.py writes
 Command  python train/fetch_best_and_train.py [--trial 17]
 Memory   as train.py
@@ -30,7 +30,7 @@ def main(argv=None) -> int:
     unfinished = cfg.training.num_trials - study.num_counted(tuning.trials) + study.num_open(tuning)
     if unfinished > 0:
         print(f"fetch_best_and_train: {unfinished:,} trials of the study are still to come")
-    chosen = study.with_training(cfg, **trial.params)
+    chosen = study.with_training(cfg, **trial.params, study_storage="journal")  # no password into the file
 
     run_dir = cfg.paths.checkpoints_dir / cfg.training.run
     if not args.overwrite:  # before config.toml is written beside a checkpoint of other settings

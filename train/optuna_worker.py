@@ -1,12 +1,14 @@
 """Tries settings of [training.search_space] until the study has training.num_trials trials, over all workers.
 
-Start as many workers as there are GPUs: they share the study's journal. A trial trains for training.trial_epochs
-epochs and is worth its best validation mAP@R after one of them (the untrained head does not count). After five
-trials, one whose best falls behind the median of the others' at the same epoch, from the second on, is pruned.
-What a killed worker was at is tried again by another.
+Start as many workers as there are GPUs: they share the study, a journal on a shared disk or a PostgreSQL database.
+A trial trains for training.trial_epochs epochs and is worth its best validation mAP@R after one of them (the
+untrained head does not count). With training.pruner = "median", after five trials, one whose best falls behind the
+median of the others' at the same epoch, from the second on, is pruned; "hyperband" gives many trials few epochs
+and few trials all. What a killed worker was at is tried again by another.
 
 Reads    data/merged/{train,val}.parquet, data/difficulty/difficulty_metadata.parquet: once, for all trials
-Writes   data/study/journal.log; data/study/study.html: history, importances and slices of the study
+Writes   data/study/journal.log (or training.study_storage);
+         data/study/study.html: history, importances and slices of the study
 Command  python train/optuna_worker.py [--trials 10] [--minutes 600]
 Memory   as train.py
 A study of other data or settings is refused; --overwrite replaces such a one, and joins one that matches.
@@ -19,7 +21,7 @@ if not __package__:  # run by path: import from the repository root, not from th
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli
-from common.errors import PipelineError
+from common.errors import ConfigError, PipelineError
 
 
 def main(argv=None) -> int:
@@ -28,6 +30,10 @@ def main(argv=None) -> int:
     arguments.add_argument("--minutes", type=float, metavar="M", help="begin no trial after so many minutes")
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
+    if args.trials is not None and args.trials < 1:
+        raise ConfigError("--trials takes a number of trials, 1 or more")
+    if args.minutes is not None and args.minutes < 0:
+        raise ConfigError("--minutes takes a number of minutes, 0 or more")
     from train import study, study_page, trials
 
     study.check_search_space(cfg)

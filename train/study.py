@@ -1,13 +1,11 @@
-"""An Optuna study that any number of workers share: one journal, one lock, no trial lost or counted twice.
+"""An Optuna study that any number of workers share: one storage, one lock, no trial lost or counted twice.
 
-A worker claims a trial, fails those of dead workers and counts, all under a lock (`flock`, which the kernel
-releases with its holder). A trial has a heartbeat with every epoch. A running one is taken for dead when its last
-heartbeat is older than STALE_EPOCHS of the longest epochs seen in the study, and than STALE_MIN_S. Before the
-study's first epoch has ended nobody knows how long one takes, and STALE_UNKNOWN_S applies.
+A worker claims a trial, fails those of dead workers and counts, all under a lock (see train/storage.py). A trial has
+a heartbeat with every epoch. A running one is taken for dead when its last heartbeat is older than STALE_EPOCHS of
+the longest epochs seen in the study, and than STALE_MIN_S. Before the study's first epoch has ended nobody knows how
+long one takes, and STALE_UNKNOWN_S applies.
 """
 
-import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -18,8 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import ValidationError
 
@@ -27,7 +24,7 @@ from common import parquet, provenance
 from common.config import Choices, Config, Training
 from common.errors import ConfigError, PipelineError
 from common.provenance import Provenance
-from train import checkpoints, datasets
+from train import checkpoints, datasets, storage
 
 STUDY_NAME = "tuning"
 STALE_EPOCHS = 5
@@ -50,74 +47,49 @@ def record(cfg: Config) -> Provenance:
     varied = {"training.epochs", *(f"training.{key}" for key in cfg.training.search_space)}
     config = {key: value for key, value in config.items() if key not in varied}
     config["training.trial_epochs"] = cfg.training.trial_epochs
+    config["training.pruner"] = cfg.training.pruner
     config["training.search_space"] = cfg.training.model_dump(mode="json")["search_space"]
     return provenance.record("optuna_worker", config, inputs)
 
 
 def open_study(cfg: Config, made: Provenance, *, create: bool, overwrite: bool = False) -> optuna.Study:
-    """The study in paths.study_dir. Raises StaleArtefact if it was made on other data or settings than `made`
-    says (`overwrite` replaces it then), PipelineError if there is none and `create` is False."""
-    path = cfg.paths.study_dir / "journal.log"
-    if not create and not path.exists():
-        raise PipelineError(f"{path} does not exist: run train/optuna_worker.py first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(cfg.paths.study_dir):
-        storage = JournalStorage(JournalFileBackend(str(path), JournalLock(path)))
-        study = _existing_study(storage)
+    """The study that training.study_storage keeps. Raises StaleArtefact if it was made on other data or settings
+    than `made` says (`overwrite` replaces it then), PipelineError if there is none and `create` is False."""
+    name = storage.name_of(cfg)
+    if not create and isinstance(name, Path) and not name.exists():
+        raise PipelineError(f"{name} does not exist: run train/optuna_worker.py first")
+    with storage.locked(cfg):
+        opened = storage.open_storage(cfg)
+        study = _existing_study(opened)
         there = study and study.user_attrs.get("provenance")
         if there and overwrite and provenance.differences(Provenance(**there), made):
-            optuna.delete_study(study_name=STUDY_NAME, storage=storage)
+            optuna.delete_study(study_name=STUDY_NAME, storage=opened)
             there = None
         if there:
-            parquet.refuse_stale(path, Provenance(**there), made, f"{len(study.trials):,} trials")
+            parquet.refuse_stale(name, Provenance(**there), made, f"{len(study.trials):,} trials")
         elif not create:
-            raise PipelineError(f"{path} holds no study: run train/optuna_worker.py first")
+            raise PipelineError(f"{name} holds no study: run train/optuna_worker.py first")
         else:
             study = optuna.create_study(
-                storage=storage, study_name=STUDY_NAME, direction="maximize", load_if_exists=True
+                storage=opened, study_name=STUDY_NAME, direction="maximize", load_if_exists=True
             )
             study.set_user_attr("provenance", made.to_dict())
-    study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
+    study.pruner = pruner_of(cfg)
     return study
 
 
-def _existing_study(storage: JournalStorage) -> optuna.Study | None:
+def pruner_of(cfg: Config) -> optuna.pruners.BasePruner:
+    """What ends trials that fall behind, by training.pruner; both see the validation mAP@R of each epoch."""
+    if cfg.training.pruner == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
+    return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=cfg.training.trial_epochs)
+
+
+def _existing_study(opened: BaseStorage) -> optuna.Study | None:
     try:
-        return optuna.load_study(study_name=STUDY_NAME, storage=storage)
+        return optuna.load_study(study_name=STUDY_NAME, storage=opened)
     except KeyError:
         return None
-
-
-@contextlib.contextmanager
-def locked(study_dir: Path) -> Iterator[None]:
-    """Hold the study's lock; the kernel releases it if this process dies."""
-    with open(study_dir / "lock", "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-class JournalLock:
-    """The lock of a journal's writers. The kernel releases it with a writer that dies, where Optuna's own locks,
-    files that are there or not, keep all others waiting for 30 s.
-
-    It also cuts off half a line at the journal's end, which such a writer can leave: the next line would be
-    appended to it, and the journal could not be read any more.
-    """
-
-    def __init__(self, journal: Path):
-        self.journal = journal
-
-    def acquire(self) -> bool:
-        self.file = open(self.journal, "r+b")  # noqa: SIM115 - held until release
-        fcntl.flock(self.file, fcntl.LOCK_EX)
-        size = self.file.seek(0, os.SEEK_END)
-        if size and os.pread(self.file.fileno(), 1, size - 1) != b"\n":
-            self.file.seek(0)
-            self.file.truncate(self.file.read().rfind(b"\n") + 1)
-        return True
-
-    def release(self) -> None:
-        self.file.close()
 
 
 # ------------------------------------------------------------------------------------------------ its trials
@@ -128,7 +100,7 @@ def claim(study: optuna.Study, cfg: Config) -> optuna.Trial | None:
 
     Trials of dead workers come back first, and again under a new number.
     """
-    with locked(cfg.paths.study_dir):
+    with storage.locked(cfg):
         requeue_dead(study, time.time())
         trials = study.get_trials(deepcopy=False)
         if not _has_work(trials, cfg.training.num_trials):
@@ -145,7 +117,7 @@ def claim(study: optuna.Study, cfg: Config) -> optuna.Trial | None:
 
 def is_full(study: optuna.Study, cfg: Config) -> bool:
     """Whether there is no trial left for a worker that starts now."""
-    with locked(cfg.paths.study_dir):
+    with storage.locked(cfg):
         requeue_dead(study, time.time())
         return not _has_work(study.get_trials(deepcopy=False), cfg.training.num_trials)
 

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from common import cli
 from common.config import Config
 from common.errors import PipelineError, Stopped
-from train import study
+from train import storage, study
 from train.datasets import TrainingData, load_data
 from train.fit import fit
 
@@ -77,7 +77,7 @@ def run(cfg: Config, data: TrainingData, tuning: optuna.Study, trial: optuna.Tri
         tuning.tell(trial, state=TrialState.FAIL)
         return "failed"
     except (Stopped, KeyboardInterrupt):
-        with study.locked(cfg.paths.study_dir):
+        with storage.locked(cfg):
             study.requeue(tuning, trial, trial.user_attrs.get("attempts", 0))
         raise
 
