@@ -45,6 +45,7 @@ SETTINGS = [
 ]
 
 
+pytestmark = pytest.mark.timeout(900)  # every stage three times over, on a busy machine
 STEPS = {step.name: step for step in submit.chain(config.load())}
 
 
