@@ -20,6 +20,7 @@ SETTINGS = [
     "data.band_percentiles=[20, 40, 60, 80]",
     "training_model.output_dim=16",
     "training_model.hidden_dim=48",
+    "training.loss=triplet",
     "training.epochs=4",
     "training.steps_per_epoch=6",
     "training.batch_size=64",

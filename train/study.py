@@ -1,9 +1,9 @@
 """An Optuna study that any number of workers share: one storage, one lock, no trial lost or counted twice.
 
-A worker claims a trial, fails those of dead workers and counts, all under a lock (see train/storage.py). A
-trial has a heartbeat with every epoch. A running one is taken for dead when its last heartbeat is older than
-STALE_EPOCHS of the longest epochs seen in the study, and than STALE_MIN_S. Before the study's first epoch has
-ended nobody knows how long one takes, and STALE_UNKNOWN_S applies.
+A worker claims a trial, fails those of dead workers and counts, all under a lock (see train/storage.py). A trial
+has a heartbeat with every epoch. A running one is taken for dead when its last heartbeat is older than
+STALE_EPOCHS of the longest epochs seen in the study, and than STALE_MIN_S. Before the study's first epoch is over
+nobody knows how long one takes, and STALE_UNKNOWN_S applies.
 """
 
 import json

@@ -1,0 +1,100 @@
+"""train/compare.py: the command on a small merge. Oracle: the evaluation's own figures of the same checkpoint."""
+
+import json
+
+import made_up_merge
+import numpy as np
+import pytest
+import torch
+
+from common import cli, config
+from common.errors import ConfigError, StaleArtefact
+from difficulty import compute_visual_neighbors
+from train import compare, evaluate, gallery, model, protocol
+
+SMALL = (
+    *("training.epochs=2", "training.steps_per_epoch=2", "training.batch_size=32", "training.warmup_steps=1"),
+    *("training_model.output_dim=16", "training_model.hidden_dim=16", "data.neighbors=20"),
+    "training.bootstrap_samples=50",
+)
+
+
+def flags(root, *more):
+    return [part for setting in (f"paths.root={root}", *SMALL, *more) for part in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A merge that was compared, with one seed."""
+    folder = tmp_path_factory.mktemp("compare")
+    made_up_merge.write_merge(folder / "data" / "merged", streets=(12, 6, 24))
+    compute_visual_neighbors.main(flags(folder))
+    assert compare.main([*flags(folder), "--seeds", "1"]) == 0
+    return folder
+
+
+def read(root):
+    return json.loads((root / "data" / "evaluation" / "comparison.json").read_text())
+
+
+def test_every_sampler_and_loss_has_a_run_of_each_seed_and_its_files(root):
+    found = read(root)
+    assert len({(row["sampler"], row["loss"]) for row in found["combinations"]}) == 12
+    runs = {path.name for path in (root / "checkpoints" / "compare").iterdir()}
+    assert runs == {f"{row['sampler']}-{row['loss']}-0" for row in found["combinations"]}
+    markdown = (root / "data" / "evaluation" / "comparison.md").read_text()
+    assert markdown.strip() == compare.as_markdown(found)
+    assert (root / "data" / "evaluation" / "comparison.png").stat().st_size > 0
+
+
+def test_figures_and_intervals_equal_those_of_the_evaluation(root):
+    where = (f"paths.checkpoints_dir={root / 'checkpoints' / 'compare'}", "training.run=ucb-infonce-0")
+    cfg = config.load(None, [f"paths.root={root}", *SMALL, *where])
+    task = evaluate.of_run(cfg, [])
+    rows = gallery.load(task.paths, cfg.data.ignore_radius_m)
+    with cli.Progress("test", "ranking") as quiet:
+        theirs, _, _ = protocol.evaluate(cfg, rows, task.methods, torch.device("cpu"), quiet)
+    found = read(root)
+    ours = next(r for r in found["combinations"] if (r["sampler"], r["loss"]) == ("ucb", "infonce"))
+    for name in compare.FIGURES:
+        for end in ("value", "low", "high"):
+            assert found["whitening"][name][end] == pytest.approx(theirs["methods"]["whitening"][name][end])
+            assert ours["figures"][name][end] == pytest.approx(theirs["methods"]["trained"][name][end])
+            difference = theirs["differences"]["trained-whitening"][name][end]
+            assert ours["minus_whitening"][name][end] == pytest.approx(difference, abs=1e-12)  # paired
+
+
+def test_the_control_is_compared_with_itself_as_nothing(root):
+    for row in read(root)["combinations"]:
+        if row["sampler"] == compare.CONTROL:
+            assert {f["low"] for f in row["minus_control"].values()} == {0.0}
+        assert np.mean(row["by_seed"]["map@r"]) == pytest.approx(row["figures"]["map@r"]["value"])
+
+
+def test_run_again_it_shows_the_table_and_trains_nothing(root, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (root / "checkpoints").rglob("*.pt")}
+    assert compare.main([*flags(root), "--seeds", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "nothing to do" in shown
+    assert "learned whitening" in shown
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    with pytest.raises(StaleArtefact, match="epochs"):
+        compare.main([*flags(root, "training.epochs=3"), "--seeds", "1"])
+
+
+def test_more_seeds_are_other_runs_and_those_there_are_kept(root, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in (root / "checkpoints").rglob("checkpoint_best.pt")}
+    heads = flags(root, f"paths.evaluation_dir={tmp_path}")
+    assert compare.main([*heads, "--seeds", "2"]) == 0
+    runs = [root / "checkpoints" / "compare" / f"ucb-triplet-{seed}" for seed in (0, 1)]
+    two = [model.load_checkpoint(run / "checkpoint_last.pt") for run in runs]
+    assert [checkpoint["config"]["training.seed"] for checkpoint in two] == [0, 1]
+    assert not np.array_equal(two[0]["head"]["linear.weight"], two[1]["head"]["linear.weight"])
+    assert len(before) == 12
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert {len(row["by_seed"]["map@r"]) for row in found["combinations"]} == {2}
+
+
+def test_no_seeds_are_refused(root):
+    with pytest.raises(ConfigError, match="--seeds"):
+        compare.main([*flags(root), "--seeds", "0"])
