@@ -8,6 +8,7 @@ Memory: one window of CHUNK_BYTES, and the content of one member of at most MAX_
 """
 
 import os
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -66,9 +67,16 @@ class _Header(NamedTuple):
 
 def of_shard(raw_dir: Path, shard: int, num_shards: int) -> list[Path]:
     """The tars whose rank in the sorted listing of `raw_dir` is `shard` modulo `num_shards`."""
-    listing = []
-    if raw_dir.is_dir():  # macOS leaves "._0088.tar" beside what it copies
-        listing = sorted(p for p in raw_dir.glob("*.tar") if p.is_file() and not p.name.startswith("."))
+    there = sorted(raw_dir.iterdir()) if raw_dir.is_dir() else []
+    # macOS leaves "._0088.tar" beside what it copies
+    listing = [p for p in there if p.suffix.lower() == ".tar" and p.is_file() and not p.name.startswith(".")]
+    compressed = [p for p in there if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", p.name, re.IGNORECASE)]
+    if compressed:
+        raise PipelineError(
+            f"{compressed[0]} is compressed, or has something after .tar in its name"
+            f"{f' ({len(compressed):,} such files)' if len(compressed) > 1 else ''}\n"
+            "decompress it, or take it out of paths.raw_dir: images are read from plain tars by their offsets"
+        )
     if not listing:
         what = (
             "does not exist"

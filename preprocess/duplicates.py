@@ -9,6 +9,8 @@ from common.zones import ranges
 
 _CHUNK_CELLS = 2**21  # hashes looked at together
 
+_PAIRS_AT_ONCE = 1 << 20
+
 
 def sort_groups(*keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows with equal keys brought together: (order (N,), starts (G,)); a group is in its rows' own order."""
@@ -95,13 +97,16 @@ def _keep_first(phash: np.ndarray, dhash: np.ndarray, max_hamming: int) -> np.nd
 
 def _any_far_apart(xyz: np.ndarray, group: np.ndarray, num_groups: int, radius_m: float) -> np.ndarray:
     """(G,) bool: groups of positions of which two are more than `radius_m` apart. `group`: ascending, 0..G-1."""
+    distinct = np.unique(np.column_stack([group, xyz]), axis=0)  # a bad label's 0/0 may stand there 100,000 times
+    group, xyz = distinct[:, 0].astype(np.int64), distinct[:, 1:]
     starts = np.searchsorted(group, np.arange(num_groups + 1))
     to_first = np.linalg.norm(xyz - xyz[starts[group]], axis=1)
     is_far = np.bincount(group, to_first > radius_m, num_groups) > 0
-    # the others lie within the radius of their first, so they are few: all pairs of those
-    rest = np.flatnonzero(~is_far[group])
+    # the others lie within the radius of their first; of two that are further apart, one is half of it from there
+    rest = np.flatnonzero(~is_far[group] & (to_first > radius_m / 2))
     first, last = starts[group[rest]], starts[group[rest] + 1]
-    left, right = np.repeat(rest, last - first), ranges(first, last)
-    apart = np.linalg.norm(xyz[left] - xyz[right], axis=1) > radius_m
-    is_far[group[left[apart]]] = True
+    for block in np.array_split(np.arange(len(rest)), np.sum(last - first) // _PAIRS_AT_ONCE + 1):
+        left = np.repeat(rest[block], (last - first)[block])
+        apart = np.linalg.norm(xyz[left] - xyz[ranges(first[block], last[block])], axis=1) > radius_m
+        is_far[group[left[apart]]] = True
     return is_far

@@ -51,6 +51,7 @@ def find(cfg: Config, listing: list[Path]) -> Sources:
     """The files of all tars of `listing`. Raises PipelineError if some lack, StaleArtefact if they do not fit."""
     paths, ids, sources, models = cfg.paths, {}, [], {}
     names = [f"{tar.stem}.parquet" for tar in listing]
+    _refuse_without_tar(paths, names)
     _refuse_missing("intermediates", [paths.intermediates_dir / name for name in names])
     _refuse_missing("fingerprints", [paths.fingerprints_dir / name for name in names])
     parts_of = _parts_by_tar(paths.embeddings_dir)
@@ -158,6 +159,18 @@ def _dataset_of(intermediates: Path) -> int:
             "run preprocess/process_tar.py again with --overwrite"
         )
     return int(found[0]) if len(found) else -1
+
+
+def _refuse_without_tar(paths, names: list[str]) -> None:
+    """Raise PipelineError if a tar's images would be left out because it is not in raw_dir any more."""
+    there = sorted(path.name for path in paths.intermediates_dir.glob("*.parquet"))
+    lost = [Path(name).stem for name in there if name not in names]
+    if lost:
+        raise PipelineError(
+            f"{paths.intermediates_dir} has {', '.join(lost[:5])}{' and more' if len(lost) > 5 else ''}, "
+            f"of which {paths.raw_dir} has no tar\n"
+            "put the tars back, or remove what was made from them, so that it is clear what is merged"
+        )
 
 
 def _refuse_missing(stage: str, paths: list[Path]) -> None:

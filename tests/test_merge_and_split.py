@@ -79,6 +79,15 @@ def test_equal_bytes_far_apart_are_dropped_and_near_ones_kept():
     assert chain.tolist() == [True, True, True]  # each within 25 m of the first, but two of them 40 m apart
 
 
+def test_one_picture_at_a_hundred_thousand_buildings_of_one_place_costs_nothing():
+    n = 100_000  # labels of 0/0, say: all pairs of them would take 800 GB
+    xyz = np.zeros((n, 3))
+    assert not duplicates.across_buildings(np.arange(n), u64(np.full(n, 7)), xyz, 25).any()
+    xyz[n // 2 :, 0] = 20
+    xyz[-1, 0] = -10  # 30 m from those
+    assert duplicates.across_buildings(np.arange(n), u64(np.full(n, 7)), xyz, 25).all()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_across_buildings_is_the_loop(seed):
     rng = np.random.default_rng(seed)
@@ -440,3 +449,9 @@ def test_a_changed_setting_is_told_and_not_redone(small, capsys):
     with pytest.raises(StaleArtefact, match=r"data\.split_buffer_m = 50\.0; this run says 10\.0"):
         small.run()
     assert small.run("--overwrite") == 0
+
+
+def test_a_tar_that_has_gone_does_not_take_its_images_out_in_silence(small, capsys):
+    next(small.cfg.paths.raw_dir.glob("0002*")).unlink()
+    assert exit_code_of(small.run) == 1
+    assert "has 0002, of which" in capsys.readouterr().err

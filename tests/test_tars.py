@@ -206,3 +206,13 @@ def test_a_folder_without_tars_is_an_error_that_says_what_to_do(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(PipelineError, match=r"paths\.raw_dir"):
             tars.of_shard(folder, 0, 1)
+
+
+@pytest.mark.parametrize("name", ["0089.tar.gz", "0089.TGZ", "0089.tar.zst"])
+def test_a_compressed_tar_beside_the_others_is_not_passed_over(tmp_path, name):
+    (tmp_path / "0088.tar").touch()
+    (tmp_path / "0090.TAR").touch()
+    assert [path.name for path in tars.of_shard(tmp_path, 0, 1)] == ["0088.tar", "0090.TAR"]
+    (tmp_path / name).touch()
+    with pytest.raises(PipelineError, match=rf"{name} is compressed.*\ndecompress it"):
+        tars.of_shard(tmp_path, 0, 1)
