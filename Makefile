@@ -46,7 +46,7 @@ demo/backbone/config.json: $(VENV)
 	@$(RUN) tests/local_backbone.py --out demo/backbone
 
 test: $(VENV) lint  ## lint, then all tests
-	$(RUN) -m pytest -n auto --dist loadfile -q
+	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder -q
 
 lint: $(VENV)  ## style, imports and formatting
 	.venv/bin/ruff check .

@@ -13,6 +13,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may look for a netw
 os.environ.setdefault("MPLBACKEND", "agg")
 
 
+SLOWEST = ("test_slurm", "test_pipeline", "test_readme_commands", "test_optuna_worker")  # minutes each
+
+
+def pytest_collection_modifyitems(items):
+    """The slowest files first: begun last, each would keep one core busy when all others are done."""
+    items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
+
+
 @pytest.fixture
 def run_script():
     """Run a script of the repository as a user does: `run_script("train/train.py", "--help")`."""
