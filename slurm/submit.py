@@ -354,6 +354,8 @@ def main(argv: list[str] | None = None) -> int:
         print_plan(steps, todo, [command for _, command in here] if args.local else jobs)
         return 0
     if args.local:
+        if not here:
+            print(f"nothing to do: {', '.join(step.name for step in steps)} done")
         code = local.run(here, args.jobs)
         if code == 0 and steps[-1].name == "convert_to_hf":
             local.print_results(cfg)
