@@ -20,6 +20,7 @@ _MARKERS = "osD^vP"
 MAX_CLASSES = 12  # bars that fit a figure
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: small, and in the page's font
+    "text.parse_math": False,  # methods are named after files: "$" is a dollar
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -107,25 +108,27 @@ def histogram(found: dict, method: str) -> Markup:
     edges = np.array(found["edges"])
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes(f"cosine of two images, {method}", "% of the pairs")
-        for name, colour in (("matches", "#3a9d4e"), ("non_matches", "#d4483b")):
+        for name, colour, line in (("matches", "#3a9d4e", "-"), ("non_matches", "#d4483b", ":")):
             counts = np.array(found[name], float)
             shares = 100 * counts / max(counts.sum(), 1)
             axes.stairs(shares, edges, fill=True, color=colour, alpha=0.35)
-            axes.stairs(shares, edges, color=colour, label=name.replace("_", "-"))
+            axes.stairs(shares, edges, color=colour, linestyle=line, linewidth=1.4, label=name.replace("_", "-"))
         axes.legend()
     return svg(figure, "Histograms of the cosine of matching pairs and of random pairs that do not match")
 
 
 def training_curves(history: pd.DataFrame) -> Markup:
     """The loss and the validation mAP@R by epoch."""
+    every = 1 + len(history) // 50  # epochs from marker to marker
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes("epoch", "validation mAP@R, %")
-        axes.plot(history["epoch"], 100 * history["val_map_at_r"], "o-", ms=3, color=_COLOURS["trained"])
+        look = {"ms": 3, "markevery": every, "color": _COLOURS["trained"]}
+        axes.plot(history["epoch"], 100 * history["val_map_at_r"], "o-", **look)
         axes.yaxis.label.set_color(_COLOURS["trained"])
         axes.xaxis.get_major_locator().set_params(integer=True)
         other = axes.twinx()
         other.spines["right"].set_visible(True)
-        other.plot(history["epoch"], history["loss"], "s--", ms=3, color=_COLOURS["whitening"])
+        other.plot(history["epoch"], history["loss"], "s--", **{**look, "color": _COLOURS["whitening"]})
         other.set_ylabel("training loss", color=_COLOURS["whitening"])
     return svg(figure, "Validation mAP at R and training loss by epoch")
 
@@ -137,15 +140,19 @@ def band_shares(history: pd.DataFrame) -> Markup | None:
     rows = history.dropna(subset=columns)
     if rows.empty:
         return None
+    every = 1 + len(rows) // 100  # epochs to a step: the page stays small however long the training
+    edges = np.append(rows["epoch"].iloc[::every], rows["epoch"].iloc[-1] + 1) - 0.5
+    shares = rows[columns].groupby(np.arange(len(rows)) // every).mean()
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes("epoch", "% of the anchors")
         colours = matplotlib.colormaps["viridis"](np.linspace(0.05, 0.95, len(columns)))
         labels = [name.removeprefix("share_").replace("_", " ") for name in columns]
-        bottom = np.zeros(len(rows))
+        bottom = np.zeros(len(edges) - 1)
         for name, label, colour in zip(columns, labels, colours, strict=True):
-            share = 100 * rows[name].to_numpy()
-            axes.bar(rows["epoch"], share, 0.9, bottom=bottom, color=colour, label=label)
-            bottom += share
+            top = bottom + 100 * shares[name].to_numpy()
+            axes.stairs(top, edges, baseline=bottom, fill=True, color=colour, label=label)
+            bottom = top
+        axes.set(xlim=(edges[0], edges[-1]), ylim=(0, 100))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
     return svg(figure, "Share of the anchors by band of their negatives, by epoch")
