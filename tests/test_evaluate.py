@@ -381,6 +381,18 @@ def test_the_record_names_its_inputs(merged):
     assert record["rows"] == {"in": 180, "out": 180}
 
 
+def test_a_split_of_buildings_does_not_claim_streets_that_training_never_saw(own):
+    cfg, columns, _ = own
+    for split_by, seen in (("geo", False), ("building", True)):
+        for split, of_split in columns.items():
+            small_merge.write_split(cfg, split, of_split, config={"data.split_by": split_by})
+        small_merge.write_checkpoint(cfg)
+        assert run(cfg, "--overwrite") == 0
+        page = (cfg.paths.evaluation_dir / "report.html").read_text()
+        assert ("on streets that it never saw" in page) == (not seen)
+        assert ("it may have seen others of their streets" in page) == seen
+
+
 # ------------------------------------------------------------------------------------ further rows, other files
 
 

@@ -213,4 +213,7 @@ def test_a_file_of_many_datasets_shows_the_largest_and_stays_small():
     markup = figures.breakdown({"meaning": "", "classes": classes}, "dataset")
     assert "0499" in markup
     assert "0487" not in markup  # the thirteenth
+    for entry in classes[:-1]:
+        entry["queries"], entry["methods"] = 7, {"raw": figure}
+    assert "0499: 499" in figures.breakdown({"meaning": "", "classes": classes}, "dataset")  # the others are equal
     assert len(markup) < 100_000

@@ -127,6 +127,7 @@ def of_run(cfg, compare: list[Path]) -> Task:
     subject = {
         "run": cfg.training.run,
         "epoch": checkpoint["epoch"],
+        "split_by": known["test"].config.get("data.split_by"),
         "embedding_model": checkpoint["embedding_model"],
         "config_hash": checkpoint["provenance"]["config_hash"],
         "config": checkpoint["config"],
@@ -155,7 +156,7 @@ def is_done(path: Path, made, overwrite: bool) -> bool:
     if overwrite or not path.exists():
         return False
     there = provenance.Provenance(**results.read(path)["provenance"])
-    parquet.refuse_stale(path, there, made, f"{there.rows['in']:,} queries")
+    parquet.refuse_stale(path, there, made, f"{there.rows.get('in', 0):,} queries")
     return True
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from common.errors import PipelineError
+from common.provenance import Provenance
 
 FORMAT = 1  # raised when keys of metrics.json change their names or meanings
 METRICS = ("recall@1", "recall@5", "recall@10", "recall@100", "recall@1000", "map@r", "median_rank")
@@ -99,6 +100,15 @@ class Results(_Strict):
         for name, figures in found.items():
             if tuple(figures) != METRICS:
                 raise ValueError(f"{name} must have the figures {', '.join(METRICS)}")
+        return found
+
+    @field_validator("provenance")
+    @classmethod
+    def _is_record(cls, found: dict) -> dict:
+        try:
+            Provenance(**found)
+        except TypeError as error:
+            raise ValueError(f"is no record of this version: {error}") from None
         return found
 
 
