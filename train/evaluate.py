@@ -2,7 +2,7 @@
 
 Every image of the test split is a query; the rest of the split (training.gallery = "all": train and val too) is
 what it is looked for in. Four methods: the raw backbone, PCA, learned whitening, the trained head. 95 % intervals
-come from a bootstrap over cells of the map, below 20 cells there are none.
+come from a bootstrap over cells of the map; below 20, counted by how evenly they are filled, there are none.
 
 --compare adds rows: other checkpoints (or folders of runs), published folders, Parquet files with another model's
 vectors of the same images. --embeddings judges a file with the columns of merged/test.parquet by itself, in the
