@@ -97,43 +97,45 @@ def of_run(cfg, run: str):
     return cfg.model_copy(update={"training": cfg.training.model_copy(update={"run": run})})
 
 
-def write_checkpoint(cfg, seed: int = 0) -> Path:
-    """checkpoint_best.pt of an untrained head that starts at the whitening, and a history of three epochs."""
+def write_checkpoint(cfg, seed: int = 0, hidden: int = HIDDEN, out: int = OUT) -> Path:
+    """checkpoint_best.pt of an untrained head that starts at the whitening."""
     import torch
 
     from common import zones
     from publish.modeling_spatial_embeddings import ProjectionHead
     from train import whitening
 
-    merged = {s: parquet.read(cfg.paths.merged_dir / f"{s}.parquet") for s in ("train", "val")}
-    embeddings = parquet.to_matrix(merged["train"]["embedding"])
-    buildings = zones.number_buildings(merged["train"]["target_id"].to_numpy())
+    train = parquet.read(cfg.paths.merged_dir / "train.parquet")
+    embeddings = parquet.to_matrix(train["embedding"])
+    buildings = zones.number_buildings(train["target_id"].to_numpy())
     baselines = {
-        "pca": whitening.pca(embeddings, OUT),
-        "whitening": whitening.learned_whitening(embeddings, buildings, OUT, 1e-2),
+        "pca": whitening.pca(embeddings, out),
+        "whitening": whitening.learned_whitening(embeddings, buildings, out, 1e-2),
     }
     baselines = {
         name: {"mean": torch.tensor(mean).float(), "projection": torch.tensor(projection).float()}
         for name, (mean, projection) in baselines.items()
     }
     torch.manual_seed(seed)
-    head = ProjectionHead(DIM, HIDDEN, OUT)
+    dim = embeddings.shape[1]
+    head = ProjectionHead(dim, hidden, out)
     with torch.no_grad():
         head.linear.weight.copy_(baselines["whitening"]["projection"])
         head.mean.copy_(baselines["whitening"]["mean"])
         head.gain.fill_(0.05 * seed)
-    inputs = {f"{s}.parquet": parquet.read_provenance(cfg.paths.merged_dir / f"{s}.parquet").id for s in merged}
+    records = {s: parquet.read_provenance(cfg.paths.merged_dir / f"{s}.parquet") for s in ("train", "val")}
+    inputs = {f"{split}.parquet": record.id for split, record in records.items()}
     made = provenance.record("train", {"training.margin": 0.1}, inputs).finished(f"checkpoint{seed}", {})
     checkpoint = {
         "head": head.state_dict(),
-        "input_dim": DIM,
-        "hidden_dim": HIDDEN,
-        "output_dim": OUT,
+        "input_dim": dim,
+        "hidden_dim": hidden,
+        "output_dim": out,
         "dropout": 0.0,
         "epoch": 2,
         "metrics": {"val_map_at_r": 0.3},
         "config": made.config,
-        "embedding_model": MODEL,
+        "embedding_model": records["train"].facts["embedding_model"],
         "baselines": baselines,
         "provenance": made.to_dict(),
     }

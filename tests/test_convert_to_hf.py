@@ -66,6 +66,7 @@ def write_checkpoint(cfg: config.Config, **changes) -> ProjectionHead:
         "metrics": {"map@r": 0.3},
         "config": config.values(cfg, "training"),
         "embedding_model": {**model, "dim": made.facts["dim"]},
+        "baselines": {},
         "provenance": record.to_dict(),
         **changes,
     }

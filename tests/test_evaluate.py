@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import small_merge
 import torch
 
-from common import cli, config, geo, parquet
+from common import cli, config, files, geo, parquet
 from common.errors import PipelineError, StaleArtefact
 from train import breakdowns, evaluate, gallery, methods, metrics, protocol, results
 
@@ -282,6 +284,23 @@ def test_embeddings_of_another_model_are_refused_naming_both(own):
         run(cfg)
 
 
+@pytest.mark.parametrize("content", [{"head": {}}, [1], np.random.default_rng(0)])
+def test_a_checkpoint_of_another_program_is_refused(own, content):
+    cfg, _, path = own
+    torch.save(content, path)
+    with pytest.raises(PipelineError, match=r"checkpoint_best.pt is no checkpoint of train/train.py"):
+        run(cfg)
+
+
+def test_a_head_that_gives_nan_is_told(own):
+    cfg, _, path = own
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["head"]["gain"] = torch.full_like(checkpoint["head"]["gain"], torch.nan)
+    torch.save(checkpoint, path)
+    with pytest.raises(PipelineError, match=r"trained .* gives vectors that are not finite"):
+        run(cfg)
+
+
 def test_a_checkpoint_that_is_not_there_says_what_makes_it(tmp_path):
     with pytest.raises(PipelineError, match=r"run train/train.py first"):
         run(config.load(None, [f"paths.root={tmp_path}"]))
@@ -325,6 +344,32 @@ def test_a_run_killed_before_metrics_json_is_done_again(merged):
     assert (merged.paths.evaluation_dir / "metrics.json").exists()
 
 
+def test_figures_of_other_settings_are_not_redone_because_the_report_was_deleted(own):
+    cfg, *_ = own
+    assert run(cfg) == 0
+    (cfg.paths.evaluation_dir / "report.html").unlink()
+    with pytest.raises(StaleArtefact, match=r"this run says 7"):
+        run(cfg, "--set", "training.bootstrap_samples=1000", "--set", "global.seed=7")
+    assert run(cfg) == 0
+    assert (cfg.paths.evaluation_dir / "report.html").exists()
+
+
+def test_a_run_killed_between_its_two_files_leaves_none_that_says_it_is_done(own, monkeypatch):
+    cfg, *_ = own
+    assert run(cfg) == 0
+    write = files.write_text
+
+    def die_at_the_second(path, text):
+        if path.name == "metrics.json":
+            raise KeyboardInterrupt
+        write(path, text)
+
+    monkeypatch.setattr(files, "write_text", die_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(cfg, "--overwrite", "--set", "global.seed=7")
+    assert not (cfg.paths.evaluation_dir / "metrics.json").exists()  # else a run with seed 0 would do nothing
+
+
 def test_the_record_names_its_inputs(merged):
     assert run(merged, "--overwrite") == 0
     record = json.loads((merged.paths.evaluation_dir / "metrics.json").read_text())["provenance"]
@@ -334,6 +379,18 @@ def test_the_record_names_its_inputs(merged):
     assert record["inputs"]["checkpoint_best.pt"] == "checkpoint1"
     assert record["config_hash"]
     assert record["rows"] == {"in": 180, "out": 180}
+
+
+def test_a_split_of_buildings_does_not_claim_streets_that_training_never_saw(own):
+    cfg, columns, _ = own
+    for split_by, seen in (("geo", False), ("building", True)):
+        for split, of_split in columns.items():
+            small_merge.write_split(cfg, split, of_split, config={"data.split_by": split_by})
+        small_merge.write_checkpoint(cfg)
+        assert run(cfg, "--overwrite") == 0
+        page = (cfg.paths.evaluation_dir / "report.html").read_text()
+        assert ("on streets that it never saw" in page) == (not seen)
+        assert ("it may have seen others of their streets" in page) == seen
 
 
 # ------------------------------------------------------------------------------------ further rows, other files
@@ -438,13 +495,67 @@ def test_a_file_that_cannot_be_judged_says_why(own, tmp_path):
         "no query has a match": lambda frame: frame.iloc[::3],
         "has no rows": lambda frame: frame.iloc[:0],
         "embedding holds double, not lists": lambda frame: frame.assign(embedding=1.0),
+        "embedding holds list<element: string>, not": lambda frame: frame.assign(embedding=[["1"]] * len(frame)),
+        "embeddings have no dimensions": lambda frame: frame.assign(embedding=[np.zeros(0)] * len(frame)),
+        "column heading holds .*string, not float": lambda frame: frame.assign(heading="north"),
+        "column target_id holds double, not int64": lambda frame: frame.assign(target_id=frame["target_id"] + 0.5),
     }
     for message, spoil in wrong.items():
         spoil(pd.DataFrame({name: list(column) for name, column in test.items()})).to_parquet(path)
         with pytest.raises(PipelineError, match=message):
             run(cfg, "--embeddings", str(path))
-    with pytest.raises(PipelineError, match=r"gone.parquet does not exist"):
-        run(cfg, "--embeddings", str(tmp_path / "gone.parquet"))
+    for gone in (tmp_path / "gone.parquet", tmp_path):
+        with pytest.raises(PipelineError, match=rf"{gone} does not exist, or is no file"):
+            run(cfg, "--embeddings", str(gone))
+
+
+def test_types_of_other_programs_are_read_as_ours(own, tmp_path):
+    cfg, columns, _ = own
+    assert run(cfg) == 0
+    frame = pd.DataFrame({name: list(column) for name, column in columns["test"].items()})
+    frame = frame.assign(dataset_id=frame["dataset_id"].astype(float), patch_id=0, image_size=1.0)  # as by a join
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    place = table.schema.get_field_index("embedding")
+    table = table.set_column(
+        place, "embedding", table["embedding"].cast(pa.large_list(pa.float64()))
+    )  # as by polars
+    pq.write_table(table, tmp_path / "theirs.parquet")
+    assert run(cfg, "--embeddings", str(tmp_path / "theirs.parquet")) == 0
+    ours = results.read(cfg.paths.evaluation_dir / "metrics.json")
+    theirs = results.read(cfg.paths.evaluation_dir / "theirs" / "metrics.json")
+    assert theirs["methods"]["raw"] == ours["methods"]["raw"]
+    assert theirs["breakdowns"]["dataset"]["classes"][0]["class"] == "0088"
+
+
+def test_other_vectors_in_a_file_of_the_same_name_and_size_are_noticed(own, tmp_path):
+    cfg, columns, _ = own
+    test, path, sizes = columns["test"], tmp_path / "theirs.parquet", set()
+    for sign in (1, -1):
+        frame = pd.DataFrame({name: list(column) for name, column in test.items()})
+        frame = frame.assign(embedding=list(sign * test["embedding"]))
+        frame.to_parquet(path, compression=None, use_dictionary=False, write_statistics=False)
+        sizes.add(path.stat().st_size)
+        if sign == 1:
+            assert run(cfg, "--embeddings", str(path)) == 0
+    assert len(sizes) == 1
+    with pytest.raises(StaleArtefact, match=r"made from another theirs.parquet"):
+        run(cfg, "--embeddings", str(path))
+
+
+def test_files_of_another_dimension_are_not_ranked_together(own):
+    cfg, columns, _ = own
+    columns["train"]["embedding"] = columns["train"]["embedding"][:, :10]
+    small_merge.write_split(cfg, "train", columns["train"])
+    with pytest.raises(PipelineError, match=r"train.parquet: .* 0088_0 has 10 dimensions, those before it 24"):
+        load(cfg, "test", "train")
+
+
+def test_evaluating_changes_no_embedding(merged):
+    rows = load(merged, "test")
+    single = gallery.Gallery(rows.num_queries, rows.table, rows.embeddings.astype(np.float32), rows.zones)
+    before = single.embeddings.copy()
+    methods._raw(single, CPU)
+    np.testing.assert_array_equal(single.embeddings, before)  # float32 on the host: the same memory, if not copied
 
 
 def test_check_tells_whether_two_files_have_the_same_figures(merged, tmp_path, capsys):
@@ -462,7 +573,7 @@ def test_check_tells_whether_two_files_have_the_same_figures(merged, tmp_path, c
     del found["methods"]["pca"]
     other.write_text(json.dumps(found))
     assert evaluate.main(["--check", str(path), str(other)]) == 0
-    assert f"only in {path}: 21 values, the first is methods.pca.recall@1.value" in capsys.readouterr().out
+    assert f"only in {path}: 21 figures, the first is methods.pca.recall@1.value" in capsys.readouterr().out
     found["methods"]["trained"]["recall@1"]["value"] += 0.02
     found["provenance"]["config"]["global.seed"] = 7
     other.write_text(json.dumps(found))

@@ -186,6 +186,18 @@ def test_figures_take_the_pages_colour_and_are_reproducible():
     assert figures.band_shares(shares.assign(share_random=np.nan)) is None
 
 
+def test_figures_of_a_long_training_stay_small():
+    epochs = 2_000
+    rows = pd.DataFrame({"epoch": np.arange(epochs), "loss": 0.1, "val_map_at_r": 0.3})
+    rows = rows.assign(**{f"share_{arm}": 1 / 8 for arm in [*(f"band_{b}" for b in range(7)), "random"]})
+    assert len(figures.band_shares(rows)) + len(figures.training_curves(rows)) < 200_000
+
+
+def test_a_dollar_in_the_name_of_a_file_is_no_formula():
+    markup = figures.recall_curve({"k": [1, 10], "methods": {"a$_b$<c>": [0.1, 0.2]}})
+    assert "a$_b$&lt;c&gt;" in markup
+
+
 def test_numbers_as_people_write_them():
     assert report.percent({"value": 0.4831, "low": None, "high": None}) == "48.3"
     assert report.percent({"value": -0.0001, "low": -0.012, "high": 0.0034}, "+") == "+0.0 [-1.2, +0.3]"
@@ -201,4 +213,7 @@ def test_a_file_of_many_datasets_shows_the_largest_and_stays_small():
     markup = figures.breakdown({"meaning": "", "classes": classes}, "dataset")
     assert "0499" in markup
     assert "0487" not in markup  # the thirteenth
+    for entry in classes[:-1]:
+        entry["queries"], entry["methods"] = 7, {"raw": figure}
+    assert "0499: 499" in figures.breakdown({"meaning": "", "classes": classes}, "dataset")  # the others are equal
     assert len(markup) < 100_000

@@ -59,6 +59,8 @@ def test_what_fits_is_written_and_read_back(tmp_path):
         ("leakage.buildings.in_two_splits", 3, "leakage.buildings.in_two_splits"),
         ("surplus", 1, "surplus"),
         ("gallery", "train", "gallery"),
+        ("provenance.config", None, "provenance: .*no record of .*config"),
+        ("provenance.surplus", 1, "provenance: .*no record of .*surplus"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_place(tmp_path, key, value, where):
@@ -71,6 +73,40 @@ def test_what_does_not_fit_is_refused_with_its_place(tmp_path, key, value, where
 def test_infinity_is_not_written():
     with pytest.raises(ValueError, match="finite"):
         results.to_json(changed("methods.raw.map@r.value", float("inf")))
+
+
+MANY = {"edges": [-1.0, 0.0, 1.0], "matches": [4_000, 6_000], "non_matches": [9_000, 1_000]}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "alike"),
+    [
+        ("methods.raw.map@r.value", 0.5009, True),  # 0.1 points: what another machine's rounding may do
+        ("methods.raw.map@r.value", 0.5011, False),
+        ("methods.raw.map@r.low", None, False),
+        ("counts.matches", 3, False),
+        ("similarity_histograms.matches", [4_001, 5_999], True),  # a pair at the edge of its bin
+        ("similarity_histograms.matches", [4_100, 5_900], False),  # 1 % of them
+        ("subject.run", "other", True),  # told, but no figure
+        ("told.raw", "other words", True),
+        ("provenance.inputs", {"test.parquet": "other"}, True),
+    ],
+)
+def test_figures_that_differ_by_rounding_are_alike(tmp_path, key, value, alike):
+    one = changed("similarity_histograms", MANY)
+    other = json.loads(json.dumps(one))
+    *parents, last = key.split(".")
+    place = other
+    for parent in parents:
+        place = place[parent]
+    place[last] = value
+    for name, found in (("one", one), ("other", other)):
+        (tmp_path / name).write_text(json.dumps(found))
+    text, same = results.check(tmp_path / "one", tmp_path / "other")
+    assert same == alike
+    assert f"{0 if alike else 1} of 95 figures" in text
+    assert ("run: default, other" in text) == (key == "subject.run")
+    assert ("test.parquet: None, other" in text) == (key == "provenance.inputs")
 
 
 def test_a_file_that_is_absent_or_cut_off_is_told(tmp_path):

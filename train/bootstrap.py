@@ -8,7 +8,7 @@ the interval of a difference a paired one.
 import numpy as np
 from scipy import stats
 
-MIN_CELLS = 20  # with fewer there are no intervals: they would say less than they seem to
+MIN_CELLS = 20  # with fewer, or so uneven ones, there are no intervals: they would say less than they seem to
 CONFIDENCE = 0.95
 _BLOCK_VALUES = 1 << 23  # values of one block of draws in `medians`: 64 MB of float64
 
@@ -55,17 +55,25 @@ def _medians_of_block(sorted_values: np.ndarray, repeats: np.ndarray) -> np.ndar
     return (sorted_values[lower] + sorted_values[upper]) / 2
 
 
-def interval(estimates: np.ndarray, num_cells: int) -> dict[str, float | None]:
+def effective_cells(cell_of_row: np.ndarray) -> float:
+    """How many cells of equal size tell as much as these rows' cells: (sum n)^2 / sum n^2 (Kish 1965)."""
+    sizes = np.bincount(cell_of_row).astype(float)
+    return float(sizes.sum() ** 2 / (sizes**2).sum()) if len(sizes) else 0.0
+
+
+def interval(estimates: np.ndarray, cells: float) -> dict[str, float | None]:
     """{"value", "low", "high"} from the estimates of one figure, (1 + draws,), the data's own first.
 
     Percentiles widened for few cells, Phi(-sqrt(C / (C - 1)) t(C - 1)): the expanded percentile interval of
-    Hesterberg (2015), "What Teachers Should Know About the Bootstrap", section 5. `low` and `high` are None
-    below MIN_CELLS.
+    Hesterberg (2015), "What Teachers Should Know About the Bootstrap", section 5. He has C cells of one size; C is
+    `effective_cells` here: where sizes are lognormal (sigma 1), that brings the coverage at 64 cells from 93.4 to
+    94.3 %. Where crowded cells are much harder as well, it stays low: 85 %. `low` and `high` are None below
+    MIN_CELLS.
     """
     value = float(estimates[0])
-    if num_cells < MIN_CELLS or len(estimates) == 1:
+    if cells < MIN_CELLS or len(estimates) == 1:
         return {"value": value, "low": None, "high": None}
-    t = stats.t.ppf((1 - CONFIDENCE) / 2, num_cells - 1)
-    tail = stats.norm.cdf(np.sqrt(num_cells / (num_cells - 1)) * t)
+    t = stats.t.ppf((1 - CONFIDENCE) / 2, cells - 1)
+    tail = stats.norm.cdf(np.sqrt(cells / (cells - 1)) * t)
     low, high = np.nanquantile(estimates[1:], [tail, 1 - tail])
     return {"value": value, "low": float(low), "high": float(high)}

@@ -78,7 +78,7 @@ def figures(
         cells = len(np.unique(cell_of_query[asked]))
         entry = {"class": label, "queries": int(asked.sum()), "matches": int(which.sum()), "cells": cells}
         entry["methods"] = {
-            method: _with_intervals(of_class.select(asked), cell_of_query[asked], weights, cells)
+            method: _with_intervals(of_class.select(asked), cell_of_query[asked], weights)
             for method, of_class in found.items()
             if asked.any()
         }
@@ -86,7 +86,8 @@ def figures(
     return {"meaning": breakdown.meaning, "classes": classes}
 
 
-def _with_intervals(found: metrics.PerQuery, cell_of_query: np.ndarray, weights: np.ndarray, cells: int) -> dict:
+def _with_intervals(found: metrics.PerQuery, cell_of_query: np.ndarray, weights: np.ndarray) -> dict:
     values = [found.best_rank <= 1, found.best_rank <= 5, found.average_precision_at_r]
     estimates = bootstrap.means(np.stack(values, axis=1).astype(np.float64), cell_of_query, weights)
+    cells = bootstrap.effective_cells(cell_of_query)
     return {name: bootstrap.interval(column, cells) for name, column in zip(FIGURES, estimates.T, strict=True)}

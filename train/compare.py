@@ -114,8 +114,10 @@ def judge(cfg, best: dict, device) -> dict:
     def estimate(of_queries: np.ndarray) -> np.ndarray:  # (1 + draws, figures)
         return bootstrap.means(of_queries, cell_of_query, weights)
 
+    effective_cells = bootstrap.effective_cells(cell_of_query)
+
     def intervals(estimates: np.ndarray) -> dict:
-        return {name: bootstrap.interval(estimates[:, i], len(cells)) for i, name in enumerate(FIGURES)}
+        return {name: bootstrap.interval(estimates[:, i], effective_cells) for i, name in enumerate(FIGURES)}
 
     combinations = list(dict.fromkeys(combination for combination, _ in best))
     seeds = sorted({seed for _, seed in best})

@@ -2,11 +2,12 @@
 
 Every image of the test split is a query; the rest of the split (training.gallery = "all": train and val too) is
 what it is looked for in. Four methods: the raw backbone, PCA, learned whitening, the trained head. 95 % intervals
-come from a bootstrap over cells of the map, below 20 cells there are none.
+come from a bootstrap over cells of the map; below 20, counted by how evenly they are filled, there are none.
 
 --compare adds rows: other checkpoints (or folders of runs), published folders, Parquet files with another model's
 vectors of the same images. --embeddings judges a file with the columns of merged/test.parquet by itself, in the
-same way. --check says how two metrics.json differ (exit code 1 if a value that both have does).
+same way. --check says how two metrics.json differ: exit code 1 if a figure that both have does, by 0.001 or more
+(0.1 percentage points; other machines round otherwise).
 
 Reads    data/merged/{test,train,val}.parquet, checkpoints/<run>/{checkpoint_best.pt,history.parquet};
          for the report's pictures, by offset, data/raw/<tar>.tar (may be gone)
@@ -14,7 +15,8 @@ Writes   data/evaluation/{report.html,metrics.json}; with --compare in compared/
          folder with the file's name
 Command  python train/evaluate.py [--set training.gallery=all] [--compare checkpoints/other data/published]
 Memory   gallery rows x (D x 2 + 150) bytes on the host and x D x 4 on the device (768-d, 2.5 M rows: 4 and 8 GB),
-         plus 32 bytes for each match and method, and search_memory_mb
+         plus 32 bytes for each match and method, and search_memory_mb; before that, to look for leaks, about 100
+         bytes for each row of all splits
 """
 
 import sys
@@ -58,7 +60,7 @@ def main(argv=None) -> int:
     compare = [locate(cfg, path) for path in args.compare]
     task = of_file(cfg, locate(cfg, args.embeddings)) if args.embeddings else of_run(cfg, compare)
     metrics_path, report_path = task.folder / "metrics.json", task.folder / "report.html"
-    if report_path.exists() and is_done(metrics_path, task.made, args.overwrite):
+    if is_done(metrics_path, task.made, args.overwrite) and report_path.exists():
         print(report.table(results.read(metrics_path)))
         return cli.nothing_to_do("evaluate", f"{metrics_path} and {report_path}")
     leakage = None if args.embeddings else gallery.refuse_leaks(cfg.paths.merged_dir)
@@ -76,10 +78,12 @@ def main(argv=None) -> int:
         "leakage": leakage,
     }
 
-    # save: the report first, so that metrics.json says that both are there
+    # save: metrics.json says that the report beside it is there, and of the same figures
     found["provenance"] = finish(task.made, found)
     text = results.to_json(found)
-    files.write_text(report_path, report.render(cfg, found, task.run_dir, rows, vectors, per_query))
+    page = report.render(cfg, found, task.run_dir, rows, vectors, per_query)
+    metrics_path.unlink(missing_ok=True)
+    files.write_text(report_path, page)
     files.write_text(metrics_path, text)
     print(report.table(found))
     print(f"report: {report_path}")
@@ -123,6 +127,7 @@ def of_run(cfg, compare: list[Path]) -> Task:
     subject = {
         "run": cfg.training.run,
         "epoch": checkpoint["epoch"],
+        "split_by": known["test"].config.get("data.split_by"),
         "embedding_model": checkpoint["embedding_model"],
         "config_hash": checkpoint["provenance"]["config_hash"],
         "config": checkpoint["config"],
@@ -151,7 +156,7 @@ def is_done(path: Path, made, overwrite: bool) -> bool:
     if overwrite or not path.exists():
         return False
     there = provenance.Provenance(**results.read(path)["provenance"])
-    parquet.refuse_stale(path, there, made, f"{there.rows['in']:,} queries")
+    parquet.refuse_stale(path, there, made, f"{there.rows.get('in', 0):,} queries")
     return True
 
 

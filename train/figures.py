@@ -20,6 +20,7 @@ _MARKERS = "osD^vP"
 MAX_CLASSES = 12  # bars that fit a figure
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: small, and in the page's font
+    "text.parse_math": False,  # methods are named after files: "$" is a dollar
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -75,18 +76,23 @@ def recall_curve(found: dict) -> Markup:
             axes.plot(found["k"], 100 * np.array(recall), label=method, zorder=20 - number, **looks[method])
         axes.set(xscale="log", xlim=(1, 1000), ylim=(0, 101))
         axes.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
-        axes.legend(loc="lower right")
+        if len(looks) > len(_COLOURS):  # above: there is no empty corner for so many
+            axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        else:
+            axes.legend(loc="lower right")
     return svg(figure, "Recall at k against k for each method")
 
 
 def breakdown(found: dict, xlabel: str) -> Markup:
     """Recall@1 of each method in each class, with intervals where there are some; of many classes the largest."""
-    classes = [entry for entry in found["classes"] if entry["queries"]]
-    smallest = sorted((entry["queries"] for entry in classes), reverse=True)[:MAX_CLASSES][-1]
-    classes = [entry for entry in classes if entry["queries"] >= smallest][:MAX_CLASSES]
+    queries = np.array([entry["queries"] for entry in found["classes"]])
+    largest = np.sort(np.argsort(-queries, kind="stable")[:MAX_CLASSES])  # in their own order
+    classes = [found["classes"][i] for i in largest if queries[i]]
     methods = list(classes[0]["methods"])
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes(f"{xlabel}\n(below each class: its queries)", "Recall@1, %")
+        many = len(classes) > 6  # then their names stand upright
+        where = "after" if many else "below"
+        figure, axes = _axes(f"{xlabel}\n({where} each class: its queries)", "Recall@1, %")
         width = 0.8 / len(methods)
         for number, (method, look) in enumerate(_looks(methods).items()):
             figures = [entry["methods"][method]["recall@1"] for entry in classes]
@@ -96,8 +102,8 @@ def breakdown(found: dict, xlabel: str) -> Markup:
             ends = [[figure[end] for figure in figures] for end in ("low", "high")]  # None: too few cells
             lengths = np.abs(100 * np.array(ends, float) - values)
             axes.errorbar(x, values, lengths, fmt="none", ecolor=_INK, elinewidth=0.8)
-        ticks = [f"{entry['class']}\n{entry['queries']:,}" for entry in classes]
-        axes.set_xticks(range(len(classes)), ticks, fontsize=9 if len(classes) <= 6 else 6)
+        ticks = [f"{entry['class']}{': ' if many else chr(10)}{entry['queries']:,}" for entry in classes]
+        axes.set_xticks(range(len(classes)), ticks, fontsize=9, rotation=90 if many else 0)
         axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1, handlelength=1.2)
     return svg(figure, f"Recall at 1 of each method by {xlabel}")
 
@@ -107,25 +113,27 @@ def histogram(found: dict, method: str) -> Markup:
     edges = np.array(found["edges"])
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes(f"cosine of two images, {method}", "% of the pairs")
-        for name, colour in (("matches", "#3a9d4e"), ("non_matches", "#d4483b")):
+        for name, colour, line in (("matches", "#3a9d4e", "-"), ("non_matches", "#d4483b", ":")):
             counts = np.array(found[name], float)
             shares = 100 * counts / max(counts.sum(), 1)
             axes.stairs(shares, edges, fill=True, color=colour, alpha=0.35)
-            axes.stairs(shares, edges, color=colour, label=name.replace("_", "-"))
+            axes.stairs(shares, edges, color=colour, linestyle=line, linewidth=1.4, label=name.replace("_", "-"))
         axes.legend()
     return svg(figure, "Histograms of the cosine of matching pairs and of random pairs that do not match")
 
 
 def training_curves(history: pd.DataFrame) -> Markup:
     """The loss and the validation mAP@R by epoch."""
+    every = 1 + len(history) // 50  # epochs from marker to marker
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes("epoch", "validation mAP@R, %")
-        axes.plot(history["epoch"], 100 * history["val_map_at_r"], "o-", ms=3, color=_COLOURS["trained"])
+        look = {"ms": 3, "markevery": every, "color": _COLOURS["trained"]}
+        axes.plot(history["epoch"], 100 * history["val_map_at_r"], "o-", **look)
         axes.yaxis.label.set_color(_COLOURS["trained"])
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         other = axes.twinx()
         other.spines["right"].set_visible(True)
-        other.plot(history["epoch"], history["loss"], "s--", ms=3, color=_COLOURS["whitening"])
+        other.plot(history["epoch"], history["loss"], "s--", **{**look, "color": _COLOURS["whitening"]})
         other.set_ylabel("training loss", color=_COLOURS["whitening"])
     return svg(figure, "Validation mAP at R and training loss by epoch")
 
@@ -137,15 +145,19 @@ def band_shares(history: pd.DataFrame) -> Markup | None:
     rows = history.dropna(subset=columns)
     if rows.empty:
         return None
+    every = 1 + len(rows) // 100  # epochs to a step: the page stays small however long the training
+    edges = np.append(rows["epoch"].iloc[::every], rows["epoch"].iloc[-1] + 1) - 0.5
+    shares = rows[columns].groupby(np.arange(len(rows)) // every).mean()
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes("epoch", "% of the anchors")
         colours = matplotlib.colormaps["viridis"](np.linspace(0.05, 0.95, len(columns)))
         labels = [name.removeprefix("share_").replace("_", " ") for name in columns]
-        bottom = np.zeros(len(rows))
+        bottom = np.zeros(len(edges) - 1)
         for name, label, colour in zip(columns, labels, colours, strict=True):
-            share = 100 * rows[name].to_numpy()
-            axes.bar(rows["epoch"], share, 0.9, bottom=bottom, color=colour, label=label)
-            bottom += share
-        axes.xaxis.get_major_locator().set_params(integer=True)
+            top = bottom + 100 * shares[name].to_numpy()
+            axes.stairs(top, edges, baseline=bottom, fill=True, color=colour, label=label)
+            bottom = top
+        axes.set(xlim=(edges[0], edges[-1]), ylim=(0, 100))
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
     return svg(figure, "Share of the anchors by band of their negatives, by epoch")

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from common import parquet, provenance, zones
+from common import parquet, provenance, schemas, zones
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance
 
@@ -21,6 +21,7 @@ COLUMNS = (
     "building_id streetview_image_id dataset_id target_id street_view_id target_lat target_lon camera_lat "
     "camera_lon heading pitch distance cell_id tar_file image_offset image_size"
 ).split()
+_KINDS = pa.schema([schemas.merged(1).field(name) for name in COLUMNS])
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,13 @@ class Gallery:
 
 
 def load(paths: list[Path], ignore_radius_m: float) -> Gallery:
-    """The rows of these files, the first being the queries'. Raises PipelineError where a column is missing, a
-    value is not finite, or a building's rows do not stand together."""
+    """The rows of these files, the first being the queries'. Raises PipelineError where a column is missing or of
+    another kind, a value is not finite, or a building's rows do not stand together."""
     tables, embeddings, start = [], None, 0
     sizes = [parquet.num_rows(path) for path in paths]
     for path in paths:
         refuse_missing_columns(path)
-        for batch, vectors in _batches(path):
+        for batch, vectors in _batches(path, dim=None if embeddings is None else embeddings.shape[1]):
             if embeddings is None:
                 embeddings = np.empty((sum(sizes), vectors.shape[1]), vectors.dtype)
             embeddings[start : start + len(vectors)] = vectors
@@ -54,21 +55,27 @@ def load(paths: list[Path], ignore_radius_m: float) -> Gallery:
     table = pa.concat_tables(tables)
     ids = table["dataset_id"].to_numpy(), table["target_id"].to_numpy()
     buildings = zones.number_buildings(*ids)
-    if len(pd.DataFrame({"dataset": ids[0], "target": ids[1]}).drop_duplicates()) <= buildings[-1]:
+    firsts = np.flatnonzero(np.diff(buildings, prepend=-1))
+    again = pd.DataFrame({"dataset": ids[0][firsts], "target": ids[1][firsts]}).duplicated().to_numpy()
+    if again.any():
+        building = table["building_id"][int(firsts[again.argmax()])].as_py()
         raise PipelineError(
-            f"{paths[0]}: a building's rows do not stand together\nsort the file by dataset_id and target_id"
+            f"{paths[0]}: the rows of building {building} do not stand together\n"
+            "sort the file by dataset_id and target_id"
         )
     lat, lon = table["target_lat"].to_numpy(), table["target_lon"].to_numpy()
     return Gallery(sizes[0], table, embeddings, zones.make_zones(buildings, lat, lon, ignore_radius_m))
 
 
-def refuse_missing_columns(path: Path) -> None:
+def refuse_missing_columns(path: Path, columns: list[str] = COLUMNS) -> None:
+    if not path.is_file():
+        raise PipelineError(f"{path} does not exist, or is no file")
     with parquet.open_file(path) as file:
-        missing = sorted({*COLUMNS, "embedding"} - set(file.schema_arrow.names))
+        missing = sorted({*columns, "embedding"} - set(file.schema_arrow.names))
     if missing:
         raise PipelineError(
             f"{path} has no column {', '.join(missing)}\n"
-            "it must have the columns of merged/test.parquet (see the README), embeddings of any dimension"
+            "--embeddings needs the columns of merged/test.parquet, --compare streetview_image_id and embedding"
         )
 
 
@@ -77,26 +84,38 @@ def read_vectors(path: Path) -> np.ndarray:
     return np.concatenate([vectors for _, vectors in _batches(path, ["streetview_image_id"])])
 
 
-def _batches(path: Path, columns: list[str] = COLUMNS) -> Iterator[tuple[pa.Table, np.ndarray]]:
-    """The columns (without the embedding) and the embeddings (n, D) of the rows of a file, some at a time."""
-    dim = None
+def _batches(
+    path: Path, columns: list[str] = COLUMNS, dim: int | None = None
+) -> Iterator[tuple[pa.Table, np.ndarray]]:
+    """The columns (without the embedding) and the embeddings (n, `dim`) of the rows of a file, some at a time."""
     for batch in parquet.batches(path, [*columns, "embedding"]):
         vectors = _matrix(path, batch, dim)
         dim = vectors.shape[1]
-        rows = batch.select(columns)
-        for name, column in zip(rows.column_names, rows.columns, strict=True):
-            floating = pa.types.is_floating(column.type)
-            if column.null_count or (floating and not np.isfinite(column.to_numpy()).all()):
-                raise PipelineError(f"{path}: column {name} has rows that are empty or not finite")
-        yield rows, vectors
+        yield pa.table({name: _of_our_kind(path, name, batch[name]) for name in columns}), vectors
+
+
+def _of_our_kind(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column in the type that merged/test.parquet has it in. Other programs write, say, ids as floats."""
+    floating = pa.types.is_floating(column.type)
+    if column.null_count or (floating and not np.isfinite(column.to_numpy()).all()):
+        raise PipelineError(f"{path}: column {name} has rows that are empty or not finite")
+    kind = _KINDS.field(name).type
+    try:
+        return column.cast(kind)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise PipelineError(
+            f"{path}: column {name} holds {column.type}, not {kind} ({parquet.first_line(error)})"
+        ) from None
 
 
 def _matrix(path: Path, batch: pa.Table, dim: int | None) -> np.ndarray:
     """The embeddings of a batch, (n, D). Other programs write lists whose lengths nothing guarantees."""
     column = batch["embedding"].combine_chunks()
     column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-    if not (pa.types.is_fixed_size_list(column.type) or pa.types.is_list(column.type)):
-        raise PipelineError(f"{path}: the column embedding holds {column.type}, not lists of numbers")
+    kind = column.type
+    lists = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not (lists and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))):
+        raise PipelineError(f"{path}: the column embedding holds {kind}, not lists of numbers")
     if column.null_count:
         bad = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))
         raise PipelineError(f"{path}: image {_image(batch, bad)} has no embedding")
@@ -108,6 +127,8 @@ def _matrix(path: Path, batch: pa.Table, dim: int | None) -> np.ndarray:
             f"{path}: the embedding of image {_image(batch, bad)} has {lengths[bad[0]]} dimensions, "
             f"those before it {wanted}"
         )
+    if not wanted:
+        raise PipelineError(f"{path}: the embeddings have no dimensions")
     flat = column.flatten()
     vectors = (flat if pa.types.is_float16(flat.type) else flat.cast(pa.float32())).to_numpy(zero_copy_only=False)
     vectors = vectors.reshape(len(batch), -1)

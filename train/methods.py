@@ -1,5 +1,6 @@
 """What an evaluation compares: each way to a vector per image, its name, and whether it belongs here."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ def compared(
         if path.is_dir():
             methods.append(_published(path, name, merged_dir, known))
         elif path.suffix == ".parquet":
+            galleries.refuse_missing_columns(path, ["streetview_image_id"])
             told = f"the vectors of {path.name}"
             methods.append(
                 Method(name, told, identity(path), lambda g, device, path=path: _aligned(path, g, device))
@@ -83,13 +85,20 @@ def compared(
 
 
 def identity(path: Path) -> str:
-    """What a file of vectors is known by: the id in its footer, or its size where another program wrote it."""
-    ours = parquet.has_provenance(path)
-    return parquet.read_provenance(path).id if ours else f"{path.stat().st_size} bytes"
+    """What a file of vectors is known by: the id in its footer, or, where another program wrote it, a digest of
+    its bytes (two models' files of the same images may be of one size)."""
+    if parquet.has_provenance(path):
+        return parquet.read_provenance(path).id
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _raw(gallery: Gallery, device: torch.device) -> torch.Tensor:
-    return _unit(torch.from_numpy(gallery.embeddings).to(device).float())
+    # a copy, for `_unit`: float32 on the host would be the gallery's own
+    return _unit(torch.from_numpy(gallery.embeddings).to(device, torch.float32, copy=True))
 
 
 def _unit(vectors: torch.Tensor) -> torch.Tensor:

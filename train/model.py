@@ -1,5 +1,6 @@
 """The projection head out of a checkpoint, and whole sets of embeddings through a head or a linear baseline."""
 
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from common.errors import PipelineError
 from common.parquet import first_line
 from publish.modeling_spatial_embeddings import ProjectionHead
 
+_KEYS = {"head", "epoch", "metrics", "config", "embedding_model", "baselines", "provenance"}
 EMBED_ROWS = 8_192  # rows at a time: 25 MB of float32 at 768 dimensions
 
 
@@ -21,9 +23,14 @@ def load_checkpoint(path: Path) -> dict:
     if not zipfile.is_zipfile(path):  # the end is missing, or it never was a checkpoint
         raise PipelineError(f"{path} is damaged: delete it and train again")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except RuntimeError as error:
         raise PipelineError(f"{path} is damaged ({first_line(error)}): delete it and train again") from None
+    except pickle.UnpicklingError:  # it holds more than tensors and plain values
+        content = None
+    if not isinstance(content, dict) or not content.keys() >= _KEYS:
+        raise PipelineError(f"{path} is no checkpoint of train/train.py, or one of another version")
+    return content
 
 
 def head_of(checkpoint: dict) -> ProjectionHead:

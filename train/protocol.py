@@ -32,13 +32,15 @@ def evaluate(
 ) -> tuple[dict, torch.Tensor, dict[str, PerQuery]]:
     """(The figures of metrics.json, the vectors of the method that the report shows, `PerQuery` of each method.)
 
-    Raises PipelineError if no query has a match.
+    Raises PipelineError if no query has a match, or a method gives NaN.
     """
     shown = shown_of([method.name for method in methods])
     found, vectors = {}, None
     for method in sorted(methods, key=lambda method: method.name == shown):
         del vectors  # of the method before: not two at a time
         vectors = method.vectors(gallery, device)  # those of `shown` come last, and are kept
+        if not torch.isfinite(vectors.sum()):  # unlike isfinite of all, it needs no memory
+            raise PipelineError(f"{method.name} ({method.told}) gives vectors that are not finite")
         found[method.name] = rank(vectors, gallery, cfg.infrastructure.search_memory_mb, progress)
     matches = {method.name: found[method.name] for method in methods}
     per_query = {name: metrics.per_query(of_method) for name, of_method in matches.items()}
@@ -91,9 +93,10 @@ def figures(
     estimates = {name: estimates_of(answers, cell_of_query[asked], weights) for name, answers in answered.items()}
     others = [name for name in matches if name not in ("raw", "pca", "whitening", "trained")]
     pairs = [*DIFFERENCES, *(("trained", name) for name in others)]
+    effective_cells = bootstrap.effective_cells(cell_of_query[asked])
 
     def intervals(values: dict) -> dict:
-        return {key: bootstrap.interval(of_key, num_cells) for key, of_key in values.items()}
+        return {key: bootstrap.interval(of_key, effective_cells) for key, of_key in values.items()}
 
     return {
         "format": FORMAT,

@@ -9,7 +9,7 @@ import torch
 from common import parquet
 from common.config import Config
 from common.errors import PipelineError
-from train import figures, protocol, sheets
+from train import bootstrap, figures, protocol, sheets
 from train.gallery import Gallery
 from train.metrics import RECALL_AT, PerQuery
 from train.results import flat
@@ -19,6 +19,8 @@ TITLES = {
     **{f"recall@{k}": f"Recall@{k}" for k in RECALL_AT},
     "map@r": "mAP@R",
 }
+# a phone shows the first two or three columns
+_COLUMNS = ("recall@1", "map@r", *(f"recall@{k}" for k in RECALL_AT[1:]))
 _PRINTED = ("recall@1", "recall@5", "map@r")
 _XLABELS = {
     "heading_difference_deg": "angle between headings, degrees",
@@ -55,7 +57,8 @@ def render(
             found=found,
             subject=found["subject"],
             shown=shown,
-            metrics=TITLES,
+            metrics={key: TITLES[key] for key in _COLUMNS},
+            min_cells=bootstrap.MIN_CELLS,
             recall_curve=figures.recall_curve(found["recall_curve"]),
             breakdowns=[(b, figures.breakdown(b, _XLABELS[name])) for name, b in found["breakdowns"].items()],
             max_classes=figures.MAX_CLASSES,
@@ -115,7 +118,7 @@ def table(figures: dict) -> str:
         name = " - ".join(pair.split("-", 1))
         lines.append(f"{name:<{width}}" + "".join(f"{percent(found[key], '+'):<22}" for key in _PRINTED).rstrip())
     if not has_intervals(figures):
-        lines.append("no intervals: the queries lie in fewer than 20 cells of the map")
+        lines.append(f"no intervals: the queries lie in fewer than {bootstrap.MIN_CELLS} evenly filled cells")
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """metrics.json: its schema, reading and writing it, and what two of them say of one another."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -7,10 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from common.errors import PipelineError
+from common.provenance import Provenance
 
 FORMAT = 1  # raised when keys of metrics.json change their names or meanings
 METRICS = ("recall@1", "recall@5", "recall@10", "recall@100", "recall@1000", "map@r", "median_rank")
 _CHECKED = ("recall@1", "recall@5", "map@r")
+TOLERANCE = 0.001  # a tenth of a percentage point: what another machine's rounding does not reach
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -99,6 +102,15 @@ class Results(_Strict):
                 raise ValueError(f"{name} must have the figures {', '.join(METRICS)}")
         return found
 
+    @field_validator("provenance")
+    @classmethod
+    def _is_record(cls, found: dict) -> dict:
+        try:
+            Provenance(**found)
+        except TypeError as error:
+            raise ValueError(f"is no record of this version: {error}") from None
+        return found
+
 
 def to_json(found: dict) -> str:
     """The text of metrics.json; `found` fits the schema."""
@@ -115,7 +127,7 @@ def read(path: Path) -> dict:
         raise PipelineError(f"cannot read {path}: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(map(str, first["loc"])) or "all of it"
         raise PipelineError(
             f"{path} is not a metrics.json of this version ({where}: {first['msg']})\n"
             "evaluate again with --overwrite"
@@ -126,26 +138,45 @@ def read(path: Path) -> dict:
 
 
 def check(first: Path, second: Path) -> tuple[str, bool]:
-    """What two metrics.json say of one another, as text, and whether all values that both have are equal."""
+    """What two metrics.json say of one another, as text, and whether all figures that both have are alike."""
     one, other = read(first), read(second)
     lines = []
-    for what in ("config", "inputs"):
-        a, b = (found["provenance"][what] for found in (one, other))
+    for a, b in (
+        (flat(one["subject"]), flat(other["subject"])),
+        *((one["provenance"][what], other["provenance"][what]) for what in ("config", "inputs")),
+    ):
         lines += [f"{key}: {a.get(key)}, {b.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)]
     lines.append(f"{'%, first, second':<22}" + "".join(f"{key:<24}" for key in _CHECKED))
     for method in [name for name in one["methods"] if name in other["methods"]]:
         pairs = [[100 * found["methods"][method][key]["value"] for found in (one, other)] for key in _CHECKED]
         lines.append(f"{method:<22}" + "".join(f"{f'{a:.1f}, {b:.1f} ({b - a:+.2f})':<24}" for a, b in pairs))
-    leaves = [flat({**found, "provenance": {}}) for found in (one, other)]
+    leaves = [flat(_comparable(found)) for found in (one, other)]
     shared = [key for key in leaves[0] if key in leaves[1]]
-    different = [key for key in shared if leaves[0][key] != leaves[1][key]]
-    lines.append(f"{len(different):,} of {len(shared):,} values that both have differ")
+    different = [key for key in shared if not _alike(leaves[0][key], leaves[1][key])]
+    lines.append(f"{len(different):,} of {len(shared):,} figures that both have differ")
     lines += [f"  {key}: {leaves[0][key]}, {leaves[1][key]}" for key in different[:5]]
     for path, found, without in ((first, *leaves), (second, *leaves[::-1])):
         only = [key for key in found if key not in without]
         if only:
-            lines.append(f"only in {path}: {len(only):,} values, the first is {only[0]}")
+            lines.append(f"only in {path}: {len(only):,} figures, the first is {only[0]}")
     return "\n".join(line.rstrip() for line in lines), not different
+
+
+def _comparable(found: dict) -> dict:
+    """The figures alone; histograms as cumulative shares, which move little where a pair changes its bin."""
+    histograms = dict(found["similarity_histograms"])
+    for name in ("matches", "non_matches"):
+        total = max(1, sum(histograms[name]))
+        histograms[name] = [count / total for count in itertools.accumulate(histograms[name])]
+    figures = {key: of_key for key, of_key in found.items() if key not in ("subject", "told", "provenance")}
+    return {**figures, "similarity_histograms": histograms}
+
+
+def _alike(a, b) -> bool:
+    """Whether two leaves are equal, or, where both are no whole numbers, about equal."""
+    if isinstance(a, float) and isinstance(b, float):
+        return abs(a - b) < TOLERANCE * max(1.0, abs(a), abs(b))
+    return a == b
 
 
 def flat(tree: dict | list, prefix: str = "") -> dict:

@@ -5,7 +5,7 @@ are of its building. It is timed on a sample of the queries, ours on all of them
 
 Command  python tests/benchmarks/bench_evaluation.py [--json PATH]
          python tests/benchmarks/bench_evaluation.py --rows 200000
-             train/evaluate.py itself, as a process, on a file of so many images: seconds and peak memory
+             train/evaluate.py itself, as a process, on so many test images: seconds and peak memory
 """
 
 import resource
@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import timing  # before what lies in the repository: it puts that on the path
 import torch
+from small_merge import MODEL, write_checkpoint
 
-from common import geo, parquet, provenance, schemas, zones
+from common import config, geo, parquet, provenance, schemas, zones
 from train import metrics
 
 ROWS, DIM, SAMPLE = 50_000, 256, 200
@@ -82,25 +83,26 @@ def measure() -> list[timing.Ratio]:
     return [timing.ratio(what, taken, "ours", name, items=ROWS, unit="queries/s", target=8) for name in loops]
 
 
-def write_embeddings(path: Path, rows: int) -> None:
-    """A file as `evaluate.py --embeddings` reads it; streets of a kilometre are the cells of the map."""
+def write_split(cfg, split: str, rows: int, first: int) -> None:
+    """merged/<split>.parquet of so many images, its ids and its street beginning at `first`; the cells of the map
+    are streets of a kilometre."""
     data = Data(rows)
-    made = provenance.record("bench_evaluation", {}, {})
-    numbers, zeros = np.arange(rows), np.zeros(rows)
-    angles = np.random.default_rng(1).uniform(0, 360, rows)
-    with parquet.writer(path, schemas.merged(DIM), made) as out:
+    lat, numbers, zeros = data.lat + first / 1e5, first + np.arange(rows), np.zeros(rows)
+    made = provenance.record("merge_and_split", {}, {})
+    with parquet.writer(cfg.paths.merged_dir / f"{split}.parquet", schemas.merged(DIM), made) as out:
+        out.facts["embedding_model"] = {**MODEL, "dim": DIM}
         out.append(
             {
-                "building_id": [f"0088_{b}" for b in data.building],
+                "building_id": [f"0088_{b}" for b in first + data.building],
                 "streetview_image_id": [f"0088_{n}" for n in numbers],
                 **dict.fromkeys(["dataset_id"], zeros.astype(np.int32) + 88),
-                **dict.fromkeys(["target_id"], data.building),
+                **dict.fromkeys(["target_id"], first + data.building),
                 **dict.fromkeys(["patch_id", "street_view_id"], numbers),
-                **dict.fromkeys(["target_lat", "camera_lat"], data.lat),
+                **dict.fromkeys(["target_lat", "camera_lat"], lat),
                 **dict.fromkeys(["target_lon", "camera_lon", "target_height", "pitch"], zeros),
-                "heading": angles,
+                "heading": np.random.default_rng(1).uniform(0, 360, rows),
                 "distance": zeros + 10,
-                "cell_id": geo.cell_ids(data.lat, zeros, 1000.0),
+                "cell_id": geo.cell_ids(lat, zeros, 1000.0),
                 "tar_file": ["0088.tar"] * rows,
                 **dict.fromkeys(["image_offset", "image_size"], numbers * 0),
                 "embedding": data.vectors.numpy().astype(np.float16),
@@ -109,17 +111,23 @@ def write_embeddings(path: Path, rows: int) -> None:
 
 
 def run_evaluation(rows: int) -> None:
-    """Evaluate so many images in a process of its own; print how long it took and its greatest resident size."""
+    """Evaluate a test split of so many images in a process of its own; print how long it took and its greatest
+    resident size."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "embeddings.parquet"
-        write_embeddings(path, rows)
+        cfg = config.load(None, [f"paths.root={folder}"])
+        for split, size, first in (("test", rows, 0), ("train", 5_000, 10**6), ("val", 5_000, 2 * 10**6)):
+            write_split(cfg, split, size, first)
+        write_checkpoint(cfg, seed=1, hidden=512, out=DIM)
         script = Path(__file__).resolve().parents[2] / "train" / "evaluate.py"
-        command = [sys.executable, str(script), "--embeddings", str(path), "--set", f"paths.root={folder}"]
         started = time.monotonic()
-        subprocess.run(command, check=True)
+        subprocess.run([sys.executable, str(script), "--set", f"paths.root={folder}"], check=True)
         seconds = time.monotonic() - started
+        page = (cfg.paths.evaluation_dir / "report.html").stat().st_size / 1e6
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    print(f"{timing.machine()}\n{rows:,} x {rows:,} x {DIM}: {seconds:.0f} s, at most {peak:.2f} GiB resident")
+    print(
+        f"{timing.machine()}\n{rows:,} x {rows:,} x {DIM}, four methods, breakdowns, report ({page:.1f} MB): "
+        f"{seconds:.0f} s, at most {peak:.2f} GiB resident"
+    )
 
 
 if __name__ == "__main__":
