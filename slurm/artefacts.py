@@ -97,8 +97,8 @@ def epochs(cfg: Config) -> tuple[int, int]:
     return rows - 1, cfg.training.epochs  # the first row is of before training
 
 
-def target_of(step, cfg: Config) -> Path:
-    """The folder that a step writes: two steps with the same one must not run at once."""
+def target_of(name: str, cfg: Config) -> Path:
+    """The folder that the step of this name writes: two steps with the same one must not run at once."""
     paths = cfg.paths
     return {
         "process_tar": paths.intermediates_dir,
@@ -112,7 +112,7 @@ def target_of(step, cfg: Config) -> Path:
         "train": _run_dir(cfg),
         "evaluate": paths.evaluation_dir,
         "convert_to_hf": paths.published_dir,
-    }[step.name]
+    }[name]
 
 
 def _of_task(step, task: int, cfg: Config) -> Iterator[Artefact]:
@@ -120,7 +120,7 @@ def _of_task(step, task: int, cfg: Config) -> Iterator[Artefact]:
     best = run / "checkpoint_best.pt"
     merged = {f"{split}.parquet": paths.merged_dir / f"{split}.parquet" for split in SPLITS}
     if step.name in ("process_tar", "compute_fingerprints", "generate_embeddings"):
-        folder = target_of(step, cfg)
+        folder = target_of(step.name, cfg)
         for tar in _tars(cfg)[task :: step.tasks]:
             name = f"{tar.stem}.parquet"
             source = paths.intermediates_dir / name
@@ -141,7 +141,7 @@ def _of_task(step, task: int, cfg: Config) -> Iterator[Artefact]:
     elif step.name == "neighbor_parts":
         total = _num_parts(merged["train.parquet"], cfg)
         for part in range(total * task // step.tasks, total * (task + 1) // step.tasks):
-            yield Artefact(target_of(step, cfg) / f"{part:05d}.parquet", _only(merged, "train"))
+            yield Artefact(target_of(step.name, cfg) / f"{part:05d}.parquet", _only(merged, "train"))
     elif step.name == "compute_visual_neighbors":
         yield from _difficulty(cfg)
     elif step.name == "train":

@@ -28,19 +28,36 @@ SHOWN_FAILURES, SHOWN_LINES = 3, 12
 TAIL_BYTES = 16_384
 STATES = ("failed", "running", "waiting", "not submitted", "cancelled", "done")  # a step is what is first of these
 UNFINISHED = ("failed", "cancelled", "not submitted")
+HELD_STATES = ("REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+NOT_STARTED = ("PENDING", "REQUEUED", "REQUEUE_FED", *HELD_STATES)
+BUSY = {
+    "SUSPENDED": "suspended",
+    "STOPPED": "suspended",
+    "CONFIGURING": "its node boots",
+    "COMPLETING": "is ending",
+}
 WAITS = {
     "Resources": "for free resources",
     "Priority": "for the jobs before it",
     "JobArrayTaskLimit": "for others of its array (throttle)",
     "BeginTime": "was queued again, starts shortly",
-    "JobHeldUser": "held: scontrol release it",
+    "PartitionTimeLimit": "for ever: its time is more than the partition's",
+    "PartitionNodeLimit": "for ever: it wants more than the partition has",
+    "BadConstraints": "for ever: no node is as it wants it",
 }
 ENDS = {
-    "TIMEOUT": "the time limit",
-    "OUT_OF_MEMORY": "out of memory",
+    "BOOT_FAIL": "its node did not boot",
+    "DEADLINE": "its deadline",
     "NODE_FAIL": "its node failed",
+    "OUT_OF_MEMORY": "out of memory",
     "PREEMPTED": "preempted",
+    "TIMEOUT": "the time limit",
 }
+STOPPED = "stopped with all saved, and not queued again (slurm.max_requeues)"
+HELD = re.compile("JobHeld|JobHold|held")  # JobHeldUser, JobHoldMaxRequeue, launch failed requeued held, ...
+OUT_OF_MEMORY = re.compile(
+    "oom.kill", re.IGNORECASE
+)  # slurmstepd's word in a log, where Slurm has forgotten the job
 KILLED = re.compile(r"CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))? \*\*\*")  # slurmstepd's word in a log
 
 
@@ -97,15 +114,19 @@ def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
     from slurm import artefacts
 
     if job and job.is_live:
-        return ("waiting", WAITS.get(job.reason, job.reason)) if job.state == "PENDING" else ("running", "")
+        return wait_of(job) if job.state in NOT_STARTED else ("running", BUSY.get(job.state, ""))
     is_worker = step.name == "optuna_worker"  # which leaves no file of its own
     if artefacts.is_done(step, number, cfg) or (is_worker and log.exit_code == 0):
         return "done", ""
-    if log.first_start_s is None:
-        failed_before = job and job.reason == "DependencyNeverSatisfied"
-        return "cancelled", "what it needs has failed" if failed_before else "before it started"
     if job and job.state in ENDS:
         return "failed", ENDS[job.state]
+    if log.first_start_s is None:
+        if job and job.state == "FAILED":
+            return "failed", f"before it could write its log ({job.reason}): do compute nodes see the folder?"
+        failed_before = job and job.reason == "DependencyNeverSatisfied"
+        return "cancelled", "what it needs has failed" if failed_before else "before it started"
+    if any(OUT_OF_MEMORY.search(line) for line in log.lines):
+        return "failed", ENDS["OUT_OF_MEMORY"]
     if log.killed:
         return ("cancelled", "while it ran") if log.killed == "cancelled" else ("failed", log.killed)
     if job and job.state == "CANCELLED":
@@ -114,7 +135,14 @@ def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
         return "failed", "killed"
     if log.exit_code == 0:
         return "failed", "it ended well, but its files are gone or of other settings"
-    return "failed", f"exit code {log.exit_code}"
+    return "failed", STOPPED if log.exit_code == cli.EXIT_STOPPED else f"exit code {log.exit_code}"
+
+
+def wait_of(job) -> tuple[str, str]:
+    """State and reason of a job that has not started, or that is to start again."""
+    if HELD.search(job.reason) or job.state in HELD_STATES:
+        return "waiting", f"held ({job.reason}): scontrol release {job.id.partition('_')[0]}"
+    return "waiting", WAITS.get(job.reason, job.reason)
 
 
 def tasks_of(step, entry: dict, jobs: dict, cfg) -> list[Task]:
@@ -156,8 +184,8 @@ def report(folder: Path) -> dict:
     from common import config
     from slurm import runs, submit
 
-    record, jobs = runs.load(folder), runs.queue()
-    cfg = config.load(record["config"] and Path(record["config"]), record["set"])
+    record = runs.load(folder)
+    jobs, cfg = runs.queue(record["owner"]), config.load(folder / "config.toml")
     steps = {step.name: step for step in submit.chain(cfg, record["tune"])}
     told: list[dict] = [
         {"name": name, "state": "done", "why": "before this run", "tasks": {}, "progress": {}}
@@ -194,7 +222,7 @@ def report(folder: Path) -> dict:
         ]
     order = list(steps)
     told.sort(key=lambda step: order.index(step["name"]))
-    program = Path(submit.__file__)
+    program = runs.ROOT / "slurm" / "submit.py"
     return {
         "run": folder.name,
         "folder": str(folder),
@@ -268,25 +296,34 @@ def main(argv=None) -> int:
     cli.config_flags(arguments)
     arguments.add_argument("run", nargs="?", metavar="RUN", help="its name or folder (the newest)")
     arguments.add_argument("--watch", action="store_true", help="again and again, until nothing is in the queue")
-    arguments.add_argument("--json", action="store_true", help="for programs")
+    arguments.add_argument("--json", action="store_true", help="for programs; with --watch a line each time")
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
     from slurm import runs
 
     folder = runs.find(cfg.paths.logs_dir, args.run)
+    if not args.watch:
+        run = report(folder)
+        print(json.dumps(run, indent=2) if args.json else as_text(run))
+        return int(run["failed"])
+    try:
+        return watch(folder, args.json)
+    except KeyboardInterrupt:  # the way to leave it: the jobs go on
+        return 130
+
+
+def watch(folder: Path, as_json: bool) -> int:
+    """Print the report again and again, on a terminal in place of the last; until nothing is in the queue."""
     while True:
         try:
             run = report(folder)
         except PipelineError as error:
-            if not args.watch:
-                raise
-            print(f"\n{error}; trying again", flush=True)  # the controller restarts, for instance
-            time.sleep(WATCH_EVERY_S)
-            continue
-        text = json.dumps(run, indent=2) if args.json else as_text(run)
-        print(f"\033[H\033[2J{text}" if args.watch and sys.stdout.isatty() else text, flush=True)
-        if not args.watch or not run["live"]:
-            return int(run["failed"])
+            print(f"{error}; trying again", file=sys.stderr)  # the controller restarts, for instance
+        else:
+            screen = "\033[H\033[J" if sys.stdout.isatty() and not as_json else ""  # from the top, cleared
+            print(f"{screen}{json.dumps(run) if as_json else as_text(run)}", flush=True)
+            if not run["live"]:
+                return int(run["failed"])
         time.sleep(WATCH_EVERY_S)
 
 

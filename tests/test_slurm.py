@@ -89,7 +89,7 @@ class Place:
         cfg = config.load(None, [*SETTINGS, *stages, *paths, f"embedding_model.name={folder / 'backbone'}"])
         self.config = folder / "config.toml"
         self.local = folder / "local"
-        self.config.write_text(study.to_toml(cfg).replace(f"{self.local}/", ""))  # relative to paths.root
+        self.config.write_text(config.to_toml(cfg).replace(f"{self.local}/", ""))  # relative to paths.root
 
     @staticmethod
     def _is_stage(name: str) -> bool:

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from conftest import ROOT
 
 from common import cli, config
 from common.errors import ConfigError, PipelineError
-from slurm import artefacts, local, runs, status, submit
+from slurm import artefacts, jobs, local, runs, status, submit
 
 SHELL_FILES = sorted([*ROOT.glob("slurm/*.sbatch"), ROOT / "slurm" / "env.sh", ROOT / ".ci" / "run"])
 
@@ -30,9 +31,9 @@ def everything(steps) -> dict[str, list[int]]:
     return {step.name: list(range(step.tasks)) for step in steps}
 
 
-def sbatch_line(step, cfg, tasks=None, shared=(), dependency="") -> list[str]:
+def sbatch_line(step, cfg, tasks=None, dependency="") -> list[str]:
     tasks = list(range(step.tasks)) if tasks is None else tasks
-    return submit.sbatch_command(step, tasks, cfg, list(shared), cfg.paths.logs_dir, dependency)
+    return jobs.sbatch_command(step, tasks, cfg, cfg.paths.logs_dir, dependency)
 
 
 # ------------------------------------------------------------------------------------------------ the graph
@@ -46,14 +47,14 @@ def test_every_step_needs_only_steps_before_it_and_has_resources_a_target_and_a_
             assert getattr(cfg.slurm, step.resources).time
             assert (ROOT / step.script).exists()
             assert (ROOT / "slurm" / f"{step.resources}.sbatch").exists()
-            assert artefacts.target_of(step, cfg).is_relative_to(cfg.paths.root)
+            assert artefacts.target_of(step.name, cfg).is_relative_to(cfg.paths.root)
             seen.add(step.name)
 
 
 def test_shard_i_waits_for_shard_i_only_where_that_is_enough(cfg):
     steps = submit.chain(cfg)
     ids = {step.name: str(number) for number, step in enumerate(steps, 1)}
-    waits = {step.name: submit.dependency_of(step, everything(steps), ids) for step in steps}
+    waits = {step.name: jobs.dependency_of(step, everything(steps), ids) for step in steps}
     assert waits["process_tar"] == ""
     assert waits["generate_embeddings"] == "aftercorr:1"
     assert waits["merge_and_split"] == "afterok:2:3"  # a merge waits for all shards of both
@@ -64,16 +65,17 @@ def test_arrays_of_different_shards_are_not_paired(cfg):
     embeddings = next(step for step in submit.chain(cfg) if step.name == "generate_embeddings")
     for theirs, ours, expected in [([1, 3], [1, 3], "aftercorr:7"), ([1], [1, 3], "afterok:7")]:
         todo = {"process_tar": theirs, "generate_embeddings": ours}
-        assert submit.dependency_of(embeddings, todo, {"process_tar": "7"}) == expected
+        assert jobs.dependency_of(embeddings, todo, {"process_tar": "7"}) == expected
 
 
 def test_an_array_holds_the_shards_that_are_left_and_is_throttled(cfg):
     steps = {step.name: step for step in submit.chain(cfg, tune=3)}
-    command = sbatch_line(steps["generate_embeddings"], cfg, [0, 1, 3], ["--set", "a.b=1"], "aftercorr:7")
+    command = sbatch_line(steps["generate_embeddings"], cfg, [0, 1, 3], "aftercorr:7")
     assert "--array=0-1,3%4" in command
     assert "--dependency=aftercorr:7" in command
     assert command.index("--account=abc") < command.index(f"{ROOT}/slurm/stage.sbatch")
-    assert command[-5:] == ["generate/generate_embeddings.py", "--num-shards", "4", "--set", "a.b=1"]
+    settings = str(cfg.paths.logs_dir / "config.toml")
+    assert command[-5:] == ["generate/generate_embeddings.py", "--num-shards", "4", "--config", settings]
     assert "--array=0-2" in sbatch_line(steps["optuna_worker"], cfg)
     assert not any(flag.startswith("--array") for flag in sbatch_line(steps["train"], cfg))
 
@@ -136,7 +138,7 @@ def test_a_file_is_done_if_its_settings_and_inputs_are_the_same(cfg, tmp_path):
     steps = submit.chain(cfg)[:2]
     assert artefacts.missing(steps, cfg)["process_tar"] == [0]  # shards 1 to 3 have no tar
     for step in steps:
-        subprocess.run(submit.local_command(step, flags), check=True, capture_output=True)
+        subprocess.run(local.local_command(step, flags), check=True, capture_output=True)
     assert artefacts.missing(steps, cfg) == {"process_tar": [], "compute_fingerprints": []}
 
     exact = config.load(None, [*flags[1:], "slurm.num_shards=4", "data.fingerprint=exact"])
@@ -162,18 +164,18 @@ def test_dry_run_needs_no_slurm_and_prints_every_command(run_script, tmp_path):
     assert scripts == [step.script for step in submit.chain(config.load())]
     assert "process_tar                16 of 16 tasks to do (0-15)" in result.stdout
     assert "after compute_fingerprints, generate_embeddings" in result.stdout
-    assert result.stdout.count(f"--set paths.root={tmp_path}") == len(scripts)
+    assert result.stdout.count(f"--config {tmp_path}/logs/runs/TIME/config.toml") == len(scripts)
     assert not (tmp_path / "logs").exists()
 
 
 def test_without_slurm_it_says_so_and_offers_local(monkeypatch, cfg, tmp_path):
-    monkeypatch.setattr(submit.shutil, "which", lambda _: None)
+    monkeypatch.setattr(jobs.shutil, "which", lambda _: None)
     steps = submit.chain(cfg)
     with pytest.raises(PipelineError, match="--local"):
-        submit.submit(steps, everything(steps), cfg, submit.parse([]))
+        jobs.submit(steps, everything(steps), cfg, submit.parse([]))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(PipelineError, match="there is no squeue here"):
-        runs.queue()
+        runs.queue(0)
 
 
 # ------------------------------------------------------------------------------------------------ here
@@ -213,8 +215,8 @@ def test_after_a_failure_nothing_new_is_started(cfg, tmp_path):
     steps = submit.chain(cfg)
     commands = [(step, ["sh", "-c", "exit 3" if step.name == "summarize_ids" else "true"]) for step in steps]
     commands[-1] = (steps[-1], ["touch", str(tmp_path / "started")])
-    for jobs in (1, 3):
-        assert local.run(commands, jobs) == 3
+    for at_once in (1, 3):
+        assert local.run(commands, at_once) == 3
         assert not (tmp_path / "started").exists()
 
 
@@ -279,19 +281,26 @@ def test_status_names_a_run_that_is_not_there(run_script, tmp_path):
 def wrapped(tmp_path):
     """Run stage.sbatch with a fake srun, which ends with `code`, and a fake scontrol, which notes its words."""
 
-    def run(*arguments, code: int = 0, **variables) -> subprocess.CompletedProcess:
+    def run(
+        *arguments,
+        code: int = 0,
+        scontrol: str = "exit 0",
+        sleep: str = "kill -KILL $PPID",
+        env: str = "",
+        **variables,
+    ) -> subprocess.CompletedProcess:
         for name, text in {
-            "srun": f'echo "$@"; exit {code}',
-            "scontrol": f'echo "$@" >> {tmp_path}/requeued; exit 1',  # 0: it would wait to be killed
+            "srun": f'env | grep ^SLURM_MEM; echo "$@"; exit {code}',
+            "scontrol": f'echo "$@" >> {tmp_path}/requeued; {scontrol}',
+            "sleep": sleep,  # the controller kills the script while it sleeps, once it is queued again
         }.items():
             (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
             (tmp_path / name).chmod(0o755)
         environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "9", **variables}
-        command = ["bash", str(ROOT / "slurm" / "stage.sbatch"), str(ROOT), "2", *arguments]
         # the .venv that env.sh would put before the fakes stays out
         (tmp_path / "slurm").mkdir(exist_ok=True)
-        (tmp_path / "slurm" / "env.sh").write_text("")
-        command[2] = str(tmp_path)
+        (tmp_path / "slurm" / "env.sh").write_text(env)
+        command = ["bash", str(ROOT / "slurm" / "stage.sbatch"), str(tmp_path), "2", *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
 
     return run
@@ -301,23 +310,45 @@ def test_the_wrapper_gives_an_array_task_its_shard(wrapped, tmp_path):
     """The shard is added to what works by shards and to nothing else."""
 
     def words(*arguments):
-        return wrapped(*arguments, SLURM_ARRAY_TASK_ID="2").stdout.splitlines()[1].split()
+        return wrapped(*arguments, SLURM_ARRAY_TASK_ID="2").stdout.splitlines()[1].split()[1:]
 
     script = str(tmp_path / "a" / "b.py")
     assert words("a/b.py", "--num-shards", "4") == ["python", script, "--num-shards", "4", "--shard", "2"]
+    assert words("a/b.py", "--num-shards=4") == ["python", script, "--num-shards=4", "--shard", "2"]
     assert words("a/b.py") == ["python", script]
+
+
+def test_the_wrapper_keeps_another_jobs_memory_from_srun(wrapped):
+    """Of the interactive job that sbatch was called from: srun ends at once where it finds two of them."""
+    told = wrapped("a/b.py", SLURM_MEM_PER_CPU="100", SLURM_MEM_PER_NODE="8000").stdout
+    assert "SLURM_MEM" not in told
 
 
 def test_a_stage_that_was_told_to_stop_is_queued_again_by_itself_up_to_the_limit(wrapped, tmp_path):
     array = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}
-    assert wrapped("a/b.py", code=85).returncode == 85
-    assert wrapped("a/b.py", code=85, SLURM_RESTART_COUNT="1", **array).returncode == 85
+    killed = -signal.SIGKILL  # by the requeueing: it must not end by itself
+    assert wrapped("a/b.py", code=85).returncode == killed
+    assert wrapped("a/b.py", code=85, SLURM_RESTART_COUNT="1", **array).returncode == killed
     last = wrapped("a/b.py", code=85, SLURM_RESTART_COUNT="2")
+    assert last.returncode == 85
     assert "was queued again 2 times" in last.stdout
     assert wrapped("a/b.py", code=1).returncode == 1
-    assert wrapped("a/b.py", code=143).returncode == 143  # preempted, in a stage that cannot stop half-way
+    assert wrapped("a/b.py", code=143).returncode == killed  # preempted, in a stage that cannot stop half-way
     # "requeue 9" of an array's last task, whose own id is the array's, would requeue every task
     assert (tmp_path / "requeued").read_text().splitlines() == ["requeue 9", "requeue 9_3", "requeue 9"]
+
+
+def test_requeueing_is_tried_again_while_the_controller_does_not_answer(wrapped, tmp_path):
+    answers = f"[ $(wc -l < {tmp_path}/requeued) -ge 3 ]"  # the third time
+    told = wrapped("a/b.py", code=85, scontrol=answers, sleep="[ $1 = 10 ] || kill -KILL $PPID")
+    assert told.returncode == -signal.SIGKILL
+    assert (tmp_path / "requeued").read_text().splitlines() == ["requeue 9"] * 3
+
+
+def test_what_goes_wrong_in_env_sh_is_in_the_log_after_its_start(wrapped):
+    told = wrapped("a/b.py", env="no_such_module load x; exit 3")
+    assert told.returncode == 3
+    assert told.stdout.startswith("-- ")
 
 
 def test_the_wrappers_ask_for_what_config_toml_says():
