@@ -4,14 +4,21 @@ Three sources: the record of the run (its jobs), the queue of Slurm (what lives)
 Slurm forgets a job minutes after its end; then its log tells what became of it. Exit code 1: something has failed,
 or was cancelled, or was never submitted.
 
-Reads    logs/runs/<time>/{run.json,*.log}, squeue, the artefacts' records
+Reads    logs/runs/<time>/{run.json,config.toml,*.log}, squeue, the artefacts' records
 Command  python slurm/status.py [RUN] [--watch] [--json]       RUN: the newest in logs/runs
+
+--json: run, folder; steps, in the order of the chain, each with name, job, state ("failed", "running", "waiting",
+"not submitted", "cancelled" or "done"), why, tasks (state -> how many) and progress (done, total, unit; per_hour,
+seconds_left while it runs); failures, each with step, task, job, why, log and last_lines; live: something waits or
+runs; failed: something has failed, was cancelled or was not submitted; continue, continue_submission and cancel:
+command lines.
 """
 
 import argparse
 import json
 import re
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -188,7 +195,7 @@ def report(folder: Path) -> dict:
     jobs, cfg = runs.queue(record["owner"]), config.load(folder / "config.toml")
     steps = {step.name: step for step in submit.chain(cfg, record["tune"])}
     told: list[dict] = [
-        {"name": name, "state": "done", "why": "before this run", "tasks": {}, "progress": {}}
+        {"name": name, "job": None, "state": "done", "why": "before this run", "tasks": {}, "progress": {}}
         for name in record["done_before"]
     ]
     failures, states = [], dict.fromkeys(record["done_before"], "done")
@@ -241,38 +248,43 @@ def why(state: str, tasks: list[Task], unfinished: list[str]) -> str:
     first = next(task for task in tasks if task.state == state)
     if state == "waiting" and first.why == "Dependency":
         return f"for {', '.join(unfinished)}"
-    if state == "running" and len(tasks) == 1:
+    if state == "running" and len(tasks) == 1 and not first.why:
         return first.log.lines[-1] if first.log.lines else ""
     return first.why
 
 
-def as_text(run: dict) -> str:
-    """The report as a person reads it."""
-    rows = [("stage", "state", "tasks", "progress", "rate", "left", "")]
-    for step in run["steps"]:
-        counts, progress = step["tasks"], step["progress"]
-        total = sum(counts.values())
-        tasks = [f"{counts.get('done', 0)} of {total}"] if total > 1 else []
-        tasks += [
-            f"{count} {state}" for state, count in counts.items() if state in ("running", "failed") and total > 1
-        ]
-        files = ""
-        if progress:
-            of = f" of {progress['total']:,}" if progress["total"] is not None else ""
-            files = f"{progress['done']:,}{of} {progress['unit']}"
-        rate = f"{progress['per_hour']:,.0f}/h" if "per_hour" in progress else ""
-        left = cli.duration(progress["seconds_left"]) if "seconds_left" in progress else ""
-        rows.append((step["name"], step["state"], ", ".join(tasks), files, rate, left, step["why"]))
+def row_of(step: dict) -> tuple[str, ...]:
+    """A line of the table; what matters least stands last, where a narrow terminal cuts it off."""
+    counts, progress = step["tasks"], step["progress"]
+    total = sum(counts.values())
+    tasks, notes = "", [step["why"]]
+    if total > 1:
+        tasks = f"{counts.get('done', 0)} of {total}"
+        told = [f"{counts[state]} {state}" for state in ("failed", "running", "waiting") if state in counts]
+        notes = [", ".join(told) if len(told) > 1 or step["state"] == "running" else "", step["why"]]
+    files = ""
+    if progress:
+        of = f" of {progress['total']:,}" if progress["total"] is not None else ""
+        files = f"{progress['done']:,}{of} {progress['unit']}"
+    left = cli.duration(progress["seconds_left"]) if "seconds_left" in progress else ""
+    rate = f"{progress['per_hour']:,.0f}/h" if "per_hour" in progress else ""
+    return step["name"], step["state"], tasks, files, left, rate, "; ".join(filter(None, notes))
+
+
+def as_text(run: dict, width: int | None = None) -> str:
+    """The report as a person reads it; lines of the table and of logs are cut off at `width` characters."""
+    rows = [("stage", "state", "tasks", "progress", "left", "rate", ""), *map(row_of, run["steps"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        "  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip()[:width]
+        for row in rows
     ]
     done = sum(step["state"] == "done" for step in run["steps"])
     lines.insert(0, f"run {run['run']}: {done} of {len(run['steps'])} stages done; {run['folder']}")
     for failure in run["failures"][:SHOWN_FAILURES]:
         shard = f", shard {failure['task']}" if failure["task"] is not None else ""
         lines += ["", f"{failure['step']}{shard} (job {failure['job']}) failed: {failure['why']}"]
-        lines += [*(f"  | {line}" for line in failure["last_lines"]), f"  log: {failure['log']}"]
+        lines += [*(f"  | {line}"[:width] for line in failure["last_lines"]), f"  log: {failure['log']}"]
     if len(run["failures"]) > SHOWN_FAILURES:
         lines += ["", f"and {len(run['failures']) - SHOWN_FAILURES} more tasks have failed: see --json"]
     return "\n".join([*lines, *advice(run)])
@@ -304,7 +316,7 @@ def main(argv=None) -> int:
     folder = runs.find(cfg.paths.logs_dir, args.run)
     if not args.watch:
         run = report(folder)
-        print(json.dumps(run, indent=2) if args.json else as_text(run))
+        print(json.dumps(run, indent=2) if args.json else as_text(run, terminal()[0]))
         return int(run["failed"])
     try:
         return watch(folder, args.json)
@@ -320,11 +332,28 @@ def watch(folder: Path, as_json: bool) -> int:
         except PipelineError as error:
             print(f"{error}; trying again", file=sys.stderr)  # the controller restarts, for instance
         else:
-            screen = "\033[H\033[J" if sys.stdout.isatty() and not as_json else ""  # from the top, cleared
-            print(f"{screen}{json.dumps(run) if as_json else as_text(run)}", flush=True)
+            print(json.dumps(run) if as_json else on_screen(run, *terminal()), flush=True)
             if not run["live"]:
                 return int(run["failed"])
         time.sleep(WATCH_EVERY_S)
+
+
+def on_screen(run: dict, width: int | None, height: int) -> str:
+    """The report as --watch shows it: on a terminal from its top, no higher than it while anything lives."""
+    if width is None:
+        return f"{time.strftime('%H:%M:%S')} {as_text(run)}\n"
+    lines = [
+        f"{time.strftime('%H:%M:%S')}, every {WATCH_EVERY_S} s, Ctrl-C ends it",
+        *as_text(run, width).splitlines(),
+    ]
+    if run["live"] and len(lines) >= height:
+        lines = [*lines[: height - 2], "... (more without --watch)"]
+    return "\n".join(["\033[H\033[J" + lines[0], *lines[1:]])
+
+
+def terminal() -> tuple[int | None, int]:
+    """Columns and lines of the terminal; (None, 0) where the output goes elsewhere."""
+    return tuple(shutil.get_terminal_size()) if sys.stdout.isatty() else (None, 0)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 No Slurm is needed: tests/test_slurm.py submits to a real one.
 """
 
+import contextlib
 import json
 import os
+import pty
 import re
 import shlex
 import shutil
@@ -11,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -248,6 +251,35 @@ def test_a_log_is_read_from_its_last_start_on(tmp_path):
         (("RUNNING", "None"), "-- 1 job 7 starts on a\n", ("running", "")),
         (("CANCELLED", "DependencyNeverSatisfied"), "", ("cancelled", "what it needs has failed")),
         (("TIMEOUT", "TimeLimit"), "-- 1 job 7 starts on a\n", ("failed", "the time limit")),
+        (("SUSPENDED", "None"), "-- 1 job 7 starts on a\n", ("running", "suspended")),
+        (("REQUEUE_HOLD", "None"), "-- 1 job 7 starts on a\n", ("waiting", "held (None): scontrol release 7")),
+        (
+            ("PENDING", "launch failed requeued held"),
+            "",
+            ("waiting", "held (launch failed requeued held): scontrol release 7"),
+        ),
+        (("PENDING", "QOSUsageThreshold"), "", ("waiting", "QOSUsageThreshold")),  # not held
+        (("PENDING", "PartitionTimeLimit"), "", ("waiting", "for ever: its time is more than the partition's")),
+        (("NODE_FAIL", "NodeDown"), "", ("failed", "its node failed")),
+        (("BOOT_FAIL", "None"), "", ("failed", "its node did not boot")),
+        (("PREEMPTED", "None"), "-- 1 job 7 starts on a\n", ("failed", "preempted")),
+        (("OUT_OF_MEMORY", "OutOfMemory"), "-- 1 job 7 starts on a\n", ("failed", "out of memory")),
+        (
+            ("FAILED", "JobLaunchFailure"),
+            "",
+            ("failed", "before it could write its log (JobLaunchFailure): do compute nodes see the folder?"),
+        ),
+        (
+            None,
+            "-- 1 job 7 starts on a\nslurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\n"
+            "-- 2 job 7 ends with exit code 137\n",
+            ("failed", "out of memory"),
+        ),
+        (
+            None,
+            "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 85\n",
+            ("failed", "stopped with all saved, and not queued again (slurm.max_requeues)"),
+        ),
         (None, "", ("cancelled", "before it started")),  # Slurm has forgotten the job: the log alone tells
         (None, "-- 1 job 7 starts on a\n", ("failed", "killed")),
         (None, "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 1\n", ("failed", "exit code 1")),
@@ -265,6 +297,237 @@ def test_a_reused_job_id_is_not_taken_for_the_runs_own():
     record = {"steps": {"train": {"job": "7"}, "evaluate": {"job": "8"}}}
     queue = {"7": runs.Job("7", "another", "RUNNING", ""), "8": runs.Job("8", "evaluate", "PENDING", "")}
     assert runs.live_steps(record, queue) == {"evaluate": "8"}
+
+
+REPORT = {
+    "run": "20260101-000000",
+    "folder": "/logs/runs/20260101-000000",
+    "live": True,
+    "failed": True,
+    "continue": "python slurm/submit.py --set training.epochs=5 --set paths.root=/scratch/a/long/path/to/where",
+    "continue_submission": "",
+    "cancel": "python slurm/submit.py --cancel 20260101-000000",
+    "steps": [
+        {
+            "name": "process_tar",
+            "job": "7",
+            "state": "failed",
+            "why": "exit code 1",
+            "tasks": {"failed": 1, "running": 4, "done": 11},
+            "progress": {"done": 412, "total": 1700, "unit": "files", "per_hour": 120.4, "seconds_left": 36000.0},
+        },
+        {"name": "compute_visual_neighbors", "job": "8", "state": "waiting", "why": "for merge_and_split"}
+        | {"tasks": {"waiting": 1}, "progress": {}},
+    ],
+    "failures": [
+        {"step": "process_tar", "task": 3, "job": "7_3", "why": "exit code 1", "log": "/logs/process_tar-3.log"}
+        | {"last_lines": ["error: " + "x" * 200]}
+    ],
+}
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_on_a_narrow_terminal_the_table_keeps_what_matters(width):
+    lines = status.as_text(REPORT, width).splitlines()
+    table = lines[1:4]
+    assert max(map(len, table)) <= width
+    assert re.search(r"process_tar +failed +11 of 16 +412 of 1,700 files +10 h 00 min", table[1])
+    assert table[2].startswith("compute_visual_neighbors  waiting")
+    assert ("1 failed, 4 running; exit code 1" in table[1]) == (width == 120)
+    assert max(len(line) for line in lines if line.startswith("  |")) == width
+    assert lines[-1].endswith(REPORT["continue"])  # whole: it is to be copied
+    assert "x" * 200 in status.as_text(REPORT)
+
+
+def test_watch_shows_no_more_than_the_terminal_holds_while_something_lives():
+    screen = status.on_screen(REPORT, 80, 8)
+    assert screen.startswith("\033[H\033[J")
+    assert len(screen.splitlines()) == 7
+    assert screen.endswith("... (more without --watch)")
+    assert REPORT["continue"] in status.on_screen(REPORT | {"live": False}, 80, 8)  # the last one stays
+
+
+@pytest.fixture
+def clients(tmp_path, monkeypatch):
+    """Fake clients of Slurm: `clients(squeue="echo hello")` puts shell scripts before the PATH."""
+    folder = tmp_path / "clients"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+    def write(**scripts) -> None:
+        for name, text in scripts.items():
+            (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+            (folder / name).chmod(0o755)
+
+    return write
+
+
+@pytest.fixture
+def submitted(cfg, clients, tmp_path):
+    """Submit the whole chain to a fake sbatch, which notes its environment; the folder of the run."""
+
+    def submit_all(*arguments) -> Path:
+        clients(
+            sbatch=f"echo >> {tmp_path}/calls; env > {tmp_path}/environment; wc -l < {tmp_path}/calls",
+            squeue="true",
+            scontrol="echo 'MaxArraySize = 1001'",
+        )
+        steps = submit.chain(cfg)
+        assert jobs.submit(steps, everything(steps), cfg, submit.parse(list(arguments))) == 0
+        return runs.find(cfg.paths.logs_dir, None)
+
+    return submit_all
+
+
+def test_jobs_keep_the_settings_with_which_they_were_submitted(submitted, cfg):
+    """A job that is queued again after days reads them again: the user's config.toml may be another by then."""
+    folder = submitted()
+    assert config.load(folder / "config.toml") == cfg
+    commands = [entry["command"] for entry in runs.load(folder)["steps"].values()]
+    assert len(commands) == 9
+    assert {tuple(command[-2:]) for command in commands} == {("--config", str(folder / "config.toml"))}
+
+
+def test_nothing_of_an_interactive_job_is_handed_on(submitted, tmp_path, monkeypatch):
+    """srun takes its number of tasks and its memory per core for options; a task's number would become a shard."""
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    assert runs.environment()["SLURM_TIME_FORMAT"] == "relative"  # the user's own, outside of a job
+    for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_MEM_PER_CPU", "SLURM_ARRAY_TASK_ID", "SRUN_CPUS_PER_TASK"):
+        monkeypatch.setenv(name, "5")
+    submitted()
+    lines = (tmp_path / "environment").read_text().splitlines()
+    assert [line for line in lines if line.startswith(("SLURM", "SRUN"))] == ["SLURM_CONF=/etc/slurm.conf"]
+
+
+def test_two_submits_at_once_do_not_submit_twice(submitted, cfg):
+    with runs.lock(cfg.paths.logs_dir), pytest.raises(PipelineError, match=r"another slurm/submit\.py is at work"):
+        submitted()
+    submitted()
+
+
+def test_what_a_live_job_reads_is_not_written(submitted, cfg, clients):
+    folder = submitted()
+    job = runs.load(folder)["steps"]["train"]["job"]
+    clients(squeue=f"echo '{job}|train|RUNNING|None'")
+    difficulty, published = str(cfg.paths.difficulty_dir), str(cfg.paths.published_dir)
+    checkpoints = str(cfg.paths.checkpoints_dir / "default")
+    for reads, writes in [(set(), {difficulty}), (set(), {checkpoints}), ({checkpoints}, set())]:
+        with pytest.raises(PipelineError, match="train in the queue"):
+            runs.refuse_busy(cfg.paths.logs_dir, reads, writes)
+    runs.refuse_busy(cfg.paths.logs_dir, {difficulty}, {published})  # both may read it
+
+
+def test_the_queue_is_asked_for_the_jobs_of_who_submitted_them(submitted, clients, tmp_path):
+    """In a folder that several people share; their own jobs of the same name have other ids."""
+    folder = submitted()
+    runs.save(folder, runs.load(folder) | {"owner": 12345})
+    clients(squeue=f'echo "$@" >> {tmp_path}/asked')
+    status.report(folder)
+    assert runs.cancel(folder) == 0
+    runs.refuse_busy(folder.parents[1], set(), set())
+    assert (tmp_path / "asked").read_text().count("--user=12345") == 4
+
+
+@pytest.mark.parametrize("written_out", ["process_tar-%a.log", "process_tar-0.log"])
+def test_a_job_is_known_by_its_log_where_submit_died_before_it_wrote_its_id(submitted, clients, written_out):
+    """Slurm writes the task's number out in that name, or not."""
+    folder = submitted()
+    record = runs.load(folder)
+    record["steps"]["process_tar"]["job"] = None
+    ours, theirs = f"77 process_tar {folder}/{written_out}", f"78 process_tar /other/{written_out}"
+    clients(squeue=f"printf '%-20s%-40s%s\\n' {theirs} {ours}")
+    runs.adopt(folder, record)
+    assert runs.load(folder)["steps"]["process_tar"]["job"] == "77"
+
+
+@pytest.mark.parametrize(
+    ("answer", "job"),
+    [("12", "12"), ("12;cluster", "12"), ("Welcome to the cluster.\n12", "12"), ("quota: 5 left", None)],
+)
+def test_the_id_is_found_in_what_sbatch_answers(clients, capfd, answer, job):
+    clients(sbatch=f"echo 'lua: use --qos=low' >&2; printf '{answer}\\n'")
+    if job is None:
+        with pytest.raises(PipelineError, match="sbatch names no job: quota"):
+            jobs.sbatch(["sbatch"])
+    else:
+        assert jobs.sbatch(["sbatch"]) == job
+    assert "use --qos=low" in capfd.readouterr().err  # of the site's rules: passed on
+
+
+def test_users_flags_do_not_hide_jobs_and_logs_from_status(cfg):
+    flags = ["--job-name=mine", "--output=/dev/null", "--array=0-99", "--time=1:00:00"]
+    cfg = cfg.model_copy(update={"slurm": cfg.slurm.model_copy(update={"sbatch": flags})})
+    line = sbatch_line(submit.chain(cfg)[0], cfg)
+    last = {word.partition("=")[0]: word for word in line}
+    assert last["--job-name"] == "--job-name=process_tar"
+    assert last["--output"].endswith("process_tar-%a.log")
+    assert last["--array"] == "--array=0-3"
+    assert last["--time"] == "--time=1:00:00"  # that one is theirs
+
+
+def test_what_sbatch_refused_is_mended_and_the_rest_submitted_with_the_same_settings(clients, tmp_path, capsys):
+    """The account is no setting of a stage: --continue takes it from today's file, all else from the run's."""
+    settings = tmp_path / "config.toml"
+    written = config.to_toml(config.load(None, [f"paths.root={tmp_path}", "slurm.num_shards=4"]))
+    settings.write_text(written.replace("sbatch = []", 'sbatch = ["--account=wrong"]'))
+    clients(
+        sbatch='case "$*" in *--account=wrong*) echo Invalid account >&2; exit 1;; esac; echo 5',
+        squeue="true",
+        scontrol="echo 'MaxArraySize = 1001'",
+    )
+    with pytest.raises(PipelineError, match=r"process_tar was not submitted: sbatch says: Invalid account"):
+        submit.main(["--config", str(settings)])
+    folder = runs.find(tmp_path / "logs", None)
+    assert not runs.job_ids(runs.load(folder))
+    right = written.replace("sbatch = []", 'sbatch = ["--account=right"]').replace(
+        "num_shards = 4", "num_shards = 9"
+    )
+    settings.write_text(right.replace("epochs = 20", "epochs = 3"))
+    assert submit.main(["--config", str(settings), "--continue", folder.name]) == 0
+    record = runs.load(folder)
+    assert len(runs.job_ids(record)) == 9
+    command = record["steps"]["process_tar"]["command"]
+    assert "--account=right" in command
+    assert "--array=0-3" in command
+    assert config.load(folder / "config.toml").training.epochs == 20
+
+
+def test_watch_goes_on_while_the_controller_restarts_and_ends_with_the_last_job(monkeypatch, capsys, tmp_path):
+    answers = [PipelineError("squeue says: Unable to contact slurm controller"), REPORT, REPORT | {"live": False}]
+
+    def report(_):
+        answer = answers.pop(0)
+        if isinstance(answer, PipelineError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(status, "report", report)
+    monkeypatch.setattr(status, "WATCH_EVERY_S", 0)
+    assert status.watch(tmp_path, as_json=True) == 1
+    told = capsys.readouterr()
+    assert [json.loads(line)["live"] for line in told.out.splitlines()] == [True, False]  # a line each time
+    assert "Unable to contact slurm controller; trying again" in told.err
+
+
+def test_ctrl_c_ends_watch_on_a_terminal_quietly(submitted, cfg, clients):
+    folder = submitted()
+    job = runs.load(folder)["steps"]["process_tar"]["job"]
+    clients(squeue=f"echo '{job}_0|process_tar|RUNNING|None'")
+    outside, inside = pty.openpty()
+    command = [sys.executable, ROOT / "slurm" / "status.py", "--set", f"paths.root={cfg.paths.root}", "--watch"]
+    watching = subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, start_new_session=True)
+    os.close(inside)
+    shown = b""
+    while b"running" not in shown:
+        shown += os.read(outside, 4096)
+    watching.send_signal(signal.SIGINT)
+    assert watching.wait(timeout=30) == 130
+    with contextlib.suppress(OSError):  # nobody writes there any more
+        while more := os.read(outside, 4096):
+            shown += more
+    assert shown.count(b"\x1b[H\x1b[J") == 1
+    assert not re.search(b"interrupted|Traceback", shown)
 
 
 def test_status_names_a_run_that_is_not_there(run_script, tmp_path):
