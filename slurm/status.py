@@ -44,6 +44,7 @@ BUSY = {
     "COMPLETING": "is ending",
 }
 WAITS = {
+    "None": "",  # nobody has looked at it yet
     "Resources": "for free resources",
     "Priority": "for the jobs before it",
     "JobArrayTaskLimit": "for others of its array (throttle)",
@@ -272,7 +273,7 @@ def row_of(step: dict) -> tuple[str, ...]:
 
 
 def as_text(run: dict, width: int | None = None) -> str:
-    """The report as a person reads it; lines of the table and of logs are cut off at `width` characters."""
+    """The report as a person reads it; lines of the table are cut off at `width` characters."""
     rows = [("stage", "state", "tasks", "progress", "left", "rate", ""), *map(row_of, run["steps"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -280,11 +281,11 @@ def as_text(run: dict, width: int | None = None) -> str:
         for row in rows
     ]
     done = sum(step["state"] == "done" for step in run["steps"])
-    lines.insert(0, f"run {run['run']}: {done} of {len(run['steps'])} stages done; {run['folder']}")
+    lines = [f"run {run['run']}: {done} of {len(run['steps'])} stages done", run["folder"], *lines]
     for failure in run["failures"][:SHOWN_FAILURES]:
         shard = f", shard {failure['task']}" if failure["task"] is not None else ""
         lines += ["", f"{failure['step']}{shard} (job {failure['job']}) failed: {failure['why']}"]
-        lines += [*(f"  | {line}"[:width] for line in failure["last_lines"]), f"  log: {failure['log']}"]
+        lines += [*(f"  | {line}" for line in failure["last_lines"]), f"  log: {failure['log']}"]
     if len(run["failures"]) > SHOWN_FAILURES:
         lines += ["", f"and {len(run['failures']) - SHOWN_FAILURES} more tasks have failed: see --json"]
     return "\n".join([*lines, *advice(run)])
@@ -346,8 +347,9 @@ def on_screen(run: dict, width: int | None, height: int) -> str:
         f"{time.strftime('%H:%M:%S')}, every {WATCH_EVERY_S} s, Ctrl-C ends it",
         *as_text(run, width).splitlines(),
     ]
-    if run["live"] and len(lines) >= height:
-        lines = [*lines[: height - 2], "... (more without --watch)"]
+    if run["live"]:  # the last one stays whole
+        more = ["... (more without --watch)"] if len(lines) >= height else []
+        lines = [line[:width] for line in lines[: height - 1 - len(more)]] + more
     return "\n".join(["\033[H\033[J" + lines[0], *lines[1:]])
 
 
