@@ -15,7 +15,9 @@ from common import config, parquet
 from common.config import Config
 from common.errors import PipelineError
 from common.provenance import Provenance
+from generate.weights import weights_digest
 
+_weights_digest = functools.cache(weights_digest)
 SPLITS = ("train", "val", "test")
 
 
@@ -240,10 +242,12 @@ def _read(path: Path, mtime_ns: int) -> tuple[Provenance, bool]:
 
 def _same_settings(there: Provenance, cfg: Config) -> bool:
     """Whether no setting in a record has another value now; what is not a setting is left to the stage."""
-    model = cfg.embedding_model
-    if config.is_folder(model.name):  # recorded by its last part, so that it may be moved
-        model = model.model_copy(update={"name": Path(model.name).name})
-    plain = cfg.model_copy(update={"embedding_model": model}).model_dump(mode="json", by_alias=True)
+    plain = cfg.model_dump(mode="json", by_alias=True)
+    if config.is_folder(cfg.embedding_model.name) and "embedding_model.weights" in there.config:
+        folder = Path(
+            cfg.embedding_model.name
+        )  # recorded by its last part, so that it may be moved, and its content
+        plain["embedding_model"] |= {"name": folder.name, "weights": _weights_digest(folder)}
     for key, value in there.config.items():
         section, _, name = key.partition(".")
         now = plain.get(section, {}).get(name, value)

@@ -59,7 +59,7 @@ ENDS = {
     "NODE_FAIL": "its node failed",
     "OUT_OF_MEMORY": "out of memory",
     "PREEMPTED": "preempted",
-    "TIMEOUT": "the time limit",
+    "TIMEOUT": "time limit",
 }
 STOPPED = "stopped with all saved, and not queued again (slurm.max_requeues)"
 HELD = re.compile("JobHeld|JobHold|held")  # JobHeldUser, JobHoldMaxRequeue, launch failed requeued held, ...
@@ -127,16 +127,16 @@ def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
     if artefacts.is_done(step, number, cfg) or (is_worker and log.exit_code == 0):
         return "done", ""
     if job and job.state in ENDS:
-        return "failed", ENDS[job.state]
+        return "failed", remedy(ENDS[job.state], step)
     if log.first_start_s is None:
         if job and job.state == "FAILED":
             return "failed", f"before it could write its log ({job.reason}): do compute nodes see the folder?"
         failed_before = job and job.reason == "DependencyNeverSatisfied"
         return "cancelled", "what it needs has failed" if failed_before else "before it started"
     if any(OUT_OF_MEMORY.search(line) for line in log.lines):
-        return "failed", ENDS["OUT_OF_MEMORY"]
+        return "failed", remedy("out of memory", step)
     if log.killed:
-        return ("cancelled", "while it ran") if log.killed == "cancelled" else ("failed", log.killed)
+        return ("cancelled", "while it ran") if log.killed == "cancelled" else ("failed", remedy(log.killed, step))
     if job and job.state == "CANCELLED":
         return "cancelled", "while it ran"
     if log.exit_code is None:
@@ -144,6 +144,12 @@ def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
     if log.exit_code == 0:
         return "failed", "it ended well, but its files are gone or of other settings"
     return "failed", STOPPED if log.exit_code == cli.EXIT_STOPPED else f"exit code {log.exit_code}"
+
+
+def remedy(end: str, step) -> str:
+    """What has ended a job, and the setting that gives it more of that."""
+    settings = {"time limit": "time", "out of memory": "sbatch (--mem)"}
+    return f"{end}: raise slurm.{step.resources}.{settings[end]}" if end in settings else end
 
 
 def wait_of(job) -> tuple[str, str]:

@@ -20,6 +20,8 @@ from conftest import ROOT
 
 from common import cli, config
 from common.errors import ConfigError, PipelineError
+from common.provenance import Provenance
+from generate import weights
 from slurm import artefacts, jobs, local, runs, status, submit
 
 SHELL_FILES = sorted([*ROOT.glob("slurm/*.sbatch"), ROOT / "slurm" / "env.sh", ROOT / ".ci" / "run"])
@@ -156,6 +158,23 @@ def test_a_file_is_done_if_its_settings_and_inputs_are_the_same(cfg, tmp_path):
     assert artefacts.missing(steps, cfg) == {"process_tar": [0], "compute_fingerprints": [0]}
 
 
+def test_other_weights_in_a_folder_of_the_same_name_are_noticed_and_a_moved_folder_is_not(tmp_path):
+    """What was embedded with the old ones would count as done, and no stage would be asked."""
+    for folder, content in [("old", b"1"), ("moved", b"1"), ("swapped", b"2")]:
+        (tmp_path / folder / "backbone").mkdir(parents=True)
+        (tmp_path / folder / "backbone" / "model.safetensors").write_bytes(content)
+    digest = weights.weights_digest(tmp_path / "old" / "backbone")
+    record = {
+        "embedding_model.name": "backbone",
+        "embedding_model.weights": digest,
+        "embedding_model.pooling": "cls",
+    }
+    there = Provenance("generate_embeddings", record, inputs={})
+    for folder, same in [("old", True), ("moved", True), ("swapped", False)]:
+        cfg = config.load(None, [f"embedding_model.name={tmp_path / folder / 'backbone'}"])
+        assert artefacts._same_settings(there, cfg) == same
+
+
 def test_without_tars_everything_is_left(cfg):
     assert all(artefacts.missing(submit.chain(cfg, tune=2), cfg).values())
 
@@ -244,13 +263,20 @@ def test_a_log_is_read_from_its_last_start_on(tmp_path):
     assert log_of(tmp_path, "-- 1 job 7 starts on a\n" + limit).killed == "time limit"
 
 
+MEMORY = "out of memory: raise slurm.process_tar.sbatch (--mem)"
+
+
 @pytest.mark.parametrize(
     ("job", "text", "expected"),
     [
         (("PENDING", "Dependency"), "", ("waiting", "Dependency")),
         (("RUNNING", "None"), "-- 1 job 7 starts on a\n", ("running", "")),
         (("CANCELLED", "DependencyNeverSatisfied"), "", ("cancelled", "what it needs has failed")),
-        (("TIMEOUT", "TimeLimit"), "-- 1 job 7 starts on a\n", ("failed", "the time limit")),
+        (
+            ("TIMEOUT", "TimeLimit"),
+            "-- 1 job 7 starts on a\n",
+            ("failed", "time limit: raise slurm.process_tar.time"),
+        ),
         (("SUSPENDED", "None"), "-- 1 job 7 starts on a\n", ("running", "suspended")),
         (("REQUEUE_HOLD", "None"), "-- 1 job 7 starts on a\n", ("waiting", "held (None): scontrol release 7")),
         (
@@ -263,7 +289,7 @@ def test_a_log_is_read_from_its_last_start_on(tmp_path):
         (("NODE_FAIL", "NodeDown"), "", ("failed", "its node failed")),
         (("BOOT_FAIL", "None"), "", ("failed", "its node did not boot")),
         (("PREEMPTED", "None"), "-- 1 job 7 starts on a\n", ("failed", "preempted")),
-        (("OUT_OF_MEMORY", "OutOfMemory"), "-- 1 job 7 starts on a\n", ("failed", "out of memory")),
+        (("OUT_OF_MEMORY", "OutOfMemory"), "-- 1 job 7 starts on a\n", ("failed", MEMORY)),
         (
             ("FAILED", "JobLaunchFailure"),
             "",
@@ -273,7 +299,7 @@ def test_a_log_is_read_from_its_last_start_on(tmp_path):
             None,
             "-- 1 job 7 starts on a\nslurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\n"
             "-- 2 job 7 ends with exit code 137\n",
-            ("failed", "out of memory"),
+            ("failed", MEMORY),
         ),
         (
             None,
