@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import config, parquet
+from common import config, parquet, tars
 from common.config import Config
 from common.errors import PipelineError
 from common.provenance import Provenance
@@ -161,13 +161,22 @@ def _of_task(step, task: int, cfg: Config) -> Iterator[Artefact]:
 
 
 def _tars(cfg: Config) -> list[Path]:
-    from common import tars
+    raw_dir = cfg.paths.raw_dir
+    return _listing(raw_dir, raw_dir.stat().st_mtime_ns)
 
-    return tars.of_shard(cfg.paths.raw_dir, 0, 1)
+
+@functools.cache  # every shard of three stages asks, and on a parallel file system each tar's stat is a round trip
+def _listing(raw_dir: Path, mtime_ns: int) -> list[Path]:
+    return tars.of_shard(raw_dir, 0, 1)
 
 
 def _num_parts(source: Path, cfg: Config) -> int:
-    return max(1, -(-parquet.num_rows(source) // cfg.data.rows_per_part))
+    return max(1, -(-_num_rows(source, source.stat().st_mtime_ns) // cfg.data.rows_per_part))
+
+
+@functools.cache
+def _num_rows(source: Path, mtime_ns: int) -> int:
+    return parquet.num_rows(source)
 
 
 def _inputs_of_merge(cfg: Config) -> dict[str, Path]:

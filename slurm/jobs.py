@@ -134,10 +134,11 @@ def submit_rest(folder: Path, record: dict, steps: list, cfg: Config, job_ids: d
         try:
             entry["job"] = job_ids[step.name] = sbatch(entry["command"])
         except PipelineError as error:
+            run = runs.handle(folder, record)
             raise PipelineError(
                 f"{step.name} was not submitted: {error}\n"
-                f"mend that, then submit the rest with slurm/submit.py --continue {folder.name},\n"
-                f"or end what is submitted with --cancel {folder.name}"
+                f"mend that, then submit the rest with slurm/submit.py --continue {run},\n"
+                f"or end what is submitted with --cancel {run}"
             ) from None
         runs.save(folder, record)
         shards = f", shards {ranges(entry['tasks'])} of {step.tasks}" if step.tasks > 1 else ""
@@ -159,7 +160,7 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path, chain) -> 
     """Submit the steps of a run that were not submitted, with the settings that it was submitted with, but the
     resources of today: they may be what sbatch refused. `chain`: the steps of a config, and of --tune."""
     folder = runs.find(logs_dir, name)
-    with runs.lock(logs_dir):
+    with runs.lock(folder.parents[1]):
         record = runs.load(folder)
         runs.adopt(folder, record)
         cfg = config.load(folder / "config.toml")
@@ -174,7 +175,7 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path, chain) -> 
                 log = record["steps"][name]["log"]
                 raise PipelineError(
                     f"{name} (job {job}) of that run has ended without finishing: see {log}\n"
-                    f"slurm/submit.py --cancel {folder.name}, then submit again"
+                    f"slurm/submit.py --cancel {runs.handle(folder, record)}, then submit again"
                 )
         return submit_rest(folder, record, steps, cfg, live)
 

@@ -130,6 +130,11 @@ def find(logs_dir: Path, name: str | None) -> Path:
     raise PipelineError(f"there is no run {name} in {logs_dir / 'runs'}{newest}")
 
 
+def handle(folder: Path, record: dict) -> str:
+    """What names a run on the command line: its path where the logs may lie elsewhere than by config.toml."""
+    return str(folder) if record["config"] or record["set"] else folder.name
+
+
 def folders(logs_dir: Path) -> list[Path]:
     """All runs, the oldest first."""
     return sorted(path.parent for path in logs_dir.glob("runs/*/run.json"))
@@ -170,10 +175,11 @@ def refuse_busy(logs_dir: Path, reads: set[str], writes: set[str]) -> None:
         ]
         if busy:
             halted = len(job_ids(record)) < len(record["steps"])
-            advice = f"submit the rest of it with --continue {folder.name}, or" if halted else "wait for it, or"
+            run = handle(folder, record)
+            advice = f"submit the rest of it with --continue {run}, or" if halted else "wait for it, or"
             raise PipelineError(
                 f"run {folder.name} is still at it: {', '.join(busy)} in the queue\n"
-                f"{advice} end it with slurm/submit.py --cancel {folder.name}"
+                f"{advice} end it with slurm/submit.py --cancel {run}"
             )
 
 

@@ -16,12 +16,11 @@ command lines.
 
 import argparse
 import json
-import re
 import shlex
 import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run by path: import from the repository root, not from this folder
@@ -32,225 +31,66 @@ from common.errors import PipelineError
 
 WATCH_EVERY_S = 10
 SHOWN_FAILURES, SHOWN_LINES = 3, 12
-TAIL_BYTES = 16_384
 STATES = ("failed", "running", "waiting", "not submitted", "cancelled", "done")  # a step is what is first of these
-UNFINISHED = ("failed", "cancelled", "not submitted")
-HELD_STATES = ("REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
-NOT_STARTED = ("PENDING", "REQUEUED", "REQUEUE_FED", *HELD_STATES)
-BUSY = {
-    "SUSPENDED": "suspended",
-    "STOPPED": "suspended",
-    "CONFIGURING": "its node boots",
-    "COMPLETING": "is ending",
-}
-WAITS = {
-    "None": "",  # nobody has looked at it yet
-    "Resources": "for free resources",
-    "Priority": "for the jobs before it",
-    "JobArrayTaskLimit": "for others of its array (throttle)",
-    "BeginTime": "was queued again, starts shortly",
-    "PartitionTimeLimit": "for ever: its time is more than the partition's",
-    "PartitionNodeLimit": "for ever: it wants more than the partition has",
-    "BadConstraints": "for ever: no node is as it wants it",
-}
-ENDS = {
-    "BOOT_FAIL": "its node did not boot",
-    "DEADLINE": "its deadline",
-    "NODE_FAIL": "its node failed",
-    "OUT_OF_MEMORY": "out of memory",
-    "PREEMPTED": "preempted",
-    "TIMEOUT": "time limit",
-}
-STOPPED = "stopped with all saved, and not queued again (slurm.max_requeues)"
-HELD = re.compile("JobHeld|JobHold|held")  # JobHeldUser, JobHoldMaxRequeue, launch failed requeued held, ...
-OUT_OF_MEMORY = re.compile(
-    "oom.kill", re.IGNORECASE
-)  # slurmstepd's word in a log, where Slurm has forgotten the job
-KILLED = re.compile(r"CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))? \*\*\*")  # slurmstepd's word in a log
-
-
-@dataclass(frozen=True)
-class Log:
-    """What the log of a task says, from its last start on."""
-
-    path: Path
-    first_start_s: float | None = None  # seconds since 1970, of the first start; None: it has not started
-    exit_code: int | None = None  # None: it has not ended, or was killed
-    killed: str = ""  # what slurmstepd says of that, in lower case
-    lines: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Task:
-    """One job, or one task of an array."""
-
-    number: int
-    job: str
-    state: str  # one of STATES
-    why: str
-    log: Log
-
-
-def read_log(path: Path) -> Log:
-    """The beginning and the end of a log; long ones are not read whole."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(TAIL_BYTES).decode(errors="replace")
-            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-            tail = file.read().decode(errors="replace")
-    except FileNotFoundError:
-        return Log(path)
-    started = re.search(r"^-- (\d+) job \S+ starts on", head, re.MULTILINE)
-    last = re.split(r"^-- \d+ job \S+ starts on .*\n", tail, flags=re.MULTILINE)[-1]
-    ended, killed = (
-        re.search(r"^-- \d+ job \S+ ends with exit code (\d+)", last, re.MULTILINE),
-        KILLED.search(last),
-    )
-    return Log(
-        path,
-        float(started[1]) if started else None,
-        int(ended[1]) if ended else None,
-        (killed[1] or "cancelled").lower() if killed else "",
-        tuple(
-            line for line in last.replace("\r", "\n").splitlines() if line.strip() and not line.startswith("-- ")
-        ),
-    )
-
-
-def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
-    """State and reason of a task that was submitted. `job`: what the queue knows of it, or None."""
-    from slurm import artefacts
-
-    if job and job.is_live:
-        return wait_of(job) if job.state in NOT_STARTED else ("running", BUSY.get(job.state, ""))
-    is_worker = step.name == "optuna_worker"  # which leaves no file of its own
-    if artefacts.is_done(step, number, cfg) or (is_worker and log.exit_code == 0):
-        return "done", ""
-    if job and job.state in ENDS:
-        return "failed", remedy(ENDS[job.state], step)
-    if log.first_start_s is None:
-        if job and job.state == "FAILED":
-            return "failed", f"before it could write its log ({job.reason}): do compute nodes see the folder?"
-        failed_before = job and job.reason == "DependencyNeverSatisfied"
-        return "cancelled", "what it needs has failed" if failed_before else "before it started"
-    if any(OUT_OF_MEMORY.search(line) for line in log.lines):
-        return "failed", remedy("out of memory", step)
-    if log.killed:
-        return ("cancelled", "while it ran") if log.killed == "cancelled" else ("failed", remedy(log.killed, step))
-    if job and job.state == "CANCELLED":
-        return "cancelled", "while it ran"
-    if log.exit_code is None:
-        return "failed", "killed"
-    if log.exit_code == 0:
-        return "failed", "it ended well, but its files are gone or of other settings"
-    return "failed", STOPPED if log.exit_code == cli.EXIT_STOPPED else f"exit code {log.exit_code}"
-
-
-def remedy(end: str, step) -> str:
-    """What has ended a job, and the setting that gives it more of that."""
-    settings = {"time limit": "time", "out of memory": "sbatch (--mem)"}
-    return f"{end}: raise slurm.{step.resources}.{settings[end]}" if end in settings else end
-
-
-def wait_of(job) -> tuple[str, str]:
-    """State and reason of a job that has not started, or that is to start again."""
-    if HELD.search(job.reason) or job.state in HELD_STATES:
-        return "waiting", f"held ({job.reason}): scontrol release {job.id.partition('_')[0]}"
-    return "waiting", WAITS.get(job.reason, job.reason)
-
-
-def tasks_of(step, entry: dict, jobs: dict, cfg) -> list[Task]:
-    """The tasks of a step of the record. `jobs`: see `runs.queue`."""
-    tasks = []
-    for number in entry["tasks"]:
-        log = read_log(Path(entry["log"].replace("%a", str(number))))
-        if not entry["job"]:
-            tasks.append(Task(number, "", "not submitted", "", log))
-            continue
-        job = f"{entry['job']}_{number}" if entry["of"] > 1 else entry["job"]
-        tasks.append(Task(number, job, *fate(step, number, jobs.get(job), log, cfg), log))
-    return tasks
-
-
-def progress_of(step, tasks: list[Task], cfg, now_s: float) -> dict:
-    """How far a step is: done, total, unit, and per_hour and seconds_left where it runs and has got somewhere."""
-    from slurm import artefacts
-
-    if step.name in ("train", "optuna_worker"):
-        done, total = artefacts.epochs(cfg) if step.name == "train" else artefacts.trials(cfg)
-        return {"done": done, "total": total, "unit": "epochs" if step.name == "train" else "trials"}
-    made = [artefacts.of_task(step, number, cfg) for number in range(step.tasks)]
-    every = [artefact for files in made if files is not None for artefact in files]
-    done = [artefact.path for artefact in every if artefact.is_done(cfg)]
-    progress = {"done": len(done), "total": None if None in made else len(every), "unit": "files"}
-    starts = [task.log.first_start_s for task in tasks if task.log.first_start_s]
-    if not starts or not any(task.state == "running" for task in tasks):
-        return progress
-    began = min(starts)
-    per_s = sum(path.stat().st_mtime >= began for path in done) / max(now_s - began, 1)
-    if per_s and progress["total"]:
-        progress |= {"per_hour": 3600 * per_s, "seconds_left": (progress["total"] - len(done)) / per_s}
-    return progress
 
 
 def report(folder: Path) -> dict:
     """All that is known of a run, as --json prints it."""
     from common import config
-    from slurm import runs, submit
+    from slurm import fates, runs, submit
 
     record = runs.load(folder)
     jobs, cfg = runs.queue(record["owner"]), config.load(folder / "config.toml")
     steps = {step.name: step for step in submit.chain(cfg, record["tune"])}
-    told: list[dict] = [
-        {"name": name, "job": None, "state": "done", "why": "before this run", "tasks": {}, "progress": {}}
+    told: dict[str, dict] = {
+        name: {"name": name, "job": None, "state": "done", "why": "before this run", "tasks": {}, "progress": {}}
         for name in record["done_before"]
-    ]
-    failures, states = [], dict.fromkeys(record["done_before"], "done")
+    }
+    failures: list[dict] = []
     for name, entry in record["steps"].items():
         step = replace(steps[name], tasks=entry["of"])
-        tasks = tasks_of(step, entry, jobs, cfg)
+        tasks = fates.tasks_of(step, entry, jobs, cfg)
         counts = {state: sum(task.state == state for task in tasks) for state in STATES}
-        states[name] = state = next(state for state in STATES if counts[state])
+        state = next(state for state in STATES if counts[state])
         counts["done"] += entry["of"] - len(tasks)
-        told.append(
-            {
-                "name": name,
-                "job": entry["job"],
-                "state": state,
-                "why": why(state, tasks, [need for need in entry["needs"] if states.get(need, "done") != "done"]),
-                "tasks": {state: count for state, count in counts.items() if count},
-                "progress": progress_of(step, tasks, cfg, time.time()),
-            }
-        )
-        failures += [
-            {
-                "step": name,
-                "task": task.number if entry["of"] > 1 else None,
-                "job": task.job,
-                "why": task.why,
-                "log": str(task.log.path),
-                "last_lines": task.log.lines[-SHOWN_LINES:],
-            }
-            for task in tasks
-            if task.state == "failed"
-        ]
-    order = list(steps)
-    told.sort(key=lambda step: order.index(step["name"]))
-    program = runs.ROOT / "slurm" / "submit.py"
+        unfinished = [need for need in entry["needs"] if need in told and told[need]["state"] != "done"]
+        told[name] = {
+            "name": name,
+            "job": entry["job"],
+            "state": state,
+            "why": why(state, tasks, unfinished),
+            "tasks": {state: count for state, count in counts.items() if count},
+            "progress": fates.progress_of(step, tasks, cfg, time.time()),
+        }
+        failures += [failure_of(name, entry, task) for task in tasks if task.state == "failed"]
+    program, run = runs.ROOT / "slurm" / "submit.py", runs.handle(folder, record)
+    present = {state for step in told.values() for state in step["tasks"]}
     return {
         "run": folder.name,
         "folder": str(folder),
-        "steps": told,
+        "steps": [told[name] for name in steps if name in told],
         "failures": failures,
-        "live": any(step["tasks"].get(state) for step in told for state in ("running", "waiting")),
-        "failed": any(step["tasks"].get(state) for step in told for state in UNFINISHED),
+        "live": not present.isdisjoint(("running", "waiting")),
+        "failed": not present.isdisjoint(("failed", "cancelled", "not submitted")),
         "continue": shlex.join(runs.command_line(program, record["continue_with"])),
-        "continue_submission": shlex.join(runs.command_line(program, ["--continue", folder.name])),
-        "cancel": shlex.join(runs.command_line(program, ["--cancel", folder.name])),
+        "continue_submission": shlex.join(runs.command_line(program, ["--continue", run])),
+        "cancel": shlex.join(runs.command_line(program, ["--cancel", run])),
     }
 
 
-def why(state: str, tasks: list[Task], unfinished: list[str]) -> str:
+def failure_of(name: str, entry: dict, task) -> dict:
+    """A task that has failed, as --json prints it. `task`: see fates.py."""
+    return {
+        "step": name,
+        "task": task.number if entry["of"] > 1 else None,
+        "job": task.job,
+        "why": task.why,
+        "log": str(task.log.path),
+        "last_lines": task.log.lines[-SHOWN_LINES:],
+    }
+
+
+def why(state: str, tasks: list, unfinished: list[str]) -> str:
     """Why a step is in its state: of its first task in it; what the latest line of its log says, while it runs."""
     first = next(task for task in tasks if task.state == state)
     if state == "waiting" and first.why == "Dependency":

@@ -1,7 +1,7 @@
 """The whole chain: what depends on what, and how it is run, on Slurm or here.
 
 Reads    config.toml; the records in the artefacts: what is done is left out, down to single shards
-Writes   through the stages: everything; itself: logs/runs/<time>/run.json (steps, job ids, commands)
+Writes   through the stages: everything; itself: logs/runs/<time>/{run.json,config.toml} (jobs, their settings)
 Command  python slurm/submit.py              submit what is missing to Slurm (slurm/status.py tells how it goes)
          python slurm/submit.py --dry-run    print the graph, what is left, and the command lines
          python slurm/submit.py --local      the same stages in order, on this machine [--jobs N at once]
@@ -85,7 +85,8 @@ def select(steps: list[Step], first: str | None, last: str | None) -> list[Step]
     names = [step.name for step in steps]
     for name in (first, last):
         if name is not None and name not in names:
-            raise ConfigError(f"there is no stage {name}; the stages are {', '.join(names)}")
+            tune = " (optuna_worker: with --tune N)" if "optuna_worker" not in names else ""
+            raise ConfigError(f"there is no stage {name}; the stages are {', '.join(names)}{tune}")
     begin = names.index(first) if first else 0
     end = names.index(last) if last else len(names) - 1
     if begin > end:
@@ -145,6 +146,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise ConfigError(
             "--overwrite makes stages again: say from which one on with --from, or which with --only"
         )
+    if args.dry_run and (args.prefetch or args.rest or args.cancel):
+        raise ConfigError("--dry-run shows what would be submitted, or run with --local: nothing else has one")
     if args.only and (args.first or args.last):
         raise ConfigError("--only names one stage: leave out --from and --to")
     return args

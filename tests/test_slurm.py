@@ -225,7 +225,7 @@ def test_a_run_that_is_under_way_is_told_and_not_submitted_again(place):
     assert report["steps"]["merge_and_split"]["state"] == "waiting"
     assert report["steps"]["evaluate"]["why"] == "for train"
     assert "convert_to_hf in the queue" in place.submit(place.whole, "--only", "convert_to_hf", code=1)
-    assert "still at it: train, evaluate in" in place.submit(place.whole, "--only", "evaluate", code=1)
+    assert "still at it: train, evaluate" in place.submit(place.whole, "--only", "evaluate", code=1)
 
 
 def test_a_failing_shard_cancels_what_depends_on_it_and_the_printed_command_finishes_the_chain(place):
@@ -309,8 +309,8 @@ def test_a_submission_that_breaks_off_is_continued_and_a_run_is_cancelled(place,
     assert folder.name in told
     first = place.jobs(root)
     assert [name for name, job in first.items() if job] == ["process_tar", "compute_fingerprints"]
-    assert f"--continue {folder.name}" in place.status(root, code=1)
-    assert f"--continue {folder.name}" in place.submit(root, *flags, code=1)  # not twice into the same folders
+    assert f"--continue {folder}" in place.status(root, code=1)
+    assert f"--continue {folder}" in place.submit(root, *flags, code=1)  # not twice into the same folders
 
     place.submit(root, "--continue", folder.name, code=-signal.SIGKILL, env=environment)
     assert not place.jobs(root)["generate_embeddings"]

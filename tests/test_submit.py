@@ -22,7 +22,7 @@ from common import cli, config
 from common.errors import ConfigError, PipelineError
 from common.provenance import Provenance
 from generate import weights
-from slurm import artefacts, jobs, local, runs, status, submit
+from slurm import artefacts, fates, jobs, local, runs, status, submit
 
 SHELL_FILES = sorted([*ROOT.glob("slurm/*.sbatch"), ROOT / "slurm" / "env.sh", ROOT / ".ci" / "run"])
 
@@ -108,6 +108,7 @@ def test_select_takes_both_ends_and_refuses_what_is_not_there(cfg):
     [
         (["--tune", "-1"], "number of workers"),
         (["--jobs", "2"], "belongs to --local"),
+        (["--dry-run", "--cancel", "20260101-000000"], "nothing else has one"),
         (["--only", "train", "--to", "train"], "leave out --from and --to"),
     ],
 )
@@ -245,13 +246,13 @@ def test_after_a_failure_nothing_new_is_started(cfg, tmp_path):
 # ------------------------------------------------------------------------------------------------ status
 
 
-def log_of(folder, text: str) -> status.Log:
+def log_of(folder, text: str) -> fates.Log:
     (folder / "a.log").write_text(text)
-    return status.read_log(folder / "a.log")
+    return fates.read_log(folder / "a.log")
 
 
 def test_a_log_is_read_from_its_last_start_on(tmp_path):
-    assert status.read_log(tmp_path / "none.log").first_start_s is None
+    assert fates.read_log(tmp_path / "none.log").first_start_s is None
     first = "-- 100 job 7 starts on a\nstopped\n-- 200 job 7 ends with exit code 85\n"
     requeued = "slurmstepd: error: *** JOB 7 ON a CANCELLED AT 2026-01-01T00:00:00 DUE TO JOB REQUEUE ***\n"
     running = log_of(tmp_path, first + requeued + "-- 300 job 7 starts on b\nworking\n")
@@ -314,8 +315,8 @@ MEMORY = "out of memory: raise slurm.process_tar.sbatch (--mem)"
 def test_what_became_of_a_task(cfg, tmp_path, job, text, expected):
     step = submit.chain(cfg)[0]
     job = job and runs.Job("7_0", "process_tar", *job)
-    log = log_of(tmp_path, text) if text else status.read_log(tmp_path / "none.log")
-    assert status.fate(step, 0, job, log, cfg) == expected
+    log = log_of(tmp_path, text) if text else fates.read_log(tmp_path / "none.log")
+    assert fates.fate(step, 0, job, log, cfg) == expected
 
 
 def test_a_reused_job_id_is_not_taken_for_the_runs_own():
