@@ -83,8 +83,8 @@ def live_steps(record: dict, jobs: dict[str, Job]) -> dict[str, str]:
 @contextlib.contextmanager
 def lock(logs_dir: Path) -> Iterator[None]:
     """Only one submit at a time: two would find the same things missing, and both submit them."""
-    (logs_dir / "runs").mkdir(parents=True, exist_ok=True)
-    with open(logs_dir / "runs" / ".lock", "ab") as file:
+    logs_dir.mkdir(parents=True, exist_ok=True)
+    with open(logs_dir / ".submit.lock", "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -152,7 +152,7 @@ class Place:
                     len(words) > 2
                     and "python" in words[0]
                     and words[1].endswith(script)
-                    and f"paths.root={root}" in words
+                    and any(word.startswith(f"{root}/") for word in words)  # the run's config.toml
                 ):
                     found.append(int(entry.name))
         return found
@@ -298,7 +298,7 @@ def test_a_submission_that_breaks_off_is_continued_and_a_run_is_cancelled(place,
         f"#!/bin/sh\necho >> {tmp_path}/calls; calls=$(wc -l < {tmp_path}/calls)\n"
         "[ $calls = 3 ] && echo no luck >&2 && exit 1\n"
         f'{shutil.which("sbatch", path=place.environment["PATH"])} "$@"\n'
-        "[ $calls = 4 ] && kill -KILL $PPID\n"  # the job is there, and nobody has written its id down
+        "[ $calls = 4 ] && kill -KILL $PPID; exit 0\n"  # the job is there, and nobody has written its id down
     )
     between.chmod(0o755)
     flags = ("--set", 'slurm.sbatch=["--hold"]', "--to", "merge_and_split")
