@@ -106,10 +106,12 @@ def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
         return "cancelled", "what it needs has failed" if failed_before else "before it started"
     if any(OUT_OF_MEMORY.search(line) for line in log.lines):
         return "failed", remedy("out of memory", step)
-    if log.killed:
-        return ("cancelled", "while it ran") if log.killed == "cancelled" else ("failed", remedy(log.killed, step))
-    if job and job.state == "CANCELLED":
+    if log.killed == "job requeue":
+        return "cancelled", "before it started again"
+    if log.killed == "cancelled" or (job and job.state == "CANCELLED"):
         return "cancelled", "while it ran"
+    if log.killed:
+        return "failed", remedy(log.killed, step)
     if log.exit_code is None:
         return "failed", "killed"
     if log.exit_code == 0:
@@ -138,8 +140,11 @@ def tasks_of(step, entry: dict, jobs: dict, cfg) -> list[Task]:
         if not entry["job"]:
             tasks.append(Task(number, "", "not submitted", "", log))
             continue
-        job = f"{entry['job']}_{number}" if entry["of"] > 1 else entry["job"]
-        tasks.append(Task(number, job, *fate(step, number, jobs.get(job), log, cfg), log))
+        job_id = f"{entry['job']}_{number}" if entry["of"] > 1 else entry["job"]
+        job = jobs.get(job_id)
+        if job and job.name != step.name:  # a cluster that was set up anew counts from 1 again
+            job = None
+        tasks.append(Task(number, job_id, *fate(step, number, job, log, cfg), log))
     return tasks
 
 

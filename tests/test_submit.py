@@ -307,6 +307,12 @@ MEMORY = "out of memory: raise slurm.process_tar.sbatch (--mem)"
             "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 85\n",
             ("failed", "stopped with all saved, and not queued again (slurm.max_requeues)"),
         ),
+        (
+            ("CANCELLED", "None"),
+            "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 85\n"
+            "slurmstepd: error: *** JOB 7 ON a CANCELLED AT 2026-01-01T00:00:00 DUE TO JOB REQUEUE ***\n",
+            ("cancelled", "before it started again"),
+        ),
         (None, "", ("cancelled", "before it started")),  # Slurm has forgotten the job: the log alone tells
         (None, "-- 1 job 7 starts on a\n", ("failed", "killed")),
         (None, "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 1\n", ("failed", "exit code 1")),
@@ -319,11 +325,15 @@ def test_what_became_of_a_task(cfg, tmp_path, job, text, expected):
     assert fates.fate(step, 0, job, log, cfg) == expected
 
 
-def test_a_reused_job_id_is_not_taken_for_the_runs_own():
+def test_a_reused_job_id_is_not_taken_for_the_runs_own(cfg, tmp_path):
     """A cluster that was set up anew counts from 1 again: --cancel must not end somebody else's job 7."""
     record = {"steps": {"train": {"job": "7"}, "evaluate": {"job": "8"}}}
     queue = {"7": runs.Job("7", "another", "RUNNING", ""), "8": runs.Job("8", "evaluate", "PENDING", "")}
     assert runs.live_steps(record, queue) == {"evaluate": "8"}
+    entry = {"job": "7", "tasks": [0], "of": 1, "log": str(tmp_path / "none.log")}
+    step = next(step for step in submit.chain(cfg) if step.name == "train")
+    (task,) = fates.tasks_of(step, entry, queue, cfg)
+    assert task.state == "cancelled"  # not running, as the other job 7 is
 
 
 REPORT = {
