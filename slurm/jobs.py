@@ -16,6 +16,8 @@ from common.errors import PipelineError
 from slurm import artefacts, runs
 from slurm.runs import ROOT
 
+PASSWORD = re.compile("://[^/@]*:[^/@]*@")  # in a URL
+
 
 def sbatch_command(step, tasks: list[int], cfg: Config, folder: Path, dependency: str) -> list[str]:
     """The sbatch command line for these tasks of a step of the run in `folder`.
@@ -99,13 +101,23 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
         writes = {str(artefacts.target_of(step.name, cfg)) for step in left}
         runs.refuse_busy(cfg.paths.logs_dir, reads, writes)
         folder = runs.create(cfg.paths.logs_dir)
-        files.write_text(folder / "config.toml", config.to_toml(cfg))
+        freeze(cfg, folder / "config.toml")
         record = {"owner": os.getuid(), "tune": args.tune}
         record |= {"config": args.config and str(args.config.resolve()), "set": args.set}
         record |= {"continue_with": continuation(args), "done_before": [s.name for s in steps if s not in left]}
         record["steps"] = {step.name: entry_of(step, todo[step.name], cfg, folder) for step in left}
         runs.save(folder, record)
         return submit_rest(folder, record, left, cfg, {})
+
+
+def freeze(cfg: Config, path: Path) -> None:
+    """Write all settings; for nobody else to read where the URL of the study's database has a password."""
+    mask = os.umask(0)
+    os.umask(mask | 0o077 if PASSWORD.search(cfg.training.study_storage) else mask)
+    try:
+        files.write_text(path, config.to_toml(cfg))
+    finally:
+        os.umask(mask)
 
 
 def entry_of(step, tasks: list[int], cfg: Config, folder: Path) -> dict:
