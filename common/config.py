@@ -5,7 +5,9 @@ here. `--set section.key=value` overrides; the value is TOML (0.2, true, [1, 2])
 """
 
 import difflib
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -279,6 +281,31 @@ def values(cfg: Config, *keys: str) -> dict[str, Any]:
         names = [name] if name else plain[section]
         chosen.update({f"{section}.{n}": plain[section][n] for n in names})
     return chosen
+
+
+def to_toml(cfg: Config) -> str:
+    """The whole configuration as a TOML file that `config.load` reads back."""
+    return "".join(_tables(cfg.model_dump(mode="json", by_alias=True), ()))
+
+
+def _tables(tree: dict, names: tuple[str, ...]) -> Iterator[str]:
+    # a search space's {choices = [...]} is a value in one line
+    plain = {k: v for k, v in tree.items() if not isinstance(v, dict) or names[-1:] == ("search_space",)}
+    if names:
+        yield f"[{'.'.join(names)}]\n"
+        yield from (f"{key} = {_toml(value)}\n" for key, value in plain.items())
+        yield "\n"
+    for key in tree:
+        if key not in plain:
+            yield from _tables(tree[key], (*names, key))
+
+
+def _toml(value) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)  # strings, numbers and booleans are written alike in both
 
 
 def is_folder(name: str) -> bool:

@@ -19,14 +19,12 @@ from transformers.utils.logging import disable_progress_bar
 from common.config import EmbeddingModel, Infrastructure, is_folder
 from common.errors import PipelineError
 from common.parquet import first_line
-from common.provenance import digest_of
 from generate.pixels import Preprocessing, read_preprocessing
+from generate.weights import WEIGHTS, weights_digest
 from publish.modeling_spatial_embeddings import n_prefix_tokens, pool, width
 
 FAMILIES = ("dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_MIB = 2**20
 
 disable_progress_bar()  # a bar per file of weights, in the logs of a cluster
 
@@ -86,7 +84,7 @@ def load_weights(model_class, folder: Path, dtype: str) -> PreTrainedModel:
 
     Transformers gives tensors that are missing in the files random values, and says so in a warning only.
     """
-    if not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+    if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
         raise PipelineError(
             f"{folder} has no weights (model.safetensors)\n"
             "download the model whole, or save it with save_pretrained"
@@ -128,7 +126,7 @@ def locate(name: str, revision: str, weights: bool = True) -> Path:
             raise PipelineError(f"{name} is not a model's folder: it has no config.json")
         return Path(name)
     page = f"https://huggingface.co/{name}"
-    wanted = ["config.json", "preprocessor_config.json", *(_WEIGHTS if weights else ())]
+    wanted = ["config.json", "preprocessor_config.json", *(WEIGHTS if weights else ())]
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
     except hub_errors.GatedRepoError:
@@ -166,21 +164,6 @@ def identity(settings: EmbeddingModel, dtype: str) -> dict:
         }
     folder = locate(settings.name, settings.revision)
     return {"embedding_model.name": folder.name, "embedding_model.weights": weights_digest(folder), **known}
-
-
-def weights_digest(folder: Path) -> str:
-    """A digest of a model's configuration and of its weights by name, size, and first and last MiB."""
-    parts: list[bytes | str] = []
-    names = ("config.json", "preprocessor_config.json")
-    for path in [folder / name for name in names if (folder / name).is_file()]:
-        parts += [path.name, path.read_bytes()]
-    for path in sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(_MIB)
-            file.seek(max(0, size - _MIB))
-            parts += [path.name, str(size), head, file.read(_MIB)]
-    return digest_of(*parts)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:

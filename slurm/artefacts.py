@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import config, parquet
+from common import config, parquet, tars
 from common.config import Config
 from common.errors import PipelineError
 from common.provenance import Provenance
+from generate.weights import weights_digest
 
+_weights_digest = functools.cache(weights_digest)
 SPLITS = ("train", "val", "test")
 
 
@@ -97,8 +99,8 @@ def epochs(cfg: Config) -> tuple[int, int]:
     return rows - 1, cfg.training.epochs  # the first row is of before training
 
 
-def target_of(step, cfg: Config) -> Path:
-    """The folder that a step writes: two steps with the same one must not run at once."""
+def target_of(name: str, cfg: Config) -> Path:
+    """The folder that the step of this name writes: two steps with the same one must not run at once."""
     paths = cfg.paths
     return {
         "process_tar": paths.intermediates_dir,
@@ -112,7 +114,7 @@ def target_of(step, cfg: Config) -> Path:
         "train": _run_dir(cfg),
         "evaluate": paths.evaluation_dir,
         "convert_to_hf": paths.published_dir,
-    }[step.name]
+    }[name]
 
 
 def _of_task(step, task: int, cfg: Config) -> Iterator[Artefact]:
@@ -120,7 +122,7 @@ def _of_task(step, task: int, cfg: Config) -> Iterator[Artefact]:
     best = run / "checkpoint_best.pt"
     merged = {f"{split}.parquet": paths.merged_dir / f"{split}.parquet" for split in SPLITS}
     if step.name in ("process_tar", "compute_fingerprints", "generate_embeddings"):
-        folder = target_of(step, cfg)
+        folder = target_of(step.name, cfg)
         for tar in _tars(cfg)[task :: step.tasks]:
             name = f"{tar.stem}.parquet"
             source = paths.intermediates_dir / name
@@ -141,7 +143,7 @@ def _of_task(step, task: int, cfg: Config) -> Iterator[Artefact]:
     elif step.name == "neighbor_parts":
         total = _num_parts(merged["train.parquet"], cfg)
         for part in range(total * task // step.tasks, total * (task + 1) // step.tasks):
-            yield Artefact(target_of(step, cfg) / f"{part:05d}.parquet", _only(merged, "train"))
+            yield Artefact(target_of(step.name, cfg) / f"{part:05d}.parquet", _only(merged, "train"))
     elif step.name == "compute_visual_neighbors":
         yield from _difficulty(cfg)
     elif step.name == "train":
@@ -159,13 +161,22 @@ def _of_task(step, task: int, cfg: Config) -> Iterator[Artefact]:
 
 
 def _tars(cfg: Config) -> list[Path]:
-    from common import tars
+    raw_dir = cfg.paths.raw_dir
+    return _listing(raw_dir, raw_dir.stat().st_mtime_ns)
 
-    return tars.of_shard(cfg.paths.raw_dir, 0, 1)
+
+@functools.cache  # every shard of three stages asks, and on a parallel file system each tar's stat is a round trip
+def _listing(raw_dir: Path, mtime_ns: int) -> list[Path]:
+    return tars.of_shard(raw_dir, 0, 1)
 
 
 def _num_parts(source: Path, cfg: Config) -> int:
-    return max(1, -(-parquet.num_rows(source) // cfg.data.rows_per_part))
+    return max(1, -(-_num_rows(source, source.stat().st_mtime_ns) // cfg.data.rows_per_part))
+
+
+@functools.cache
+def _num_rows(source: Path, mtime_ns: int) -> int:
+    return parquet.num_rows(source)
 
 
 def _inputs_of_merge(cfg: Config) -> dict[str, Path]:
@@ -240,10 +251,12 @@ def _read(path: Path, mtime_ns: int) -> tuple[Provenance, bool]:
 
 def _same_settings(there: Provenance, cfg: Config) -> bool:
     """Whether no setting in a record has another value now; what is not a setting is left to the stage."""
-    model = cfg.embedding_model
-    if config.is_folder(model.name):  # recorded by its last part, so that it may be moved
-        model = model.model_copy(update={"name": Path(model.name).name})
-    plain = cfg.model_copy(update={"embedding_model": model}).model_dump(mode="json", by_alias=True)
+    plain = cfg.model_dump(mode="json", by_alias=True)
+    if config.is_folder(cfg.embedding_model.name) and "embedding_model.weights" in there.config:
+        folder = Path(
+            cfg.embedding_model.name
+        )  # recorded by its last part, so that it may be moved, and its content
+        plain["embedding_model"] |= {"name": folder.name, "weights": _weights_digest(folder)}
     for key, value in there.config.items():
         section, _, name = key.partition(".")
         now = plain.get(section, {}).get(name, value)

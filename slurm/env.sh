@@ -15,4 +15,4 @@ export HF_HUB_OFFLINE=1
 export WANDB_MODE=offline
 
 # One thread per core of the allocation, not per core of the node.
-export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
+export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}"

@@ -13,14 +13,20 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from common.errors import Stopped
-from slurm import submit
+from slurm import runs
+from slurm.runs import ROOT
+
+
+def local_command(step, shared: list[str]) -> list[str]:
+    """The command line that does all of a step's work here: the same as the job's, without the shards."""
+    return [sys.executable, str(ROOT / step.script), *shared]
 
 
 def commands(steps: list, todo: dict[str, list[int]], shared: list[str], jobs: int) -> list[tuple]:
     """(step, its command line) of all that is left; steps that can be cut are cut into `jobs` commands."""
     found = []
     for step in steps:
-        whole = submit.local_command(step, shared)
+        whole = local_command(step, shared)
         if not todo[step.name]:
             continue
         if step.arguments and jobs > 1:  # by tars
@@ -28,6 +34,16 @@ def commands(steps: list, todo: dict[str, list[int]], shared: list[str], jobs: i
         else:  # more than one task: Optuna's workers
             found += [(step, whole)] * min(step.tasks if not step.arguments else 1, jobs)
     return found
+
+
+def run_chain(steps: list, commands: list[tuple], cfg, jobs: int) -> int:
+    """Run the commands, and say where the results are if the chain has reached its end."""
+    if not commands:
+        print(f"nothing to do: {', '.join(step.name for step in steps)} done")
+    code = run(commands, jobs)
+    if code == 0 and steps[-1].name == "convert_to_hf":
+        print_results(cfg)
+    return code
 
 
 def run(commands: list[tuple], jobs: int) -> int:
@@ -71,11 +87,11 @@ class _Task(NamedTuple):
 
 def _start(title: str, step, command: list[str], jobs: int) -> _Task:
     if jobs == 1:
-        return _Task(title, step, subprocess.Popen(command, cwd=submit.ROOT), None)
+        return _Task(title, step, subprocess.Popen(command, cwd=ROOT), None)
     threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `_tell_output`
-    process = subprocess.Popen(command, cwd=submit.ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
     return _Task(title, step, process, output)
 
 
@@ -123,8 +139,8 @@ def prefetch(cfg, shared: list[str]) -> int:
     """Fetch the backbone into the cache of the jobs; then look whether it is found there without a network, here
     and, where there is Slurm, on a compute node."""
     stage = cfg.slurm.generate_embeddings
-    in_environment = ["bash", "-c", 'root=$0; source "$root/slurm/env.sh"; "$@"', str(submit.ROOT)]
-    look = ["python", f"{submit.ROOT}/slurm/prefetch.py", *shared]
+    in_environment = ["bash", "-c", 'root=$0; source "$root/slurm/env.sh"; "$@"', str(ROOT)]
+    look = ["python", f"{ROOT}/slurm/prefetch.py", *shared]
     node = ["srun", "--job-name=prefetch", "--ntasks=1", "--time=10", *cfg.slurm.sbatch, *stage.sbatch]
     attempts = [
         ("fetching, with the network", [*in_environment, "env", "HF_HUB_OFFLINE=0", *look]),
@@ -133,7 +149,7 @@ def prefetch(cfg, shared: list[str]) -> int:
     ]
     for what, command in attempts if shutil.which("srun") else attempts[:2]:
         print(f"{what}:", flush=True)
-        code = subprocess.run(command, cwd=submit.ROOT).returncode
+        code = subprocess.run(command, cwd=ROOT, env=runs.environment()).returncode
         if code:
             advice = "HF_HOME in slurm/env.sh must name a folder that compute nodes see, too"
             print(f"the jobs would not find the backbone; {advice}", file=sys.stderr)

@@ -1,20 +1,26 @@
 """Runs that were submitted: their records, logs/runs/<time>/run.json, and what Slurm's queue says of their jobs.
 
 A record holds every step of the run from the start, with its job's id as soon as there is one, so that a submit
-that dies half-way can be continued or cancelled. Slurm forgets a job minutes after its end, and accounting is not
-everywhere: what became of it then is told by its log and its files (see status.py).
+that dies half-way can be continued or cancelled; and whose jobs they are, since others may share the folder. Slurm
+forgets a job minutes after its end, and accounting is not everywhere: what became of it then is told by its log
+and its files (see status.py).
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from common import files
 from common.errors import PipelineError
 
+ROOT = Path(__file__).resolve().parents[1]
 ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
 LOG_WIDTH = 4096  # characters of a path, as squeue is asked for it
 
@@ -33,20 +39,38 @@ class Job:
         return self.state not in ENDED
 
 
-def ask(*command: str) -> str:
+def environment() -> dict[str, str]:
+    """The environment for Slurm's clients: without what describes the job that this runs in, if it runs in one.
+
+    sbatch hands the variables of an interactive job on to the jobs that it makes, where srun takes them for its
+    options: another job's number of tasks, its memory per core, the number of its array's task.
+    """
+    inside_a_job = "SLURM_JOB_ID" in os.environ
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in kept or not (inside_a_job and name.startswith(("SLURM_", "SRUN_", "SLURMD_")))
+    }
+
+
+def ask(*command: str, show_warnings: bool = False) -> str:
     """What a client of Slurm answers. Raises PipelineError if it does not."""
     try:
-        answer = subprocess.run(command, capture_output=True, text=True)
+        answer = subprocess.run(command, capture_output=True, text=True, env=environment())
     except FileNotFoundError:
         raise PipelineError(f"there is no {command[0]} here: run this on a login node of the cluster") from None
     if answer.returncode:
         raise PipelineError(f"{command[0]} says: {answer.stderr.strip() or answer.stdout.strip()}")
+    if show_warnings:
+        sys.stderr.write(answer.stderr)
     return answer.stdout
 
 
-def queue() -> dict[str, Job]:
-    """Job id -> job, of all of this user's jobs that Slurm still knows, a task of an array each."""
-    lines = ask("squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r").splitlines()
+def queue(owner: int) -> dict[str, Job]:
+    """Job id -> job, of all jobs of a user (by number) that Slurm still knows, a task of an array each."""
+    flags = [f"--user={owner}", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r"]
+    lines = ask("squeue", *flags).splitlines()
     return {job.id: job for job in (Job(*line.strip().split("|", 3)) for line in lines)}
 
 
@@ -54,6 +78,20 @@ def live_steps(record: dict, jobs: dict[str, Job]) -> dict[str, str]:
     """Step -> job id, of a run's steps that wait or run. By name, too: a cluster may begin its ids anew."""
     live = {(job.id.partition("_")[0], job.name) for job in jobs.values() if job.is_live}
     return {name: job for name, job in job_ids(record).items() if (job, name) in live}
+
+
+@contextlib.contextmanager
+def lock(logs_dir: Path) -> Iterator[None]:
+    """Only one submit at a time: two would find the same things missing, and both submit them."""
+    logs_dir.mkdir(parents=True, exist_ok=True)
+    with open(logs_dir / ".submit.lock", "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PipelineError(
+                f"another slurm/submit.py is at work in {logs_dir / 'runs'}: wait until it has ended"
+            ) from None
+        yield
 
 
 def create(logs_dir: Path) -> Path:
@@ -92,6 +130,11 @@ def find(logs_dir: Path, name: str | None) -> Path:
     raise PipelineError(f"there is no run {name} in {logs_dir / 'runs'}{newest}")
 
 
+def handle(folder: Path, record: dict) -> str:
+    """What names a run on the command line: its path where the logs may lie elsewhere than by config.toml."""
+    return str(folder) if record["config"] or record["set"] else folder.name
+
+
 def folders(logs_dir: Path) -> list[Path]:
     """All runs, the oldest first."""
     return sorted(path.parent for path in logs_dir.glob("runs/*/run.json"))
@@ -103,27 +146,40 @@ def job_ids(record: dict) -> dict[str, str]:
 
 
 def adopt(folder: Path, record: dict) -> None:
-    """Enter jobs of this run that are in the queue but not in its record: submit died between the two."""
-    lines = ask("squeue", "--me", "--noheader", f"--Format=ArrayJobID:20,STDOUT:{LOG_WIDTH}").splitlines()
-    for job, log in ((line[:20].strip(), Path(line[20:].strip())) for line in lines):
-        for entry in record["steps"].values():
-            if not entry["job"] and log == Path(entry["log"]):
-                entry["job"] = job
+    """Enter jobs of this run that are in the queue but not in its record: submit died between the two.
+
+    They are known by their names and by the folder of their logs, whose names Slurm may write out or not.
+    """
+    flags = [f"--user={record['owner']}", "--noheader", f"--Format=ArrayJobID:20,Name:40,STDOUT:{LOG_WIDTH}"]
+    for line in ask("squeue", *flags).splitlines():
+        job, name, log = line[:20].strip(), line[20:60].strip(), Path(line[60:].strip())
+        entry = record["steps"].get(name)
+        if entry and not entry["job"] and log.parent == Path(entry["log"]).parent:
+            entry["job"] = job
     save(folder, record)
 
 
-def refuse_busy(logs_dir: Path, targets: set[str]) -> None:
-    """Raise PipelineError if a job of an earlier run writes, or will write, into one of these folders."""
-    jobs = queue()
+def refuse_busy(logs_dir: Path, reads: set[str], writes: set[str]) -> None:
+    """Raise PipelineError if a job of an earlier run, waiting or running, is in the way of these folders: if it
+    writes one of them, or reads one that is to be written."""
+    queues: dict[int, dict[str, Job]] = {}
     for folder in folders(logs_dir):
         record = load(folder)
-        busy = [name for name in live_steps(record, jobs) if record["steps"][name]["target"] in targets]
+        owner = record["owner"]
+        queues[owner] = queues[owner] if owner in queues else queue(owner)
+        live = {name: record["steps"][name] for name in live_steps(record, queues[owner])}
+        busy = [
+            name
+            for name, entry in live.items()
+            if entry["target"] in reads | writes or writes.intersection(entry["reads"])
+        ]
         if busy:
             halted = len(job_ids(record)) < len(record["steps"])
-            advice = f"submit the rest of it with --continue {folder.name}, or" if halted else "wait for it, or"
+            run = handle(folder, record)
+            advice = f"submit the rest of it with --continue {run}, or" if halted else "wait for it, or"
             raise PipelineError(
                 f"run {folder.name} is still at it: {', '.join(busy)} in the queue\n"
-                f"{advice} end it with slurm/submit.py --cancel {folder.name}"
+                f"{advice} end it with slurm/submit.py --cancel {run}"
             )
 
 
@@ -131,7 +187,7 @@ def cancel(folder: Path) -> int:
     """Cancel what is left of a run in the queue; how many jobs that were."""
     record = load(folder)
     adopt(folder, record)
-    live = live_steps(record, queue())
+    live = live_steps(record, queue(record["owner"]))
     if live:
         ask("scancel", *live.values())
     return len(live)

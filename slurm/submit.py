@@ -1,7 +1,7 @@
 """The whole chain: what depends on what, and how it is run, on Slurm or here.
 
 Reads    config.toml; the records in the artefacts: what is done is left out, down to single shards
-Writes   through the stages: everything; itself: logs/runs/<time>/run.json (steps, job ids, commands)
+Writes   through the stages: everything; itself: logs/runs/<time>/{run.json,config.toml} (jobs, their settings)
 Command  python slurm/submit.py              submit what is missing to Slurm (slurm/status.py tells how it goes)
          python slurm/submit.py --dry-run    print the graph, what is left, and the command lines
          python slurm/submit.py --local      the same stages in order, on this machine [--jobs N at once]
@@ -13,7 +13,6 @@ Command  python slurm/submit.py              submit what is missing to Slurm (sl
 
 import argparse
 import shlex
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,7 @@ if not __package__:  # run by path: import from the repository root, not from th
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli
-from common.errors import ConfigError, PipelineError
-
-ROOT = Path(__file__).resolve().parents[1]
+from common.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,8 @@ def select(steps: list[Step], first: str | None, last: str | None) -> list[Step]
     names = [step.name for step in steps]
     for name in (first, last):
         if name is not None and name not in names:
-            raise ConfigError(f"there is no stage {name}; the stages are {', '.join(names)}")
+            tune = " (optuna_worker: with --tune N)" if "optuna_worker" not in names else ""
+            raise ConfigError(f"there is no stage {name}; the stages are {', '.join(names)}{tune}")
     begin = names.index(first) if first else 0
     end = names.index(last) if last else len(names) - 1
     if begin > end:
@@ -96,200 +94,26 @@ def select(steps: list[Step], first: str | None, last: str | None) -> list[Step]
     return steps[begin : end + 1]
 
 
-# ------------------------------------------------------------------------------------------------ commands
-
-
-def local_command(step: Step, shared: list[str]) -> list[str]:
-    """The command line that does all of a step's work here: the same as the job's, without the shards."""
-    return [sys.executable, str(ROOT / step.script), *shared]
-
-
-def sbatch_command(
-    step: Step, tasks: list[int], cfg, shared: list[str], log_dir: Path, dependency: str
-) -> list[str]:
-    """The sbatch command line for these tasks of a step. `dependency`: such as "afterok:12:13", or empty."""
-    resources = getattr(cfg.slurm, step.resources)
-    command = ["sbatch", "--parsable", f"--job-name={step.name}", f"--chdir={ROOT}", f"--time={resources.time}"]
-    command += [f"--output={log_of(step, log_dir)}", "--open-mode=append", "--requeue"]
-    command += [f"--signal=USR2@{cfg.slurm.signal_before_s}", "--kill-on-invalid-dep=yes"]
-    if step.tasks > 1:
-        throttle = f"%{resources.throttle}" if resources.throttle else ""
-        command.append(f"--array={ranges(tasks)}{throttle}")
-    if dependency:
-        command.append(f"--dependency={dependency}")
-    command += [*cfg.slurm.sbatch, *resources.sbatch, f"{ROOT}/slurm/stage.sbatch"]
-    return [*command, str(ROOT), str(cfg.slurm.max_requeues), step.script, *step.arguments, *shared]
-
-
-def log_of(step: Step, log_dir: Path) -> Path:
-    """The log of a step; of an array's task where Slurm puts the task's number for %a."""
-    return log_dir / (f"{step.name}-%a.log" if step.tasks > 1 else f"{step.name}.log")
-
-
-def ranges(tasks: list[int]) -> str:
-    """Increasing numbers as sbatch writes them: "0-3,7"."""
-    runs: list[list[int]] = []
-    for task in tasks:
-        if runs and runs[-1][1] == task - 1:
-            runs[-1][1] = task
-        else:
-            runs.append([task, task])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
-def dependency_of(step: Step, todo: dict[str, list[int]], job_ids: dict[str, str]) -> str:
-    """What Slurm must wait for before it starts `step`, given the job ids of the steps that it may wait for.
-
-    aftercorr pairs tasks by their number. What it does with a number that the other array has not is not
-    documented: it is used where both have the same.
-    """
-    needs = [name for name in step.needs if name in job_ids]
-    if not needs:
-        return ""
-    paired = step.shards_match and step.tasks > 1 and all(todo[name] == todo[step.name] for name in needs)
-    return ":".join(["aftercorr" if paired else "afterok", *(job_ids[name] for name in needs)])
-
-
-# ------------------------------------------------------------------------------------------------ on Slurm
-
-
-def submit(steps: list[Step], todo: dict[str, list[int]], cfg, args: argparse.Namespace) -> int:
-    """Submit the tasks that are left, with their dependencies, as a new run."""
-    from slurm import artefacts, runs
-
-    if shutil.which("sbatch") is None:
-        raise PipelineError(
-            "there is no sbatch here: run this on a login node,\nor run the chain here with --local"
-        )
-    left = [step for step in steps if todo[step.name]]
-    if not left:
-        print(f"nothing to do: {', '.join(step.name for step in steps)} done")
-        return 0
-    widest, limit = max(step.tasks for step in left), runs.max_array_size()
-    if widest > limit:
-        raise PipelineError(
-            f"an array of {widest} tasks is too wide: this cluster takes {limit} (MaxArraySize)\n"
-            "lower slurm.num_shards, slurm.difficulty_shards or --tune; a shard may take any number of tars"
-        )
-    touched = {name for step in left for name in (step.name, *step.needs)}
-    targets = {str(artefacts.target_of(step, cfg)) for step in chain(cfg, args.tune) if step.name in touched}
-    runs.refuse_busy(cfg.paths.logs_dir, targets)
-
-    folder = runs.create(cfg.paths.logs_dir)
-    record: dict = {"continue_with": continuation(args), "done_before": [s.name for s in steps if s not in left]}
-    record |= {"config": args.config and str(args.config.resolve()), "set": args.set, "tune": args.tune}
-    record["steps"] = {
-        step.name: {
-            "job": None,  # its id, once submitted
-            "tasks": todo[step.name],
-            "of": step.tasks,
-            "needs": step.needs,
-            "target": str(artefacts.target_of(step, cfg)),
-            "log": str(log_of(step, folder)),
-            "command": [],
-        }
-        for step in left
-    }
-    runs.save(folder, record)
-    return submit_rest(folder, record, left, cfg, args, {})
-
-
-def submit_rest(folder: Path, record: dict, steps: list[Step], cfg, args, job_ids: dict[str, str]) -> int:
-    """Submit the steps of a record that have no job yet; `job_ids`: of those whose jobs they may wait for."""
-    from slurm import runs
-
-    todo = {name: entry["tasks"] for name, entry in record["steps"].items()}
-    for step in steps:
-        entry = record["steps"][step.name]
-        if entry["job"]:
-            continue
-        dependency = dependency_of(step, todo, job_ids)
-        entry["command"] = sbatch_command(step, entry["tasks"], cfg, shared_flags(args), folder, dependency)
-        try:
-            entry["job"] = job_ids[step.name] = runs.ask(*entry["command"]).strip().split(";")[0]
-        except PipelineError as error:
-            raise PipelineError(
-                f"{step.name} was not submitted: {error}\n"
-                f"mend that, then submit the rest with slurm/submit.py --continue {folder.name},\n"
-                f"or end what is submitted with --cancel {folder.name}"
-            ) from None
-        runs.save(folder, record)
-        shards = f", shards {ranges(entry['tasks'])} of {step.tasks}" if step.tasks > 1 else ""
-        print(f"{step.name:26} job {job_ids[step.name]}{shards}", flush=True)
-    print(f"run {folder.name}: logs in {folder}; slurm/status.py tells how it goes")
-    return 0
-
-
-def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
-    """Submit the steps of a run that were not submitted, with the settings that it was submitted with."""
-    from common import config
-    from slurm import artefacts, runs
-
-    folder = runs.find(logs_dir, name)
-    record = runs.load(folder)
-    runs.adopt(folder, record)
-    args.config, args.set, args.tune = record["config"] and Path(record["config"]), record["set"], record["tune"]
-    cfg = config.load(args.config, args.set)
-    steps = [step for step in chain(cfg, args.tune) if step.name in record["steps"]]
-    live = runs.live_steps(record, runs.queue())
-    left = artefacts.missing(steps, cfg)
-    for name, job in runs.job_ids(record).items():
-        if name not in live and left[name]:
-            raise PipelineError(
-                f"{name} (job {job}) of that run has ended without finishing: see {record['steps'][name]['log']}\n"
-                f"slurm/submit.py --cancel {folder.name}, then submit again"
-            )
-    return submit_rest(folder, record, steps, cfg, args, live)
-
-
 # ------------------------------------------------------------------------------------------------ command line
-
-
-def everything(steps: list[Step]) -> dict[str, list[int]]:
-    """All tasks of all steps: what --overwrite does again."""
-    return {step.name: list(range(step.tasks)) for step in steps}
-
-
-def planned(steps: list[Step], todo: dict[str, list[int]], cfg, args) -> list[list[str]]:
-    """The sbatch command lines of what is left, with the steps' names for the job ids."""
-    log_dir, left = cfg.paths.logs_dir / "runs" / "TIME", [step for step in steps if todo[step.name]]
-    job_ids = {step.name: f"${step.name}" for step in left}
-    return [
-        sbatch_command(step, todo[step.name], cfg, shared_flags(args), log_dir, dependency_of(step, todo, job_ids))
-        for step in left
-    ]
 
 
 def print_plan(steps: list[Step], todo: dict[str, list[int]], commands: list[list[str]]) -> None:
     """The chain as text, a line per step with what is left of it and what it waits for; then the command lines."""
+    from slurm import jobs
+
     for step in steps:
         left = todo[step.name]
         state = "to do" if left else "done"
         if step.tasks > 1:
             state = (
-                f"{len(left)} of {step.tasks} tasks to do ({ranges(left)})" if left else f"{step.tasks} tasks done"
+                f"{len(left)} of {step.tasks} tasks to do ({jobs.ranges(left)})"
+                if left
+                else f"{step.tasks} tasks done"
             )
         after = f"after {', '.join(step.needs)}" if step.needs else ""
         print(f"{step.name:26} {state:34} {after}".rstrip())
     for command in commands:
         print(f"\n{shlex.join(command)}")
-
-
-def settings_flags(args: argparse.Namespace) -> list[str]:
-    """--config and --set, as they were given."""
-    flags = ["--config", str(args.config.resolve())] if args.config else []
-    return [*flags, *(word for override in args.set for word in ("--set", override))]
-
-
-def shared_flags(args: argparse.Namespace) -> list[str]:
-    """The flags that every stage is given."""
-    return [*settings_flags(args), *(["--overwrite"] if args.overwrite else [])]
-
-
-def continuation(args: argparse.Namespace) -> list[str]:
-    """The arguments with which submit.py goes on where this run leaves off."""
-    selection = {"--only": args.only, "--from": args.first, "--to": args.last, "--tune": args.tune or None}
-    return [*settings_flags(args), *(str(x) for flag, x in selection.items() if x is not None for x in (flag, x))]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -322,6 +146,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise ConfigError(
             "--overwrite makes stages again: say from which one on with --from, or which with --only"
         )
+    if args.dry_run and (args.prefetch or args.rest or args.cancel):
+        raise ConfigError("--dry-run shows what would be submitted, or run with --local: nothing else has one")
     if args.only and (args.first or args.last):
         raise ConfigError("--only names one stage: leave out --from and --to")
     return args
@@ -330,12 +156,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     cfg = cli.load_config(args)
-    from slurm import artefacts, local, runs
+    from slurm import artefacts, jobs, local, runs
 
     if args.prefetch:
-        return local.prefetch(cfg, settings_flags(args))
+        return local.prefetch(cfg, jobs.settings_flags(args))
     if args.rest:
-        return continue_run(args.rest, args, cfg.paths.logs_dir)
+        return jobs.continue_run(args.rest, args, cfg.paths.logs_dir, chain)
     if args.cancel:
         folder = runs.find(cfg.paths.logs_dir, args.cancel)
         print(f"run {folder.name}: {runs.cancel(folder)} jobs cancelled")
@@ -345,22 +171,22 @@ def main(argv: list[str] | None = None) -> int:
         cfg = cfg.model_copy(update={"slurm": cfg.slurm.model_copy(update={"difficulty_shards": 1})})
     steps = select(chain(cfg, args.tune), args.only or args.first, args.only or args.last)
     if args.overwrite and not args.local:  # a job that is requeued would begin again and again
-        folders = " ".join(str(artefacts.target_of(step, cfg)) for step in steps)
+        folders = " ".join(str(artefacts.target_of(step.name, cfg)) for step in steps)
         raise ConfigError(f"--overwrite belongs to --local; on Slurm remove what is to be made again:\n{folders}")
-    todo = everything(steps) if args.overwrite else artefacts.missing(steps, cfg)
-    here = local.commands(steps, todo, shared_flags(args), args.jobs)
-    if args.dry_run:
-        jobs = [] if args.local else planned(steps, todo, cfg, args)
-        print_plan(steps, todo, [command for _, command in here] if args.local else jobs)
-        return 0
+    todo = (
+        {step.name: list(range(step.tasks)) for step in steps} if args.overwrite else artefacts.missing(steps, cfg)
+    )
     if args.local:
-        if not here:
-            print(f"nothing to do: {', '.join(step.name for step in steps)} done")
-        code = local.run(here, args.jobs)
-        if code == 0 and steps[-1].name == "convert_to_hf":
-            local.print_results(cfg)
-        return code
-    return submit(steps, todo, cfg, args)
+        flags = [*jobs.settings_flags(args), *["--overwrite"][: args.overwrite]]
+        commands = local.commands(steps, todo, flags, args.jobs)
+        if args.dry_run:
+            print_plan(steps, todo, [command for _, command in commands])
+            return 0
+        return local.run_chain(steps, commands, cfg, args.jobs)
+    if args.dry_run:
+        print_plan(steps, todo, jobs.planned(steps, todo, cfg))
+        return 0
+    return jobs.submit(steps, todo, cfg, args)
 
 
 if __name__ == "__main__":

@@ -37,3 +37,45 @@ def _few_threads():
     """Tests share the cores: one thread each for torch, when it is loaded."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    """The settings of a chain of four shards below tmp_path."""
+    from common import config
+
+    return config.load(None, [f"paths.root={tmp_path}", "slurm.num_shards=4", 'slurm.sbatch=["--account=abc"]'])
+
+
+@pytest.fixture
+def clients(tmp_path, monkeypatch):
+    """Fake clients of Slurm: `clients(squeue="echo hello")` puts shell scripts before the PATH."""
+    folder = tmp_path / "clients"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+    def write(**scripts) -> None:
+        for name, text in scripts.items():
+            (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+            (folder / name).chmod(0o755)
+
+    return write
+
+
+@pytest.fixture
+def submitted(cfg, clients, tmp_path):
+    """Submit the whole chain of `cfg` to a fake sbatch, which notes its environment; the folder of the run."""
+    from slurm import jobs, runs, submit
+
+    def submit_all() -> Path:
+        clients(
+            sbatch=f"echo >> {tmp_path}/calls; env > {tmp_path}/environment; wc -l < {tmp_path}/calls",
+            squeue="true",
+            scontrol="echo 'MaxArraySize = 1001'",
+        )
+        steps = submit.chain(cfg)
+        todo = {step.name: list(range(step.tasks)) for step in steps}
+        assert jobs.submit(steps, todo, cfg, submit.parse([])) == 0
+        return runs.find(cfg.paths.logs_dir, None)
+
+    return submit_all

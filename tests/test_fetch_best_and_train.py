@@ -113,5 +113,5 @@ def test_without_a_study_it_says_what_makes_one(root, tmp_path):
 def test_a_configuration_survives_being_written_and_read(root, tmp_path):
     odd = ("logging.wandb_project='a \"quoted\" \\ é'", "slurm.sbatch=['--x=1', '--y']")
     cfg = load(root, *odd, "training.search_space.loss={choices=['triplet', 'infonce']}")
-    (tmp_path / "config.toml").write_text(study.to_toml(cfg), encoding="utf-8")
+    (tmp_path / "config.toml").write_text(config.to_toml(cfg), encoding="utf-8")
     assert config.load(tmp_path / "config.toml") == cfg

@@ -24,7 +24,7 @@ from local_backbone import write_local_backbone
 from synthetic import write_dataset
 
 from common import config, geo, parquet
-from slurm import submit
+from slurm import local, submit
 
 SETTINGS = [
     "embedding_model.pooling=mean",
@@ -72,7 +72,7 @@ def start(name: str, root: Path) -> subprocess.Popen:
         arguments = [argument.format(root=root, raw=root.parent / "raw") for argument in USES[name]]
         command = [sys.executable, "-m", *arguments, *flags]
     else:
-        command = submit.local_command(STEPS[name], flags)
+        command = local.local_command(STEPS[name], flags)
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -89,7 +89,7 @@ class Place:
         cfg = config.load(None, [*SETTINGS, *stages, *paths, f"embedding_model.name={folder / 'backbone'}"])
         self.config = folder / "config.toml"
         self.local = folder / "local"
-        self.config.write_text(study.to_toml(cfg).replace(f"{self.local}/", ""))  # relative to paths.root
+        self.config.write_text(config.to_toml(cfg).replace(f"{self.local}/", ""))  # relative to paths.root
 
     @staticmethod
     def _is_stage(name: str) -> bool:
@@ -152,7 +152,7 @@ class Place:
                     len(words) > 2
                     and "python" in words[0]
                     and words[1].endswith(script)
-                    and f"paths.root={root}" in words
+                    and any(word.startswith(f"{root}/") for word in words)  # the run's config.toml
                 ):
                     found.append(int(entry.name))
         return found
@@ -187,7 +187,12 @@ def frozen_until_signalled(place, root: Path, stage: str, sign: str) -> threadin
     has signalled it: so it is not finished by then, and the cores are free for other tests.
     """
     flags = [f"slurm.{stage}.time=00:01:00", f'slurm.{stage}.sbatch=["--mem=1G"]', "slurm.num_shards=1"]
-    place.submit(root, "--only", stage, *(word for flag in flags for word in ("--set", flag)))
+    settings = root / f"{stage}.toml"
+    shutil.copy(place.config, settings)
+    place.submit(
+        root, "--config", settings, "--only", stage, *(word for flag in flags for word in ("--set", flag))
+    )
+    settings.write_text("edited for the next run, before this one is queued again")
 
     def freeze():
         wait_for(lambda: any(root.glob(sign)), sign)
@@ -220,7 +225,7 @@ def test_a_run_that_is_under_way_is_told_and_not_submitted_again(place):
     assert report["steps"]["merge_and_split"]["state"] == "waiting"
     assert report["steps"]["evaluate"]["why"] == "for train"
     assert "convert_to_hf in the queue" in place.submit(place.whole, "--only", "convert_to_hf", code=1)
-    assert "still at it: train, evaluate in" in place.submit(place.whole, "--only", "evaluate", code=1)
+    assert "still at it: train, evaluate" in place.submit(place.whole, "--only", "evaluate", code=1)
 
 
 def test_a_failing_shard_cancels_what_depends_on_it_and_the_printed_command_finishes_the_chain(place):
@@ -279,20 +284,23 @@ def test_a_shard_that_waits_for_nothing_of_its_own_runs_too(place):
     """Shard 1 of the tars is to be done again, and both shards of the fingerprints: the arrays differ."""
     root = place.copy("uneven", "data/intermediates/0089.parquet", "data/fingerprints/*")
     assert "shards 1 of 2" in place.submit(root, "--to", "compute_fingerprints")
-    place.wait(root)
-    assert "2 of 2 stages done" in place.status(root)
+    assert "2 of 2 stages done" in place.status(root, "--watch")  # until nothing is in the queue
+    assert not set(place.jobs(root).values()) & place.live()
     assert_same_artefacts(root, place.local)
 
 
 def test_a_submission_that_breaks_off_is_continued_and_a_run_is_cancelled(place, tmp_path):
     root = place.copy("half", "data/intermediates/0089.parquet")
-    refusing = tmp_path / "sbatch"  # the real one, but for the third job
-    refusing.write_text(
-        f"#!/bin/sh\necho >> {tmp_path}/calls\n"
-        f'[ "$(wc -l < {tmp_path}/calls)" = 3 ] && echo no luck >&2 && exit 1\n'
-        f'exec {shutil.which("sbatch", path=place.environment["PATH"])} "$@"\n'
+    between = (
+        tmp_path / "sbatch"
+    )  # the real one, but for two calls: the third is refused, the fourth kills submit.py
+    between.write_text(
+        f"#!/bin/sh\necho >> {tmp_path}/calls; calls=$(wc -l < {tmp_path}/calls)\n"
+        "[ $calls = 3 ] && echo no luck >&2 && exit 1\n"
+        f'{shutil.which("sbatch", path=place.environment["PATH"])} "$@"\n'
+        "[ $calls = 4 ] && kill -KILL $PPID; exit 0\n"  # the job is there, and nobody has written its id down
     )
-    refusing.chmod(0o755)
+    between.chmod(0o755)
     flags = ("--set", 'slurm.sbatch=["--hold"]', "--to", "merge_and_split")
     environment = {**place.environment, "PATH": f"{tmp_path}:{place.environment['PATH']}"}
     told = place.submit(root, *flags, code=1, env=environment)
@@ -301,19 +309,20 @@ def test_a_submission_that_breaks_off_is_continued_and_a_run_is_cancelled(place,
     assert folder.name in told
     first = place.jobs(root)
     assert [name for name, job in first.items() if job] == ["process_tar", "compute_fingerprints"]
-    assert f"--continue {folder.name}" in place.status(root, code=1)
-    assert f"--continue {folder.name}" in place.submit(root, *flags, code=1)  # not twice into the same folders
+    assert f"--continue {folder}" in place.status(root, code=1)
+    assert f"--continue {folder}" in place.submit(root, *flags, code=1)  # not twice into the same folders
 
-    # worse: it died between sbatch's answer and the writing of the record
-    record = json.loads((folder / "run.json").read_text())
-    record["steps"]["compute_fingerprints"]["job"] = None
-    (folder / "run.json").write_text(json.dumps(record))
+    place.submit(root, "--continue", folder.name, code=-signal.SIGKILL, env=environment)
+    assert not place.jobs(root)["generate_embeddings"]
+    held = place.cluster.ask("squeue", "--noheader", "--states=PENDING", "--format=%F %j %r").splitlines()
+    (killed,) = {line.split()[0] for line in held if line.endswith("generate_embeddings JobHeldUser")}
     place.submit(root, "--continue", folder.name)
     jobs = place.jobs(root)
     assert all(jobs.values())
     assert {name: jobs[name] for name in first if first[name]} == {name: job for name, job in first.items() if job}
+    assert jobs["generate_embeddings"] == killed  # found in the queue, not submitted twice
     waiting = place.told(root)["steps"]
-    assert waiting["process_tar"]["why"] == "held: scontrol release it"
+    assert waiting["process_tar"]["why"] == f"held (JobHeldUser): scontrol release {jobs['process_tar']}"
 
     assert "4 jobs cancelled" in place.submit(root, "--cancel", folder.name)
     assert not set(jobs.values()) & place.live()
@@ -372,6 +381,32 @@ def test_a_stage_is_submitted_by_hand_from_another_directory(place, tmp_path):
     assert "epoch 2: " in log.read_text()
     assert "epoch 3: " not in log.read_text()
     assert (root / "checkpoints" / "default" / "checkpoint_best.pt").exists()
+
+
+def test_an_array_is_submitted_by_hand_from_a_path_with_spaces_and_each_task_takes_its_shard(place, tmp_path):
+    root, repository = place.copy("by hand", "data/fingerprints"), tmp_path / "my repository"
+    shutil.copytree(ROOT, repository, ignore=shutil.ignore_patterns(".*", "data", "demo", "logs", "checkpoints"))
+    resources = ["--parsable", "--array=0-1", "--mem=1G", "--cpus-per-task=1"]
+    flags = ["--num-shards=2", "--config", place.config, "--set", f"paths.root={root}"]
+    wrapper = Path("slurm") / "compute_fingerprints.sbatch"
+    job = place.run("sbatch", *resources, wrapper, *flags, cwd=repository).strip()
+    wait_for(lambda: job not in place.live(), "end of the job")
+    logs = [path.read_text() for path in repository.glob("compute_fingerprints-*.log")]
+    assert len(logs) == 2
+    assert all("ends with exit code 0" in log for log in logs)
+    assert_same_artefacts(root, place.local)
+
+
+def test_a_chain_is_submitted_from_inside_an_interactive_job(place):
+    """sbatch hands that job's variables on, where srun would find two kinds of memory and end at once."""
+    root = place.copy("inside a job", "data/summary", "data/fingerprints")
+    flags = ["--config", place.config, "--set", f"paths.root={root}", "--to", "summarize_ids"]
+    script = shlex.join(map(str, [sys.executable, ROOT / "slurm" / "submit.py", *flags]))
+    job = ["sbatch", "--parsable", "--wait", "--array=5", "--ntasks=2", "--mem-per-cpu=200", "--output=/dev/null"]
+    place.run(*job, f"--wrap={script}")
+    place.wait(root)
+    assert "5 of 5 stages done" in place.status(root)
+    assert_same_artefacts(root, place.local)
 
 
 def test_one_submit_runs_the_whole_chain_and_leaves_what_a_local_run_leaves(place):

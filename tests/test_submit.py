@@ -1,12 +1,6 @@
-"""slurm/submit.py and what it calls: the graph, the command lines, what is left, the local run, a task's fate.
-No Slurm is needed: tests/test_slurm.py submits to a real one.
-"""
+"""slurm/submit.py, slurm/artefacts.py, slurm/local.py: the graph, what is left of it, and the chain run here."""
 
-import json
-import os
 import re
-import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -15,24 +9,14 @@ import pytest
 from conftest import ROOT
 
 from common import cli, config
-from common.errors import ConfigError, PipelineError
-from slurm import artefacts, local, runs, status, submit
-
-SHELL_FILES = sorted([*ROOT.glob("slurm/*.sbatch"), ROOT / "slurm" / "env.sh", ROOT / ".ci" / "run"])
-
-
-@pytest.fixture
-def cfg(tmp_path):
-    return config.load(None, [f"paths.root={tmp_path}", "slurm.num_shards=4", 'slurm.sbatch=["--account=abc"]'])
+from common.errors import ConfigError
+from common.provenance import Provenance
+from generate import weights
+from slurm import artefacts, local, submit
 
 
 def everything(steps) -> dict[str, list[int]]:
     return {step.name: list(range(step.tasks)) for step in steps}
-
-
-def sbatch_line(step, cfg, tasks=None, shared=(), dependency="") -> list[str]:
-    tasks = list(range(step.tasks)) if tasks is None else tasks
-    return submit.sbatch_command(step, tasks, cfg, list(shared), cfg.paths.logs_dir, dependency)
 
 
 # ------------------------------------------------------------------------------------------------ the graph
@@ -46,36 +30,8 @@ def test_every_step_needs_only_steps_before_it_and_has_resources_a_target_and_a_
             assert getattr(cfg.slurm, step.resources).time
             assert (ROOT / step.script).exists()
             assert (ROOT / "slurm" / f"{step.resources}.sbatch").exists()
-            assert artefacts.target_of(step, cfg).is_relative_to(cfg.paths.root)
+            assert artefacts.target_of(step.name, cfg).is_relative_to(cfg.paths.root)
             seen.add(step.name)
-
-
-def test_shard_i_waits_for_shard_i_only_where_that_is_enough(cfg):
-    steps = submit.chain(cfg)
-    ids = {step.name: str(number) for number, step in enumerate(steps, 1)}
-    waits = {step.name: submit.dependency_of(step, everything(steps), ids) for step in steps}
-    assert waits["process_tar"] == ""
-    assert waits["generate_embeddings"] == "aftercorr:1"
-    assert waits["merge_and_split"] == "afterok:2:3"  # a merge waits for all shards of both
-    assert waits["train"] == "afterok:6"
-
-
-def test_arrays_of_different_shards_are_not_paired(cfg):
-    embeddings = next(step for step in submit.chain(cfg) if step.name == "generate_embeddings")
-    for theirs, ours, expected in [([1, 3], [1, 3], "aftercorr:7"), ([1], [1, 3], "afterok:7")]:
-        todo = {"process_tar": theirs, "generate_embeddings": ours}
-        assert submit.dependency_of(embeddings, todo, {"process_tar": "7"}) == expected
-
-
-def test_an_array_holds_the_shards_that_are_left_and_is_throttled(cfg):
-    steps = {step.name: step for step in submit.chain(cfg, tune=3)}
-    command = sbatch_line(steps["generate_embeddings"], cfg, [0, 1, 3], ["--set", "a.b=1"], "aftercorr:7")
-    assert "--array=0-1,3%4" in command
-    assert "--dependency=aftercorr:7" in command
-    assert command.index("--account=abc") < command.index(f"{ROOT}/slurm/stage.sbatch")
-    assert command[-5:] == ["generate/generate_embeddings.py", "--num-shards", "4", "--set", "a.b=1"]
-    assert "--array=0-2" in sbatch_line(steps["optuna_worker"], cfg)
-    assert not any(flag.startswith("--array") for flag in sbatch_line(steps["train"], cfg))
 
 
 def test_a_neighbour_search_in_parts_is_gathered_by_one_task(tmp_path):
@@ -101,6 +57,7 @@ def test_select_takes_both_ends_and_refuses_what_is_not_there(cfg):
     [
         (["--tune", "-1"], "number of workers"),
         (["--jobs", "2"], "belongs to --local"),
+        (["--dry-run", "--cancel", "20260101-000000"], "nothing else has one"),
         (["--only", "train", "--to", "train"], "leave out --from and --to"),
     ],
 )
@@ -136,7 +93,7 @@ def test_a_file_is_done_if_its_settings_and_inputs_are_the_same(cfg, tmp_path):
     steps = submit.chain(cfg)[:2]
     assert artefacts.missing(steps, cfg)["process_tar"] == [0]  # shards 1 to 3 have no tar
     for step in steps:
-        subprocess.run(submit.local_command(step, flags), check=True, capture_output=True)
+        subprocess.run(local.local_command(step, flags), check=True, capture_output=True)
     assert artefacts.missing(steps, cfg) == {"process_tar": [], "compute_fingerprints": []}
 
     exact = config.load(None, [*flags[1:], "slurm.num_shards=4", "data.fingerprint=exact"])
@@ -151,6 +108,23 @@ def test_a_file_is_done_if_its_settings_and_inputs_are_the_same(cfg, tmp_path):
     assert artefacts.missing(steps, cfg) == {"process_tar": [0], "compute_fingerprints": [0]}
 
 
+def test_other_weights_in_a_folder_of_the_same_name_are_noticed_and_a_moved_folder_is_not(tmp_path):
+    """What was embedded with the old ones would count as done, and no stage would be asked."""
+    for folder, content in [("old", b"1"), ("moved", b"1"), ("swapped", b"2")]:
+        (tmp_path / folder / "backbone").mkdir(parents=True)
+        (tmp_path / folder / "backbone" / "model.safetensors").write_bytes(content)
+    digest = weights.weights_digest(tmp_path / "old" / "backbone")
+    record = {
+        "embedding_model.name": "backbone",
+        "embedding_model.weights": digest,
+        "embedding_model.pooling": "cls",
+    }
+    there = Provenance("generate_embeddings", record, inputs={})
+    for folder, same in [("old", True), ("moved", True), ("swapped", False)]:
+        cfg = config.load(None, [f"embedding_model.name={tmp_path / folder / 'backbone'}"])
+        assert artefacts._same_settings(there, cfg) == same
+
+
 def test_without_tars_everything_is_left(cfg):
     assert all(artefacts.missing(submit.chain(cfg, tune=2), cfg).values())
 
@@ -162,18 +136,8 @@ def test_dry_run_needs_no_slurm_and_prints_every_command(run_script, tmp_path):
     assert scripts == [step.script for step in submit.chain(config.load())]
     assert "process_tar                16 of 16 tasks to do (0-15)" in result.stdout
     assert "after compute_fingerprints, generate_embeddings" in result.stdout
-    assert result.stdout.count(f"--set paths.root={tmp_path}") == len(scripts)
+    assert result.stdout.count(f"--config {tmp_path}/logs/runs/TIME/config.toml") == len(scripts)
     assert not (tmp_path / "logs").exists()
-
-
-def test_without_slurm_it_says_so_and_offers_local(monkeypatch, cfg, tmp_path):
-    monkeypatch.setattr(submit.shutil, "which", lambda _: None)
-    steps = submit.chain(cfg)
-    with pytest.raises(PipelineError, match="--local"):
-        submit.submit(steps, everything(steps), cfg, submit.parse([]))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(PipelineError, match="there is no squeue here"):
-        runs.queue()
 
 
 # ------------------------------------------------------------------------------------------------ here
@@ -213,142 +177,12 @@ def test_after_a_failure_nothing_new_is_started(cfg, tmp_path):
     steps = submit.chain(cfg)
     commands = [(step, ["sh", "-c", "exit 3" if step.name == "summarize_ids" else "true"]) for step in steps]
     commands[-1] = (steps[-1], ["touch", str(tmp_path / "started")])
-    for jobs in (1, 3):
-        assert local.run(commands, jobs) == 3
+    for at_once in (1, 3):
+        assert local.run(commands, at_once) == 3
         assert not (tmp_path / "started").exists()
 
 
-# ------------------------------------------------------------------------------------------------ status
-
-
-def log_of(folder, text: str) -> status.Log:
-    (folder / "a.log").write_text(text)
-    return status.read_log(folder / "a.log")
-
-
-def test_a_log_is_read_from_its_last_start_on(tmp_path):
-    assert status.read_log(tmp_path / "none.log").first_start_s is None
-    first = "-- 100 job 7 starts on a\nstopped\n-- 200 job 7 ends with exit code 85\n"
-    requeued = "slurmstepd: error: *** JOB 7 ON a CANCELLED AT 2026-01-01T00:00:00 DUE TO JOB REQUEUE ***\n"
-    running = log_of(tmp_path, first + requeued + "-- 300 job 7 starts on b\nworking\n")
-    assert (running.first_start_s, running.exit_code, running.killed) == (100, None, "")
-    assert running.lines == ("working",)
-    failed = log_of(tmp_path, first + "-- 300 job 7 starts on b\nerror: no\n-- 301 job 7 ends with exit code 1\n")
-    assert (failed.exit_code, failed.lines) == (1, ("error: no",))
-    limit = "slurmstepd: error: *** STEP 7.0 ON a CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***\n"
-    assert log_of(tmp_path, "-- 1 job 7 starts on a\n" + limit).killed == "time limit"
-
-
-@pytest.mark.parametrize(
-    ("job", "text", "expected"),
-    [
-        (("PENDING", "Dependency"), "", ("waiting", "Dependency")),
-        (("RUNNING", "None"), "-- 1 job 7 starts on a\n", ("running", "")),
-        (("CANCELLED", "DependencyNeverSatisfied"), "", ("cancelled", "what it needs has failed")),
-        (("TIMEOUT", "TimeLimit"), "-- 1 job 7 starts on a\n", ("failed", "the time limit")),
-        (None, "", ("cancelled", "before it started")),  # Slurm has forgotten the job: the log alone tells
-        (None, "-- 1 job 7 starts on a\n", ("failed", "killed")),
-        (None, "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 1\n", ("failed", "exit code 1")),
-    ],
-)
-def test_what_became_of_a_task(cfg, tmp_path, job, text, expected):
-    step = submit.chain(cfg)[0]
-    job = job and runs.Job("7_0", "process_tar", *job)
-    log = log_of(tmp_path, text) if text else status.read_log(tmp_path / "none.log")
-    assert status.fate(step, 0, job, log, cfg) == expected
-
-
-def test_a_reused_job_id_is_not_taken_for_the_runs_own():
-    """A cluster that was set up anew counts from 1 again: --cancel must not end somebody else's job 7."""
-    record = {"steps": {"train": {"job": "7"}, "evaluate": {"job": "8"}}}
-    queue = {"7": runs.Job("7", "another", "RUNNING", ""), "8": runs.Job("8", "evaluate", "PENDING", "")}
-    assert runs.live_steps(record, queue) == {"evaluate": "8"}
-
-
-def test_status_names_a_run_that_is_not_there(run_script, tmp_path):
-    for arguments, message in [((), "holds no run"), (("20260101-000000",), "there is no run 20260101-000000")]:
-        result = run_script("slurm/status.py", *arguments, "--set", f"paths.root={tmp_path}")
-        assert result.returncode == 1
-        assert message in result.stderr
-
-
-# ------------------------------------------------------------------------------------------------ shell
-
-
-@pytest.fixture
-def wrapped(tmp_path):
-    """Run stage.sbatch with a fake srun, which ends with `code`, and a fake scontrol, which notes its words."""
-
-    def run(*arguments, code: int = 0, **variables) -> subprocess.CompletedProcess:
-        for name, text in {
-            "srun": f'echo "$@"; exit {code}',
-            "scontrol": f'echo "$@" >> {tmp_path}/requeued; exit 1',  # 0: it would wait to be killed
-        }.items():
-            (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-            (tmp_path / name).chmod(0o755)
-        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "9", **variables}
-        command = ["bash", str(ROOT / "slurm" / "stage.sbatch"), str(ROOT), "2", *arguments]
-        # the .venv that env.sh would put before the fakes stays out
-        (tmp_path / "slurm").mkdir(exist_ok=True)
-        (tmp_path / "slurm" / "env.sh").write_text("")
-        command[2] = str(tmp_path)
-        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-
-    return run
-
-
-def test_the_wrapper_gives_an_array_task_its_shard(wrapped, tmp_path):
-    """The shard is added to what works by shards and to nothing else."""
-
-    def words(*arguments):
-        return wrapped(*arguments, SLURM_ARRAY_TASK_ID="2").stdout.splitlines()[1].split()
-
-    script = str(tmp_path / "a" / "b.py")
-    assert words("a/b.py", "--num-shards", "4") == ["python", script, "--num-shards", "4", "--shard", "2"]
-    assert words("a/b.py") == ["python", script]
-
-
-def test_a_stage_that_was_told_to_stop_is_queued_again_by_itself_up_to_the_limit(wrapped, tmp_path):
-    array = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}
-    assert wrapped("a/b.py", code=85).returncode == 85
-    assert wrapped("a/b.py", code=85, SLURM_RESTART_COUNT="1", **array).returncode == 85
-    last = wrapped("a/b.py", code=85, SLURM_RESTART_COUNT="2")
-    assert "was queued again 2 times" in last.stdout
-    assert wrapped("a/b.py", code=1).returncode == 1
-    assert wrapped("a/b.py", code=143).returncode == 143  # preempted, in a stage that cannot stop half-way
-    # "requeue 9" of an array's last task, whose own id is the array's, would requeue every task
-    assert (tmp_path / "requeued").read_text().splitlines() == ["requeue 9", "requeue 9_3", "requeue 9"]
-
-
-def test_the_wrappers_ask_for_what_config_toml_says():
-    cfg = config.load()
-    stages = [name for name, field in config.Slurm.model_fields.items() if field.annotation is config.SlurmStage]
-    assert {path.stem for path in ROOT.glob("slurm/*.sbatch")} == {*stages, "stage"}
-    for name in stages:
-        lines = (ROOT / "slurm" / f"{name}.sbatch").read_text().splitlines()
-        resources = getattr(cfg.slurm, name)
-        assert len(lines) == 3
-        flags = set(shlex.split(lines[1])[1:])
-        assert flags >= {f"--time={resources.time}", f"--signal=USR2@{cfg.slurm.signal_before_s}", "--requeue"}
-        assert {
-            flag for flag in flags if not re.match("--(job-name|output|open-mode|requeue|signal|time)", flag)
-        } == {
-            *cfg.slurm.sbatch,
-            *resources.sbatch,
-        }
-        (script,) = [path.relative_to(ROOT) for path in ROOT.glob(f"*/{name}.py")]
-        assert lines[2].endswith(f'"$root" {cfg.slurm.max_requeues} {script} "$@"')
-        assert f"/slurm/{name}[.]sbatch" in lines[2]
-
-
-def test_shell_files_are_short_and_pass_shellcheck():
-    files = [*SHELL_FILES, ROOT / ".ci" / "system-packages"]
-    assert max(len(path.read_text().splitlines()) for path in files) < 60
-    if shutil.which("shellcheck") is None:
-        assert not os.environ.get("CI"), "shellcheck is not installed"
-        pytest.skip("shellcheck is not installed here: .ci/system-packages installs it")
-    result = subprocess.run(["shellcheck", *files], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
+# ------------------------------------------------------------------------------------------------ time limits
 
 
 @pytest.mark.parametrize(
@@ -386,15 +220,6 @@ def test_prefetch_finds_whole_weights_and_names_what_is_missing(run_script, tmp_
     broken = run_script("slurm/prefetch.py", "--set", f"embedding_model.name={folder}")
     assert broken.returncode == 1
     assert "model.safetensors is missing or damaged" in broken.stderr
-
-
-def test_a_record_is_found_by_name_by_path_and_as_the_newest(tmp_path):
-    for name in ("20260101-000000", "20260102-000000"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "run.json").write_text(json.dumps({"steps": {}}))
-    assert runs.find(tmp_path, None).name == "20260102-000000"
-    assert runs.find(tmp_path, "20260101-000000").name == "20260101-000000"
-    assert runs.find(tmp_path, str(tmp_path / "runs" / "20260101-000000")).name == "20260101-000000"
 
 
 # ------------------------------------------------------------------------------------- signals, doing it again

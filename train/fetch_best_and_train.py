@@ -22,7 +22,7 @@ def main(argv=None) -> int:
     arguments.add_argument("--trial", type=int, metavar="N", help="this one instead of the best")
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
-    from common import files
+    from common import config, files
     from train import checkpoints, datasets, model, study, train
 
     tuning = study.open_study(cfg, study.record(cfg), create=False)
@@ -36,7 +36,7 @@ def main(argv=None) -> int:
     if not args.overwrite:  # before config.toml is written beside a checkpoint of other settings
         made = checkpoints.record(chosen, datasets.input_ids(chosen))
         checkpoints.existing(run_dir, made)
-    settings_path, settings = run_dir / "config.toml", study.to_toml(chosen).encode()
+    settings_path, settings = run_dir / "config.toml", config.to_toml(chosen).encode()
     if not settings_path.exists() or settings_path.read_bytes() != settings:
         files.write_bytes(settings_path, settings)
     train.main(["--config", str(settings_path), *["--overwrite"][: args.overwrite]])

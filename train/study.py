@@ -6,13 +6,11 @@ STALE_EPOCHS of the longest epochs seen in the study, and than STALE_MIN_S. Befo
 nobody knows how long one takes, and STALE_UNKNOWN_S applies.
 """
 
-import json
 import logging
 import os
 import socket
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -237,28 +235,3 @@ def check_search_space(cfg: Config) -> None:
     for key, dimension in cfg.training.search_space.items():
         for value in dimension.choices if isinstance(dimension, Choices) else dimension[:2]:
             with_training(cfg, **{key: value})
-
-
-def to_toml(cfg: Config) -> str:
-    """The whole configuration as a TOML file that `config.load` reads back."""
-    return "".join(_tables(cfg.model_dump(mode="json", by_alias=True), ()))
-
-
-def _tables(tree: dict, names: tuple[str, ...]) -> Iterator[str]:
-    # a search space's {choices = [...]} is a value in one line
-    plain = {k: v for k, v in tree.items() if not isinstance(v, dict) or names[-1:] == ("search_space",)}
-    if names:
-        yield f"[{'.'.join(names)}]\n"
-        yield from (f"{key} = {_toml(value)}\n" for key, value in plain.items())
-        yield "\n"
-    for key in tree:
-        if key not in plain:
-            yield from _tables(tree[key], (*names, key))
-
-
-def _toml(value) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)  # strings, numbers and booleans are written alike in both

@@ -1,0 +1,167 @@
+"""The tasks of a run: what became of each, from what Slurm's queue knows of its job, its log and its files."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import cli
+from slurm import artefacts
+
+TAIL_BYTES = 16_384
+HELD_STATES = ("REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+NOT_STARTED = ("PENDING", "REQUEUED", "REQUEUE_FED", *HELD_STATES)
+BUSY = {
+    "SUSPENDED": "suspended",
+    "STOPPED": "suspended",
+    "CONFIGURING": "its node boots",
+    "COMPLETING": "is ending",
+}
+WAITS = {
+    "None": "",  # nobody has looked at it yet
+    "Resources": "for free resources",
+    "Priority": "for the jobs before it",
+    "JobArrayTaskLimit": "for others of its array (throttle)",
+    "BeginTime": "was queued again, starts shortly",
+    "PartitionTimeLimit": "for ever: its time is more than the partition's",
+    "PartitionNodeLimit": "for ever: it wants more than the partition has",
+    "BadConstraints": "for ever: no node is as it wants it",
+}
+ENDS = {
+    "BOOT_FAIL": "its node did not boot",
+    "DEADLINE": "its deadline",
+    "NODE_FAIL": "its node failed",
+    "OUT_OF_MEMORY": "out of memory",
+    "PREEMPTED": "preempted",
+    "TIMEOUT": "time limit",
+}
+STOPPED = "stopped with all saved, and not queued again (slurm.max_requeues)"
+HELD = re.compile("JobHeld|JobHold|held")  # JobHeldUser, JobHoldMaxRequeue, launch failed requeued held, ...
+OUT_OF_MEMORY = re.compile(
+    "oom.kill", re.IGNORECASE
+)  # slurmstepd's word in a log, where Slurm has forgotten the job
+KILLED = re.compile(r"CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))? \*\*\*")  # slurmstepd's word in a log
+
+
+@dataclass(frozen=True)
+class Log:
+    """What the log of a task says, from its last start on."""
+
+    path: Path
+    first_start_s: float | None = None  # seconds since 1970, of the first start; None: it has not started
+    exit_code: int | None = None  # None: it has not ended, or was killed
+    killed: str = ""  # what slurmstepd says of that, in lower case
+    lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """One job, or one task of an array."""
+
+    number: int
+    job: str
+    state: str  # one of status.STATES
+    why: str
+    log: Log
+
+
+def read_log(path: Path) -> Log:
+    """The beginning and the end of a log; long ones are not read whole."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(TAIL_BYTES).decode(errors="replace")
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            tail = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return Log(path)
+    started = re.search(r"^-- (\d+) job \S+ starts on", head, re.MULTILINE)
+    last = re.split(r"^-- \d+ job \S+ starts on .*\n", tail, flags=re.MULTILINE)[-1]
+    ended, killed = (
+        re.search(r"^-- \d+ job \S+ ends with exit code (\d+)", last, re.MULTILINE),
+        KILLED.search(last),
+    )
+    return Log(
+        path,
+        float(started[1]) if started else None,
+        int(ended[1]) if ended else None,
+        (killed[1] or "cancelled").lower() if killed else "",
+        tuple(
+            line for line in last.replace("\r", "\n").splitlines() if line.strip() and not line.startswith("-- ")
+        ),
+    )
+
+
+def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
+    """State and reason of a task that was submitted. `job`: what the queue knows of it, or None."""
+    if job and job.is_live:
+        return wait_of(job) if job.state in NOT_STARTED else ("running", BUSY.get(job.state, ""))
+    is_worker = step.name == "optuna_worker"  # which leaves no file of its own
+    if artefacts.is_done(step, number, cfg) or (is_worker and log.exit_code == 0):
+        return "done", ""
+    if job and job.state in ENDS:
+        return "failed", remedy(ENDS[job.state], step)
+    if log.first_start_s is None:
+        if job and job.state == "FAILED":
+            return "failed", f"before it could write its log ({job.reason}): do compute nodes see the folder?"
+        failed_before = job and job.reason == "DependencyNeverSatisfied"
+        return "cancelled", "what it needs has failed" if failed_before else "before it started"
+    if any(OUT_OF_MEMORY.search(line) for line in log.lines):
+        return "failed", remedy("out of memory", step)
+    if log.killed == "job requeue":
+        return "cancelled", "before it started again"
+    if log.killed == "cancelled" or (job and job.state == "CANCELLED"):
+        return "cancelled", "while it ran"
+    if log.killed:
+        return "failed", remedy(log.killed, step)
+    if log.exit_code is None:
+        return "failed", "killed"
+    if log.exit_code == 0:
+        return "failed", "it ended well, but its files are gone or of other settings"
+    return "failed", STOPPED if log.exit_code == cli.EXIT_STOPPED else f"exit code {log.exit_code}"
+
+
+def remedy(end: str, step) -> str:
+    """What has ended a job, and the setting that gives it more of that."""
+    settings = {"time limit": "time", "out of memory": "sbatch (--mem)"}
+    return f"{end}: raise slurm.{step.resources}.{settings[end]}" if end in settings else end
+
+
+def wait_of(job) -> tuple[str, str]:
+    """State and reason of a job that has not started, or that is to start again."""
+    if HELD.search(job.reason) or job.state in HELD_STATES:
+        return "waiting", f"held ({job.reason}): scontrol release {job.id.partition('_')[0]}"
+    return "waiting", WAITS.get(job.reason, job.reason)
+
+
+def tasks_of(step, entry: dict, jobs: dict, cfg) -> list[Task]:
+    """The tasks of a step of the record. `jobs`: see `runs.queue`."""
+    tasks = []
+    for number in entry["tasks"]:
+        log = read_log(Path(entry["log"].replace("%a", str(number))))
+        if not entry["job"]:
+            tasks.append(Task(number, "", "not submitted", "", log))
+            continue
+        job_id = f"{entry['job']}_{number}" if entry["of"] > 1 else entry["job"]
+        job = jobs.get(job_id)
+        if job and job.name != step.name:  # a cluster that was set up anew counts from 1 again
+            job = None
+        tasks.append(Task(number, job_id, *fate(step, number, job, log, cfg), log))
+    return tasks
+
+
+def progress_of(step, tasks: list[Task], cfg, now_s: float) -> dict:
+    """How far a step is: done, total, unit, and per_hour and seconds_left where it runs and has got somewhere."""
+    if step.name in ("train", "optuna_worker"):
+        done, total = artefacts.epochs(cfg) if step.name == "train" else artefacts.trials(cfg)
+        return {"done": done, "total": total, "unit": "epochs" if step.name == "train" else "trials"}
+    made = [artefacts.of_task(step, number, cfg) for number in range(step.tasks)]
+    every = [artefact for files in made if files is not None for artefact in files]
+    done = [artefact.path for artefact in every if artefact.is_done(cfg)]
+    progress = {"done": len(done), "total": None if None in made else len(every), "unit": "files"}
+    starts = [task.log.first_start_s for task in tasks if task.log.first_start_s]
+    if not starts or not any(task.state == "running" for task in tasks):
+        return progress
+    began = min(starts)
+    per_s = sum(path.stat().st_mtime >= began for path in done) / max(now_s - began, 1)
+    if per_s and progress["total"]:
+        progress |= {"per_hour": 3600 * per_s, "seconds_left": (progress["total"] - len(done)) / per_s}
+    return progress

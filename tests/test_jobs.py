@@ -1,0 +1,207 @@
+"""slurm/jobs.py and slurm/runs.py: command lines, submission and records, with fake clients of Slurm.
+
+tests/test_slurm.py submits to a real one.
+"""
+
+import json
+
+import pytest
+from conftest import ROOT
+
+from common import config
+from common.errors import PipelineError
+from slurm import fates, jobs, runs, status, submit
+
+
+def everything(steps) -> dict[str, list[int]]:
+    return {step.name: list(range(step.tasks)) for step in steps}
+
+
+def sbatch_line(step, cfg, tasks=None, dependency="") -> list[str]:
+    tasks = list(range(step.tasks)) if tasks is None else tasks
+    return jobs.sbatch_command(step, tasks, cfg, cfg.paths.logs_dir, dependency)
+
+
+def test_shard_i_waits_for_shard_i_only_where_that_is_enough(cfg):
+    steps = submit.chain(cfg)
+    ids = {step.name: str(number) for number, step in enumerate(steps, 1)}
+    waits = {step.name: jobs.dependency_of(step, everything(steps), ids) for step in steps}
+    assert waits["process_tar"] == ""
+    assert waits["generate_embeddings"] == "aftercorr:1"
+    assert waits["merge_and_split"] == "afterok:2:3"  # a merge waits for all shards of both
+    assert waits["train"] == "afterok:6"
+
+
+def test_arrays_of_different_shards_are_not_paired(cfg):
+    embeddings = next(step for step in submit.chain(cfg) if step.name == "generate_embeddings")
+    for theirs, ours, expected in [([1, 3], [1, 3], "aftercorr:7"), ([1], [1, 3], "afterok:7")]:
+        todo = {"process_tar": theirs, "generate_embeddings": ours}
+        assert jobs.dependency_of(embeddings, todo, {"process_tar": "7"}) == expected
+
+
+def test_an_array_holds_the_shards_that_are_left_and_is_throttled(cfg):
+    steps = {step.name: step for step in submit.chain(cfg, tune=3)}
+    command = sbatch_line(steps["generate_embeddings"], cfg, [0, 1, 3], "aftercorr:7")
+    assert "--array=0-1,3%4" in command
+    assert "--dependency=aftercorr:7" in command
+    assert command.index("--account=abc") < command.index(f"{ROOT}/slurm/stage.sbatch")
+    settings = str(cfg.paths.logs_dir / "config.toml")
+    assert command[-5:] == ["generate/generate_embeddings.py", "--num-shards", "4", "--config", settings]
+    assert "--array=0-2" in sbatch_line(steps["optuna_worker"], cfg)
+    assert not any(flag.startswith("--array") for flag in sbatch_line(steps["train"], cfg))
+
+
+def test_users_flags_do_not_hide_jobs_and_logs_from_status(cfg):
+    flags = ["--job-name=mine", "--output=/dev/null", "--array=0-99", "--time=1:00:00"]
+    cfg = cfg.model_copy(update={"slurm": cfg.slurm.model_copy(update={"sbatch": flags})})
+    line = sbatch_line(submit.chain(cfg)[0], cfg)
+    last = {word.partition("=")[0]: word for word in line}
+    assert last["--job-name"] == "--job-name=process_tar"
+    assert last["--output"].endswith("process_tar-%a.log")
+    assert last["--array"] == "--array=0-3"
+    assert last["--time"] == "--time=1:00:00"  # that one is theirs
+
+
+def test_jobs_keep_the_settings_with_which_they_were_submitted(submitted, cfg):
+    """A job that is queued again after days reads them again: the user's config.toml may be another by then."""
+    folder = submitted()
+    assert config.load(folder / "config.toml") == cfg
+    commands = [entry["command"] for entry in runs.load(folder)["steps"].values()]
+    assert len(commands) == 9
+    assert {tuple(command[-2:]) for command in commands} == {("--config", str(folder / "config.toml"))}
+
+
+def test_a_password_in_the_settings_is_for_its_owner_alone(cfg, tmp_path):
+    for url, private in [
+        ("journal", False),
+        ("postgresql://me@host/db", False),
+        ("postgresql://me:x@host/db", True),
+    ]:
+        tuned = cfg.training.model_copy(update={"study_storage": url})
+        jobs.freeze(cfg.model_copy(update={"training": tuned}), tmp_path / "config.toml")
+        mode = (tmp_path / "config.toml").stat().st_mode & 0o777
+        assert (mode == 0o600) == private
+
+
+def test_nothing_of_an_interactive_job_is_handed_on(submitted, tmp_path, monkeypatch):
+    """srun takes its number of tasks and its memory per core for options; a task's number would become a shard."""
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    assert runs.environment()["SLURM_TIME_FORMAT"] == "relative"  # the user's own, outside of a job
+    for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_MEM_PER_CPU", "SLURM_ARRAY_TASK_ID", "SRUN_CPUS_PER_TASK"):
+        monkeypatch.setenv(name, "5")
+    submitted()
+    lines = (tmp_path / "environment").read_text().splitlines()
+    assert [line for line in lines if line.startswith(("SLURM", "SRUN"))] == ["SLURM_CONF=/etc/slurm.conf"]
+
+
+def test_two_submits_at_once_do_not_submit_twice(submitted, cfg):
+    with runs.lock(cfg.paths.logs_dir), pytest.raises(PipelineError, match=r"another slurm/submit\.py is at work"):
+        submitted()
+    submitted()
+
+
+def test_what_a_live_job_reads_is_not_written(submitted, cfg, clients):
+    folder = submitted()
+    job = runs.load(folder)["steps"]["train"]["job"]
+    clients(squeue=f"echo '{job}|train|RUNNING|None'")
+    difficulty, published = str(cfg.paths.difficulty_dir), str(cfg.paths.published_dir)
+    checkpoints = str(cfg.paths.checkpoints_dir / "default")
+    for reads, writes in [(set(), {difficulty}), (set(), {checkpoints}), ({checkpoints}, set())]:
+        with pytest.raises(PipelineError, match="train in the queue"):
+            runs.refuse_busy(cfg.paths.logs_dir, reads, writes)
+    runs.refuse_busy(cfg.paths.logs_dir, {difficulty}, {published})  # both may read it
+
+
+def test_the_queue_is_asked_for_the_jobs_of_who_submitted_them(submitted, clients, tmp_path):
+    """In a folder that several people share; their own jobs of the same name have other ids."""
+    folder = submitted()
+    runs.save(folder, runs.load(folder) | {"owner": 12345})
+    clients(squeue=f'echo "$@" >> {tmp_path}/asked')
+    status.report(folder)
+    assert runs.cancel(folder) == 0
+    runs.refuse_busy(folder.parents[1], set(), set())
+    assert (tmp_path / "asked").read_text().count("--user=12345") == 4
+
+
+@pytest.mark.parametrize("written_out", ["process_tar-%a.log", "process_tar-0.log"])
+def test_a_job_is_known_by_its_log_where_submit_died_before_it_wrote_its_id(submitted, clients, written_out):
+    """Slurm writes the task's number out in that name, or not."""
+    folder = submitted()
+    record = runs.load(folder)
+    record["steps"]["process_tar"]["job"] = None
+    ours, theirs = f"77 process_tar {folder}/{written_out}", f"78 process_tar /other/{written_out}"
+    clients(squeue=f"printf '%-20s%-40s%s\\n' {theirs} {ours}")
+    runs.adopt(folder, record)
+    assert runs.load(folder)["steps"]["process_tar"]["job"] == "77"
+
+
+@pytest.mark.parametrize(
+    ("answer", "job"),
+    [("12", "12"), ("12;cluster", "12"), ("Welcome to the cluster.\n12", "12"), ("quota: 5 left", None)],
+)
+def test_the_id_is_found_in_what_sbatch_answers(clients, capfd, answer, job):
+    clients(sbatch=f"echo 'lua: use --qos=low' >&2; printf '{answer}\\n'")
+    if job is None:
+        with pytest.raises(PipelineError, match="sbatch names no job: quota"):
+            jobs.sbatch(["sbatch"])
+    else:
+        assert jobs.sbatch(["sbatch"]) == job
+    assert "use --qos=low" in capfd.readouterr().err  # of the site's rules: passed on
+
+
+def test_what_sbatch_refused_is_mended_and_the_rest_submitted_with_the_same_settings(clients, tmp_path, capsys):
+    """The account is no setting of a stage: --continue takes it from today's file, all else from the run's."""
+    settings = tmp_path / "config.toml"
+    written = config.to_toml(config.load(None, [f"paths.root={tmp_path}", "slurm.num_shards=4"]))
+    settings.write_text(written.replace("sbatch = []", 'sbatch = ["--account=wrong"]'))
+    clients(
+        sbatch='case "$*" in *--account=wrong*) echo Invalid account >&2; exit 1;; esac; echo 5',
+        squeue="true",
+        scontrol="echo 'MaxArraySize = 1001'",
+    )
+    with pytest.raises(PipelineError, match=r"process_tar was not submitted: sbatch says: Invalid account"):
+        submit.main(["--config", str(settings)])
+    folder = runs.find(tmp_path / "logs", None)
+    assert not runs.job_ids(runs.load(folder))
+    right = written.replace("sbatch = []", 'sbatch = ["--account=right"]').replace(
+        "num_shards = 4", "num_shards = 9"
+    )
+    settings.write_text(right.replace("epochs = 20", "epochs = 3"))
+    assert submit.main(["--config", str(settings), "--continue", folder.name]) == 0
+    record = runs.load(folder)
+    assert len(runs.job_ids(record)) == 9
+    command = record["steps"]["process_tar"]["command"]
+    assert "--account=right" in command
+    assert "--array=0-3" in command
+    assert config.load(folder / "config.toml").training.epochs == 20
+
+
+def test_a_reused_job_id_is_not_taken_for_the_runs_own(cfg, tmp_path):
+    """A cluster that was set up anew counts from 1 again: --cancel must not end somebody else's job 7."""
+    record = {"steps": {"train": {"job": "7"}, "evaluate": {"job": "8"}}}
+    queue = {"7": runs.Job("7", "another", "RUNNING", ""), "8": runs.Job("8", "evaluate", "PENDING", "")}
+    assert runs.live_steps(record, queue) == {"evaluate": "8"}
+    entry = {"job": "7", "tasks": [0], "of": 1, "log": str(tmp_path / "none.log")}
+    step = next(step for step in submit.chain(cfg) if step.name == "train")
+    (task,) = fates.tasks_of(step, entry, queue, cfg)
+    assert task.state == "cancelled"  # not running, as the other job 7 is
+
+
+def test_a_record_is_found_by_name_by_path_and_as_the_newest(tmp_path):
+    for name in ("20260101-000000", "20260102-000000"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.json").write_text(json.dumps({"steps": {}}))
+    assert runs.find(tmp_path, None).name == "20260102-000000"
+    assert runs.find(tmp_path, "20260101-000000").name == "20260101-000000"
+    assert runs.find(tmp_path, str(tmp_path / "runs" / "20260101-000000")).name == "20260101-000000"
+
+
+def test_without_slurm_it_says_so_and_offers_local(monkeypatch, cfg, tmp_path):
+    monkeypatch.setattr(jobs.shutil, "which", lambda _: None)
+    steps = submit.chain(cfg)
+    with pytest.raises(PipelineError, match="--local"):
+        jobs.submit(steps, everything(steps), cfg, submit.parse([]))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PipelineError, match="there is no squeue here"):
+        runs.queue(0)

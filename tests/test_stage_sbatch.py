@@ -1,0 +1,120 @@
+"""slurm/stage.sbatch and the wrappers, with fake clients of Slurm; tests/test_slurm.py runs them on a real one."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+from common import config
+
+SHELL_FILES = sorted([*ROOT.glob("slurm/*.sbatch"), ROOT / "slurm" / "env.sh", ROOT / ".ci" / "run"])
+
+
+@pytest.fixture
+def wrapped(tmp_path):
+    """Run stage.sbatch with a fake srun, which ends with `code`, and a fake scontrol, which notes its words."""
+
+    def run(
+        *arguments,
+        code: int = 0,
+        scontrol: str = "exit 0",
+        sleep: str = "kill -KILL $PPID",
+        env: str = "",
+        **variables,
+    ) -> subprocess.CompletedProcess:
+        for name, text in {
+            "srun": f'env | grep ^SLURM_MEM; echo "$@"; exit {code}',
+            "scontrol": f'echo "$@" >> {tmp_path}/requeued; {scontrol}',
+            "sleep": sleep,  # the controller kills the script while it sleeps, once it is queued again
+        }.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+            (tmp_path / name).chmod(0o755)
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "9", **variables}
+        # the .venv that env.sh would put before the fakes stays out
+        (tmp_path / "slurm").mkdir(exist_ok=True)
+        (tmp_path / "slurm" / "env.sh").write_text(env)
+        command = ["bash", str(ROOT / "slurm" / "stage.sbatch"), str(tmp_path), "2", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+
+    return run
+
+
+def test_the_wrapper_gives_an_array_task_its_shard(wrapped, tmp_path):
+    """The shard is added to what works by shards and to nothing else."""
+
+    def words(*arguments):
+        return wrapped(*arguments, SLURM_ARRAY_TASK_ID="2").stdout.splitlines()[1].split()[1:]
+
+    script = str(tmp_path / "a" / "b.py")
+    assert words("a/b.py", "--num-shards", "4") == ["python", script, "--num-shards", "4", "--shard", "2"]
+    assert words("a/b.py", "--num-shards=4") == ["python", script, "--num-shards=4", "--shard", "2"]
+    assert words("a/b.py") == ["python", script]
+
+
+def test_the_wrapper_keeps_another_jobs_memory_from_srun(wrapped):
+    """Of the interactive job that sbatch was called from: srun ends at once where it finds two of them."""
+    told = wrapped("a/b.py", SLURM_MEM_PER_CPU="100", SLURM_MEM_PER_NODE="8000").stdout
+    assert "SLURM_MEM" not in told
+
+
+def test_a_stage_that_was_told_to_stop_is_queued_again_by_itself_up_to_the_limit(wrapped, tmp_path):
+    array = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}
+    killed = -signal.SIGKILL  # by the requeueing: it must not end by itself
+    assert wrapped("a/b.py", code=85).returncode == killed
+    assert wrapped("a/b.py", code=85, SLURM_RESTART_COUNT="1", **array).returncode == killed
+    last = wrapped("a/b.py", code=85, SLURM_RESTART_COUNT="2")
+    assert last.returncode == 85
+    assert "was queued again 2 times" in last.stdout
+    assert wrapped("a/b.py", code=1).returncode == 1
+    assert wrapped("a/b.py", code=143).returncode == killed  # preempted, in a stage that cannot stop half-way
+    # "requeue 9" of an array's last task, whose own id is the array's, would requeue every task
+    assert (tmp_path / "requeued").read_text().splitlines() == ["requeue 9", "requeue 9_3", "requeue 9"]
+
+
+def test_requeueing_is_tried_again_while_the_controller_does_not_answer(wrapped, tmp_path):
+    answers = f"[ $(wc -l < {tmp_path}/requeued) -ge 3 ]"  # the third time
+    told = wrapped("a/b.py", code=85, scontrol=answers, sleep="[ $1 = 10 ] || kill -KILL $PPID")
+    assert told.returncode == -signal.SIGKILL
+    assert (tmp_path / "requeued").read_text().splitlines() == ["requeue 9"] * 3
+
+
+def test_what_goes_wrong_in_env_sh_is_in_the_log_after_its_start(wrapped):
+    told = wrapped("a/b.py", env="no_such_module load x; exit 3")
+    assert told.returncode == 3
+    assert told.stdout.startswith("-- ")
+
+
+def test_the_wrappers_ask_for_what_config_toml_says():
+    cfg = config.load()
+    stages = [name for name, field in config.Slurm.model_fields.items() if field.annotation is config.SlurmStage]
+    assert {path.stem for path in ROOT.glob("slurm/*.sbatch")} == {*stages, "stage"}
+    for name in stages:
+        lines = (ROOT / "slurm" / f"{name}.sbatch").read_text().splitlines()
+        resources = getattr(cfg.slurm, name)
+        assert len(lines) == 3
+        flags = set(shlex.split(lines[1])[1:])
+        assert flags >= {f"--time={resources.time}", f"--signal=USR2@{cfg.slurm.signal_before_s}", "--requeue"}
+        assert {
+            flag for flag in flags if not re.match("--(job-name|output|open-mode|requeue|signal|time)", flag)
+        } == {
+            *cfg.slurm.sbatch,
+            *resources.sbatch,
+        }
+        (script,) = [path.relative_to(ROOT) for path in ROOT.glob(f"*/{name}.py")]
+        assert lines[2].endswith(f'"$root" {cfg.slurm.max_requeues} {script} "$@"')
+        assert f"/slurm/{name}[.]sbatch" in lines[2]
+
+
+def test_shell_files_are_short_and_pass_shellcheck():
+    files = [*SHELL_FILES, ROOT / ".ci" / "system-packages"]
+    assert max(len(path.read_text().splitlines()) for path in files) < 60
+    if shutil.which("shellcheck") is None:
+        assert not os.environ.get("CI"), "shellcheck is not installed"
+        pytest.skip("shellcheck is not installed here: .ci/system-packages installs it")
+    result = subprocess.run(["shellcheck", *files], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

@@ -1,0 +1,186 @@
+"""slurm/status.py and slurm/fates.py: what is told of a task in each state, and --watch on a terminal."""
+
+import contextlib
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from common.errors import PipelineError
+from slurm import fates, runs, status, submit
+
+MEMORY = "out of memory: raise slurm.process_tar.sbatch (--mem)"
+
+
+def log_of(folder, text: str) -> fates.Log:
+    (folder / "a.log").write_text(text)
+    return fates.read_log(folder / "a.log")
+
+
+def test_a_log_is_read_from_its_last_start_on(tmp_path):
+    assert fates.read_log(tmp_path / "none.log").first_start_s is None
+    first = "-- 100 job 7 starts on a\nstopped\n-- 200 job 7 ends with exit code 85\n"
+    requeued = "slurmstepd: error: *** JOB 7 ON a CANCELLED AT 2026-01-01T00:00:00 DUE TO JOB REQUEUE ***\n"
+    running = log_of(tmp_path, first + requeued + "-- 300 job 7 starts on b\nworking\n")
+    assert (running.first_start_s, running.exit_code, running.killed) == (100, None, "")
+    assert running.lines == ("working",)
+    failed = log_of(tmp_path, first + "-- 300 job 7 starts on b\nerror: no\n-- 301 job 7 ends with exit code 1\n")
+    assert (failed.exit_code, failed.lines) == (1, ("error: no",))
+    limit = "slurmstepd: error: *** STEP 7.0 ON a CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***\n"
+    assert log_of(tmp_path, "-- 1 job 7 starts on a\n" + limit).killed == "time limit"
+
+
+@pytest.mark.parametrize(
+    ("job", "text", "expected"),
+    [
+        (("PENDING", "Dependency"), "", ("waiting", "Dependency")),
+        (("RUNNING", "None"), "-- 1 job 7 starts on a\n", ("running", "")),
+        (("CANCELLED", "DependencyNeverSatisfied"), "", ("cancelled", "what it needs has failed")),
+        (
+            ("TIMEOUT", "TimeLimit"),
+            "-- 1 job 7 starts on a\n",
+            ("failed", "time limit: raise slurm.process_tar.time"),
+        ),
+        (("SUSPENDED", "None"), "-- 1 job 7 starts on a\n", ("running", "suspended")),
+        (("REQUEUE_HOLD", "None"), "-- 1 job 7 starts on a\n", ("waiting", "held (None): scontrol release 7")),
+        (
+            ("PENDING", "launch failed requeued held"),
+            "",
+            ("waiting", "held (launch failed requeued held): scontrol release 7"),
+        ),
+        (("PENDING", "QOSUsageThreshold"), "", ("waiting", "QOSUsageThreshold")),  # not held
+        (("PENDING", "PartitionTimeLimit"), "", ("waiting", "for ever: its time is more than the partition's")),
+        (("NODE_FAIL", "NodeDown"), "", ("failed", "its node failed")),
+        (("BOOT_FAIL", "None"), "", ("failed", "its node did not boot")),
+        (("PREEMPTED", "None"), "-- 1 job 7 starts on a\n", ("failed", "preempted")),
+        (("OUT_OF_MEMORY", "OutOfMemory"), "-- 1 job 7 starts on a\n", ("failed", MEMORY)),
+        (
+            ("FAILED", "JobLaunchFailure"),
+            "",
+            ("failed", "before it could write its log (JobLaunchFailure): do compute nodes see the folder?"),
+        ),
+        (
+            None,
+            "-- 1 job 7 starts on a\nslurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\n"
+            "-- 2 job 7 ends with exit code 137\n",
+            ("failed", MEMORY),
+        ),
+        (
+            None,
+            "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 85\n",
+            ("failed", "stopped with all saved, and not queued again (slurm.max_requeues)"),
+        ),
+        (
+            ("CANCELLED", "None"),
+            "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 85\n"
+            "slurmstepd: error: *** JOB 7 ON a CANCELLED AT 2026-01-01T00:00:00 DUE TO JOB REQUEUE ***\n",
+            ("cancelled", "before it started again"),
+        ),
+        (None, "", ("cancelled", "before it started")),  # Slurm has forgotten the job: the log alone tells
+        (None, "-- 1 job 7 starts on a\n", ("failed", "killed")),
+        (None, "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 1\n", ("failed", "exit code 1")),
+    ],
+)
+def test_what_became_of_a_task(cfg, tmp_path, job, text, expected):
+    step = submit.chain(cfg)[0]
+    job = job and runs.Job("7_0", "process_tar", *job)
+    log = log_of(tmp_path, text) if text else fates.read_log(tmp_path / "none.log")
+    assert fates.fate(step, 0, job, log, cfg) == expected
+
+
+REPORT = {
+    "run": "20260101-000000",
+    "folder": "/logs/runs/20260101-000000",
+    "live": True,
+    "failed": True,
+    "continue": "python slurm/submit.py --set training.epochs=5 --set paths.root=/scratch/a/long/path/to/where",
+    "continue_submission": "",
+    "cancel": "python slurm/submit.py --cancel 20260101-000000",
+    "steps": [
+        {
+            "name": "process_tar",
+            "job": "7",
+            "state": "failed",
+            "why": "exit code 1",
+            "tasks": {"failed": 1, "running": 4, "done": 11},
+            "progress": {"done": 412, "total": 1700, "unit": "files", "per_hour": 120.4, "seconds_left": 36000.0},
+        },
+        {"name": "compute_visual_neighbors", "job": "8", "state": "waiting", "why": "for merge_and_split"}
+        | {"tasks": {"waiting": 1}, "progress": {}},
+    ],
+    "failures": [
+        {"step": "process_tar", "task": 3, "job": "7_3", "why": "exit code 1", "log": "/logs/process_tar-3.log"}
+        | {"last_lines": ["error: " + "x" * 200]}
+    ],
+}
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_on_a_narrow_terminal_the_table_keeps_what_matters(width):
+    lines = status.as_text(REPORT, width).splitlines()
+    table = lines[2:5]
+    assert max(map(len, table)) <= width
+    assert re.search(r"process_tar +failed +11 of 16 +412 of 1,700 files +10 h 00 min", table[1])
+    assert table[2].startswith("compute_visual_neighbors  waiting")
+    assert ("1 failed, 4 running; exit code 1" in table[1]) == (width == 120)
+    assert lines[-1].endswith(REPORT["continue"])  # whole: it is to be copied
+    assert "  | error: " + "x" * 200 in lines
+
+
+def test_watch_shows_no_more_than_the_terminal_holds_while_something_lives():
+    screen = status.on_screen(REPORT, 80, 8)
+    assert screen.startswith("\033[H\033[J")
+    assert len(screen.splitlines()) == 7
+    assert max(map(len, status.on_screen(REPORT, 80, 50).splitlines()[1:])) == 80
+    assert screen.endswith("... (more without --watch)")
+    assert REPORT["continue"] in status.on_screen(REPORT | {"live": False}, 80, 8)  # the last one stays
+
+
+def test_watch_goes_on_while_the_controller_restarts_and_ends_with_the_last_job(monkeypatch, capsys, tmp_path):
+    answers = [PipelineError("squeue says: Unable to contact slurm controller"), REPORT, REPORT | {"live": False}]
+
+    def report(_):
+        answer = answers.pop(0)
+        if isinstance(answer, PipelineError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(status, "report", report)
+    monkeypatch.setattr(status, "WATCH_EVERY_S", 0)
+    assert status.watch(tmp_path, as_json=True) == 1
+    told = capsys.readouterr()
+    assert [json.loads(line)["live"] for line in told.out.splitlines()] == [True, False]  # a line each time
+    assert "Unable to contact slurm controller; trying again" in told.err
+
+
+def test_ctrl_c_ends_watch_on_a_terminal_quietly(submitted, cfg, clients):
+    folder = submitted()
+    job = runs.load(folder)["steps"]["process_tar"]["job"]
+    clients(squeue=f"echo '{job}_0|process_tar|RUNNING|None'")
+    outside, inside = pty.openpty()
+    command = [sys.executable, ROOT / "slurm" / "status.py", "--set", f"paths.root={cfg.paths.root}", "--watch"]
+    watching = subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, start_new_session=True)
+    os.close(inside)
+    shown = b""
+    while b"running" not in shown:
+        shown += os.read(outside, 4096)
+    watching.send_signal(signal.SIGINT)
+    assert watching.wait(timeout=30) == 130
+    with contextlib.suppress(OSError):  # nobody writes there any more
+        while more := os.read(outside, 4096):
+            shown += more
+    assert shown.count(b"\x1b[H\x1b[J") == 1
+    assert not re.search(b"interrupted|Traceback", shown)
+
+
+def test_status_names_a_run_that_is_not_there(run_script, tmp_path):
+    for arguments, message in [((), "holds no run"), (("20260101-000000",), "there is no run 20260101-000000")]:
+        result = run_script("slurm/status.py", *arguments, "--set", f"paths.root={tmp_path}")
+        assert result.returncode == 1
+        assert message in result.stderr
