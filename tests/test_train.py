@@ -217,7 +217,7 @@ def test_bands_are_mined_in_the_heads_space(root, data):
     vectors = model.embed(model.head_of(head_checkpoint(cfg, data, head)), data.train.embeddings, CPU)
     vectors = vectors.half().double().numpy()
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    _, negative = relations(data.train, torch.arange(len(vectors)))
+    _, negative = relations(data.train, *[torch.arange(len(vectors))] * 2)
     similarities = np.where(negative, vectors @ vectors.T, -np.inf)
     best = -np.sort(-similarities, axis=1)[:, :30]  # brute force
     found = rows.neighbor_rows.numpy()

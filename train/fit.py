@@ -213,7 +213,8 @@ def train_step(cfg: Config, data: TrainingData, run: Run, feed: Feed, run_dir: P
     torch.manual_seed(step_seed(training.seed, run.step, purpose=2))  # of the dropout
     with autocast(training.dtype, data.device):
         vectors = run.head.train()(embeddings)
-    positive, negative = relations(data.train, batch.rows) if run.loss.needs_relations else (None, None)
+    related = batch.rows[: len(batch.rows) if run.loss.contrasts_all else training.batch_size]
+    positive, negative = relations(data.train, related, batch.rows) if run.loss.needs_relations else (None, None)
     loss, semi_hard = run.loss(vectors, positive, negative)
     credit = torch.bincount(batch.arms, minlength=len(run.bandit.available))
     reward = torch.bincount(batch.arms, weights=semi_hard.double(), minlength=len(credit))
