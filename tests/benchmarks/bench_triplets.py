@@ -1,8 +1,9 @@
 """Triplets per second of training: drawing, forward, loss, backward and step, against a DataLoader.
 
-The other way is a Dataset that draws one triplet in Python (a dict of each building's images, UCB over the bands)
-and a DataLoader that joins them, in-process or with two workers: the faster of the two is the baseline. Both train
-the same head with the triplet loss, with the bands, groups and batch of config.toml.
+The other way is a Dataset that draws one triplet in Python (a dict of each building's images, UCB over the bands,
+a neighbour of the band that is less similar than the positive) and a DataLoader that joins them, in-process or
+with two workers: the faster of the two is the baseline. Both train the same head with the triplet loss, with the
+bands and the batch of config.toml.
 
 Command  python tests/benchmarks/bench_triplets.py [--json PATH]
 """
@@ -80,6 +81,7 @@ class Triplets(Dataset):
     def __init__(self, cfg: config.Config, arrays: dict[str, np.ndarray]):
         self.embeddings = torch.from_numpy(arrays["embeddings"])
         self.neighbors, self.offsets = arrays["neighbors"], arrays["offsets"]
+        self.similarities = np.random.default_rng(1).uniform(-0.1, 0.1, self.neighbors.shape).astype(np.float16)
         self.building_of_row, self.num_arms = arrays["building_of_row"], cfg.data.num_bands + 1
         self.exploration = cfg.training.bandit_exploration
         self.rows_of = defaultdict(list)
@@ -98,14 +100,21 @@ class Triplets(Dataset):
         bounds = [reward / n + self.exploration * math.sqrt(total / n) for reward, n in arms]
         arm = max(range(self.num_arms), key=bounds.__getitem__)
         self.draws[arm] += 1
-        if arm < self.num_arms - 1:
-            first, last = self.offsets[anchor][arm : arm + 2]
-            negative = int(random.choice(self.neighbors[anchor][first:last]))
-        else:
+        negative = self.neighbor(anchor, positive, arm) if arm < self.num_arms - 1 else None
+        if negative is None:
             negative = random.randrange(ROWS)
             while self.building_of_row[negative] == building:
                 negative = random.randrange(ROWS)
         return self.embeddings[anchor], self.embeddings[positive], self.embeddings[negative]
+
+    def neighbor(self, anchor: int, positive: int, band: int) -> int | None:
+        """One of the anchor's neighbours in the band that is less similar to it than the positive."""
+        vectors = self.embeddings[anchor].float(), self.embeddings[positive].float()
+        s_ap = F.cosine_similarity(*vectors, dim=0).item()
+        first, last = self.offsets[anchor][band : band + 2]
+        near = zip(self.neighbors[anchor][first:last], self.similarities[anchor][first:last], strict=True)
+        candidates = [row for row, s_an in near if s_an < s_ap]
+        return int(random.choice(candidates)) if candidates else None
 
 
 class Theirs:
