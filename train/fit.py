@@ -139,6 +139,9 @@ def start(cfg: Config, data: TrainingData) -> Run:
         head.mean.copy_(whitening["mean"])
         if settings.init == "whitening":  # its scale is free; this one gives outputs of the size of the MLP's
             head.linear.weight.copy_(whitening["projection"] / whitening["spread"])
+    # the next layer can learn LayerNorm's scale and shift; without them no gradient goes back to the input, which
+    # saves a fifth of a step's products
+    head.mlp[0].requires_grad_(False)
     loss = Loss(training.loss, training.margin, training.temperature, mines=training.sampler == "semi_hard")
     head.to(data.device)
     loss.to(data.device)
@@ -180,8 +183,9 @@ def weights_of(head: ProjectionHead) -> dict[str, torch.Tensor]:
 def make_optimizer(cfg: Config, head: ProjectionHead, loss: Loss) -> torch.optim.AdamW:
     """AdamW with a learning rate per part of the head; only matrices decay."""
     training = cfg.training
-    matrices = [p for p in head.mlp.parameters() if p.ndim > 1]
-    vectors = [p for p in head.mlp.parameters() if p.ndim <= 1]
+    trained = [p for p in head.mlp.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1]
+    vectors = [p for p in trained if p.ndim <= 1]
     groups = [
         (matrices, 1.0, training.weight_decay),
         (vectors, 1.0, 0.0),
@@ -192,7 +196,8 @@ def make_optimizer(cfg: Config, head: ProjectionHead, loss: Loss) -> torch.optim
         [
             {"params": parameters, "lr": 0.0, "full_lr": factor * training.learning_rate, "weight_decay": decay}
             for parameters, factor, decay in groups
-        ]
+        ],
+        fused=True,  # one pass over the weights
     )
 
 

@@ -52,8 +52,9 @@ def info_nce(
     own = torch.eye(n, 2 * n, dtype=torch.bool, device=anchors.device)
     target = torch.arange(n, device=anchors.device)
     loss = anchors.new_zeros(())
-    for queries, others in ((anchors, positives), (positives, anchors)):
-        logits = scale * (queries @ torch.cat([others, negatives]).T)  # (A, 2A)
+    s_ap, s_an, s_pn = anchors @ positives.T, anchors @ negatives.T, positives @ negatives.T  # (A, A), cosines
+    for pair, others in ((s_ap, s_an), (s_ap.T, s_pn)):
+        logits = scale * torch.cat([pair, others], dim=1)  # (A, 2A)
         loss = loss + F.cross_entropy(logits.masked_fill(~(may_contrast | own), -torch.inf), target)
     return loss / 2
 
