@@ -71,10 +71,11 @@ def train(root, data, run_dir=None, *more, **options):
 
 
 def assert_same_checkpoints(ours, theirs):
-    """Equal in everything but the times: of the epochs, and of writing."""
+    """Equal in everything but the times, of the epochs and of writing, and the commit (one may come meanwhile)."""
     ours, theirs = (model.load_checkpoint(path / "checkpoint_last.pt") for path in (ours, theirs))
     for saved in (ours, theirs):
-        saved["provenance"].pop("created")
+        for name in ("created", "git_commit"):
+            saved["provenance"].pop(name)
         saved["resume"].pop("timings")
     assert_equal(ours, theirs, "")
 
