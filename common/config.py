@@ -122,6 +122,7 @@ class Training(Section):
     loss: Literal["triplet", "infonce", "multi_similarity"]
     margin: Annotated[float, Field(gt=0, le=2)]
     temperature: PositiveFloat
+    dtype: Literal["auto", "float32", "bfloat16"]
     bandit_groups: Positive
     bandit_exploration: NonNegative
     bandit_discount: Annotated[float, Field(gt=0, le=1)]

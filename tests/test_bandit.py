@@ -1,4 +1,4 @@
-"""train/bandit.py. Oracle: discounted UCB written as sums over the whole past."""
+"""train/bandit.py. Oracles: discounted UCB written as sums over the whole past, and as in its paper."""
 
 import numpy as np
 import pytest
@@ -54,6 +54,52 @@ def test_choices_equal_the_sums_over_the_whole_past(discount):
         rewards = (rng.random(3) < means[chosen]).astype(float)
         past += [(step, arm, reward) for arm, reward in zip(chosen, rewards, strict=True)]
         bandit.update(np.bincount(chosen, minlength=3), np.bincount(chosen, rewards, minlength=3))
+
+
+def paper_regret(rewards, best, gamma, xi, bound):
+    """Garivier & Moulines 2008, section 3: the arms of rounds 1..T, and the regret after each.
+
+    `rewards` (T, K): what each arm would bring; `best` (T, K): the arms' means. X_s(i) and I_s are theirs.
+    """
+    rounds, arms = rewards.shape
+    played, regret = [], []
+    for t in range(1, rounds + 1):
+        if t <= arms:
+            choice = t - 1
+        else:
+            indices = []
+            n_i = [sum(gamma ** (t - s) for s in range(1, t) if played[s - 1] == i) for i in range(arms)]
+            n = sum(n_i)
+            for i in range(arms):
+                gained = (gamma ** (t - s) * rewards[s - 1, i] for s in range(1, t) if played[s - 1] == i)
+                mean = sum(gained) / n_i[i]  # X bar of t, gamma
+                padding = 2 * bound * np.sqrt(xi * np.log(max(n, 1)) / n_i[i])  # c of t, gamma
+                indices.append(mean + padding)
+            choice = int(np.argmax(indices))
+        played.append(choice)
+        regret.append(best[t - 1].max() - best[t - 1, choice])
+    return np.array(played), np.cumsum(regret)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.97])
+def test_its_regret_is_that_of_the_paper_where_rewards_are_planted(gamma):
+    rounds, xi, bound = 400, 0.01, 1.0
+    means = np.full((rounds, 3), [0.2, 0.4, 0.8])
+    means[rounds // 2 :] = [0.9, 0.4, 0.3]  # the best arm changes
+    rewards = (np.random.default_rng(5).random((rounds, 3)) < means).astype(float)
+    played, regret = paper_regret(rewards, means, gamma, xi, bound)
+    bandit, ours = DiscountedUcb(np.ones(3), 2 * bound * np.sqrt(xi), gamma), []
+    for t in range(rounds):
+        arm = bandit.choose(1)
+        ours.append(arm[0])
+        bandit.update(np.bincount(arm, minlength=3), np.bincount(arm, rewards[t, arm], minlength=3))
+    assert ours == played.tolist()
+    lost = np.cumsum(means.max(axis=1) - means[np.arange(rounds), ours])
+    np.testing.assert_allclose(lost, regret)
+    at_random = np.cumsum(means.max(axis=1) - means.mean(axis=1))
+    assert lost[rounds // 2 - 1] < 0.5 * at_random[rounds // 2 - 1]  # before the change it has found the best arm
+    if gamma < 1:  # and with the discount it finds the new one
+        assert lost[-1] < 0.5 * at_random[-1]
 
 
 def test_a_batch_spreads_over_arms_that_are_alike_and_gathers_on_one_that_is_better():

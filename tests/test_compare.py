@@ -95,6 +95,20 @@ def test_more_seeds_are_other_runs_and_those_there_are_kept(root, tmp_path):
     assert {len(row["by_seed"]["map@r"]) for row in found["combinations"]} == {2}
 
 
+def test_shards_share_the_runs_and_the_command_without_them_makes_the_table(root, tmp_path, capsys):
+    heads, runs = flags(root, f"paths.checkpoints_dir={tmp_path}", f"paths.evaluation_dir={tmp_path}"), {}
+    for shard in range(2):
+        assert compare.main([*heads, "--seeds", "1", "--shard", str(shard), "--num-shards", "2"]) == 0
+        assert "6 runs in, 6 out" in capsys.readouterr().out
+        assert not (tmp_path / "comparison.json").exists()
+        runs[shard] = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("history.parquet")}
+    assert (len(runs[0]), len(runs[1])) == (6, 12)
+    assert compare.main([*heads, "--seeds", "1"]) == 0
+    ours, theirs = (json.loads((folder / "comparison.json").read_text())["combinations"]
+                    for folder in (tmp_path, root / "data" / "evaluation"))  # fmt: skip
+    assert ours == theirs
+
+
 def test_no_seeds_are_refused(root):
     with pytest.raises(ConfigError, match="--seeds"):
         compare.main([*flags(root), "--seeds", "0"])

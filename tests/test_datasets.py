@@ -135,7 +135,8 @@ def test_more_anchors_than_buildings_and_groups_that_do_not_divide_the_batch():
 
 def test_relations_are_those_of_buildings_images_and_the_zone():
     rows = rows_of([2, 2, 2], [0, 10, 1000])
-    positive, negative = relations(rows, torch.tensor([0, 1, 2, 4, 0]))
+    batch = torch.tensor([0, 1, 2, 4, 0])
+    positive, negative = relations(rows, batch, batch)
     assert positive.int().tolist() == [
         [0, 1, 0, 0, 0],  # the same image again is no positive
         [1, 0, 0, 0, 1],
@@ -150,6 +151,8 @@ def test_relations_are_those_of_buildings_images_and_the_zone():
         [1, 1, 1, 0, 1],
         [0, 0, 0, 1, 0],
     ]
+    for of_two, of_all in zip(relations(rows, batch[1:3], batch), (positive, negative), strict=True):
+        assert torch.equal(of_two, of_all[1:3])
 
 
 def test_restriction_renumbers_neighbours_and_shrinks_their_bands():

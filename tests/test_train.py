@@ -1,6 +1,14 @@
 """train/train.py and train/fit.py: a real short run, stopped, killed, resumed. Oracle: the undisturbed run."""
 
+import json
 import logging
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,7 +20,9 @@ from common import cli, config, parquet
 from common.errors import PipelineError, StaleArtefact, Stopped
 from difficulty import compute_visual_neighbors
 from train import checkpoints, fit, model, remine
-from train.datasets import load_data, relations
+from train.bandit import DiscountedUcb, arms_of_step
+from train.datasets import Sampler, load_data, relations
+from train.loss import Loss
 from train.train import main
 
 SETTINGS = [
@@ -61,10 +71,11 @@ def train(root, data, run_dir=None, *more, **options):
 
 
 def assert_same_checkpoints(ours, theirs):
-    """Equal in everything but the times: of the epochs, and of writing."""
+    """Equal in everything but the times, of the epochs and of writing, and the commit (one may come meanwhile)."""
     ours, theirs = (model.load_checkpoint(path / "checkpoint_last.pt") for path in (ours, theirs))
     for saved in (ours, theirs):
-        saved["provenance"].pop("created")
+        for name in ("created", "git_commit"):
+            saved["provenance"].pop(name)
         saved["resume"].pop("timings")
     assert_equal(ours, theirs, "")
 
@@ -139,6 +150,48 @@ def test_rewards_reach_the_sampler(root, data, tmp_path):
     assert early.max() < shares.max()  # it did not know that from the start
 
 
+def test_the_loss_sees_what_the_bandit_chose(root, data, tmp_path, monkeypatch):
+    chosen, drawn, seen = [], [], []
+
+    def spy(owner, name, keep):
+        real = getattr(owner, name)
+
+        def spied(self, *arguments):
+            result = real(self, *arguments)
+            keep(arguments, result)
+            return result
+
+        monkeypatch.setattr(owner, name, spied)
+
+    spy(DiscountedUcb, "choose", lambda arguments, arms: chosen.append(arms))
+    spy(Sampler, "draw", lambda arguments, batch: drawn.append(batch))
+    spy(Loss, "forward", lambda arguments, result: seen.append(arguments[0].detach()))
+    more = ("training_model.dropout=0", "training.learning_rate=1e-12", "training.epochs=2")
+    history = train(root, data, None, *more).history
+    assert len(chosen) == len(drawn) == len(seen) == 12
+    rows, triplets = data.train, np.zeros((3, 6))
+    head = fit.start(
+        config.load(None, settings(root, *more)), data
+    ).head  # which that learning rate leaves as it is
+    for step, (arms, batch, vectors) in enumerate(zip(chosen, drawn, seen, strict=True)):
+        torch.testing.assert_close(vectors, model.embed(head, rows.embeddings[batch.rows], CPU), atol=1e-5, rtol=0)
+        for i, arm in enumerate(np.repeat(arms, 8)):  # 8 groups of 8 anchors
+            anchor, negative = int(batch.anchors[i]), int(batch.negatives[i])
+            first, last = rows.band_offsets[anchor][arm : arm + 2].tolist() if arm < 5 else (0, 0)
+            if first < last:  # else the nearest band that is not empty, or any row: see test_datasets
+                assert batch.arms[i] == arm
+                assert negative in rows.neighbor_rows[anchor, first:last].tolist()
+            triplets[1 + step // 6, int(batch.arms[i])] += 1
+    shares = history.filter(like="share_").to_numpy()[1:]
+    np.testing.assert_allclose(shares, triplets[1:] / triplets[1:].sum(axis=1, keepdims=True))
+
+
+def test_bfloat16_trains_as_well(root, data):
+    exact, rounded = (train(root, data, None, f"training.dtype={dtype}") for dtype in ("float32", "bfloat16"))
+    assert exact.history["loss"][1] != rounded.history["loss"][1]
+    assert rounded.best_value == pytest.approx(exact.best_value, abs=0.01)
+
+
 def test_random_initialisation_starts_below_whitening(root, data):
     random = train(root, data, None, "training_model.init=random", "training.epochs=1").history
     assert random["val_map_at_r"][0] < data.baselines["whitening"]["validation"]["map@r"] - 0.05
@@ -165,7 +218,7 @@ def test_bands_are_mined_in_the_heads_space(root, data):
     vectors = model.embed(model.head_of(head_checkpoint(cfg, data, head)), data.train.embeddings, CPU)
     vectors = vectors.half().double().numpy()
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    _, negative = relations(data.train, torch.arange(len(vectors)))
+    _, negative = relations(data.train, *[torch.arange(len(vectors))] * 2)
     similarities = np.where(negative, vectors @ vectors.T, -np.inf)
     best = -np.sort(-similarities, axis=1)[:, :30]  # brute force
     found = rows.neighbor_rows.numpy()
@@ -241,6 +294,35 @@ def stopped_at(root, data, folder, monkeypatch, steps, *more):
     train(root, data, folder, *more)
 
 
+LONGER = ("training.steps_per_epoch=150", "training.patience=9")
+
+
+def run_train(folder, root, at=None):
+    """train.py in a process of its own, sent SIGUSR2 soon after the epoch `at` was told; its exit code."""
+    script = Path(fit.__file__).with_name("train.py")
+    command = [sys.executable, str(script), *flags(root, *LONGER, f"paths.checkpoints_dir={folder}")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        for line in process.stderr:
+            if line.startswith(f"epoch {at}:"):
+                time.sleep(0.1)  # in the middle of the next epoch
+                process.send_signal(signal.SIGUSR2)
+    return process.returncode
+
+
+def test_stopped_by_sigusr2_three_times_exits_with_85_and_ends_bit_identical(root, tmp_path):
+    stopped, undisturbed = tmp_path / "stopped", tmp_path / "undisturbed"
+    torch.set_num_threads(1)
+    assert main(flags(root, *LONGER, f"paths.checkpoints_dir={undisturbed}")) == 0
+    steps = []
+    for epoch in (0, 1, 3):
+        assert run_train(stopped, root, at=epoch) == cli.EXIT_STOPPED
+        steps.append(model.load_checkpoint(stopped / "default" / "checkpoint_last.pt")["resume"]["step"])
+    assert 0 < steps[0] <= 150 < steps[1] <= 300 < 450 < steps[2] <= 600
+    assert run_train(stopped, root) == 0
+    assert_same_checkpoints(stopped / "default", undisturbed / "default")
+
+
 def test_killed_between_its_files_and_run_again_ends_bit_identical(root, data, undisturbed, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
@@ -296,9 +378,14 @@ def test_the_seed_of_the_split_draws_no_triplets_and_both_are_recorded(root, dat
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_batch(root, data, tmp_path):
+    more = ("training.learning_rate=1e30", "training.warmup_steps=0", "training.sampler=uniform")
     with pytest.raises(PipelineError, match=r"(?s)not finite at step .*lower training\.learning_rate"):
-        train(root, data, tmp_path, "training.learning_rate=1e30", "training.warmup_steps=0")
-    assert model.load_checkpoint(tmp_path / "bad_batch.pt")["rows"].shape == (3 * 64,)
+        train(root, data, tmp_path, *more)
+    bad = model.load_checkpoint(tmp_path / "bad_batch.pt")
+    arms = arms_of_step("uniform", DiscountedUcb(fit.arms_of(data.train), 0.3, 0.99), bad["step"], 8)
+    batch = Sampler(data.train, 64, 8, seed=0).draw(bad["step"], arms)  # the same batch once more
+    assert torch.equal(bad["rows"], batch.rows)
+    assert torch.equal(bad["arms"], batch.arms)
 
 
 def test_the_command_trains_says_so_and_has_nothing_to_do_the_second_time(root, tmp_path, capsys, caplog):
@@ -334,7 +421,44 @@ def test_missing_and_damaged_files_are_named(root, tmp_path):
         main(flags(root, f"paths.checkpoints_dir={tmp_path}"))
 
 
-def test_wandb_offline_records_the_epochs(root, data, tmp_path):
-    more = ("logging.wandb_mode=offline", f"paths.logs_dir={tmp_path / 'logs'}", "training.epochs=1")
-    train(root, data, tmp_path / "run", *more)
-    assert list((tmp_path / "logs" / "wandb").glob("offline-run-*/*.wandb"))
+def wandb_records(path):
+    """The records of a .wandb file: a header of 7 bytes, then LevelDB's log format: blocks of 32 KiB, pieces with
+    checksum, length and kind (1: whole, 2: first, 3: middle, 4: last of a record)."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, at, record = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:  # what is left of a block is padding
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", content, at + 4)
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield wandb_internal_pb2.Record.FromString(record)
+            record = b""
+
+
+def test_wandb_offline_records_settings_epochs_and_what_the_run_came_to(root, data, tmp_path):
+    more = ("logging.wandb_mode=offline", f"paths.logs_dir={tmp_path / 'logs'}", "training.epochs=2")
+    result = train(root, data, tmp_path / "run", *more)
+    (path,) = (tmp_path / "logs" / "wandb").glob("offline-run-*/*.wandb")
+    records = list(wandb_records(path))
+
+    def values(items):  # the last of each key
+        return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+    epochs = [values(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
+    assert [row["val_map_at_r"] for row in epochs] == result.history["val_map_at_r"].tolist()
+    summary = values(item for record in records for item in record.summary.update)
+    assert summary["best/map@r"] == result.best_value
+    assert summary["best/epoch"] == result.best_epoch
+    assert summary["curves"]["_type"] == "image-file"
+    config_of = values(item for record in records for item in record.run.config.update)
+    assert config_of["training.margin"] == 0.1
+    (artifact,) = (record.request.log_artifact.artifact if record.HasField("request") else record.artifact
+                   for record in records if record.HasField("artifact"))  # fmt: skip
+    files = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
+    assert files.keys() == {"best.json", "config.json", "curves.png", "history.parquet"}
+    assert files["history.parquet"].read_bytes() == (tmp_path / "run" / "history.parquet").read_bytes()
+    assert json.loads(files["best.json"].read_text())["map@r"] == result.best_value

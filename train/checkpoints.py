@@ -54,6 +54,7 @@ def restore(run, saved: dict) -> None:
     run.optimizer.load_state_dict(state["optimizer"])
     run.bandit.load_state_dict(state["bandit"])
     run.sums, run.mined_with = np.array(state["sums"]), state["mined_with"]
+    run.arms = None if state["arms"] is None else np.array(state["arms"])
     run.step, run.history, run.timings, run.best = (state[key] for key in ("step", "history", "timings", "best"))
 
 
@@ -99,6 +100,7 @@ class Store:
             "bandit": run.bandit.state_dict(),
             "sums": run.sums.tolist(),
             "mined_with": run.mined_with,
+            "arms": None if run.arms is None else run.arms.tolist(),
             "history": run.history,
             "timings": run.timings,
             "best": run.best,

@@ -286,13 +286,13 @@ def random_rows(rows: TrainRows, anchors: torch.Tensor, u: torch.Tensor) -> torc
     return allowed + rows.zone_sizes[runs] - rows.zone_sizes[rows.zone_indptr[building]]
 
 
-def relations(rows: TrainRows, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(positive, negative), each (R, R) bool, of R rows of train: pairs of one building that are not one image,
-    and pairs of two buildings beyond each other's ignore zone."""
-    building, xyz_m = rows.building_of_row[batch], rows.xyz_m[batch]
-    same = building[:, None] == building[None, :]
-    far = torch.cdist(xyz_m, xyz_m, compute_mode="donot_use_mm_for_euclid_dist") > rows.radius_m
-    return same & (batch[:, None] != batch[None, :]), far & ~same
+def relations(rows: TrainRows, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(positive, negative), each (len(first), len(second)) bool, of rows of train: pairs of one building that are
+    not one image, and pairs of two buildings beyond each other's ignore zone."""
+    (one, xyz_m), (other, other_xyz_m) = ((rows.building_of_row[r], rows.xyz_m[r]) for r in (first, second))
+    same = one[:, None] == other[None, :]
+    far = torch.cdist(xyz_m, other_xyz_m, compute_mode="donot_use_mm_for_euclid_dist") > rows.radius_m
+    return same & (first[:, None] != second[None, :]), far & ~same
 
 
 def _load_validation(cfg: Config, path: Path, device: torch.device) -> Validation:

@@ -17,7 +17,8 @@ from common.errors import PipelineError
 from publish.modeling_spatial_embeddings import ProjectionHead
 from train import checkpoints, history, remine, tracking
 from train.bandit import DiscountedUcb, arms_of_step
-from train.datasets import Batch, Sampler, TrainingData, TrainRows, gather, relations, step_seed
+from train.datasets import Batch, TrainingData, TrainRows, relations, step_seed
+from train.feed import Feed, reading
 from train.loss import Loss
 
 log = logging.getLogger("pipeline")
@@ -46,6 +47,7 @@ class Run:
     timings: list[dict]  # of each row: kept apart, since no two runs have the same
     best: dict  # "epoch", "metrics" and "head" of the best epoch
     mined_with: dict | None = None  # weights of the head that made the bands in use; None: those of difficulty
+    arms: np.ndarray | None = None  # (G,): chosen already for the step in hand
     step: int = 0
 
     @property
@@ -83,33 +85,47 @@ def fit(
         finished = saved["resume"]["finished"]
         store.save(run, finished)  # a file that was deleted meanwhile is there again
         log.info("continuing %s at step %s", run_dir, f"{run.step:,}")
-    sampler = Sampler(data.train, cfg.training.batch_size, cfg.training.bandit_groups, cfg.training.seed)
-    if run.mined_with and not finished:
-        mine(cfg, data, run, sampler)
-    with tracking.session(cfg, run_dir, made) as track:
-        while not finished:
-            began, first_step = time.monotonic(), run.step
-            while run.step < run.epoch * cfg.training.steps_per_epoch:
-                train_step(cfg, data, run, sampler, run_dir)
-                if progress:
-                    progress.add(cfg.training.batch_size)
-                if cli.stop_requested():
-                    store.save(run, finished=False)
-                    cli.check_stop()
-            finish_epoch(cfg, data, run, time.monotonic() - began, run.step - first_step)
-            epoch = run.epoch - 1
-            finished = epoch >= cfg.training.epochs or epoch - run.best["epoch"] >= cfg.training.patience
-            due = cfg.training.remine_epochs and epoch and epoch % cfg.training.remine_epochs == 0 and not finished
-            if due:
-                run.mined_with = weights_of(run.head)
-            store.save(run, finished)
-            track({**run.history[-1], **run.timings[-1]})
-            if on_epoch:
-                on_epoch(epoch, run.history[-1]["val_map_at_r"])
-            if due:
-                mine(cfg, data, run, sampler)
+    if not finished:
+        with tracking.session(cfg, run_dir, made) as tracker:
+            train(cfg, data, run, store, tracker, on_epoch, progress)
+            tracker.finish(store.best(run))
     frame = history.frame(run.history, run.timings)
     return FitResult(run.best["metrics"]["map@r"], run.best["epoch"], store.best(run), frame)
+
+
+def train(
+    cfg: Config,
+    data: TrainingData,
+    run: Run,
+    store: checkpoints.Store,
+    tracker: tracking.Tracker,
+    on_epoch: Callable[[int, float], None] | None,
+    progress: cli.Progress | None,
+) -> None:
+    """The epochs that are left of a run; see `fit`."""
+    training, finished = cfg.training, False
+    feed = make_feed(cfg, mine(cfg, data, run) if run.mined_with else data.train)
+    while not finished:
+        began, first_step = time.monotonic(), run.step
+        while run.step < run.epoch * training.steps_per_epoch:
+            train_step(cfg, data, run, feed, store.run_dir)
+            if progress:
+                progress.add(training.batch_size)
+            if cli.stop_requested():
+                store.save(run, finished=False)
+                cli.check_stop()
+        finish_epoch(cfg, data, run, time.monotonic() - began, run.step - first_step)
+        epoch = run.epoch - 1
+        finished = epoch >= training.epochs or epoch - run.best["epoch"] >= training.patience
+        due = training.remine_epochs and epoch and epoch % training.remine_epochs == 0 and not finished
+        if due:
+            run.mined_with = weights_of(run.head)
+        store.save(run, finished)
+        tracker.epoch({**run.history[-1], **run.timings[-1]})
+        if on_epoch:
+            on_epoch(epoch, run.history[-1]["val_map_at_r"])
+        if due:
+            feed = make_feed(cfg, mine(cfg, data, run))
 
 
 def start(cfg: Config, data: TrainingData) -> Run:
@@ -123,6 +139,9 @@ def start(cfg: Config, data: TrainingData) -> Run:
         head.mean.copy_(whitening["mean"])
         if settings.init == "whitening":  # its scale is free; this one gives outputs of the size of the MLP's
             head.linear.weight.copy_(whitening["projection"] / whitening["spread"])
+    # the next layer can learn LayerNorm's scale and shift; without them no gradient goes back to the input, which
+    # saves a fifth of a step's products
+    head.mlp[0].requires_grad_(False)
     loss = Loss(training.loss, training.margin, training.temperature, mines=training.sampler == "semi_hard")
     head.to(data.device)
     loss.to(data.device)
@@ -145,10 +164,15 @@ def arms_of(rows: TrainRows) -> np.ndarray:
     return np.append((sizes > 0).any(dim=0).cpu().numpy(), True)
 
 
-def mine(cfg: Config, data: TrainingData, run: Run, sampler: Sampler) -> None:
-    """Draw from now on from the bands in the space of the head with the weights `run.mined_with`."""
-    sampler.rows = remine.mine(cfg, data.train, run.head, run.mined_with)
-    run.bandit.available = arms_of(sampler.rows)
+def mine(cfg: Config, data: TrainingData, run: Run) -> TrainRows:
+    """The rows with bands in the space of the head with the weights `run.mined_with`; the bandit knows them."""
+    rows = remine.mine(cfg, data.train, run.head, run.mined_with)
+    run.bandit.available = arms_of(rows)
+    return rows
+
+
+def make_feed(cfg: Config, rows: TrainRows) -> Feed:
+    return Feed(rows, cfg.training.batch_size, cfg.training.bandit_groups, cfg.training.seed)
 
 
 def weights_of(head: ProjectionHead) -> dict[str, torch.Tensor]:
@@ -159,8 +183,9 @@ def weights_of(head: ProjectionHead) -> dict[str, torch.Tensor]:
 def make_optimizer(cfg: Config, head: ProjectionHead, loss: Loss) -> torch.optim.AdamW:
     """AdamW with a learning rate per part of the head; only matrices decay."""
     training = cfg.training
-    matrices = [p for p in head.mlp.parameters() if p.ndim > 1]
-    vectors = [p for p in head.mlp.parameters() if p.ndim <= 1]
+    trained = [p for p in head.mlp.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1]
+    vectors = [p for p in trained if p.ndim <= 1]
     groups = [
         (matrices, 1.0, training.weight_decay),
         (vectors, 1.0, 0.0),
@@ -171,7 +196,8 @@ def make_optimizer(cfg: Config, head: ProjectionHead, loss: Loss) -> torch.optim
         [
             {"params": parameters, "lr": 0.0, "full_lr": factor * training.learning_rate, "weight_decay": decay}
             for parameters, factor, decay in groups
-        ]
+        ],
+        fused=True,  # one pass over the weights
     )
 
 
@@ -182,16 +208,23 @@ def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> floa
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
 
 
-def train_step(cfg: Config, data: TrainingData, run: Run, sampler: Sampler, run_dir: Path | None) -> None:
-    """Draw, forward, loss, backward, step; what it brought goes into `run.sums` and to the bandit."""
+def train_step(cfg: Config, data: TrainingData, run: Run, feed: Feed, run_dir: Path | None) -> None:
+    """Forward, loss, backward, step, and the next batch (see `Feed`); what the step brought goes into `run.sums`
+    and to the bandit."""
     training = cfg.training
-    arms = arms_of_step(training.sampler, run.bandit, run.step, training.bandit_groups)
-    batch = sampler.draw(run.step, arms)
+    if feed.is_empty:  # the first step of an epoch, or of this process
+        draw(cfg, run, feed)
+    (batch, embeddings), run.arms = feed.take(), None
     torch.manual_seed(step_seed(training.seed, run.step, purpose=2))  # of the dropout
-    with torch.autocast("cuda", torch.bfloat16, enabled=data.device.type == "cuda"):
-        vectors = run.head.train()(gather(data.train.embeddings, batch.rows))
-    positive, negative = relations(data.train, batch.rows) if run.loss.needs_relations else (None, None)
+    # not compiled: that takes a minute, and on the CPU products, which it leaves as they are, are 78 % of a step
+    with autocast(training.dtype, data.device):
+        vectors = run.head.train()(embeddings)
+    related = batch.rows[: len(batch.rows) if run.loss.contrasts_all else training.batch_size]
+    positive, negative = relations(data.train, related, batch.rows) if run.loss.needs_relations else (None, None)
     loss, semi_hard = run.loss(vectors, positive, negative)
+    credit = torch.bincount(batch.arms, minlength=len(run.bandit.available))
+    reward = torch.bincount(batch.arms, weights=semi_hard.double(), minlength=len(credit))
+    read_brought = reading(torch.cat([loss.detach().double()[None], credit.double(), reward]))
 
     total_steps = training.epochs * training.steps_per_epoch
     factor = learning_rate_factor(run.step, training.warmup_steps, total_steps)
@@ -202,9 +235,7 @@ def train_step(cfg: Config, data: TrainingData, run: Run, sampler: Sampler, run_
     torch.nn.utils.clip_grad_norm_(run.head.parameters(), training.grad_clip)
     run.optimizer.step()
 
-    credit = torch.bincount(batch.arms, minlength=len(run.bandit.available))
-    reward = torch.bincount(batch.arms, weights=semi_hard.double(), minlength=len(credit))
-    brought = torch.cat([loss.detach().double()[None], credit.double(), reward]).cpu().numpy()  # waits for the GPU
+    brought = read_brought()  # waits for the forward pass alone
     if not np.isfinite(brought[0]):
         _refuse_not_finite(run.step, batch, run_dir)
     credit, reward = np.split(brought[1:], 2)
@@ -213,6 +244,21 @@ def train_step(cfg: Config, data: TrainingData, run: Run, sampler: Sampler, run_
         run.bandit.update(credit / group_size, reward / group_size)
     run.sums += np.concatenate([brought[:1], [1], credit, reward])
     run.step += 1
+    if run.step % training.steps_per_epoch:  # after an epoch there may be other bands
+        draw(cfg, run, feed)
+
+
+def draw(cfg: Config, run: Run, feed: Feed) -> None:
+    """Let the bandit choose, unless it has (a stopped run keeps what it chose), and draw the step in hand."""
+    if run.arms is None:
+        run.arms = arms_of_step(cfg.training.sampler, run.bandit, run.step, cfg.training.bandit_groups)
+    feed.draw(run.step, run.arms)
+
+
+def autocast(dtype: str, device: torch.device) -> torch.autocast:
+    """The context of the forward pass by `training.dtype`; normalisation and loss stay in float32."""
+    low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=low)
 
 
 def finish_epoch(cfg: Config, data: TrainingData, run: Run, seconds: float, steps: int) -> None:

@@ -60,6 +60,8 @@ def draw(path: Path, table: pd.DataFrame) -> None:
     axes = figure.subplots(2, 2).ravel()
     for name, label in (("val_map_at_r", "mAP@R"), ("val_recall_at_1", "Recall@1")):
         axes[0].plot(table["epoch"], table[name], label=label)
+    best = table.loc[table["val_map_at_r"].idxmax()]
+    axes[0].plot(best["epoch"], best["val_map_at_r"], "o", color="black", label=f"best: epoch {best['epoch']:.0f}")
     axes[1].plot(table["epoch"], table["loss"])
     for axis, kind in ((axes[2], "share"), (axes[3], "reward")):
         for name in table.columns[table.columns.str.startswith(f"{kind}_")]:
@@ -67,6 +69,7 @@ def draw(path: Path, table: pd.DataFrame) -> None:
     titles = ("validation", "training loss", "share of the negatives", "share of them semi-hard (the reward)")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
     with files.atomic(path) as file:

@@ -52,8 +52,9 @@ def info_nce(
     own = torch.eye(n, 2 * n, dtype=torch.bool, device=anchors.device)
     target = torch.arange(n, device=anchors.device)
     loss = anchors.new_zeros(())
-    for queries, others in ((anchors, positives), (positives, anchors)):
-        logits = scale * (queries @ torch.cat([others, negatives]).T)  # (A, 2A)
+    s_ap, s_an, s_pn = anchors @ positives.T, anchors @ negatives.T, positives @ negatives.T  # (A, A), cosines
+    for pair, others in ((s_ap, s_an), (s_ap.T, s_pn)):
+        logits = scale * torch.cat([pair, others], dim=1)  # (A, 2A)
         loss = loss + F.cross_entropy(logits.masked_fill(~(may_contrast | own), -torch.inf), target)
     return loss / 2
 
@@ -64,13 +65,14 @@ def multi_similarity(similarities: torch.Tensor, positive: torch.Tensor, negativ
     `positive`, `negative` (R, R) bool: which rows are of one building, and which may be contrasted.
     """
     with torch.no_grad():
-        hardest_negative = similarities.masked_fill(~negative, -torch.inf).max(dim=1, keepdim=True).values
-        hardest_positive = similarities.masked_fill(~positive, torch.inf).min(dim=1, keepdim=True).values
-        mined_positive = positive & (similarities - EPSILON < hardest_negative)
-        mined_negative = negative & (similarities + EPSILON > hardest_positive)
-    pull = _log_one_plus_sum_exp(-ALPHA * (similarities - BASE), mined_positive) / ALPHA
-    push = _log_one_plus_sum_exp(BETA * (similarities - BASE), mined_negative) / BETA
-    return (pull + push).mean()
+        hardest_negative = torch.where(negative, similarities, -torch.inf).amax(dim=1, keepdim=True)
+        hardest_positive = torch.where(positive, similarities, torch.inf).amin(dim=1, keepdim=True)
+        mined_positive = positive & (similarities < hardest_negative + EPSILON)
+        mined_negative = negative & (similarities > hardest_positive - EPSILON)
+    # of cosines: no exponential exceeds e^(BETA * (1 - BASE)) = e^25, which float32 holds
+    pull = torch.where(mined_positive, torch.exp(ALPHA * BASE - ALPHA * similarities), 0).sum(dim=1)
+    push = torch.where(mined_negative, torch.exp(BETA * similarities - BETA * BASE), 0).sum(dim=1)
+    return (pull.log1p() / ALPHA + push.log1p() / BETA).mean()
 
 
 class Loss(nn.Module):
@@ -87,12 +89,17 @@ class Loss(nn.Module):
         """Whether it contrasts rows across triplets, and so needs `negative` and `positive`."""
         return self.mines or self.name != "triplet"
 
+    @property
+    def contrasts_all(self) -> bool:
+        """Whether it needs them of all rows, and not of the anchors alone."""
+        return self.name == "multi_similarity"
+
     def forward(
         self, vectors: torch.Tensor, positive: torch.Tensor | None, negative: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(the loss, which triplets (A,) are semi-hard) of (3A, d) vectors: anchors, positives, negatives.
 
-        `positive`, `negative` (3A, 3A) bool: see `datasets.relations`.
+        `positive`, `negative` (A, 3A) bool, or (3A, 3A) if it `contrasts_all`: see `datasets.relations`.
         """
         anchors, positives, negatives = vectors.chunk(3)
         n = len(anchors)
@@ -106,9 +113,3 @@ class Loss(nn.Module):
         else:
             loss = multi_similarity(vectors @ vectors.T, positive, negative)
         return loss, semi_hard(s_ap, s_an, self.margin).detach()
-
-
-def _log_one_plus_sum_exp(values: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-    """log(1 + sum of exp(values) over `which`) of each row."""
-    values = values.masked_fill(~which, -torch.inf)
-    return torch.cat([values, values.new_zeros(len(values), 1)], dim=1).logsumexp(dim=1)

@@ -1,18 +1,49 @@
-"""Weights & Biases: the epochs of a run as they come, if `logging.wandb_mode` says so."""
+"""Weights & Biases, if `logging.wandb_mode` says so: the epochs of a run as they come, and what it came to."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from common.config import Config
 from common.provenance import Provenance, digest_of
 
 
+class Tracker:
+    """A run as wandb sees it; without one (None) nothing happens."""
+
+    def __init__(self, run, run_dir: Path | None):
+        self.run, self.run_dir = run, run_dir
+
+    def epoch(self, row: dict) -> None:
+        """Add a row of the history to the curves."""
+        if self.run is not None:
+            self.run.log(row, step=row["epoch"])
+
+    def finish(self, best: dict) -> None:
+        """The best epoch's figures (`metrics` of checkpoint_best.pt) as the summary, and as an artefact with the
+        history, the settings and the picture of the curves, which lie in the run's folder."""
+        if self.run is None:
+            return
+        import wandb
+
+        figures = {"epoch": best["epoch"], **best["metrics"]}
+        self.run.summary.update({f"best/{name}": value for name, value in figures.items()})
+        self.run.summary["curves"] = wandb.Image(str(self.run_dir / "curves.png"))
+        artifact = wandb.Artifact(f"run-{self.run.id}", type="run", metadata=figures)
+        for name in ("curves.png", "history.parquet"):
+            artifact.add_file(str(self.run_dir / name))
+        for name, content in (("config.json", best["config"]), ("best.json", figures)):
+            with artifact.new_file(name) as file:
+                json.dump(content, file, indent=1)
+        self.run.log_artifact(artifact)
+
+
 @contextlib.contextmanager
-def session(cfg: Config, run_dir: Path | None, made: Provenance) -> Iterator[Callable[[dict], None]]:
-    """A function that takes a row of the history. A run that is continued has the same id there, too."""
+def session(cfg: Config, run_dir: Path | None, made: Provenance) -> Iterator[Tracker]:
+    """The Tracker of a run. One that is continued has the same id there, too."""
     if cfg.logging.wandb_mode == "disabled" or run_dir is None:
-        yield lambda row: None
+        yield Tracker(None, None)
         return
     import wandb
 
@@ -26,4 +57,4 @@ def session(cfg: Config, run_dir: Path | None, made: Provenance) -> Iterator[Cal
         mode=cfg.logging.wandb_mode,
         config=made.config,
     ) as run:
-        yield lambda row: run.log(row, step=row["epoch"])
+        yield Tracker(run, run_dir)

@@ -1,0 +1,172 @@
+"""Triplets per second of training: drawing, forward, loss, backward and step, against a DataLoader.
+
+The other way is a Dataset that draws one triplet in Python (a dict of each building's images, UCB over the bands,
+a neighbour of the band that is less similar than the positive) and a DataLoader that joins them, in-process or
+with two workers: the faster of the two is the baseline. Both train the same head with the triplet loss, with the
+bands and the batch of config.toml.
+
+Command  python tests/benchmarks/bench_triplets.py [--json PATH]
+"""
+
+import math
+import random
+import statistics
+from collections import defaultdict
+
+import numpy as np
+import timing  # before what lies in the repository: it puts that on the path
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from common import config
+from publish.modeling_spatial_embeddings import ProjectionHead
+from train import bandit, datasets, fit
+
+ROWS, DIM, VIEWS, PANORAMAS = 100_000, 768, 4, 30_000
+STEPS, ROUNDS = 8, 5
+SETTINGS = ["training.loss=triplet", "training_model.hidden_dim=512", "training_model.output_dim=256"]
+
+
+def make_data(cfg: config.Config) -> tuple[datasets.TrainingData, dict[str, np.ndarray]]:
+    """Random embeddings and neighbours of buildings 40 m apart, as training holds them and as arrays."""
+    rng = np.random.default_rng(0)
+    building = np.arange(ROWS) // VIEWS
+    k, bands = cfg.data.neighbors, cfg.data.num_bands
+    arrays = {
+        "embeddings": rng.standard_normal((ROWS, DIM), np.float32).astype(np.float16),
+        "neighbors": rng.integers(0, ROWS, (ROWS, k), np.int32),
+        "offsets": np.tile(np.linspace(0, k, bands + 1).astype(np.uint8), (ROWS, 1)),
+        "building_of_row": building,
+    }
+    columns = {
+        "street_view_id": rng.integers(0, PANORAMAS, ROWS),
+        "target_lat": building * 40 / 111_195,
+        "target_lon": np.zeros(ROWS),
+    }
+    rows = datasets.make_rows(
+        **arrays, columns=columns, radius_m=cfg.data.ignore_radius_m, device=torch.device("cpu")
+    )
+    whitening = {
+        "mean": torch.zeros(DIM),
+        "projection": torch.linalg.qr(torch.randn(DIM, cfg.training_model.output_dim))[0].T,
+        "spread": 1.0,
+    }
+    data = datasets.TrainingData(rows, None, {"whitening": whitening}, {}, {}, torch.device("cpu"))
+    return data, arrays
+
+
+class Ours:
+    """The steps of a run, as `fit.fit` takes them."""
+
+    def __init__(self, cfg: config.Config, data: datasets.TrainingData):
+        self.cfg, self.data, self.run = cfg, data, fit.start(cfg, data)
+        self.feed = fit.make_feed(cfg, data.train)
+
+    def train(self) -> None:
+        for _ in range(STEPS):
+            fit.train_step(self.cfg, self.data, self.run, self.feed, None)
+
+    def draw(self) -> None:
+        """What `train` does before the gather of the embeddings."""
+        training = self.cfg.training
+        for step in range(STEPS):
+            arms = bandit.arms_of_step("ucb", self.run.bandit, step, training.bandit_groups)
+            self.feed.sampler.draw(step, arms)
+
+
+class Triplets(Dataset):
+    """One triplet at a time."""
+
+    def __init__(self, cfg: config.Config, arrays: dict[str, np.ndarray]):
+        self.embeddings = torch.from_numpy(arrays["embeddings"])
+        self.neighbors, self.offsets = arrays["neighbors"], arrays["offsets"]
+        self.similarities = np.random.default_rng(1).uniform(-0.1, 0.1, self.neighbors.shape).astype(np.float16)
+        self.building_of_row, self.num_arms = arrays["building_of_row"], cfg.data.num_bands + 1
+        self.exploration = cfg.training.bandit_exploration
+        self.rows_of = defaultdict(list)
+        for row, building in enumerate(self.building_of_row.tolist()):
+            self.rows_of[building].append(row)
+        self.draws, self.rewards = [1] * self.num_arms, [0.0] * self.num_arms
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, anchor: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        building = int(self.building_of_row[anchor])
+        positive = random.choice([row for row in self.rows_of[building] if row != anchor])
+        total = math.log(sum(self.draws))
+        arms = zip(self.rewards, self.draws, strict=True)
+        bounds = [reward / n + self.exploration * math.sqrt(total / n) for reward, n in arms]
+        arm = max(range(self.num_arms), key=bounds.__getitem__)
+        self.draws[arm] += 1
+        negative = self.neighbor(anchor, positive, arm) if arm < self.num_arms - 1 else None
+        if negative is None:
+            negative = random.randrange(ROWS)
+            while self.building_of_row[negative] == building:
+                negative = random.randrange(ROWS)
+        return self.embeddings[anchor], self.embeddings[positive], self.embeddings[negative]
+
+    def neighbor(self, anchor: int, positive: int, band: int) -> int | None:
+        """One of the anchor's neighbours in the band that is less similar to it than the positive."""
+        vectors = self.embeddings[anchor].float(), self.embeddings[positive].float()
+        s_ap = F.cosine_similarity(*vectors, dim=0).item()
+        first, last = self.offsets[anchor][band : band + 2]
+        near = zip(self.neighbors[anchor][first:last], self.similarities[anchor][first:last], strict=True)
+        candidates = [row for row, s_an in near if s_an < s_ap]
+        return int(random.choice(candidates)) if candidates else None
+
+
+class Theirs:
+    """The same head trained on what a DataLoader brings."""
+
+    def __init__(self, cfg: config.Config, arrays: dict[str, np.ndarray], workers: int):
+        model = cfg.training_model
+        self.margin = cfg.training.margin
+        self.head = ProjectionHead(DIM, model.hidden_dim, model.output_dim, model.dropout).train()
+        self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=cfg.training.learning_rate)
+        data = Triplets(cfg, arrays)
+        self.batches = DataLoader(
+            data,
+            cfg.training.batch_size,
+            sampler=RandomSampler(data, num_samples=STEPS * cfg.training.batch_size),
+            num_workers=workers,
+            persistent_workers=workers > 0,  # they start once, before the first round is timed, and then wait
+        )
+
+    def train(self) -> None:
+        for batch in self.batches:
+            anchors, positives, negatives = (self.head(side) for side in batch)
+            s_ap, s_an = (anchors * positives).sum(dim=1), (anchors * negatives).sum(dim=1)
+            loss = F.relu(s_an - s_ap + self.margin).mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+
+
+def measure() -> list[timing.Ratio]:
+    """Ratios of the times of a few steps."""
+    cfg = config.load(None, SETTINGS)
+    data, arrays = make_data(cfg)
+    low = config.load(None, [*SETTINGS, "training.dtype=bfloat16"])
+    default = config.load(None, [*SETTINGS, "training.loss=infonce", "training.dtype=bfloat16"])
+    ours = {"float32": Ours(cfg, data), "bfloat16": Ours(low, data), "InfoNCE": Ours(default, data)}
+    ways = {name: way.train for name, way in ours.items()}
+    ways["draw"] = ours["bfloat16"].draw
+    loaders = {f"DataLoader, {workers} workers": Theirs(cfg, arrays, workers) for workers in (0, 2)}
+    taken = timing.seconds(ways | {name: way.train for name, way in loaders.items()}, ROUNDS)
+
+    best = min(loaders, key=lambda name: statistics.median(taken[name]))
+    items = {"items": STEPS * cfg.training.batch_size, "unit": "triplets/s"}
+    size = f"{DIM} to {cfg.training_model.output_dim}"
+    taken["the step, bfloat16"] = taken["bfloat16"]
+    return [
+        timing.ratio(f"training, triplet loss, {size}, float32", taken, "float32", best, target=2, **items),
+        timing.ratio(f"training, triplet loss, {size}, bfloat16", taken, "bfloat16", best, target=3.5, **items),
+        timing.ratio(f"training, InfoNCE, {size}, bfloat16", taken, "InfoNCE", best, **items),
+        timing.ratio("drawing its triplets", taken, "draw", "the step, bfloat16", target=20, **items),
+    ]
+
+
+if __name__ == "__main__":
+    timing.main(__doc__, measure)
