@@ -139,9 +139,6 @@ def start(cfg: Config, data: TrainingData) -> Run:
         head.mean.copy_(whitening["mean"])
         if settings.init == "whitening":  # its scale is free; this one gives outputs of the size of the MLP's
             head.linear.weight.copy_(whitening["projection"] / whitening["spread"])
-    # the next layer can learn LayerNorm's scale and shift; without them no gradient goes back to the input, which
-    # saves a fifth of a step's products
-    head.mlp[0].requires_grad_(False)
     loss = Loss(training.loss, training.margin, training.temperature, mines=training.sampler == "semi_hard")
     head.to(data.device)
     loss.to(data.device)
