@@ -58,7 +58,7 @@ def _search_keys(cfg: Config) -> tuple[str, ...]:
 
 def write(cfg: Config, todo: list[Part]) -> Iterator[Part]:
     """Search the neighbours of each part's anchors and write its file; yields each part when it is there."""
-    from difficulty import search  # torch and scikit-learn: gathering alone does without
+    from difficulty import search, tree  # torch and scikit-learn: gathering alone does without
 
     path = train_path(cfg)
     device = devices.pick(cfg.infrastructure.device)
@@ -71,16 +71,16 @@ def write(cfg: Config, todo: list[Part]) -> Iterator[Part]:
     def exact(rows: np.ndarray):
         return search.exact_neighbors(embeddings, near, rows=rows, device=device, **options)
 
-    tree = search.build_tree(embeddings, cfg.data.balltree_dim) if cfg.data.search == "balltree" else None
+    ball = tree.build(embeddings, cfg.data.balltree_dim) if cfg.data.search == "balltree" else None
     for part in todo:
         rows = np.arange(part.start, part.stop)
         recall = 1.0
-        if tree is None:
+        if ball is None:
             found, similarities = exact(rows)
         else:
-            found, similarities = search.balltree_neighbors(tree, embeddings, near, rows=rows, **options)
+            found, similarities = tree.balltree_neighbors(ball, embeddings, near, rows=rows, **options)
             sample = np.unique(np.linspace(0, len(rows) - 1, RECALL_SAMPLE).astype(np.int64))
-            recall = search.recall(found[sample], exact(rows[sample])[0])
+            recall = tree.recall(found[sample], exact(rows[sample])[0])
         with parquet.writer(part.target, schemas.difficulty_part(cfg.data.neighbors), part.made) as out:
             out.append({"neighbor_rows": found, "neighbor_similarities": similarities})
             out.facts = {"recall": recall}

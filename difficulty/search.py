@@ -5,7 +5,7 @@ before the best are taken, so that an image in a dense place gets its k all the 
 row number, though most of the work is done in bfloat16:
 
 1. Products of bfloat16 vectors, on a GPU or a CPU that is fast at them. Each differs from the cosine by less than
-   what `_Gallery.below` says, so that nothing below an anchor's floor can be among its best k. The floor rises as
+   what `Gallery.below` says, so that nothing below an anchor's floor can be among its best k. The floor rises as
    better candidates are found, and only what lies above it is collected: no tile is sorted.
 2. The candidates left (about 1.5 k of them) are compared in float32, and those that float32 cannot tell apart in
    float64.
@@ -21,24 +21,23 @@ Traffic: N x D x 2 bytes for every tile of A anchors, from the host where the ve
 x 2 of candidates.
 """
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.neighbors import BallTree
 from torch.nn import functional as F
 
-from common import devices
 from common.zones import Zones
-from train import whitening
+from difficulty.gallery import LOWEST, Gallery
 
 NO_ROW, NO_SIMILARITY = -1, -1.0  # where an image has fewer than k candidates
 KEPT = 4  # times k: the candidates that an anchor may have before its floor rises
 _WORD = 8  # flags that are looked at together
-_LOWEST = -2.0  # below every cosine, above the -inf of forbidden pairs
 _TILE = {"cpu": (1_024, 8_192), "cuda": (8_192, 32_768)}  # rows: larger tiles are no faster
-_BLOCK_ROWS = 8_192  # converted at a time
-_TREE_QUERIES = 1_024  # anchors asked of the tree at a time
+_SETTLED_ROWS = 8_192  # rows that candidates are compared with in float32 at a time: on a GPU half a GB
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 Neighbors = tuple[np.ndarray, np.ndarray]  # (rows (n, k) int32, similarities (n, k) float32), most similar first
 
@@ -63,7 +62,7 @@ def exact_neighbors(
 
     left = np.arange(len(rows))
     for dtype in [torch.bfloat16, torch.float32] if fast_bfloat16(device) else [torch.float32]:
-        gallery = _Gallery(embeddings, dtype, device)
+        gallery = Gallery(embeddings, dtype, device)
         size = tile_sizes(embeddings.shape[1], k, memory_mb, device, dtype)
         crowded = []
         for places in _cut(left, size[0]):
@@ -85,12 +84,6 @@ def fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def tolerance(dim: int) -> float:
-    """Cosines nearer to each other than this may stand in the wrong order in float32: 8 sqrt(D) times its unit
-    roundoff, which sums of D terms exceed with probability below 1e-13 (Higham & Mary 2019, theorem 2.4)."""
-    return 4 * float(np.finfo(np.float32).eps) * dim**0.5
 
 
 def tile_sizes(
@@ -117,48 +110,6 @@ def similarities_of(embeddings: torch.Tensor, left: torch.Tensor, right: torch.T
         norms = (x * x).sum(dim=1).sqrt() * (y * y).sum(dim=1).sqrt()
         parts.append((x * y).sum(dim=1) / norms.clamp(min=1e-300))
     return torch.cat(parts)
-
-
-class _Gallery:
-    """All unit vectors in one precision, and how far products of them may be from the cosines."""
-
-    def __init__(self, embeddings: torch.Tensor, dtype: torch.dtype, device: torch.device):
-        n, dim = embeddings.shape
-        self.embeddings, self.dtype, self.device = embeddings, dtype, device
-        self.vectors = None  # float32: made a block at a time, for it would take twice the room
-        self.scale = torch.empty(n, device=device)  # 1 / length
-        self.error = torch.zeros(n, device=device)  # the length of what rounding took off a unit vector
-        self.rounding = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0  # of a product, relative
-        self.tolerance = tolerance(dim)
-        if dtype != torch.float32:
-            here = device if devices.fits(n * dim * dtype.itemsize, device) else embeddings.device
-            self.vectors = torch.empty((n, dim), dtype=dtype, device=here)
-        for start in range(0, n, _BLOCK_ROWS):
-            block = slice(start, start + _BLOCK_ROWS)
-            raw = embeddings[block].to(device).float()
-            self.scale[block] = 1 / raw.norm(dim=1).clamp(min=1e-12)
-            if self.vectors is not None:
-                unit = raw * self.scale[block, None]
-                low = unit.to(dtype)
-                self.vectors[block] = low.to(self.vectors.device)
-                self.error[block] = 1.001 * (unit - low.float()).norm(dim=1)
-
-    def block(self, which) -> torch.Tensor:
-        """The unit vectors of some rows (a slice, or numbers), on the device."""
-        if self.vectors is not None:
-            return self.vectors[which].to(self.device)
-        return self.embeddings[which].to(self.device).float() * self.scale[which, None]
-
-    def below(self, kth: torch.Tensor, anchor_error: torch.Tensor) -> torch.Tensor:
-        """The floor (A,) of anchors whose k-th best score so far is `kth`: what scores less is not of the best k.
-
-        A score s is within e + r |s| of the cosine, where e is the sum of the two vectors' errors (by Cauchy and
-        Schwarz; both vectors are at most 1.004 long) and r the rounding of a product. So k cosines reach
-        kth - e - r |kth|, and what scores less than that minus e + r |floor| does not. The floor is rounded too.
-        """
-        e = 1.005 * (anchor_error + self.error.max()) + self.tolerance
-        floor = kth - 2 * e - 3 * self.rounding * (kth.abs() + 0.03)
-        return floor.clamp(min=_LOWEST)  # where fewer than k are known, kth is -inf, and the floor -2
 
 
 class _Collected:
@@ -192,28 +143,27 @@ class _Collected:
         self.add(anchors, rows, scores)
 
 
-def _collect(gallery: _Gallery, zones: Zones, anchors: np.ndarray, k: int, size: tuple[int, int]) -> _Collected:
+def _collect(gallery: Gallery, zones: Zones, anchors: np.ndarray, k: int, size: tuple[int, int]) -> _Collected:
     """The rows that may be among the best k of each anchor."""
     n, device, dtype = len(gallery.embeddings), gallery.device, gallery.dtype
     forbidden = _forbidden(zones, anchors, device)
-    on_device = torch.from_numpy(anchors).to(device)
-    queries, error = gallery.block(_on(gallery, anchors)), gallery.error[on_device]
+    queries, error = gallery.queries(torch.from_numpy(anchors).to(device))
     collected = _Collected(len(anchors), k, dtype, device)
-    floor = torch.full((len(anchors),), _LOWEST, device=device)
+    floor = torch.full((len(anchors),), LOWEST, device=device)
     width = min(size[1], -(-n // _WORD) * _WORD)
     scores = torch.empty((len(anchors), width), dtype=dtype, device=device)
     flags = torch.empty((len(anchors), width), dtype=torch.bool, device=device)
     for start in range(0, n, width):
         stop = min(start + width, n)
-        _products(queries, gallery.block(slice(start, stop)), scores)
+        _products(queries, gallery.block(start, stop), scores)
         scores[:, stop - start :] = -torch.inf
         forbidden.remove(scores, start, stop)
         if start == 0:
-            floor = gallery.below(_at_most_kth(scores, k), error)
+            floor = gallery.below(_at_most_kth(scores, collected.scores, k), error)
         hits = _hits(scores, floor, flags)
         room = collected.scores.shape[1]
         if (hits.per_anchor + collected.count > room).any():
-            kth = torch.maximum(collected.kth(), _at_most_kth(scores, k))
+            kth = _at_most_kth(scores, collected.scores, k)
             floor = torch.maximum(floor, gallery.below(kth, error))
             collected.drop_below(floor)
             hits = _hits(scores, floor, flags)
@@ -227,25 +177,19 @@ def _collect(gallery: _Gallery, zones: Zones, anchors: np.ndarray, k: int, size:
     return collected
 
 
-def _on(gallery: _Gallery, rows: np.ndarray) -> torch.Tensor:
-    table = gallery.vectors if gallery.vectors is not None else gallery.embeddings
-    return torch.from_numpy(rows).to(table.device)
-
-
 def _products(queries: torch.Tensor, block: torch.Tensor, scores: torch.Tensor) -> None:
     """Write the scores (A, G) of the queries (A, D) and a block (G or fewer, D) of the gallery."""
     torch.mm(queries, block.T, out=scores if len(block) == scores.shape[1] else scores[:, : len(block)])
 
 
-def _at_most_kth(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """At most the k-th largest score (A,) of each row, and near it: the k-th largest of maxima over disjoint sets
-    of about a third of k-th part of the columns. A tenth of the time of a true top-k."""
-    sets = scores.shape[1] // max(1, scores.shape[1] // (3 * k))
-    if sets < k:
-        return scores.new_full((len(scores),), -torch.inf, dtype=torch.float32)
-    depth = scores.shape[1] // sets
+def _at_most_kth(scores: torch.Tensor, known: torch.Tensor, k: int) -> torch.Tensor:
+    """At most the k-th largest (A,) of each row's scores and of those `known` from other tiles, and near it: the
+    k-th largest of the latter and of maxima over disjoint sets of about a third of k-th part of the columns. A
+    tenth of the time of a true top-k."""
+    depth = max(1, scores.shape[1] // (3 * k))
+    sets = scores.shape[1] // depth
     maxima = scores[:, : depth * sets].unflatten(1, (depth, sets)).amax(dim=1)
-    return maxima.topk(k, dim=1, sorted=False).values.amin(dim=1).float()
+    return torch.cat([known, maxima], dim=1).topk(k, dim=1, sorted=False).values.amin(dim=1).float()
 
 
 class _Hits(NamedTuple):
@@ -296,7 +240,7 @@ def _forbidden(zones: Zones, rows: np.ndarray, device: torch.device) -> _Forbidd
 
 
 def _settle(
-    gallery: _Gallery, anchors: np.ndarray, collected: _Collected, k: int, memory_mb: float
+    gallery: Gallery, anchors: np.ndarray, collected: _Collected, k: int, memory_mb: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best k rows of the candidates with their cosines (A, k), -inf where there are fewer: by float32, and
     those that it cannot tell apart by float64; ties by row number."""
@@ -304,7 +248,7 @@ def _settle(
     rows, scores = collected.rows[:, :width].long(), collected.scores[:, :width]
     valid = torch.isfinite(scores)
     if gallery.dtype != torch.float32:
-        scores = _float32_cosines(gallery, anchors, rows, memory_mb).masked_fill(~valid, -torch.inf)
+        scores = _float32_cosines(gallery, anchors, rows, valid, memory_mb).masked_fill(~valid, -torch.inf)
     ordered, order = scores.sort(dim=1, descending=True)
     close = (ordered[:, :-1] - ordered[:, 1:]) <= gallery.tolerance  # False where both are -inf: NaN
     close &= ordered[:, 1:] >= ordered[:, [min(k, width) - 1]] - gallery.tolerance  # those below stay below
@@ -318,20 +262,44 @@ def _settle(
     return rows.gather(1, order)[:, :k], values[:, :k].float()
 
 
-def _float32_cosines(gallery: _Gallery, anchors: np.ndarray, rows: torch.Tensor, memory_mb: float) -> torch.Tensor:
-    """Cosines (A, W) of each anchor with the rows (A, W) that go with it."""
-    embeddings, (count, width) = gallery.embeddings, rows.shape
-    step = int(max(1, memory_mb * 2**20 // 4 // (6 * width * embeddings.shape[1])))
+def _float32_cosines(
+    gallery: Gallery, anchors: np.ndarray, rows: torch.Tensor, valid: torch.Tensor, memory_mb: float
+) -> torch.Tensor:
+    """Cosines (A, W) of each anchor with the rows (A, W) that go with it, of any value where not valid."""
+    (count, width), dim = rows.shape, gallery.embeddings.shape[1]
+    own = torch.from_numpy(anchors).to(gallery.device)
+    at_once = int(np.clip(memory_mb * 2**20 // 4 // (12 * dim), 1, _SETTLED_ROWS))
     if gallery.device.type == "cpu":
-        step = min(step, 8)  # what is gathered stays in the cache
+        return _sampled_products(gallery, gallery.unit(own), rows, valid, at_once)
+    step = max(1, at_once // width)
     cosines = torch.empty((count, width), device=gallery.device)
     for start in range(0, count, step):
-        own = torch.from_numpy(anchors[start : start + step])
-        some = rows[start : start + step]
-        x = embeddings[own.to(embeddings.device)].to(gallery.device).float() * gallery.scale[own, None]
-        y = embeddings.index_select(0, some.reshape(-1).to(embeddings.device)).to(gallery.device).float()
-        cosines[start : start + step] = torch.bmm(y.view(*some.shape, -1), x[:, :, None]).squeeze(2)
-    return cosines * gallery.scale[rows]
+        x, some = gallery.unit(own[start : start + step]), rows[start : start + step]
+        y = gallery.unit(some.reshape(-1)).view(*some.shape, dim)
+        cosines[start : start + step] = torch.bmm(y, x[:, :, None]).squeeze(2)
+    return cosines
+
+
+def _sampled_products(
+    gallery: Gallery, x: torch.Tensor, rows: torch.Tensor, valid: torch.Tensor, at_once: int
+) -> torch.Tensor:
+    """The same, for a CPU: a block of the gallery after the other, each row of it made float32 once for all the
+    anchors that ask for it. An eighth of the time of gathering rows for each anchor."""
+    products = torch.zeros(rows.shape)
+    block_of = torch.where(valid, rows // at_once, -1)
+    for number in range(-(-len(gallery.embeddings) // at_once)):
+        anchor, place = (block_of == number).nonzero(as_tuple=True)
+        if not len(anchor):
+            continue
+        asked, column = rows[anchor, place].unique(return_inverse=True)
+        ends = torch.bincount(anchor, minlength=len(x)).cumsum(0)
+        with warnings.catch_warnings(action="ignore"):  # torch calls its CSR tensors beta
+            pattern = torch.sparse_csr_tensor(
+                F.pad(ends, (1, 0)), column, torch.zeros(len(column)), (len(x), len(asked)), check_invariants=False
+            )
+        dots = torch.sparse.sampled_addmm(pattern, x, gallery.unit(asked).T, beta=0.0)
+        products[anchor, place] = dots.values()
+    return products
 
 
 def _all_in_float64(
@@ -350,52 +318,3 @@ def _all_in_float64(
 
 def _cut(places: np.ndarray, size: int) -> list[np.ndarray]:
     return [places[start : start + size] for start in range(0, len(places), size)]
-
-
-class Tree(NamedTuple):
-    tree: BallTree
-    points: np.ndarray  # (N, dim) float32
-
-
-def build_tree(embeddings: torch.Tensor, dim: int) -> Tree:
-    """A ball tree over the `dim` principal components of the normalised embeddings; N x dim x 12 bytes."""
-    mean, projection = whitening.pca(embeddings.cpu().numpy(), min(dim, embeddings.shape[1]))
-    points = np.empty((len(embeddings), len(projection)), np.float32)
-    for start in range(0, len(points), _BLOCK_ROWS):
-        block = slice(start, start + _BLOCK_ROWS)
-        points[block] = (F.normalize(embeddings[block].cpu().float(), dim=1).numpy() - mean) @ projection.T
-    return Tree(BallTree(points), points)
-
-
-def balltree_neighbors(
-    tree: Tree, embeddings: torch.Tensor, zones: Zones, *, k: int, rows: np.ndarray, memory_mb: float
-) -> Neighbors:
-    """The neighbours of the anchors `rows` that the tree finds, in the order of their true similarities."""
-    n = len(embeddings)
-    found_rows = np.full((len(rows), k), NO_ROW, np.int32)
-    found_similarities = np.full((len(rows), k), NO_SIMILARITY, np.float32)
-    for start in range(0, len(rows), _TREE_QUERIES):
-        some = np.asarray(rows[start : start + _TREE_QUERIES], np.int64)
-        indptr, forbidden = zones.rows_of(some, own=True)
-        longest = min(n, k + int(np.diff(indptr).max()))  # so that k are left when the forbidden have gone
-        asked = tree.tree.query(tree.points[some], longest, return_distance=False)
-        of_anchor = np.repeat(np.arange(len(some)), np.diff(indptr))
-        allowed = ~np.isin(np.arange(len(some))[:, None] * n + asked, of_anchor * n + forbidden)
-        order = np.argsort(~allowed, axis=1, kind="stable")[:, :k]
-        chosen, valid = np.take_along_axis(asked, order, 1), np.take_along_axis(allowed, order, 1)
-        left, right = (torch.from_numpy(side.ravel()) for side in (np.repeat(some, chosen.shape[1]), chosen))
-        values = similarities_of(embeddings, left, right, memory_mb).cpu().numpy().reshape(chosen.shape)
-        values = np.where(valid, values, -np.inf)
-        order = np.lexsort((chosen, -values), axis=1)
-        chosen, values = np.take_along_axis(chosen, order, 1), np.take_along_axis(values, order, 1)
-        valid = np.isfinite(values)
-        found_rows[start : start + len(some), : chosen.shape[1]] = np.where(valid, chosen, NO_ROW)
-        found_similarities[start : start + len(some), : chosen.shape[1]] = np.where(valid, values, NO_SIMILARITY)
-    return found_rows, found_similarities
-
-
-def recall(found: np.ndarray, exact: np.ndarray) -> float:
-    """The share of the `exact` neighbours (n, k), -1 where there are fewer, that are among the `found` (n, k)."""
-    valid = exact != NO_ROW
-    hit = (exact[:, :, None] == found[:, None, :]).any(axis=2) & valid
-    return float(hit.sum() / max(1, valid.sum()))

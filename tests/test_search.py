@@ -6,7 +6,8 @@ import torch
 
 from common.zones import make_zones
 from difficulty import search
-from difficulty.search import balltree_neighbors, build_tree, exact_neighbors, recall
+from difficulty.search import exact_neighbors
+from difficulty.tree import balltree_neighbors, build, recall
 
 CPU = torch.device("cpu")
 METRES = 1 / 111_195  # degrees of latitude
@@ -124,7 +125,7 @@ def test_balltree_in_all_dimensions_is_exact_and_keeps_its_k_in_a_dense_place():
     zones = zones_at(np.repeat(rng.uniform(0, 2_000, 40), 10))
     rows = np.arange(3, 400, 7)
     found, similarities = balltree_neighbors(
-        build_tree(embeddings, 8), embeddings, zones, k=12, rows=rows, memory_mb=16
+        build(embeddings, 8), embeddings, zones, k=12, rows=rows, memory_mb=16
     )
     expected, expected_similarities = brute_force(embeddings, zones, 12)
     assert recall(found, expected[rows]) > 0.97  # distances from the mean's PCA are those of the unit vectors
@@ -136,8 +137,8 @@ def test_balltree_in_all_dimensions_is_exact_and_keeps_its_k_in_a_dense_place():
 def test_balltree_on_few_dimensions_forgets_neighbours_and_recall_says_so():
     embeddings = torch.from_numpy(np.random.default_rng(3).normal(size=(400, 32)).astype(np.float32))
     zones = zones_at(np.arange(400) * 100)
-    tree = build_tree(embeddings, 2)
-    found, _ = balltree_neighbors(tree, embeddings, zones, k=10, rows=np.arange(400), memory_mb=16)
+    ball = build(embeddings, 2)
+    found, _ = balltree_neighbors(ball, embeddings, zones, k=10, rows=np.arange(400), memory_mb=16)
     assert 0.02 < recall(found, brute_force(embeddings, zones, 10)[0]) < 0.5
 
 

@@ -16,7 +16,8 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import BallTree
 
 from common.zones import Zones, make_zones
-from difficulty.search import exact_neighbors, recall
+from difficulty.search import exact_neighbors
+from difficulty.tree import recall
 
 DIM, K, RADIUS_M, MEMORY_MB = 768, 150, 25.0, 512
 TREE_DIM, TREE_QUERIES = 32, 500  # the peer's PCA; the queries that its time is carried on from
