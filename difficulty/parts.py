@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common import devices, geo, parquet, provenance, schemas, zones
+from common import devices, parquet, provenance, schemas, zones
 from common.config import Config, values
 from common.errors import PipelineError
 from common.provenance import Provenance
-from difficulty import bands
+from difficulty import band_report, bands
 
 log = logging.getLogger("pipeline")
 RECALL_SAMPLE = 256  # anchors of a part that an approximate search is compared with the exact one on
@@ -98,7 +98,7 @@ def refuse_missing(parts: list[Part]) -> None:
 
 
 def gather(cfg: Config, parts: list[Part]) -> list[dict]:
-    """Calibrate the bands over all parts and stream the artefact; returns the table of bands."""
+    """Calibrate the bands over all parts, stream the artefact, and report on the bands; returns their table."""
     counts = sum(bands.histogram(ratio) for _, _, _, ratio in _read_parts(cfg, parts))
     if not np.any(counts):
         raise PipelineError(
@@ -106,17 +106,16 @@ def gather(cfg: Config, parts: list[Part]) -> list[dict]:
             "lower data.ignore_radius_m, or use more of the map"
         )
     edges = bands.edges_of(counts, cfg.data.band_percentiles)
-    ids = parquet.read(train_path(cfg), ["streetview_image_id", "building_id", "target_lat", "target_lon"])
-    xyz_m = geo.to_xyz_m(ids["target_lat"].to_numpy(), ids["target_lon"].to_numpy())
-    table = bands.Table.of(edges)
+    ids = parquet.read(train_path(cfg), ["streetview_image_id", "building_id"])
+    report = band_report.Report(train_path(cfg), counts, edges)
     recalls = [parquet.read_provenance(part.target).facts["recall"] for part in parts]
     recall = float(np.average(recalls, weights=[part.stop - part.start for part in parts]))
     path, made = result(cfg)
     with parquet.writer(path, schemas.difficulty(cfg.data.neighbors, cfg.data.num_bands), made) as out:
         for part, rows, similarities, ratio in _read_parts(cfg, parts):
             offsets = bands.offsets(ratio, edges)
-            table.add(part.start, rows, similarities, offsets, xyz_m)
-            columns = {name: ids[name].slice(part.start, len(rows)) for name in ids.column_names[:2]}
+            report.add(part.start, rows, similarities, offsets)
+            columns = {name: ids[name].slice(part.start, len(rows)) for name in ids.column_names}
             columns |= {"neighbor_rows": rows, "neighbor_similarities": similarities.astype(np.float16)}
             out.append({**columns, "band_offsets": offsets})
         out.facts = {
@@ -124,16 +123,17 @@ def gather(cfg: Config, parts: list[Part]) -> list[dict]:
             "search": cfg.data.search,
             "recall": recall,
             "band_edges": edges.tolist(),
-            "bands": table.rows(),
+            "bands": report.table.rows(),
             "merged_id": made.inputs[train_path(cfg).name],
         }
+        report.write(path.parent, cfg.paths.raw_dir)
     if recall < LOW_RECALL:
         log.warning(
             'data.search = "%s" found %.1f %% of the true neighbours; "exact" finds all',
             cfg.data.search,
             100 * recall,
         )
-    return table.rows()
+    return report.table.rows()
 
 
 def _read_parts(cfg: Config, parts: list[Part]) -> Iterator[tuple]:

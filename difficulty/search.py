@@ -293,7 +293,8 @@ def _sampled_products(
             continue
         asked, column = rows[anchor, place].unique(return_inverse=True)
         ends = torch.bincount(anchor, minlength=len(x)).cumsum(0)
-        with warnings.catch_warnings(action="ignore"):  # torch calls its CSR tensors beta
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls its CSR tensors beta
             pattern = torch.sparse_csr_tensor(
                 F.pad(ends, (1, 0)), column, torch.zeros(len(column)), (len(x), len(asked)), check_invariants=False
             )
