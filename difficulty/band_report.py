@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from PIL import Image
 
 from common import files, geo, parquet, pictures
@@ -114,7 +115,9 @@ def draw(table: Table, ratio_counts: np.ndarray) -> Figure:
 
     for b, counts in enumerate(table.metres):
         if counts.any():
-            far.step(METRES[1:], np.cumsum(counts) / counts.sum(), color=colours[b], label=f"band {b}")
+            far.step(
+                METRES[1:], np.cumsum(counts) / counts.sum(), color=colours[b], where="post", label=f"band {b}"
+            )
     far.axvline(NEAR_M, color="0.6", lw=0.8, ls="--")
     there = METRES[np.flatnonzero(table.metres.sum(axis=0))]
     if len(there):
@@ -129,9 +132,9 @@ def draw(table: Table, ratio_counts: np.ndarray) -> Figure:
         (0.27, "share_of_anchors_without", "anchors without any", "0.7"),
     ):
         near.bar(places + shift, [row[key] for row in rows], 0.25, label=label, color=shade)
-    near.set(title="shares", xlabel="band", ylim=(0, 1.02))
+    near.set(title="shares", xlabel="band", ylim=(0, 1.15))
     near.set_xticks(places, names)
-    near.legend(fontsize=8, frameon=False)
+    near.legend(fontsize=8, frameon=False, ncols=3, loc="upper center")
     for axis in (edges, similar, far, near):
         axis.spines[["top", "right"]].set_visible(False)
     return figure
@@ -151,6 +154,8 @@ def _draw_edges(axis, edges: np.ndarray, ratio_counts: np.ndarray, colours: list
         axis.axvline(edge, color="black", lw=0.7)
     axis.set(title="pairs by distance ratio, and the bands' edges", xlabel="ratio to the reference neighbour")
     axis.set(xscale="log", ylabel="pairs")
+    for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
 
 
 def _side_by_side(left: Image.Image | None, right: Image.Image | None) -> Image.Image:

@@ -43,10 +43,10 @@ class Gallery:
         here = self.device if devices.fits(n * dim * dtype.itemsize, self.device) else embeddings.device
         self.vectors = torch.empty((n, dim), dtype=dtype, device=here)
         self.rounding = torch.finfo(dtype).eps / 2
-        mean = self.unit(slice(0, None, -(-n // _MEAN_OF))).mean(dim=0)
+        self.mean = self.unit(slice(0, None, -(-n // _MEAN_OF))).mean(dim=0)
         for start in range(0, n, _BLOCK_ROWS):
             block = slice(start, start + _BLOCK_ROWS)
-            centred = self.unit(block) - mean
+            centred = self.unit(block) - self.mean
             low = centred.to(dtype)
             self.vectors[block] = low.to(here)
             self.error = max(self.error, _longest(centred - low.float()))
