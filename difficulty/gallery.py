@@ -77,8 +77,9 @@ class Gallery:
         rounding of a product. So k rows reach kth - e - r |kth|, and what scores less than that minus
         e + r |floor| does not. The floor is rounded too; 0.03 is more than 3 e, which all this is multiplied by.
         """
+        kth = kth.clamp(min=LOWEST)  # -inf where fewer than k are known, and 0 x inf is not a number
         floor = kth - 2 * error - 3 * self.rounding * (kth.abs() + 0.03)
-        return floor.clamp(min=LOWEST)  # where fewer than k are known, kth is -inf
+        return floor.clamp(min=LOWEST)
 
 
 def _longest(vectors: torch.Tensor) -> float:
