@@ -1,15 +1,15 @@
 """All vectors in the precision that a search multiplies in, and how far its scores may be from the cosines.
 
-The score of an anchor x and a row y is x . (y - m): the cosine less x . m, which is the same for all rows, so that
-an anchor's rows stand in the order of their cosines. m is the mean of (some of) the unit vectors. A backbone's
-vectors all lean its way, and without it the numbers are smaller, and so is what rounding does to them.
+The score of two rows is their cosine less a constant, one for all pairs: x . (y - m) + (x . m - c), where m is
+the mean of (some of) the unit vectors, and c that of x . m. A backbone's vectors all lean the way of m. Without it
+the numbers are smaller, and so is what rounding does to them.
 """
 
 import torch
 
 from common import devices
 
-LOWEST = -4.0  # below every score (-2), above the -inf of forbidden pairs
+LOWEST = -8.0  # below every score, above the -inf of forbidden pairs
 _BLOCK_ROWS = 8_192  # converted at a time
 _MEAN_OF = 8_192  # rows; any vector would do
 
@@ -32,53 +32,68 @@ class Gallery:
             raw = embeddings[start : start + _BLOCK_ROWS].to(device).float()
             self.scale[start : start + _BLOCK_ROWS] = 1 / raw.norm(dim=1).clamp(min=1e-12)
         self.tolerance = tolerance(dim)
-        self.vectors = None
+        self.vectors, self.shift = None, None
         self.rounding = 0.0  # of a score, relative
-        self.error, self.length = 0.0, 1.0  # greatest of all rows: what rounding took off (a length), and length
+        self.error = self.tolerance  # of a score, further to that
         if dtype != torch.float32:
             self._round(embeddings, dtype)
 
     def _round(self, embeddings: torch.Tensor, dtype: torch.dtype) -> None:
+        """By |x'y' - xy| <= |x' - x| |y'| + |x| |y' - y|, with the longest of all rows, and twice or three times
+        what float32's sums do."""
         n, dim = embeddings.shape
         here = self.device if devices.fits(n * dim * dtype.itemsize, self.device) else embeddings.device
         self.vectors = torch.empty((n, dim), dtype=dtype, device=here)
         self.rounding = torch.finfo(dtype).eps / 2
         self.mean = self.unit(slice(0, None, -(-n // _MEAN_OF))).mean(dim=0)
+        self.shift = torch.empty(n, device=self.device)
+        of_unit, of_centred, length = 0.0, 0.0, 0.0
         for start in range(0, n, _BLOCK_ROWS):
             block = slice(start, start + _BLOCK_ROWS)
-            centred = self.unit(block) - self.mean
-            low = centred.to(dtype)
+            unit = self.unit(block)
+            low = (unit - self.mean).to(dtype)
             self.vectors[block] = low.to(here)
-            self.error = max(self.error, _longest(centred - low.float()))
-            self.length = max(self.length, _longest(low.float()))
+            self.shift[block] = unit @ self.mean
+            of_unit = max(of_unit, _longest(unit - unit.to(dtype).float()))
+            of_centred = max(of_centred, _longest(unit - self.mean - low.float()))
+            length = max(length, _longest(low.float()))
+        self.shift -= self.shift.mean()
+        self.error = 1.005 * (of_unit * length + of_centred) + 3 * self.tolerance
+        self.error += self.rounding * float(self.shift.abs().max())  # the shift is rounded, too
 
     def unit(self, which: slice | torch.Tensor) -> torch.Tensor:
         """The unit vectors of some rows (a slice, or numbers on the device) in float32, on the device."""
         rows = which if isinstance(which, slice) else which.to(self.embeddings.device)
         return self.embeddings[rows].to(self.device).float() * self.scale[which, None]
 
-    def block(self, start: int, stop: int) -> torch.Tensor:
-        """What the anchors of `queries` are multiplied with, (stop - start, D)."""
+    def scores(self, anchors: tuple[torch.Tensor, torch.Tensor | None], start: int, stop: int) -> torch.Tensor:
+        """The scores (A, G) of `queries` with the rows start..stop, and -inf for up to 7 more columns: whole words
+        of 8."""
+        queries, shift = anchors
         block = slice(start, stop)
-        return self.unit(block) if self.vectors is None else self.vectors[block].to(self.device)
+        scores = torch.empty((len(queries), -(-(stop - start) // 8) * 8), dtype=self.dtype, device=self.device)
+        scores[:, stop - start :] = -torch.inf
+        out = scores[:, : stop - start]
+        if self.vectors is None:
+            torch.mm(queries, self.unit(block).T, out=out)
+        else:
+            torch.addmm(shift, queries, self.vectors[block].to(self.device).T, out=out)
+        return scores
 
-    def queries(self, anchors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The vectors (A, D) of some anchors, and how far their scores may be from the exact ones, (A,): by
-        |x'y' - xy| <= |x' - x| |y'| + |x| |y' - y|, and twice or three times that of float32's sums."""
-        unit = self.unit(anchors)
-        low = unit.to(self.dtype)
-        own = (unit - low.float()).norm(dim=1)
-        return low, 1.005 * (own * self.length + self.error) + 3 * self.tolerance
+    def queries(self, anchors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `scores` multiplies for some anchors (A,): their vectors (A, D), and what is added (A, 1)."""
+        shift = None if self.shift is None else self.shift[anchors, None].to(self.dtype)
+        return self.unit(anchors).to(self.dtype), shift
 
-    def below(self, kth: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+    def below(self, kth: torch.Tensor) -> torch.Tensor:
         """The floor (A,) of anchors whose k-th best score so far is `kth`: what scores less is not of the best k.
 
-        A score s is within e + r |s| of the exact one, where e is the `error` that `queries` gave and r the
-        rounding of a product. So k rows reach kth - e - r |kth|, and what scores less than that minus
-        e + r |floor| does not. The floor is rounded too; 0.03 is more than 3 e, which all this is multiplied by.
+        A score s is within e + r |s| of the exact one, where e is the `error` and r the `rounding`. So k rows
+        reach kth - e - r |kth|, and what scores less than that minus e + r |floor| does not. The floor is rounded
+        too; r x 0.03 is more than what r does to e.
         """
         kth = kth.clamp(min=LOWEST)  # -inf where fewer than k are known, and 0 x inf is not a number
-        floor = kth - 2 * error - 3 * self.rounding * (kth.abs() + 0.03)
+        floor = kth - 2 * self.error - 3 * self.rounding * (kth.abs() + 0.03)
         return floor.clamp(min=LOWEST)
 
 

@@ -4,37 +4,37 @@
 before the best are taken, so that an image in a dense place gets its k all the same. The answer is exact, ties by
 row number, though most of the work is done in bfloat16:
 
-1. Products of bfloat16 vectors, on a GPU or a CPU that is fast at them. Each differs from the cosine by less than
-   what `Gallery.below` says, so that nothing below an anchor's floor can be among its best k. The floor rises as
-   better candidates are found, and only what lies above it is collected: no tile is sorted.
+1. Products of bfloat16 vectors, on a GPU or a CPU that is fast at them, once for two rows that are both asked for.
+   Each differs from the cosine by less than what `Gallery.below` says, so that nothing below an anchor's floor can
+   be among its best k. The floor rises as better candidates are found, and only what lies above it is collected:
+   no tile is sorted.
 2. The candidates left (about 1.5 k of them) are compared in float32, and those that float32 cannot tell apart in
    float64.
 3. Anchors with more candidates than are kept (copies, tight clusters) are searched again with float32 products,
    and where that is still too many, with all that reaches the floor compared in float64.
 
-`balltree_neighbors` asks scikit-learn's tree on a PCA: it forgets neighbours, how many depends on the data
-(`recall` says it).
-
 Memory: N x D x 4 bytes (the embeddings, float16, and their unit vectors in bfloat16; each on the device if it
-fits, else on the host), and tiles of `memory_mb`; see `tile_sizes`.
+fits, else on the host), and `memory_mb` for tiles and candidates; see `tile_sizes`.
 Traffic: N x D x 2 bytes for every tile of A anchors, from the host where the vectors stay there, and A x 1.5 k x D
-x 2 of candidates.
+x 2 of candidates. Raises Stopped on a signal, between two tiles of anchors.
 """
 
 import warnings
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from common import cli
 from common.zones import Zones
 from difficulty.gallery import LOWEST, Gallery
 
 NO_ROW, NO_SIMILARITY = -1, -1.0  # where an image has fewer than k candidates
 KEPT = 4  # times k: the candidates that an anchor may have before its floor rises
 _WORD = 8  # flags that are looked at together
-_TILE = {"cpu": (1_024, 8_192), "cuda": (8_192, 32_768)}  # rows: larger tiles are no faster
+_TILE = {"cpu": (1_024, 4_096), "cuda": (8_192, 32_768)}  # rows: larger tiles are no faster
 _SETTLED_ROWS = 8_192  # rows that candidates are compared with in float32 at a time: on a GPU half a GB
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -65,12 +65,12 @@ def exact_neighbors(
         gallery = Gallery(embeddings, dtype, device)
         size = tile_sizes(embeddings.shape[1], k, memory_mb, device, dtype)
         crowded = []
-        for places in _cut(left, size[0]):
+        for places in _cut(left, size.together):
             anchors = np.asarray(rows[places], np.int64)
-            collected = _collect(gallery, zones, anchors, k, size)
-            best, similarities = _settle(gallery, anchors, collected, k, memory_mb)
-            keep(places, best, similarities)
-            crowded.append(places[collected.crowded.cpu().numpy()])
+            found = _collect(gallery, zones, anchors, k, size)
+            for part in _cut(np.arange(len(places)), size.settled):
+                keep(places[part], *_settle(gallery, anchors[part], found, part, k, memory_mb))
+            crowded.append(places[found.crowded.cpu().numpy()])
         left = np.concatenate(crowded) if crowded else left
         if not len(left):
             break
@@ -86,23 +86,32 @@ def fast_bfloat16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+class Sizes(NamedTuple):
+    anchors: int  # A, of a tile
+    gallery: int  # G, rows of a tile
+    settled: int  # anchors whose candidates are settled at a time
+    together: int  # anchors whose candidates are held at a time, at least A
+
+
 def tile_sizes(
     dim: int, k: int, memory_mb: float, device: torch.device, dtype: torch.dtype = torch.float32
-) -> tuple[int, int]:
-    """(anchors A, gallery rows G) of a tile. A quarter of the memory is for a block of the gallery in float32, G x
-    D x 8 bytes; half is for the scores with their flags, A x G x (itemsize + 4), the anchors, A x D x 8, and the
-    candidates, A x KEPT k x 40; the last quarter serves the comparisons in float32 and float64."""
+) -> Sizes:
+    """Half of the memory is for the candidates, KEPT k x 8 bytes an anchor. An eighth each is for a block of the
+    gallery in float32, G x D x 8; for the scores with their flags and the anchors, A x (G x (itemsize + 4) + D x
+    8); for the anchors settled, KEPT k x 40 + D x 16; and for what they are compared with."""
     size, most = memory_mb * 2**20, _TILE[device.type]
-    gallery = int(np.clip(size / 4 // (8 * dim), 1, most[1]))
+    together = int(max(1, size / 2 // (8 * KEPT * k + 32)))
+    gallery = int(np.clip(size / 8 // (8 * dim), 1, most[1]))
     gallery = -(-gallery // _WORD) * _WORD
-    anchors = size / 2 // ((dtype.itemsize + 4) * gallery + 8 * dim + 40 * KEPT * k)
-    return int(np.clip(anchors, 1, most[0])), gallery
+    anchors = size / 8 // ((dtype.itemsize + 4) * gallery + 8 * dim)
+    settled = size / 8 // (40 * KEPT * k + 16 * dim)
+    return Sizes(int(np.clip(anchors, 1, min(most[0], together))), gallery, int(max(1, settled)), together)
 
 
 def similarities_of(embeddings: torch.Tensor, left: torch.Tensor, right: torch.Tensor, memory_mb: float):
     """Cosines (P,) float64 of the pairs of rows (left[i], right[i]), from products summed row by row: pairs of
     equal vectors get equal cosines, whatever else is in the list."""
-    step = max(int(memory_mb * 2**20 // (160 * embeddings.shape[1])), 64)
+    step = max(int(memory_mb * 2**20 // (320 * embeddings.shape[1])), 64)
     left, right = left.to(embeddings.device), right.to(embeddings.device)
     parts = [torch.empty(0, dtype=torch.float64, device=embeddings.device)]
     for start in range(0, len(left), step):
@@ -113,16 +122,65 @@ def similarities_of(embeddings: torch.Tensor, left: torch.Tensor, right: torch.T
 
 
 class _Collected:
-    """Candidates of A anchors, in the order of their rows: at most KEPT k each, or the anchor is `crowded`."""
+    """Candidates of n anchors, in no order: at most KEPT k each, or the anchor is `crowded`."""
 
-    def __init__(self, anchors: int, k: int, dtype: torch.dtype, device: torch.device):
-        self.k, room = k, max(KEPT * k, 32)
-        self.rows = torch.zeros((anchors, room), dtype=torch.int32, device=device)
-        self.scores = torch.full((anchors, room), -torch.inf, dtype=dtype, device=device)
-        self.count = torch.zeros(anchors, dtype=torch.int64, device=device)
-        self.crowded = torch.zeros(anchors, dtype=torch.bool, device=device)
+    def __init__(self, n: int, k: int, gallery: Gallery):
+        self.k, self.room, self.gallery = k, max(KEPT * k, 32), gallery
+        self.rows = torch.zeros((n, self.room), dtype=torch.int32, device=gallery.device)
+        self.scores = torch.full((n, self.room), -torch.inf, dtype=gallery.dtype, device=gallery.device)
+        self.count = torch.zeros(n, dtype=torch.int64, device=gallery.device)
+        self.floor = torch.full((n,), LOWEST, device=gallery.device)
+        self.crowded = torch.zeros(n, dtype=torch.bool, device=gallery.device)
 
-    def add(self, anchors: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor) -> None:
+    def take(self, mine: slice, first_row: int, scores: torch.Tensor, across: bool) -> None:
+        """Collect from a tile of the anchors `mine` with the rows first_row, first_row + 1, ...; the anchors are
+        the lines of `scores`, or `across`, its columns."""
+        late = self.floor[mine] <= LOWEST
+        self._raise_floors(late, mine, scores, across)
+        hits = self._hits(mine, scores, across)
+        late = hits.per_anchor + self.count[mine] > self.room
+        if late.any():
+            self._raise_floors(late, mine, scores, across)
+            hits = self._hits(mine, scores, across)
+            crowded = hits.per_anchor + self.count[mine] > self.room
+            if crowded.any():
+                self.crowded[mine] |= crowded
+                self.floor[mine][crowded] = torch.inf  # they are searched again, otherwise
+                hits = self._hits(mine, scores, across)
+        line, column = hits.expand()
+        found = scores[line, column]
+        if across:
+            column, order = column.sort(stable=True)
+            self._add(column + mine.start, line[order] + first_row, found[order])
+        else:
+            self._add(line + mine.start, column + first_row, found)
+
+    def _hits(self, mine: slice, scores: torch.Tensor, across: bool) -> "_Hits":
+        floor = self.floor[mine].to(scores.dtype)
+        if not across:
+            return _hits(scores, floor[:, None], across)
+        hits = _hits(
+            scores, F.pad(floor, (0, scores.shape[1] - len(floor)), value=torch.inf), across
+        )  # columns of -inf follow
+        return hits._replace(per_anchor=hits.per_anchor[: len(floor)])
+
+    def _raise_floors(self, late: torch.Tensor, mine: slice, scores: torch.Tensor, across: bool) -> None:
+        """Raise the floors of the `late` of the anchors `mine` to what their candidates and a tile's scores tell,
+        and drop the candidates below."""
+        which = late.nonzero().squeeze(1)
+        if not len(which):
+            return
+        own = scores.T[which] if across else scores[which]
+        which = which + mine.start
+        kth = _at_most_kth(own, self.scores[which], self.k)
+        self.floor[which] = torch.maximum(self.floor[which], self.gallery.below(kth))
+        rows, scores = self.rows[which], self.scores[which]
+        anchor, place = (scores >= self.floor[which, None]).nonzero(as_tuple=True)
+        self.scores[which] = -torch.inf
+        self.count[which] = 0
+        self._add(which[anchor], rows[anchor, place], scores[anchor, place])
+
+    def _add(self, anchors: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor) -> None:
         """Append candidates that are sorted by anchor; there is room for them."""
         new = torch.bincount(anchors, minlength=len(self.count))
         first = new.cumsum(0) - new
@@ -131,55 +189,39 @@ class _Collected:
         self.scores[anchors, place] = scores
         self.count += new
 
-    def kth(self) -> torch.Tensor:
-        """The k-th best score (A,) float32 so far, -inf where there are fewer."""
-        return self.scores.topk(min(self.k, self.scores.shape[1]), dim=1, sorted=False).values.amin(dim=1).float()
 
-    def drop_below(self, floor: torch.Tensor) -> None:
-        anchors, places = (self.scores >= floor[:, None]).nonzero(as_tuple=True)
-        rows, scores = self.rows[anchors, places], self.scores[anchors, places]
-        self.scores.fill_(-torch.inf)
-        self.count.zero_()
-        self.add(anchors, rows, scores)
-
-
-def _collect(gallery: Gallery, zones: Zones, anchors: np.ndarray, k: int, size: tuple[int, int]) -> _Collected:
-    """The rows that may be among the best k of each anchor."""
-    n, device, dtype = len(gallery.embeddings), gallery.device, gallery.dtype
-    forbidden = _forbidden(zones, anchors, device)
-    queries, error = gallery.queries(torch.from_numpy(anchors).to(device))
-    collected = _Collected(len(anchors), k, dtype, device)
-    floor = torch.full((len(anchors),), LOWEST, device=device)
-    width = min(size[1], -(-n // _WORD) * _WORD)
-    scores = torch.empty((len(anchors), width), dtype=dtype, device=device)
-    flags = torch.empty((len(anchors), width), dtype=torch.bool, device=device)
-    for start in range(0, n, width):
-        stop = min(start + width, n)
-        _products(queries, gallery.block(start, stop), scores)
-        scores[:, stop - start :] = -torch.inf
-        forbidden.remove(scores, start, stop)
-        if start == 0:
-            floor = gallery.below(_at_most_kth(scores, collected.scores, k), error)
-        hits = _hits(scores, floor, flags)
-        room = collected.scores.shape[1]
-        if (hits.per_anchor + collected.count > room).any():
-            kth = _at_most_kth(scores, collected.scores, k)
-            floor = torch.maximum(floor, gallery.below(kth, error))
-            collected.drop_below(floor)
-            hits = _hits(scores, floor, flags)
-            crowded = hits.per_anchor + collected.count > room
-            floor[crowded] = torch.inf  # they are searched again, otherwise
-            collected.crowded |= crowded
-            hits = hits.without(crowded)
-        anchor, column = hits.expand(flags)
-        collected.add(anchor, column + start, scores[anchor, column])
-    collected.drop_below(torch.maximum(floor, gallery.below(collected.kth(), error)))
-    return collected
+def _collect(gallery: Gallery, zones: Zones, anchors: np.ndarray, k: int, size: Sizes) -> _Collected:
+    """The rows that may be among the best k of each anchor (n,). Where the anchors are a run of rows, a score of
+    two of them serves both: half of the products among them are saved."""
+    n, count = len(gallery.embeddings), len(anchors)
+    run = (anchors[0], anchors[0] + count) if (np.diff(anchors) == 1).all() else (n, n)
+    found = _Collected(count, k, gallery)
+    for first in range(0, count, size.anchors):
+        cli.check_stop()
+        some = anchors[first : first + size.anchors]
+        forbidden = _forbidden(zones, some, gallery.device)
+        queries = gallery.queries(torch.from_numpy(some).to(gallery.device))
+        later = min(run[0] + first + len(some), n)
+        for start, stop, across in _columns(n, run, min(run[0] + first, n), later, size.gallery):
+            scores = gallery.scores(queries, start, stop)
+            forbidden.remove(scores, start, stop)
+            found.take(slice(first, first + len(some)), start, scores, across=False)
+            if across:
+                found.take(slice(start - run[0], stop - run[0]), int(some[0]), scores, across=True)
+    return found
 
 
-def _products(queries: torch.Tensor, block: torch.Tensor, scores: torch.Tensor) -> None:
-    """Write the scores (A, G) of the queries (A, D) and a block (G or fewer, D) of the gallery."""
-    torch.mm(queries, block.T, out=scores if len(block) == scores.shape[1] else scores[:, : len(block)])
+def _columns(n: int, run: tuple[int, int], own: int, later: int, width: int) -> Iterator[tuple[int, int, bool]]:
+    """The tiles start..stop of all n rows for the anchors own..later of a run: but for the rows of the run before
+    them, which have met them; and whether the rows are anchors that meet them now."""
+    for first, last, across in (
+        (0, run[0], False),
+        (own, later, False),
+        (later, run[1], True),
+        (run[1], n, False),
+    ):
+        for start in range(first, last, width):
+            yield start, min(start + width, last), across
 
 
 def _at_most_kth(scores: torch.Tensor, known: torch.Tensor, k: int) -> torch.Tensor:
@@ -195,27 +237,26 @@ def _at_most_kth(scores: torch.Tensor, known: torch.Tensor, k: int) -> torch.Ten
 class _Hits(NamedTuple):
     """Where scores reach their floors, as the words of _WORD flags that are not all 0, in order."""
 
-    words: torch.Tensor  # (W, 2): row, number of the word in it
-    counts: torch.Tensor  # (W,): hits in it
-    per_anchor: torch.Tensor  # (A,)
+    words: torch.Tensor  # (W, 2): line, number of the word in it
+    flags: torch.Tensor  # (W, _WORD)
+    per_anchor: torch.Tensor  # (lines,) or (columns,)
 
-    def without(self, anchors: torch.Tensor) -> "_Hits":
-        """Without those of some anchors (A,) bool."""
-        left = ~anchors[self.words[:, 0]]
-        return _Hits(self.words[left], self.counts[left], self.per_anchor.masked_fill(anchors, 0))
-
-    def expand(self, flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(row, column) of each hit, in order."""
-        word, bit = flags.unflatten(1, (-1, _WORD))[self.words[:, 0], self.words[:, 1]].nonzero(as_tuple=True)
+    def expand(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(line, column) of each hit, in order."""
+        word, bit = self.flags.nonzero(as_tuple=True)
         return self.words[word, 0], self.words[word, 1] * _WORD + bit
 
 
-def _hits(scores: torch.Tensor, floor: torch.Tensor, flags: torch.Tensor) -> _Hits:
-    torch.ge(scores, floor.to(scores.dtype)[:, None], out=flags)
+def _hits(scores: torch.Tensor, floor: torch.Tensor, across: bool) -> _Hits:
+    flags = scores >= floor
     words = flags.view(torch.int64).nonzero()  # an eighth as many as flags: `nonzero` is the dearest step here
-    counts = flags.unflatten(1, (-1, _WORD))[words[:, 0], words[:, 1]].sum(dim=1)
-    per_anchor = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
-    return _Hits(words, counts, per_anchor.index_add_(0, words[:, 0], counts))
+    flags = flags.unflatten(1, (-1, _WORD))[words[:, 0], words[:, 1]]
+    lines, columns = scores.shape
+    if across:
+        per_word = torch.zeros((columns // _WORD, _WORD), dtype=torch.int64, device=scores.device)
+        return _Hits(words, flags, per_word.index_add_(0, words[:, 1], flags.long()).reshape(-1))
+    per_line = torch.zeros(lines, dtype=torch.int64, device=scores.device)
+    return _Hits(words, flags, per_line.index_add_(0, words[:, 0], flags.sum(dim=1)))
 
 
 class _Forbidden(NamedTuple):
@@ -240,12 +281,18 @@ def _forbidden(zones: Zones, rows: np.ndarray, device: torch.device) -> _Forbidd
 
 
 def _settle(
-    gallery: Gallery, anchors: np.ndarray, collected: _Collected, k: int, memory_mb: float
+    gallery: Gallery, anchors: np.ndarray, found: _Collected, part: np.ndarray, k: int, memory_mb: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best k rows of the candidates with their cosines (A, k), -inf where there are fewer: by float32, and
-    those that it cannot tell apart by float64; ties by row number."""
-    width = max(1, int(collected.count.max()))
-    rows, scores = collected.rows[:, :width].long(), collected.scores[:, :width]
+    """The best k rows of the candidates of a `part` of those found, with their cosines (A, k), -inf where there
+    are fewer: by float32, and those that it cannot tell apart by float64; ties by row number."""
+    mine = slice(part[0], part[-1] + 1)
+    rows, scores = found.rows[mine].long(), found.scores[mine]
+    kth = scores.topk(min(k, found.room), dim=1, sorted=False).values.amin(dim=1).float()
+    floor = torch.maximum(found.floor[mine], gallery.below(kth))
+    scores = scores.masked_fill(scores < floor[:, None], -torch.inf)
+    width = max(1, int(torch.isfinite(scores).sum(dim=1).max()))
+    order = rows.masked_fill(torch.isinf(scores), len(gallery.embeddings)).argsort(dim=1)[:, :width]
+    rows, scores = rows.gather(1, order), scores.gather(1, order)  # by row number
     valid = torch.isfinite(scores)
     if gallery.dtype != torch.float32:
         scores = _float32_cosines(gallery, anchors, rows, valid, memory_mb).masked_fill(~valid, -torch.inf)
@@ -254,52 +301,73 @@ def _settle(
     close &= ordered[:, 1:] >= ordered[:, [min(k, width) - 1]] - gallery.tolerance  # those below stay below
     unclear = F.pad(close, (0, 1)) | F.pad(close, (1, 0))
     unclear = torch.zeros_like(unclear).scatter_(1, order, unclear)  # back to the order by row
-    which, place = unclear.nonzero(as_tuple=True)
-    values = scores.double()
-    left = torch.from_numpy(anchors).to(which.device)[which]
-    values[which, place] = similarities_of(gallery.embeddings, left, rows[which, place], memory_mb).to(values)
+    values = torch.where(unclear, _float64_cosines(gallery, anchors, rows, unclear, memory_mb), scores.double())
     values, order = values.sort(dim=1, descending=True, stable=True)
     return rows.gather(1, order)[:, :k], values[:, :k].float()
 
 
 def _float32_cosines(
-    gallery: Gallery, anchors: np.ndarray, rows: torch.Tensor, valid: torch.Tensor, memory_mb: float
+    gallery: Gallery, anchors: np.ndarray, rows: torch.Tensor, asked: torch.Tensor, memory_mb: float
 ) -> torch.Tensor:
-    """Cosines (A, W) of each anchor with the rows (A, W) that go with it, of any value where not valid."""
-    (count, width), dim = rows.shape, gallery.embeddings.shape[1]
-    own = torch.from_numpy(anchors).to(gallery.device)
-    at_once = int(np.clip(memory_mb * 2**20 // 4 // (12 * dim), 1, _SETTLED_ROWS))
+    """Cosines (A, W) of each anchor with the rows (A, W) that go with it, of any value where not `asked`."""
+    dim, own = gallery.embeddings.shape[1], torch.from_numpy(anchors).to(gallery.device)
+    at_once = int(np.clip(memory_mb * 2**20 // 8 // (12 * dim), 1, _SETTLED_ROWS))
     if gallery.device.type == "cpu":
-        return _sampled_products(gallery, gallery.unit(own), rows, valid, at_once)
-    step = max(1, at_once // width)
-    cosines = torch.empty((count, width), device=gallery.device)
-    for start in range(0, count, step):
+        return _sampled_products(gallery.unit, own, rows, asked, at_once)
+    cosines, step = torch.empty(rows.shape, device=gallery.device), max(1, at_once // rows.shape[1])
+    for start in range(0, len(rows), step):
         x, some = gallery.unit(own[start : start + step]), rows[start : start + step]
         y = gallery.unit(some.reshape(-1)).view(*some.shape, dim)
         cosines[start : start + step] = torch.bmm(y, x[:, :, None]).squeeze(2)
     return cosines
 
 
-def _sampled_products(
-    gallery: Gallery, x: torch.Tensor, rows: torch.Tensor, valid: torch.Tensor, at_once: int
+def _float64_cosines(
+    gallery: Gallery, anchors: np.ndarray, rows: torch.Tensor, asked: torch.Tensor, memory_mb: float
 ) -> torch.Tensor:
-    """The same, for a CPU: a block of the gallery after the other, each row of it made float32 once for all the
-    anchors that ask for it. An eighth of the time of gathering rows for each anchor."""
-    products = torch.zeros(rows.shape)
-    block_of = torch.where(valid, rows // at_once, -1)
-    for number in range(-(-len(gallery.embeddings) // at_once)):
-        anchor, place = (block_of == number).nonzero(as_tuple=True)
-        if not len(anchor):
+    """The same in float64: equal vectors get equal cosines."""
+    embeddings, own = gallery.embeddings, torch.from_numpy(anchors).to(gallery.device)
+    if gallery.device.type == "cpu":
+        at_once = int(np.clip(memory_mb * 2**20 // 8 // (26 * embeddings.shape[1]), 1, _SETTLED_ROWS))
+        return _sampled_products(lambda which: _unit_float64(embeddings[which]), own, rows, asked, at_once)
+    cosines = torch.zeros(rows.shape, dtype=torch.float64, device=gallery.device)
+    which, place = asked.nonzero(as_tuple=True)
+    values = similarities_of(embeddings, own[which], rows[which, place], memory_mb)
+    cosines[which, place] = values.to(gallery.device)
+    return cosines
+
+
+def _unit_float64(vectors: torch.Tensor) -> torch.Tensor:
+    vectors = vectors.double()
+    return vectors / (vectors * vectors).sum(dim=1, keepdim=True).sqrt().clamp(min=1e-300)
+
+
+def _sampled_products(
+    vectors_of: Callable[[torch.Tensor], torch.Tensor],
+    own: torch.Tensor,
+    rows: torch.Tensor,
+    asked: torch.Tensor,
+    at_once: int,
+) -> torch.Tensor:
+    """Products (A, W) of the vectors of the anchors `own` (A,) and of the rows `asked` of each, on a CPU: so many
+    rows of the gallery after the other, each made once for all the anchors that ask for it. An eighth of the time
+    of gathering rows for each anchor."""
+    x = vectors_of(own)
+    products = torch.zeros(rows.shape, dtype=x.dtype)
+    block_of = torch.where(asked, rows // at_once, -1)
+    for number in block_of.unique().tolist():
+        if number < 0:
             continue
-        asked, column = rows[anchor, place].unique(return_inverse=True)
+        anchor, place = (block_of == number).nonzero(as_tuple=True)
+        wanted, column = rows[anchor, place].unique(return_inverse=True)
         ends = torch.bincount(anchor, minlength=len(x)).cumsum(0)
+        nothing = torch.zeros(len(column), dtype=x.dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch calls its CSR tensors beta
             pattern = torch.sparse_csr_tensor(
-                F.pad(ends, (1, 0)), column, torch.zeros(len(column)), (len(x), len(asked)), check_invariants=False
+                F.pad(ends, (1, 0)), column, nothing, (len(x), len(wanted)), check_invariants=False
             )
-        dots = torch.sparse.sampled_addmm(pattern, x, gallery.unit(asked).T, beta=0.0)
-        products[anchor, place] = dots.values()
+        products[anchor, place] = torch.sparse.sampled_addmm(pattern, x, vectors_of(wanted).T, beta=0.0).values()
     return products
 
 
