@@ -66,14 +66,16 @@ class Gallery:
         rows = which if isinstance(which, slice) else which.to(self.embeddings.device)
         return self.embeddings[rows].to(self.device).float() * self.scale[which, None]
 
-    def scores(self, anchors: tuple[torch.Tensor, torch.Tensor | None], start: int, stop: int) -> torch.Tensor:
-        """The scores (A, G) of `queries` with the rows start..stop, and -inf for up to 7 more columns: whole words
-        of 8."""
+    def scores(
+        self, anchors: tuple[torch.Tensor, torch.Tensor | None], start: int, stop: int, step: int = 1
+    ) -> torch.Tensor:
+        """The scores (A, G) of `queries` with the rows start..stop, or every step-th, and -inf for up to 7 more
+        columns: whole words of 8."""
         queries, shift = anchors
-        block = slice(start, stop)
-        scores = torch.empty((len(queries), -(-(stop - start) // 8) * 8), dtype=self.dtype, device=self.device)
-        scores[:, stop - start :] = -torch.inf
-        out = scores[:, : stop - start]
+        block, count = slice(start, stop, step), len(range(start, stop, step))
+        scores = torch.empty((len(queries), -(-count // 8) * 8), dtype=self.dtype, device=self.device)
+        scores[:, count:] = -torch.inf
+        out = scores[:, :count]
         if self.vectors is None:
             torch.mm(queries, self.unit(block).T, out=out)
         else:

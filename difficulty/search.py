@@ -19,8 +19,7 @@ Traffic: N x D x 2 bytes for every tile of A anchors, from the host where the ve
 x 2 of candidates. Raises Stopped on a signal, between two tiles of anchors.
 """
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -29,15 +28,14 @@ from torch.nn import functional as F
 
 from common import cli
 from common.zones import Zones
+from difficulty import cosines
 from difficulty.gallery import LOWEST, Gallery
 
 NO_ROW, NO_SIMILARITY = -1, -1.0  # where an image has fewer than k candidates
 KEPT = 4  # times k: the candidates that an anchor may have before its floor rises
 _WORD = 8  # flags that are looked at together
 _TILE = {"cpu": (1_024, 4_096), "cuda": (8_192, 32_768)}  # rows: larger tiles are no faster
-_SETTLED_ROWS = 8_192  # rows that candidates are compared with in float32 at a time: on a GPU half a GB
-
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+_GUESSED_FROM = 6  # tiles of the gallery: with fewer it costs more than it saves
 
 Neighbors = tuple[np.ndarray, np.ndarray]  # (rows (n, k) int32, similarities (n, k) float32), most similar first
 
@@ -108,21 +106,9 @@ def tile_sizes(
     return Sizes(int(np.clip(anchors, 1, min(most[0], together))), gallery, int(max(1, settled)), together)
 
 
-def similarities_of(embeddings: torch.Tensor, left: torch.Tensor, right: torch.Tensor, memory_mb: float):
-    """Cosines (P,) float64 of the pairs of rows (left[i], right[i]), from products summed row by row: pairs of
-    equal vectors get equal cosines, whatever else is in the list."""
-    step = max(int(memory_mb * 2**20 // (320 * embeddings.shape[1])), 64)
-    left, right = left.to(embeddings.device), right.to(embeddings.device)
-    parts = [torch.empty(0, dtype=torch.float64, device=embeddings.device)]
-    for start in range(0, len(left), step):
-        x, y = (embeddings[side[start : start + step]].double() for side in (left, right))
-        norms = (x * x).sum(dim=1).sqrt() * (y * y).sum(dim=1).sqrt()
-        parts.append((x * y).sum(dim=1) / norms.clamp(min=1e-300))
-    return torch.cat(parts)
-
-
 class _Collected:
-    """Candidates of n anchors, in no order: at most KEPT k each, or the anchor is `crowded`."""
+    """Candidates of n anchors, in no order: at most KEPT k each, or the anchor is `crowded`; and so it is called
+    where fewer than k reach the `guess` that its first floor was made of: all are searched again."""
 
     def __init__(self, n: int, k: int, gallery: Gallery):
         self.k, self.room, self.gallery = k, max(KEPT * k, 32), gallery
@@ -130,6 +116,7 @@ class _Collected:
         self.scores = torch.full((n, self.room), -torch.inf, dtype=gallery.dtype, device=gallery.device)
         self.count = torch.zeros(n, dtype=torch.int64, device=gallery.device)
         self.floor = torch.full((n,), LOWEST, device=gallery.device)
+        self.guess = torch.full((n,), -torch.inf, device=gallery.device)  # of the k-th best score
         self.crowded = torch.zeros(n, dtype=torch.bool, device=gallery.device)
 
     def take(self, mine: slice, first_row: int, scores: torch.Tensor, across: bool) -> None:
@@ -196,6 +183,8 @@ def _collect(gallery: Gallery, zones: Zones, anchors: np.ndarray, k: int, size: 
     n, count = len(gallery.embeddings), len(anchors)
     run = (anchors[0], anchors[0] + count) if (np.diff(anchors) == 1).all() else (n, n)
     found = _Collected(count, k, gallery)
+    if gallery.dtype != torch.float32 and n >= _GUESSED_FROM * size.gallery:
+        _guess_floors(found, zones, anchors, size)
     for first in range(0, count, size.anchors):
         cli.check_stop()
         some = anchors[first : first + size.anchors]
@@ -209,6 +198,22 @@ def _collect(gallery: Gallery, zones: Zones, anchors: np.ndarray, k: int, size: 
             if across:
                 found.take(slice(start - run[0], stop - run[0]), int(some[0]), scores, across=True)
     return found
+
+
+def _guess_floors(found: _Collected, zones: Zones, anchors: np.ndarray, size: Sizes) -> None:
+    """First floors from the scores with every step-th row, a tile of them: of the k best, k / step +- sqrt(k /
+    step) are among these. Floors rise from there as from nowhere, but a third as much is collected on the way."""
+    gallery, n = found.gallery, len(found.gallery.embeddings)
+    step = -(-n // size.gallery)
+    rank = round(found.k / step + 3 * (found.k / step) ** 0.5) + 1
+    for first in range(0, len(anchors), size.anchors):
+        cli.check_stop()
+        some = anchors[first : first + size.anchors]
+        scores = gallery.scores(gallery.queries(torch.from_numpy(some).to(gallery.device)), 0, n, step)
+        _forbidden(zones, some, gallery.device).remove(scores, 0, n, step)
+        mine = slice(first, first + len(some))
+        found.guess[mine] = _at_most_kth(scores, scores[:, :0], rank)
+        found.floor[mine] = gallery.below(found.guess[mine])
 
 
 def _columns(n: int, run: tuple[int, int], own: int, later: int, width: int) -> Iterator[tuple[int, int, bool]]:
@@ -266,10 +271,14 @@ class _Forbidden(NamedTuple):
     rows: torch.Tensor
     sorted_rows: np.ndarray  # the same as `rows`, on the host
 
-    def remove(self, scores: torch.Tensor, start: int, stop: int) -> None:
-        """Set the scores of the forbidden pairs to -inf; the columns are the rows start..stop."""
+    def remove(self, scores: torch.Tensor, start: int, stop: int, step: int = 1) -> None:
+        """Set the scores of the forbidden pairs to -inf; the columns are start..stop, or every step-th."""
         first, last = np.searchsorted(self.sorted_rows, [start, stop])
-        scores[self.anchors[first:last], self.rows[first:last] - start] = -torch.inf
+        anchors, columns = self.anchors[first:last], self.rows[first:last] - start
+        if step > 1:
+            there = columns % step == 0
+            anchors, columns = anchors[there], columns[there] // step
+        scores[anchors, columns] = -torch.inf
 
 
 def _forbidden(zones: Zones, rows: np.ndarray, device: torch.device) -> _Forbidden:
@@ -288,6 +297,7 @@ def _settle(
     mine = slice(part[0], part[-1] + 1)
     rows, scores = found.rows[mine].long(), found.scores[mine]
     kth = scores.topk(min(k, found.room), dim=1, sorted=False).values.amin(dim=1).float()
+    found.crowded[mine] |= kth < found.guess[mine]
     floor = torch.maximum(found.floor[mine], gallery.below(kth))
     scores = scores.masked_fill(scores < floor[:, None], -torch.inf)
     width = max(1, int(torch.isfinite(scores).sum(dim=1).max()))
@@ -295,80 +305,15 @@ def _settle(
     rows, scores = rows.gather(1, order), scores.gather(1, order)  # by row number
     valid = torch.isfinite(scores)
     if gallery.dtype != torch.float32:
-        scores = _float32_cosines(gallery, anchors, rows, valid, memory_mb).masked_fill(~valid, -torch.inf)
+        scores = cosines.in_float32(gallery, anchors, rows, valid, memory_mb).masked_fill(~valid, -torch.inf)
     ordered, order = scores.sort(dim=1, descending=True)
     close = (ordered[:, :-1] - ordered[:, 1:]) <= gallery.tolerance  # False where both are -inf: NaN
     close &= ordered[:, 1:] >= ordered[:, [min(k, width) - 1]] - gallery.tolerance  # those below stay below
     unclear = F.pad(close, (0, 1)) | F.pad(close, (1, 0))
     unclear = torch.zeros_like(unclear).scatter_(1, order, unclear)  # back to the order by row
-    values = torch.where(unclear, _float64_cosines(gallery, anchors, rows, unclear, memory_mb), scores.double())
+    values = torch.where(unclear, cosines.in_float64(gallery, anchors, rows, unclear, memory_mb), scores.double())
     values, order = values.sort(dim=1, descending=True, stable=True)
     return rows.gather(1, order)[:, :k], values[:, :k].float()
-
-
-def _float32_cosines(
-    gallery: Gallery, anchors: np.ndarray, rows: torch.Tensor, asked: torch.Tensor, memory_mb: float
-) -> torch.Tensor:
-    """Cosines (A, W) of each anchor with the rows (A, W) that go with it, of any value where not `asked`."""
-    dim, own = gallery.embeddings.shape[1], torch.from_numpy(anchors).to(gallery.device)
-    at_once = int(np.clip(memory_mb * 2**20 // 8 // (12 * dim), 1, _SETTLED_ROWS))
-    if gallery.device.type == "cpu":
-        return _sampled_products(gallery.unit, own, rows, asked, at_once)
-    cosines, step = torch.empty(rows.shape, device=gallery.device), max(1, at_once // rows.shape[1])
-    for start in range(0, len(rows), step):
-        x, some = gallery.unit(own[start : start + step]), rows[start : start + step]
-        y = gallery.unit(some.reshape(-1)).view(*some.shape, dim)
-        cosines[start : start + step] = torch.bmm(y, x[:, :, None]).squeeze(2)
-    return cosines
-
-
-def _float64_cosines(
-    gallery: Gallery, anchors: np.ndarray, rows: torch.Tensor, asked: torch.Tensor, memory_mb: float
-) -> torch.Tensor:
-    """The same in float64: equal vectors get equal cosines."""
-    embeddings, own = gallery.embeddings, torch.from_numpy(anchors).to(gallery.device)
-    if gallery.device.type == "cpu":
-        at_once = int(np.clip(memory_mb * 2**20 // 8 // (26 * embeddings.shape[1]), 1, _SETTLED_ROWS))
-        return _sampled_products(lambda which: _unit_float64(embeddings[which]), own, rows, asked, at_once)
-    cosines = torch.zeros(rows.shape, dtype=torch.float64, device=gallery.device)
-    which, place = asked.nonzero(as_tuple=True)
-    values = similarities_of(embeddings, own[which], rows[which, place], memory_mb)
-    cosines[which, place] = values.to(gallery.device)
-    return cosines
-
-
-def _unit_float64(vectors: torch.Tensor) -> torch.Tensor:
-    vectors = vectors.double()
-    return vectors / (vectors * vectors).sum(dim=1, keepdim=True).sqrt().clamp(min=1e-300)
-
-
-def _sampled_products(
-    vectors_of: Callable[[torch.Tensor], torch.Tensor],
-    own: torch.Tensor,
-    rows: torch.Tensor,
-    asked: torch.Tensor,
-    at_once: int,
-) -> torch.Tensor:
-    """Products (A, W) of the vectors of the anchors `own` (A,) and of the rows `asked` of each, on a CPU: so many
-    rows of the gallery after the other, each made once for all the anchors that ask for it. An eighth of the time
-    of gathering rows for each anchor."""
-    x = vectors_of(own)
-    products = torch.zeros(rows.shape, dtype=x.dtype)
-    block_of = torch.where(asked, rows // at_once, -1)
-    for number in block_of.unique().tolist():
-        if number < 0:
-            continue
-        anchor, place = (block_of == number).nonzero(as_tuple=True)
-        wanted, column = rows[anchor, place].unique(return_inverse=True)
-        ends = torch.bincount(anchor, minlength=len(x)).cumsum(0)
-        nothing = torch.zeros(len(column), dtype=x.dtype)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch calls its CSR tensors beta
-            pattern = torch.sparse_csr_tensor(
-                F.pad(ends, (1, 0)), column, nothing, (len(x), len(wanted)), check_invariants=False
-            )
-        products[anchor, place] = torch.sparse.sampled_addmm(pattern, x, vectors_of(wanted).T, beta=0.0).values()
-    return products
 
 
 def _all_in_float64(
@@ -377,7 +322,7 @@ def _all_in_float64(
     """The best k of all rows for each anchor with their cosines (A, k), -inf where there are fewer."""
     n, near = len(embeddings), []
     for anchor in anchors:
-        values = similarities_of(embeddings, torch.full((n,), int(anchor)), torch.arange(n), memory_mb)
+        values = cosines.of_pairs(embeddings, torch.full((n,), int(anchor)), torch.arange(n), memory_mb)
         near.append(values)
     values = torch.stack(near)
     _forbidden(zones, anchors, values.device).remove(values, 0, n)

@@ -11,7 +11,8 @@ from sklearn.neighbors import BallTree
 from torch.nn import functional as F
 
 from common.zones import Zones
-from difficulty.search import NO_ROW, NO_SIMILARITY, Neighbors, similarities_of
+from difficulty import cosines
+from difficulty.search import NO_ROW, NO_SIMILARITY, Neighbors
 from train import whitening
 
 _BLOCK_ROWS = 8_192  # converted at a time
@@ -50,7 +51,7 @@ def balltree_neighbors(
         order = np.argsort(~allowed, axis=1, kind="stable")[:, :k]
         chosen, valid = np.take_along_axis(asked, order, 1), np.take_along_axis(allowed, order, 1)
         left, right = (torch.from_numpy(side.ravel()) for side in (np.repeat(some, chosen.shape[1]), chosen))
-        values = similarities_of(embeddings, left, right, memory_mb).cpu().numpy().reshape(chosen.shape)
+        values = cosines.of_pairs(embeddings, left, right, memory_mb).cpu().numpy().reshape(chosen.shape)
         values = np.where(valid, values, -np.inf)
         order = np.lexsort((chosen, -values), axis=1)
         chosen, values = np.take_along_axis(chosen, order, 1), np.take_along_axis(values, order, 1)

@@ -109,6 +109,28 @@ def test_a_score_is_as_near_to_the_cosine_as_the_gallery_says(kind):
         assert (scores.gather(1, best) >= floor[:, None].bfloat16()).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_floors_that_are_guessed_change_nothing_be_they_right_or_wrong(kind, monkeypatch):
+    monkeypatch.setattr(search, "fast_bfloat16", lambda device: True)
+    embeddings = KINDS[kind](np.random.default_rng(7), 600, 48).astype(np.float16)
+    buildings = np.arange(600) // 3
+    zones = zones_at(np.random.default_rng(8).uniform(0, 9_000, 200)[buildings], buildings)
+    expected, _ = brute_force(embeddings, zones, 20)
+    guessed, guess = [], search._guess_floors
+
+    def guess_well_or_badly(found, *others):
+        guess(found, *others)
+        guessed.append(float(found.guess.float().mean()))
+        found.guess[::2] += 0.2  # too high: these are found to have fewer than k, and searched again
+        found.floor[::2] += 0.2
+
+    monkeypatch.setattr(search, "_guess_floors", guess_well_or_badly)
+    monkeypatch.setitem(search._TILE, "cpu", (64, 64))
+    np.testing.assert_array_equal(neighbors(embeddings, zones, 20)[0], expected)
+    assert len(guessed) == 1
+    assert guessed[0] > -1
+
+
 def test_vectors_that_lean_one_way_need_no_second_search():
     rng = np.random.default_rng(6)
     gallery = Gallery(torch.from_numpy(rng.normal(size=(4_000, 256)) + 2.0).half(), torch.bfloat16, CPU)
