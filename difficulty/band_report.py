@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 from PIL import Image
 
 from common import files, geo, parquet, pictures
@@ -63,7 +62,7 @@ class Report:
         }
         lines = []
         for facts, of_band in zip(self.table.rows(), pairs, strict=True):
-            upper = "" if facts["ratio_to"] is None else f" to {facts['ratio_to']:.2f}"
+            upper = " or more" if facts["ratio_to"] is None else f" to {facts['ratio_to']:.2f}"
             title = f"band {facts['band']}: ratio {facts['ratio_from']:.2f}{upper}; {facts['pairs']:,} pairs"
             both = [_side_by_side(images[anchor], images[row]) for anchor, row, _ in of_band]
             captions = [
@@ -154,8 +153,8 @@ def _draw_edges(axis, edges: np.ndarray, ratio_counts: np.ndarray, colours: list
         axis.axvline(edge, color="black", lw=0.7)
     axis.set(title="pairs by distance ratio, and the bands' edges", xlabel="ratio to the reference neighbour")
     axis.set(xscale="log", ylabel="pairs")
-    for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-        ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    axis.set_xticks(edges, [f"{edge:.2f}" for edge in edges], rotation=90, fontsize=8)
+    axis.minorticks_off()
 
 
 def _side_by_side(left: Image.Image | None, right: Image.Image | None) -> Image.Image:
