@@ -146,9 +146,8 @@ class _Collected:
         floor = self.floor[mine].to(scores.dtype)
         if not across:
             return _hits(scores, floor[:, None], across)
-        hits = _hits(
-            scores, F.pad(floor, (0, scores.shape[1] - len(floor)), value=torch.inf), across
-        )  # columns of -inf follow
+        padding = scores.shape[1] - len(floor)  # columns of -inf
+        hits = _hits(scores, F.pad(floor, (0, padding), value=torch.inf), across)
         return hits._replace(per_anchor=hits.per_anchor[: len(floor)])
 
     def _raise_floors(self, late: torch.Tensor, mine: slice, scores: torch.Tensor, across: bool) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from common import config, geo, parquet, pictures
 from common.errors import PipelineError, StaleArtefact
-from difficulty import band_report, band_table, bands
+from difficulty import band_report, band_table, bands, parts
 from difficulty.compute_visual_neighbors import main
 
 
@@ -185,6 +185,18 @@ def test_shards_give_the_same_file_and_a_second_run_does_nothing(flags, tmp_path
     capsys.readouterr()
     main(flags)
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_parts_are_searched_together_only_where_that_saves_products():
+    todo = [parts.Part(start, start + 10, None, None) for start in (0, 10, 20, 40, 50)]  # 30 is there already
+
+    def starts(total, together):
+        return [[part.start for part in group] for group in parts.groups(todo, total, together)]
+
+    assert starts(60, 30) == [[0, 10, 20], [40, 50]]
+    assert starts(60, 100) == [[0, 10, 20, 40, 50]]
+    assert starts(1_000, 30) == [[0], [10], [20], [40], [50]]  # it would save 3 % of them
+    assert starts(60, 0) == [[0], [10], [20], [40], [50]]
 
 
 def test_other_bands_use_the_same_parts_and_other_neighbours_are_refused(flags, tmp_path):
