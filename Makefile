@@ -53,6 +53,7 @@ lint: $(VENV)  ## style, imports and formatting
 	.venv/bin/ruff format --check .
 
 bench: $(VENV)  ## time everything against its baselines, and write the README's table
+	@$(RUN) -c 'import faiss' 2>/dev/null || $(RUN) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[bench]'
 	$(RUN) tests/benchmarks/run_all.py
 
 readme: $(VENV)  ## write the README's tables that are made from the code

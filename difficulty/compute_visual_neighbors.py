@@ -2,11 +2,13 @@
 
 Reads    data/merged/train.parquet
 Writes   data/difficulty/parts/<part>.parquet: the neighbours of 20,000 images (data.rows_per_part) each;
-         data/difficulty/difficulty_metadata.parquet: those of all, with their bands of difficulty
+         data/difficulty/difficulty_metadata.parquet: those of all, with their bands of difficulty;
+         data/difficulty/bands.{json,png}: what lies in each band; band_pairs.png: sample pairs of each, where the
+         tars are there
 Command  python difficulty/compute_visual_neighbors.py
          or, as a job array: --shard 3 --num-shards 8 for each shard, then once --finish
 Memory   N x D x 2 bytes of embeddings (6 M x 768: 9.2 GB), on the GPU if they fit; tiles of search_memory_mb;
-         about 24 bytes for each pair of buildings within the ignore zone; gathering: 100 bytes an image
+         about 24 bytes for each pair of buildings within the ignore zone; gathering: 140 bytes an image
 Time     2 N^2 D floating-point operations: 6 M x 768 are 5.5e16, minutes on a large GPU; 100,000 x 768 on
          two CPU cores take about two minutes
 """
@@ -29,7 +31,7 @@ def main(argv=None) -> int:
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
     from common import parquet
-    from difficulty import bands, parts
+    from difficulty import band_table, parts
 
     target, made = parts.result(cfg)
     if parquet.is_done(target, made, args.overwrite):
@@ -51,7 +53,7 @@ def main(argv=None) -> int:
 
     parts.refuse_missing(every)
     table = parts.gather(cfg, every)
-    log.info("%s", bands.as_text(table))
+    log.info("%s", band_table.as_text(table))
     return progress.summary(f"{len(every):,} parts gathered in {target}")
 
 

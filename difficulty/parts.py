@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common import devices, geo, parquet, provenance, schemas, zones
+from common import devices, parquet, provenance, schemas, zones
 from common.config import Config, values
 from common.errors import PipelineError
 from common.provenance import Provenance
-from difficulty import bands
+from difficulty import band_report, bands
 
 log = logging.getLogger("pipeline")
 RECALL_SAMPLE = 256  # anchors of a part that an approximate search is compared with the exact one on
@@ -58,7 +58,7 @@ def _search_keys(cfg: Config) -> tuple[str, ...]:
 
 def write(cfg: Config, todo: list[Part]) -> Iterator[Part]:
     """Search the neighbours of each part's anchors and write its file; yields each part when it is there."""
-    from difficulty import search  # torch and scikit-learn: gathering alone does without
+    from difficulty import search, tree  # torch and scikit-learn: gathering alone does without
 
     path = train_path(cfg)
     device = devices.pick(cfg.infrastructure.device)
@@ -71,20 +71,37 @@ def write(cfg: Config, todo: list[Part]) -> Iterator[Part]:
     def exact(rows: np.ndarray):
         return search.exact_neighbors(embeddings, near, rows=rows, device=device, **options)
 
-    tree = search.build_tree(embeddings, cfg.data.balltree_dim) if cfg.data.search == "balltree" else None
-    for part in todo:
-        rows = np.arange(part.start, part.stop)
+    ball = tree.build(embeddings, cfg.data.balltree_dim) if cfg.data.search == "balltree" else None
+    sizes = search.tile_sizes(embeddings.shape[1], cfg.data.neighbors, options["memory_mb"], device)
+    for group in groups(todo, len(embeddings), sizes.together if ball is None else 0):
+        rows = np.concatenate([np.arange(part.start, part.stop) for part in group])
         recall = 1.0
-        if tree is None:
+        if ball is None:
             found, similarities = exact(rows)
         else:
-            found, similarities = search.balltree_neighbors(tree, embeddings, near, rows=rows, **options)
+            found, similarities = tree.balltree_neighbors(ball, embeddings, near, rows=rows, **options)
             sample = np.unique(np.linspace(0, len(rows) - 1, RECALL_SAMPLE).astype(np.int64))
-            recall = search.recall(found[sample], exact(rows[sample])[0])
-        with parquet.writer(part.target, schemas.difficulty_part(cfg.data.neighbors), part.made) as out:
-            out.append({"neighbor_rows": found, "neighbor_similarities": similarities})
-            out.facts = {"recall": recall}
-        yield part
+            recall = tree.recall(found[sample], exact(rows[sample])[0])
+        for part in group:
+            mine = slice(*np.searchsorted(rows, [part.start, part.stop]))
+            with parquet.writer(part.target, schemas.difficulty_part(cfg.data.neighbors), part.made) as out:
+                out.append({"neighbor_rows": found[mine], "neighbor_similarities": similarities[mine]})
+                out.facts = {"recall": recall}
+            yield part
+
+
+def groups(todo: list[Part], total: int, together: int) -> Iterator[list[Part]]:
+    """The parts in runs that are searched at once, each of up to `together` rows, where that saves an eighth of
+    the products or more (see search.py); else one by one, so that a killed job loses little."""
+    group: list[Part] = []
+    most = together if together * 4 > total else 0
+    for part in todo:
+        if group and part.stop - group[0].start > most:
+            yield group
+            group = []
+        group.append(part)
+    if group:
+        yield group
 
 
 def refuse_missing(parts: list[Part]) -> None:
@@ -98,7 +115,7 @@ def refuse_missing(parts: list[Part]) -> None:
 
 
 def gather(cfg: Config, parts: list[Part]) -> list[dict]:
-    """Calibrate the bands over all parts and stream the artefact; returns the table of bands."""
+    """Calibrate the bands over all parts, stream the artefact, and report on the bands; returns their table."""
     counts = sum(bands.histogram(ratio) for _, _, _, ratio in _read_parts(cfg, parts))
     if not np.any(counts):
         raise PipelineError(
@@ -106,17 +123,16 @@ def gather(cfg: Config, parts: list[Part]) -> list[dict]:
             "lower data.ignore_radius_m, or use more of the map"
         )
     edges = bands.edges_of(counts, cfg.data.band_percentiles)
-    ids = parquet.read(train_path(cfg), ["streetview_image_id", "building_id", "target_lat", "target_lon"])
-    xyz_m = geo.to_xyz_m(ids["target_lat"].to_numpy(), ids["target_lon"].to_numpy())
-    table = bands.Table.of(edges)
+    ids = parquet.read(train_path(cfg), ["streetview_image_id", "building_id"])
+    report = band_report.Report(train_path(cfg), counts, edges)
     recalls = [parquet.read_provenance(part.target).facts["recall"] for part in parts]
     recall = float(np.average(recalls, weights=[part.stop - part.start for part in parts]))
     path, made = result(cfg)
     with parquet.writer(path, schemas.difficulty(cfg.data.neighbors, cfg.data.num_bands), made) as out:
         for part, rows, similarities, ratio in _read_parts(cfg, parts):
             offsets = bands.offsets(ratio, edges)
-            table.add(part.start, rows, similarities, offsets, xyz_m)
-            columns = {name: ids[name].slice(part.start, len(rows)) for name in ids.column_names[:2]}
+            report.add(part.start, rows, similarities, offsets)
+            columns = {name: ids[name].slice(part.start, len(rows)) for name in ids.column_names}
             columns |= {"neighbor_rows": rows, "neighbor_similarities": similarities.astype(np.float16)}
             out.append({**columns, "band_offsets": offsets})
         out.facts = {
@@ -124,16 +140,17 @@ def gather(cfg: Config, parts: list[Part]) -> list[dict]:
             "search": cfg.data.search,
             "recall": recall,
             "band_edges": edges.tolist(),
-            "bands": table.rows(),
+            "bands": report.table.rows(),
             "merged_id": made.inputs[train_path(cfg).name],
         }
+        report.write(path.parent, cfg.paths.raw_dir)
     if recall < LOW_RECALL:
         log.warning(
             'data.search = "%s" found %.1f %% of the true neighbours; "exact" finds all',
             cfg.data.search,
             100 * recall,
         )
-    return table.rows()
+    return report.table.rows()
 
 
 def _read_parts(cfg: Config, parts: list[Part]) -> Iterator[tuple]:

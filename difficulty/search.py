@@ -4,41 +4,38 @@
 before the best are taken, so that an image in a dense place gets its k all the same. The answer is exact, ties by
 row number, though most of the work is done in bfloat16:
 
-1. Products of bfloat16 vectors, on a GPU or a CPU that is fast at them. Each differs from the cosine by less than
-   what `_Gallery.below` says, so that nothing below an anchor's floor can be among its best k. The floor rises as
-   better candidates are found, and only what lies above it is collected: no tile is sorted.
+1. Products of bfloat16 vectors, on a GPU or a CPU that is fast at them, once for two rows that are both asked for.
+   Each differs from the cosine by less than what `Gallery.below` says, so that nothing below an anchor's floor can
+   be among its best k. The floor rises as better candidates are found, and only what lies above it is collected:
+   no tile is sorted.
 2. The candidates left (about 1.5 k of them) are compared in float32, and those that float32 cannot tell apart in
    float64.
 3. Anchors with more candidates than are kept (copies, tight clusters) are searched again with float32 products,
    and where that is still too many, with all that reaches the floor compared in float64.
 
-`balltree_neighbors` asks scikit-learn's tree on a PCA: it forgets neighbours, how many depends on the data
-(`recall` says it).
-
 Memory: N x D x 4 bytes (the embeddings, float16, and their unit vectors in bfloat16; each on the device if it
-fits, else on the host), and tiles of `memory_mb`; see `tile_sizes`.
+fits, else on the host), and `memory_mb` for tiles and candidates; see `tile_sizes`.
 Traffic: N x D x 2 bytes for every tile of A anchors, from the host where the vectors stay there, and A x 1.5 k x D
-x 2 of candidates.
+x 2 of candidates. Raises Stopped on a signal, between two tiles of anchors.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.neighbors import BallTree
 from torch.nn import functional as F
 
-from common import devices
+from common import cli
 from common.zones import Zones
-from train import whitening
+from difficulty import cosines
+from difficulty.gallery import LOWEST, Gallery
 
 NO_ROW, NO_SIMILARITY = -1, -1.0  # where an image has fewer than k candidates
 KEPT = 4  # times k: the candidates that an anchor may have before its floor rises
 _WORD = 8  # flags that are looked at together
-_LOWEST = -2.0  # below every cosine, above the -inf of forbidden pairs
-_TILE = {"cpu": (1_024, 8_192), "cuda": (8_192, 32_768)}  # rows: larger tiles are no faster
-_BLOCK_ROWS = 8_192  # converted at a time
-_TREE_QUERIES = 1_024  # anchors asked of the tree at a time
+_TILE = {"cpu": (1_024, 4_096), "cuda": (8_192, 32_768)}  # rows: larger tiles are no faster
+_GUESSED_FROM = 6  # tiles of the gallery: with fewer it costs more than it saves
 
 Neighbors = tuple[np.ndarray, np.ndarray]  # (rows (n, k) int32, similarities (n, k) float32), most similar first
 
@@ -63,15 +60,15 @@ def exact_neighbors(
 
     left = np.arange(len(rows))
     for dtype in [torch.bfloat16, torch.float32] if fast_bfloat16(device) else [torch.float32]:
-        gallery = _Gallery(embeddings, dtype, device)
+        gallery = Gallery(embeddings, dtype, device)
         size = tile_sizes(embeddings.shape[1], k, memory_mb, device, dtype)
         crowded = []
-        for places in _cut(left, size[0]):
+        for places in _cut(left, size.together):
             anchors = np.asarray(rows[places], np.int64)
-            collected = _collect(gallery, zones, anchors, k, size)
-            best, similarities = _settle(gallery, anchors, collected, k, memory_mb)
-            keep(places, best, similarities)
-            crowded.append(places[collected.crowded.cpu().numpy()])
+            found = _collect(gallery, zones, anchors, k, size)
+            for part in _cut(np.arange(len(places)), size.settled):
+                keep(places[part], *_settle(gallery, anchors[part], found, part, k, memory_mb))
+            crowded.append(places[found.crowded.cpu().numpy()])
         left = np.concatenate(crowded) if crowded else left
         if not len(left):
             break
@@ -87,91 +84,89 @@ def fast_bfloat16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def tolerance(dim: int) -> float:
-    """Cosines nearer to each other than this may stand in the wrong order in float32: 8 sqrt(D) times its unit
-    roundoff, which sums of D terms exceed with probability below 1e-13 (Higham & Mary 2019, theorem 2.4)."""
-    return 4 * float(np.finfo(np.float32).eps) * dim**0.5
+class Sizes(NamedTuple):
+    anchors: int  # A, of a tile
+    gallery: int  # G, rows of a tile
+    settled: int  # anchors whose candidates are settled at a time
+    together: int  # anchors whose candidates are held at a time, at least A
 
 
 def tile_sizes(
     dim: int, k: int, memory_mb: float, device: torch.device, dtype: torch.dtype = torch.float32
-) -> tuple[int, int]:
-    """(anchors A, gallery rows G) of a tile. A quarter of the memory is for a block of the gallery in float32, G x
-    D x 8 bytes; half is for the scores with their flags, A x G x (itemsize + 4), the anchors, A x D x 8, and the
-    candidates, A x KEPT k x 40; the last quarter serves the comparisons in float32 and float64."""
+) -> Sizes:
+    """Half of the memory is for the candidates, KEPT k x 8 bytes an anchor. An eighth each is for a block of the
+    gallery in float32, G x D x 8; for the scores with their flags and the anchors, A x (G x (itemsize + 4) + D x
+    8); for the anchors settled, KEPT k x 40 + D x 16; and for what they are compared with."""
     size, most = memory_mb * 2**20, _TILE[device.type]
-    gallery = int(np.clip(size / 4 // (8 * dim), 1, most[1]))
+    together = int(max(1, size / 2 // (8 * KEPT * k + 32)))
+    gallery = int(np.clip(size / 8 // (8 * dim), 1, most[1]))
     gallery = -(-gallery // _WORD) * _WORD
-    anchors = size / 2 // ((dtype.itemsize + 4) * gallery + 8 * dim + 40 * KEPT * k)
-    return int(np.clip(anchors, 1, most[0])), gallery
-
-
-def similarities_of(embeddings: torch.Tensor, left: torch.Tensor, right: torch.Tensor, memory_mb: float):
-    """Cosines (P,) float64 of the pairs of rows (left[i], right[i]), from products summed row by row: pairs of
-    equal vectors get equal cosines, whatever else is in the list."""
-    step = max(int(memory_mb * 2**20 // (160 * embeddings.shape[1])), 64)
-    left, right = left.to(embeddings.device), right.to(embeddings.device)
-    parts = [torch.empty(0, dtype=torch.float64, device=embeddings.device)]
-    for start in range(0, len(left), step):
-        x, y = (embeddings[side[start : start + step]].double() for side in (left, right))
-        norms = (x * x).sum(dim=1).sqrt() * (y * y).sum(dim=1).sqrt()
-        parts.append((x * y).sum(dim=1) / norms.clamp(min=1e-300))
-    return torch.cat(parts)
-
-
-class _Gallery:
-    """All unit vectors in one precision, and how far products of them may be from the cosines."""
-
-    def __init__(self, embeddings: torch.Tensor, dtype: torch.dtype, device: torch.device):
-        n, dim = embeddings.shape
-        self.embeddings, self.dtype, self.device = embeddings, dtype, device
-        self.vectors = None  # float32: made a block at a time, for it would take twice the room
-        self.scale = torch.empty(n, device=device)  # 1 / length
-        self.error = torch.zeros(n, device=device)  # the length of what rounding took off a unit vector
-        self.rounding = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0  # of a product, relative
-        self.tolerance = tolerance(dim)
-        if dtype != torch.float32:
-            here = device if devices.fits(n * dim * dtype.itemsize, device) else embeddings.device
-            self.vectors = torch.empty((n, dim), dtype=dtype, device=here)
-        for start in range(0, n, _BLOCK_ROWS):
-            block = slice(start, start + _BLOCK_ROWS)
-            raw = embeddings[block].to(device).float()
-            self.scale[block] = 1 / raw.norm(dim=1).clamp(min=1e-12)
-            if self.vectors is not None:
-                unit = raw * self.scale[block, None]
-                low = unit.to(dtype)
-                self.vectors[block] = low.to(self.vectors.device)
-                self.error[block] = 1.001 * (unit - low.float()).norm(dim=1)
-
-    def block(self, which) -> torch.Tensor:
-        """The unit vectors of some rows (a slice, or numbers), on the device."""
-        if self.vectors is not None:
-            return self.vectors[which].to(self.device)
-        return self.embeddings[which].to(self.device).float() * self.scale[which, None]
-
-    def below(self, kth: torch.Tensor, anchor_error: torch.Tensor) -> torch.Tensor:
-        """The floor (A,) of anchors whose k-th best score so far is `kth`: what scores less is not of the best k.
-
-        A score s is within e + r |s| of the cosine, where e is the sum of the two vectors' errors (by Cauchy and
-        Schwarz; both vectors are at most 1.004 long) and r the rounding of a product. So k cosines reach
-        kth - e - r |kth|, and what scores less than that minus e + r |floor| does not. The floor is rounded too.
-        """
-        e = 1.005 * (anchor_error + self.error.max()) + self.tolerance
-        floor = kth - 2 * e - 3 * self.rounding * (kth.abs() + 0.03)
-        return floor.clamp(min=_LOWEST)  # where fewer than k are known, kth is -inf, and the floor -2
+    anchors = size / 8 // ((dtype.itemsize + 4) * gallery + 8 * dim)
+    settled = size / 8 // (40 * KEPT * k + 16 * dim)
+    return Sizes(int(np.clip(anchors, 1, min(most[0], together))), gallery, int(max(1, settled)), together)
 
 
 class _Collected:
-    """Candidates of A anchors, in the order of their rows: at most KEPT k each, or the anchor is `crowded`."""
+    """Candidates of n anchors, in no order: at most KEPT k each, or the anchor is `crowded`; and so it is called
+    where fewer than k reach the `guess` that its first floor was made of: all are searched again."""
 
-    def __init__(self, anchors: int, k: int, dtype: torch.dtype, device: torch.device):
-        self.k, room = k, max(KEPT * k, 32)
-        self.rows = torch.zeros((anchors, room), dtype=torch.int32, device=device)
-        self.scores = torch.full((anchors, room), -torch.inf, dtype=dtype, device=device)
-        self.count = torch.zeros(anchors, dtype=torch.int64, device=device)
-        self.crowded = torch.zeros(anchors, dtype=torch.bool, device=device)
+    def __init__(self, n: int, k: int, gallery: Gallery):
+        self.k, self.room, self.gallery = k, max(KEPT * k, 32), gallery
+        self.rows = torch.zeros((n, self.room), dtype=torch.int32, device=gallery.device)
+        self.scores = torch.full((n, self.room), -torch.inf, dtype=gallery.dtype, device=gallery.device)
+        self.count = torch.zeros(n, dtype=torch.int64, device=gallery.device)
+        self.floor = torch.full((n,), LOWEST, device=gallery.device)
+        self.guess = torch.full((n,), -torch.inf, device=gallery.device)  # of the k-th best score
+        self.crowded = torch.zeros(n, dtype=torch.bool, device=gallery.device)
 
-    def add(self, anchors: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor) -> None:
+    def take(self, mine: slice, first_row: int, scores: torch.Tensor, across: bool) -> None:
+        """Collect from a tile of the anchors `mine` with the rows first_row, first_row + 1, ...; the anchors are
+        the lines of `scores`, or `across`, its columns."""
+        late = self.floor[mine] <= LOWEST
+        self._raise_floors(late, mine, scores, across)
+        hits = self._hits(mine, scores, across)
+        late = hits.per_anchor + self.count[mine] > self.room
+        if late.any():
+            self._raise_floors(late, mine, scores, across)
+            hits = self._hits(mine, scores, across)
+            crowded = hits.per_anchor + self.count[mine] > self.room
+            if crowded.any():
+                self.crowded[mine] |= crowded
+                self.floor[mine][crowded] = torch.inf  # they are searched again, otherwise
+                hits = self._hits(mine, scores, across)
+        line, column = hits.expand()
+        found = scores[line, column]
+        if across:
+            column, order = column.sort(stable=True)
+            self._add(column + mine.start, line[order] + first_row, found[order])
+        else:
+            self._add(line + mine.start, column + first_row, found)
+
+    def _hits(self, mine: slice, scores: torch.Tensor, across: bool) -> "_Hits":
+        floor = self.floor[mine].to(scores.dtype)
+        if not across:
+            return _hits(scores, floor[:, None], across)
+        padding = scores.shape[1] - len(floor)  # columns of -inf
+        hits = _hits(scores, F.pad(floor, (0, padding), value=torch.inf), across)
+        return hits._replace(per_anchor=hits.per_anchor[: len(floor)])
+
+    def _raise_floors(self, late: torch.Tensor, mine: slice, scores: torch.Tensor, across: bool) -> None:
+        """Raise the floors of the `late` of the anchors `mine` to what their candidates and a tile's scores tell,
+        and drop the candidates below."""
+        which = late.nonzero().squeeze(1)
+        if not len(which):
+            return
+        own = scores.T[which] if across else scores[which]
+        which = which + mine.start
+        kth = _at_most_kth(own, self.scores[which], self.k)
+        self.floor[which] = torch.maximum(self.floor[which], self.gallery.below(kth))
+        rows, scores = self.rows[which], self.scores[which]
+        anchor, place = (scores >= self.floor[which, None]).nonzero(as_tuple=True)
+        self.scores[which] = -torch.inf
+        self.count[which] = 0
+        self._add(which[anchor], rows[anchor, place], scores[anchor, place])
+
+    def _add(self, anchors: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor) -> None:
         """Append candidates that are sorted by anchor; there is room for them."""
         new = torch.bincount(anchors, minlength=len(self.count))
         first = new.cumsum(0) - new
@@ -180,98 +175,92 @@ class _Collected:
         self.scores[anchors, place] = scores
         self.count += new
 
-    def kth(self) -> torch.Tensor:
-        """The k-th best score (A,) float32 so far, -inf where there are fewer."""
-        return self.scores.topk(min(self.k, self.scores.shape[1]), dim=1, sorted=False).values.amin(dim=1).float()
 
-    def drop_below(self, floor: torch.Tensor) -> None:
-        anchors, places = (self.scores >= floor[:, None]).nonzero(as_tuple=True)
-        rows, scores = self.rows[anchors, places], self.scores[anchors, places]
-        self.scores.fill_(-torch.inf)
-        self.count.zero_()
-        self.add(anchors, rows, scores)
-
-
-def _collect(gallery: _Gallery, zones: Zones, anchors: np.ndarray, k: int, size: tuple[int, int]) -> _Collected:
-    """The rows that may be among the best k of each anchor."""
-    n, device, dtype = len(gallery.embeddings), gallery.device, gallery.dtype
-    forbidden = _forbidden(zones, anchors, device)
-    on_device = torch.from_numpy(anchors).to(device)
-    queries, error = gallery.block(_on(gallery, anchors)), gallery.error[on_device]
-    collected = _Collected(len(anchors), k, dtype, device)
-    floor = torch.full((len(anchors),), _LOWEST, device=device)
-    width = min(size[1], -(-n // _WORD) * _WORD)
-    scores = torch.empty((len(anchors), width), dtype=dtype, device=device)
-    flags = torch.empty((len(anchors), width), dtype=torch.bool, device=device)
-    for start in range(0, n, width):
-        stop = min(start + width, n)
-        _products(queries, gallery.block(slice(start, stop)), scores)
-        scores[:, stop - start :] = -torch.inf
-        forbidden.remove(scores, start, stop)
-        if start == 0:
-            floor = gallery.below(_at_most_kth(scores, k), error)
-        hits = _hits(scores, floor, flags)
-        room = collected.scores.shape[1]
-        if (hits.per_anchor + collected.count > room).any():
-            kth = torch.maximum(collected.kth(), _at_most_kth(scores, k))
-            floor = torch.maximum(floor, gallery.below(kth, error))
-            collected.drop_below(floor)
-            hits = _hits(scores, floor, flags)
-            crowded = hits.per_anchor + collected.count > room
-            floor[crowded] = torch.inf  # they are searched again, otherwise
-            collected.crowded |= crowded
-            hits = hits.without(crowded)
-        anchor, column = hits.expand(flags)
-        collected.add(anchor, column + start, scores[anchor, column])
-    collected.drop_below(torch.maximum(floor, gallery.below(collected.kth(), error)))
-    return collected
+def _collect(gallery: Gallery, zones: Zones, anchors: np.ndarray, k: int, size: Sizes) -> _Collected:
+    """The rows that may be among the best k of each anchor (n,). Where the anchors are a run of rows, a score of
+    two of them serves both: half of the products among them are saved."""
+    n, count = len(gallery.embeddings), len(anchors)
+    run = (anchors[0], anchors[0] + count) if (np.diff(anchors) == 1).all() else (n, n)
+    found = _Collected(count, k, gallery)
+    if gallery.dtype != torch.float32 and n >= _GUESSED_FROM * size.gallery:
+        _guess_floors(found, zones, anchors, size)
+    for first in range(0, count, size.anchors):
+        cli.check_stop()
+        some = anchors[first : first + size.anchors]
+        forbidden = _forbidden(zones, some, gallery.device)
+        queries = gallery.queries(torch.from_numpy(some).to(gallery.device))
+        later = min(run[0] + first + len(some), n)
+        for start, stop, across in _columns(n, run, min(run[0] + first, n), later, size.gallery):
+            scores = gallery.scores(queries, start, stop)
+            forbidden.remove(scores, start, stop)
+            found.take(slice(first, first + len(some)), start, scores, across=False)
+            if across:
+                found.take(slice(start - run[0], stop - run[0]), int(some[0]), scores, across=True)
+    return found
 
 
-def _on(gallery: _Gallery, rows: np.ndarray) -> torch.Tensor:
-    table = gallery.vectors if gallery.vectors is not None else gallery.embeddings
-    return torch.from_numpy(rows).to(table.device)
+def _guess_floors(found: _Collected, zones: Zones, anchors: np.ndarray, size: Sizes) -> None:
+    """First floors from the scores with every step-th row, a tile of them: of the k best, k / step +- sqrt(k /
+    step) are among these. Floors rise from there as from nowhere, but a third as much is collected on the way."""
+    gallery, n = found.gallery, len(found.gallery.embeddings)
+    step = -(-n // size.gallery)
+    rank = round(found.k / step + 3 * (found.k / step) ** 0.5) + 1
+    for first in range(0, len(anchors), size.anchors):
+        cli.check_stop()
+        some = anchors[first : first + size.anchors]
+        scores = gallery.scores(gallery.queries(torch.from_numpy(some).to(gallery.device)), 0, n, step)
+        _forbidden(zones, some, gallery.device).remove(scores, 0, n, step)
+        mine = slice(first, first + len(some))
+        found.guess[mine] = _at_most_kth(scores, scores[:, :0], rank)
+        found.floor[mine] = gallery.below(found.guess[mine])
 
 
-def _products(queries: torch.Tensor, block: torch.Tensor, scores: torch.Tensor) -> None:
-    """Write the scores (A, G) of the queries (A, D) and a block (G or fewer, D) of the gallery."""
-    torch.mm(queries, block.T, out=scores if len(block) == scores.shape[1] else scores[:, : len(block)])
+def _columns(n: int, run: tuple[int, int], own: int, later: int, width: int) -> Iterator[tuple[int, int, bool]]:
+    """The tiles start..stop of all n rows for the anchors own..later of a run: but for the rows of the run before
+    them, which have met them; and whether the rows are anchors that meet them now."""
+    for first, last, across in (
+        (0, run[0], False),
+        (own, later, False),
+        (later, run[1], True),
+        (run[1], n, False),
+    ):
+        for start in range(first, last, width):
+            yield start, min(start + width, last), across
 
 
-def _at_most_kth(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """At most the k-th largest score (A,) of each row, and near it: the k-th largest of maxima over disjoint sets
-    of about a third of k-th part of the columns. A tenth of the time of a true top-k."""
-    sets = scores.shape[1] // max(1, scores.shape[1] // (3 * k))
-    if sets < k:
-        return scores.new_full((len(scores),), -torch.inf, dtype=torch.float32)
-    depth = scores.shape[1] // sets
+def _at_most_kth(scores: torch.Tensor, known: torch.Tensor, k: int) -> torch.Tensor:
+    """At most the k-th largest (A,) of each row's scores and of those `known` from other tiles, and near it: the
+    k-th largest of the latter and of maxima over disjoint sets of about a third of k-th part of the columns. A
+    tenth of the time of a true top-k."""
+    depth = max(1, scores.shape[1] // (3 * k))
+    sets = scores.shape[1] // depth
     maxima = scores[:, : depth * sets].unflatten(1, (depth, sets)).amax(dim=1)
-    return maxima.topk(k, dim=1, sorted=False).values.amin(dim=1).float()
+    return torch.cat([known, maxima], dim=1).topk(k, dim=1, sorted=False).values.amin(dim=1).float()
 
 
 class _Hits(NamedTuple):
     """Where scores reach their floors, as the words of _WORD flags that are not all 0, in order."""
 
-    words: torch.Tensor  # (W, 2): row, number of the word in it
-    counts: torch.Tensor  # (W,): hits in it
-    per_anchor: torch.Tensor  # (A,)
+    words: torch.Tensor  # (W, 2): line, number of the word in it
+    flags: torch.Tensor  # (W, _WORD)
+    per_anchor: torch.Tensor  # (lines,) or (columns,)
 
-    def without(self, anchors: torch.Tensor) -> "_Hits":
-        """Without those of some anchors (A,) bool."""
-        left = ~anchors[self.words[:, 0]]
-        return _Hits(self.words[left], self.counts[left], self.per_anchor.masked_fill(anchors, 0))
-
-    def expand(self, flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(row, column) of each hit, in order."""
-        word, bit = flags.unflatten(1, (-1, _WORD))[self.words[:, 0], self.words[:, 1]].nonzero(as_tuple=True)
+    def expand(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(line, column) of each hit, in order."""
+        word, bit = self.flags.nonzero(as_tuple=True)
         return self.words[word, 0], self.words[word, 1] * _WORD + bit
 
 
-def _hits(scores: torch.Tensor, floor: torch.Tensor, flags: torch.Tensor) -> _Hits:
-    torch.ge(scores, floor.to(scores.dtype)[:, None], out=flags)
+def _hits(scores: torch.Tensor, floor: torch.Tensor, across: bool) -> _Hits:
+    flags = scores >= floor
     words = flags.view(torch.int64).nonzero()  # an eighth as many as flags: `nonzero` is the dearest step here
-    counts = flags.unflatten(1, (-1, _WORD))[words[:, 0], words[:, 1]].sum(dim=1)
-    per_anchor = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
-    return _Hits(words, counts, per_anchor.index_add_(0, words[:, 0], counts))
+    flags = flags.unflatten(1, (-1, _WORD))[words[:, 0], words[:, 1]]
+    lines, columns = scores.shape
+    if across:
+        per_word = torch.zeros((columns // _WORD, _WORD), dtype=torch.int64, device=scores.device)
+        return _Hits(words, flags, per_word.index_add_(0, words[:, 1], flags.long()).reshape(-1))
+    per_line = torch.zeros(lines, dtype=torch.int64, device=scores.device)
+    return _Hits(words, flags, per_line.index_add_(0, words[:, 0], flags.sum(dim=1)))
 
 
 class _Forbidden(NamedTuple):
@@ -281,10 +270,14 @@ class _Forbidden(NamedTuple):
     rows: torch.Tensor
     sorted_rows: np.ndarray  # the same as `rows`, on the host
 
-    def remove(self, scores: torch.Tensor, start: int, stop: int) -> None:
-        """Set the scores of the forbidden pairs to -inf; the columns are the rows start..stop."""
+    def remove(self, scores: torch.Tensor, start: int, stop: int, step: int = 1) -> None:
+        """Set the scores of the forbidden pairs to -inf; the columns are start..stop, or every step-th."""
         first, last = np.searchsorted(self.sorted_rows, [start, stop])
-        scores[self.anchors[first:last], self.rows[first:last] - start] = -torch.inf
+        anchors, columns = self.anchors[first:last], self.rows[first:last] - start
+        if step > 1:
+            there = columns % step == 0
+            anchors, columns = anchors[there], columns[there] // step
+        scores[anchors, columns] = -torch.inf
 
 
 def _forbidden(zones: Zones, rows: np.ndarray, device: torch.device) -> _Forbidden:
@@ -296,42 +289,30 @@ def _forbidden(zones: Zones, rows: np.ndarray, device: torch.device) -> _Forbidd
 
 
 def _settle(
-    gallery: _Gallery, anchors: np.ndarray, collected: _Collected, k: int, memory_mb: float
+    gallery: Gallery, anchors: np.ndarray, found: _Collected, part: np.ndarray, k: int, memory_mb: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best k rows of the candidates with their cosines (A, k), -inf where there are fewer: by float32, and
-    those that it cannot tell apart by float64; ties by row number."""
-    width = max(1, int(collected.count.max()))
-    rows, scores = collected.rows[:, :width].long(), collected.scores[:, :width]
+    """The best k rows of the candidates of a `part` of those found, with their cosines (A, k), -inf where there
+    are fewer: by float32, and those that it cannot tell apart by float64; ties by row number."""
+    mine = slice(part[0], part[-1] + 1)
+    rows, scores = found.rows[mine].long(), found.scores[mine]
+    kth = scores.topk(min(k, found.room), dim=1, sorted=False).values.amin(dim=1).float()
+    found.crowded[mine] |= kth < found.guess[mine]
+    floor = torch.maximum(found.floor[mine], gallery.below(kth))
+    scores = scores.masked_fill(scores < floor[:, None], -torch.inf)
+    width = max(1, int(torch.isfinite(scores).sum(dim=1).max()))
+    order = rows.masked_fill(torch.isinf(scores), len(gallery.embeddings)).argsort(dim=1)[:, :width]
+    rows, scores = rows.gather(1, order), scores.gather(1, order)  # by row number
     valid = torch.isfinite(scores)
     if gallery.dtype != torch.float32:
-        scores = _float32_cosines(gallery, anchors, rows, memory_mb).masked_fill(~valid, -torch.inf)
+        scores = cosines.in_float32(gallery, anchors, rows, valid, memory_mb).masked_fill(~valid, -torch.inf)
     ordered, order = scores.sort(dim=1, descending=True)
     close = (ordered[:, :-1] - ordered[:, 1:]) <= gallery.tolerance  # False where both are -inf: NaN
     close &= ordered[:, 1:] >= ordered[:, [min(k, width) - 1]] - gallery.tolerance  # those below stay below
     unclear = F.pad(close, (0, 1)) | F.pad(close, (1, 0))
     unclear = torch.zeros_like(unclear).scatter_(1, order, unclear)  # back to the order by row
-    which, place = unclear.nonzero(as_tuple=True)
-    values = scores.double()
-    left = torch.from_numpy(anchors).to(which.device)[which]
-    values[which, place] = similarities_of(gallery.embeddings, left, rows[which, place], memory_mb).to(values)
+    values = torch.where(unclear, cosines.in_float64(gallery, anchors, rows, unclear, memory_mb), scores.double())
     values, order = values.sort(dim=1, descending=True, stable=True)
     return rows.gather(1, order)[:, :k], values[:, :k].float()
-
-
-def _float32_cosines(gallery: _Gallery, anchors: np.ndarray, rows: torch.Tensor, memory_mb: float) -> torch.Tensor:
-    """Cosines (A, W) of each anchor with the rows (A, W) that go with it."""
-    embeddings, (count, width) = gallery.embeddings, rows.shape
-    step = int(max(1, memory_mb * 2**20 // 4 // (6 * width * embeddings.shape[1])))
-    if gallery.device.type == "cpu":
-        step = min(step, 8)  # what is gathered stays in the cache
-    cosines = torch.empty((count, width), device=gallery.device)
-    for start in range(0, count, step):
-        own = torch.from_numpy(anchors[start : start + step])
-        some = rows[start : start + step]
-        x = embeddings[own.to(embeddings.device)].to(gallery.device).float() * gallery.scale[own, None]
-        y = embeddings.index_select(0, some.reshape(-1).to(embeddings.device)).to(gallery.device).float()
-        cosines[start : start + step] = torch.bmm(y.view(*some.shape, -1), x[:, :, None]).squeeze(2)
-    return cosines * gallery.scale[rows]
 
 
 def _all_in_float64(
@@ -340,7 +321,7 @@ def _all_in_float64(
     """The best k of all rows for each anchor with their cosines (A, k), -inf where there are fewer."""
     n, near = len(embeddings), []
     for anchor in anchors:
-        values = similarities_of(embeddings, torch.full((n,), int(anchor)), torch.arange(n), memory_mb)
+        values = cosines.of_pairs(embeddings, torch.full((n,), int(anchor)), torch.arange(n), memory_mb)
         near.append(values)
     values = torch.stack(near)
     _forbidden(zones, anchors, values.device).remove(values, 0, n)
@@ -350,52 +331,3 @@ def _all_in_float64(
 
 def _cut(places: np.ndarray, size: int) -> list[np.ndarray]:
     return [places[start : start + size] for start in range(0, len(places), size)]
-
-
-class Tree(NamedTuple):
-    tree: BallTree
-    points: np.ndarray  # (N, dim) float32
-
-
-def build_tree(embeddings: torch.Tensor, dim: int) -> Tree:
-    """A ball tree over the `dim` principal components of the normalised embeddings; N x dim x 12 bytes."""
-    mean, projection = whitening.pca(embeddings.cpu().numpy(), min(dim, embeddings.shape[1]))
-    points = np.empty((len(embeddings), len(projection)), np.float32)
-    for start in range(0, len(points), _BLOCK_ROWS):
-        block = slice(start, start + _BLOCK_ROWS)
-        points[block] = (F.normalize(embeddings[block].cpu().float(), dim=1).numpy() - mean) @ projection.T
-    return Tree(BallTree(points), points)
-
-
-def balltree_neighbors(
-    tree: Tree, embeddings: torch.Tensor, zones: Zones, *, k: int, rows: np.ndarray, memory_mb: float
-) -> Neighbors:
-    """The neighbours of the anchors `rows` that the tree finds, in the order of their true similarities."""
-    n = len(embeddings)
-    found_rows = np.full((len(rows), k), NO_ROW, np.int32)
-    found_similarities = np.full((len(rows), k), NO_SIMILARITY, np.float32)
-    for start in range(0, len(rows), _TREE_QUERIES):
-        some = np.asarray(rows[start : start + _TREE_QUERIES], np.int64)
-        indptr, forbidden = zones.rows_of(some, own=True)
-        longest = min(n, k + int(np.diff(indptr).max()))  # so that k are left when the forbidden have gone
-        asked = tree.tree.query(tree.points[some], longest, return_distance=False)
-        of_anchor = np.repeat(np.arange(len(some)), np.diff(indptr))
-        allowed = ~np.isin(np.arange(len(some))[:, None] * n + asked, of_anchor * n + forbidden)
-        order = np.argsort(~allowed, axis=1, kind="stable")[:, :k]
-        chosen, valid = np.take_along_axis(asked, order, 1), np.take_along_axis(allowed, order, 1)
-        left, right = (torch.from_numpy(side.ravel()) for side in (np.repeat(some, chosen.shape[1]), chosen))
-        values = similarities_of(embeddings, left, right, memory_mb).cpu().numpy().reshape(chosen.shape)
-        values = np.where(valid, values, -np.inf)
-        order = np.lexsort((chosen, -values), axis=1)
-        chosen, values = np.take_along_axis(chosen, order, 1), np.take_along_axis(values, order, 1)
-        valid = np.isfinite(values)
-        found_rows[start : start + len(some), : chosen.shape[1]] = np.where(valid, chosen, NO_ROW)
-        found_similarities[start : start + len(some), : chosen.shape[1]] = np.where(valid, values, NO_SIMILARITY)
-    return found_rows, found_similarities
-
-
-def recall(found: np.ndarray, exact: np.ndarray) -> float:
-    """The share of the `exact` neighbours (n, k), -1 where there are fewer, that are among the `found` (n, k)."""
-    valid = exact != NO_ROW
-    hit = (exact[:, :, None] == found[:, None, :]).any(axis=2) & valid
-    return float(hit.sum() / max(1, valid.sum()))

@@ -1,14 +1,12 @@
 """A picture of the largest groups of duplicates, so that a person sees what was dropped."""
 
-import io
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
-from common import parquet, tars
+from common import parquet, pictures, tars
 from common.errors import PipelineError
 from preprocess.duplicates import sort_groups
 from preprocess.merge_files import Sources
@@ -16,7 +14,6 @@ from preprocess.split import Decision, Images
 
 MAX_GROUPS = 8
 SHOWN = 6  # images of a group
-_PICTURE_PX = 160
 
 
 class Group(NamedTuple):
@@ -46,18 +43,14 @@ def largest_groups(images: Images, found: Decision) -> list[Group]:
 
 def draw(groups: list[Group], sources: Sources, raw_dir: Path) -> bytes:
     """A PNG: a line for each group. Raises PipelineError if a tar has gone or does not hold an image any more."""
-    pictures = _pictures(sorted({row for group in groups for row in group.rows}), sources, raw_dir)
-    figure = Figure(figsize=(1.6 * SHOWN, 1.9 * len(groups)), dpi=100, layout="constrained")
-    axes = figure.subplots(len(groups), SHOWN, squeeze=False)
-    for line, group in zip(axes, groups, strict=True):
-        for axis in line:
-            axis.set_axis_off()
-        for axis, row in zip(line, group.rows, strict=False):
-            axis.imshow(pictures[row])
-        line[0].set_title(f"{group.size:,}: {group.title}", fontsize=8, loc="left")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", metadata={"Software": None})
-    return picture.getvalue()
+    of_row = _pictures(sorted({row for group in groups for row in group.rows}), sources, raw_dir)
+    lines = [
+        pictures.Line(
+            f"{group.size:,}: {group.title}", [of_row[row] for row in group.rows], [""] * len(group.rows)
+        )
+        for group in groups
+    ]
+    return pictures.sheet(lines, SHOWN)
 
 
 def _kept_one(images: Images, found: Decision, row: int, dropped: set[int]) -> int:
@@ -70,7 +63,7 @@ def _kept_one(images: Images, found: Decision, row: int, dropped: set[int]) -> i
 
 def _pictures(rows: list[int], sources: Sources, raw_dir: Path) -> dict[int, Image.Image]:
     """Small pictures of some rows of the metadata, read by offset."""
-    pictures, end = {}, 0
+    found, end = {}, 0
     for source in sources.of_tar:
         start, end = end, end + source.num_rows
         wanted = [row for row in rows if start <= row < end]
@@ -84,14 +77,7 @@ def _pictures(rows: list[int], sources: Sources, raw_dir: Path) -> dict[int, Ima
         tar = raw_dir / place["tar_file"][0].as_py()
         contents = tars.read_members(tar, place["image_offset"].to_pylist(), place["image_size"].to_pylist())
         for row, content in zip(wanted, contents, strict=True):
-            pictures[row] = _small(content, tar)
-    return pictures
-
-
-def _small(content: bytes, tar: Path) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(content))
-        image.draft("RGB", (_PICTURE_PX, _PICTURE_PX))
-        return image.convert("RGB").resize((_PICTURE_PX, _PICTURE_PX))
-    except OSError:  # PIL's errors about an image's bytes are OSErrors too
-        raise PipelineError(f"{tar} has no longer the images that process_tar.py found in it") from None
+            found[row] = pictures.small(content)
+            if found[row] is None:
+                raise PipelineError(f"{tar} has no longer the images that process_tar.py found in it")
+    return found

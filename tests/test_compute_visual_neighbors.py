@@ -1,12 +1,17 @@
 """difficulty/compute_visual_neighbors.py and its bands. Oracle: numpy's percentiles, loops over neighbours."""
 
+import io
+import json
+
 import numpy as np
 import pytest
+import small_merge
 from made_up_merge import write_merge
+from PIL import Image
 
-from common import geo, parquet
+from common import config, geo, parquet, pictures
 from common.errors import PipelineError, StaleArtefact
-from difficulty import bands
+from difficulty import band_report, band_table, bands, parts
 from difficulty.compute_visual_neighbors import main
 
 
@@ -44,18 +49,47 @@ def test_equal_ratios_leave_bands_empty_and_lose_no_neighbour():
     assert (np.diff(offsets.astype(int), axis=1).sum(axis=1) == 8).all()
 
 
-def test_table_sums_what_lies_in_each_band():
-    table = bands.Table.of(np.array([1.0], np.float32))
-    xyz_m = np.array([[0.0, 0, 0], [30, 0, 0], [0, 40, 0], [300, 0, 0]])
-    rows, similarities = np.array([[1, 3, -1], [2, -1, -1]]), np.array([[0.9, 0.7, -1], [0.5, -1, -1]])
-    table.add(0, rows, similarities, np.array([[0, 1, 2], [0, 0, 1]]), xyz_m)
+def test_table_tells_what_lies_in_each_band():
+    table = band_table.Table(np.array([1.0], np.float32))
+    xyz_m = np.array([[0.0, 0, 0], [30, 0, 0], [0, 40, 0], [300, 0, 0], [0, 0, 9e6]])
+    rows = np.array([[1, 3, 4, -1], [2, -1, -1, -1]])
+    similarities = np.array([[0.9, 0.7, 0.6, -1], [0.5, -1, -1, -1]])
+    table.add(0, rows, similarities, np.array([[0, 1, 3], [0, 0, 1]]), xyz_m, np.array([1, 1, 1, 1, 2]))
     hard, easy = table.rows()
-    assert (hard["pairs"], easy["pairs"]) == (1, 2)
-    assert hard["mean_distance_m"] == 30
-    assert easy["mean_distance_m"] == (300 + 50) / 2
-    assert easy["mean_similarity"] == pytest.approx(0.6)
-    assert (hard["share_within_50_m"], easy["share_within_50_m"]) == (1, 0.5)
+    assert (hard["pairs"], easy["pairs"]) == (1, 3)
+    assert (hard["ratio_from"], hard["ratio_to"], easy["ratio_from"], easy["ratio_to"]) == (0, 1, 1, None)
+    assert hard["median_distance_m"] == pytest.approx(30, rel=0.03)  # bins of 2 %
+    assert easy["median_distance_m"] == pytest.approx(50, rel=0.03)  # of 50 and 300; row 4 is in another city
+    assert easy["similarity_median"] == pytest.approx(0.6, abs=1e-3)
+    assert easy["share_same_dataset"] == pytest.approx(2 / 3)
+    assert (hard["share_within_50_m"], easy["share_within_50_m"]) == (1, pytest.approx(1 / 3))
     assert (hard["share_of_anchors_without"], easy["share_of_anchors_without"]) == (0.5, 0)
+    assert "0.90" in band_table.as_text([hard, easy])
+
+
+def test_quantiles_of_a_histogram_are_those_of_the_values_to_a_bin():
+    rng = np.random.default_rng(0)
+    values, edges = np.append(rng.normal(0, 0.1, 5_000), rng.normal(0.8, 0.02, 5_000)), np.linspace(-1, 1, 2_001)
+    shares = [0.05, 0.25, 0.49, 0.51, 0.95]
+    found = band_table.quantiles(np.histogram(values, edges)[0], edges, shares)
+    np.testing.assert_allclose(found, np.quantile(values, shares), atol=1e-3)
+    assert band_table.quantiles(np.zeros(2_000), edges, [0.5]) == [None]
+
+
+def test_sample_pairs_lie_in_their_band_and_show_an_anchor_once():
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 1_000, (60, 20))
+    similarities = -np.sort(-rng.random((60, 20)), axis=1)
+    offsets = np.stack([np.zeros(60), np.where(np.arange(60) < 3, 4, 0), np.full(60, 20)], axis=1).astype(np.uint8)
+    anchors = np.arange(100, 160)
+    hard, easy = band_report.choose_pairs(anchors, rows, similarities, offsets, rng)
+    assert sorted(anchor for anchor, _, _ in hard) == [100, 101, 102]  # no other has any of band 0
+    assert len({anchor for anchor, _, _ in easy}) == band_report.SHOWN
+    for pairs, first, last in ((hard, 0, 4), (easy, 0, 20)):
+        for anchor, row, similarity in pairs:
+            place = similarities[anchor - 100].tolist().index(similarity)
+            assert rows[anchor - 100, place] == row
+            assert offsets[anchor - 100, 1] * (pairs is easy) <= place < last > first
 
 
 @pytest.fixture
@@ -74,6 +108,10 @@ def test_the_command_writes_neighbours_outside_the_zone_and_their_bands(flags, t
     with caplog.at_level("INFO"):
         assert main(flags) == 0
     assert "anchors without" in caplog.text
+    assert "sample images cannot be read" in caplog.text  # the made-up merge has no tars
+    folder = tmp_path / "data" / "difficulty"
+    assert not (folder / "band_pairs.png").exists()
+    assert Image.open(folder / "bands.png").size[0] > 500
     found, record = read(tmp_path)
     train = parquet.read(tmp_path / "data" / "merged" / "train.parquet")
     assert found["streetview_image_id"].to_pylist() == train["streetview_image_id"].to_pylist()
@@ -86,6 +124,8 @@ def test_the_command_writes_neighbours_outside_the_zone_and_their_bands(flags, t
     np.testing.assert_allclose(similarities, (x[:, None] * x[rows]).sum(axis=2), atol=5e-4)  # float16 below 1
     ratio = bands.ratios(similarities.astype(np.float32), rows, 10)
     edges = record.facts["band_edges"]
+    assert json.loads((folder / "bands.json").read_text()) == record.facts["bands"]
+    assert sum(band["pairs"] for band in record.facts["bands"]) == (rows >= 0).sum()
     for i in range(
         len(rows)
     ):  # the ratios here are float16's: a neighbour within 3 % of an edge may lie beyond it
@@ -96,6 +136,31 @@ def test_the_command_writes_neighbours_outside_the_zone_and_their_bands(flags, t
     assert record.facts["recall"] == 1.0
     assert record.facts["k"] == 20
     assert record.facts["merged_id"] == parquet.read_provenance(tmp_path / "data" / "merged" / "train.parquet").id
+
+
+def test_a_sheet_shows_pairs_of_every_band_read_from_the_tars(flags, tmp_path, monkeypatch):
+    cfg = config.load(config.DEFAULT_PATH, [f"paths.root={tmp_path}"])
+    columns = small_merge.write_merge(cfg)["train"]
+    chosen, drawn = [], []
+    choose, sheet = band_report.choose_pairs, pictures.sheet
+    monkeypatch.setattr(band_report, "choose_pairs", lambda *args: chosen.extend(choose(*args)) or chosen)
+    monkeypatch.setattr(pictures, "sheet", lambda lines, width: drawn.extend(lines) or sheet(lines, width))
+    main(flags)
+    with open(cfg.paths.raw_dir / "0088.tar", "rb") as tar:
+
+        def colour(row):
+            tar.seek(columns["image_offset"][row])
+            image = Image.open(io.BytesIO(tar.read(columns["image_size"][row])))
+            return np.asarray(image, float).mean((0, 1))
+
+        assert len(drawn) == len(chosen) == 7
+        for line, pairs in zip(drawn, chosen, strict=True):
+            assert len(line.pictures) == len(pairs) > 0
+            for image, (anchor, row, _) in zip(line.pictures, pairs, strict=True):
+                pixels = np.asarray(image, float)
+                np.testing.assert_allclose(pixels[:, : pictures.PX].mean((0, 1)), colour(anchor), atol=2)
+                np.testing.assert_allclose(pixels[:, -pictures.PX :].mean((0, 1)), colour(row), atol=2)
+    assert Image.open(tmp_path / "data" / "difficulty" / "band_pairs.png").size[0] > 500
 
 
 def test_shards_give_the_same_file_and_a_second_run_does_nothing(flags, tmp_path, capsys):
@@ -120,6 +185,18 @@ def test_shards_give_the_same_file_and_a_second_run_does_nothing(flags, tmp_path
     capsys.readouterr()
     main(flags)
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_parts_are_searched_together_only_where_that_saves_products():
+    todo = [parts.Part(start, start + 10, None, None) for start in (0, 10, 20, 40, 50)]  # 30 is there already
+
+    def starts(total, together):
+        return [[part.start for part in group] for group in parts.groups(todo, total, together)]
+
+    assert starts(60, 30) == [[0, 10, 20], [40, 50]]
+    assert starts(60, 100) == [[0, 10, 20, 40, 50]]
+    assert starts(1_000, 30) == [[0], [10], [20], [40], [50]]  # it would save 3 % of them
+    assert starts(60, 0) == [[0], [10], [20], [40], [50]]
 
 
 def test_other_bands_use_the_same_parts_and_other_neighbours_are_refused(flags, tmp_path):

@@ -14,7 +14,7 @@ import small_merge
 import torch
 from PIL import Image
 
-from common import config
+from common import config, pictures
 from train import evaluate, figures, gallery, metrics, report, results, sheets
 
 
@@ -109,7 +109,7 @@ def test_pictures_are_read_by_offset_and_made_small(cfg):
     with open(cfg.paths.raw_dir / row["tar_file"], "rb") as tar:
         tar.seek(row["image_offset"])
         original = Image.open(io.BytesIO(tar.read(row["image_size"])))
-    assert small.size == (sheets.PICTURE_PX, sheets.PICTURE_PX)
+    assert small.size == (pictures.PX, pictures.PX)
     np.testing.assert_allclose(np.asarray(small).mean((0, 1)), np.asarray(original).mean((0, 1)), atol=4)
 
 

@@ -6,7 +6,9 @@ import torch
 
 from common.zones import make_zones
 from difficulty import search
-from difficulty.search import balltree_neighbors, build_tree, exact_neighbors, recall
+from difficulty.gallery import Gallery
+from difficulty.search import exact_neighbors
+from difficulty.tree import balltree_neighbors, build, recall
 
 CPU = torch.device("cpu")
 METRES = 1 / 111_195  # degrees of latitude
@@ -65,6 +67,7 @@ def clustered(rng, n, dim):
 KINDS = {
     "random": lambda rng, n, dim: rng.normal(size=(n, dim)),
     "clustered": clustered,
+    "leaning": lambda rng, n, dim: 3 + clustered(rng, n, dim),  # all one way, as a backbone's vectors do
     "duplicated": lambda rng, n, dim: clustered(rng, n, dim)[rng.integers(0, n // 8, n)],
     "scaled copies": lambda rng, n, dim: (
         rng.normal(size=(n // 8, dim))[rng.integers(0, n // 8, n)] * 2.0 ** rng.integers(0, 3, (n, 1))
@@ -73,19 +76,69 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("bfloat16", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_brute_force_in_every_tile_size(kind, dtype):
+def test_equals_brute_force_in_every_tile_size(kind, bfloat16, masked, monkeypatch):
+    monkeypatch.setattr(search, "fast_bfloat16", lambda device: bfloat16)
     rng = np.random.default_rng(0)
-    n, k = 500, 20
-    embeddings = KINDS[kind](rng, n, 24).astype(dtype)
-    buildings = np.sort(rng.integers(0, 150, n))
-    zones = zones_at(rng.uniform(0, 3_000, 151)[buildings], np.unique(buildings, return_inverse=True)[1])
+    n, k = 260, 20
+    embeddings = KINDS[kind](rng, n, 24).astype(np.float16 if masked else np.float32)
+    buildings = np.unique(np.sort(rng.integers(0, 80, n)), return_inverse=True)[1] if masked else np.arange(n)
+    zones = zones_at(rng.uniform(0, 3_000, n)[buildings], buildings, radius_m=25.0 if masked else 0.0)
     expected_rows, expected_similarities = brute_force(embeddings, zones, k)
-    for memory_mb in (0.02, 0.3, 16):  # tiles of 1 x 27, 34 x 409 and 4096 x 16384
+    for memory_mb in (0.02, 0.3, 16):  # tiles of 1 x 27, 34 x 409 and 1024 x 8192
         rows, similarities = neighbors(embeddings, zones, k, memory_mb=memory_mb)
         np.testing.assert_array_equal(rows, expected_rows)
         np.testing.assert_allclose(similarities, expected_similarities, atol=2e-6)  # float32 sums of 24 terms
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_score_is_as_near_to_the_cosine_as_the_gallery_says(kind):
+    embeddings = torch.from_numpy(KINDS[kind](np.random.default_rng(5), 600, 96).astype(np.float16))
+    gallery = Gallery(embeddings, torch.bfloat16, CPU)
+    scores = gallery.scores(gallery.queries(torch.arange(600)), 0, 600).double()
+    unit = torch.nn.functional.normalize(embeddings.double(), dim=1)
+    exact = unit @ unit.T
+    exact -= (exact - scores).mean()
+    allowed = gallery.error + gallery.rounding * scores.abs()
+    assert ((scores - exact).abs() <= allowed).all()
+    for k in (1, 20):  # nothing that belongs to the best k scores below the floor of the best k scores
+        floor = gallery.below(scores.float().topk(k).values[:, -1])
+        best = exact.topk(k).indices
+        assert (scores.gather(1, best) >= floor[:, None].bfloat16()).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_floors_that_are_guessed_change_nothing_be_they_right_or_wrong(kind, monkeypatch):
+    monkeypatch.setattr(search, "fast_bfloat16", lambda device: True)
+    embeddings = KINDS[kind](np.random.default_rng(7), 600, 48).astype(np.float16)
+    buildings = np.arange(600) // 3
+    zones = zones_at(np.random.default_rng(8).uniform(0, 9_000, 200)[buildings], buildings)
+    expected, _ = brute_force(embeddings, zones, 20)
+    guessed, guess = [], search._guess_floors
+
+    def guess_well_or_badly(found, *others):
+        guess(found, *others)
+        guessed.append(float(found.guess.float().mean()))
+        found.guess[::2] += 0.2  # too high: these are found to have fewer than k, and searched again
+        found.floor[::2] += 0.2
+
+    monkeypatch.setattr(search, "_guess_floors", guess_well_or_badly)
+    monkeypatch.setitem(search._TILE, "cpu", (64, 64))
+    np.testing.assert_array_equal(neighbors(embeddings, zones, 20)[0], expected)
+    assert len(guessed) == 1
+    assert guessed[0] > -1
+
+
+def test_vectors_that_lean_one_way_need_no_second_search():
+    rng = np.random.default_rng(6)
+    gallery = Gallery(torch.from_numpy(rng.normal(size=(4_000, 256)) + 2.0).half(), torch.bfloat16, CPU)
+    anchors = np.arange(0, 4_000, 8)
+    collected = search._collect(
+        gallery, zones_at(np.arange(4_000) * 100), anchors, 20, search.Sizes(512, 512, 512, 512)
+    )
+    assert collected.crowded.float().mean() < 0.05  # with the mean in them nearly all have too many candidates
 
 
 def test_equal_images_stand_by_row_number_though_more_of_them_exist_than_are_kept():
@@ -94,12 +147,14 @@ def test_equal_images_stand_by_row_number_though_more_of_them_exist_than_are_kep
     assert rows[0].tolist() == [201, 1, 2, 3]  # top-k alone takes any of the 200
 
 
-def test_a_shard_has_the_same_neighbours_as_the_whole():
-    rng = np.random.default_rng(1)
-    embeddings, zones = rng.normal(size=(300, 16)).astype(np.float16), zones_at(rng.uniform(0, 5_000, 300))
+@pytest.mark.parametrize("kind", ["random", "duplicated"])
+def test_a_shard_has_the_same_neighbours_as_the_whole(kind):
+    embeddings = KINDS[kind](np.random.default_rng(1), 300, 16).astype(np.float16)
+    zones = zones_at(np.random.default_rng(2).uniform(0, 5_000, 300))
     whole, _ = neighbors(embeddings, zones, k=15)
     parts = [neighbors(embeddings, zones, k=15, rows=rows)[0] for rows in np.array_split(np.arange(300), 7)]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
+    np.testing.assert_array_equal(whole, brute_force(embeddings, zones, 15)[0])
 
 
 def test_more_neighbours_asked_for_than_there_are_and_a_single_image():
@@ -112,10 +167,11 @@ def test_more_neighbours_asked_for_than_there_are_and_a_single_image():
 @pytest.mark.parametrize("memory_mb", [16, 100, 1024])
 @pytest.mark.parametrize("dim", [64, 768, 4096])
 def test_tiles_keep_within_the_memory(dim, memory_mb):
-    anchors, gallery = search.tile_sizes(dim, 150, memory_mb, CPU)
-    held = 8 * anchors * gallery + 8 * anchors * dim + 40 * anchors * 4 * 150 + 8 * gallery * dim
-    assert held <= memory_mb * 2**20
-    assert anchors >= 90  # or the products crawl
+    anchors, gallery, settled, together = search.tile_sizes(dim, 150, memory_mb, CPU)
+    held = 8 * anchors * (gallery + dim) + 8 * gallery * dim
+    held += settled * (40 * 4 * 150 + 16 * dim) + 8 * together * 4 * 150
+    assert held <= memory_mb * 2**20 * 7 / 8  # an eighth is for what candidates are compared with
+    assert together >= anchors >= 50  # or the products crawl
 
 
 def test_balltree_in_all_dimensions_is_exact_and_keeps_its_k_in_a_dense_place():
@@ -124,7 +180,7 @@ def test_balltree_in_all_dimensions_is_exact_and_keeps_its_k_in_a_dense_place():
     zones = zones_at(np.repeat(rng.uniform(0, 2_000, 40), 10))
     rows = np.arange(3, 400, 7)
     found, similarities = balltree_neighbors(
-        build_tree(embeddings, 8), embeddings, zones, k=12, rows=rows, memory_mb=16
+        build(embeddings, 8), embeddings, zones, k=12, rows=rows, memory_mb=16
     )
     expected, expected_similarities = brute_force(embeddings, zones, 12)
     assert recall(found, expected[rows]) > 0.97  # distances from the mean's PCA are those of the unit vectors
@@ -136,8 +192,8 @@ def test_balltree_in_all_dimensions_is_exact_and_keeps_its_k_in_a_dense_place():
 def test_balltree_on_few_dimensions_forgets_neighbours_and_recall_says_so():
     embeddings = torch.from_numpy(np.random.default_rng(3).normal(size=(400, 32)).astype(np.float32))
     zones = zones_at(np.arange(400) * 100)
-    tree = build_tree(embeddings, 2)
-    found, _ = balltree_neighbors(tree, embeddings, zones, k=10, rows=np.arange(400), memory_mb=16)
+    ball = build(embeddings, 2)
+    found, _ = balltree_neighbors(ball, embeddings, zones, k=10, rows=np.arange(400), memory_mb=16)
     assert 0.02 < recall(found, brute_force(embeddings, zones, 10)[0]) < 0.5
 
 

@@ -12,7 +12,7 @@ import logging
 import numpy as np
 import torch
 
-from common import cli, devices
+from common import devices
 from common.config import Config
 from common.errors import PipelineError
 from difficulty import bands, search
@@ -26,22 +26,23 @@ log = logging.getLogger("pipeline")
 def mine(cfg: Config, rows: TrainRows, head: ProjectionHead, state: dict[str, torch.Tensor]) -> TrainRows:
     """`rows` with the neighbours and the bands in the space of `head` with the weights `state`.
 
-    Raises Stopped on a signal, between two blocks of data.rows_per_part anchors; PipelineError without neighbours.
+    Raises Stopped on a signal; PipelineError without neighbours.
     """
     head = copy.deepcopy(head)
     head.load_state_dict(state)
     vectors = devices.place(model.embed(head, rows.embeddings, rows.device).half().cpu().numpy(), rows.device)
     n, k = rows.neighbor_rows.shape
     neighbors, ratios = np.empty((n, k), np.int32), np.empty((n, k), np.float32)
-    for start in range(0, n, cfg.data.rows_per_part):
-        cli.check_stop()
-        block = slice(start, min(start + cfg.data.rows_per_part, n))
+    memory_mb = cfg.infrastructure.search_memory_mb
+    together = search.tile_sizes(vectors.shape[1], k, memory_mb, rows.device).together
+    for start in range(0, n, together):
+        block = slice(start, min(start + together, n))
         found, similarities = search.exact_neighbors(
             vectors,
             rows.zones,
             k=k,
             rows=np.arange(block.start, block.stop),
-            memory_mb=cfg.infrastructure.search_memory_mb,
+            memory_mb=memory_mb,
             device=rows.device,
         )
         neighbors[block] = found

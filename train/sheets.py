@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from common import geo
+from common import geo, pictures
 from train.breakdowns import heading_difference_deg
 from train.gallery import Gallery
 from train.metrics import PerQuery
@@ -18,7 +17,6 @@ from train.metrics import PerQuery
 QUERIES_PER_SHEET = 6
 COUNTED_RESULTS = 5  # results shown, junk among them not counted
 SHOWN_JUNK = 3  # at most, among them
-PICTURE_PX = 160
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,8 @@ def first_results(vectors: torch.Tensor, gallery: Gallery, query: int) -> list[t
 
 def picture(tar_path: Path, offset: int, size: int) -> str | None:
     """A small JPEG of an image as a data URI; None if the tar is missing or does not hold an image there."""
-    try:
-        with open(tar_path, "rb") as tar:
-            tar.seek(offset)
-            image = Image.open(io.BytesIO(tar.read(size)))
-            image.draft("RGB", (PICTURE_PX, PICTURE_PX))
-            image = image.convert("RGB").resize((PICTURE_PX, PICTURE_PX), Image.Resampling.LANCZOS)
-    except OSError:  # PIL's errors about an image's bytes are OSErrors too
+    image = pictures.read(tar_path, offset, size)
+    if image is None:
         return None
     small = io.BytesIO()
     image.save(small, "JPEG", quality=78, optimize=True)
@@ -97,12 +90,12 @@ def make(
         for query in queries.tolist():
             results = first_results(vectors, gallery, query)
             rows = gallery.table.take([query, *(row for row, _, _ in results)]).to_pylist()
-            pictures = [picture(raw_dir / r["tar_file"], r["image_offset"], r["image_size"]) for r in rows]
+            images = [picture(raw_dir / r["tar_file"], r["image_offset"], r["image_size"]) for r in rows]
             matches = int(shown.num_matches[query])
             note = f"first match at {shown.best_rank[query]:,}", f"{matches} match{'es' * (matches > 1)}"
-            tiles = [Tile(rows[0]["streetview_image_id"], pictures[0], "query", note)]
+            tiles = [Tile(rows[0]["streetview_image_id"], images[0], "query", note)]
             late = shown.best_rank[query] > COUNTED_RESULTS
-            for row, image, (_, cosine, kind) in zip(rows[1:], pictures[1:], results, strict=True):
+            for row, image, (_, cosine, kind) in zip(rows[1:], images[1:], results, strict=True):
                 lines = (f"{_distance(rows[0], row)}, {_degrees(rows[0], row):.0f}°", f"cosine {cosine:.2f}")
                 if late and kind == "match":
                     lines = (f"at rank {shown.best_rank[query]:,}", *lines)
