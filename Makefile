@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
-BACKBONE ?= demo/backbone
+DEMO ?= demo
+BACKBONE ?= $(DEMO)/backbone
 STREETS ?= 80
 
 VENV = .venv/.installed
@@ -10,11 +11,11 @@ RUN = .venv/bin/python
 
 # The demo's cells are as large as the distance between its streets, so that whole streets are held out, and its
 # test split large enough (20 cells or more) for intervals. Its model and its training are small.
-DEMO_RAW = demo/$(STREETS)-streets/raw
-DEMO_ROOT = demo/$(STREETS)-streets/$(notdir $(BACKBONE))
+DEMO_RAW = $(DEMO)/$(STREETS)-streets/raw
+DEMO_ROOT = $(DEMO)/$(STREETS)-streets/$(notdir $(BACKBONE))
 DEMO_SETTINGS = --set paths.root=$(DEMO_ROOT) --set paths.raw_dir=../raw \
     --set embedding_model.name=$(BACKBONE) \
-    --set embedding_model.pooling=$(if $(filter demo/backbone,$(BACKBONE)),mean,cls) \
+    --set embedding_model.pooling=$(if $(filter $(DEMO)/backbone,$(BACKBONE)),mean,cls) \
     --set data.split_cell_m=300 --set data.train_ratio=0.55 --set data.val_ratio=0.15 --set data.test_ratio=0.3 \
     --set training_model.output_dim=128 --set training_model.hidden_dim=256 \
     --set training.epochs=10 --set training.steps_per_epoch=20 --set training.warmup_steps=20 \
@@ -33,17 +34,17 @@ $(VENV): pyproject.toml $(CONSTRAINTS)
 	$(RUN) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
 	@touch $@
 
-demo: $(VENV) $(DEMO_RAW)/.complete $(if $(filter demo/backbone,$(BACKBONE)),demo/backbone/config.json)  ## the whole chain on synthetic streets, here, in minutes
+demo: $(VENV) $(DEMO_RAW)/.complete $(if $(filter $(DEMO)/backbone,$(BACKBONE)),$(DEMO)/backbone/config.json)  ## the whole chain on synthetic streets, here, in minutes
 	@$(RUN) slurm/submit.py --local $(DEMO_SETTINGS)
 	@test $(DEMO_ROOT)/search.png -nt $(DEMO_ROOT)/data/published/provenance.json || $(RUN) publish/demo_usage.py search --out $(DEMO_ROOT)/search.png $(DEMO_SETTINGS)
-	@echo "search   $(CURDIR)/$(DEMO_ROOT)/search.png"
+	@echo "search   $(abspath $(DEMO_ROOT))/search.png"
 
 $(DEMO_RAW)/.complete: $(VENV)
 	@$(RUN) tests/synthetic.py --out $(DEMO_RAW) --streets $(STREETS) --cities 4 --processes 2
 	@touch $@
 
-demo/backbone/config.json: $(VENV)
-	@$(RUN) tests/local_backbone.py --out demo/backbone
+$(DEMO)/backbone/config.json: $(VENV)
+	@$(RUN) tests/local_backbone.py --out $(DEMO)/backbone
 
 test: $(VENV) lint  ## lint, then all tests
 	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder -q

@@ -1,7 +1,7 @@
-"""The parts of README.md that are made from the code, so that they cannot go stale: settings, columns of the
-artefacts, reasons of rejects, benchmark ratios.
+"""The parts of README.md that are made from the code and from what `make bench` measured, so that they cannot go
+stale: settings, columns of the artefacts, reasons of rejects, the demo's table, benchmark ratios, costs.
 
-Reads    config.toml, common/config.py, common/schemas.py, tests/benchmarks/results.json
+Reads    config.toml, common/config.py, common/schemas.py, tests/benchmarks/{demo,results,full_dataset}.json
 Writes   README.md, between the comments <!-- NAME --> and <!-- end of NAME -->
 Command  python tests/readme_parts.py     (make readme; tests/test_readme.py fails where the README lags behind)
 """
@@ -20,7 +20,7 @@ import tomli
 from common import config, files, schemas
 
 README = ROOT / "README.md"
-RESULTS = ROOT / "tests" / "benchmarks" / "results.json"
+MEASURED = ROOT / "tests" / "benchmarks"
 TYPES = {"bool": "bool", "string": "str", "halffloat": "f16", "float": "f32", "double": "f64"}
 
 
@@ -163,9 +163,19 @@ def rejects() -> str:
 # ---------------------------------------------------------------------------------------------- benchmarks
 
 
+def measured(name: str) -> dict:
+    """What `make bench` left in tests/benchmarks/<name>.json."""
+    return json.loads((MEASURED / f"{name}.json").read_text())
+
+
+def demo() -> str:
+    """The table that the demo ended with."""
+    return f"```text\n{measured('demo')['table']}\n```"
+
+
 def benchmarks() -> str:
     """The ratios of the last `make bench`, with the machine."""
-    found = json.loads(RESULTS.read_text())
+    found = measured("results")
     rows = [
         [
             row["what"],
@@ -180,13 +190,51 @@ def benchmarks() -> str:
     return f"Measured on {found['machine']}.\n\n{table(header, rows)}"
 
 
+def costs() -> str:
+    """What the full dataset would cost, a column per backbone; what does not depend on it stands above."""
+    found = measured("full_dataset")
+    backbones = found["backbones"]
+
+    def row(what: str, form: str, key: str) -> list[str]:
+        return [what, *(form.format(backbone[key]) for backbone in backbones.values())]
+
+    rows = [
+        row("dimensions", "{:,}", "dim"),
+        row(f"embeddings, images/s on one {found['gpu']}", "{:,.0f}", "gpu_images_per_s"),
+        row("... GPU hours", "{:.1f}", "gpu_hours_embeddings"),
+        row("... CPU cores that read and prepare images as fast", "{:.0f}", "decoding_cores_per_gpu"),
+        row("merge and split, hours here", "{:.1f}", "hours_merge"),
+        row("neighbours, GPU hours", "{:.1f}", "gpu_hours_neighbors"),
+        row("... days here, without a GPU", "{:,.0f}", "days_neighbors_here"),
+        row("training by the defaults, hours here", "{:.1f}", "hours_training_here"),
+        row("embeddings on disk, GB, and again merged", "{:,.0f}", "gb_embeddings"),
+        row("training set in memory, GB", "{:,.0f}", "gb_training_in_memory"),
+    ]
+    hours = {name: f"{found[f'core_hours_{name}']:.0f}" for name in ("process_tar", "fingerprints")}
+    text = (
+        f'The same for all, with "here" as the machine above: `process_tar.py` takes {hours["process_tar"]} and '
+        f"`compute_fingerprints.py` {hours['fingerprints']} hours of one core; the evaluation of one method "
+        f"{found['days_evaluation_here']:.1f} days, {60 * found['gpu_hours_evaluation']:.1f} minutes on one GPU. "
+        f"Metadata are {found['gb_metadata']:.0f} GB, neighbours {found['gb_difficulty']:.0f} GB. There are three "
+        f"files for each tar, and {found['embedding_files']:,} or more of embeddings (each tar begins a new one)."
+    )
+    return "\n\n".join([table([f"{found['images']:,} images", *backbones], rows), text])
+
+
 def rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 # -------------------------------------------------------------------------------------------------- README
 
-PARTS = {"settings": settings, "artefacts": artefacts, "rejects": rejects, "benchmarks": benchmarks}
+PARTS = {
+    "demo": demo,
+    "benchmarks": benchmarks,
+    "costs": costs,
+    "settings": settings,
+    "artefacts": artefacts,
+    "rejects": rejects,
+}
 
 
 def renewed(text: str) -> str:

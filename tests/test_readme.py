@@ -1,5 +1,6 @@
 """README.md against the code: its generated parts, the scripts, targets and settings that it names."""
 
+import ast
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import ROOT
 from common import config
 
 TEXT = (ROOT / "README.md").read_text()
+STAGES = ("preprocess", "generate", "difficulty", "train", "publish", "slurm")
 
 
 def test_the_parts_that_are_made_from_the_code_are_up_to_date():
@@ -33,6 +35,23 @@ def test_every_setting_that_is_named_is_one():
     unknown = [s for s in settings if s.split(".")[0] in sections
                and s.split(".")[1] not in sections[s.split(".")[0]].model_fields]  # fmt: skip
     assert len(settings) >= 10
+    assert not unknown
+
+
+def texts_of_the_code() -> set[str]:
+    """Every piece of text in the pipeline's code; an f-string is one for each stretch between its values."""
+    paths = [path for folder in ("common", *STAGES) for path in (ROOT / folder).glob("*.py")]
+    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
+    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+def test_every_error_that_is_explained_is_one_that_the_code_tells():
+    section = TEXT.split("## When something goes wrong")[1].split("\n## ")[0]
+    messages = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    fragments = [fragment for message in messages for fragment in re.findall(r"`([^`]+)`", message)]
+    texts = texts_of_the_code()
+    unknown = [f for f in fragments if not f.endswith(".py") and not any(f in text for text in texts)]
+    assert len(fragments) > 15
     assert not unknown
 
 

@@ -1,7 +1,8 @@
-"""All benchmarks, one after the other: every ratio with its baseline, in one file and in the README.
+"""All benchmarks, one after the other: every ratio with its baseline, how time grows with the number of images,
+and what the full dataset would cost; in files, and in the README.
 
-Reads    tests/benchmarks/bench_*.py
-Writes   tests/benchmarks/results.json, and README.md's table of it
+Reads    tests/benchmarks/bench_*.py, growth.py, full_dataset.py
+Writes   tests/benchmarks/{results,demo,growth,full_dataset}.json, growth.svg, search.png, and README.md's tables
 Command  python tests/benchmarks/run_all.py     (make bench)
 """
 
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+TOPICS = "tars process_tar fingerprints storage scale generation neighbors triplets evaluation demo".split()
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -22,18 +24,24 @@ from timing import machine
 from common import files
 
 
+def run(script: Path, *arguments: str) -> None:
+    """One benchmark, in a process of its own. Raises CalledProcessError if it fails."""
+    print(f"--- {script.stem}", flush=True)
+    started = time.monotonic()
+    subprocess.run([sys.executable, str(script), *arguments], cwd=ROOT, check=True)
+    print(f"{time.monotonic() - started:.0f} s", flush=True)
+
+
 def main() -> int:
     found: dict = {"machine": machine(), "ratios": []}
     with tempfile.TemporaryDirectory() as scratch:
-        for script in sorted(HERE.glob("bench_*.py")):
-            print(f"--- {script.stem}", flush=True)
-            started, figures = time.monotonic(), Path(scratch) / f"{script.stem}.json"
-            code = subprocess.run([sys.executable, str(script), "--json", str(figures)], cwd=ROOT).returncode
-            if code:
-                return code
+        for script in [HERE / f"bench_{topic}.py" for topic in TOPICS]:
+            figures = Path(scratch) / f"{script.stem}.json"
+            run(script, "--json", str(figures))
             found["ratios"] += json.loads(figures.read_text())["ratios"]
-            print(f"{time.monotonic() - started:.0f} s", flush=True)
-    files.write_text(readme_parts.RESULTS, json.dumps(found, indent=1) + "\n")
+    files.write_text(HERE / "results.json", json.dumps(found, indent=1) + "\n")
+    run(HERE / "growth.py")
+    run(HERE / "full_dataset.py")
     files.write_text(readme_parts.README, readme_parts.renewed(readme_parts.README.read_text()))
     missed = [row["what"] for row in found["ratios"] if row["target"] and row["ratio"] < row["target"]]
     print(f"{len(found['ratios'])} ratios, {len(missed)} below what is wanted: {'; '.join(missed) or 'none'}")

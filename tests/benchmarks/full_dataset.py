@@ -1,0 +1,118 @@
+"""What the full dataset costs, on paper: rates and fitted growth of this machine, carried on to 25 million images.
+
+Nothing here has been run at that size. Rates are those of results.json, and grow as growth.json says; hours on a
+GPU are estimates from its data sheet (publish/sizes.py), and for neighbours and evaluation of the products alone.
+
+Reads    tests/benchmarks/results.json, growth.json and demo.json (make bench writes them)
+Writes   tests/benchmarks/full_dataset.json, from which README.md's table is made
+Command  python tests/benchmarks/full_dataset.py
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import timing  # puts the repository's root on sys.path
+from local_backbone import write_preprocessor
+from transformers import Dinov2Config, DINOv3ViTConfig
+
+from common import config, files
+from publish import sizes
+
+HERE = Path(__file__).resolve().parent
+IMAGES = 25_000_000
+GPU = "H100 SXM"
+PRODUCT_SHARE = 0.5  # of the card's peak that large half-precision products reach
+VITS = {  # as on the hub
+    "ViT-B/14": Dinov2Config(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, patch_size=14),
+    "ViT-L/14": Dinov2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, patch_size=14),
+    "ViT-7B/16": DINOv3ViTConfig(
+        hidden_size=4096,
+        intermediate_size=8192,
+        num_hidden_layers=40,
+        num_attention_heads=32,
+        num_register_tokens=4,
+        use_gated_mlp=True,
+        patch_size=16,
+    ),
+}
+
+
+def rate(results: dict, beginning: str) -> float:
+    """Ours, of the first ratio whose `what` begins so: items a second."""
+    return next(row["ours"] for row in results["ratios"] if row["what"].startswith(beginning))
+
+
+def grown(growth: dict, step: str, images: int) -> float:
+    """Hours of a step of growth.py for so many images, by its fitted power law."""
+    law = growth["steps"][step]
+    return law["factor"] * images ** law["exponent"] / 3600
+
+
+def of_backbone(vit, cfg: config.Config, results: dict, growth: dict) -> dict:
+    """Hours, bytes and images per second for one backbone."""
+    with tempfile.TemporaryDirectory() as folder:
+        vit.save_pretrained(folder)
+        write_preprocessor(Path(folder), "dinov2", 224)
+        cfg = cfg.model_copy(
+            update={"embedding_model": cfg.embedding_model.model_copy(update={"name": folder, "pooling": "cls"})}
+        )
+        found = sizes.estimate(cfg, IMAGES, 224)
+    dim, gpu = found["embedding_dim"], found["gpus"][GPU]
+    train_images = round(IMAGES * cfg.data.train_ratio)
+    embedding_bytes = IMAGES * dim * 2
+    stored = 100_000 * 768 * 2  # what bench_storage.py writes and reads
+    copying_s = embedding_bytes / stored * (rate(results, "write ") + rate(results, "read "))
+    training = cfg.training
+    triplets = training.epochs * training.steps_per_epoch * training.batch_size
+    products = 2 * train_images**2 * dim / (sizes.GPUS[GPU][0] * 1e12 * PRODUCT_SHARE)
+    return {
+        "dim": dim,
+        "gpu_images_per_s": gpu["images_per_second"],
+        "gpu_hours_embeddings": gpu["gpu_hours"],
+        "decoding_cores_per_gpu": gpu["images_per_second"] / (rate(results, FEED) / cores()),
+        "hours_merge": grown(growth, "duplicates and split", IMAGES) + copying_s / 3600,
+        "gpu_hours_neighbors": products / 3600,
+        "days_neighbors_here": grown(growth, "neighbours, exact, 768-d", train_images) * dim / 768 / 24,
+        "hours_training_here": triplets / rate(results, "triplets") * dim / 768 / 3600,
+        "gb_embeddings": embedding_bytes / 1e9,
+        "gb_training_in_memory": train_images * (dim * 2 + cfg.data.neighbors * 4 + 80) / 1e9,
+    }
+
+
+FEED = "JPEGs"  # bench_generation.py: the loop with a model of no cost
+
+
+def cores() -> int:
+    return int(timing.machine().split(", ")[1].split()[0])
+
+
+def main() -> int:
+    results, growth, demo = (
+        json.loads((HERE / f"{name}.json").read_text()) for name in ("results", "growth", "demo")
+    )
+    cfg = config.load()
+    per_image = demo["bytes_per_image"]
+    train_images, test_images = round(IMAGES * cfg.data.train_ratio), round(IMAGES * cfg.data.test_ratio)
+    neighbor_bytes = cfg.data.neighbors * (4 + 2) + cfg.data.num_bands + 1 + 20
+    found = {
+        "machine": timing.machine(),
+        "gpu": GPU,
+        "images": IMAGES,
+        "core_hours_process_tar": IMAGES / rate(results, "process_tar") / 3600,
+        "core_hours_fingerprints": IMAGES / rate(results, "pHash") / 3600,
+        "days_evaluation_here": grown(growth, "evaluation, 256-d", test_images) / 24,
+        "gpu_hours_evaluation": 2 * test_images**2 * 256 / (sizes.GPUS[GPU][0] * 1e12 * PRODUCT_SHARE) / 3600,
+        "gb_metadata": IMAGES * (per_image["intermediates"] + per_image["fingerprints"]) / 1e9,
+        "gb_difficulty": train_images * neighbor_bytes / 1e9,
+        "embedding_files": IMAGES // cfg.data.rows_per_part,
+        "backbones": {name: of_backbone(vit, cfg, results, growth) for name, vit in VITS.items()},
+    }
+    files.write_text(HERE / "full_dataset.json", json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
