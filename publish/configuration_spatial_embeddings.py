@@ -7,6 +7,7 @@ class SpatialEmbeddingsConfig(PretrainedConfig):
     """A backbone's own configuration, how its output is pooled, and the size of the projection head."""
 
     model_type = "spatial_embeddings"
+    sub_configs = {"backbone_config": AutoConfig}
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 processor does, which needs torchvision), AutoModel, and means written out.
 """
 
+import dataclasses
 import io
 import json
 
@@ -96,6 +97,61 @@ def test_pixels_equal_the_dinov2_processor_within_one_grey_level(size, mode, tmp
     assert beyond <= (1e-3 if size[1] > 2 * size[0] else 0)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_pixels_of_the_datasets_images_equal_dinov2s_processor_within_one_grey_level(mode, tmp_path):
+    folder = write_tiny_backbone(tmp_path, "dinov2")
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    config |= {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    image = picture(640, 640).point(lambda level: 255 * (level > 128))  # overshoots everywhere
+    encoded = jpeg(image.convert(mode))
+    expected = AutoImageProcessor.from_pretrained(folder)(
+        Image.open(io.BytesIO(encoded)).convert("RGB"), return_tensors="pt"
+    )["pixel_values"]
+    ours = pixels.read_preprocessing(folder)([pixels.decode(encoded)], CPU)
+    grey_level = 1 / 255 / torch.tensor(IMAGENET_STD)[:, None, None]
+    assert ((ours - expected).abs() <= 1.01 * grey_level).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "edge", "crop"),  # height and width
+    [
+        ((640, 640), 256, (224, 224)),  # grids that meet every 5 pixels
+        ((480, 640), 256, (224, 224)),  # every 15; every 640 / 1
+        ((667, 1000), 256, (224, 224)),  # nowhere
+        ((700, 300), 64, (56, 56)),
+        ((300, 700), 64, (64, 30)),  # all rows: the columns cannot begin later
+        ((641, 640), 512, (224, 500)),
+        ((20, 33), 10, (1, 9)),
+    ],
+)
+def test_resizing_only_what_the_crop_keeps_gives_the_same_bits(size, edge, crop):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    plain = pixels.Preprocessing(edge, None, None, "bicubic", False, 1.0, (0.0,) * 3, (1.0,) * 3)
+    whole = plain([image], CPU)
+    ours = dataclasses.replace(plain, crop=crop)([image], CPU)
+    top, left = (whole.shape[2] - crop[0]) // 2, (whole.shape[3] - crop[1]) // 2
+    assert torch.equal(ours, whole[..., top : top + crop[0], left : left + crop[1]])
+
+
+def test_a_side_that_does_not_shrink_is_resized_too(tmp_path):
+    """Of 240 columns resized to 256, 240 are computed: as many as there were, which torch takes for no resize."""
+    image = np.random.default_rng(0).integers(0, 256, (656, 240, 3), dtype=np.uint8)
+    plain = pixels.Preprocessing(256, None, None, "bicubic", False, 1.0, (0.0,) * 3, (1.0,) * 3)
+    ours = dataclasses.replace(plain, crop=(224, 224))([image], CPU)
+    assert torch.equal(ours, plain([image], CPU)[..., 237:461, 16:240])
+
+
+def test_normalising_is_the_same_in_both_layouts():
+    means, stds = (10.0, 20.0, 30.0), (2.0, 4.0, 8.0)
+    preprocessing = pixels.Preprocessing(None, (4, 5), None, "bicubic", False, 0.5, means, stds)
+    x = torch.randint(0, 256, (2, 3, 4, 5), generator=torch.Generator().manual_seed(0))
+    expected = (x * 0.5 - torch.tensor(means)[:, None, None]) / torch.tensor(stds)[:, None, None]
+    for layout in (torch.contiguous_format, torch.channels_last):
+        ours = preprocessing._normalize(x.to(torch.uint8).contiguous(memory_format=layout))
+        assert torch.allclose(ours, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", SIZES[2:])
 def test_the_resize_for_other_devices_equals_pils(size):
     image = picture(*size)
@@ -146,6 +202,14 @@ def test_other_formats_are_decoded_too():
     buffer = io.BytesIO()
     picture(40, 30).save(buffer, "PNG")
     assert np.array_equal(pixels.decode(buffer.getvalue()), np.asarray(picture(40, 30)))
+
+
+@pytest.mark.parametrize("format_", ["PNG", "TIFF"])
+def test_grey_levels_of_16_bits_are_not_all_white(format_):
+    grey = np.asarray(picture(40, 30, "L"))
+    buffer = io.BytesIO()
+    Image.fromarray(grey.astype(np.uint16) * 257).save(buffer, format_)
+    assert np.array_equal(pixels.decode(buffer.getvalue()), np.stack([grey] * 3, axis=2))
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, 2000])
