@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,6 +73,7 @@ class _Chunk(NamedTuple):
     pixels: torch.Tensor  # (len(rows), 3, H, W) on the device
     failed: dict[int, str]
     ready: torch.cuda.Event | None  # when the pixels are there
+    room: torch.Tensor | None  # on the CPU: the memory of the pixels, to be used again
 
 
 class _Vectors(NamedTuple):
@@ -111,7 +113,8 @@ def embed(
     # single-threaded torch in these threads (and in later ones): all cores have an image of their own
     pool = ThreadPoolExecutor(settings.threads, initializer=torch.set_num_threads, initargs=(1,))
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    prepare = lambda job, start, stop: _prepare(job, start, stop, preprocessing, device, stream)  # noqa: E731
+    rooms: SimpleQueue[torch.Tensor] = SimpleQueue()
+    prepare = lambda job, start, stop: _prepare(job, start, stop, preprocessing, device, stream, rooms)  # noqa: E731
     try:
         outputs, rows, failed = [], [], {}
         times.lap()
@@ -127,6 +130,8 @@ def embed(
                 failed |= chunk.failed
                 lost = {Reject.JPEG_CORRUPT.value: len(chunk.failed)} if chunk.failed else {}
                 progress.add(len(chunk.rows) + len(chunk.failed), len(chunk.rows), lost)
+                if chunk.room is not None:
+                    rooms.put(chunk.room)
             times.compute += times.lap()
             if batch.is_last:
                 matrix = torch.cat([output.wait() for output in outputs]).numpy() if outputs else np.empty((0, 0))
@@ -185,6 +190,7 @@ def _prepare(
     preprocessing: Preprocessing,
     device: torch.device,
     stream: torch.cuda.Stream | None,
+    rooms: SimpleQueue,
 ) -> _Chunk:
     """Images start..stop of a job, from bytes to the model's input on the device."""
     rows: list[int] = []
@@ -200,10 +206,21 @@ def _prepare(
                 rows.append(number)
                 yield image
 
-    with torch.inference_mode(), torch.cuda.stream(stream):  # no stream on the CPU: that changes nothing
-        pixels = preprocessing(decoded(), device)
-        ready = stream.record_event() if stream else None
-    return _Chunk(rows, pixels, failed, ready)
+    with torch.inference_mode():
+        if stream is None:
+            room = _room(rooms, preprocessing)
+            return _Chunk(rows, preprocessing.into(room, decoded()), failed, None, room)
+        with torch.cuda.stream(stream):
+            pixels = preprocessing(decoded(), device)
+            return _Chunk(rows, pixels, failed, stream.record_event(), None)
+
+
+def _room(rooms: SimpleQueue, preprocessing: Preprocessing) -> torch.Tensor:
+    """Memory for a chunk that the model has read already, or new."""
+    try:
+        return rooms.get_nowait()
+    except Empty:
+        return preprocessing.room(CHUNK)
 
 
 def _chunk(batch: _Batch, number: int, prepare: Callable) -> _Chunk:

@@ -76,19 +76,33 @@ class Preprocessing:
             raise PipelineError("preprocessor_config.json gives neither a crop nor an exact size for all images")
         return list(size)
 
-    def __call__(self, images: Iterable[np.ndarray], device: torch.device) -> torch.Tensor:
-        """(N, 3, H, W) float32 on `device`, of N images, (h, w, 3) uint8 of any sizes.
-
-        On the CPU they are taken one by one as they come: what was just decoded is still in the core's cache.
-        """
+    def __call__(self, images: list[np.ndarray], device: torch.device) -> torch.Tensor:
+        """(N, 3, H, W) float32 on `device`, of N images, (h, w, 3) uint8 of any sizes."""
         if device.type == "cpu":
-            shrunk = [self._shrink_one(image) for image in images]
-        else:
-            runs = groupby(images, key=np.shape)  # neighbours of one size go together
-            shrunk = [self._shrink(_to_cuda(list(run), device)) for _, run in runs]
+            return self.into(self.room(len(images)), images)
+        runs = groupby(images, key=np.shape)  # neighbours of one size go together
+        shrunk = [self._shrink(_to_cuda(list(run), device)) for _, run in runs]
         if not shrunk:
             return torch.empty((0, 3, *self.image_size), device=device)
-        return self._normalize(torch.cat(shrunk))
+        factor, offset = _factor_and_offset(self.scale, self.mean, self.std, device)
+        return torch.cat(shrunk).float().mul_(factor[:, None, None]).sub_(offset[:, None, None])
+
+    def room(self, count: int) -> torch.Tensor:
+        """Memory for `count` images on the CPU, see `into`."""
+        return torch.empty((count, *self.image_size, 3))
+
+    def into(self, room: torch.Tensor, images: Iterable[np.ndarray]) -> torch.Tensor:
+        """The same as a call on the CPU, in memory that was there before: new memory costs as much as normalising.
+
+        Images are taken one by one as they come: what was just decoded is still in the core's cache.
+        """
+        factor, offset = _factor_and_offset(self.scale, self.mean, self.std, room.device)
+        factor, offset = factor.repeat(room.shape[2]), offset.repeat(room.shape[2])  # of a row: faster than three
+        count = 0
+        for count, image in enumerate(images, 1):
+            shrunk = self._shrink_one(image)[0].permute(1, 2, 0)  # (H, W, 3), as decoders have it
+            room[count - 1].copy_(shrunk).flatten(1).mul_(factor).sub_(offset)
+        return room[:count].permute(0, 3, 1, 2)
 
     def _shrink_one(self, image: np.ndarray) -> torch.Tensor:
         """An image on the CPU, (h, w, 3) uint8 -> (1, 3, H, W), grey levels."""
@@ -102,17 +116,6 @@ class Preprocessing:
         """Images of one size, (n, 3, h, w) uint8 -> (n, 3, H, W), grey levels."""
         pixels = self._resize(pixels.float() if self.rescale_first else pixels)
         return _center_crop(pixels, *self.crop) if self.crop else pixels
-
-    def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Grey levels -> float32: (grey level * scale - mean) / std, as one factor and one offset."""
-        factor, offset = _factor_and_offset(self.scale, self.mean, self.std, pixels.device)
-        pixels = pixels.float()
-        if pixels.is_contiguous():
-            pixels.mul_(factor[:, None, None]).sub_(offset[:, None, None])
-        else:  # channels last, as decoders have it: a row of numbers is spread over that faster than three are
-            rows, width = pixels.permute(0, 2, 3, 1).flatten(2), pixels.shape[-1]  # (n, H, W * 3)
-            rows.mul_(factor.repeat(width)).sub_(offset.repeat(width))
-        return pixels
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after the resize, before the crop."""
@@ -229,7 +232,10 @@ def resize_the_middle(image: np.ndarray, size: tuple[int, int], crop: tuple[int,
 def _factor_and_offset(
     scale: float, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(3,) float32 each, made once: on CUDA each copy from the host would wait for the stream."""
+    """(grey level * scale - mean) / std as one factor and one offset, (3,) float32 each, for three colours.
+
+    Made once: on CUDA each copy from the host would wait for the stream.
+    """
     means, stds = torch.tensor(mean), torch.tensor(std)
     return (scale / stds).to(device), (means / stds).to(device)
 

@@ -50,6 +50,7 @@ def push(folder: Path, repo: str) -> str:
             repo_id=repo,
             folder_path=folder,
             allow_patterns=list(PATTERNS),
+            delete_patterns=list(PATTERNS),  # of a former model: one file of weights hides the shards of another
             commit_message="Publish building embeddings",
         )
     except hub_errors.HFValidationError as error:

@@ -2,7 +2,6 @@
 processor does, which needs torchvision), AutoModel, and means written out.
 """
 
-import dataclasses
 import io
 import json
 
@@ -127,29 +126,36 @@ def test_pixels_of_the_datasets_images_equal_dinov2s_processor_within_one_grey_l
 )
 def test_resizing_only_what_the_crop_keeps_gives_the_same_bits(size, edge, crop):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    plain = pixels.Preprocessing(edge, None, None, "bicubic", False, 1.0, (0.0,) * 3, (1.0,) * 3)
-    whole = plain([image], CPU)
-    ours = dataclasses.replace(plain, crop=crop)([image], CPU)
+    preprocessing = pixels.Preprocessing(edge, None, crop, "bicubic", False, 1.0, (0.0,) * 3, (1.0,) * 3)
+    ours = preprocessing([image], CPU)
+    whole = preprocessing._resize(torch.from_numpy(image[None]).permute(0, 3, 1, 2)).float()
     top, left = (whole.shape[2] - crop[0]) // 2, (whole.shape[3] - crop[1]) // 2
     assert torch.equal(ours, whole[..., top : top + crop[0], left : left + crop[1]])
 
 
-def test_a_side_that_does_not_shrink_is_resized_too(tmp_path):
+def test_a_side_that_does_not_shrink_is_resized_too():
     """Of 240 columns resized to 256, 240 are computed: as many as there were, which torch takes for no resize."""
     image = np.random.default_rng(0).integers(0, 256, (656, 240, 3), dtype=np.uint8)
-    plain = pixels.Preprocessing(256, None, None, "bicubic", False, 1.0, (0.0,) * 3, (1.0,) * 3)
-    ours = dataclasses.replace(plain, crop=(224, 224))([image], CPU)
-    assert torch.equal(ours, plain([image], CPU)[..., 237:461, 16:240])
+    preprocessing = pixels.Preprocessing(256, None, (224, 224), "bicubic", False, 1.0, (0.0,) * 3, (1.0,) * 3)
+    whole = preprocessing._resize(torch.from_numpy(image[None]).permute(0, 3, 1, 2)).float()
+    assert torch.equal(preprocessing([image], CPU), whole[..., 237:461, 16:240])
 
 
-def test_normalising_is_the_same_in_both_layouts():
+def test_normalising_is_the_textbooks():
     means, stds = (10.0, 20.0, 30.0), (2.0, 4.0, 8.0)
     preprocessing = pixels.Preprocessing(None, (4, 5), None, "bicubic", False, 0.5, means, stds)
-    x = torch.randint(0, 256, (2, 3, 4, 5), generator=torch.Generator().manual_seed(0))
-    expected = (x * 0.5 - torch.tensor(means)[:, None, None]) / torch.tensor(stds)[:, None, None]
-    for layout in (torch.contiguous_format, torch.channels_last):
-        ours = preprocessing._normalize(x.to(torch.uint8).contiguous(memory_format=layout))
-        assert torch.allclose(ours, expected, atol=1e-5)
+    images = [np.array(picture(5, 4, seed=seed)) for seed in range(2)]
+    expected = (np.stack(images) * 0.5 - means) / stds
+    ours = preprocessing(images, CPU)
+    assert np.allclose(ours.permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
+
+
+def test_memory_that_is_used_again_holds_the_new_images_alone():
+    preprocessing = pixels.Preprocessing(None, (8, 8), None, "bicubic", False, 1.0, (0.0,) * 3, (1.0,) * 3)
+    images = [np.array(picture(*size, seed=3)) for size in SIZES[:3]]
+    room = torch.full_like(preprocessing.room(5), torch.nan)
+    assert torch.equal(preprocessing.into(room, iter(images)), preprocessing(images, CPU))
+    assert preprocessing.into(room, iter([])).shape == (0, 3, 8, 8)
 
 
 @pytest.mark.parametrize("size", SIZES[2:])

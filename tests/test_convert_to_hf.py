@@ -250,6 +250,7 @@ def test_the_folder_holds_what_a_user_needs_and_no_path_of_this_machine(trained)
     for path in folder.glob("*.*"):
         if path.suffix in (".json", ".md", ".py"):
             assert str(trained.root) not in path.read_text(), path.name
+    assert len({path.stat().st_mode for path in folder.glob("*.*")}) == 1  # others may read the weights too
     settings = json.loads((folder / "config.json").read_text())
     assert settings["backbone_config"]["model_type"] == "dinov2"
     assert set(settings["auto_map"]) == {"AutoConfig", "AutoModel"}
@@ -331,7 +332,8 @@ def test_pushing_sends_the_listed_files_to_a_private_repository(trained, tmp_pat
         def create_repo(self, repo, **options):
             calls.append((repo, options["private"]))
 
-        def upload_folder(self, *, repo_id, folder_path, allow_patterns, **_):
+        def upload_folder(self, *, repo_id, folder_path, allow_patterns, delete_patterns, **_):
+            assert delete_patterns == allow_patterns  # what a former model had more of goes away
             names = filter_repo_objects(
                 [path.name for path in folder_path.iterdir()], allow_patterns=allow_patterns
             )
@@ -363,6 +365,18 @@ def test_a_second_run_does_nothing(trained, capsys):
     assert main(trained.flags) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in trained.cfg.paths.published_dir.iterdir()} == before
+
+
+def test_the_attention_that_a_user_asks_for_is_the_backbones(trained):
+    folder = trained.cfg.paths.published_dir
+    x = torch.zeros(1, 3, 56, 56)
+    by_default = SpatialEmbeddingsModel.from_pretrained(folder)
+    assert by_default.backbone.config._attn_implementation == "sdpa"
+    assert SpatialEmbeddingsModel.from_pretrained(folder, attn_implementation="sdpa")  # once refused
+    eager = SpatialEmbeddingsModel.from_pretrained(folder, attn_implementation="eager")
+    output = eager(x, output_attentions=True)
+    assert [tuple(map.shape) for map in output.attentions] == [(1, 2, 17, 17)] * 2  # sdpa has none
+    assert torch.allclose(output.pooler_output, by_default(x).pooler_output, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
