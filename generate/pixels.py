@@ -108,7 +108,8 @@ class Preprocessing:
         """An image on the CPU, (h, w, 3) uint8 -> (1, 3, H, W), grey levels."""
         if self.crop and self.mode == "bicubic" and not self.rescale_first:
             size = self._resized(*image.shape[:2])
-            if all(a <= b < c for a, b, c in zip(self.crop, size, image.shape[:2], strict=True)):
+            tall = image.shape[0] > 2 * image.shape[1]  # see _first_pass
+            if not tall and all(a <= b < c for a, b, c in zip(self.crop, size, image.shape[:2], strict=True)):
                 return resize_the_middle(image, size, self.crop)
         return self._shrink(torch.from_numpy(image[None]).permute(0, 3, 1, 2))
 
@@ -130,7 +131,10 @@ class Preprocessing:
             return pixels
         if pixels.dtype == torch.uint8 and pixels.device.type != "cpu":
             return resize_grey_levels(pixels, size, self.mode)
-        return F.interpolate(pixels, size, mode=self.mode, antialias=self.mode != "nearest-exact")
+        antialias = self.mode != "nearest-exact"
+        if pixels.dtype == torch.uint8:  # torch takes the rows first, and cuts off at 0 and 255 after them
+            pixels = F.interpolate(pixels, _first_pass(pixels, size), mode=self.mode, antialias=antialias)
+        return F.interpolate(pixels, size, mode=self.mode, antialias=antialias)
 
 
 def read_preprocessing(folder: Path) -> Preprocessing:
@@ -173,14 +177,20 @@ def _preprocessing(config: dict) -> Preprocessing:
 def resize_grey_levels(pixels: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
     """What torch's resize of uint8 does on the CPU, for devices that have none: (n, 3, h, w) -> float32.
 
-    Rows first, then columns, with grey levels rounded and cut to 0..255 after each, as PIL does. (PIL takes the
-    columns first where an image is more than twice as high as wide: there one pixel in 10,000 differs by more
-    than one grey level.)
+    Grey levels are rounded and cut to 0..255 after each of the two passes, as PIL does.
     """
     antialias = mode != "nearest-exact"
-    pixels = F.interpolate(pixels.float(), (pixels.shape[-2], size[1]), mode=mode, antialias=antialias)
+    pixels = F.interpolate(pixels.float(), _first_pass(pixels, size), mode=mode, antialias=antialias)
     pixels = F.interpolate(pixels.round_().clamp_(0, 255), size, mode=mode, antialias=antialias)
     return pixels.round_().clamp_(0, 255)
+
+
+def _first_pass(pixels: torch.Tensor, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width after the first pass of a resize to `size`: PIL resizes each row, then each column, but the
+    columns first if an image is more than twice as high as wide. The order shows where a pass is cut off at white.
+    """
+    height, width = pixels.shape[-2:]
+    return (size[0], width) if height > 2 * width else (height, size[1])
 
 
 class _Run(NamedTuple):
@@ -216,7 +226,7 @@ def resize_the_middle(image: np.ndarray, size: tuple[int, int], crop: tuple[int,
     # Without a copy: rows of the full width from column x.start on, each ending in the beginning of the next. The
     # operator does not come to that end: it takes what it needs for the columns that are asked for.
     start, count = (y.start * width + x.start) * channels, (y.stop - y.start) * width * channels
-    flat = torch.from_numpy(image).view(-1)
+    flat = torch.from_numpy(image).reshape(-1)
     rows = flat[start : start + count].view(1, y.stop - y.start, width, channels)
     resized = torch.ops.aten._upsample_bicubic2d_aa(
         rows.permute(0, 3, 1, 2),
