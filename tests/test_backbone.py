@@ -148,6 +148,18 @@ def test_normalising_is_the_textbooks():
     assert np.allclose(ours.permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
 
 
+def test_batches_for_a_device_are_the_images_one_by_one(tmp_path, monkeypatch):
+    """The way that images take on CUDA, with the device left out."""
+    preprocessing = pixels.read_preprocessing(write_tiny_backbone(tmp_path, "dinov2"))
+    images = [np.array(picture(*SIZES[0 if i < 3 else i % 3], seed=i)) for i in range(6)]
+    expected, factors = preprocessing(images, CPU), pixels._factor_and_offset
+    stacked = lambda images, _: torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # noqa: E731
+    monkeypatch.setattr(pixels, "_to_cuda", stacked)
+    monkeypatch.setattr(pixels, "_factor_and_offset", lambda *settings: factors(*settings[:3], CPU))
+    assert torch.allclose(preprocessing(images, torch.device("cuda")), expected, atol=1e-5)
+    assert preprocessing([], torch.device("meta")).shape == (0, 3, 56, 56)
+
+
 def test_memory_that_is_used_again_holds_the_new_images_alone():
     preprocessing = pixels.Preprocessing(None, (8, 8), None, "bicubic", False, 1.0, (0.0,) * 3, (1.0,) * 3)
     images = [np.array(picture(*size, seed=3)) for size in SIZES[:3]]

@@ -14,8 +14,8 @@ Against decoding alone 0.8 is wanted and not to be had on a CPU without other pi
     resizing what the crop keeps, torch uint8, 570 rows to 226      290 (in the cache) to 350 (as it comes)
     normalising, into memory that is there                           35
 
-so that 800 / (800 + 25 + 350 + 35) = 0.66 is the most, and 800 / (800 + 290) = 0.73 if all else were free. What
-was tried instead, and how far it is from Hugging Face's pixels (one grey level is allowed):
+so that 825 / (825 + 350 + 35) = 0.68 is the most, and 825 / (825 + 290) = 0.74 if the resize were all. What was
+tried instead, and how far it is from Hugging Face's pixels (one grey level is allowed):
 
     libjpeg's fast cosine transform    saves 5 % of decoding        4 grey levels, 27 % of the pixels more than one
     its plain upsampling of colours    saves 11 %                   10 grey levels
