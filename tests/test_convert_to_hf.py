@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import venv
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import filter_repo_objects
@@ -353,6 +355,17 @@ def test_pushing_sends_the_listed_files_to_a_private_repository(trained, tmp_pat
 def test_a_hub_that_does_not_answer_or_a_wrong_name_is_a_clear_error(repo, message, trained):
     with pytest.raises(PipelineError, match=message):  # HF_HUB_OFFLINE is set for all tests
         push.push(trained.cfg.paths.published_dir, repo)
+
+
+def test_a_network_that_is_not_there_is_a_clear_error_too(trained):
+    code = "import sys; from publish import push; from common import cli; "
+    code += "cli.run(lambda: push.push(sys.argv[1], 'me/buildings'))"
+    command = [sys.executable, "-c", code, str(trained.cfg.paths.published_dir)]
+    online = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run(command, cwd=ROOT, env=online, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "the hub cannot be reached from here" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_figures_without_intervals_are_told_without():
