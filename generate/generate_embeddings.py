@@ -6,9 +6,10 @@ Writes   data/embeddings/<tar>-<part>.parquet: the rows of the intermediates, in
          output as float16, not normalised; data/embeddings/rejects/<tar>-<part>.parquet: images that can no
          longer be decoded, where there are any
 Command  python generate/generate_embeddings.py [--shard 3 --num-shards 40]
-Memory   the images under way (see loop.py: some tens of MB), one part (20,000 x dim x 10 bytes: 154 MB at 768),
+Memory   the images under way (see loop.py: some tens of MB), two parts (20,000 x dim x 10 bytes: 154 MB at 768),
          one tar's intermediates (300 bytes an image), and the backbone
-Time     set by the backbone: see publish/estimate_model_size.py
+Time     set by the backbone: see publish/estimate_model_size.py. A stop signal waits for the part under way: where
+         that takes longer than slurm.signal_before_s, make data.rows_per_part smaller
 """
 
 import sys
@@ -44,7 +45,7 @@ def main(argv=None) -> int:
     times = loop.Times()
     total = sum(part.count for part in todo)
     with cli.Progress("generate_embeddings", "image", total, cfg.logging.progress_interval_s) as progress:
-        for result in loop.embed(
+        results = loop.embed(
             parts.jobs(todo),
             lambda pixels: model(pixels).half(),
             model.preprocessing,
@@ -52,9 +53,8 @@ def main(argv=None) -> int:
             cfg.infrastructure,
             times,
             progress,
-        ):
-            parts.write(result, model.dim, model.facts())
-            cli.check_stop()
+        )
+        loop.write_each(results, lambda result: parts.write(result, model.dim, model.facts()))
     return progress.summary(str(times))
 
 

@@ -2,9 +2,10 @@
 
 Threads read, decode, resize and normalise chunks of images; the main thread runs the model. On CUDA a chunk goes
 to the device from pinned memory once it is decoded, and is resized there, on a stream of its own while the model
-computes; a batch's vectors are fetched when the next batch is under way.
+computes. Nothing waits for the device before the next batch is in its queue: a batch's vectors are copied to
+pinned memory behind it, and are waited for one batch later.
 
-Memory: see `_prepared_ahead`; and the vectors of one job.
+Memory: see `_prepared_ahead`; and the vectors of two jobs, one that is computed and one that is written.
 """
 
 import errno
@@ -13,11 +14,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from common import cli
 from common.cli import Progress
 from common.config import Infrastructure
 from common.schemas import Reject
@@ -70,6 +73,19 @@ class _Chunk(NamedTuple):
     pixels: torch.Tensor  # (len(rows), 3, H, W) on the device
     failed: dict[int, str]
     ready: torch.cuda.Event | None  # when the pixels are there
+    room: torch.Tensor | None  # on the CPU: the memory of the pixels, to be used again
+
+
+class _Vectors(NamedTuple):
+    """A batch's vectors on their way to the host."""
+
+    host: torch.Tensor  # (n, D)
+    arrived: torch.cuda.Event | None  # None: they are there
+
+    def wait(self) -> torch.Tensor:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.host
 
 
 class _Batch(NamedTuple):
@@ -97,7 +113,8 @@ def embed(
     # single-threaded torch in these threads (and in later ones): all cores have an image of their own
     pool = ThreadPoolExecutor(settings.threads, initializer=torch.set_num_threads, initargs=(1,))
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    prepare = lambda job, start, stop: _prepare(job, start, stop, preprocessing, device, stream)  # noqa: E731
+    rooms: SimpleQueue[torch.Tensor] = SimpleQueue()
+    prepare = lambda job, start, stop: _prepare(job, start, stop, preprocessing, device, stream, rooms)  # noqa: E731
     try:
         outputs, rows, failed = [], [], {}
         times.lap()
@@ -105,24 +122,43 @@ def embed(
             chunks = [_chunk(batch, number, prepare) for number in range(len(batch.parts))]
             times.read += times.lap()
             good = [chunk.pixels for chunk in chunks if chunk.rows]
-            vectors = [batches.forward(forward, _joined(good), size)] if good else []
-            if outputs:  # waits for the batch before, while the device works on this one
-                outputs[-1] = outputs[-1].cpu()
-            outputs += vectors
+            outputs += [_to_host(batches.forward(forward, _joined(good), size))] if good else []
+            if len(outputs) > 1:  # the device works on this batch meanwhile, and never on more than two
+                outputs[-2].wait()
             for chunk in chunks:
                 rows += chunk.rows
                 failed |= chunk.failed
                 lost = {Reject.JPEG_CORRUPT.value: len(chunk.failed)} if chunk.failed else {}
                 progress.add(len(chunk.rows) + len(chunk.failed), len(chunk.rows), lost)
+                if chunk.room is not None:
+                    rooms.put(chunk.room)
             times.compute += times.lap()
             if batch.is_last:
-                matrix = torch.cat([output.cpu() for output in outputs]).numpy() if outputs else np.empty((0, 0))
+                matrix = torch.cat([output.wait() for output in outputs]).numpy() if outputs else np.empty((0, 0))
                 times.compute += times.lap()
                 yield Result(batch.job, np.array(rows, np.int64), matrix, failed)
                 outputs, rows, failed = [], [], {}
                 times.write += times.lap()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def write_each(results: Iterator[Result], write: Callable[[Result], None]) -> None:
+    """write(result) for each, in a thread of its own while the next one is computed.
+
+    A stop signal ends it when the result that is there then is written.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        writing: Future | None = None
+        try:
+            for result in results:
+                if writing:
+                    writing.result()
+                writing = pool.submit(write, result)
+                cli.check_stop()
+        finally:  # also of a stop, and of an error in what was computed next
+            if writing:
+                writing.result()
 
 
 def _prepared_ahead(
@@ -154,6 +190,7 @@ def _prepare(
     preprocessing: Preprocessing,
     device: torch.device,
     stream: torch.cuda.Stream | None,
+    rooms: SimpleQueue,
 ) -> _Chunk:
     """Images start..stop of a job, from bytes to the model's input on the device."""
     rows: list[int] = []
@@ -169,10 +206,21 @@ def _prepare(
                 rows.append(number)
                 yield image
 
-    with torch.inference_mode(), torch.cuda.stream(stream):  # no stream on the CPU: that changes nothing
-        pixels = preprocessing(decoded(), device)
-        ready = stream.record_event() if stream else None
-    return _Chunk(rows, pixels, failed, ready)
+    with torch.inference_mode():
+        if stream is None:
+            room = _room(rooms, preprocessing)
+            return _Chunk(rows, preprocessing.into(room, decoded()), failed, None, room)
+        with torch.cuda.stream(stream):
+            pixels = preprocessing(decoded(), device)
+            return _Chunk(rows, pixels, failed, stream.record_event(), None)
+
+
+def _room(rooms: SimpleQueue, preprocessing: Preprocessing) -> torch.Tensor:
+    """Memory for a chunk that the model has read already, or new."""
+    try:
+        return rooms.get_nowait()
+    except Empty:
+        return preprocessing.room(CHUNK)
 
 
 def _chunk(batch: _Batch, number: int, prepare: Callable) -> _Chunk:
@@ -186,6 +234,15 @@ def _chunk(batch: _Batch, number: int, prepare: Callable) -> _Chunk:
         current.wait_event(chunk.ready)
         chunk.pixels.record_stream(current)  # its memory is not given away before the model has read it
     return chunk
+
+
+def _to_host(vectors: torch.Tensor) -> _Vectors:
+    """Begins to copy a batch's vectors to the host, when the device has computed them."""
+    if vectors.device.type == "cpu":
+        return _Vectors(vectors, None)
+    host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
+    host.copy_(vectors, non_blocking=True)
+    return _Vectors(host, torch.cuda.current_stream(vectors.device).record_event())
 
 
 def _read(job: Job, start: int, stop: int) -> list[bytes | None]:

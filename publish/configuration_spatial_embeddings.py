@@ -1,5 +1,7 @@
 """Configuration of the published model. Hugging Face copies this file beside the weights."""
 
+from typing import ClassVar
+
 from transformers import AutoConfig, PretrainedConfig
 
 
@@ -7,6 +9,7 @@ class SpatialEmbeddingsConfig(PretrainedConfig):
     """A backbone's own configuration, how its output is pooled, and the size of the projection head."""
 
     model_type = "spatial_embeddings"
+    sub_configs: ClassVar = {"backbone_config": AutoConfig}  # gets attn_implementation passed on
 
     def __init__(
         self,

@@ -65,7 +65,8 @@ def main(argv=None) -> int:
     if args.command == "compare":
         similarity = retrieval.similarity(published, *pair)
         print(f"similarity {similarity:.3f} (1: the same direction, 0: unrelated)")
-        print(retrieval.where_it_lies(similarity, cfg.paths.evaluation_dir / "metrics.json"))
+        metrics = cfg.paths.evaluation_dir / "metrics.json"
+        print(retrieval.where_it_lies(similarity, metrics, inference.evaluation_of(folder)))
         return 0
 
     found = retrieval.search(published, query, gallery, cfg.infrastructure, args.top)

@@ -5,7 +5,7 @@ Reads    IMAGES: a folder (with all below it), a text file with a path per line 
 Writes   OUT/<name>-<part>.parquet: `image` (path, member, or streetview_image_id) and `embedding` (float32, of
          length 1), data.rows_per_part images each; OUT/rejects/: images that cannot be read or decoded
 Command  python publish/generate_embeddings_from_hf.py IMAGES OUT [--model FOLDER]
-Memory   the images under way (see generate/loop.py: some tens of MB), one part (20,000 x 256 x 4 bytes: 20 MB),
+Memory   the images under way (see generate/loop.py: some tens of MB), two parts (20,000 x 256 x 4 bytes: 20 MB),
          the images' names, and the model
 """
 
@@ -47,7 +47,7 @@ def main(argv=None) -> int:
     times = loop.Times()
     total = sum(part.count for part in todo)
     with cli.Progress("generate_embeddings_from_hf", "image", total, cfg.logging.progress_interval_s) as progress:
-        for result in loop.embed(
+        results = loop.embed(
             (part.job() for part in todo),
             published.forward,
             published.preprocessing,
@@ -55,9 +55,8 @@ def main(argv=None) -> int:
             cfg.infrastructure,
             times,
             progress,
-        ):
-            vectors.write(result, published.dim)
-            cli.check_stop()
+        )
+        loop.write_each(results, lambda result: vectors.write(result, published.dim))
     return progress.summary(str(times))
 
 

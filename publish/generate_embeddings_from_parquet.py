@@ -52,11 +52,10 @@ def main(argv=None) -> int:
     total = sum(table.num_rows for table in todo)
     interval_s = cfg.logging.progress_interval_s
     with cli.Progress("generate_embeddings_from_parquet", "row", total, interval_s) as progress:
-        for table in todo:
-            if table.holds_images:
-                tables.embed_images(table, cfg.paths.raw_dir, published, cfg.infrastructure, times, progress)
-            else:
-                tables.project(table, published, times, progress)
+        images = [table for table in todo if table.holds_images]
+        tables.embed_images(images, cfg.paths.raw_dir, published, cfg.infrastructure, times, progress)
+        for table in [table for table in todo if not table.holds_images]:
+            tables.project(table, published, times, progress)
             cli.check_stop()
     return progress.summary(str(times))
 

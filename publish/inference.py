@@ -56,6 +56,12 @@ def identity(folder: Path, dtype: str) -> dict:
     return {"model.weights": backbone.weights_digest(folder), "embedding_model.dtype": dtype}
 
 
+def evaluation_of(folder: Path) -> str | None:
+    """The id of the metrics.json that the model was published with; None if its folder does not tell."""
+    path = folder / "provenance.json"
+    return backbone.read_json(path)["inputs"].get("metrics.json") if path.is_file() else None
+
+
 def load(folder: Path, dtype: str, device: torch.device) -> Published:
     """The model in `folder`. Raises PipelineError if its files are not whole."""
     preprocessing = read_preprocessing(folder)

@@ -82,6 +82,7 @@ class SpatialEmbeddingsModel(PreTrainedModel):
     base_model_prefix = "spatial_embeddings"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True  # where the backbone does
     _keep_in_fp32_modules_strict = ("head",)  # a thousandth of the weights, and whitening amplifies rounding
 
     def __init__(self, config: SpatialEmbeddingsConfig):

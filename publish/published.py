@@ -91,6 +91,8 @@ def write_model(folder: Path, settings: EmbeddingModel, checkpoint_path: Path, c
     model.backbone, model.head = loaded.model, head_of(checkpoint)
     config.backbone_config.dtype = loaded.model.dtype
     model.eval().save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    for weights in folder.glob("*.safetensors"):  # made readable by their owner alone
+        shutil.copymode(folder / "config.json", weights)
     shutil.copy(loaded.folder / "preprocessor_config.json", folder)
     return loaded.preprocessing
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
 
@@ -50,6 +49,7 @@ def push(folder: Path, repo: str) -> str:
             repo_id=repo,
             folder_path=folder,
             allow_patterns=list(PATTERNS),
+            delete_patterns=list(PATTERNS),  # of a former model: one file of weights hides the shards of another
             commit_message="Publish building embeddings",
         )
     except hub_errors.HFValidationError as error:
@@ -59,7 +59,7 @@ def push(folder: Path, repo: str) -> str:
             f"the hub refuses {repo}: {first_line(error)}\n"
             "log in with `hf auth login`, or set HF_TOKEN to a token that may write there; the folder is kept"
         ) from None
-    except (hub_errors.OfflineModeIsEnabled, httpx.TransportError) as error:
+    except (hub_errors.OfflineModeIsEnabled, hub_errors.HTTPError) as error:  # of the client's library
         raise PipelineError(
             f"the hub cannot be reached from here: {first_line(error)}\n"
             f"push {folder} where there is a network, with HF_HUB_OFFLINE unset"

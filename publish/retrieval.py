@@ -1,7 +1,6 @@
 """Search by the published model: vectors of photographs, the nearest of a gallery, and a picture of them."""
 
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +17,13 @@ from generate import loop
 from generate.pixels import Undecodable, decode
 from preprocess.labels import parse_name
 from publish.inference import Published
+from publish.published import read_metrics
 from publish.sources import Group
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
+
+MAX_COLUMNS = 8  # of the picture: wider than a screen is no use
 
 
 class Photograph(NamedTuple):
@@ -71,7 +73,7 @@ def vector_of(published: Published, photograph: Photograph) -> np.ndarray:
 def search(
     published: Published, query: Photograph | None, gallery: Group, settings: Infrastructure, top: int
 ) -> Found:
-    """The `top` images of the gallery most like the query, the query itself left out.
+    """The `top` images of the gallery most like the query, files that equal the query's left out.
 
     Without a query: the first image of the gallery that has another of its building in it.
     """
@@ -94,12 +96,16 @@ def search(
     if not len(result.rows):
         raise PipelineError(f"none of the {len(names):,} images of the gallery can be decoded")
     similarities = result.vectors.astype(np.float32) @ vector_of(published, query)
-    others = np.array([names[row] != query.name for row in result.rows])
-    similarities = np.where(others, similarities, -np.inf)
-    best = np.argsort(-similarities, kind="stable")[: min(top, int(others.sum()))]
-    rows = result.rows[best]
-    results = [Photograph(names[row], gallery.read(int(row), int(row) + 1)[0]) for row in rows]
-    return Found(query, results, similarities[best], len(names))
+    results, cosines = [], []
+    for best in np.argsort(-similarities, kind="stable"):
+        row = int(result.rows[best])
+        photograph = Photograph(names[row], gallery.read(row, row + 1)[0])
+        if photograph.encoded != query.encoded:
+            results.append(photograph)
+            cosines.append(similarities[best])
+        if len(results) == top:
+            break
+    return Found(query, results, np.array(cosines), len(names))
 
 
 def first_with_a_match(names: list[str]) -> int:
@@ -118,11 +124,15 @@ def table(found: Found) -> str:
 
 
 def draw(found: Found, path: Path) -> None:
-    """The query and its results in a row, as PNG; frame and words tell which show the query's building."""
+    """The query and its results, as PNG; frame and words tell which show the query's building."""
     photographs = [found.query, *found.results]
-    figure, axes = plt.subplots(1, len(photographs), figsize=(2.5 * len(photographs), 3), squeeze=False)
-    for number, (axis, photograph) in enumerate(zip(axes[0], photographs, strict=True)):
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(photograph.encoded))).convert("RGB")
+    columns = min(len(photographs), MAX_COLUMNS)
+    lines = -(-len(photographs) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(2.5 * columns, 3 * lines), squeeze=False)
+    for axis in axes.flat[len(photographs) :]:
+        axis.set_axis_off()
+    for number, (axis, photograph) in enumerate(zip(axes.flat, photographs, strict=False)):
+        image = Image.fromarray(decode(photograph.encoded))
         axis.imshow(ImageOps.pad(image, (320, 320), color="white"))  # whole, and in its own proportions
         axis.set_xticks([])
         axis.set_yticks([])
@@ -141,11 +151,17 @@ def draw(found: Found, path: Path) -> None:
     files.write_bytes(path, buffer.getvalue())
 
 
-def where_it_lies(cosine: float, metrics: Path) -> str:
-    """A similarity among the evaluation's: which share of matches and of non-matches are as similar or more."""
+def where_it_lies(cosine: float, metrics: Path, evaluation: str | None = None) -> str:
+    """A similarity among the evaluation's: which share of matches and of non-matches are as similar or more.
+
+    `evaluation`: the id of the one that the model was published with, if that is known.
+    """
     if not metrics.is_file():
         return f"(run train/evaluate.py to see where that lies among matches and non-matches: no {metrics})"
-    histograms = json.loads(metrics.read_text())["similarity_histograms"]
+    found = read_metrics(metrics)
+    if evaluation is not None and found["provenance"]["id"] != evaluation:
+        return f"({metrics} is not this model's: it cannot tell where that lies among matches and non-matches)"
+    histograms = found["similarity_histograms"]
     edges = np.array(histograms["edges"])
     shares = []
     for kind in ("matches", "non_matches"):

@@ -110,7 +110,13 @@ def _of_list(path: Path) -> Group:
     except UnicodeDecodeError:
         raise PipelineError(f"{path} is not a text: name a list of paths, a folder, or a .tar") from None
     names = [line for line in lines if line]
-    return _of_files(path.stem, names, [path.parent / name for name in names])
+    paths = [path.parent / name for name in names]
+    if names and not any(image.is_file() for image in paths):
+        raise PipelineError(
+            f"{path} lists {len(names):,} files and none is there: {paths[0]} for one\n"
+            "write a path per line, absolute or relative to the list's own folder"
+        )
+    return _of_files(path.stem, names, paths)
 
 
 def _of_files(name: str, names: list[str], paths: list[Path]) -> Group:

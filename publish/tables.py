@@ -1,15 +1,17 @@
 """Parquet files of any origin through the published model, a row group at a time, in parts that resume."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from common import parquet, provenance, schemas
+from common import cli, parquet, provenance, schemas
 from common.cli import Progress
 from common.config import Infrastructure
 from common.errors import PipelineError
@@ -129,31 +131,49 @@ def project(table: Table, published: Published, times: loop.Times, progress: Pro
         out.rows = {"in": table.num_rows}
 
 
+class _Rows(NamedTuple):
+    """What a job of the loop is known by."""
+
+    table: Table
+    others: pa.Table  # its rows, without the images
+    ends_group: bool
+
+
 def embed_images(
-    table: Table,
+    tables: list[Table],
     raw_dir: Path,
     published: Published,
     settings: Infrastructure,
     times: loop.Times,
     progress: Progress,
 ) -> None:
-    """Images of a file through the whole model. Rows without a whole image become rejects, by their number."""
+    """Images of files through the whole model, in one go: the device does not wait between two files.
+
+    Rows without a whole image become rejects, by their number.
+    """
+    results = loop.embed(
+        (job for table in tables for job in _jobs(table, raw_dir)),
+        published.forward,
+        published.preprocessing,
+        published.device,
+        settings,
+        times,
+        progress,
+    )
+    for table, of_table in groupby(results, key=lambda result: result.job.name.table):
+        _write_vectors(table, of_table, published.dim)
+        cli.check_stop()
+
+
+def _write_vectors(table: Table, results: Iterable[loop.Result], dim: int) -> None:
     failed, start = {}, table.start
-    with parquet.writer(table.target, table.schema(published.dim), table.made) as out:
-        for result in loop.embed(
-            _jobs(table, raw_dir),
-            published.forward,
-            published.preprocessing,
-            published.device,
-            settings,
-            times,
-            progress,
-        ):
-            rows, ends_group = result.job.name
+    with parquet.writer(table.target, table.schema(dim), table.made) as out:
+        for result in results:
             numbers = pa.array([f"row {start + row}" for row in range(result.job.count)])
-            vectors = result.vectors.reshape(-1, published.dim)
+            vectors = result.vectors.reshape(-1, dim)
             parts.refuse_not_finite(vectors, numbers.take(pa.array(result.rows)), table.path)
-            _append(out, rows.take(pa.array(result.rows)), vectors, ends_group)
+            rows = result.job.name.others.take(pa.array(result.rows))
+            _append(out, rows, vectors, result.job.name.ends_group)
             failed |= parts.named(result.failed, numbers)
             start += result.job.count
         parts.write_rejects(table.target, table.made, failed)
@@ -171,15 +191,19 @@ def _batches(table: Table, size: int) -> Iterator[tuple[pa.Table, bool]]:
 
 
 def _jobs(table: Table, raw_dir: Path) -> Iterator[loop.Job]:
-    """What the loop reads; a job's name is its rows without the images, and whether they end a row group."""
+    """What the loop reads of a file; one job without images if it has no rows."""
+    if not table.num_rows:
+        yield loop.Job(_Rows(table, table.others.empty_table(), False), 0, lambda start, stop: [])
     for rows, ends_group in _batches(table, IMAGE_ROWS):
         if table.column is None:
-            yield loop.Job((rows, ends_group), rows.num_rows, _reader_of_members(raw_dir, rows))
+            name = _Rows(table, rows, ends_group)
+            yield loop.Job(name, rows.num_rows, _reader_of_members(raw_dir, rows))
             continue
         images = rows[table.column].combine_chunks()
         if pa.types.is_struct(images.type):
             images = images.field("bytes")
-        yield loop.Job((rows.drop([table.column]), ends_group), rows.num_rows, _reader(images))
+        name = _Rows(table, rows.drop([table.column]), ends_group)
+        yield loop.Job(name, rows.num_rows, _reader(images))
 
 
 def _reader_of_members(raw_dir: Path, rows: pa.Table):

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import venv
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import filter_repo_objects
@@ -251,6 +253,7 @@ def test_the_folder_holds_what_a_user_needs_and_no_path_of_this_machine(trained)
     for path in folder.glob("*.*"):
         if path.suffix in (".json", ".md", ".py"):
             assert str(trained.root) not in path.read_text(), path.name
+    assert len({path.stat().st_mode for path in folder.glob("*.*")}) == 1  # others may read the weights too
     settings = json.loads((folder / "config.json").read_text())
     assert settings["backbone_config"]["model_type"] == "dinov2"
     assert set(settings["auto_map"]) == {"AutoConfig", "AutoModel"}
@@ -332,7 +335,8 @@ def test_pushing_sends_the_listed_files_to_a_private_repository(trained, tmp_pat
         def create_repo(self, repo, **options):
             calls.append((repo, options["private"]))
 
-        def upload_folder(self, *, repo_id, folder_path, allow_patterns, **_):
+        def upload_folder(self, *, repo_id, folder_path, allow_patterns, delete_patterns, **_):
+            assert delete_patterns == allow_patterns  # what a former model had more of goes away
             names = filter_repo_objects(
                 [path.name for path in folder_path.iterdir()], allow_patterns=allow_patterns
             )
@@ -354,6 +358,17 @@ def test_a_hub_that_does_not_answer_or_a_wrong_name_is_a_clear_error(repo, messa
         push.push(trained.cfg.paths.published_dir, repo)
 
 
+def test_a_network_that_is_not_there_is_a_clear_error_too(trained):
+    code = "import sys; from publish import push; from common import cli; "
+    code += "cli.run(lambda: push.push(sys.argv[1], 'me/buildings'))"
+    command = [sys.executable, "-c", code, str(trained.cfg.paths.published_dir)]
+    online = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run(command, cwd=ROOT, env=online, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "the hub cannot be reached from here" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_figures_without_intervals_are_told_without():
     assert card.told({"value": 0.5, "low": None, "high": None}, "recall@1") == "50.0"
     assert card.told({"value": 12.0, "low": 9.4, "high": 15.2}, "median_rank") == "12 [9, 15]"
@@ -364,6 +379,18 @@ def test_a_second_run_does_nothing(trained, capsys):
     assert main(trained.flags) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in trained.cfg.paths.published_dir.iterdir()} == before
+
+
+def test_the_attention_that_a_user_asks_for_is_the_backbones(trained):
+    folder = trained.cfg.paths.published_dir
+    x = torch.zeros(1, 3, 56, 56)
+    by_default = SpatialEmbeddingsModel.from_pretrained(folder)
+    assert by_default.backbone.config._attn_implementation == "sdpa"
+    assert SpatialEmbeddingsModel.from_pretrained(folder, attn_implementation="sdpa")  # once refused
+    eager = SpatialEmbeddingsModel.from_pretrained(folder, attn_implementation="eager")
+    output = eager(x, output_attentions=True)
+    assert [tuple(map.shape) for map in output.attentions] == [(1, 2, 17, 17)] * 2  # sdpa has none
+    assert torch.allclose(output.pooler_output, by_default(x).pooler_output, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,7 +2,9 @@
 count in.
 """
 
+import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -62,8 +64,8 @@ def test_results_of_the_dataset_say_whether_they_show_the_same_building(flags, t
     query = f"{tmp_path / '0088.tar'}:0088/0088_0_0_0.jpg"
     out = str(tmp_path / "found.png")
     main(["search", query, "--gallery", str(tmp_path / "0088.tar"), "--out", out, *flags])
-    told = {line.split()[-1]: "same building" in line for line in capsys.readouterr().out.splitlines()[1:5]}
-    assert told == {f"0088/0088_{n}_0_{n // 2}.jpg": n < 2 for n in range(4)}
+    told = {line.split()[-1]: "same building" in line for line in capsys.readouterr().out.splitlines()[1:4]}
+    assert told == {f"0088/0088_{n}_0_{n // 2}.jpg": n < 2 for n in (1, 2, 3)}  # without the query itself
 
 
 def test_compare_gives_the_cosine_of_the_two_vectors(model, flags, query, tmp_path, capsys):  # noqa: F811
@@ -74,6 +76,18 @@ def test_compare_gives_the_cosine_of_the_two_vectors(model, flags, query, tmp_pa
     expected = float(np.prod(plain_vectors(model, [QUERY, JPEGS[3]]), axis=0).sum())
     assert float(output.split()[1]) == pytest.approx(expected, abs=2e-3)
     assert "run train/evaluate.py" in output  # there are no histograms here
+
+
+def test_many_results_are_drawn_in_lines_and_as_the_model_sees_them(tmp_path):
+    levels = np.full((30, 40), 64 * 257, np.uint16)  # a quarter of white
+    buffer = io.BytesIO()
+    Image.fromarray(levels).save(buffer, "PNG")
+    photograph = retrieval.Photograph("deep.png", buffer.getvalue())
+    retrieval.draw(retrieval.Found(photograph, [photograph] * 11, np.ones(11), 11), tmp_path / "found.png")
+    drawn = np.asarray(Image.open(tmp_path / "found.png").convert("L"))
+    height, width = drawn.shape
+    assert width / height == pytest.approx(8 * 2.5 / (2 * 3), rel=0.15)  # 12 pictures, 8 in a line
+    assert np.isin(drawn, range(60, 69)).mean() > 0.3
 
 
 @pytest.mark.parametrize(
@@ -89,6 +103,19 @@ def test_a_similarity_is_placed_among_the_evaluations_pairs(cosine, told, tmp_pa
     counts = {"edges": [-1, 0, 0.5, 1], "matches": [0, 1, 9], "non_matches": [6, 3, 1]}
     (tmp_path / "metrics.json").write_text(json.dumps({"similarity_histograms": counts}))
     assert told in retrieval.where_it_lies(cosine, tmp_path / "metrics.json")
+
+
+def test_the_evaluation_of_another_model_is_not_told_for_this_one(model, flags, query, tmp_path, capsys):  # noqa: F811
+    counts = {"edges": [-1, 0, 1], "matches": [0, 1], "non_matches": [1, 0]}
+    folder = tmp_path / "data" / "evaluation"
+    folder.mkdir(parents=True)
+    metrics = {"similarity_histograms": counts, "provenance": {"id": "theirs"}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    for evaluation, told in (("ours", "is not this model's"), ("theirs", "0.0% of matches")):
+        ours = shutil.copytree(model, tmp_path / evaluation)
+        (ours / "provenance.json").write_text(json.dumps({"inputs": {"metrics.json": evaluation}}))
+        assert main(["compare", query, query, *flags, "--model", str(ours)]) == 0
+        assert told in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

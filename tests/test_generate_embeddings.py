@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -357,6 +359,72 @@ def test_jobs_come_back_in_order_with_their_own_vectors():
     results = embed_all([job(str(i), [flat(v) for v in values]) for i, values in enumerate(planted)])
     assert [result.job.name for result in results] == [str(i) for i in range(len(sizes))]
     assert [result.vectors[:, 0].tolist() if len(result.rows) else [] for result in results] == planted
+
+
+def test_vectors_are_waited_for_when_the_next_batch_is_in_the_devices_queue(monkeypatch):
+    order = []
+
+    class Arrival:
+        def __init__(self, number: int):
+            self.number = number
+
+        def synchronize(self) -> None:
+            order.append(f"wait {self.number}")
+
+    def to_host(vectors):
+        number = sum(entry.startswith("queue") for entry in order)
+        order.append(f"queue {number}")
+        return loop._Vectors(vectors, Arrival(number))
+
+    monkeypatch.setattr(loop, "_to_host", to_host)
+    (result,) = embed_all([job("a", [flat(v) for v in range(10)])])
+    assert order[:5] == ["queue 0", "queue 1", "wait 0", "queue 2", "wait 1"]  # else the device idles in between
+    assert result.vectors[:, 0].tolist() == list(range(10))
+
+
+def results_of(count: int):
+    for number in range(count):
+        yield loop.Result(job(str(number), []), np.empty(0), np.empty((0, 0)), {})
+
+
+def test_results_are_written_while_the_next_is_computed():
+    written, computed = [], threading.Event()
+
+    def results():
+        yield from results_of(1)
+        computed.set()  # deadlocks if the first must be written before the second is asked for
+        yield from results_of(1)
+
+    def write(result):
+        assert computed.wait(timeout=60)
+        written.append(result.job.name)
+
+    loop.write_each(results(), write)
+    assert written == ["0", "0"]
+
+
+def test_an_error_in_writing_is_raised_and_ends_the_run():
+    written = []
+
+    def write(result):
+        written.append(result.job.name)
+        if len(written) == 2:
+            raise PipelineError("the disk is full")
+
+    with pytest.raises(PipelineError, match="the disk is full"):
+        loop.write_each(results_of(10), write)
+    assert written == ["0", "1"]
+
+
+def test_what_is_computed_is_written_although_the_next_fails():
+    def results():
+        yield from results_of(1)
+        raise PipelineError("the tar has gone")
+
+    written = []
+    with pytest.raises(PipelineError, match="the tar has gone"):
+        loop.write_each(results(), lambda result: time.sleep(0.1) or written.append(result.job.name))
+    assert written == ["0"]
 
 
 def test_unreadable_images_are_left_out_and_numbered():

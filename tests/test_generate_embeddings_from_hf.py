@@ -146,12 +146,15 @@ def test_a_damaged_tar_gives_what_stands_before_the_damage(flags, tmp_path, caps
     assert 0 < len(written(tmp_path / "out")[0]) < 7
 
 
-@pytest.mark.parametrize("source", ["nothing", "empty", "list.txt", "photo.jpg"])
+@pytest.mark.parametrize("source", ["nothing", "empty", "list.txt", "photo.jpg", "gone.txt"])
 def test_a_source_without_images_is_one_clear_error(source, flags, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.txt").write_text("\n")
     (tmp_path / "photo.jpg").write_bytes(JPEGS[0])
-    with pytest.raises(PipelineError, match=f"{source}.*(does not exist|holds no images|not a text)"):
+    (tmp_path / "gone.txt").write_text("elsewhere/photo.jpg\n")
+    with pytest.raises(
+        PipelineError, match=f"{source}.*(does not exist|holds no images|not a text|none is there)"
+    ):
         main([str(tmp_path / source), str(tmp_path / "out"), *flags])
 
 

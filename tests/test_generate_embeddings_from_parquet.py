@@ -11,6 +11,7 @@ from test_generate_embeddings_from_hf import flags, model, plain_vectors  # noqa
 
 from common import config, parquet
 from common.errors import PipelineError, StaleArtefact
+from generate import loop
 from publish.generate_embeddings_from_parquet import main
 from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
 
@@ -85,6 +86,21 @@ def test_images_go_through_the_whole_model(form, model, run):  # noqa: F811
     assert table.column_names == ["id", "embedding"]
     assert table["id"].to_pylist() == list(range(7))
     assert (cosines(parquet.to_matrix(table["embedding"]), plain_vectors(model, JPEGS)) > 0.9999).all()
+
+
+def test_files_of_images_go_through_one_loop_each_into_its_own(model, flags, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "in").mkdir()
+    for number, count in enumerate([3, 0, 4]):
+        rows = {"id": list(range(count)), "image": pa.array(JPEGS[:count], pa.binary())}
+        pq.write_table(pa.table(rows), tmp_path / "in" / f"{number}.parquet")
+    calls, embed = [], loop.embed
+    monkeypatch.setattr(loop, "embed", lambda *arguments: calls.append(1) or embed(*arguments))
+    assert main([str(tmp_path / "in"), str(tmp_path / "out"), *flags, "--set", "data.rows_per_part=100"]) == 0
+    tables = [parquet.read(tmp_path / "out" / f"{number}-0.parquet") for number in range(3)]
+    assert [table.num_rows for table in tables] == [3, 0, 4]
+    expected = plain_vectors(model, JPEGS[:4])
+    assert (cosines(parquet.to_matrix(tables[2]["embedding"]), expected) > 0.9999).all()
+    assert len(calls) == 1  # else the device waits, and "auto" is tried out, for every file
 
 
 def test_rows_without_a_whole_image_are_rejects_by_number(model, run, tmp_path, capsys):  # noqa: F811
