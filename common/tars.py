@@ -4,7 +4,8 @@ Headers of ustar, GNU (long names, sizes in base 256) and pax (path, size) tars 
 their checksums: seven times as fast as `tarfile`, and a damaged tar gives everything before the damage. Nearly all
 members are plain files with a short name, whose header `_plain_file` reads; all others take `_unusual_member`.
 
-Memory: one window of CHUNK_BYTES, and the content of one member of at most MAX_CONTENT_BYTES.
+Memory: one window of CHUNK_BYTES, or of a larger member, of at most MAX_CONTENT_BYTES. The contents of members are
+views of the windows that they were read in, not copies, and keep those in memory.
 """
 
 import os
@@ -14,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 from zlib import adler32
+
+import numpy as np
 
 from common.errors import PipelineError
 
@@ -47,7 +50,7 @@ class Member(NamedTuple):
     offset: int  # bytes from the start of the tar to its data
     size: int  # bytes
     kind: str  # "file", "directory" or "other" (links, devices, sparse files)
-    content: bytes | None = None  # if it was asked for: of a file of at most MAX_CONTENT_BYTES
+    content: memoryview | None = None  # if it was asked for: of a file of at most MAX_CONTENT_BYTES
 
 
 class Damage(Exception):
@@ -96,7 +99,7 @@ def walk(path: Path, contents: bool = False) -> Iterator[Member]:
     compressed.
     """
     with _open(path) as file:
-        window = _Window(file.fileno(), CHUNK_BYTES if contents else _INDEX_BYTES)
+        window = _FreshWindow(file.fileno(), CHUNK_BYTES) if contents else _Window(file.fileno(), _INDEX_BYTES)
         _refuse_compressed(path, window.read(0, _BLOCK))
         file_bytes = os.fstat(file.fileno()).st_size
         shared: dict[str, bytes] = {}  # pax records that hold for all members
@@ -112,7 +115,7 @@ def walk(path: Path, contents: bool = False) -> Iterator[Member]:
                 there = max(0, file_bytes - member.offset)
                 raise Damage(at, f"{there:,} of {stored:,} bytes are there of a member that begins", member.name)
             if contents and member.kind == "file" and member.size <= MAX_CONTENT_BYTES:
-                member = _new(Member, (*member[:-1], window.read(member.offset, member.size)))
+                member = _new(Member, (*member[:-1], window.view(member.offset, member.size)))
             yield member
             at = end + -end % _BLOCK
         _check_end(window, at)
@@ -170,6 +173,25 @@ class _Window:
                 break
             buffer += more
         self._buffer, self._start, self._end = buffer, offset, offset + len(buffer)
+
+
+class _FreshWindow(_Window):
+    """A window that takes new memory wherever it moves, so that views of it last."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        return bytes(self.view(offset, size))
+
+    def view(self, offset: int, size: int) -> memoryview:
+        return super().read(offset, size)
+
+    def _move(self, offset: int, size: int) -> None:
+        rest = self._buffer[offset - self._start :] if self._start <= offset else b""
+        buffer = memoryview(np.empty(size, np.uint8))  # not filled with zeros first, as a bytearray is
+        end = len(rest)
+        buffer[:end] = rest
+        while more := os.preadv(self._descriptor, [buffer[end:]], offset + end):
+            end += more
+        self._buffer, self._start, self._end = buffer[:end], offset, offset + end
 
 
 def _open(path: Path):

@@ -73,10 +73,11 @@ def judged():
     def judge(files):
         images, texts = [], []
         for offset, (name, content) in enumerate(files):
+            stem, _ = pairs.split_name(name)
             if name.endswith(".jpg"):
-                images.append(pairs.Image(name, offset, len(content), jpegs.inspect(content)))
+                images.append(pairs.Image(name, stem, offset, len(content), jpegs.inspect(content)))
             else:
-                texts.append(pairs.Text(name, labels.parse_label(content)))
+                texts.append(pairs.Text(name, stem, labels.parse_label(content)))
         found = pairs.pair(images, texts, 88)
         assert 2 * len(found.valid) + len(found.rejects) == len(files)
         assert len(found.valid) + found.causes.total() == len(images)
@@ -282,8 +283,8 @@ def test_no_damage_breaks_the_accounting(tmp_path, form):
             raw, length = damaged(whole, rng)
             path.write_bytes(raw)
             found = readers.read(path, on_images=lambda count, at: None)
-            judged = tar_files.pair(found, path)
-            counts = tar_files.account(found, judged)  # raises if the identity does not hold
+            judged = tar_files.pair(found, tar_files.dataset_of(path, found))
+            counts = tar_files.account(path, found, judged)  # raises if the identity does not hold
             assert counts["images"] <= 6
             assert counts["members"] == counts["images"] + counts["labels"] + counts["rejects"] + counts["other"]
             if length <= len(whole.rstrip(b"\0")):
