@@ -7,6 +7,7 @@ Memory   64 JPEGs and one picture's pixels per thread, and 150 bytes for each im
 Time     about 1,100 images of 640 x 640 pixels a second and core; 200 with data.fingerprint = "exact"
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -47,9 +48,10 @@ def main(argv=None) -> int:
         threadpool_limits(1),  # the threads are over images: matrix products with threads of their own stall them
         ThreadPoolExecutor(cfg.infrastructure.threads) as pool,
         cli.Progress("compute_fingerprints", "image", total, cfg.logging.progress_interval_s) as progress,
+        contextlib.ExitStack() as on_exit,
     ):
+        on_exit.callback(pool.shutdown, cancel_futures=True)  # stopped by a signal, it must not work off its queue
         for tar, source, target, made in todo:
-            cli.check_stop()
             ids = parquet.read(source, ["streetview_image_id", "building_id"])
             place = parquet.read(source, ["image_offset", "image_size", "content_hash"])
             columns = [column.to_numpy() for column in place.columns]
@@ -59,6 +61,7 @@ def main(argv=None) -> int:
             ]
             with parquet.writer(target, schemas.FINGERPRINTS, made) as out:
                 for number, future in enumerate(hashes):
+                    cli.check_stop()
                     phash, dhash = future.result()
                     rows = ids.slice(number * CHUNK, CHUNK)
                     out.append({name: rows[name] for name in rows.column_names} | {"phash": phash, "dhash": dhash})

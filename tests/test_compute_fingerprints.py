@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from synthetic import write_dataset
 
-from common import config, parquet, tars
+from common import cli, config, parquet, tars
 from common.cli import exit_code_of
 from common.errors import StaleArtefact
 from preprocess import compute_fingerprints, fingerprints, process_tar
@@ -108,6 +108,23 @@ def test_the_command_hashes_every_image_in_order(root, images, expected, capsys)
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(StaleArtefact, match=r'data\.fingerprint = "exact"; this run says "fast"'):
         compute_fingerprints.main(flags(root))
+
+
+def test_a_signal_stops_it_within_a_tar_and_nothing_is_left(root, monkeypatch, tmp_path, capsys):
+    real, calls = fingerprints.hash_members, []
+
+    def counted(*arguments):
+        calls.append(1)
+        monkeypatch.setattr(cli, "_stop_signal", 15)  # the signal comes while the first images are hashed
+        return real(*arguments)
+
+    monkeypatch.setattr(compute_fingerprints, "CHUNK", 1)
+    monkeypatch.setattr(fingerprints, "hash_members", counted)
+    folder = tmp_path / "fingerprints"
+    code = cli.exit_code_of(lambda: compute_fingerprints.main(flags(root, f"paths.fingerprints_dir={folder}")))
+    assert code == cli.EXIT_STOPPED
+    assert len(calls) < 10  # of some twenty images of the first tar; the queue is not worked off
+    assert list(folder.iterdir()) == []
 
 
 def test_a_tar_with_other_bytes_is_refused(root, tmp_path):
