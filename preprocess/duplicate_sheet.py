@@ -30,17 +30,15 @@ def largest_groups(images: Images, found: Decision) -> list[Group]:
     groups = []
     for reason, key, title in (
         ("duplicate_across_buildings", images.content_hash, "one JPEG at buildings far apart: all dropped"),
-        ("duplicate_within_building", found.building, "like the first, at its building: dropped"),
+        ("duplicate_within_building", found.like, "like the first, at its building: dropped"),
     ):
         rows = np.flatnonzero(found.why == list(found.dropped).index(reason))
         order, starts = sort_groups(key[rows])
         sizes = np.diff(starts, append=len(rows))
         for number in np.argsort(-sizes, kind="stable")[:MAX_GROUPS]:
             members = rows[order[starts[number] :][: sizes[number]]]
-            kept = (
-                [] if key is images.content_hash else [_kept_one(images, found, members[0], set(members.tolist()))]
-            )
-            groups.append(Group(title, len(members), [*kept, *members.tolist()][:SHOWN]))
+            kept = found.like[members[:1]]  # -1 where there is none
+            groups.append(Group(title, len(members), [*kept[kept >= 0].tolist(), *members.tolist()][:SHOWN]))
     return sorted(groups, key=lambda group: -group.size)[:MAX_GROUPS]
 
 
@@ -58,14 +56,6 @@ def draw(groups: list[Group], sources: Sources, raw_dir: Path) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": None})
     return picture.getvalue()
-
-
-def _kept_one(images: Images, found: Decision, row: int, dropped: set[int]) -> int:
-    """The image of the same building, not among `dropped`, whose hashes are nearest to those of `row`."""
-    first, last = np.searchsorted(found.building, [found.building[row], found.building[row] + 1])
-    others = np.array([other for other in range(first, last) if other not in dropped])
-    apart = [np.bitwise_count(hashes[others] ^ hashes[row]) for hashes in (images.phash, images.dhash)]
-    return int(others[np.argmin(np.maximum(*apart))])
 
 
 def _pictures(rows: list[int], sources: Sources, raw_dir: Path) -> dict[int, Image.Image]:
