@@ -7,7 +7,7 @@ from typing import NamedTuple
 from common import tars
 from common.schemas import Reject
 from preprocess.jpegs import Jpeg
-from preprocess.labels import Label, Rejected, parse_name
+from preprocess.labels import Ids, Label, Rejected
 
 
 class Image(NamedTuple):
@@ -21,6 +21,7 @@ class Image(NamedTuple):
 class Text(NamedTuple):
     name: str
     stem: str
+    ids: Ids  # that the name says
     found: Label | Rejected
 
 
@@ -52,7 +53,7 @@ def pair(images: Iterable[Image], texts: Iterable[Text], dataset_id: int | None)
     renamed = 0
     for key in [*image_of, *(key for key in text_of if key not in image_of)]:
         image, text = image_of.get(key), text_of.get(key)
-        why_image, why_text = _judge(image, text, key, dataset_id)
+        why_image, why_text = _judge(image, text, key[1], dataset_id)
         if not why_image and not why_text:
             label = text.found
             if label.patch_id in seen:
@@ -61,7 +62,7 @@ def pair(images: Iterable[Image], texts: Iterable[Text], dataset_id: int | None)
             else:
                 seen.add(label.patch_id)
                 pairs.valid.append((image, text))
-                renamed += label[:4] != parse_name(key[0])
+                renamed += label[:4] != text.ids
         if why_image:
             pairs.rejects.append((image.name, why_image))
             own = why_image.reason is not Reject.PARTNER_REJECTED
@@ -102,12 +103,14 @@ def _by_stem(files: Iterable) -> dict[tuple[str, int], Image | Text]:
 
 
 def _judge(
-    image: Image | None, text: Text | None, key: tuple[str, int], dataset_id: int | None
+    image: Image | None, text: Text | None, number: int, dataset_id: int | None
 ) -> tuple[Rejected | None, Rejected | None]:
-    """Why the image and why the label cannot be used; None for one that can, or that is not there."""
-    stem, number = key
+    """Why the image and why the label cannot be used; None for one that can, or that is not there.
+
+    `number`: of files with the same stem before these.
+    """
     why_image = image.found if image and isinstance(image.found, Rejected) else None
-    why_text = text and _wrong_with(text, stem, dataset_id)
+    why_text = text and _wrong_with(text, dataset_id)
     if text is None and not why_image:
         why_image = Rejected(Reject.DUPLICATE_ID if number else Reject.LABEL_MISSING)
     if image is None and not why_text:
@@ -120,10 +123,10 @@ def _judge(
     return why_image, why_text
 
 
-def _wrong_with(text: Text, stem: str, dataset_id: int | None) -> Rejected | None:
+def _wrong_with(text: Text, dataset_id: int | None) -> Rejected | None:
     if isinstance(text.found, Rejected):
         return text.found
-    for where, found in (("label", text.found.dataset_id), ("name", parse_name(stem).dataset_id)):
+    for where, found in (("label", text.found.dataset_id), ("name", text.ids.dataset_id)):
         if found != dataset_id:
             return Rejected(Reject.DATASET_MISMATCH, f"dataset {found} in the {where}, {dataset_id} in the tar")
     return None

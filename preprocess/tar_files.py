@@ -17,7 +17,8 @@ from preprocess.pairs import Image, Pairs, Text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
 LABEL_SUFFIX = ".txt"
-_BATCH_IMAGES = 8  # handed to a thread at once: few, so that all threads end together
+_SUFFIXES = (LABEL_SUFFIX, *IMAGE_SUFFIXES)
+_BATCH_IMAGES = 16  # handed to a thread at once: few, so that all threads end together
 _BATCH_BYTES = 16 * 2**20  # of the tar, from a batch's first image to its last: what it may keep in memory
 
 
@@ -102,16 +103,16 @@ def _take(files: TarFiles, member: tars.Member) -> tuple | None:
     """Note a member that is no image; of an image (name, stem, offset, size, JPEG), the JPEG being unchecked."""
     name, offset, size, _, content = member
     stem, suffix = pairs.split_name(name)
-    if suffix not in (LABEL_SUFFIX, *IMAGE_SUFFIXES):
+    if suffix not in _SUFFIXES:
         files.num_other += 1
-    elif labels.parse_name(stem) is None:
+    elif (ids := labels.parse_name(stem)) is None:
         files.rejects.append((name, Rejected(Reject.NAME_MALFORMED)))
     elif suffix != LABEL_SUFFIX:
         return name, stem, offset, size, content
     elif content is None:
-        files.texts.append(Text(name, stem, Rejected(Reject.LABEL_MALFORMED, "not a file, or far too large")))
+        files.texts.append(Text(name, stem, ids, Rejected(Reject.LABEL_MALFORMED, "not a file, or far too large")))
     else:
-        files.texts.append(Text(name, stem, labels.parse_label(bytes(content))))
+        files.texts.append(Text(name, stem, ids, labels.parse_label(bytes(content))))
     return None
 
 
@@ -121,12 +122,13 @@ def _take_broken(files: TarFiles, tar: Path, damage: tars.Damage) -> None:
     files.damage = str(damage)
     files.num_members += 1
     stem, suffix = pairs.split_name(damage.member)
-    if labels.parse_name(stem) is None:
+    ids = labels.parse_name(stem)
+    if ids is None:
         files.rejects.append((damage.member or tar.name, why))
     elif suffix in IMAGE_SUFFIXES:
         files.images.append(Image(damage.member, stem, damage.offset, 0, why))
     elif suffix == LABEL_SUFFIX:
-        files.texts.append(Text(damage.member, stem, why))
+        files.texts.append(Text(damage.member, stem, ids, why))
     else:
         files.rejects.append((damage.member, why))
 

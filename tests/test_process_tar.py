@@ -78,7 +78,7 @@ def judged():
             if name.endswith(".jpg"):
                 images.append(pairs.Image(name, stem, offset, len(content), jpegs.inspect(content)))
             else:
-                texts.append(pairs.Text(name, stem, labels.parse_label(content)))
+                texts.append(pairs.Text(name, stem, labels.parse_name(stem), labels.parse_label(content)))
         found = pairs.pair(images, texts, 88)
         assert 2 * len(found.valid) + len(found.rejects) == len(files)
         assert len(found.valid) + found.causes.total() == len(images)
