@@ -74,6 +74,13 @@ def of_shard(raw_dir: Path, shard: int, num_shards: int) -> list[Path]:
     # macOS leaves "._0088.tar" beside what it copies
     listing = [p for p in there if p.suffix.lower() == ".tar" and p.is_file() and not p.name.startswith(".")]
     compressed = [p for p in there if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", p.name, re.IGNORECASE)]
+    lost = [p for p in there if p.suffix.lower() == ".tar" and not p.exists()]  # a link to what is no longer there
+    if lost:
+        raise PipelineError(f"{lost[0]} links to a file that does not exist\nput the tar back, or remove the link")
+    stems = [p.stem for p in listing]
+    twice = [stem for stem in stems if stems.count(stem) > 1]
+    if twice:
+        raise PipelineError(f"{raw_dir} has {twice[0]}.tar twice, in small and capital letters\nkeep one of them")
     if compressed:
         raise PipelineError(
             f"{compressed[0]} is compressed, or has something after .tar in its name"
