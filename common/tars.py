@@ -122,7 +122,8 @@ def walk(path: Path, contents: bool = False) -> Iterator[Member]:
                 there = max(0, file_bytes - member.offset)
                 raise Damage(at, f"{there:,} of {stored:,} bytes are there of a member that begins", member.name)
             if contents and member.kind == "file" and member.size <= MAX_CONTENT_BYTES:
-                member = _new(Member, (*member[:-1], window.view(member.offset, member.size)))
+                name, data, size, kind, _ = member
+                member = _new(Member, (name, data, size, kind, window.view(data, size)))
             yield member
             at = end + -end % _BLOCK
         _check_end(window, at)
@@ -185,11 +186,10 @@ class _Window:
 class _FreshWindow(_Window):
     """A window that takes new memory wherever it moves, so that views of it last."""
 
+    view = _Window.read  # of the buffer, which is a memoryview here
+
     def read(self, offset: int, size: int) -> bytes:
         return bytes(self.view(offset, size))
-
-    def view(self, offset: int, size: int) -> memoryview:
-        return super().read(offset, size)
 
     def _move(self, offset: int, size: int) -> None:
         rest = self._buffer[offset - self._start :] if self._start <= offset else b""

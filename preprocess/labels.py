@@ -105,7 +105,7 @@ def parse_label(content: bytes) -> Label | Rejected:
         ids, numbers = list(map(int, fields[:_NUM_IDS])), list(map(float, fields[_NUM_IDS:]))
     except ValueError as error:
         return Rejected(Reject.LABEL_MALFORMED, str(error)[:200])
-    if not _storable(ids) or "_" in "".join(fields):
+    if not _storable(ids) or (b"_" in content and "_" in "".join(fields)):
         return Rejected(Reject.LABEL_MALFORMED, "an id that is negative, too large or not a plain number")
     label = _new(Label, (*ids, *numbers, "a" in kinds))
     return _out_of_range(label) or label
