@@ -135,10 +135,14 @@ def _take_broken(files: TarFiles, tar: Path, damage: tars.Damage) -> None:
 
 def dataset_of(tar: Path, files: TarFiles) -> int | None:
     """The dataset that a tar's name says, or where it is no number, the one that most of its labels say."""
-    if tar.stem.isascii() and tar.stem.isdigit():
+    if _is_number(tar.stem):
         return int(tar.stem)
     said = Counter(text.found.dataset_id for text in files.texts if isinstance(text.found, Label))
     return said.most_common(1)[0][0] if said else None
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def pair(files: TarFiles, dataset_id: int | None) -> Pairs:
@@ -199,7 +203,7 @@ def notes(tar: Path, files: TarFiles, dataset_id: int | None) -> list[str]:
     found = []
     if files.damage:
         found.append(f"{tar.name} is damaged: {files.damage}")
-    if dataset_id is not None and not tar.stem.isdigit():
+    if dataset_id is not None and not _is_number(tar.stem):
         found.append(f"{tar.name} is taken for dataset {dataset_id:04d}, as most of its labels say")
     return found
 
