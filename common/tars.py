@@ -114,15 +114,16 @@ def walk(path: Path, contents: bool = False) -> Iterator[Member]:
         while (block := window.read(at, _BLOCK)) != _ZEROS:
             member = None if shared else _plain_file(block, at + _BLOCK)
             if member is not None:
-                stored = member.size
+                name, data, size, kind, _ = member
+                end = data + size
             else:
                 member, stored = _unusual_member(window, at, shared)
-            end = member.offset + stored
-            if end > file_bytes:
-                there = max(0, file_bytes - member.offset)
-                raise Damage(at, f"{there:,} of {stored:,} bytes are there of a member that begins", member.name)
-            if contents and member.kind == "file" and member.size <= MAX_CONTENT_BYTES:
                 name, data, size, kind, _ = member
+                end = data + stored
+            if end > file_bytes:
+                there = max(0, file_bytes - data)
+                raise Damage(at, f"{there:,} of {end - data:,} bytes are there of a member that begins", name)
+            if contents and kind == "file" and size <= MAX_CONTENT_BYTES:
                 member = _new(Member, (name, data, size, kind, window.view(data, size)))
             yield member
             at = end + -end % _BLOCK
