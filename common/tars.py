@@ -8,12 +8,13 @@ Memory: one window of CHUNK_BYTES, or of a larger member, of at most MAX_CONTENT
 views of the windows that they were read in, not copies, and keep those in memory.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 from zlib import adler32
 
 import numpy as np
@@ -202,11 +203,16 @@ class _FreshWindow(_Window):
         self._buffer, self._start, self._end = buffer[:end], offset, offset + end
 
 
-def _open(path: Path):
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """The tar, unbuffered. Raises PipelineError that names it where it cannot be opened, or read in the block."""
     try:
-        return open(path, "rb", buffering=0)
+        with open(path, "rb", buffering=0) as file:
+            yield file
     except FileNotFoundError:
         raise PipelineError(f"{path} does not exist: put the tar back, or set paths.raw_dir") from None
+    except OSError as error:
+        raise PipelineError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _plain_file(block: bytes, data: int) -> Member | None:

@@ -40,19 +40,18 @@ def main(argv=None) -> int:
         return cli.nothing_to_do("process_tar", f"{len(listing):,} tars")
 
     failures, notes, num_renamed = [], [], 0
-    bytes_read, all_bytes = 0, sum(tar.stat().st_size for tar, *_ in todo)
+    sizes = [tar.stat().st_size for tar, *_ in todo]
     with (
         tar_files.Readers(cfg.infrastructure.threads) as readers,
         cli.Progress("process_tar", "image", interval_s=cfg.logging.progress_interval_s) as progress,
     ):
-        for tar, target, rejects, made in todo:
+        for number, (tar, target, rejects, made) in enumerate(todo):
 
-            def show(count: int, position: int, before: int = bytes_read) -> None:
+            def show(count: int, position: int, before: int = sum(sizes[:number])) -> None:
                 cli.check_stop()
-                progress.add(count, 0, share=min(1.0, (before + position) / all_bytes))
+                progress.add(count, 0, share=min(1.0, (before + position) / sum(sizes)))
 
             cli.check_stop()
-            bytes_read += tar.stat().st_size
             try:
                 files = readers.read(tar, on_images=show)
                 dataset_id = tar_files.dataset_of(tar, files)

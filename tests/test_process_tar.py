@@ -1,5 +1,6 @@
 """preprocess/process_tar.py. Oracle: what the synthetic tars were made of, and pairs written out by hand."""
 
+import errno
 import gzip
 import io
 import os
@@ -250,6 +251,23 @@ def test_a_compressed_tar_and_one_that_does_not_add_up_fail_alone(tmp_path, caps
     done = sorted(path.name for path in (tmp_path / "data/intermediates").glob("*.parquet"))
     assert done == ["0087.parquet", "0089.parquet"]
     assert not (tmp_path / "data/intermediates/rejects/0088.parquet").exists()
+
+
+def test_a_tar_that_the_disk_does_not_give_fails_alone_with_its_name(tmp_path, capsys, monkeypatch):
+    for stem in ("0087", "0088"):
+        files = [(f"{stem}_1_1_1.jpg", jpeg()), (f"{stem}_1_1_1.txt", label(int(stem)))]
+        make_tar(tmp_path / f"data/raw/{stem}.tar", files)
+    real, bad = os.preadv, (tmp_path / "data/raw/0087.tar").stat().st_ino
+
+    def fails(descriptor, *arguments):
+        if os.fstat(descriptor).st_ino == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(descriptor, *arguments)
+
+    monkeypatch.setattr(os, "preadv", fails)
+    assert exit_code_of(lambda: run(tmp_path)) == 1
+    assert "0087.tar cannot be read: Input/output error" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "data/intermediates").glob("*.parquet")] == ["0088.parquet"]
 
 
 def test_a_tar_whose_name_is_no_number_is_of_the_dataset_that_most_labels_say(tmp_path, capsys):
