@@ -19,7 +19,7 @@ from preprocess.pairs import Image, Pairs, Text
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
 LABEL_SUFFIX = ".txt"
 _SUFFIXES = (LABEL_SUFFIX, *IMAGE_SUFFIXES)
-_BATCH_IMAGES = 16  # handed to a thread at once: few, so that all threads end together
+_BATCH_IMAGES = 8  # handed to a thread at once: few, so that all threads end together
 _BATCH_BYTES = 16 * 2**20  # of the tar, from a batch's first image to its last: what it may keep in memory
 
 
