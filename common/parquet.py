@@ -92,7 +92,10 @@ def writer(path: Path, schema: pa.Schema, made: Provenance) -> Iterator[Writer]:
             out.parquet.add_key_value_metadata({_KEY: finished.to_json().encode()})
             out.parquet.close()
         except BaseException:
-            out.parquet.is_open = False  # or its destructor writes a footer to the abandoned file
+            # both destructors write a footer: this one not at all, the inner one now, while the abandoned file is
+            # still open, and not at any later time when garbage is collected
+            out.parquet.is_open = False
+            out.parquet.writer = None
             raise
 
 

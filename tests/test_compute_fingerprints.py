@@ -1,6 +1,7 @@
 """preprocess/compute_fingerprints.py. Oracle: the library imagehash, on PIL's full decode."""
 
 import io
+import shutil
 
 import imagehash
 import numpy as np
@@ -118,7 +119,7 @@ def test_a_signal_stops_it_within_a_tar_and_nothing_is_left(root, monkeypatch, t
         monkeypatch.setattr(cli, "_stop_signal", 15)  # the signal comes while the first images are hashed
         return real(*arguments)
 
-    monkeypatch.setattr(compute_fingerprints, "CHUNK", 1)
+    monkeypatch.setattr(fingerprints, "CHUNK", 1)
     monkeypatch.setattr(fingerprints, "hash_members", counted)
     folder = tmp_path / "fingerprints"
     code = cli.exit_code_of(lambda: compute_fingerprints.main(flags(root, f"paths.fingerprints_dir={folder}")))
@@ -138,6 +139,18 @@ def test_a_tar_with_other_bytes_is_refused(root, tmp_path):
     assert len(fingerprints.hash_members(tar, *place, "fast")[0]) == 2
     with pytest.raises(fingerprints.PipelineError, match="other images"):
         fingerprints.hash_members(changed, *place, "fast")
+
+
+def test_a_tar_with_other_bytes_fails_alone(root, tmp_path, capsys):
+    shutil.copytree(root / "data", tmp_path / "data", ignore=shutil.ignore_patterns("fingerprints"))
+    tar = tmp_path / "data/raw/0088.tar"
+    rows = parquet.read(tmp_path / "data/intermediates/0088.parquet")
+    raw = bytearray(tar.read_bytes())
+    raw[rows["image_offset"][0].as_py() + 1_000] ^= 1
+    tar.write_bytes(raw)
+    assert exit_code_of(lambda: compute_fingerprints.main(flags(tmp_path))) == 1
+    assert "0088.tar has other images than when process_tar.py read it" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "data/fingerprints").iterdir()] == ["0089.parquet"]
 
 
 def test_without_intermediates_the_stage_to_run_is_named(tmp_path, capsys):
