@@ -119,26 +119,30 @@ def _refuse_twice(patch_id: pa.ChunkedArray) -> None:
 def _cast(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
     """The column in the field's type, each value being as before. Raises Unfixable."""
     try:
-        cast = _cast_exactly(column, field.type)
+        plain = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+        if plain.null_count:
+            raise Unfixable(f"has {plain.null_count:,} rows without {field.name}")
+        cast = _cast_exactly(plain, field.type)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
         why = str(error).splitlines()[0]
         raise Unfixable(f"has {field.name} as {column.type}, not {field.type}: {why}") from None
-    if cast.null_count:
-        raise Unfixable(f"has {cast.null_count:,} rows without {field.name}")
     if pa.types.is_floating(field.type) and pc.any(pc.invert(pc.is_finite(cast))).as_py():
         raise Unfixable(f"has {field.name} that is not finite")
     return cast
 
 
 def _cast_exactly(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+    """`column`: without nulls. Raises one of Arrow's errors where a value would change."""
     if column.type == pa.int64() and kind == pa.uint64():  # writers without unsigned numbers: the same bits
         return pa.chunked_array([chunk.view(pa.uint64()) for chunk in column.chunks], pa.uint64())
     if column.type in _EXACT and pa.types.is_integer(kind):
         largest = pc.max(pc.abs(column.cast(pa.float64()))).as_py() or 0
         if largest > _EXACT[column.type]:
             raise pa.ArrowInvalid(f"{largest:.17g} may have been rounded")
+    if pa.types.is_floating(column.type) and pa.types.is_floating(kind) and column.type.bit_width < kind.bit_width:
+        raise pa.ArrowInvalid("its numbers have been rounded")  # a latitude as float32: by 0.4 m
+    if pa.types.is_boolean(column.type) and not pa.types.is_boolean(kind):
+        raise pa.ArrowInvalid("it holds no numbers")
     if pa.types.is_boolean(kind) and pa.types.is_integer(column.type):
         minimum, maximum = pc.min_max(column).values()
         if len(column) and not 0 <= minimum.as_py() <= maximum.as_py() <= 1:
