@@ -1,14 +1,18 @@
 """Files that are there when they are whole, and not before: atomic writes that clean up after dead runs."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, some network disks
+_DEAD_AFTER_S = 3 * 24 * 3600.0  # without locks: nobody writes for so long without a row group in between
 _TEMPORARY = re.compile(r"^\.(?P<target>.+)\.tmp-[0-9a-f]{12}$")
 
 
@@ -19,6 +23,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     The data is written to a temporary file in the same directory, forced to disk, and renamed over `path`.
     The temporary file is locked while it is written: one that nobody locks was left by a dead run, and the
     next run that writes the same `path` removes it. Two runs at once do not disturb each other; the last wins.
+    Where the file system has no locks, only what has not been written to for three days is taken for dead.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_dead_temporaries(path)
@@ -47,14 +52,25 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_dead_temporaries(path: Path) -> None:
-    """Remove the temporary files of `path` whose writers are gone (their locks are free)."""
+    """Remove the temporary files of `path` whose writers are gone."""
     for other in path.parent.glob(f".{path.name}.tmp-*"):
         match = _TEMPORARY.match(other.name)
         if match is None or match["target"] != path.name:
             continue
         with contextlib.suppress(OSError), open(other, "rb") as file:  # gone meanwhile, or locked: in use
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            other.unlink()
+            if _lock(file, wait=False) or time.time() - os.fstat(file.fileno()).st_mtime > _DEAD_AFTER_S:
+                other.unlink()
+
+
+def _lock(file: BinaryIO, wait: bool) -> bool:
+    """Lock a file; False where the file system has no locks. Raises BlockingIOError if another holds the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 def _open_locked(path: Path) -> tuple[BinaryIO, Path]:
@@ -62,7 +78,7 @@ def _open_locked(path: Path) -> tuple[BinaryIO, Path]:
     while True:
         temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:12]}")
         file = open(temporary, "xb")  # noqa: SIM115 - closed by `atomic`
-        fcntl.flock(file, fcntl.LOCK_EX)
+        _lock(file, wait=True)
         # between its creation and its locking, another run may have taken it for a dead run's and removed it
         if temporary.exists():
             return file, temporary

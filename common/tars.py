@@ -4,16 +4,20 @@ Headers of ustar, GNU (long names, sizes in base 256) and pax (path, size) tars 
 their checksums: seven times as fast as `tarfile`, and a damaged tar gives everything before the damage. Nearly all
 members are plain files with a short name, whose header `_plain_file` reads; all others take `_unusual_member`.
 
-Memory: one window of CHUNK_BYTES, and the content of one member of at most MAX_CONTENT_BYTES.
+Memory: one window of CHUNK_BYTES, or of a larger member, of at most MAX_CONTENT_BYTES. The contents of members are
+views of the windows that they were read in, not copies, and keep those in memory.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 from zlib import adler32
+
+import numpy as np
 
 from common.errors import PipelineError
 
@@ -47,7 +51,7 @@ class Member(NamedTuple):
     offset: int  # bytes from the start of the tar to its data
     size: int  # bytes
     kind: str  # "file", "directory" or "other" (links, devices, sparse files)
-    content: bytes | None = None  # if it was asked for: of a file of at most MAX_CONTENT_BYTES
+    content: memoryview | None = None  # if it was asked for: of a file of at most MAX_CONTENT_BYTES
 
 
 class Damage(Exception):
@@ -71,6 +75,13 @@ def of_shard(raw_dir: Path, shard: int, num_shards: int) -> list[Path]:
     # macOS leaves "._0088.tar" beside what it copies
     listing = [p for p in there if p.suffix.lower() == ".tar" and p.is_file() and not p.name.startswith(".")]
     compressed = [p for p in there if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", p.name, re.IGNORECASE)]
+    lost = [p for p in there if p.suffix.lower() == ".tar" and not p.exists()]  # a link to what is no longer there
+    if lost:
+        raise PipelineError(f"{lost[0]} links to a file that does not exist\nput the tar back, or remove the link")
+    stems = [p.stem for p in listing]
+    twice = [stem for stem in stems if stems.count(stem) > 1]
+    if twice:
+        raise PipelineError(f"{raw_dir} has {twice[0]}.tar twice, in small and capital letters\nkeep one of them")
     if compressed:
         raise PipelineError(
             f"{compressed[0]} is compressed, or has something after .tar in its name"
@@ -96,7 +107,7 @@ def walk(path: Path, contents: bool = False) -> Iterator[Member]:
     compressed.
     """
     with _open(path) as file:
-        window = _Window(file.fileno(), CHUNK_BYTES if contents else _INDEX_BYTES)
+        window = _FreshWindow(file.fileno(), CHUNK_BYTES) if contents else _Window(file.fileno(), _INDEX_BYTES)
         _refuse_compressed(path, window.read(0, _BLOCK))
         file_bytes = os.fstat(file.fileno()).st_size
         shared: dict[str, bytes] = {}  # pax records that hold for all members
@@ -104,15 +115,17 @@ def walk(path: Path, contents: bool = False) -> Iterator[Member]:
         while (block := window.read(at, _BLOCK)) != _ZEROS:
             member = None if shared else _plain_file(block, at + _BLOCK)
             if member is not None:
-                stored = member.size
+                name, data, size, kind, _ = member
+                end = data + size
             else:
                 member, stored = _unusual_member(window, at, shared)
-            end = member.offset + stored
+                name, data, size, kind, _ = member
+                end = data + stored
             if end > file_bytes:
-                there = max(0, file_bytes - member.offset)
-                raise Damage(at, f"{there:,} of {stored:,} bytes are there of a member that begins", member.name)
-            if contents and member.kind == "file" and member.size <= MAX_CONTENT_BYTES:
-                member = _new(Member, (*member[:-1], window.read(member.offset, member.size)))
+                there = max(0, file_bytes - data)
+                raise Damage(at, f"{there:,} of {end - data:,} bytes are there of a member that begins", name)
+            if contents and kind == "file" and size <= MAX_CONTENT_BYTES:
+                member = _new(Member, (name, data, size, kind, window.view(data, size)))
             yield member
             at = end + -end % _BLOCK
         _check_end(window, at)
@@ -172,11 +185,34 @@ class _Window:
         self._buffer, self._start, self._end = buffer, offset, offset + len(buffer)
 
 
-def _open(path: Path):
+class _FreshWindow(_Window):
+    """A window that takes new memory wherever it moves, so that views of it last."""
+
+    view = _Window.read  # of the buffer, which is a memoryview here
+
+    def read(self, offset: int, size: int) -> bytes:
+        return bytes(self.view(offset, size))
+
+    def _move(self, offset: int, size: int) -> None:
+        rest = self._buffer[offset - self._start :] if self._start <= offset else b""
+        buffer = memoryview(np.empty(size, np.uint8))  # not filled with zeros first, as a bytearray is
+        end = len(rest)
+        buffer[:end] = rest
+        while more := os.preadv(self._descriptor, [buffer[end:]], offset + end):
+            end += more
+        self._buffer, self._start, self._end = buffer[:end], offset, offset + end
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """The tar, unbuffered. Raises PipelineError that names it where it cannot be opened, or read in the block."""
     try:
-        return open(path, "rb", buffering=0)
+        with open(path, "rb", buffering=0) as file:
+            yield file
     except FileNotFoundError:
         raise PipelineError(f"{path} does not exist: put the tar back, or set paths.raw_dir") from None
+    except OSError as error:
+        raise PipelineError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _plain_file(block: bytes, data: int) -> Member | None:

@@ -16,8 +16,6 @@ if not __package__:  # run by path: import from the repository root, not from th
 from common import cli
 from common.errors import PipelineError
 
-CHUNK = 64  # images that a thread reads and hashes at once
-
 
 def main(argv=None) -> int:
     args = cli.parser(__doc__, shards=True).parse_args(argv)
@@ -26,7 +24,7 @@ def main(argv=None) -> int:
 
     from threadpoolctl import threadpool_limits
 
-    from common import config, parquet, provenance, schemas, tars
+    from common import config, parquet, provenance, tars
     from preprocess import fingerprints
 
     settings = config.values(cfg, "data.fingerprint")
@@ -43,28 +41,26 @@ def main(argv=None) -> int:
         return cli.nothing_to_do("compute_fingerprints", f"{len(listing):,} files")
 
     total = sum(parquet.num_rows(source) for _, source, _, _ in todo)
+    failures = []
     with (
         threadpool_limits(1),  # the threads are over images: matrix products with threads of their own stall them
         ThreadPoolExecutor(cfg.infrastructure.threads) as pool,
         cli.Progress("compute_fingerprints", "image", total, cfg.logging.progress_interval_s) as progress,
     ):
-        for tar, source, target, made in todo:
+
+        def show(count: int) -> None:
             cli.check_stop()
-            ids = parquet.read(source, ["streetview_image_id", "building_id"])
-            place = parquet.read(source, ["image_offset", "image_size", "content_hash"])
-            columns = [column.to_numpy() for column in place.columns]
-            chunks = [[column[i : i + CHUNK] for column in columns] for i in range(0, len(columns[0]), CHUNK)]
-            hashes = [
-                pool.submit(fingerprints.hash_members, tar, *chunk, cfg.data.fingerprint) for chunk in chunks
-            ]
-            with parquet.writer(target, schemas.FINGERPRINTS, made) as out:
-                for number, future in enumerate(hashes):
-                    phash, dhash = future.result()
-                    rows = ids.slice(number * CHUNK, CHUNK)
-                    out.append({name: rows[name] for name in rows.column_names} | {"phash": phash, "dhash": dhash})
-                    progress.add(len(phash))
-                out.rows = {"in": len(ids)}
-    return progress.summary()
+            progress.add(count)
+
+        for tar, source, target, made in todo:
+            try:
+                fingerprints.write(target, made, tar, source, cfg.data.fingerprint, pool, on_images=show)
+            except PipelineError as error:  # of this tar: the others go on
+                failures.append(str(error))
+    progress.summary()
+    if failures:
+        raise PipelineError("\n".join(failures))
+    return 0
 
 
 if __name__ == "__main__":

@@ -23,22 +23,26 @@ class Group(NamedTuple):
 
 
 def largest_groups(images: Images, found: Decision) -> list[Group]:
-    """The largest, of both kinds: a picture that its building has already; a JPEG at buildings far apart."""
+    """The largest, of both kinds: a JPEG at buildings far apart; a picture that its building has already."""
     groups = []
-    for reason, key, title in (
-        ("duplicate_across_buildings", images.content_hash, "one JPEG at buildings far apart: all dropped"),
-        ("duplicate_within_building", found.building, "like the first, at its building: dropped"),
-    ):
-        rows = np.flatnonzero(found.why == list(found.dropped).index(reason))
-        order, starts = sort_groups(key[rows])
-        sizes = np.diff(starts, append=len(rows))
-        for number in np.argsort(-sizes, kind="stable")[:MAX_GROUPS]:
-            members = rows[order[starts[number] :][: sizes[number]]]
-            kept = (
-                [] if key is images.content_hash else [_kept_one(images, found, members[0], set(members.tolist()))]
-            )
-            groups.append(Group(title, len(members), [*kept, *members.tolist()][:SHOWN]))
+    for members in _largest("duplicate_across_buildings", images.content_hash, found):
+        buildings = len(np.unique(found.building[members]))
+        title = f"one JPEG at {buildings:,} buildings, some far apart: all dropped"
+        groups.append(Group(title, len(members), members[:SHOWN].tolist()))
+    for members in _largest("duplicate_within_building", found.like, found):
+        kept = found.like[members[0]]
+        title = f"like the first, at its building {images.dataset_id[kept]:04d}_{images.target_id[kept]}: dropped"
+        groups.append(Group(title, len(members), [int(kept), *members.tolist()][:SHOWN]))
     return sorted(groups, key=lambda group: -group.size)[:MAX_GROUPS]
+
+
+def _largest(reason: str, key: np.ndarray, found: Decision) -> list[np.ndarray]:
+    """Rows that were dropped for a reason and share a key, for the keys of most rows."""
+    rows = np.flatnonzero(found.why == list(found.dropped).index(reason))
+    order, starts = sort_groups(key[rows])
+    sizes = np.diff(starts, append=len(rows))
+    largest = np.argsort(-sizes, kind="stable")[:MAX_GROUPS]
+    return [rows[order[starts[group] :][: sizes[group]]] for group in largest]
 
 
 def draw(groups: list[Group], sources: Sources, raw_dir: Path) -> bytes:
@@ -51,14 +55,6 @@ def draw(groups: list[Group], sources: Sources, raw_dir: Path) -> bytes:
         for group in groups
     ]
     return pictures.sheet(lines, SHOWN)
-
-
-def _kept_one(images: Images, found: Decision, row: int, dropped: set[int]) -> int:
-    """The image of the same building, not among `dropped`, whose hashes are nearest to those of `row`."""
-    first, last = np.searchsorted(found.building, [found.building[row], found.building[row] + 1])
-    others = np.array([other for other in range(first, last) if other not in dropped])
-    apart = [np.bitwise_count(hashes[others] ^ hashes[row]) for hashes in (images.phash, images.dhash)]
-    return int(others[np.argmin(np.maximum(*apart))])
 
 
 def _pictures(rows: list[int], sources: Sources, raw_dir: Path) -> dict[int, Image.Image]:

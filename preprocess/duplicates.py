@@ -23,23 +23,18 @@ def sort_groups(*keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return order, np.flatnonzero(new)
 
 
-def repeated(*keys: np.ndarray) -> np.ndarray:
-    """(N,) bool: rows whose keys an earlier row has too."""
-    order, starts = sort_groups(*keys)
-    found = np.ones(len(order), bool)
-    found[order[starts]] = False
-    return found
-
-
 def within_buildings(building: np.ndarray, phash: np.ndarray, dhash: np.ndarray, max_hamming: int) -> np.ndarray:
-    """(N,) bool: rows of which an earlier row of the building that is kept differs in at most `max_hamming` bits
-    of either hash. `building`: (N,) ascending.
+    """(N,) int32: the first row of the same building that is kept and differs in at most `max_hamming` bits of
+    either hash, for a row to be dropped; -1 for one that is kept. `building`: (N,) ascending.
 
     Equal hashes are grouped first, so n times the same picture costs nothing; of the others each building of n
     images takes n^2 / 2 comparisons, done for all buildings of one size at once.
     """
-    drop = repeated(building, phash, dhash)  # what is near to a row is near to its equals, kept or not
-    rows = np.flatnonzero(~drop)
+    order, starts = sort_groups(building, phash, dhash)
+    equal_to = np.empty(len(order), np.int32)  # the first row with the same hashes; often the row itself
+    equal_to[order] = np.repeat(order[starts], np.diff(starts, append=len(order)))
+    rows = np.flatnonzero(equal_to == np.arange(len(order)))
+    like = np.full(len(order), -1, np.int32)
     starts = np.flatnonzero(np.diff(building[rows], prepend=-1))
     sizes = np.diff(starts, append=len(rows))
     for size in np.unique(sizes[sizes > 1]):
@@ -47,8 +42,12 @@ def within_buildings(building: np.ndarray, phash: np.ndarray, dhash: np.ndarray,
         step = max(1, _CHUNK_CELLS // int(size))
         for at in range(0, len(firsts), step):
             group = rows[firsts[at : at + step, None] + np.arange(size)]  # (B, size)
-            drop[group] = ~_keep_first(phash[group], dhash[group], max_hamming)
-    return drop
+            place = _first_near(phash[group], dhash[group], max_hamming)
+            like[group] = np.where(place < 0, -1, np.take_along_axis(group, place, axis=1))
+    # what is near to a row is near to its equals, whether or not that row is kept
+    others = np.flatnonzero(equal_to != np.arange(len(order)))
+    like[others] = np.where(like[equal_to[others]] < 0, equal_to[others], like[equal_to[others]])
+    return like
 
 
 def across_buildings(
@@ -85,14 +84,17 @@ def count_lookalikes(building: np.ndarray, content_hash: np.ndarray, phash: np.n
     return int(np.diff(starts, append=len(order))[differ].sum())
 
 
-def _keep_first(phash: np.ndarray, dhash: np.ndarray, max_hamming: int) -> np.ndarray:
-    """(B, n) bool for B buildings of n images: no earlier image that is kept is as near in both hashes."""
-    keep = np.ones(phash.shape, bool)
+def _first_near(phash: np.ndarray, dhash: np.ndarray, max_hamming: int) -> np.ndarray:
+    """(B, n) int64 for B buildings of n images: the first earlier image that is kept and as near in both hashes;
+    -1 where there is none, for those that are kept.
+    """
+    first = np.full(phash.shape, -1, np.int64)
     for i in range(1, phash.shape[1]):
         near = np.bitwise_count(phash[:, :i] ^ phash[:, i : i + 1]) <= max_hamming
         near &= np.bitwise_count(dhash[:, :i] ^ dhash[:, i : i + 1]) <= max_hamming
-        keep[:, i] = ~(near & keep[:, :i]).any(axis=1)
-    return keep
+        near &= first[:, :i] < 0
+        first[:, i] = np.where(near.any(axis=1), near.argmax(axis=1), -1)
+    return first
 
 
 def _any_far_apart(xyz: np.ndarray, group: np.ndarray, num_groups: int, radius_m: float) -> np.ndarray:

@@ -11,6 +11,8 @@ a clear sky is so level that its dHash hangs on single grey levels: 77 % were th
 """
 
 import io
+from collections.abc import Callable
+from concurrent.futures import Executor
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,9 +22,11 @@ import xxhash
 from PIL import Image
 from scipy import fft
 
-from common import tars
+from common import parquet, schemas, tars
 from common.errors import PipelineError
+from common.provenance import Provenance
 
+CHUNK = 64  # images that a thread reads and hashes at once
 _PHASH_SIZE = (32, 32)
 _DHASH_SIZE = (9, 8)  # width, height
 _LANCZOS_SUPPORT = 3.0  # the filter reaches this many pixels of the smaller picture to either side
@@ -47,6 +51,36 @@ def hash_members(tar: Path, offsets, sizes, content_hashes, method: str) -> tupl
             "put the old tar back, or run process_tar.py and what follows with --overwrite"
         )
     return hash_images(contents, method)
+
+
+def write(
+    path: Path,
+    made: Provenance,
+    tar: Path,
+    intermediates: Path,
+    method: str,
+    pool: Executor,
+    on_images: Callable[[int], None],
+) -> None:
+    """The fingerprints of a tar's images, in the order of its intermediates. `on_images` is told how many more are
+    done; what it raises ends the work. Raises PipelineError as `hash_members` does.
+    """
+    ids = parquet.read(intermediates, ["streetview_image_id", "building_id"])
+    place = parquet.read(intermediates, ["image_offset", "image_size", "content_hash"])
+    columns = [column.to_numpy() for column in place.columns]
+    chunks = [[column[i : i + CHUNK] for column in columns] for i in range(0, len(ids), CHUNK)]
+    hashes = [pool.submit(hash_members, tar, *chunk, method) for chunk in chunks]
+    try:
+        with parquet.writer(path, schemas.FINGERPRINTS, made) as out:
+            for number, future in enumerate(hashes):
+                phash, dhash = future.result()
+                rows = ids.slice(number * CHUNK, CHUNK)
+                out.append({name: rows[name] for name in rows.column_names} | {"phash": phash, "dhash": dhash})
+                on_images(len(phash))
+            out.rows = {"in": len(ids)}
+    finally:  # ended by a signal or an error, the queue is not worked off
+        for future in hashes:
+            future.cancel()
 
 
 def phash_bits(images: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 Changed are the widths of numbers, large strings, dictionaries, the order of columns, ids in another notation;
 added are columns that others determine; dropped are other columns and pandas' metadata. A file that lacks more
-than that stays as it is and is named: run process_tar.py on its tar.
+than that, contradicts itself or its name, or has numbers that may have been rounded stays as it is and is named:
+run process_tar.py on its tar.
 
 Reads    data/intermediates/*.parquet
 Writes   the same files, where something is to be changed; with none of their rows changed otherwise

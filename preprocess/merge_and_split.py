@@ -11,7 +11,7 @@ Writes   data/merged/{train,val,test}.parquet, sorted by (dataset_id, target_id,
          data/merged/duplicates.png: the largest groups of duplicates, where there are any and the tars are there
 Command  python preprocess/merge_and_split.py
 Memory   about 280 bytes for each image; then three times the embeddings of the largest tar and three row groups of
-         128 MB more: 25 M images of 4096 dimensions, 40,000 to a tar, take 7 GB and 1.4 GB
+         32 MB more: 25 M images of 4096 dimensions, 40,000 to a tar, take 7 GB and 1.1 GB
 Time     the disk's: each embedding is read once and written once
 """
 

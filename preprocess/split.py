@@ -44,6 +44,7 @@ class Decision:
     cell: np.ndarray  # (N,) int64, see geo.cell_ids
     dropped: dict[str, int]  # reason -> images, in the order in which the rules were applied
     why: np.ndarray  # (N,) int8: which of `dropped` it is, by its place; -1 for an image that is kept
+    like: np.ndarray  # (N,) int32: the image of its building that a duplicate is dropped for; -1 for all others
     lookalikes: int  # images kept though they share both perceptual hashes with another building's
 
 
@@ -67,7 +68,9 @@ def decide(images: Images, data: Data, seed: int) -> Decision:
     drop("embedding_missing", ~images.has_embedding)
     hashes = images.phash, images.dhash
     near = duplicates.within_buildings(building[rows], *(h[rows] for h in hashes), data.dedup_max_hamming)
-    drop("duplicate_within_building", near)
+    like = np.full(len(images), -1, np.int32)
+    like[rows] = np.where(near < 0, -1, rows[near]) if len(rows) else near
+    drop("duplicate_within_building", near >= 0)
     xyz = geo.to_xyz_m(lat, lon)
     equal = duplicates.across_buildings(building[rows], images.content_hash[rows], xyz, data.ignore_radius_m)
     drop("duplicate_across_buildings", equal)
@@ -91,7 +94,7 @@ def decide(images: Images, data: Data, seed: int) -> Decision:
     drop("picture_in_two_splits", shared_with_later_split(split[rows], images.content_hash[rows]))
     left = np.bincount(building[rows], minlength=len(firsts))
     drop("single_view", left[building[rows]] < 2)
-    return Decision(split, building, cell[building], dropped, why, lookalikes)
+    return Decision(split, building, cell[building], dropped, why, like, lookalikes)
 
 
 def assign_cells(cell: np.ndarray, sizes: np.ndarray, ratios, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """Count buildings, images, views per building and panoramas, by dataset and by split; show how they are spread.
 
 Reads    data/merged/{train,val,test}.parquet if they are there, else data/intermediates/*.parquet
-Writes   data/summary/summary.parquet: a row per split and dataset; summary.json: totals and histograms;
+Writes   data/summary/summary.parquet: a row per split and dataset; summary.json: the same, totals and histograms;
          summary.html: one page with the figures and a map. From intermediates: summary_intermediates.*
 Command  python preprocess/summarize_ids.py
 Memory   about 150 bytes for each image of the largest file: 3 GB for 20 M images in train
@@ -55,6 +55,7 @@ def main(argv=None) -> int:
             out.rows = {"in": total}
         report = {
             "splits": summary.totals(rows),
+            "datasets": rows.to_dict("records"),
             "histograms": {
                 split: {name: c.tolist() for name, c in found.items()} for split, found in spread.items()
             },

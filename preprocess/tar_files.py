@@ -1,22 +1,26 @@
 """What one tar holds: its files read and checked by several threads, counted, and written."""
 
+import contextlib
+import gc
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import parquet, schemas, tars
+from common.errors import PipelineError
 from common.provenance import Provenance
 from common.schemas import Reject
 from preprocess import jpegs, labels, pairs
-from preprocess.labels import Rejected
+from preprocess.labels import Label, Rejected
 from preprocess.pairs import Image, Pairs, Text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
 LABEL_SUFFIX = ".txt"
-_BATCH_IMAGES = 32  # handed to a thread at once
-_BATCH_BYTES = 16 * 2**20
+_SUFFIXES = (LABEL_SUFFIX, *IMAGE_SUFFIXES)
+_BATCH_IMAGES = 8  # handed to a thread at once: few, so that all threads end together
+_BATCH_BYTES = 16 * 2**20  # of the tar, from a batch's first image to its last: what it may keep in memory
 
 
 @dataclass
@@ -32,6 +36,16 @@ class TarFiles:
     damage: str = ""
 
 
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """To look for cycles among the tuples of a tar, where there are none, takes a quarter of the reader's time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 class Readers:
     """Threads that check JPEGs while the tar is being read; a context manager."""
 
@@ -44,13 +58,13 @@ class Readers:
     def __exit__(self, *_) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
+    @_without_garbage_collection()
     def read(self, tar: Path, on_images: Callable[[int, int], None]) -> TarFiles:
         """All files of a tar, up to where it is damaged. `on_images` is told how many more images are checked, and
-        up to which byte of the tar.
+        up to which byte of the tar; what it raises ends the reading.
         """
         files = TarFiles()
-        batch: list[tuple] = []  # (name, offset, size, JPEG) of images
-        batch_bytes = 0
+        batch: list[tuple] = []  # (name, stem, offset, size, JPEG) of images
         waiting: deque[tuple[list[tuple], Future]] = deque()
 
         def collect() -> None:
@@ -58,7 +72,7 @@ class Readers:
             files.images += [Image(*place, found) for place, found in zip(places, future.result(), strict=True)]
             files.num_checked += len(places)
             if places:
-                on_images(len(places), places[-1][1] + places[-1][2])
+                on_images(len(places), places[-1][2] + places[-1][3])
 
         def submit() -> None:
             future = self._pool.submit(_inspect_all, [content for *_, content in batch])
@@ -67,21 +81,21 @@ class Readers:
             if len(waiting) > self._max_waiting:
                 collect()
 
+        broken = None
         try:
             for member in tars.walk(tar, contents=True):
                 if member.kind == "directory":
                     continue
                 files.num_members += 1
-                if _take(files, member):
-                    batch.append((member.name, member.offset, member.size, member.content))
-                    batch_bytes += len(member.content or b"")
-                    if len(batch) == _BATCH_IMAGES or batch_bytes > _BATCH_BYTES:
+                image = _take(files, member)
+                if image:
+                    if batch and member.offset + member.size - batch[0][2] > _BATCH_BYTES:
                         submit()
-                        batch_bytes = 0
+                    batch.append(image)
+                    if len(batch) == _BATCH_IMAGES:
+                        submit()
         except tars.Damage as damage:
             broken = damage
-        else:
-            broken = None
         submit()
         while waiting:
             collect()
@@ -90,25 +104,26 @@ class Readers:
         return files
 
 
-def _inspect_all(contents: list[bytes | None]) -> list[jpegs.Jpeg | Rejected]:
+def _inspect_all(contents: list[memoryview | None]) -> list[jpegs.Jpeg | Rejected]:
     absent = Rejected(Reject.JPEG_CORRUPT, "not a file, or far too large")
     return [absent if content is None else jpegs.inspect(content) for content in contents]
 
 
-def _take(files: TarFiles, member: tars.Member) -> bool:
-    """Note a member that is no image; True for an image, whose JPEG is to be checked."""
-    suffix = _suffix(member.name)
-    if suffix not in (*IMAGE_SUFFIXES, LABEL_SUFFIX):
+def _take(files: TarFiles, member: tars.Member) -> tuple | None:
+    """Note a member that is no image; of an image (name, stem, offset, size, JPEG), the JPEG being unchecked."""
+    name, offset, size, _, content = member
+    stem, suffix = pairs.split_name(name)
+    if suffix not in _SUFFIXES:
         files.num_other += 1
-    elif labels.parse_name(pairs.stem_of(member.name)) is None:
-        files.rejects.append((member.name, Rejected(Reject.NAME_MALFORMED)))
-    elif suffix in IMAGE_SUFFIXES:
-        return True
-    elif member.content is None:
-        files.texts.append(Text(member.name, Rejected(Reject.LABEL_MALFORMED, "not a file, or far too large")))
+    elif (ids := labels.parse_name(stem)) is None:
+        files.rejects.append((name, Rejected(Reject.NAME_MALFORMED)))
+    elif suffix != LABEL_SUFFIX:
+        return name, stem, offset, size, content
+    elif content is None:
+        files.texts.append(Text(name, stem, ids, Rejected(Reject.LABEL_MALFORMED, "not a file, or far too large")))
     else:
-        files.texts.append(Text(member.name, labels.parse_label(member.content)))
-    return False
+        files.texts.append(Text(name, stem, ids, labels.parse_label(bytes(content))))
+    return None
 
 
 def _take_broken(files: TarFiles, tar: Path, damage: tars.Damage) -> None:
@@ -116,32 +131,43 @@ def _take_broken(files: TarFiles, tar: Path, damage: tars.Damage) -> None:
     why = Rejected(Reject.TAR_TRUNCATED, str(damage))
     files.damage = str(damage)
     files.num_members += 1
-    suffix = _suffix(damage.member)
-    if not damage.member or labels.parse_name(pairs.stem_of(damage.member)) is None:
+    stem, suffix = pairs.split_name(damage.member)
+    ids = labels.parse_name(stem)
+    if ids is None:
         files.rejects.append((damage.member or tar.name, why))
     elif suffix in IMAGE_SUFFIXES:
-        files.images.append(Image(damage.member, damage.offset, 0, why))
+        files.images.append(Image(damage.member, stem, damage.offset, 0, why))
     elif suffix == LABEL_SUFFIX:
-        files.texts.append(Text(damage.member, why))
+        files.texts.append(Text(damage.member, stem, ids, why))
     else:
         files.rejects.append((damage.member, why))
 
 
-def _suffix(name: str) -> str:
-    dot = name.rfind(".")
-    return name[dot:].lower() if dot > name.rfind("/") else ""
+def dataset_of(tar: Path, files: TarFiles) -> int | None:
+    """The dataset that a tar's name says, or where it is no number, the one that most of its labels say."""
+    if _is_number(tar.stem):
+        return int(tar.stem)
+    said = Counter(text.found.dataset_id for text in files.texts if isinstance(text.found, Label))
+    return said.most_common(1)[0][0] if said else None
 
 
-def pair(files: TarFiles, tar: Path) -> Pairs:
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def pair(files: TarFiles, dataset_id: int | None) -> Pairs:
     """The tar's valid pairs, and the rejects of all its files."""
-    dataset_id = int(tar.stem) if tar.stem.isascii() and tar.stem.isdigit() else None
     found = pairs.pair(files.images, files.texts, dataset_id)
-    found.causes.update(why.reason.value for name, why in files.rejects if _suffix(name) in IMAGE_SUFFIXES)
+    found.causes.update(
+        why.reason.value for name, why in files.rejects if pairs.split_name(name)[1] in IMAGE_SUFFIXES
+    )
     return found._replace(rejects=files.rejects + found.rejects)
 
 
-def account(files: TarFiles, found: Pairs) -> dict:
-    """Counts for the footer. Every member is an image, a label, a reject or another file: else this is a bug."""
+def account(tar: Path, files: TarFiles, found: Pairs) -> dict:
+    """Counts for the footer. Every member is an image, a label, a reject or another file: else this is a bug, and
+    raises PipelineError, since other tars are not touched by it.
+    """
     reasons = Counter(why.reason.value for _, why in found.rejects)
     counts = {
         "members": files.num_members,
@@ -154,7 +180,10 @@ def account(files: TarFiles, found: Pairs) -> dict:
     }
     used = counts["images"] + counts["labels"] + counts["rejects"] + counts["other"]
     if used != counts["members"]:
-        raise AssertionError(f"{counts['members']} members, but {used} images, labels, rejects and other files")
+        raise PipelineError(
+            f"{tar} has {counts['members']:,} members, but {used:,} images, labels, rejects and other files: "
+            "a bug in preprocess/tar_files.py"
+        )
     return counts
 
 
@@ -173,7 +202,20 @@ def failure(tar: Path, files: TarFiles, counts: dict, max_reject_share: float) -
     causes = Counter(counts["rejected"])
     del causes[Reject.PARTNER_REJECTED.value]  # a partner is rejected for the other's reason
     told = ", ".join(f"{reason} {count:,}" for reason, count in causes.most_common(3))
-    return f"{tar}: {share:.1%} of its images and labels are rejected ({told}), more than {max_reject_share:.1%}"
+    return (
+        f"{tar}: {share:.1%} of its images and labels are rejected ({told}), more than {max_reject_share:.1%}: "
+        "an assumption about the data is wrong, or data.max_reject_share is too low"
+    )
+
+
+def notes(tar: Path, files: TarFiles, dataset_id: int | None) -> list[str]:
+    """What the summary of the run tells of a tar."""
+    found = []
+    if files.damage:
+        found.append(f"{tar.name} is damaged: {files.damage}")
+    if dataset_id is not None and not _is_number(tar.stem):
+        found.append(f"{tar.name} is taken for dataset {dataset_id:04d}, as most of its labels say")
+    return found
 
 
 def write_rejects(path: Path, found: Pairs, made: Provenance, counts: dict) -> None:

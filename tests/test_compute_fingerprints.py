@@ -1,6 +1,7 @@
 """preprocess/compute_fingerprints.py. Oracle: the library imagehash, on PIL's full decode."""
 
 import io
+import shutil
 
 import imagehash
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 from synthetic import write_dataset
 
-from common import config, parquet, tars
+from common import cli, config, parquet, tars
 from common.cli import exit_code_of
 from common.errors import StaleArtefact
 from preprocess import compute_fingerprints, fingerprints, process_tar
@@ -110,6 +111,23 @@ def test_the_command_hashes_every_image_in_order(root, images, expected, capsys)
         compute_fingerprints.main(flags(root))
 
 
+def test_a_signal_stops_it_within_a_tar_and_nothing_is_left(root, monkeypatch, tmp_path, capsys):
+    real, calls = fingerprints.hash_members, []
+
+    def counted(*arguments):
+        calls.append(1)
+        monkeypatch.setattr(cli, "_stop_signal", 15)  # the signal comes while the first images are hashed
+        return real(*arguments)
+
+    monkeypatch.setattr(fingerprints, "CHUNK", 1)
+    monkeypatch.setattr(fingerprints, "hash_members", counted)
+    folder = tmp_path / "fingerprints"
+    code = cli.exit_code_of(lambda: compute_fingerprints.main(flags(root, f"paths.fingerprints_dir={folder}")))
+    assert code == cli.EXIT_STOPPED
+    assert len(calls) < 10  # of some twenty images of the first tar; the queue is not worked off
+    assert list(folder.iterdir()) == []
+
+
 def test_a_tar_with_other_bytes_is_refused(root, tmp_path):
     tar = tars.of_shard(root / "data/raw", 0, 1)[0]
     rows = parquet.read(root / "data/intermediates" / f"{tar.stem}.parquet").slice(0, 2)
@@ -121,6 +139,18 @@ def test_a_tar_with_other_bytes_is_refused(root, tmp_path):
     assert len(fingerprints.hash_members(tar, *place, "fast")[0]) == 2
     with pytest.raises(fingerprints.PipelineError, match="other images"):
         fingerprints.hash_members(changed, *place, "fast")
+
+
+def test_a_tar_with_other_bytes_fails_alone(root, tmp_path, capsys):
+    shutil.copytree(root / "data", tmp_path / "data", ignore=shutil.ignore_patterns("fingerprints"))
+    tar = tmp_path / "data/raw/0088.tar"
+    rows = parquet.read(tmp_path / "data/intermediates/0088.parquet")
+    raw = bytearray(tar.read_bytes())
+    raw[rows["image_offset"][0].as_py() + 1_000] ^= 1
+    tar.write_bytes(raw)
+    assert exit_code_of(lambda: compute_fingerprints.main(flags(tmp_path))) == 1
+    assert "0088.tar has other images than when process_tar.py read it" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "data/fingerprints").iterdir()] == ["0089.parquet"]
 
 
 def test_without_intermediates_the_stage_to_run_is_named(tmp_path, capsys):

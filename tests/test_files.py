@@ -1,10 +1,12 @@
 """common/files.py: a file is there when it is whole, whatever happens to its writer."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 from conftest import ROOT
@@ -73,3 +75,18 @@ def test_a_temporary_of_another_file_with_a_longer_name_is_left_alone(tmp_path):
     other.write_bytes(b"")
     files.write_text(tmp_path / "a.txt", "x")
     assert other.exists()
+
+
+def test_without_locks_files_are_written_and_only_old_temporaries_removed(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")  # as Lustre without -o flock says
+
+    monkeypatch.setattr(files.fcntl, "flock", unsupported)
+    old, new = (tmp_path / f".a.txt.tmp-{letter * 12}" for letter in "ab")
+    for temporary, age_s in ((old, 4 * 24 * 3600), (new, 3600)):
+        temporary.write_bytes(b"half")
+        os.utime(temporary, (0, time.time() - age_s))
+    files.write_text(tmp_path / "a.txt", "whole")
+    assert (tmp_path / "a.txt").read_text() == "whole"
+    assert new.exists()  # it may have a writer
+    assert not old.exists()

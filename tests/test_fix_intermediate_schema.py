@@ -1,9 +1,14 @@
 """preprocess/fix_intermediate_schema.py. Oracle: the file as process_tar.py wrote it, before it was disfigured."""
 
+import signal
+import subprocess
+import sys
+
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 from synthetic import write_dataset
 
 from common import parquet, schemas
@@ -49,6 +54,8 @@ def disfigured():
         "without numbers": lambda t: t.drop_columns(["dataset_id", "target_id", "patch_id"]),
         "without dataset": lambda t: t.drop_columns(["dataset_id", "building_id", "streetview_image_id"]),
         "not padded": lambda t: replaced(t, "building_id", pa.array([f"88_{n}" for n in t["target_id"]])),
+        "number alone": lambda t: replaced(t, "building_id", t["target_id"].cast(pa.string())),
+        "number as number": lambda t: replaced(t, "streetview_image_id", t["patch_id"]),
         "pandas": lambda t: pa.Table.from_pandas(t.to_pandas().set_index("patch_id").reset_index()),
     }  # fmt: skip
 
@@ -74,13 +81,49 @@ def test_all_at_once(right):
     [
         (lambda t: t.drop_columns("image_offset"), "lacks image_offset"),
         (lambda t: replaced(t, "width", pa.array([None] + [5] * (len(t) - 1))), "1 rows without width"),
-        (lambda t: replaced(t, "heading", pa.array(["north"] * t.num_rows)), "heading is string"),
-        (lambda t: replaced(t, "width", pa.array([2**40] * t.num_rows)), "width is int64"),
+        (lambda t: replaced(t, "heading", pa.array(["north"] * t.num_rows)), "heading as string"),
+        (lambda t: replaced(t, "width", pa.array([2**40] * t.num_rows)), "width as int64"),
+        (lambda t: replaced(t, "content_hash", t["content_hash"].cast("float64", safe=False)), "been rounded"),
+        (lambda t: replaced(t, "image_offset", pa.array([2.0**31] * len(t), pa.float32())), "been rounded"),
+        (lambda t: replaced(t, "target_lat", t["target_lat"].cast("float32")), "have been rounded"),
+        (lambda t: replaced(t, "width", pa.array([True] * t.num_rows)), "width as bool"),
+        (lambda t: replaced(t, "width", pa.array([640.5] * t.num_rows)), "width as double"),
+        (lambda t: replaced(t, "heading", pa.array([float("nan")] * t.num_rows)), "heading that is not finite"),
+        (lambda t: replaced(t, "distance", pa.array([1e300] * t.num_rows)), "distance that is not finite"),
+        (lambda t: replaced(t, "aligned", pa.nulls(t.num_rows, pa.int8())), "rows without aligned"),
+        (lambda t: replaced(t, "aligned", pa.array([2] * t.num_rows)), "aligned as int64"),
+        (lambda t: replaced(t, "width", pa.array([[640]] * t.num_rows)), "width as list"),
+        (lambda t: replaced(t, "width", pa.array([{"px": 640}] * t.num_rows)), "width as struct"),
+        (lambda t: replaced(t, "roll", pa.array([b"up"] * t.num_rows).dictionary_encode()), "roll as dictionary"),
+        (lambda t: replaced(t, "patch_id", pa.array(["9" * 30] * t.num_rows)), "patch_id as string"),
+        (lambda t: replaced(t, "building_id", pa.array([f"0088_{n + 1}" for n in t["target_id"].to_pylist()])),
+         "building_id 0088_.* in row 0, whose numbers make it 0088_"),
+        (lambda t: replaced(t, "building_id", pa.array(["town hall"] * t.num_rows)), "building_id town hall"),
+        (lambda t: replaced(t.drop_columns("target_id"), "building_id", pa.array(["town hall"] * t.num_rows)),
+         "lacks target_id"),
+        (lambda t: replaced(t.drop_columns("target_id"), "building_id", pa.array([f"88_{'9' * 30}"] * t.num_rows)),
+         "lacks target_id"),
+        (lambda t: replaced(t, "patch_id", pa.array([7] * t.num_rows)), "streetview_image_id"),
+        (lambda t: pa.concat_tables([t, t]), "patch_id .* in 2 rows"),
+        (lambda t: t.append_column("width", t["width"]), "width more than once"),
+        (lambda t: replaced(t, "tar_file", pa.array(["0089.tar"] * t.num_rows)), "tar_file = 0089.tar"),
+        (lambda t: replaced(t.drop_columns(["building_id", "streetview_image_id"]), "dataset_id",
+                            pa.array([89] * t.num_rows)), "rows of dataset 89"),
     ],
 )  # fmt: skip
-def test_what_does_not_follow_from_the_rest_cannot_be_fixed(right, spoil, why):
+def test_what_does_not_follow_from_the_rest_or_contradicts_it_cannot_be_fixed(right, spoil, why):
     with pytest.raises(Unfixable, match=why):
         fix(spoil(right), "0088")
+
+
+def test_whole_numbers_that_a_float_holds_exactly_are_taken(right):
+    table = replaced(right, "image_offset", right["image_offset"].cast("float64"))
+    assert fix(table, "0088")[0].equals(right)
+
+
+def test_a_file_without_rows_is_fixed(right):
+    empty = replaced(right.slice(0, 0), "distance", pa.array([], pa.float64()))
+    assert fix(empty, "0088")[0].equals(right.slice(0, 0))
 
 
 def test_right_files_are_left_alone(root, capsys):
@@ -134,6 +177,46 @@ def test_a_file_that_cannot_be_fixed_stays_and_is_named_and_the_others_are_fixed
     assert "0090.parquet is damaged" in said
     assert bad.read_bytes() == before
     assert parquet.has_provenance(good)
+
+
+def test_a_run_killed_before_any_of_its_renames_is_completed_by_the_next(root, right):
+    """Killed at each moment when a file appears: the foreign file, or its fixed one, and nothing in between."""
+    folder = root / "data/intermediates"
+    for path in folder.glob("*.parquet"):
+        parquet.read(path).to_pandas().to_parquet(path)
+        (folder / "rejects" / path.name).unlink()
+    foreign = {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
+    for renames in range(2 * len(foreign) + 1):  # rejects and rows of each file
+        for name, content in foreign.items():
+            (folder / name).write_bytes(content)
+            (folder / "rejects" / name).unlink(missing_ok=True)
+        code = f"""
+import os, signal, sys
+sys.path[0] = {str(ROOT)!r}
+from preprocess import fix_intermediate_schema
+rename, left = os.replace, [{renames}]
+def killed(*paths):
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left[0] -= 1
+    rename(*paths)
+os.replace = killed
+fix_intermediate_schema.main(["--set", {f"paths.root={root}"!r}])
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == (0 if renames == 2 * len(foreign) else -signal.SIGKILL), done.stderr
+        for name, content in foreign.items():
+            assert (folder / name).read_bytes() == content or parquet.has_provenance(folder / name)
+        assert run(root) == run(root, "--check") == 0
+        assert parquet.read(folder / "0088.parquet").equals(right)
+        assert not list(folder.rglob(".*"))  # no temporary file is left
+
+
+def test_a_record_of_an_unknown_version_is_told_without_a_traceback(root, right, capsys):
+    path = root / "data/intermediates/0088.parquet"
+    pq.write_table(right.replace_schema_metadata({"provenance": '{"maker": "somebody"}'}), path)
+    assert exit_code_of(lambda: run(root)) == 1
+    assert "0088.parquet has a record that this version cannot read" in capsys.readouterr().err
 
 
 def test_without_files_the_stage_to_run_is_named(tmp_path, capsys):

@@ -32,23 +32,23 @@ def u64(values):
 def test_of_three_in_a_row_the_middle_one_goes():
     # 0 and 4 bits apart, 4 and 8 bits apart, 0 and 8 not: the third is like the second, but that is gone
     hashes = u64([0b0, 0b1111, 0b11111111])
-    assert duplicates.within_buildings(np.zeros(3, int), hashes, hashes, 4).tolist() == [False, True, False]
+    assert duplicates.within_buildings(np.zeros(3, int), hashes, hashes, 4).tolist() == [-1, 0, -1]
 
 
 def test_both_hashes_must_be_near_and_other_buildings_do_not_count():
     building = np.array([0, 0, 1, 1, 2])
     phash, dhash = u64([0, 1, 0, 0, 0]), u64([0, ALL, 0, 0, 0])
-    assert duplicates.within_buildings(building, phash, dhash, 4).tolist() == [False, False, False, True, False]
+    assert duplicates.within_buildings(building, phash, dhash, 4).tolist() == [-1, -1, -1, 2, -1]
 
 
 def slow_within(building, phash, dhash, max_hamming):
-    drop = np.zeros(len(building), bool)
+    like = np.full(len(building), -1)
     for i in range(len(building)):
         for j in range(i):
             apart = [bin(int(h[i]) ^ int(h[j])).count("1") for h in (phash, dhash)]
-            if building[i] == building[j] and not drop[j] and max(apart) <= max_hamming:
-                drop[i] = True
-    return drop
+            if building[i] == building[j] and like[i] == like[j] == -1 and max(apart) <= max_hamming:
+                like[i] = j
+    return like
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -59,14 +59,14 @@ def test_within_buildings_is_the_loop(seed):
     phash, dhash = few_bits[0] | few_bits[1] | few_bits[2], few_bits[3] | few_bits[4]
     found = duplicates.within_buildings(building, phash, dhash, 2)
     assert np.array_equal(found, slow_within(building, phash, dhash, 2))
-    assert 0 < found.sum() < 120
+    assert 0 < (found >= 0).sum() < 120
 
 
 def test_a_building_of_many_equal_pictures_keeps_one():
     same = u64(np.full(100_000, 7))
-    drop = duplicates.within_buildings(np.zeros(100_000, int), same, same, 4)
-    assert not drop[0]
-    assert drop[1:].all()
+    like = duplicates.within_buildings(np.zeros(100_000, int), same, same, 4)
+    assert like[0] == -1
+    assert (like[1:] == 0).all()
 
 
 def test_equal_bytes_far_apart_are_dropped_and_near_ones_kept():
@@ -316,6 +316,22 @@ def test_the_largest_groups_are_those_of_most_images_with_the_one_that_was_kept_
     [far] = [group for group in groups if "far apart" in group.title]
     assert set(images.content_hash[far.rows].tolist()) == {404}
     assert far.size == found.dropped["duplicate_across_buildings"] == (np.array(far.rows) >= 0).sum() > 1
+
+
+def test_the_copies_of_two_pictures_of_one_building_are_two_groups():
+    frame = city(buildings=20, datasets=1)
+    [view] = frame[frame["target_id"] == 7].head(1).to_dict("records")
+    copies = pd.DataFrame([{**view, "patch_id": 9_000 + n, "content_hash": 9_000 + n} for n in range(9)])
+    is_first = np.isin(copies["patch_id"], [9_000, 9_003, 9_004, 9_005, 9_008])
+    copies["phash"] = copies["dhash"] = np.where(is_first, 0, 2**62 - 1)
+    images = images_of(pd.concat([frame[frame["target_id"] != 7], copies]))
+    found = split.decide(images, data(split_cell_m=250), 0)
+    groups = [g for g in duplicate_sheet.largest_groups(images, found) if images.target_id[g.rows[0]] == 7]
+    assert [images.patch_id[group.rows].tolist() for group in groups] == [
+        [9_000, 9_003, 9_004, 9_005, 9_008],  # each group with the picture that was kept first
+        [9_001, 9_002, 9_006, 9_007],
+    ]
+    assert [group.size for group in groups] == [4, 3]
 
 
 def test_a_sheet_shows_the_duplicates_read_from_the_tars(tmp_path, caplog):

@@ -42,7 +42,7 @@ def test_row_groups_stay_below_the_limit(tmp_path):
     write(tmp_path / "a.parquet", {"vector": np.ones((40_000, 4096), np.float16)}, schema=schema)
     metadata = pq.ParquetFile(tmp_path / "a.parquet").metadata
     sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
-    assert len(sizes) == 3
+    assert len(sizes) == 10
     assert max(sizes) <= 1.01 * parquet.MAX_ROW_GROUP_BYTES
 
 
@@ -159,3 +159,20 @@ def test_damaged_pages_are_told_by_both_ways_of_reading(tmp_path):
     for reading in (lambda: parquet.read(path), lambda: list(parquet.batches(path))):
         with pytest.raises(PipelineError, match="is damaged"):
             reading()
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_a_matrix_of_many_row_groups_is_read_in_order_and_what_is_not_finite_is_named(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(parquet, "MAX_ROW_GROUP_BYTES", 4_000)
+    monkeypatch.setattr(parquet, "_CACHED_BYTES", 300)  # some batches for each group
+    schema = pa.schema([("vector", schemas.vector(pa.from_numpy_dtype(kind), 8))])
+    matrix = np.random.default_rng(0).normal(size=(1_000, 8)).astype(kind)
+    matrix[5] = np.finfo(kind).max  # large is not infinite
+    write(tmp_path / "a.parquet", {"vector": matrix}, schema=schema)
+    assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups > 3
+    assert np.array_equal(parquet.read_matrix(tmp_path / "a.parquet", "vector"), matrix)
+    for value in (np.nan, np.inf, -np.inf):
+        matrix[777, 3] = value
+        write(tmp_path / "a.parquet", {"vector": matrix}, schema=schema)
+        with pytest.raises(PipelineError, match=r"a\.parquet: vector of row 777 holds NaN or infinity"):
+            parquet.read_matrix(tmp_path / "a.parquet", "vector")

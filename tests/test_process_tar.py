@@ -1,5 +1,7 @@
 """preprocess/process_tar.py. Oracle: what the synthetic tars were made of, and pairs written out by hand."""
 
+import errno
+import gzip
 import io
 import os
 import random
@@ -13,7 +15,7 @@ import xxhash
 from PIL import Image
 from synthetic import write_dataset
 
-from common import parquet
+from common import cli, parquet
 from common.cli import exit_code_of
 from common.errors import StaleArtefact
 from preprocess import jpegs, labels, pairs, process_tar, tar_files
@@ -73,10 +75,11 @@ def judged():
     def judge(files):
         images, texts = [], []
         for offset, (name, content) in enumerate(files):
+            stem, _ = pairs.split_name(name)
             if name.endswith(".jpg"):
-                images.append(pairs.Image(name, offset, len(content), jpegs.inspect(content)))
+                images.append(pairs.Image(name, stem, offset, len(content), jpegs.inspect(content)))
             else:
-                texts.append(pairs.Text(name, labels.parse_label(content)))
+                texts.append(pairs.Text(name, stem, labels.parse_name(stem), labels.parse_label(content)))
         found = pairs.pair(images, texts, 88)
         assert 2 * len(found.valid) + len(found.rejects) == len(files)
         assert len(found.valid) + found.causes.total() == len(images)
@@ -228,6 +231,74 @@ def test_a_tar_without_images_fails(tmp_path, capsys, files):
     assert "holds no images" in capsys.readouterr().err
 
 
+def test_a_compressed_tar_and_one_that_does_not_add_up_fail_alone(tmp_path, capsys, monkeypatch):
+    for stem in ("0086", "0087", "0088", "0089"):
+        files = [(f"{stem}_1_1_1.jpg", jpeg()), (f"{stem}_1_1_1.txt", label(int(stem)))]
+        path = make_tar(tmp_path / f"data/raw/{stem}.tar", files)
+    compressed = tmp_path / "data/raw/0086.tar"
+    compressed.write_bytes(gzip.compress(path.read_bytes()))
+    real = tar_files.pair
+
+    def loses_one(files, dataset_id):
+        found = real(files, dataset_id)
+        return found._replace(valid=[]) if dataset_id == 88 else found
+
+    monkeypatch.setattr(tar_files, "pair", loses_one)
+    assert exit_code_of(lambda: run(tmp_path)) == 1
+    said = capsys.readouterr().err
+    assert "0086.tar is compressed (gzip)" in said
+    assert "0088.tar has 2 members, but 0 images, labels, rejects and other files" in said
+    done = sorted(path.name for path in (tmp_path / "data/intermediates").glob("*.parquet"))
+    assert done == ["0087.parquet", "0089.parquet"]
+    assert not (tmp_path / "data/intermediates/rejects/0088.parquet").exists()
+
+
+def test_a_tar_that_the_disk_does_not_give_fails_alone_with_its_name(tmp_path, capsys, monkeypatch):
+    for stem in ("0087", "0088"):
+        files = [(f"{stem}_1_1_1.jpg", jpeg()), (f"{stem}_1_1_1.txt", label(int(stem)))]
+        make_tar(tmp_path / f"data/raw/{stem}.tar", files)
+    real, bad = os.preadv, (tmp_path / "data/raw/0087.tar").stat().st_ino
+
+    def fails(descriptor, *arguments):
+        if os.fstat(descriptor).st_ino == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(descriptor, *arguments)
+
+    monkeypatch.setattr(os, "preadv", fails)
+    assert exit_code_of(lambda: run(tmp_path)) == 1
+    assert "0087.tar cannot be read: Input/output error" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "data/intermediates").glob("*.parquet")] == ["0088.parquet"]
+
+
+def test_a_tar_whose_name_is_no_number_is_of_the_dataset_that_most_labels_say(tmp_path, capsys):
+    files = [("7_0_1_1.jpg", jpeg()), ("7_0_1_1.txt", label(7, patch=0))]  # the first label is the wrong one
+    for n in (1, 2):
+        files += [(f"88_{n}_1_1.jpg", jpeg(n)), (f"88_{n}_1_1.txt", label(88, patch=n))]
+    make_tar(tmp_path / "data/raw/new_york.tar", files)
+    assert run(tmp_path) == 0
+    assert "new_york.tar is taken for dataset 0088, as most of its labels say" in capsys.readouterr().out
+    assert parquet.read(tmp_path / "data/intermediates/new_york.parquet")["patch_id"].to_pylist() == [1, 2]
+    assert rejects(tmp_path, "new_york") == {"7_0_1_1.jpg": "partner_rejected", "7_0_1_1.txt": "dataset_mismatch"}
+
+
+def test_a_signal_stops_it_within_a_tar_and_nothing_is_left(tmp_path, monkeypatch):
+    files = []
+    for n in range(400):
+        files += [(f"88_{n}_1_1.jpg", jpeg()), (f"88_{n}_1_1.txt", label(patch=n))]
+    make_tar(tmp_path / "data/raw/0088.tar", files)
+    real, calls = jpegs.inspect, []
+
+    def counted(content):
+        calls.append(1)
+        monkeypatch.setattr(cli, "_stop_signal", 15)  # the signal comes while the first images are checked
+        return real(content)
+
+    monkeypatch.setattr(jpegs, "inspect", counted)
+    assert exit_code_of(lambda: run(tmp_path)) == cli.EXIT_STOPPED
+    assert len(calls) < 300
+    assert not list(tmp_path.glob("data/intermediates/**/*"))
+
+
 def test_an_empty_file_fails_with_its_name(tmp_path, capsys):
     (tmp_path / "data/raw").mkdir(parents=True)
     (tmp_path / "data/raw/0088.tar").touch()
@@ -250,8 +321,8 @@ def test_links_are_rejected_with_their_partners(tmp_path):
     assert rejects(tmp_path) == {"88_2_1_1.jpg": "jpeg_corrupt", "88_2_1_1.txt": "partner_rejected"}
 
 
-def damaged(whole: bytes, rng: random.Random) -> tuple[bytes, int]:
-    """The tar cut off, or with bytes zeroed, overwritten or one bit flipped; and how long it is then."""
+def damaged(whole: bytes, rng: random.Random) -> tuple[bytes, int, int]:
+    """The tar cut off, or with bytes zeroed, overwritten or one bit flipped; from where on, and how long it is."""
     raw, start = bytearray(whole), rng.randrange(len(whole))
     length = min(rng.choice([1, 40, 512, 3_000]), len(raw) - start)
     kind = rng.randrange(4)
@@ -263,7 +334,7 @@ def damaged(whole: bytes, rng: random.Random) -> tuple[bytes, int]:
         raw[start : start + length] = rng.randbytes(length)
     else:
         raw[start] ^= 1 << rng.randrange(8)
-    return bytes(raw), start if kind == 0 else len(whole)
+    return bytes(raw), start, len(raw)
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -276,15 +347,20 @@ def test_no_damage_breaks_the_accounting(tmp_path, form):
         both = [(f"{folder}88_{n}_1_1.jpg", jpeg(n)), (f"{folder}88_{n}_1_1.txt", label(patch=n))]
         files += both if n % 2 else reversed(both)
     whole = make_tar(tmp_path / "whole.tar", files, format=form).read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        end_of = [member.offset_data + member.size for member in tar]
+    pair_ends = {n: max(end_of[2 * n], end_of[2 * n + 1]) for n in range(6)}
     path = tmp_path / "0088.tar"
     with tar_files.Readers(2) as readers:
         for _ in range(int(os.environ.get("DAMAGED_TARS", 1_500)) // 3):
-            raw, length = damaged(whole, rng)
+            raw, start, length = damaged(whole, rng)
             path.write_bytes(raw)
             found = readers.read(path, on_images=lambda count, at: None)
-            judged = tar_files.pair(found, path)
-            counts = tar_files.account(found, judged)  # raises if the identity does not hold
+            judged = tar_files.pair(found, tar_files.dataset_of(path, found))
+            counts = tar_files.account(path, found, judged)  # raises if the identity does not hold
             assert counts["images"] <= 6
+            kept = {text.found.patch_id for _, text in judged.valid}
+            assert kept >= {n for n, end in pair_ends.items() if end <= start}  # all before the damage
             assert counts["members"] == counts["images"] + counts["labels"] + counts["rejects"] + counts["other"]
             if length <= len(whole.rstrip(b"\0")):
                 assert counts["rejected"]["tar_truncated"] == 1

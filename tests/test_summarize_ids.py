@@ -115,6 +115,7 @@ def test_counts_are_those_of_sets(merged):
             assert row["views_max"] == max(views)
             assert row["distance_median"] == pytest.approx(statistics.median(r[5] for r in here), rel=1e-6)
     report = json.loads((root / "data/summary/summary.json").read_text())
+    assert report["datasets"] == [{**row, "split": split} for (split, _), row in told.items()]
     for counts in report["histograms"].values():
         assert sum(counts["distance"]) == sum(counts["heading"]) == 500
 

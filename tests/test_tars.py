@@ -216,3 +216,15 @@ def test_a_compressed_tar_beside_the_others_is_not_passed_over(tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(PipelineError, match=rf"{name} is compressed.*\ndecompress it"):
         tars.of_shard(tmp_path, 0, 1)
+
+
+def test_a_link_to_nothing_and_one_name_twice_are_told(tmp_path):
+    (tmp_path / "0088.tar").touch()
+    (tmp_path / "0089.tar").symlink_to(tmp_path / "purged.tar")
+    with pytest.raises(PipelineError, match=r"0089\.tar links to a file that does not exist"):
+        tars.of_shard(tmp_path, 0, 1)
+    (tmp_path / "purged.tar").touch()
+    assert len(tars.of_shard(tmp_path, 0, 1)) == 3
+    (tmp_path / "0088.TAR").touch()
+    with pytest.raises(PipelineError, match=r"0088\.tar twice"):  # they would have one file of intermediates
+        tars.of_shard(tmp_path, 0, 1)
