@@ -312,8 +312,7 @@ def run_train(folder, root, at=None):
 
 def test_stopped_by_sigusr2_three_times_exits_with_85_and_ends_bit_identical(root, tmp_path):
     stopped, undisturbed = tmp_path / "stopped", tmp_path / "undisturbed"
-    torch.set_num_threads(1)
-    assert main(flags(root, *LONGER, f"paths.checkpoints_dir={undisturbed}")) == 0
+    assert run_train(undisturbed, root) == 0
     steps = []
     for epoch in (0, 1, 3):
         assert run_train(stopped, root, at=epoch) == cli.EXIT_STOPPED
