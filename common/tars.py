@@ -9,6 +9,7 @@ views of the windows that they were read in, not copies, and keep those in memor
 """
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -60,6 +61,10 @@ class Damage(Exception):
     def __init__(self, offset: int, detail: str, member: str = ""):
         super().__init__(f"{detail} at byte {offset:,}")
         self.offset, self.member = offset, member
+
+
+class BadSector(PipelineError):
+    """The disk does not give some bytes of a tar; it may give the others."""
 
 
 class _Header(NamedTuple):
@@ -132,7 +137,9 @@ def walk(path: Path, contents: bool = False) -> Iterator[Member]:
 
 
 def read_members(path: Path, offsets, sizes) -> list[bytes]:
-    """The bytes of members, by where they lie; neighbours are read at once. Raises PipelineError if some lack."""
+    """The bytes of members, by where they lie; neighbours are read at once. Raises PipelineError if some lack,
+    BadSector if the disk does not give one of them.
+    """
     offsets, sizes = [int(offset) for offset in offsets], [int(size) for size in sizes]
     if not offsets:
         return []
@@ -205,14 +212,17 @@ class _FreshWindow(_Window):
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    """The tar, unbuffered. Raises PipelineError that names it where it cannot be opened, or read in the block."""
+    """The tar, unbuffered. Raises PipelineError that names it where it cannot be opened, or read in the block
+    (BadSector if that is for some of its bytes).
+    """
     try:
         with open(path, "rb", buffering=0) as file:
             yield file
     except FileNotFoundError:
         raise PipelineError(f"{path} does not exist: put the tar back, or set paths.raw_dir") from None
     except OSError as error:
-        raise PipelineError(f"{path} cannot be read: {error.strerror}") from None
+        kind = BadSector if error.errno == errno.EIO else PipelineError
+        raise kind(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _plain_file(block: bytes, data: int) -> Member | None:
