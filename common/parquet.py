@@ -251,13 +251,20 @@ def batches(path: Path, columns: list[str] | None = None, size: int = 65_536) ->
     """The rows of a file, in order, at most `size` at a time. Raises PipelineError as `read` does."""
     with open_file(path) as file:
         _require_columns(path, file, columns)
-        found = file.iter_batches(batch_size=size, columns=columns)
-        while True:
-            with _damage_told(path):
-                batch = next(found, None)
-            if batch is None:
-                return
-            yield pa.Table.from_batches([batch])
+        yield from batches_of(path, file, range(file.num_row_groups), columns, size)
+
+
+def batches_of(
+    path: Path, file: pq.ParquetFile, groups: range, columns: list[str] | None = None, size: int = 65_536
+) -> Iterator[pa.Table]:
+    """The same of some row groups of a file that is open. Raises PipelineError if it is damaged there."""
+    found = file.iter_batches(size, list(groups), columns)
+    while True:
+        with _damage_told(path):
+            batch = next(found, None)
+        if batch is None:
+            return
+        yield pa.Table.from_batches([batch])
 
 
 def num_rows(path: Path) -> int:
