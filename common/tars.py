@@ -80,9 +80,10 @@ def of_shard(raw_dir: Path, shard: int, num_shards: int) -> list[Path]:
     # macOS leaves "._0088.tar" beside what it copies
     listing = [p for p in there if p.suffix.lower() == ".tar" and p.is_file() and not p.name.startswith(".")]
     compressed = [p for p in there if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", p.name, re.IGNORECASE)]
-    lost = [p for p in there if p.suffix.lower() == ".tar" and not p.exists()]  # a link to what is no longer there
+    lost = [p for p in there if p.suffix.lower() == ".tar" and not p.is_file()]
     if lost:
-        raise PipelineError(f"{lost[0]} links to a file that does not exist\nput the tar back, or remove the link")
+        what = "is a folder" if lost[0].is_dir() else "links to a file that does not exist"
+        raise PipelineError(f"{lost[0]} {what}\nput the tar back, or take this out of paths.raw_dir")
     stems = [p.stem for p in listing]
     twice = [stem for stem in stems if stems.count(stem) > 1]
     if twice:
