@@ -500,6 +500,16 @@ def test_images_whose_preparation_ran_out_of_memory_are_prepared_again(monkeypat
     assert [result.vectors[:, 0].tolist() for result in results] == [[1, 2]] * 4
 
 
+def test_the_memory_of_pixels_is_not_used_again_before_the_model_has_read_them():
+    def slow(x):
+        time.sleep(0.01)  # the threads are done with all that they may prepare by now
+        return x[:, :, 0, 0]
+
+    values = [list(range(start, start + 24)) for start in range(0, 240, 24)]
+    results = embed_all([job("a", [flat(v) for v in part]) for part in values], slow)
+    assert [result.vectors[:, 0].tolist() for result in results] == values
+
+
 @pytest.mark.parametrize(("budget", "images"), [(10_000, 64), (6_400, 64), (6_399, 32), (1, 1), (10**9, 512)])
 def test_auto_takes_the_largest_batch_within_its_share_of_the_memory(budget, images):
     tried = []
