@@ -57,7 +57,8 @@ def remove_dead_temporaries(path: Path) -> None:
         match = _TEMPORARY.match(other.name)
         if match is None or match["target"] != path.name:
             continue
-        with contextlib.suppress(OSError), open(other, "rb") as file:  # gone meanwhile, or locked: in use
+        # opened for writing, without which NFS gives no lock; gone meanwhile, or locked: in use
+        with contextlib.suppress(OSError), open(other, "r+b") as file:
             if _lock(file, wait=False) or time.time() - os.fstat(file.fileno()).st_mtime > _DEAD_AFTER_S:
                 other.unlink()
 

@@ -9,6 +9,7 @@ views of the windows that they were read in, not copies, and keep those in memor
 """
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -62,6 +63,10 @@ class Damage(Exception):
         self.offset, self.member = offset, member
 
 
+class BadSector(PipelineError):
+    """The disk does not give some bytes of a tar; it may give the others."""
+
+
 class _Header(NamedTuple):
     name: bytes
     size: int
@@ -75,9 +80,10 @@ def of_shard(raw_dir: Path, shard: int, num_shards: int) -> list[Path]:
     # macOS leaves "._0088.tar" beside what it copies
     listing = [p for p in there if p.suffix.lower() == ".tar" and p.is_file() and not p.name.startswith(".")]
     compressed = [p for p in there if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", p.name, re.IGNORECASE)]
-    lost = [p for p in there if p.suffix.lower() == ".tar" and not p.exists()]  # a link to what is no longer there
+    lost = [p for p in there if p.suffix.lower() == ".tar" and not p.is_file()]
     if lost:
-        raise PipelineError(f"{lost[0]} links to a file that does not exist\nput the tar back, or remove the link")
+        what = "is a folder" if lost[0].is_dir() else "links to a file that does not exist"
+        raise PipelineError(f"{lost[0]} {what}\nput the tar back, or take this out of paths.raw_dir")
     stems = [p.stem for p in listing]
     twice = [stem for stem in stems if stems.count(stem) > 1]
     if twice:
@@ -132,7 +138,9 @@ def walk(path: Path, contents: bool = False) -> Iterator[Member]:
 
 
 def read_members(path: Path, offsets, sizes) -> list[bytes]:
-    """The bytes of members, by where they lie; neighbours are read at once. Raises PipelineError if some lack."""
+    """The bytes of members, by where they lie; neighbours are read at once. Raises PipelineError if some lack,
+    BadSector if the disk does not give one of them.
+    """
     offsets, sizes = [int(offset) for offset in offsets], [int(size) for size in sizes]
     if not offsets:
         return []
@@ -205,14 +213,17 @@ class _FreshWindow(_Window):
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    """The tar, unbuffered. Raises PipelineError that names it where it cannot be opened, or read in the block."""
+    """The tar, unbuffered. Raises PipelineError that names it where it cannot be opened, or read in the block
+    (BadSector if that is for some of its bytes).
+    """
     try:
         with open(path, "rb", buffering=0) as file:
             yield file
     except FileNotFoundError:
         raise PipelineError(f"{path} does not exist: put the tar back, or set paths.raw_dir") from None
     except OSError as error:
-        raise PipelineError(f"{path} cannot be read: {error.strerror}") from None
+        kind = BadSector if error.errno == errno.EIO else PipelineError
+        raise kind(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _plain_file(block: bytes, data: int) -> Member | None:

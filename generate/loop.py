@@ -8,7 +8,6 @@ pinned memory behind it, and are waited for one batch later.
 Memory: see `_prepared_ahead`; and the vectors of two jobs, one that is computed and one that is written.
 """
 
-import errno
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from common import cli
+from common import cli, tars
 from common.cli import Progress
 from common.config import Infrastructure
 from common.schemas import Reject
@@ -249,9 +248,8 @@ def _read(job: Job, start: int, stop: int) -> list[bytes | None]:
     """The encoded images start..stop, with None for those in a place that the disk cannot read any more."""
     try:
         return job.read(start, stop)
-    except OSError as error:
-        if error.errno != errno.EIO:  # a file system that has gone, say, is not to end in millions of rejects
-            raise
+    except tars.BadSector:  # a file system that has gone, say, is another error, and no heap of rejects
+        pass
     if stop - start == 1:
         return [None]
     return [image for row in range(start, stop) for image in _read(job, row, row + 1)]

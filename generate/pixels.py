@@ -7,6 +7,7 @@ and normalised at once, on the model's device. For DINOv3 it is also the only wa
 import io
 import json
 import math
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,13 +18,25 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.nn import functional as F
 
 from common.errors import PipelineError
 
 _RESAMPLING = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
-_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what the decoders raise
+_TURNS = {  # EXIF's orientation -> what makes it upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_UNREADABLE = (  # what the decoders raise
+    *(OSError, ValueError, SyntaxError, OverflowError, struct.error, Image.DecompressionBombError),
+    TypeError,  # PIL's, where a damaged TIFF has a fraction for an offset
+)
 
 
 class Undecodable(Exception):
@@ -41,11 +54,18 @@ def decode(encoded: bytes | None) -> np.ndarray:
         if _is_plain_jpeg(encoded):
             return simplejpeg.decode_jpeg(encoded, colorspace="RGB", strict=True)
         with Image.open(io.BytesIO(encoded)) as image:
-            return np.array(_eight_bits(ImageOps.exif_transpose(image)).convert("RGB"))
+            return np.array(_eight_bits(_upright(image)).convert("RGB"))
     except UnidentifiedImageError:  # whose text is that of an object in memory
         raise Undecodable("not an image of a known format") from None
     except _UNREADABLE as error:
         raise Undecodable(str(error) or type(error).__name__) from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As the EXIF tag says. (ImageOps.exif_transpose writes all tags anew, and fails where any of them is odd.)"""
+    image.load()  # TIFFs are turned by that
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

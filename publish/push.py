@@ -48,7 +48,7 @@ def push(folder: Path, repo: str) -> str:
         done = api.upload_folder(
             repo_id=repo,
             folder_path=folder,
-            allow_patterns=list(PATTERNS),
+            allow_patterns=[path.name for path in going(folder)],  # as patterns they match in subfolders too
             delete_patterns=list(PATTERNS),  # of a former model: one file of weights hides the shards of another
             commit_message="Publish building embeddings",
         )

@@ -122,7 +122,7 @@ def _of_list(path: Path) -> Group:
 def _of_files(name: str, names: list[str], paths: list[Path]) -> Group:
     return Group(
         name,
-        pa.array(names, pa.string()),
+        pa.array(map(tars.printable, names), pa.string()),
         lambda start, stop: [_content(path) for path in paths[start:stop]],
         lambda start, stop: [path.stat().st_size if path.is_file() else -1 for path in paths[start:stop]],
     )
@@ -153,10 +153,8 @@ def _of_tar(path: Path) -> Group:
 
 
 def _is_intermediates(path: Path) -> bool:
-    try:
-        return parquet.read_provenance(path).stage == "process_tar"
-    except PipelineError:
-        return False  # some other Parquet file beside the images
+    """Or some other Parquet file beside the images. Raises PipelineError if it is damaged."""
+    return parquet.has_provenance(path) and parquet.read_provenance(path).stage == "process_tar"
 
 
 def _of_intermediates(path: Path, raw_dir: Path) -> Group:

@@ -185,9 +185,9 @@ def _batches(table: Table, size: int) -> Iterator[tuple[pa.Table, bool]]:
     with parquet.open_file(table.path) as file:
         for group in table.groups:
             missing = file.metadata.row_group(group).num_rows
-            for batch in file.iter_batches(size, row_groups=[group]):
-                missing -= batch.num_rows
-                yield pa.Table.from_batches([batch]), missing == 0
+            for rows in parquet.batches_of(table.path, file, range(group, group + 1), size=size):
+                missing -= rows.num_rows
+                yield rows, missing == 0
 
 
 def _jobs(table: Table, raw_dir: Path) -> Iterator[loop.Job]:

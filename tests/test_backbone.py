@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub import errors as hub_errors
 from local_backbone import FAMILIES, IMAGENET_MEAN, IMAGENET_STD, write_tiny_backbone
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from transformers import AutoImageProcessor, AutoModel
 
 from common.config import EmbeddingModel
@@ -218,11 +218,24 @@ def test_images_of_different_sizes_keep_their_order(tmp_path):
     assert torch.equal(together, torch.cat([preprocessing([image], CPU) for image in images]))
 
 
-def test_a_rotated_photograph_is_turned_upright():
-    image = picture(40, 30)
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(10))  # 1..8 are defined
+def test_a_rotated_photograph_is_turned_upright(format_, orientation):
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    picture(40, 30).save(buffer, format_, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(buffer)).convert("RGB")
+    assert np.array_equal(pixels.decode(buffer.getvalue()), np.asarray(expected))
+
+
+def test_a_whole_photograph_with_an_odd_tag_is_used():
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held on its side
-    assert pixels.decode(jpeg(image, exif=exif)).shape == (40, 30, 3)
+    exif[0x0112], exif[0x011A] = 6, 72.0  # its resolution, a fraction
+    content = jpeg(picture(40, 30), exif=exif)
+    odd = content.replace(b"\x01\x1a\0\5", b"\x01\x1a\0\2")  # it claims to be a text
+    with pytest.raises(TypeError):  # else this tests nothing
+        ImageOps.exif_transpose(Image.open(io.BytesIO(odd)))
+    assert np.array_equal(pixels.decode(odd), pixels.decode(content))
 
 
 def test_other_formats_are_decoded_too():

@@ -1,6 +1,7 @@
 """common/files.py: a file is there when it is whole, whatever happens to its writer."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -75,6 +76,20 @@ def test_a_temporary_of_another_file_with_a_longer_name_is_left_alone(tmp_path):
     other.write_bytes(b"")
     files.write_text(tmp_path / "a.txt", "x")
     assert other.exists()
+
+
+def test_a_dead_runs_temporary_is_removed_where_locks_need_a_file_opened_for_writing(tmp_path, monkeypatch):
+    real = fcntl.flock
+
+    def of_nfs(file, how):  # which makes a lock of bytes out of it, see flock(2)
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real(file, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", of_nfs)
+    (tmp_path / f".a.txt.tmp-{'a' * 12}").write_bytes(b"half")
+    files.write_text(tmp_path / "a.txt", "whole")
+    assert os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_without_locks_files_are_written_and_only_old_temporaries_removed(tmp_path, monkeypatch):

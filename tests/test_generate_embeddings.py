@@ -26,7 +26,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from common import cli, config, parquet, provenance, schemas, tars
 from common.errors import PipelineError, StaleArtefact
-from generate import backbone, batches, loop, pixels
+from generate import backbone, batches, loop, parts, pixels
 from generate.generate_embeddings import main
 
 
@@ -500,6 +500,16 @@ def test_images_whose_preparation_ran_out_of_memory_are_prepared_again(monkeypat
     assert [result.vectors[:, 0].tolist() for result in results] == [[1, 2]] * 4
 
 
+def test_the_memory_of_pixels_is_not_used_again_before_the_model_has_read_them():
+    def slow(x):
+        time.sleep(0.01)  # the threads are done with all that they may prepare by now
+        return x[:, :, 0, 0]
+
+    values = [list(range(start, start + 24)) for start in range(0, 240, 24)]
+    results = embed_all([job("a", [flat(v) for v in part]) for part in values], slow)
+    assert [result.vectors[:, 0].tolist() for result in results] == values
+
+
 @pytest.mark.parametrize(("budget", "images"), [(10_000, 64), (6_400, 64), (6_399, 32), (1, 1), (10**9, 512)])
 def test_auto_takes_the_largest_batch_within_its_share_of_the_memory(budget, images):
     tried = []
@@ -513,23 +523,31 @@ def test_auto_on_the_cpu_is_a_fixed_size():
     assert seen == [8, 8, 4]
 
 
-def test_a_place_that_the_disk_cannot_read_costs_its_own_image_only():
-    def read(start, stop):
-        if start <= 3 < stop:
-            raise OSError(errno.EIO, "Input/output error")
-        return [flat(v) for v in range(start, stop)]
+def read_with_errors(path: Path, monkeypatch, number: int, bad: range) -> loop.Job:
+    """A job of ten images in a tar, of which a read that touches the bytes `bad` of image 3 fails."""
+    write_tar(path, [flat(v) for v in range(10)])
+    members = list(tars.walk(path))
+    rows = {"image_offset": [m.offset for m in members], "image_size": [m.size for m in members]}
+    real, start = os.pread, members[3].offset
 
-    (result,) = embed_all([loop.Job("a", 10, read)])
+    def pread(descriptor, size, offset):
+        if offset < start + bad.stop and offset + size > start + bad.start:
+            raise OSError(number, os.strerror(number))
+        return real(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
+    return loop.Job("a", 10, parts.jpegs_of(path, pa.table(rows)))
+
+
+def test_a_place_that_the_disk_cannot_read_costs_its_own_image_only(tmp_path, monkeypatch):
+    (result,) = embed_all([read_with_errors(tmp_path / "0088.tar", monkeypatch, errno.EIO, range(9, 10))])
     assert result.rows.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     assert result.failed == {3: "cannot be read"}
 
 
-def test_a_file_system_that_has_gone_is_an_error_and_not_a_heap_of_rejects():
-    def read(start, stop):
-        raise OSError(errno.ESTALE, "Stale file handle")
-
-    with pytest.raises(OSError, match="Stale"):
-        embed_all([loop.Job("a", 10, read)])
+def test_a_file_system_that_has_gone_is_an_error_and_not_a_heap_of_rejects(tmp_path, monkeypatch):
+    with pytest.raises(PipelineError, match=r"0088\.tar cannot be read: Stale file handle"):
+        embed_all([read_with_errors(tmp_path / "0088.tar", monkeypatch, errno.ESTALE, range(9, 10))])
 
 
 def test_a_compiled_model_gives_the_same_embeddings(setup, monkeypatch):

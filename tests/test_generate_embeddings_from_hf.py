@@ -146,6 +146,23 @@ def test_a_damaged_tar_gives_what_stands_before_the_damage(flags, tmp_path, caps
     assert 0 < len(written(tmp_path / "out")[0]) < 7
 
 
+def test_a_damaged_file_among_intermediates_is_an_error_and_is_not_passed_over(flags, tmp_path):
+    cfg = config.load(None, [f"paths.root={tmp_path}"])
+    for stem in ("0088", "0089"):
+        write_tar(tmp_path / "data" / "raw" / f"{stem}.tar", JPEGS)
+    write_intermediates(cfg)
+    os.truncate(cfg.paths.intermediates_dir / "0088.parquet", 1_000)
+    with pytest.raises(PipelineError, match=r"0088\.parquet is damaged"):
+        main([str(cfg.paths.intermediates_dir), str(tmp_path / "out"), *flags])
+
+
+def test_names_that_are_not_utf_8_are_written_with_escapes(flags, tmp_path):
+    image_folder(tmp_path / "images")
+    os.rename(tmp_path / "images" / "a.jpg", os.fsencode(tmp_path / "images") + b"/caf\xe9.jpg")
+    assert main([str(tmp_path / "images"), str(tmp_path / "out"), *flags]) == 0
+    assert "caf\\xe9.jpg" in written(tmp_path / "out")[0]
+
+
 @pytest.mark.parametrize("source", ["nothing", "empty", "list.txt", "photo.jpg", "gone.txt"])
 def test_a_source_without_images_is_one_clear_error(source, flags, tmp_path):
     (tmp_path / "empty").mkdir()

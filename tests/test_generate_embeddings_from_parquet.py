@@ -176,6 +176,22 @@ def test_what_cannot_be_used_is_one_clear_error(case, run, tmp_path):
     assert not list((tmp_path / "out").glob("*"))
 
 
+def test_damaged_pages_are_one_clear_error_and_no_file(run, tmp_path, monkeypatch):
+    writing = pq.write_table
+
+    def damaging(table, path, **options):
+        writing(table, path, compression="zstd", **options)
+        content = bytearray(path.read_bytes())
+        content[4:200] = bytes(196)
+        path.write_bytes(content)
+
+    monkeypatch.setattr(pq, "write_table", damaging)
+    for column in (as_lists(EMBEDDINGS, pa.list_(pa.float32())), JPEGS):
+        with pytest.raises(PipelineError, match=r"in\.parquet is damaged"):
+            run({"v": column})
+        assert not list((tmp_path / "out").glob("*"))
+
+
 def test_a_column_that_is_not_there_and_a_name_that_is_taken_are_refused(run):
     with pytest.raises(PipelineError, match=r"no column nothing of embeddings"):
         run({"v": [[0.5] * 32]}, "--column", "nothing")

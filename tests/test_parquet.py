@@ -161,6 +161,22 @@ def test_damaged_pages_are_told_by_both_ways_of_reading(tmp_path):
             reading()
 
 
+def test_the_footer_is_read_once_for_a_matrix_of_many_row_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "MAX_ROW_GROUP_BYTES", 100)
+    schema = pa.schema([("vector", schemas.vector(pa.float32(), 8))])
+    write(tmp_path / "a.parquet", {"vector": np.ones((50, 8), np.float32)}, schema=schema)
+    real, footers = pq.ParquetFile, []
+
+    def opened(*arguments, metadata=None, **options):
+        footers.append(metadata)
+        return real(*arguments, metadata=metadata, **options)
+
+    monkeypatch.setattr(pq, "ParquetFile", opened)
+    assert parquet.read_matrix(tmp_path / "a.parquet", "vector").shape == (50, 8)
+    assert len(footers) > 10
+    assert footers.count(None) == 1  # parsing all of it for each group is quadratic
+
+
 @pytest.mark.parametrize("kind", [np.float16, np.float32])
 def test_a_matrix_of_many_row_groups_is_read_in_order_and_what_is_not_finite_is_named(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(parquet, "MAX_ROW_GROUP_BYTES", 4_000)

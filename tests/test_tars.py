@@ -218,6 +218,13 @@ def test_a_compressed_tar_beside_the_others_is_not_passed_over(tmp_path, name):
         tars.of_shard(tmp_path, 0, 1)
 
 
+def test_a_folder_in_the_place_of_a_tar_is_not_passed_over(tmp_path):
+    (tmp_path / "0088.tar").touch()
+    (tmp_path / "0089.tar").mkdir()  # someone has unpacked it there
+    with pytest.raises(PipelineError, match=r"0089\.tar is a folder"):
+        tars.of_shard(tmp_path, 0, 1)
+
+
 def test_a_link_to_nothing_and_one_name_twice_are_told(tmp_path):
     (tmp_path / "0088.tar").touch()
     (tmp_path / "0089.tar").symlink_to(tmp_path / "purged.tar")
