@@ -66,6 +66,7 @@ def main(argv=None) -> int:
             tar_files.write_rejects(rejects, pairs, made, counts)
             failure = tar_files.failure(tar, files, counts, cfg.data.max_reject_share)
             if failure:
+                target.unlink(missing_ok=True)  # an earlier run's, with --overwrite: it would count as done
                 failures.append(f"{failure}; see {rejects}")
             else:  # written last: where the intermediates are, the rejects are too
                 tar_files.write_intermediates(target, pairs, tar.name, made, counts, files.damage)

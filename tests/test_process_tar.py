@@ -224,6 +224,13 @@ def test_too_many_rejects_fail_the_stage_but_not_the_other_tars(tmp_path, capsys
     assert parquet.num_rows(tmp_path / "data/intermediates/0088.parquet") == 1
 
 
+def test_a_tar_that_fails_when_made_again_leaves_no_old_rows_that_would_count_as_done(tmp_path):
+    make_tar(tmp_path / "data/raw/0087.tar", [("87_1_1_1.jpg", jpeg()), ("87_1_1_1.txt", b"")])
+    run(tmp_path)  # allows every share
+    assert exit_code_of(lambda: run(tmp_path, "data.max_reject_share=0.5", overwrite=True)) == 1
+    assert exit_code_of(lambda: run(tmp_path, "data.max_reject_share=0.5")) == 1
+
+
 @pytest.mark.parametrize("files", [[], [("README", b"hello")]])
 def test_a_tar_without_images_fails(tmp_path, capsys, files):
     make_tar(tmp_path / "data/raw/0088.tar", files)
