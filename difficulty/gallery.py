@@ -10,8 +10,8 @@ import torch
 from common import devices
 
 LOWEST = -8.0  # below every score, above the -inf of forbidden pairs
-_BLOCK_ROWS = 8_192  # converted at a time
-_MEAN_OF = 8_192  # rows; any vector would do
+_BLOCK_ROWS = 2_048  # converted at a time, D x 24 bytes each
+_MEAN_OF = 2_048  # rows; any vector would do
 
 
 def tolerance(dim: int) -> float:
