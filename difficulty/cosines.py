@@ -9,19 +9,20 @@ from torch.nn import functional as F
 
 from difficulty.gallery import Gallery
 
+DECIMALS = 12  # of cosines in float64: those equal but for rounding (parallel vectors, say) are ties
 _ROWS = 8_192  # rows that candidates are compared with in float32 at a time: on a GPU half a GB
 
 
 def of_pairs(embeddings: torch.Tensor, left: torch.Tensor, right: torch.Tensor, memory_mb: float):
-    """Cosines (P,) float64 of the pairs of rows (left[i], right[i]), from products summed row by row: pairs of
-    equal vectors get equal cosines, whatever else is in the list."""
+    """Cosines (P,) float64, to DECIMALS, of the pairs of rows (left[i], right[i]), from products summed row by
+    row: pairs of equal vectors get equal cosines, whatever else is in the list."""
     step = max(int(memory_mb * 2**20 // (320 * embeddings.shape[1])), 64)
     left, right = left.to(embeddings.device), right.to(embeddings.device)
     parts = [torch.empty(0, dtype=torch.float64, device=embeddings.device)]
     for start in range(0, len(left), step):
         x, y = (embeddings[side[start : start + step]].double() for side in (left, right))
         norms = (x * x).sum(dim=1).sqrt() * (y * y).sum(dim=1).sqrt()
-        parts.append((x * y).sum(dim=1) / norms.clamp(min=1e-300))
+        parts.append(((x * y).sum(dim=1) / norms.clamp(min=1e-300)).round(decimals=DECIMALS))
     return torch.cat(parts)
 
 
@@ -44,11 +45,12 @@ def in_float32(
 def in_float64(
     gallery: Gallery, anchors: np.ndarray, rows: torch.Tensor, asked: torch.Tensor, memory_mb: float
 ) -> torch.Tensor:
-    """The same in float64: equal vectors get equal cosines."""
+    """The same in float64, to DECIMALS: equal vectors get equal cosines."""
     embeddings, own = gallery.embeddings, torch.from_numpy(anchors).to(gallery.device)
     if gallery.device.type == "cpu":
         at_once = int(np.clip(memory_mb * 2**20 // 8 // (26 * embeddings.shape[1]), 1, _ROWS))
-        return _sampled_products(lambda which: _unit_float64(embeddings[which]), own, rows, asked, at_once)
+        products = _sampled_products(lambda which: _unit_float64(embeddings[which]), own, rows, asked, at_once)
+        return products.round(decimals=DECIMALS)
     cosines = torch.zeros(rows.shape, dtype=torch.float64, device=gallery.device)
     which, place = asked.nonzero(as_tuple=True)
     values = of_pairs(embeddings, own[which], rows[which, place], memory_mb)

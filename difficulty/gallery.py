@@ -10,8 +10,8 @@ import torch
 from common import devices
 
 LOWEST = -8.0  # below every score, above the -inf of forbidden pairs
-_BLOCK_ROWS = 8_192  # converted at a time
-_MEAN_OF = 8_192  # rows; any vector would do
+_BLOCK_ROWS = 2_048  # converted at a time, D x 24 bytes each
+_MEAN_OF = 2_048  # rows; any vector would do
 
 
 def tolerance(dim: int) -> float:
@@ -41,6 +41,8 @@ class Gallery:
     def _round(self, embeddings: torch.Tensor, dtype: torch.dtype) -> None:
         """By |x'y' - xy| <= |x' - x| |y'| + |x| |y' - y|, with the longest of all rows, and twice or three times
         what float32's sums do."""
+        # on CUDA partial sums may be rounded to bfloat16 by default, which the bound does not allow for
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         n, dim = embeddings.shape
         here = self.device if devices.fits(n * dim * dtype.itemsize, self.device) else embeddings.device
         self.vectors = torch.empty((n, dim), dtype=dtype, device=here)

@@ -1,8 +1,8 @@
 """The k most similar images of each image, by cosine, outside its own building and ignore zone.
 
 `exact_neighbors` compares everything with everything, in tiles. Forbidden pairs are set to -inf inside the tile,
-before the best are taken, so that an image in a dense place gets its k all the same. The answer is exact, ties by
-row number, though most of the work is done in bfloat16:
+before the best are taken, so that an image in a dense place gets its k all the same. The answer is exact, ties
+(cosines equal to 12 decimals) by row number, though most of the work is done in bfloat16:
 
 1. Products of bfloat16 vectors, on a GPU or a CPU that is fast at them, once for two rows that are both asked for.
    Each differs from the cosine by less than what `Gallery.below` says, so that nothing below an anchor's floor can
@@ -34,7 +34,7 @@ from difficulty.gallery import LOWEST, Gallery
 NO_ROW, NO_SIMILARITY = -1, -1.0  # where an image has fewer than k candidates
 KEPT = 4  # times k: the candidates that an anchor may have before its floor rises
 _WORD = 8  # flags that are looked at together
-_TILE = {"cpu": (1_024, 4_096), "cuda": (8_192, 32_768)}  # rows: larger tiles are no faster
+_TILE = {"cpu": (1_024, 4_096), "cuda": (8_192, 32_768)}  # rows: on the CPU larger tiles are no faster
 _GUESSED_FROM = 6  # tiles of the gallery: with fewer it costs more than it saves
 
 Neighbors = tuple[np.ndarray, np.ndarray]  # (rows (n, k) int32, similarities (n, k) float32), most similar first
@@ -69,11 +69,12 @@ def exact_neighbors(
             for part in _cut(np.arange(len(places)), size.settled):
                 keep(places[part], *_settle(gallery, anchors[part], found, part, k, memory_mb))
             crowded.append(places[found.crowded.cpu().numpy()])
+            del found  # half of the memory, which the next ones need
         left = np.concatenate(crowded) if crowded else left
         if not len(left):
             break
-    for places in _cut(left, int(max(1, memory_mb * 2**20 // (64 * len(embeddings))))):
-        keep(places, *_all_in_float64(embeddings, zones, np.asarray(rows[places], np.int64), k, memory_mb))
+    for places in _cut(left, int(max(1, memory_mb * 2**20 // (96 * len(embeddings))))):
+        keep(places, *_settle_crowded(gallery, zones, np.asarray(rows[places], np.int64), k, size, memory_mb))
     return found_rows, found_similarities
 
 
@@ -211,7 +212,7 @@ def _guess_floors(found: _Collected, zones: Zones, anchors: np.ndarray, size: Si
         scores = gallery.scores(gallery.queries(torch.from_numpy(some).to(gallery.device)), 0, n, step)
         _forbidden(zones, some, gallery.device).remove(scores, 0, n, step)
         mine = slice(first, first + len(some))
-        found.guess[mine] = _at_most_kth(scores, scores[:, :0], rank)
+        found.guess[mine] = _at_most_kth(scores, scores[:, :0], min(rank, scores.shape[1]))
         found.floor[mine] = gallery.below(found.guess[mine])
 
 
@@ -315,16 +316,23 @@ def _settle(
     return rows.gather(1, order)[:, :k], values[:, :k].float()
 
 
-def _all_in_float64(
-    embeddings: torch.Tensor, zones: Zones, anchors: np.ndarray, k: int, memory_mb: float
+def _settle_crowded(
+    gallery: Gallery, zones: Zones, anchors: np.ndarray, k: int, size: Sizes, memory_mb: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best k of all rows for each anchor with their cosines (A, k), -inf where there are fewer."""
-    n, near = len(embeddings), []
-    for anchor in anchors:
-        values = cosines.of_pairs(embeddings, torch.full((n,), int(anchor)), torch.arange(n), memory_mb)
-        near.append(values)
-    values = torch.stack(near)
-    _forbidden(zones, anchors, values.device).remove(values, 0, n)
+    """The same of all rows, for anchors with any number of candidates; N x 96 bytes for each."""
+    n = len(gallery.embeddings)
+    own = torch.from_numpy(anchors).to(gallery.device)
+    queries = gallery.queries(own)
+    scores = torch.empty((len(own), n), device=gallery.device)
+    for start in range(0, n, size.gallery):
+        cli.check_stop()
+        stop = min(start + size.gallery, n)
+        scores[:, start:stop] = gallery.scores(queries, start, stop)[:, : stop - start]
+    _forbidden(zones, anchors, gallery.device).remove(scores, 0, n)
+    floor = gallery.below(_at_most_kth(scores, scores[:, :0], min(k, n)))
+    anchor, row = (scores >= floor[:, None]).nonzero(as_tuple=True)
+    values = torch.full(scores.shape, -torch.inf, dtype=torch.float64, device=gallery.device)
+    values[anchor, row] = cosines.of_pairs(gallery.embeddings, own[anchor], row, memory_mb).to(gallery.device)
     values, order = values.sort(dim=1, descending=True, stable=True)
     return order[:, :k], values[:, :k].float()
 

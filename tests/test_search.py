@@ -1,5 +1,7 @@
 """difficulty/search.py. Oracle: brute force in float64, and layouts small enough to see the answer."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -31,9 +33,9 @@ def neighbors(embeddings, zones, k, rows=None, memory_mb=16.0):
 
 
 def brute_force(embeddings, zones, k):
-    """Every pair in float64; equal vectors get equal similarities (1e-12); ties by row number."""
+    """Every pair in float64; ties (to 1e-12) by row number. The vector 0 is like nothing, not even itself."""
     x = np.asarray(embeddings, np.float64)
-    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-300)
     similarities = np.round(x @ x.T, 12)
     for row in range(len(x)):
         indices = zones.rows_of(np.array([row]), own=True)[1]
@@ -72,6 +74,12 @@ KINDS = {
     "scaled copies": lambda rng, n, dim: (
         rng.normal(size=(n // 8, dim))[rng.integers(0, n // 8, n)] * 2.0 ** rng.integers(0, 3, (n, 1))
     ),
+    "parallel": lambda rng, n, dim: (
+        rng.integers(-8, 9, (n // 8, dim))[rng.integers(0, n // 8, n)] * rng.integers(1, 6, (n, 1))
+    ),
+    "equal angles": lambda rng, n, dim: rng.integers(-1, 2, (n, dim)),  # though no two vectors are equal
+    "some of them 0": lambda rng, n, dim: rng.normal(size=(n, dim)) * (rng.random((n, 1)) < 0.7),
+    "all lengths": lambda rng, n, dim: rng.normal(size=(n, dim)) * 10.0 ** rng.uniform(-6, 4, (n, 1)),
     "constant": lambda rng, n, dim: np.ones((n, dim)),
 }
 
@@ -129,6 +137,36 @@ def test_first_floors_that_are_guessed_change_nothing_be_they_right_or_wrong(kin
     np.testing.assert_array_equal(neighbors(embeddings, zones, 20)[0], expected)
     assert len(guessed) == 1
     assert guessed[0] > -1
+
+
+def test_a_sample_of_fewer_rows_than_a_floor_is_guessed_from_guesses_none(monkeypatch):
+    monkeypatch.setattr(search, "fast_bfloat16", lambda device: True)
+    monkeypatch.setitem(search._TILE, "cpu", (16, 8))
+    embeddings = KINDS["random"](np.random.default_rng(9), 300, 16).astype(np.float16)
+    zones = zones_at(np.arange(300) * 100)
+    rows, _ = neighbors(embeddings, zones, k=250)  # of 8 rows, the 42nd best is asked for
+    np.testing.assert_array_equal(rows, brute_force(embeddings, zones, 250)[0])
+
+
+def test_candidates_of_one_round_are_gone_before_the_next(monkeypatch):
+    held, collect = [], search._collect
+
+    def collect_when_all_are_gone(*arguments):
+        assert not any(earlier() for earlier in held)  # else twice the candidates' half of the memory is held
+        found = collect(*arguments)
+        held.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(search, "_collect", collect_when_all_are_gone)
+    embeddings = KINDS["clustered"](np.random.default_rng(0), 300, 16).astype(np.float16)
+    neighbors(embeddings, zones_at(np.arange(300) * 100), k=20, memory_mb=0.05)
+    assert len(held) > 3
+
+
+def test_products_in_bfloat16_are_summed_in_float32_on_cuda():
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True  # torch's default
+    Gallery(torch.ones(2, 2), torch.bfloat16, CPU)
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 
 
 def test_vectors_that_lean_one_way_need_no_second_search():

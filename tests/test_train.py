@@ -150,6 +150,15 @@ def test_rewards_reach_the_sampler(root, data, tmp_path):
     assert early.max() < shares.max()  # it did not know that from the start
 
 
+def test_a_steps_reward_is_known_before_the_next_step_is_drawn(root, data, monkeypatch):
+    calls = []
+    for owner, name in ((DiscountedUcb, "choose"), (Sampler, "draw"), (DiscountedUcb, "update")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, real=real, name=name: calls.append(name) or real(*given))
+    train(root, data, None, "training.epochs=2")
+    assert calls == ["choose", "draw", "update"] * 12  # drawn a step ahead, but never before the reward
+
+
 def test_the_loss_sees_what_the_bandit_chose(root, data, tmp_path, monkeypatch):
     chosen, drawn, seen = [], [], []
 

@@ -2,7 +2,8 @@
 
 The search and the bands are those of difficulty/ (always the exact search). They are a function of the head, so a
 run that is continued keeps the head that it last mined with, and mines again with that.
-Memory: N x output_dim x 2 bytes more, and the new bands beside the old while they are made (N x k x 4).
+Memory: N x output_dim x 4 bytes more (see difficulty/search.py), and the new bands beside the old while they are
+made (N x k x 8, with the similarities).
 """
 
 import copy
