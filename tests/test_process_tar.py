@@ -42,9 +42,9 @@ def make_tar(path, files, **options):
     return path
 
 
-def run(root, *settings):
+def run(root, *settings, more=()):
     flags = [f"paths.root={root}", "data.max_reject_share=1", "infrastructure.workers=2", *settings]
-    return process_tar.main([word for flag in flags for word in ("--set", flag)])
+    return process_tar.main([*(word for flag in flags for word in ("--set", flag)), *more])
 
 
 def rejects(root, stem="0088"):
@@ -227,7 +227,7 @@ def test_too_many_rejects_fail_the_stage_but_not_the_other_tars(tmp_path, capsys
 def test_a_tar_that_fails_when_made_again_leaves_no_old_rows_that_would_count_as_done(tmp_path):
     make_tar(tmp_path / "data/raw/0087.tar", [("87_1_1_1.jpg", jpeg()), ("87_1_1_1.txt", b"")])
     run(tmp_path)  # allows every share
-    assert exit_code_of(lambda: run(tmp_path, "data.max_reject_share=0.5", overwrite=True)) == 1
+    assert exit_code_of(lambda: run(tmp_path, "data.max_reject_share=0.5", more=["--overwrite"])) == 1
     assert exit_code_of(lambda: run(tmp_path, "data.max_reject_share=0.5")) == 1
 
 
