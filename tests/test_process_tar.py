@@ -225,10 +225,11 @@ def test_too_many_rejects_fail_the_stage_but_not_the_other_tars(tmp_path, capsys
 
 
 def test_a_tar_that_fails_when_made_again_leaves_no_old_rows_that_would_count_as_done(tmp_path):
-    make_tar(tmp_path / "data/raw/0087.tar", [("87_1_1_1.jpg", jpeg()), ("87_1_1_1.txt", b"")])
+    files = [("88_1_1_1.jpg", jpeg()), ("88_1_1_1.txt", label()), ("88_2_1_1.jpg", jpeg()), ("88_2_1_1.txt", b"")]
+    make_tar(tmp_path / "data/raw/0088.tar", files)
     run(tmp_path)  # allows every share
-    assert exit_code_of(lambda: run(tmp_path, "data.max_reject_share=0.5", more=["--overwrite"])) == 1
-    assert exit_code_of(lambda: run(tmp_path, "data.max_reject_share=0.5")) == 1
+    assert exit_code_of(lambda: run(tmp_path, "data.max_reject_share=0.4", more=["--overwrite"])) == 1
+    assert exit_code_of(lambda: run(tmp_path, "data.max_reject_share=0.4")) == 1
 
 
 @pytest.mark.parametrize("files", [[], [("README", b"hello")]])
