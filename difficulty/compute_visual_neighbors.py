@@ -45,9 +45,8 @@ def main(argv=None) -> int:
     todo = [part for part in mine if not parquet.is_done(part.target, part.made, args.overwrite)]
     images = sum(part.stop - part.start for part in todo)
     with cli.Progress("compute_visual_neighbors", "image", images, cfg.logging.progress_interval_s) as progress:
-        for part in parts.write(cfg, todo) if todo else ():
-            progress.add(part.stop - part.start)
-            cli.check_stop()
+        if todo:
+            parts.write(cfg, todo, progress.add)
     if args.num_shards > 1 and not args.finish:
         if not todo:
             return cli.nothing_to_do("compute_visual_neighbors", f"{len(mine):,} parts")

@@ -1,13 +1,13 @@
 """The parts of a neighbour search, runs of rows of merged/train with a file each, and their gathering."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common import devices, parquet, provenance, schemas, zones
+from common import cli, devices, parquet, provenance, schemas, zones
 from common.config import Config, values
 from common.errors import PipelineError
 from common.provenance import Provenance
@@ -56,8 +56,9 @@ def _search_keys(cfg: Config) -> tuple[str, ...]:
     return (*keys, "data.balltree_dim") if cfg.data.search == "balltree" else keys
 
 
-def write(cfg: Config, todo: list[Part]) -> Iterator[Part]:
-    """Search the neighbours of each part's anchors and write its file; yields each part when it is there."""
+def write(cfg: Config, todo: list[Part], on_anchors: Callable[[int], object]) -> None:
+    """Search the neighbours of each part's anchors and write its file. `on_anchors` is told how many more anchors
+    have been compared. Raises Stopped on a signal."""
     from difficulty import search, tree  # torch and scikit-learn: gathering alone does without
 
     path = train_path(cfg)
@@ -68,8 +69,8 @@ def write(cfg: Config, todo: list[Part]) -> Iterator[Part]:
     near = zones.make_zones(zones.number_buildings(dataset, target), lat, lon, cfg.data.ignore_radius_m)
     options = {"k": cfg.data.neighbors, "memory_mb": cfg.infrastructure.search_memory_mb}
 
-    def exact(rows: np.ndarray):
-        return search.exact_neighbors(embeddings, near, rows=rows, device=device, **options)
+    def exact(rows: np.ndarray, told=lambda count: None):
+        return search.exact_neighbors(embeddings, near, rows=rows, device=device, on_anchors=told, **options)
 
     ball = tree.build(embeddings, cfg.data.balltree_dim) if cfg.data.search == "balltree" else None
     sizes = search.tile_sizes(embeddings.shape[1], cfg.data.neighbors, options["memory_mb"], device)
@@ -77,17 +78,18 @@ def write(cfg: Config, todo: list[Part]) -> Iterator[Part]:
         rows = np.concatenate([np.arange(part.start, part.stop) for part in group])
         recall = 1.0
         if ball is None:
-            found, similarities = exact(rows)
+            found, similarities = exact(rows, on_anchors)
         else:
             found, similarities = tree.balltree_neighbors(ball, embeddings, near, rows=rows, **options)
             sample = np.unique(np.linspace(0, len(rows) - 1, RECALL_SAMPLE).astype(np.int64))
             recall = tree.recall(found[sample], exact(rows[sample])[0])
+            on_anchors(len(rows))
         for part in group:
             mine = slice(*np.searchsorted(rows, [part.start, part.stop]))
             with parquet.writer(part.target, schemas.difficulty_part(cfg.data.neighbors), part.made) as out:
                 out.append({"neighbor_rows": found[mine], "neighbor_similarities": similarities[mine]})
                 out.facts = {"recall": recall}
-            yield part
+            cli.check_stop()
 
 
 def groups(todo: list[Part], total: int, together: int) -> Iterator[list[Part]]:

@@ -19,7 +19,7 @@ Traffic: N x D x 2 bytes for every tile of A anchors, from the host where the ve
 x 2 of candidates. Raises Stopped on a signal, between two tiles of anchors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -48,8 +48,10 @@ def exact_neighbors(
     rows: np.ndarray,
     memory_mb: float,
     device: torch.device,
+    on_anchors: Callable[[int], object] = lambda count: None,
 ) -> Neighbors:
-    """The neighbours of the anchors `rows` (n,) among all of `embeddings` (N, D), ties by row number."""
+    """The neighbours of the anchors `rows` (n,) among all of `embeddings` (N, D), ties by row number. `on_anchors`
+    is told how many more anchors have met all rows."""
     found_rows = np.full((len(rows), k), NO_ROW, np.int32)
     found_similarities = np.full((len(rows), k), NO_SIMILARITY, np.float32)
 
@@ -65,7 +67,7 @@ def exact_neighbors(
         crowded = []
         for places in _cut(left, size.together):
             anchors = np.asarray(rows[places], np.int64)
-            found = _collect(gallery, zones, anchors, k, size)
+            found = _collect(gallery, zones, anchors, k, size, on_anchors)
             for part in _cut(np.arange(len(places)), size.settled):
                 keep(places[part], *_settle(gallery, anchors[part], found, part, k, memory_mb))
             crowded.append(places[found.crowded.cpu().numpy()])
@@ -73,6 +75,7 @@ def exact_neighbors(
         left = np.concatenate(crowded) if crowded else left
         if not len(left):
             break
+        on_anchors = lambda count: None  # noqa: E731 - those that are left have been told
     for places in _cut(left, int(max(1, memory_mb * 2**20 // (96 * len(embeddings))))):
         keep(places, *_settle_crowded(gallery, zones, np.asarray(rows[places], np.int64), k, size, memory_mb))
     return found_rows, found_similarities
@@ -177,7 +180,14 @@ class _Collected:
         self.count += new
 
 
-def _collect(gallery: Gallery, zones: Zones, anchors: np.ndarray, k: int, size: Sizes) -> _Collected:
+def _collect(
+    gallery: Gallery,
+    zones: Zones,
+    anchors: np.ndarray,
+    k: int,
+    size: Sizes,
+    on_anchors: Callable[[int], object],
+) -> _Collected:
     """The rows that may be among the best k of each anchor (n,). Where the anchors are a run of rows, a score of
     two of them serves both: half of the products among them are saved."""
     n, count = len(gallery.embeddings), len(anchors)
@@ -197,6 +207,7 @@ def _collect(gallery: Gallery, zones: Zones, anchors: np.ndarray, k: int, size: 
             found.take(slice(first, first + len(some)), start, scores, across=False)
             if across:
                 found.take(slice(start - run[0], stop - run[0]), int(some[0]), scores, across=True)
+        on_anchors(len(some))
     return found
 
 

@@ -237,3 +237,13 @@ def test_balltree_on_few_dimensions_forgets_neighbours_and_recall_says_so():
 
 def test_recall_counts_only_what_there_is_to_find():
     assert recall(np.array([[4, 5, -1], [1, 2, 3]]), np.array([[5, 9, -1], [3, 1, 2]])) == 4 / 5
+
+
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16"])
+def test_progress_counts_each_anchor_once_also_those_that_are_searched_again(monkeypatch, dtypes):
+    monkeypatch.setattr(search, "fast_bfloat16", lambda device: dtypes == "bfloat16")
+    copies = np.repeat(np.random.default_rng(0).normal(size=(4, 16)), 50, axis=0)  # all of them are crowded
+    told, vectors = [], torch.from_numpy(copies.astype(np.float16))
+    options = {"k": 3, "rows": np.arange(200), "memory_mb": 64, "device": CPU}
+    exact_neighbors(vectors, zones_at(100.0 * np.arange(200)), on_anchors=told.append, **options)
+    assert sum(told) == 200
