@@ -83,6 +83,7 @@ def judged():
         found = pairs.pair(images, texts, 88)
         assert 2 * len(found.valid) + len(found.rejects) == len(files)
         assert len(found.valid) + found.causes.total() == len(images)
+        assert "partner_rejected" not in found.causes  # where the label is at fault, its reason
         return [(name, why.reason.value) for name, why in found.rejects], [image.name for image, *_ in found.valid]
 
     return judge
