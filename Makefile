@@ -49,9 +49,10 @@ $(DEMO)/backbone/config.json: $(VENV)
 test: $(VENV) lint  ## lint, then all tests
 	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder -q
 
-lint: $(VENV)  ## style, imports and formatting
+lint: $(VENV)  ## style, imports, formatting and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 bench: $(VENV)  ## time everything against its baselines, and write the README's table
 	@$(RUN) -c 'import faiss' 2>/dev/null || $(RUN) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[bench]'

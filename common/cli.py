@@ -111,7 +111,7 @@ def exit_code_of(main) -> int:
             errno.ENOTDIR: "this is a file, and a folder is wanted",
             errno.EEXIST: "this is a file, and a folder is wanted",
             errno.EIO: "the disk cannot be read or written here",
-        }.get(error.errno)
+        }.get(error.errno or 0)
         if advice is None:
             raise
         where = f" ({error.filename})" if error.filename else ""

@@ -233,8 +233,9 @@ def is_done(path: Path, made: Provenance, overwrite: bool) -> bool:
     return True
 
 
-def refuse_stale(path: Path, there: Provenance, made: Provenance, amount: str) -> None:
-    """Raise StaleArtefact if what stands at `path` is not what `made` would make. `amount`: what redoing costs."""
+def refuse_stale(path: Path | str, there: Provenance, made: Provenance, amount: str) -> None:
+    """Raise StaleArtefact if what stands at `path`, or in that database, is not what `made` would make. `amount`:
+    what redoing costs."""
     reasons = differences(there, made)
     if reasons:
         raise StaleArtefact(

@@ -113,7 +113,8 @@ def walk(path: Path, contents: bool = False) -> Iterator[Member]:
     compressed.
     """
     with _open(path) as file:
-        window = _FreshWindow(file.fileno(), CHUNK_BYTES) if contents else _Window(file.fileno(), _INDEX_BYTES)
+        fresh = _FreshWindow(file.fileno(), CHUNK_BYTES) if contents else None
+        window = fresh or _Window(file.fileno(), _INDEX_BYTES)
         _refuse_compressed(path, window.read(0, _BLOCK))
         file_bytes = os.fstat(file.fileno()).st_size
         shared: dict[str, bytes] = {}  # pax records that hold for all members
@@ -130,8 +131,8 @@ def walk(path: Path, contents: bool = False) -> Iterator[Member]:
             if end > file_bytes:
                 there = max(0, file_bytes - data)
                 raise Damage(at, f"{there:,} of {end - data:,} bytes are there of a member that begins", name)
-            if contents and kind == "file" and size <= MAX_CONTENT_BYTES:
-                member = _new(Member, (name, data, size, kind, window.view(data, size)))
+            if fresh and kind == "file" and size <= MAX_CONTENT_BYTES:
+                member = _new(Member, (name, data, size, kind, fresh.view(data, size)))
             yield member
             at = end + -end % _BLOCK
         _check_end(window, at)
@@ -196,19 +197,27 @@ class _Window:
 class _FreshWindow(_Window):
     """A window that takes new memory wherever it moves, so that views of it last."""
 
-    view = _Window.read  # of the buffer, which is a memoryview here
+    _memory = memoryview(b"")  # in place of the buffer
+
+    def view(self, offset: int, size: int) -> memoryview:
+        """As `read`, without a copy."""
+        at = offset - self._start
+        if at < 0 or offset + size > self._end:
+            self._move(offset, max(size, self._chunk))
+            at = 0
+        return self._memory[at : at + size]
 
     def read(self, offset: int, size: int) -> bytes:
         return bytes(self.view(offset, size))
 
     def _move(self, offset: int, size: int) -> None:
-        rest = self._buffer[offset - self._start :] if self._start <= offset else b""
-        buffer = memoryview(np.empty(size, np.uint8))  # not filled with zeros first, as a bytearray is
+        rest = self._memory[offset - self._start :] if self._start <= offset else b""
+        buffer = np.empty(size, np.uint8).data  # not filled with zeros first, as a bytearray is
         end = len(rest)
         buffer[:end] = rest
         while more := os.preadv(self._descriptor, [buffer[end:]], offset + end):
             end += more
-        self._buffer, self._start, self._end = buffer[:end], offset, offset + end
+        self._memory, self._start, self._end = buffer[:end], offset, offset + end
 
 
 @contextlib.contextmanager

@@ -26,7 +26,8 @@ class Zones(NamedTuple):
     )  # int32: the zone of b, itself included, is buildings[indptr[b]:indptr[b + 1]], ascending
 
     def rows_of(self, rows: np.ndarray, *, own: bool) -> Csr:
-        """The rows in the zone of each of `rows`, ascending, with those of its `own` building or without."""
+        """The rows in the zone of each of `rows`, ascending, with those of its `own` building or without: 8 bytes
+        for each row in each zone."""
         own_building = self.building_of_row[rows]
         first, last = self.indptr[own_building], self.indptr[own_building + 1]
         zone = self.buildings[ranges(first, last)]
@@ -58,17 +59,6 @@ def make_zones(building_of_row: np.ndarray, lat: np.ndarray, lon: np.ndarray, ra
     starts = np.append(firsts, len(building_of_row)).astype(np.int64)
     indptr, buildings = geo.within(np.asarray(lat)[firsts], np.asarray(lon)[firsts], radius_m)
     return Zones(building_of_row, starts, indptr, buildings)
-
-
-def ignored_rows(
-    building_of_row: np.ndarray, lat: np.ndarray, lon: np.ndarray, radius_m: float, rows: np.ndarray | None = None
-) -> Csr:
-    """The rows of other buildings within `radius_m` of each row's target (of each of `rows`, if given), ascending.
-
-    `building_of_row` as from `number_buildings`. Memory: 8 bytes for each row in each zone.
-    """
-    zones = make_zones(building_of_row, lat, lon, radius_m)
-    return zones.rows_of(np.arange(len(building_of_row)) if rows is None else np.asarray(rows), own=False)
 
 
 def ranges(first: np.ndarray, last: np.ndarray) -> np.ndarray:

@@ -53,7 +53,8 @@ class Report:
 
     def _lines(self, raw_dir: Path) -> tuple[list[pictures.Line], int, int]:
         """The sheet's lines, and how many of their images are missing, of how many."""
-        pairs = choose_pairs(*map(np.concatenate, zip(*self.kept, strict=True)), self.rng)
+        anchors, rows, similarities, offsets = map(np.concatenate, zip(*self.kept, strict=True))
+        pairs = choose_pairs(anchors, rows, similarities, offsets, self.rng)
         wanted = sorted({row for of_band in pairs for anchor, row, _ in of_band for row in (anchor, row)})
         places = parquet.read(self.train, ["tar_file", "image_offset", "image_size"]).take(wanted).to_pylist()
         images = {

@@ -32,7 +32,8 @@ class Gallery:
             raw = embeddings[start : start + _BLOCK_ROWS].to(device).float()
             self.scale[start : start + _BLOCK_ROWS] = 1 / raw.norm(dim=1).clamp(min=1e-12)
         self.tolerance = tolerance(dim)
-        self.vectors, self.shift = None, None
+        self.vectors: torch.Tensor | None = None
+        self.shift: torch.Tensor | None = None
         self.rounding = 0.0  # of a score, relative
         self.error = self.tolerance  # of a score, further to that
         if dtype != torch.float32:
@@ -78,7 +79,7 @@ class Gallery:
         scores = torch.empty((len(queries), -(-count // 8) * 8), dtype=self.dtype, device=self.device)
         scores[:, count:] = -torch.inf
         out = scores[:, :count]
-        if self.vectors is None:
+        if self.vectors is None or shift is None:  # both or neither
             torch.mm(queries, self.unit(block).T, out=out)
         else:
             torch.addmm(shift, queries, self.vectors[block].to(self.device).T, out=out)

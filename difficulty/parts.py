@@ -118,7 +118,9 @@ def refuse_missing(parts: list[Part]) -> None:
 
 def gather(cfg: Config, parts: list[Part]) -> list[dict]:
     """Calibrate the bands over all parts, stream the artefact, and report on the bands; returns their table."""
-    counts = sum(bands.histogram(ratio) for _, _, _, ratio in _read_parts(cfg, parts))
+    counts = bands.histogram(np.empty(0))
+    for _, _, _, ratio in _read_parts(cfg, parts):
+        counts += bands.histogram(ratio)
     if not np.any(counts):
         raise PipelineError(
             f"no image of {train_path(cfg)} has a neighbour outside its building and ignore zone\n"

@@ -29,7 +29,8 @@ from generate.pixels import Preprocessing, Undecodable, decode
 CHUNK = 8  # images that a thread prepares at once
 
 
-class Job(NamedTuple):
+@dataclass(frozen=True)
+class Job:
     """Images whose vectors belong together, in one file or in one row group."""
 
     name: Any  # whatever the caller knows it by
@@ -114,8 +115,10 @@ def embed(
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     rooms: SimpleQueue[torch.Tensor] = SimpleQueue()
     prepare = lambda job, start, stop: _prepare(job, start, stop, preprocessing, device, stream, rooms)  # noqa: E731
+    outputs: list[_Vectors] = []
+    rows: list[int] = []
+    failed: dict[int, str] = {}
     try:
-        outputs, rows, failed = [], [], {}
         times.lap()
         for batch in _prepared_ahead(jobs, pool, prepare, size, settings.threads):
             chunks = [_chunk(batch, number, prepare) for number in range(len(batch.parts))]
@@ -210,7 +213,7 @@ def _prepare(
             room = _room(rooms, preprocessing)
             return _Chunk(rows, preprocessing.into(room, decoded()), failed, None, room)
         with torch.cuda.stream(stream):
-            pixels = preprocessing(decoded(), device)
+            pixels = preprocessing.on_cuda(decoded(), device)
             return _Chunk(rows, pixels, failed, stream.record_event(), None)
 
 

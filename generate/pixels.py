@@ -100,6 +100,10 @@ class Preprocessing:
         """(N, 3, H, W) float32 on `device`, of N images, (h, w, 3) uint8 of any sizes."""
         if device.type == "cpu":
             return self.into(self.room(len(images)), images)
+        return self.on_cuda(images, device)
+
+    def on_cuda(self, images: Iterable[np.ndarray], device: torch.device) -> torch.Tensor:
+        """The same as a call there, of images that come one by one."""
         runs = groupby(images, key=np.shape)  # neighbours of one size go together
         shrunk = [self._shrink(_to_cuda(list(run), device)) for _, run in runs]
         if not shrunk:

@@ -59,7 +59,8 @@ def draw(groups: list[Group], sources: Sources, raw_dir: Path) -> bytes:
 
 def _pictures(rows: list[int], sources: Sources, raw_dir: Path) -> dict[int, Image.Image]:
     """Small pictures of some rows of the metadata, read by offset."""
-    found, end = {}, 0
+    found: dict[int, Image.Image] = {}
+    end = 0
     for source in sources.of_tar:
         start, end = end, end + source.num_rows
         wanted = [row for row in rows if start <= row < end]
@@ -73,7 +74,8 @@ def _pictures(rows: list[int], sources: Sources, raw_dir: Path) -> dict[int, Ima
         tar = raw_dir / place["tar_file"][0].as_py()
         contents = tars.read_members(tar, place["image_offset"].to_pylist(), place["image_size"].to_pylist())
         for row, content in zip(wanted, contents, strict=True):
-            found[row] = pictures.small(content)
-            if found[row] is None:
+            picture = pictures.small(content)
+            if picture is None:
                 raise PipelineError(f"{tar} has no longer the images that process_tar.py found in it")
+            found[row] = picture
     return found

@@ -67,9 +67,9 @@ def write(
     """
     ids = parquet.read(intermediates, ["streetview_image_id", "building_id"])
     place = parquet.read(intermediates, ["image_offset", "image_size", "content_hash"])
-    columns = [column.to_numpy() for column in place.columns]
-    chunks = [[column[i : i + CHUNK] for column in columns] for i in range(0, len(ids), CHUNK)]
-    hashes = [pool.submit(hash_members, tar, *chunk, method) for chunk in chunks]
+    offsets, sizes, contents = (column.to_numpy() for column in place.columns)
+    chunks = [slice(start, start + CHUNK) for start in range(0, len(ids), CHUNK)]
+    hashes = [pool.submit(hash_members, tar, offsets[c], sizes[c], contents[c], method) for c in chunks]
     try:
         with parquet.writer(path, schemas.FINGERPRINTS, made) as out:
             for number, future in enumerate(hashes):

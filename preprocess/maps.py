@@ -45,7 +45,8 @@ def _draw_panel(axis, cells: pd.DataFrame, cell_m: float) -> None:
     lat, lon = geo.cell_corners(cells["cell"].to_numpy(), cell_m)
     corners = np.stack([lon[:, [0, 1, 1, 0]], lat[:, [0, 0, 1, 1]]], axis=-1)  # (cells, 4, 2)
     colours = [COLOURS[name] for name in cells["split"]]
-    axis.add_collection(PolyCollection(corners, facecolors=colours, edgecolors="white", linewidths=0.3))
+    squares = PolyCollection(corners, facecolors=colours, edgecolors="white", linewidths=0.3)  # type: ignore[arg-type] # it takes arrays, too
+    axis.add_collection(squares)
     axis.set_aspect(1 / np.cos(np.radians(lat.mean())))
     axis.autoscale_view()
     axis.ticklabel_format(useOffset=False)

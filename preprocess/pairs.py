@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from common import tars
 from common.schemas import Reject
@@ -25,10 +25,13 @@ class Text(NamedTuple):
     found: Label | Rejected
 
 
+_File = TypeVar("_File", Image, Text)
+
+
 class Pairs(NamedTuple):
     """Every image and label of a tar is in exactly one pair, or has a row among the rejects."""
 
-    valid: list[tuple[Image, Text]]  # in the order of the images
+    valid: list[tuple[Image, Jpeg, Label]]  # in the order of the images
     rejects: list[tuple[str, Rejected]]  # (member, why)
     causes: Counter  # reason -> images that were rejected for it, or since their label was
     num_renamed: int  # valid pairs whose name has other ids than the label, which counts
@@ -47,35 +50,45 @@ def pair(images: Iterable[Image], texts: Iterable[Text], dataset_id: int | None)
     Where a stem comes several times, its n-th image belongs to its n-th label. Of images with one id the first
     one that is valid stays.
     """
-    image_of, text_of = _by_stem(images), _by_stem(texts)
+    text_of = _by_stem(texts)
     pairs = Pairs([], [], Counter(), 0)
     seen: set[int] = set()
     renamed = 0
-    for key in [*image_of, *(key for key in text_of if key not in image_of)]:
-        image, text = image_of.get(key), text_of.get(key)
-        why_image, why_text = _judge(image, text, key[1], dataset_id)
-        if not why_image and not why_text:
-            label = text.found
-            if label.patch_id in seen:
-                why_image = Rejected(Reject.DUPLICATE_ID, f"{label.dataset_id:04d}_{label.patch_id}")
-                why_text = _partner(image, why_image)
-            else:
-                seen.add(label.patch_id)
-                pairs.valid.append((image, text))
-                renamed += label[:4] != text.ids
-        if why_image:
-            pairs.rejects.append((image.name, why_image))
-            own = why_image.reason is not Reject.PARTNER_REJECTED
-            pairs.causes[(why_image if own else why_text).reason.value] += 1
-        if why_text:
-            pairs.rejects.append((text.name, why_text))
+    for key, image in _by_stem(images).items():
+        text, jpeg = text_of.pop(key, None), image.found
+        if text is None:
+            why = jpeg if isinstance(jpeg, Rejected) else _alone(key[1], Reject.LABEL_MISSING)
+            pairs.rejects.append((image.name, why))
+            pairs.causes[why.reason.value] += 1
+            continue
+        label = _checked(text, dataset_id)
+        if isinstance(jpeg, Rejected):
+            cause = why_image = jpeg
+            why_text = label if isinstance(label, Rejected) else _partner(image, jpeg)
+        elif isinstance(label, Rejected):
+            cause = why_text = label
+            why_image = _partner(text, label)
+        elif label.patch_id in seen:
+            cause = why_image = Rejected(Reject.DUPLICATE_ID, f"{label.dataset_id:04d}_{label.patch_id}")
+            why_text = _partner(image, why_image)
+        else:
+            seen.add(label.patch_id)
+            pairs.valid.append((image, jpeg, label))
+            renamed += label[:4] != text.ids
+            continue
+        pairs.rejects.extend([(image.name, why_image), (text.name, why_text)])
+        pairs.causes[cause.reason.value] += 1
+    for key, text in text_of.items():  # those that are left have no image
+        label = _checked(text, dataset_id)
+        why = label if isinstance(label, Rejected) else _alone(key[1], Reject.IMAGE_MISSING)
+        pairs.rejects.append((text.name, why))
     return pairs._replace(num_renamed=renamed)
 
 
-def columns(valid: list[tuple[Image, Text]], tar_file: str) -> dict[str, Sequence]:
+def columns(valid: list[tuple[Image, Jpeg, Label]], tar_file: str) -> dict[str, Sequence]:
     """The columns of the intermediates (see schemas.INTERMEDIATES)."""
-    images, labels = [image for image, _ in valid], [text.found for _, text in valid]
-    table = _transposed(labels, Label) | _transposed([image.found for image in images], Jpeg)
+    images, labels = [image for image, _, _ in valid], [label for _, _, label in valid]
+    table = _transposed(labels, Label._fields) | _transposed([jpeg for _, jpeg, _ in valid], Jpeg._fields)
     table["building_id"] = [f"{label.dataset_id:04d}_{label.target_id}" for label in labels]
     table["streetview_image_id"] = [f"{label.dataset_id:04d}_{label.patch_id}" for label in labels]
     table["tar_file"] = [tar_file] * len(valid)
@@ -85,13 +98,13 @@ def columns(valid: list[tuple[Image, Text]], tar_file: str) -> dict[str, Sequenc
     return table
 
 
-def _transposed(rows: list[tuple], kind: type) -> dict[str, Sequence]:
-    """A column for each field of the named tuples in `rows`."""
-    columns = zip(*rows, strict=True) if rows else [()] * len(kind._fields)
-    return dict(zip(kind._fields, columns, strict=True))
+def _transposed(rows: Sequence[tuple], names: tuple[str, ...]) -> dict[str, Sequence]:
+    """A column for each field, which has a name, of the tuples in `rows`."""
+    columns = zip(*rows, strict=True) if rows else [()] * len(names)
+    return dict(zip(names, columns, strict=True))
 
 
-def _by_stem(files: Iterable) -> dict[tuple[str, int], Image | Text]:
+def _by_stem(files: Iterable[_File]) -> dict[tuple[str, int], _File]:
     """(stem, how many files of this stem came before) -> file."""
     counts: defaultdict[str, int] = defaultdict(int)
     found = {}
@@ -102,34 +115,19 @@ def _by_stem(files: Iterable) -> dict[tuple[str, int], Image | Text]:
     return found
 
 
-def _judge(
-    image: Image | None, text: Text | None, number: int, dataset_id: int | None
-) -> tuple[Rejected | None, Rejected | None]:
-    """Why the image and why the label cannot be used; None for one that can, or that is not there.
-
-    `number`: of files with the same stem before these.
-    """
-    why_image = image.found if image and isinstance(image.found, Rejected) else None
-    why_text = text and _wrong_with(text, dataset_id)
-    if text is None and not why_image:
-        why_image = Rejected(Reject.DUPLICATE_ID if number else Reject.LABEL_MISSING)
-    if image is None and not why_text:
-        why_text = Rejected(Reject.DUPLICATE_ID if number else Reject.IMAGE_MISSING)
-    if image and text:
-        if why_text and not why_image:
-            why_image = _partner(text, why_text)
-        elif why_image and not why_text:
-            why_text = _partner(image, why_image)
-    return why_image, why_text
+def _alone(number: int, missing: Reject) -> Rejected:
+    """Why a file without a partner cannot be used. `number`: of files with the same stem before it."""
+    return Rejected(Reject.DUPLICATE_ID if number else missing)
 
 
-def _wrong_with(text: Text, dataset_id: int | None) -> Rejected | None:
+def _checked(text: Text, dataset_id: int | None) -> Label | Rejected:
+    """The label, unless it is of another dataset than the tar."""
     if isinstance(text.found, Rejected):
         return text.found
     for where, found in (("label", text.found.dataset_id), ("name", text.ids.dataset_id)):
         if found != dataset_id:
             return Rejected(Reject.DATASET_MISMATCH, f"dataset {found} in the {where}, {dataset_id} in the tar")
-    return None
+    return text.found
 
 
 def _partner(other: Image | Text, why: Rejected) -> Rejected:

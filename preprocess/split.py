@@ -56,7 +56,7 @@ def decide(images: Images, data: Data, seed: int) -> Decision:
     split = np.full(len(images), NONE, np.int8)
     why = np.full(len(images), -1, np.int8)
     rows = np.arange(len(images))  # still there
-    dropped = {}
+    dropped: dict[str, int] = {}
 
     def drop(reason: str, bad: np.ndarray) -> None:
         nonlocal rows
@@ -67,7 +67,8 @@ def decide(images: Images, data: Data, seed: int) -> Decision:
 
     drop("embedding_missing", ~images.has_embedding)
     hashes = images.phash, images.dhash
-    near = duplicates.within_buildings(building[rows], *(h[rows] for h in hashes), data.dedup_max_hamming)
+    phash, dhash = (h[rows] for h in hashes)
+    near = duplicates.within_buildings(building[rows], phash, dhash, data.dedup_max_hamming)
     like = np.full(len(images), -1, np.int32)
     like[rows] = np.where(near < 0, -1, rows[near]) if len(rows) else near
     drop("duplicate_within_building", near >= 0)

@@ -24,6 +24,7 @@ def main(argv=None) -> int:
     cfg = cli.load_config(args)
     import json
 
+    import numpy as np
     import pandas as pd
 
     from common import config, files, parquet, provenance, schemas
@@ -38,7 +39,8 @@ def main(argv=None) -> int:
     if parquet.is_done(table, made, args.overwrite) and page.exists() and totals.exists():
         return cli.nothing_to_do("summarize_ids", f"{cfg.paths.summary_dir}")
 
-    rows, places, spread = [], [], {}
+    rows, places = [], []
+    spread: dict[str, dict[str, np.ndarray]] = {}
     total = sum(parquet.num_rows(path) for path, _ in sources)
     with cli.Progress("summarize_ids", "image", total, cfg.logging.progress_interval_s) as progress:
         for path, split in sources:

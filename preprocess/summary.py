@@ -3,6 +3,7 @@
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import matplotlib
@@ -18,7 +19,7 @@ _VIEWS_EDGES = np.append(np.arange(1, 21), np.inf)  # the last bin: 20 views or 
 _DISTANCE_EDGES_M = np.append(np.arange(0.0, 201.0, 5.0), np.inf)
 _HEADING_EDGES_DEG = np.arange(0.0, 361.0, 10.0)
 _INK = "#0a0b0c"  # drawn with this, then replaced by the page's text colour
-_STYLE = {
+_STYLE: dict[Any, Any] = {  # matplotlib's own type lists the names of all settings
     "svg.fonttype": "none",  # text stays text: small, and in the page's font
     "svg.hashsalt": "summary",
     "font.size": 9,

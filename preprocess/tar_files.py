@@ -13,12 +13,15 @@ from common.errors import PipelineError
 from common.provenance import Provenance
 from common.schemas import Reject
 from preprocess import jpegs, labels, pairs
+from preprocess.jpegs import Jpeg
 from preprocess.labels import Label, Rejected
 from preprocess.pairs import Image, Pairs, Text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
 LABEL_SUFFIX = ".txt"
 _SUFFIXES = (LABEL_SUFFIX, *IMAGE_SUFFIXES)
+_Place = tuple[str, str, int, int]  # name, stem, offset and size of an image
+_Unchecked = tuple[str, str, int, int, memoryview | None]  # the same, and the JPEG
 _BATCH_IMAGES = 8  # handed to a thread at once: few, so that all threads end together
 _BATCH_BYTES = 16 * 2**20  # of the tar, from a batch's first image to its last: what it may keep in memory
 
@@ -64,8 +67,8 @@ class Readers:
         up to which byte of the tar; what it raises ends the reading.
         """
         files = TarFiles()
-        batch: list[tuple] = []  # (name, stem, offset, size, JPEG) of images
-        waiting: deque[tuple[list[tuple], Future]] = deque()
+        batch: list[_Unchecked] = []
+        waiting: deque[tuple[list[_Place], Future[list[Jpeg | Rejected]]]] = deque()
 
         def collect() -> None:
             places, future = waiting.popleft()
@@ -76,7 +79,7 @@ class Readers:
 
         def submit() -> None:
             future = self._pool.submit(_inspect_all, [content for *_, content in batch])
-            waiting.append(([place for *place, _ in batch], future))
+            waiting.append(([image[:4] for image in batch], future))
             batch.clear()
             if len(waiting) > self._max_waiting:
                 collect()
@@ -104,13 +107,13 @@ class Readers:
         return files
 
 
-def _inspect_all(contents: list[memoryview | None]) -> list[jpegs.Jpeg | Rejected]:
+def _inspect_all(contents: list[memoryview | None]) -> list[Jpeg | Rejected]:
     absent = Rejected(Reject.JPEG_CORRUPT, "not a file, or far too large")
     return [absent if content is None else jpegs.inspect(content) for content in contents]
 
 
-def _take(files: TarFiles, member: tars.Member) -> tuple | None:
-    """Note a member that is no image; of an image (name, stem, offset, size, JPEG), the JPEG being unchecked."""
+def _take(files: TarFiles, member: tars.Member) -> _Unchecked | None:
+    """Note a member that is no image; return an image, its JPEG being unchecked."""
     name, offset, size, _, content = member
     stem, suffix = pairs.split_name(name)
     if suffix not in _SUFFIXES:
@@ -175,8 +178,6 @@ def account(tar: Path, files: TarFiles, found: Pairs) -> dict:
         "labels": len(found.valid),
         "rejects": len(found.rejects),
         "other": files.num_other,
-        "rejected": dict(sorted(reasons.items())),
-        "renamed": found.num_renamed,
     }
     used = counts["images"] + counts["labels"] + counts["rejects"] + counts["other"]
     if used != counts["members"]:
@@ -184,7 +185,7 @@ def account(tar: Path, files: TarFiles, found: Pairs) -> dict:
             f"{tar} has {counts['members']:,} members, but {used:,} images, labels, rejects and other files: "
             "a bug in preprocess/tar_files.py"
         )
-    return counts
+    return {**counts, "rejected": dict(sorted(reasons.items())), "renamed": found.num_renamed}
 
 
 def failure(tar: Path, files: TarFiles, counts: dict, max_reject_share: float) -> str:

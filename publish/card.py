@@ -32,6 +32,7 @@ _LICENCES = {  # of the backbone's weights: prefix of its name on the hub -> fie
 
 def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocessing: Preprocessing) -> None:
     """README.md in `folder`. `metrics`: see train/evaluate.py."""
+    terms = licence(cfg.embedding_model.name)
     data = ModelCardData(
         model_name=folder_name(cfg),
         library_name="transformers",
@@ -39,7 +40,9 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
         tags=["image-retrieval", "visual-place-recognition", "street-view", "buildings"],
         base_model=None if is_folder(cfg.embedding_model.name) else cfg.embedding_model.name,
         eval_results=results(metrics),
-        **licence(cfg.embedding_model.name),
+        license=terms["license"],
+        license_name=terms.get("license_name"),
+        license_link=terms.get("license_link"),
     )
     shown = [key for key in METRICS if key in metrics["methods"]["trained"]]
     card = ModelCard.from_template(

@@ -51,14 +51,14 @@ def main(argv=None) -> int:
     from publish import inference, retrieval, sources
 
     folder = inference.folder_of(cfg, args.model)
-    gallery = query = None  # read before the model is loaded: a mistake shows at once
-    if args.command == "search" and args.query is None:
+    query = None
+    if args.command == "compare":  # read before the model is loaded: a mistake shows at once
+        pair = [retrieval.Photograph(name, sources.read_image(name)) for name in (args.first, args.second)]
+    elif args.query is None:
         gallery = sources.of_split(cfg.paths.merged_dir / "test.parquet", cfg.paths.raw_dir, args.limit)
-    elif args.command == "search":
+    else:
         query = retrieval.Photograph(args.query, sources.read_image(args.query))
         (gallery,) = sources.groups(args.gallery, cfg.paths.raw_dir)
-    else:
-        pair = [retrieval.Photograph(name, sources.read_image(name)) for name in (args.first, args.second)]
 
     device = devices.pick(cfg.infrastructure.device)
     published = inference.load(folder, backbone.resolve_dtype(cfg.embedding_model.dtype, device), device)

@@ -81,9 +81,10 @@ class SpatialEmbeddingsModel(PreTrainedModel):
     config_class = SpatialEmbeddingsConfig
     base_model_prefix = "spatial_embeddings"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True  # where the backbone does
-    _keep_in_fp32_modules_strict = ("head",)  # a thousandth of the weights, and whitening amplifies rounding
+    # a thousandth of the weights, and whitening amplifies rounding
+    _keep_in_fp32_modules_strict = {"head"}  # noqa: RUF012 - transformers has it so
 
     def __init__(self, config: SpatialEmbeddingsConfig):
         super().__init__(config)

@@ -89,7 +89,7 @@ def write_model(folder: Path, settings: EmbeddingModel, checkpoint_path: Path, c
     with torch.device("meta"):  # only the frame: the weights are there already
         model = SpatialEmbeddingsModel(config)
     model.backbone, model.head = loaded.model, head_of(checkpoint)
-    config.backbone_config.dtype = loaded.model.dtype
+    loaded.model.config.dtype = loaded.model.dtype  # the backbone's configuration in `config`
     model.eval().save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     for weights in folder.glob("*.safetensors"):  # made readable by their owner alone
         shutil.copymode(folder / "config.json", weights)

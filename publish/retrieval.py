@@ -28,7 +28,7 @@ MAX_COLUMNS = 8  # of the picture: wider than a screen is no use
 
 class Photograph(NamedTuple):
     name: str
-    encoded: bytes  # a JPEG, PNG, ...
+    encoded: bytes | None  # a JPEG, PNG, ...; None: cannot be read
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,8 @@ def parts_of(path: Path, out: Path, column: str | None, size: int, model: dict) 
     chosen, holds_images, others = _usable(path, schema, column)
     settings = {**model, "column": chosen, "data.rows_per_part": size}
     made = provenance.record("generate_embeddings_from_parquet", settings, {path.name: _identity(path)})
-    found, first, start = [], 0, 0
+    found: list[Table] = []
+    first = start = 0
     for group in range(max(len(group_rows), 1)):
         count = sum(group_rows[first : group + 1])
         if count >= size or group + 1 >= len(group_rows):
@@ -166,7 +167,8 @@ def embed_images(
 
 
 def _write_vectors(table: Table, results: Iterable[loop.Result], dim: int) -> None:
-    failed, start = {}, table.start
+    failed: dict[str, str] = {}
+    start = table.start
     with parquet.writer(table.target, table.schema(dim), table.made) as out:
         for result in results:
             numbers = pa.array([f"row {start + row}" for row in range(result.job.count)])

@@ -62,9 +62,10 @@ def is_done(step, task: int, cfg: Config) -> bool:
     if step.name == "neighbor_parts" and all(a.is_done(cfg) for a in _difficulty(cfg)):
         return True
     if step.resources == "fetch_best_and_train":
-        cfg = _with_best_trial(cfg)
-        if cfg is None:
+        best = _with_best_trial(cfg)
+        if best is None:
             return False
+        cfg = best
     made = of_task(step, task, cfg)
     return made is not None and all(artefact.is_done(cfg) for artefact in made)
 

@@ -155,13 +155,14 @@ def progress_of(step, tasks: list[Task], cfg, now_s: float) -> dict:
         return {"done": done, "total": total, "unit": "epochs" if step.name == "train" else "trials"}
     made = [artefacts.of_task(step, number, cfg) for number in range(step.tasks)]
     every = [artefact for files in made if files is not None for artefact in files]
-    done = [artefact.path for artefact in every if artefact.is_done(cfg)]
-    progress = {"done": len(done), "total": None if None in made else len(every), "unit": "files"}
+    finished = [artefact.path for artefact in every if artefact.is_done(cfg)]
+    known = None not in made
+    progress = {"done": len(finished), "total": len(every) if known else None, "unit": "files"}
     starts = [task.log.first_start_s for task in tasks if task.log.first_start_s]
     if not starts or not any(task.state == "running" for task in tasks):
         return progress
     began = min(starts)
-    per_s = sum(path.stat().st_mtime >= began for path in done) / max(now_s - began, 1)
-    if per_s and progress["total"]:
-        progress |= {"per_hour": 3600 * per_s, "seconds_left": (progress["total"] - len(done)) / per_s}
-    return progress
+    per_s = sum(path.stat().st_mtime >= began for path in finished) / max(now_s - began, 1)
+    if not per_s or not known:
+        return progress
+    return {**progress, "per_hour": 3600 * per_s, "seconds_left": (len(every) - len(finished)) / per_s}

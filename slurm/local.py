@@ -52,10 +52,11 @@ def run(commands: list[tuple], jobs: int) -> int:
     One at a time they talk to the terminal; otherwise what each has said is printed at its end. SIGTERM is passed
     on to those that run, and ends the chain with 85.
     """
-    waiting, running, code = list(enumerate(commands, 1)), [], 0
+    running: list[_Task] = []
+    waiting, code = list(enumerate(commands, 1)), 0
     with _passed_on(running) as stopped:
         while (waiting and not code and not stopped) or running:
-            unfinished = {step.name for _, (step, _) in waiting} | {task.step.name for task in running}
+            unfinished = {step.name for _, (step, _) in waiting} | {task.step for task in running}
             ready = [item for item in waiting if not unfinished & set(item[1][0].needs)]
             for item in ready[: jobs - len(running)] if not code and not stopped else ():
                 number, (step, command) = item
@@ -68,9 +69,9 @@ def run(commands: list[tuple], jobs: int) -> int:
                 _tell_output(task)
                 if task.process.returncode and not code and not stopped:
                     code = task.process.returncode
-                    stop = f"the chain stopped at {task.step.name} (exit code {code})"
+                    stop = f"the chain stopped at {task.step} (exit code {code})"
                     print(f"{stop}: mend that, and the same command continues there", file=sys.stderr)
-                    print(f"that stage by itself: {shlex.join(task.process.args)}", file=sys.stderr)
+                    print(f"that stage by itself: {shlex.join(task.command)}", file=sys.stderr)
     if stopped:
         raise Stopped
     return code if code >= 0 else 1
@@ -80,19 +81,20 @@ class _Task(NamedTuple):
     """A command that runs."""
 
     title: str
-    step: object  # submit.Step
+    step: str  # its name
+    command: list[str]
     process: subprocess.Popen
     output: BinaryIO | None  # what it says, where several run at once
 
 
 def _start(title: str, step, command: list[str], jobs: int) -> _Task:
     if jobs == 1:
-        return _Task(title, step, subprocess.Popen(command, cwd=ROOT), None)
+        return _Task(title, step.name, command, subprocess.Popen(command, cwd=ROOT), None)
     threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `_tell_output`
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    return _Task(title, step, process, output)
+    return _Task(title, step.name, command, process, output)
 
 
 def _tell_output(task: _Task) -> None:
@@ -100,7 +102,7 @@ def _tell_output(task: _Task) -> None:
         with task.output:
             task.output.seek(0)
             print(
-                f"{task.title} {task.step.name}:\n{task.output.read().decode(errors='replace')}",
+                f"{task.title} {task.step}:\n{task.output.read().decode(errors='replace')}",
                 end="",
                 flush=True,
             )

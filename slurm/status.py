@@ -201,7 +201,8 @@ def on_screen(run: dict, width: int | None, height: int) -> str:
 
 def terminal() -> tuple[int | None, int]:
     """Columns and lines of the terminal; (None, 0) where the output goes elsewhere."""
-    return tuple(shutil.get_terminal_size()) if sys.stdout.isatty() else (None, 0)
+    columns, lines = shutil.get_terminal_size()
+    return (columns, lines) if sys.stdout.isatty() else (None, 0)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def write_checkpoint(cfg, seed: int = 0, hidden: int = HIDDEN, out: int = OUT) -
     buildings = zones.number_buildings(train["target_id"].to_numpy())
     baselines = {
         "pca": whitening.pca(embeddings, out),
-        "whitening": whitening.learned_whitening(embeddings, buildings, out, 1e-2),
+        "whitening": whitening.whiten(whitening.moments(embeddings, buildings), out, 1e-2),
     }
     baselines = {
         name: {"mean": torch.tensor(mean).float(), "projection": torch.tensor(projection).float()}

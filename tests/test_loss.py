@@ -101,7 +101,7 @@ def test_the_temperature_is_learned_but_not_below_its_limit():
     raw, _, positive, negative = random_batch(0)
     for temperature, learns in ((0.1, True), (0.001, False)):
         module = loss.Loss("infonce", 0.1, temperature, mines=False)
-        module(unit(raw), positive, negative)[0].backward()
+        module(unit(raw), (positive, negative))[0].backward()
         assert (module.log_temperature.grad.abs() > 0) == learns
 
 
@@ -137,7 +137,7 @@ def test_every_loss_is_finite_and_pulls_when_nothing_may_be_contrasted_across_tr
     raw, _, positive, negative = random_batch(1)
     negative = negative & False
     negative[torch.arange(24), torch.arange(48, 72)] = True  # its own negative is always one
-    value, semi_hard = loss.Loss(name, 0.1, 0.1, mines)(unit(raw), positive, negative)
+    value, semi_hard = loss.Loss(name, 0.1, 0.1, mines)(unit(raw), (positive, negative))
     gradient = torch.autograd.grad(value, raw)[0]
     assert torch.isfinite(gradient).all()
     assert torch.isfinite(value)

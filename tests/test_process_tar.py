@@ -83,7 +83,8 @@ def judged():
         found = pairs.pair(images, texts, 88)
         assert 2 * len(found.valid) + len(found.rejects) == len(files)
         assert len(found.valid) + found.causes.total() == len(images)
-        return [(name, why.reason.value) for name, why in found.rejects], [image.name for image, _ in found.valid]
+        assert "partner_rejected" not in found.causes  # where the label is at fault, its reason
+        return [(name, why.reason.value) for name, why in found.rejects], [image.name for image, *_ in found.valid]
 
     return judge
 
@@ -367,7 +368,7 @@ def test_no_damage_breaks_the_accounting(tmp_path, form):
             judged = tar_files.pair(found, tar_files.dataset_of(path, found))
             counts = tar_files.account(path, found, judged)  # raises if the identity does not hold
             assert counts["images"] <= 6
-            kept = {text.found.patch_id for _, text in judged.valid}
+            kept = {label.patch_id for *_, label in judged.valid}
             assert kept >= {n for n, end in pair_ends.items() if end <= start}  # all before the damage
             assert counts["members"] == counts["images"] + counts["labels"] + counts["rejects"] + counts["other"]
             if length <= len(whole.rstrip(b"\0")):

@@ -54,7 +54,7 @@ def test_moments_equal_the_pairs_written_out(block_rows, monkeypatch):
 
 def test_whitened_differences_are_white_and_the_axes_are_those_of_the_generalised_eigenproblem():
     embeddings, building_of_row = buildings(np.random.default_rng(1))
-    mean, projection = whitening.learned_whitening(embeddings, building_of_row, 4, shrinkage=1e-2)
+    mean, projection = whitening.whiten(whitening.moments(embeddings, building_of_row), 4, shrinkage=1e-2)
     expected_mean, total, within = pairs_written_out(embeddings, building_of_row)
     shrunk = within + 1e-2 * np.trace(within) / 6 * np.eye(6)
     np.testing.assert_allclose(mean, expected_mean, atol=1e-12)
@@ -66,7 +66,7 @@ def test_whitened_differences_are_white_and_the_axes_are_those_of_the_generalise
 
 def test_whitening_finds_buildings_better_than_the_raw_vectors():
     embeddings, building_of_row = buildings(np.random.default_rng(2), count=300, dim=12, noise=1.0)
-    mean, projection = whitening.learned_whitening(embeddings, building_of_row, 12, 1e-2)
+    mean, projection = whitening.whiten(whitening.moments(embeddings, building_of_row), 12, 1e-2)
 
     def nearest_is_right(x):
         similarities = unit(x) @ unit(x).T
@@ -79,10 +79,11 @@ def test_whitening_finds_buildings_better_than_the_raw_vectors():
 def test_fewer_rows_than_dimensions_and_buildings_whose_images_are_all_equal():
     rng = np.random.default_rng(3)
     few = rng.normal(size=(6, 32)).astype(np.float16)
-    _, projection = whitening.learned_whitening(few, np.repeat([0, 1, 2], 2), 8, 1e-3)
+    _, projection = whitening.whiten(whitening.moments(few, np.repeat([0, 1, 2], 2)), 8, 1e-3)
     assert projection.shape == (8, 32)
     assert np.isfinite(projection).all()
-    _, projection = whitening.learned_whitening(np.repeat(few, 2, axis=0), np.repeat(np.arange(6), 2), 8, 1e-3)
+    equal = whitening.moments(np.repeat(few, 2, axis=0), np.repeat(np.arange(6), 2))
+    _, projection = whitening.whiten(equal, 8, 1e-3)
     np.testing.assert_allclose(projection @ projection.T, np.eye(8), atol=1e-9)  # nothing to whiten: plain PCA
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common import geo
-from common.zones import ignored_rows, make_zones, number_buildings, ranges
+from common.zones import make_zones, number_buildings, ranges
 
 METRES = 1 / geo.METRES_PER_DEGREE
 
@@ -16,22 +16,23 @@ def lists(csr):
     return [indices[first:last].tolist() for first, last in pairwise(indptr)]
 
 
+def ignored(building, lat, lon, radius_m):
+    """For each row the rows of other buildings in its zone."""
+    return lists(make_zones(building, lat, lon, radius_m).rows_of(np.arange(len(building)), own=False))
+
+
 def test_zones_that_one_can_see():
     building = number_buildings(np.array([88, 88, 88, 88, 89]), np.array([1, 1, 2, 3, 3]))
     assert building.tolist() == [0, 0, 1, 2, 3]  # target 3 of data set 89 is another than that of 88
     lat = np.array([0, 0, 20, 40, 40_000]) * METRES
-    ignored = ignored_rows(building, lat, np.zeros(5), 25)
-    assert lists(ignored) == [[2], [2], [0, 1, 3], [2], []]
-    assert lists(ignored_rows(building, lat, np.zeros(5), 25, rows=np.array([3, 0]))) == [[2], [2]]
-    assert lists(make_zones(building, lat, np.zeros(5), 25).rows_of(np.array([1, 4]), own=True)) == [
-        [0, 1, 2],
-        [4],
-    ]
+    assert ignored(building, lat, np.zeros(5), 25) == [[2], [2], [0, 1, 3], [2], []]
+    zones = make_zones(building, lat, np.zeros(5), 25)
+    assert lists(zones.rows_of(np.array([3, 0]), own=False)) == [[2], [2]]
+    assert lists(zones.rows_of(np.array([1, 4]), own=True)) == [[0, 1, 2], [4]]
 
 
 def test_points_on_one_spot_are_in_each_others_zone_though_the_radius_is_0():
-    ignored = ignored_rows(np.array([0, 1, 2]), np.array([0, 0, 1.0]), np.zeros(3), 0.0)
-    assert lists(ignored) == [[1], [0], []]
+    assert ignored(np.array([0, 1, 2]), np.array([0, 0, 1.0]), np.zeros(3), 0.0) == [[1], [0], []]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -42,7 +43,7 @@ def test_equals_all_pairs_on_a_random_map(seed):
     xyz_m = geo.to_xyz_m(lat, lon)
     near = np.linalg.norm(xyz_m[:, None] - xyz_m[None], axis=-1) <= 40
     expected = near & (building[:, None] != building[None])
-    assert lists(ignored_rows(building, lat, lon, 40)) == [np.flatnonzero(row).tolist() for row in expected]
+    assert ignored(building, lat, lon, 40) == [np.flatnonzero(row).tolist() for row in expected]
 
 
 def test_ranges_one_after_the_other():

@@ -72,8 +72,9 @@ class Store:
 
     def clear(self) -> None:
         """Remove what an earlier run left."""
-        for name in NAMES:
-            (self.run_dir / name).unlink(missing_ok=True)
+        if self.run_dir is not None:
+            for name in NAMES:
+                (self.run_dir / name).unlink(missing_ok=True)
 
     def best(self, run) -> dict:
         """The content of checkpoint_best.pt."""

@@ -41,6 +41,7 @@ class Feed:
 
     def take(self) -> tuple[Batch, torch.Tensor]:
         """The batch that was drawn, and the raw embeddings (3A, D) of its rows."""
+        assert self._ahead is not None  # nothing was drawn
         (batch, embeddings), self._ahead = self._ahead, None
         if self._stream is not None:
             current = torch.cuda.current_stream(self.rows.device)

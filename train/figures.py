@@ -5,6 +5,7 @@ Each function returns markup with an alternative text; none touches matplotlib's
 
 import io
 import re
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,7 +19,7 @@ _LINES = {"raw": ":", "pca": "-.", "whitening": "--", "trained": "-"}  # told ap
 _FURTHER_COLOURS = ("#3a9d4e", "#d4483b", "#12a5a5", "#c2a800", "#d667a8", "#7a5a40")
 _MARKERS = "osD^vP"
 MAX_CLASSES = 12  # bars that fit a figure
-_STYLE = {
+_STYLE: dict[Any, Any] = {  # matplotlib's own type lists the names of all settings
     "svg.fonttype": "none",  # text stays text: small, and in the page's font
     "text.parse_math": False,  # methods are named after files: "$" is a dollar
     "font.size": 10,
@@ -39,7 +40,7 @@ def svg(figure: Figure, alt: str) -> Markup:
     text = file.getvalue()
     text = text[text.index("<svg ") :].replace(_INK, "currentColor")
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to groups, and ids would repeat in the page
-    view_box = re.search(r'viewBox="[^"]*"', text).group()
+    view_box = re.findall(r'viewBox="[^"]*"', text)[0]
     text = f'<svg {view_box} role="img" aria-label="{escape(alt)}"' + text[text.index(">") :]
     return Markup(re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL).strip())
 
@@ -54,7 +55,8 @@ def _axes(xlabel: str, ylabel: str):
 
 def _looks(methods: list[str]) -> dict[str, dict]:
     """Colour, line and marker of each method; the markers tell apart what is not one of the four."""
-    looks, further = {}, 0
+    looks: dict[str, dict] = {}
+    further = 0
     for method in methods:
         if method in _COLOURS:
             looks[method] = {"color": _COLOURS[method], "linestyle": _LINES[method]}

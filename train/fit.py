@@ -76,7 +76,7 @@ def fit(
     made = checkpoints.record(cfg, data.inputs)
     store = checkpoints.Store(cfg, data, made, run_dir)
     run = start(cfg, data)
-    if run_dir and not resume:
+    if not resume:
         store.clear()
     saved = checkpoints.existing(run_dir, made) if run_dir else None
     finished = False
@@ -104,7 +104,7 @@ def train(
 ) -> None:
     """The epochs that are left of a run; see `fit`."""
     training, finished = cfg.training, False
-    feed = make_feed(cfg, mine(cfg, data, run) if run.mined_with else data.train)
+    feed = make_feed(cfg, rows_in_use(cfg, data, run))
     while not finished:
         began, first_step = time.monotonic(), run.step
         while run.step < run.epoch * training.steps_per_epoch:
@@ -125,7 +125,7 @@ def train(
         if on_epoch:
             on_epoch(epoch, run.history[-1]["val_map_at_r"])
         if due:
-            feed = make_feed(cfg, mine(cfg, data, run))
+            feed = make_feed(cfg, rows_in_use(cfg, data, run))
 
 
 def start(cfg: Config, data: TrainingData) -> Run:
@@ -161,8 +161,11 @@ def arms_of(rows: TrainRows) -> np.ndarray:
     return np.append((sizes > 0).any(dim=0).cpu().numpy(), True)
 
 
-def mine(cfg: Config, data: TrainingData, run: Run) -> TrainRows:
-    """The rows with bands in the space of the head with the weights `run.mined_with`; the bandit knows them."""
+def rows_in_use(cfg: Config, data: TrainingData, run: Run) -> TrainRows:
+    """The rows with the bands of difficulty/, or with those in the space of the head with the weights
+    `run.mined_with`; the bandit knows them."""
+    if run.mined_with is None:
+        return data.train
     rows = remine.mine(cfg, data.train, run.head, run.mined_with)
     run.bandit.available = arms_of(rows)
     return rows
@@ -217,11 +220,11 @@ def train_step(cfg: Config, data: TrainingData, run: Run, feed: Feed, run_dir: P
     with autocast(training.dtype, data.device):
         vectors = run.head.train()(embeddings)
     related = batch.rows[: len(batch.rows) if run.loss.contrasts_all else training.batch_size]
-    positive, negative = relations(data.train, related, batch.rows) if run.loss.needs_relations else (None, None)
-    loss, semi_hard = run.loss(vectors, positive, negative)
-    credit = torch.bincount(batch.arms, minlength=len(run.bandit.available))
-    reward = torch.bincount(batch.arms, weights=semi_hard.double(), minlength=len(credit))
-    read_brought = reading(torch.cat([loss.detach().double()[None], credit.double(), reward]))
+    masks = relations(data.train, related, batch.rows) if run.loss.needs_relations else None
+    loss, semi_hard = run.loss(vectors, masks)
+    drawn = torch.bincount(batch.arms, minlength=len(run.bandit.available))
+    worth = torch.bincount(batch.arms, weights=semi_hard.double(), minlength=len(drawn))
+    read_brought = reading(torch.cat([loss.detach().double()[None], drawn.double(), worth]))
 
     total_steps = training.epochs * training.steps_per_epoch
     factor = learning_rate_factor(run.step, training.warmup_steps, total_steps)

@@ -50,7 +50,7 @@ def load(paths: list[Path], ignore_radius_m: float) -> Gallery:
             embeddings[start : start + len(vectors)] = vectors
             tables.append(batch)
             start += len(vectors)
-    if not sizes[0]:
+    if embeddings is None or not sizes[0]:
         raise PipelineError(f"{paths[0]} has no rows: there is nothing to evaluate")
     table = pa.concat_tables(tables)
     ids = table["dataset_id"].to_numpy(), table["target_id"].to_numpy()

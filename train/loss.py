@@ -95,15 +95,20 @@ class Loss(nn.Module):
         return self.name == "multi_similarity"
 
     def forward(
-        self, vectors: torch.Tensor, positive: torch.Tensor | None, negative: torch.Tensor | None
+        self, vectors: torch.Tensor, masks: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(the loss, which triplets (A,) are semi-hard) of (3A, d) vectors: anchors, positives, negatives.
 
-        `positive`, `negative` (A, 3A) bool, or (3A, 3A) if it `contrasts_all`: see `datasets.relations`.
+        `masks`: what `datasets.relations` gives, positive and negative (A, 3A) bool, or (3A, 3A) if it
+        `contrasts_all`; None if it needs no relations.
         """
         anchors, positives, negatives = vectors.chunk(3)
         n = len(anchors)
         s_ap, s_an = (anchors * positives).sum(dim=1), (anchors * negatives).sum(dim=1)
+        if masks is None:
+            assert not self.needs_relations
+            return triplet(s_ap, s_an, self.margin), semi_hard(s_ap, s_an, self.margin).detach()
+        positive, negative = masks
         if self.mines:
             s_an = mine_semi_hard(s_ap, anchors @ vectors.T, negative[:n])
         if self.name == "triplet":

@@ -1,5 +1,6 @@
 """What an evaluation compares: each way to a vector per image, its name, and whether it belongs here."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -71,9 +72,7 @@ def compared(
         elif path.suffix == ".parquet":
             galleries.refuse_missing_columns(path, ["streetview_image_id"])
             told = f"the vectors of {path.name}"
-            methods.append(
-                Method(name, told, identity(path), lambda g, device, path=path: _aligned(path, g, device))
-            )
+            methods.append(Method(name, told, identity(path), functools.partial(_aligned, path)))
         else:
             checkpoint = model.load_checkpoint(path)
             galleries.refuse_foreign_head(
@@ -128,7 +127,7 @@ def _published(folder: Path, name: str, merged_dir: Path, known: dict[str, Prove
         config = json.loads((folder / "config.json").read_text())
         record = Provenance.from_json((folder / "provenance.json").read_text())
         trained_on = record.facts["trained_on"]
-        weights = {}
+        weights: dict[str, torch.Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as tensors:
                 own = [key for key in tensors.keys() if key.startswith("head.")]  # noqa: SIM118 - not a dict

@@ -55,10 +55,10 @@ def project(
     embeddings: np.ndarray | torch.Tensor, mean: np.ndarray, projection: np.ndarray, device: torch.device
 ) -> torch.Tensor:
     """(N, d) float32 unit vectors, on the device: normalize(projection (normalize(x) - mean)) of raw (N, D) x."""
-    mean, projection = (torch.as_tensor(m, dtype=torch.float32, device=device) for m in (mean, projection))
+    centre, matrix = (torch.as_tensor(m, dtype=torch.float32, device=device) for m in (mean, projection))
     parts = []
     for block in _blocks(embeddings, device):
-        parts.append(F.normalize((F.normalize(block, dim=1) - mean) @ projection.T, dim=1))
+        parts.append(F.normalize((F.normalize(block, dim=1) - centre) @ matrix.T, dim=1))
     return torch.cat(parts)
 
 

@@ -35,7 +35,7 @@ def evaluate(
     Raises PipelineError if no query has a match, or a method gives NaN.
     """
     shown = shown_of([method.name for method in methods])
-    found, vectors = {}, None
+    found, vectors = {}, torch.empty(0)
     for method in sorted(methods, key=lambda method: method.name == shown):
         del vectors  # of the method before: not two at a time
         vectors = method.vectors(gallery, device)  # those of `shown` come last, and are kept

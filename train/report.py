@@ -44,7 +44,7 @@ def render(
     shown = protocol.shown_of(list(per_query))
     history_path = run_dir / "history.parquet" if run_dir else None
     split_path = cfg.paths.merged_dir / "split_report.json"
-    history = parquet.read(history_path).to_pandas() if run_dir and history_path.exists() else None
+    history = parquet.read(history_path).to_pandas() if history_path and history_path.exists() else None
     split_report = _read_json(split_path) if run_dir and split_path.exists() else {}
     pictures = sheets.make(
         cfg.paths.raw_dir, gallery, vectors, per_query[shown], per_query["raw"], cfg.global_.seed
@@ -90,7 +90,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "share": share, "has_intervals": has_intervals}
+    environment.filters.update(number=number, share=share, has_intervals=has_intervals)
     return environment
 
 

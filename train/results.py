@@ -78,7 +78,7 @@ class Proof(_Strict):
 class Results(_Strict):
     """All of metrics.json."""
 
-    format: Literal[FORMAT]
+    format: int = Field(ge=FORMAT, le=FORMAT)
     subject: dict[str, Any]  # what was evaluated: the run and its backbone, or a file
     methods: dict[str, dict[str, Figure]]  # method -> METRICS
     told: dict[str, str]  # method -> what it is
@@ -155,7 +155,7 @@ def check(first: Path, second: Path) -> tuple[str, bool]:
     different = [key for key in shared if not _alike(leaves[0][key], leaves[1][key])]
     lines.append(f"{len(different):,} of {len(shared):,} figures that both have differ")
     lines += [f"  {key}: {leaves[0][key]}, {leaves[1][key]}" for key in different[:5]]
-    for path, found, without in ((first, *leaves), (second, *leaves[::-1])):
+    for path, found, without in ((first, leaves[0], leaves[1]), (second, leaves[1], leaves[0])):
         only = [key for key in found if key not in without]
         if only:
             lines.append(f"only in {path}: {len(only):,} figures, the first is {only[0]}")
@@ -181,7 +181,7 @@ def _alike(a, b) -> bool:
 
 def flat(tree: dict | list, prefix: str = "") -> dict:
     """{"dropped.duplicates": 3} from {"dropped": {"duplicates": 3}}; lists by position."""
-    rows = {}
+    rows: dict[str, Any] = {}
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
         nested = isinstance(value, (dict, list))
         rows |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}

@@ -55,7 +55,8 @@ def first_results(vectors: torch.Tensor, gallery: Gallery, query: int) -> list[t
     junk = set(gallery.zones.rows_of(np.array([query]), own=False)[1].tolist())
     found = torch.topk(scores, min(COUNTED_RESULTS + len(junk), len(scores) - 1))
     buildings = gallery.zones.building_of_row
-    results, seen = [], Counter()
+    results: list[tuple[int, float, str]] = []
+    seen: Counter[str] = Counter()
     for row, cosine in zip(found.indices.tolist(), found.values.tolist(), strict=True):
         kind = "junk" if row in junk else "match" if buildings[row] == buildings[query] else "wrong"
         seen[kind] += 1
@@ -65,8 +66,8 @@ def first_results(vectors: torch.Tensor, gallery: Gallery, query: int) -> list[t
             break
     if not seen["match"]:
         own = np.flatnonzero(buildings == buildings[query])
-        best = own[scores[torch.from_numpy(own).to(scores.device)].argmax().item()]
-        results.append((int(best), scores[best].item(), "match"))
+        best = int(own[int(scores[torch.from_numpy(own).to(scores.device)].argmax())])
+        results.append((best, scores[best].item(), "match"))
     return results
 
 
@@ -84,7 +85,7 @@ def make(
     raw_dir: Path, gallery: Gallery, vectors: torch.Tensor, shown: PerQuery, raw: PerQuery, seed: int
 ) -> dict[str, list[list[Tile]]]:
     """The sheets: for each name the rows of tiles, a query first and then its results. `vectors`: of `shown`."""
-    sheets = {}
+    sheets: dict[str, list[list[Tile]]] = {}
     for name, queries in choose(shown, raw, gallery.zones.building_of_row, seed).items():
         sheets[name] = []
         for query in queries.tolist():
@@ -96,9 +97,9 @@ def make(
             tiles = [Tile(rows[0]["streetview_image_id"], images[0], "query", note)]
             late = shown.best_rank[query] > COUNTED_RESULTS
             for row, image, (_, cosine, kind) in zip(rows[1:], images[1:], results, strict=True):
-                lines = (f"{_distance(rows[0], row)}, {_degrees(rows[0], row):.0f}°", f"cosine {cosine:.2f}")
-                if late and kind == "match":
-                    lines = (f"at rank {shown.best_rank[query]:,}", *lines)
+                where = (f"at rank {shown.best_rank[query]:,}",) if late and kind == "match" else ()
+                how_far = f"{_distance(rows[0], row)}, {_degrees(rows[0], row):.0f}°"
+                lines = (*where, how_far, f"cosine {cosine:.2f}")
                 tiles.append(Tile(row["streetview_image_id"], image, kind, lines))
             sheets[name].append(tiles)
     return sheets

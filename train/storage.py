@@ -33,7 +33,9 @@ def open_storage(cfg: Config) -> JournalStorage | RDBStorage:
     """What `training.study_storage` names, made where there is none. Call it with the lock."""
     if cfg.training.study_storage == "journal":
         path = cfg.paths.study_dir / "journal.log"
-        return JournalStorage(JournalFileBackend(str(path), JournalLock(path)))
+        lock = JournalLock(path)
+        backend = JournalFileBackend(str(path), lock)  # type: ignore[arg-type] # a lock's base class is private
+        return JournalStorage(backend)
     url = _url(cfg).render_as_string(hide_password=False)
     return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # a server may close what idles for an epoch
 
@@ -64,7 +66,7 @@ def _connection(cfg: Config) -> Iterator[sqlalchemy.Connection]:
             "training.study_storage: PostgreSQL needs its driver: pip install 'embedding-pipeline[postgres]'"
         ) from None
     except OperationalError as error:  # its first line names host, port and user, not the password
-        raise PipelineError(f"{name_of(cfg)} does not answer: {first_line(error.orig)}") from None
+        raise PipelineError(f"{name_of(cfg)} does not answer: {first_line(error.orig or error)}") from None
     with connection:
         yield connection
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import optuna
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import ValidationError
 
 from common import parquet, provenance
@@ -59,11 +59,11 @@ def open_study(cfg: Config, made: Provenance, *, create: bool, overwrite: bool =
     with storage.locked(cfg):
         opened = storage.open_storage(cfg)
         study = _existing_study(opened)
-        there = study and study.user_attrs.get("provenance")
+        there = study.user_attrs.get("provenance") if study else None
         if there and overwrite and provenance.differences(Provenance(**there), made):
             optuna.delete_study(study_name=STUDY_NAME, storage=opened)
             there = None
-        if there:
+        if study and there:
             parquet.refuse_stale(name, Provenance(**there), made, f"{len(study.trials):,} trials")
         elif not create:
             raise PipelineError(f"{name} holds no study: run train/optuna_worker.py first")
@@ -153,7 +153,7 @@ def requeue_dead(study: optuna.Study, now: float) -> None:
             log.warning("trial %s of %s is dead, failed", trial.number, trial.user_attrs.get("worker", "a worker"))
 
 
-def requeue(study: optuna.Study, trial: FrozenTrial, attempts: int) -> None:
+def requeue(study: optuna.Study, trial: FrozenTrial | Trial, attempts: int) -> None:
     """Fail a running trial and, unless its workers have died MAX_ATTEMPTS times, queue its parameters again.
 
     Queued first, failed last, and not queued twice: killed in between, the next worker finishes this.
@@ -186,7 +186,8 @@ def stale_after_s(trials: list[FrozenTrial]) -> float:
 
 
 def last_heartbeat(trial: FrozenTrial) -> float:
-    """Seconds since 1970; of a worker that died before its first one, when its trial started."""
+    """Seconds since 1970; of a worker that died before its first one, when its trial started. The trial runs."""
+    assert trial.datetime_start is not None  # only of one that waits
     return trial.user_attrs.get("heartbeat", trial.datetime_start.timestamp())
 
 

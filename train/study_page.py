@@ -1,7 +1,10 @@
 """study.html: the study's history, importances and slices with Optuna's own plots, and its trials as a table."""
 
+import functools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import matplotlib
@@ -37,14 +40,14 @@ def plots(tuning: optuna.Study, num_finished: int) -> list[tuple[str, Markup]]:
     import matplotlib.pyplot as plt
     import optuna.visualization.matplotlib as draw
 
-    chosen = []
+    chosen: list[tuple[str, Callable[[], Any]]] = []  # Axes, each; Optuna says that they may be arrays
     if num_finished:
         chosen += [("Value of each trial, and the best so far", lambda: draw.plot_optimization_history(tuning))]
         chosen += [("Value by epoch of each trial", lambda: draw.plot_intermediate_values(tuning))]
     if len({trial.value for trial in study.finished_trials(tuning)}) > 1:
         chosen += [("How much each setting matters (fANOVA)", lambda: draw.plot_param_importances(tuning))]
         for key in study.best_trial(tuning).params:
-            chosen += [(f"Value by {key}", lambda key=key: draw.plot_slice(tuning, params=[key]))]
+            chosen += [(f"Value by {key}", functools.partial(draw.plot_slice, tuning, params=[key]))]
     drawn = []
     with matplotlib.rc_context(), warnings.catch_warnings():  # Optuna's plots change the style for good
         warnings.simplefilter("ignore", ExperimentalWarning)

@@ -23,7 +23,7 @@ class Tracker:
     def finish(self, best: dict) -> None:
         """The best epoch's figures (`metrics` of checkpoint_best.pt) as the summary, and as an artefact with the
         history, the settings and the picture of the curves, which lie in the run's folder."""
-        if self.run is None:
+        if self.run is None or self.run_dir is None:
             return
         import wandb
 

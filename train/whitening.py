@@ -57,13 +57,6 @@ def whiten(known: Moments, output_dim: int, shrinkage: float) -> tuple[np.ndarra
     return known.mean, _principal(inverse @ known.total @ inverse.T, output_dim) @ inverse
 
 
-def learned_whitening(
-    embeddings: np.ndarray, building_of_row: np.ndarray, output_dim: int, shrinkage: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """(mean (D,), projection (output_dim, D)) float64 of (N, D) embeddings; see `moments` and `whiten`."""
-    return whiten(moments(embeddings, building_of_row), output_dim, shrinkage)
-
-
 def pca(embeddings: np.ndarray, output_dim: int) -> tuple[np.ndarray, np.ndarray]:
     """(mean (D,), projection (output_dim, D)) float64: the principal axes of the normalised rows."""
     n, dim = embeddings.shape

@@ -38,7 +38,8 @@ class Data:
         vectors = looks[self.building] + 1.7 * rng.normal(size=(rows, DIM)).astype(np.float32)
         self.vectors = torch.from_numpy(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
         self.lat = 10 + self.building * METRES_APART / geo.METRES_PER_DEGREE
-        self.junk = zones.ignored_rows(self.building, self.lat, np.zeros(rows), 25.0)
+        around = zones.make_zones(self.building, self.lat, np.zeros(rows), 25.0)
+        self.junk = around.rows_of(np.arange(rows), own=False)
 
     def ours(self) -> metrics.PerQuery:
         return metrics.retrieval(
