@@ -64,7 +64,7 @@ def decode(encoded: bytes | None) -> np.ndarray:
 def _upright(image: Image.Image) -> Image.Image:
     """As the EXIF tag says. (ImageOps.exif_transpose writes all tags anew, and fails where any of them is odd.)"""
     image.load()  # TIFFs are turned by that
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return image if turn is None else image.transpose(turn)
 
 
