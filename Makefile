@@ -62,5 +62,5 @@ readme: $(VENV)  ## write the README's tables that are made from the code
 	$(RUN) tests/readme_parts.py
 
 clean:  ## remove what the demo and the tests made
-	rm -rf demo .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf demo .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +

@@ -1,6 +1,7 @@
 """Search by the published model: vectors of photographs, the nearest of a gallery, and a picture of them."""
 
 import io
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -75,7 +76,7 @@ def search(
 ) -> Found:
     """The `top` images of the gallery most like the query, files that equal the query's left out.
 
-    Without a query: the first image of the gallery that has another of its building in it.
+    Without a query: the first image of the building that has the most in the gallery.
     """
     names = gallery.names.to_pylist()
     job = loop.Job(gallery.name, len(names), gallery.read)
@@ -91,7 +92,7 @@ def search(
             progress,
         )
     if query is None:
-        row = first_with_a_match(names)
+        row = with_most_matches(names)
         query = Photograph(names[row], gallery.read(row, row + 1)[0])
     if not len(result.rows):
         raise PipelineError(f"none of the {len(names):,} images of the gallery can be decoded")
@@ -108,10 +109,11 @@ def search(
     return Found(query, results, np.array(cosines), len(names))
 
 
-def first_with_a_match(names: list[str]) -> int:
-    """The first image whose building has another one; the first at all where the names do not tell."""
+def with_most_matches(names: list[str]) -> int:
+    """The first image of the building with the most images; the first at all where the names do not tell."""
     buildings = [building_of(name) for name in names]
-    return next((i for i, one in enumerate(buildings) if one and buildings.count(one) > 1), 0)
+    counts = Counter(building for building in buildings if building)
+    return buildings.index(counts.most_common(1)[0][0]) if counts else 0
 
 
 def table(found: Found) -> str:

@@ -18,6 +18,7 @@ from publish.modeling_spatial_embeddings import ProjectionHead
 from train import checkpoints, history, remine, tracking
 from train.bandit import DiscountedUcb, arms_of_step
 from train.datasets import Batch, TrainingData, TrainRows, relations, step_seed
+from train.dropout import replace_dropout
 from train.feed import Feed, reading
 from train.loss import Loss
 
@@ -134,6 +135,8 @@ def start(cfg: Config, data: TrainingData) -> Run:
     torch.manual_seed(step_seed(training.seed, 0, purpose=3))
     input_dim = data.train.embeddings.shape[1]
     head = ProjectionHead(input_dim, settings.hidden_dim, settings.output_dim, settings.dropout)
+    if data.device.type == "cpu":
+        replace_dropout(head.mlp)
     whitening = data.baselines["whitening"]
     with torch.no_grad():
         head.mean.copy_(whitening["mean"])

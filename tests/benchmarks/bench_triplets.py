@@ -1,15 +1,16 @@
 """Triplets per second of training: drawing, forward, loss, backward and step, against a DataLoader.
 
-The other way is a Dataset that draws one triplet in Python (a dict of each building's images, UCB over the bands,
-a neighbour of the band that is less similar than the positive) and a DataLoader that joins them, in-process or
-with two workers: the faster of the two is the baseline. Both train the same head with the triplet loss, with the
-bands and the batch of config.toml.
+The other way is that of spatial-building-embeddings, the nearest relative of this pipeline: a Dataset that draws
+one triplet in Python (the neighbours of an anchor sorted into bands, UCB over the bands, a building of the band,
+then an image of it) and a DataLoader that joins them, in-process or with two workers: the faster of the two is the
+baseline. Both train the same head with the triplet loss, with the bands and the batch of config.toml.
+
+In float32 the products alone, at the rate of a large matrix product, take three quarters of our step.
 
 Command  python tests/benchmarks/bench_triplets.py [--json PATH]
 """
 
 import math
-import random
 import statistics
 from collections import defaultdict
 
@@ -24,7 +25,7 @@ from publish.modeling_spatial_embeddings import ProjectionHead
 from train import bandit, datasets, fit
 
 ROWS, DIM, VIEWS, PANORAMAS = 100_000, 768, 4, 30_000
-STEPS, ROUNDS = 8, 5
+STEPS, ROUNDS = 16, 5
 SETTINGS = ["training.loss=triplet", "training_model.hidden_dim=512", "training_model.output_dim=256"]
 
 
@@ -76,45 +77,48 @@ class Ours:
 
 
 class Triplets(Dataset):
-    """One triplet at a time."""
+    """One triplet at a time, out of lists and dicts."""
 
     def __init__(self, cfg: config.Config, arrays: dict[str, np.ndarray]):
-        self.embeddings = torch.from_numpy(arrays["embeddings"])
-        self.neighbors, self.offsets = arrays["neighbors"], arrays["offsets"]
-        self.similarities = np.random.default_rng(1).uniform(-0.1, 0.1, self.neighbors.shape).astype(np.float16)
-        self.building_of_row, self.num_arms = arrays["building_of_row"], cfg.data.num_bands + 1
+        self.embeddings = torch.from_numpy(arrays["embeddings"]).float()
+        building_of_row, offsets = arrays["building_of_row"], arrays["offsets"][0].astype(int)
+        names = np.array([f"0088_{number}" for number in range(building_of_row[-1] + 1)], object)
+        self.neighbors_of = names[building_of_row[arrays["neighbors"]]].tolist()  # buildings, of each row
+        self.bands_of = [np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)).tolist()] * ROWS
+        self.rows_of = dict(zip(names, np.arange(ROWS).reshape(-1, VIEWS), strict=True))
+        self.buildings, self.rng = names, np.random.default_rng(1)
         self.exploration = cfg.training.bandit_exploration
-        self.rows_of = defaultdict(list)
-        for row, building in enumerate(self.building_of_row.tolist()):
-            self.rows_of[building].append(row)
-        self.draws, self.rewards = [1] * self.num_arms, [0.0] * self.num_arms
+        self.draws, self.means = defaultdict(int), defaultdict(float)  # by band
 
     def __len__(self) -> int:
         return ROWS
 
-    def __getitem__(self, anchor: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        building = int(self.building_of_row[anchor])
-        positive = random.choice([row for row in self.rows_of[building] if row != anchor])
-        total = math.log(sum(self.draws))
-        arms = zip(self.rewards, self.draws, strict=True)
-        bounds = [reward / n + self.exploration * math.sqrt(total / n) for reward, n in arms]
-        arm = max(range(self.num_arms), key=bounds.__getitem__)
-        self.draws[arm] += 1
-        negative = self.neighbor(anchor, positive, arm) if arm < self.num_arms - 1 else None
-        if negative is None:
-            negative = random.randrange(ROWS)
-            while self.building_of_row[negative] == building:
-                negative = random.randrange(ROWS)
-        return self.embeddings[anchor], self.embeddings[positive], self.embeddings[negative]
+    def __getitem__(self, _) -> tuple:
+        building = self.buildings[self.rng.integers(len(self.buildings))]
+        anchor, positive = map(int, self.rng.choice(self.rows_of[building], size=2, replace=False))
+        negative, band = self.negative_of(anchor)
+        rows = anchor, positive, negative
+        return (*rows, *(self.embeddings[row] for row in rows), band)
 
-    def neighbor(self, anchor: int, positive: int, band: int) -> int | None:
-        """One of the anchor's neighbours in the band that is less similar to it than the positive."""
-        vectors = self.embeddings[anchor].float(), self.embeddings[positive].float()
-        s_ap = F.cosine_similarity(*vectors, dim=0).item()
-        first, last = self.offsets[anchor][band : band + 2]
-        near = zip(self.neighbors[anchor][first:last], self.similarities[anchor][first:last], strict=True)
-        candidates = [row for row, s_an in near if s_an < s_ap]
-        return int(random.choice(candidates)) if candidates else None
+    def negative_of(self, anchor: int) -> tuple[int, int]:
+        """(an image of one of the anchor's neighbours in the band that UCB chooses, the band)."""
+        by_band = defaultdict(list)
+        for neighbor, band in zip(self.neighbors_of[anchor], self.bands_of[anchor], strict=True):
+            by_band[band].append(neighbor)
+        total = math.log(max(1, sum(self.draws.values())))
+        bounds = {
+            band: self.means[band] + self.exploration * math.sqrt(total / self.draws[band])
+            if self.draws[band]
+            else math.inf
+            for band in by_band
+        }
+        band = max(bounds, key=bounds.__getitem__)
+        there = [neighbor for neighbor in by_band[band] if neighbor in self.rows_of]
+        return int(self.rng.choice(self.rows_of[self.rng.choice(there)])), band
+
+    def reward(self, band: int, value: float) -> None:
+        self.draws[band] += 1
+        self.means[band] += (value - self.means[band]) / self.draws[band]
 
 
 class Theirs:
@@ -125,23 +129,25 @@ class Theirs:
         self.margin = cfg.training.margin
         self.head = ProjectionHead(DIM, model.hidden_dim, model.output_dim, model.dropout).train()
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=cfg.training.learning_rate)
-        data = Triplets(cfg, arrays)
+        self.data = Triplets(cfg, arrays)
         self.batches = DataLoader(
-            data,
+            self.data,
             cfg.training.batch_size,
-            sampler=RandomSampler(data, num_samples=STEPS * cfg.training.batch_size),
+            sampler=RandomSampler(self.data, num_samples=STEPS * cfg.training.batch_size),
             num_workers=workers,
             persistent_workers=workers > 0,  # they start once, before the first round is timed, and then wait
         )
 
     def train(self) -> None:
-        for batch in self.batches:
-            anchors, positives, negatives = (self.head(side) for side in batch)
+        for *_, anchors, positives, negatives, bands in self.batches:
+            anchors, positives, negatives = (self.head(side) for side in (anchors, positives, negatives))
             s_ap, s_an = (anchors * positives).sum(dim=1), (anchors * negatives).sum(dim=1)
-            loss = F.relu(s_an - s_ap + self.margin).mean()
+            losses = F.relu(s_an - s_ap + self.margin)
             self.optimizer.zero_grad()
-            loss.backward()
+            losses.mean().backward()
             self.optimizer.step()
+            for band, loss in zip(bands, losses, strict=True):
+                self.data.reward(band.item(), -loss.item())
 
 
 def measure() -> list[timing.Ratio]:

@@ -39,15 +39,15 @@ VITS = {  # as on the hub
 }
 
 
-def rate(results: dict, beginning: str) -> float:
-    """Ours, of the first ratio whose `what` begins so: items a second."""
-    return next(row["ours"] for row in results["ratios"] if row["what"].startswith(beginning))
+def ours(results: dict, words: str) -> float:
+    """Ours, of the first ratio whose `what` has these words: items a second, or seconds."""
+    return next(row["ours"] for row in results["ratios"] if words in row["what"])
 
 
 def grown(growth: dict, step: str, images: int) -> float:
-    """Hours of a step of growth.py for so many images, by its fitted power law."""
-    law = growth["steps"][step]
-    return law["factor"] * images ** law["exponent"] / 3600
+    """Hours of a step of growth.py for so many images, as it was fitted."""
+    fitted = growth["steps"][step]
+    return (fitted["linear"] * images + fitted["quadratic"] * images**2) / 3600
 
 
 def of_backbone(vit, cfg: config.Config, results: dict, growth: dict) -> dict:
@@ -63,7 +63,7 @@ def of_backbone(vit, cfg: config.Config, results: dict, growth: dict) -> dict:
     train_images = round(IMAGES * cfg.data.train_ratio)
     embedding_bytes = IMAGES * dim * 2
     stored = 100_000 * 768 * 2  # what bench_storage.py writes and reads
-    copying_s = embedding_bytes / stored * (rate(results, "write ") + rate(results, "read "))
+    copying_s = embedding_bytes / stored * (ours(results, "write ") + ours(results, "read "))
     training = cfg.training
     triplets = training.epochs * training.steps_per_epoch * training.batch_size
     products = 2 * train_images**2 * dim / (sizes.GPUS[GPU][0] * 1e12 * PRODUCT_SHARE)
@@ -71,17 +71,14 @@ def of_backbone(vit, cfg: config.Config, results: dict, growth: dict) -> dict:
         "dim": dim,
         "gpu_images_per_s": gpu["images_per_second"],
         "gpu_hours_embeddings": gpu["gpu_hours"],
-        "decoding_cores_per_gpu": gpu["images_per_second"] / (rate(results, FEED) / cores()),
+        "decoding_cores_per_gpu": gpu["images_per_second"] / (ours(results, "a model of no cost") / cores()),
         "hours_merge": grown(growth, "duplicates and split", IMAGES) + copying_s / 3600,
         "gpu_hours_neighbors": products / 3600,
         "days_neighbors_here": grown(growth, "neighbours, exact, 768-d", train_images) * dim / 768 / 24,
-        "hours_training_here": triplets / rate(results, "triplets") * dim / 768 / 3600,
+        "hours_training_here": triplets / ours(results, "training, triplet loss") * dim / 768 / 3600,
         "gb_embeddings": embedding_bytes / 1e9,
         "gb_training_in_memory": train_images * (dim * 2 + cfg.data.neighbors * 4 + 80) / 1e9,
     }
-
-
-FEED = "JPEGs"  # bench_generation.py: the loop with a model of no cost
 
 
 def cores() -> int:
@@ -100,8 +97,8 @@ def main() -> int:
         "machine": timing.machine(),
         "gpu": GPU,
         "images": IMAGES,
-        "core_hours_process_tar": IMAGES / rate(results, "process_tar") / 3600,
-        "core_hours_fingerprints": IMAGES / rate(results, "pHash") / 3600,
+        "core_hours_process_tar": IMAGES / ours(results, "process_tar") / 3600,
+        "core_hours_fingerprints": IMAGES / ours(results, "pHash") / 3600,
         "days_evaluation_here": grown(growth, "evaluation, 256-d", test_images) / 24,
         "gpu_hours_evaluation": 2 * test_images**2 * 256 / (sizes.GPUS[GPU][0] * 1e12 * PRODUCT_SHARE) / 3600,
         "gb_metadata": IMAGES * (per_image["intermediates"] + per_image["fingerprints"]) / 1e9,

@@ -1,5 +1,5 @@
-"""How the time of the stages that compare images with one another grows with their number: measured, fitted by a
-power law, drawn, and carried on to the size of the full dataset.
+"""How the time of the stages that compare images with one another grows with their number: measured, fitted by
+a N + b N^2, and drawn. full_dataset.py carries it on.
 
 Writes   tests/benchmarks/growth.json and growth.svg
 Command  python tests/benchmarks/growth.py     (make bench runs it too)
@@ -15,6 +15,7 @@ import numpy as np
 import timing  # puts the repository's root on sys.path
 import torch
 from matplotlib.figure import Figure
+from scipy.optimize import nnls
 
 from common import config, files
 from common.zones import make_zones
@@ -87,18 +88,23 @@ STEPS = {
 
 
 def fit(sizes, seconds) -> tuple[float, float]:
-    """(a, b) of seconds = a * n^b, by least squares on the logarithms."""
-    slope, intercept = np.polyfit(np.log(sizes), np.log(seconds), 1)
-    return float(np.exp(intercept)), float(slope)
+    """(a, b) >= 0 of seconds = a n + b n^2 by least squares of the relative errors. (A power law would carry the
+    part that grows with n into the one that grows with its square, and be far too low at the full size.)"""
+    n, seconds = np.array(sizes, float), np.array(seconds)
+    (linear, quadratic), _ = nnls(np.stack([n, n * n], axis=1) / seconds[:, None], np.ones(len(n)))
+    return float(linear), float(quadratic)
 
 
 def draw(found: dict, path: Path) -> None:
-    """Seconds over number of images, both logarithmic, a line per step with its exponent."""
+    """Seconds over number of images, both logarithmic: measured (dots) and fitted (lines)."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for name, step in found["steps"].items():
-        label = f"{name}: seconds ~ images^{step['exponent']:.2f}"
-        axes.loglog(step["images"], step["seconds"], "o-", label=label)
+        millions = np.geomspace(step["images"][0], step["images"][-1]) / 1e6
+        a, b = step["linear"] * 1e6, step["quadratic"] * 1e12
+        label = f"{name}: {a:,.0f} n + {b:,.0f} n² seconds, n in millions"
+        (line,) = axes.loglog(millions * 1e6, a * millions + b * millions**2, label=label)
+        axes.loglog(step["images"], step["seconds"], "o", color=line.get_color())
     axes.set(xlabel="images", ylabel=f"seconds on {found['machine'].split(', ')[1]}")
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(frameon=False)
@@ -115,8 +121,8 @@ def main() -> int:
             work()
             taken.append(time.perf_counter() - started)
             print(f"{name:28} {n:>10,} images {taken[-1]:8.1f} s", flush=True)
-        factor, exponent = fit(sizes, taken)
-        found["steps"][name] = {"images": sizes, "seconds": taken, "factor": factor, "exponent": exponent}
+        linear, quadratic = fit(sizes, taken)
+        found["steps"][name] = {"images": sizes, "seconds": taken, "linear": linear, "quadratic": quadratic}
     files.write_text(HERE / "growth.json", json.dumps(found, indent=1) + "\n")
     draw(found, HERE / "growth.svg")
     return 0
