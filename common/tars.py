@@ -118,8 +118,8 @@ def walk(path: Path, contents: bool = False) -> Iterator[Member]:
         _refuse_compressed(path, window.read(0, _BLOCK))
         file_bytes = os.fstat(file.fileno()).st_size
         shared: dict[str, bytes] = {}  # pax records that hold for all members
-        at = 0
-        while (block := window.read(at, _BLOCK)) != _ZEROS:
+        at, read = 0, window.read
+        while (block := read(at, _BLOCK)) != _ZEROS:
             member = None if shared else _plain_file(block, at + _BLOCK)
             if member is not None:
                 name, data, size, kind, _ = member
@@ -185,7 +185,8 @@ class _Window:
 
     def _move(self, offset: int, size: int) -> None:
         """Hold `size` bytes from `offset` on; what is here already is not read again."""
-        buffer = self._buffer[offset - self._start :] if self._start <= offset else b""
+        here = self._start <= offset < self._end
+        buffer = self._buffer[offset - self._start :] if here else os.pread(self._descriptor, size, offset)
         while len(buffer) < size:
             more = os.pread(self._descriptor, size - len(buffer), offset + len(buffer))
             if not more:

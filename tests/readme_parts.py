@@ -181,7 +181,7 @@ def benchmarks() -> str:
             row["what"],
             f"{rate(row['ours'])} {row['unit']}",
             row["baseline"],
-            f"**{row['ratio']:.2g}** ({row['low']:.2g} to {row['high']:.2g})",
+            f"**{row['ratio']:.3g}** ({row['low']:.3g} to {row['high']:.3g})",
             "" if row["target"] is None else f"{row['target']:g}",
         ]
         for row in found["ratios"]
