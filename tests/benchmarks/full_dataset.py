@@ -9,6 +9,7 @@ Command  python tests/benchmarks/full_dataset.py
 """
 
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -71,7 +72,9 @@ def of_backbone(vit, cfg: config.Config, results: dict, growth: dict) -> dict:
         "dim": dim,
         "gpu_images_per_s": gpu["images_per_second"],
         "gpu_hours_embeddings": gpu["gpu_hours"],
-        "decoding_cores_per_gpu": gpu["images_per_second"] / (ours(results, "a model of no cost") / cores()),
+        "decoding_cores_per_gpu": math.ceil(
+            gpu["images_per_second"] / (ours(results, "a model of no cost") / cores())
+        ),
         "hours_merge": grown(growth, "duplicates and split", IMAGES) + copying_s / 3600,
         "gpu_hours_neighbors": products / 3600,
         "days_neighbors_here": grown(growth, "neighbours, exact, 768-d", train_images) * dim / 768 / 24,
