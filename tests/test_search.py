@@ -173,9 +173,8 @@ def test_vectors_that_lean_one_way_need_no_second_search():
     rng = np.random.default_rng(6)
     gallery = Gallery(torch.from_numpy(rng.normal(size=(4_000, 256)) + 2.0).half(), torch.bfloat16, CPU)
     anchors = np.arange(0, 4_000, 8)
-    collected = search._collect(
-        gallery, zones_at(np.arange(4_000) * 100), anchors, 20, search.Sizes(512, 512, 512, 512)
-    )
+    zones, size, told = zones_at(np.arange(4_000) * 100), search.Sizes(512, 512, 512, 512), []
+    collected = search._collect(gallery, zones, anchors, 20, size, told.append)
     assert collected.crowded.float().mean() < 0.05  # with the mean in them nearly all have too many candidates
 
 
