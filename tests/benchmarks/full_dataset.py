@@ -51,14 +51,12 @@ def grown(growth: dict, step: str, images: int) -> float:
     return (fitted["linear"] * images + fitted["quadratic"] * images**2) / 3600
 
 
-def of_backbone(vit, cfg: config.Config, results: dict, growth: dict) -> dict:
+def of_backbone(vit, results: dict, growth: dict) -> dict:
     """Hours, bytes and images per second for one backbone."""
     with tempfile.TemporaryDirectory() as folder:
         vit.save_pretrained(folder)
         write_preprocessor(Path(folder), "dinov2", 224)
-        cfg = cfg.model_copy(
-            update={"embedding_model": cfg.embedding_model.model_copy(update={"name": folder, "pooling": "cls"})}
-        )
+        cfg = config.load(None, [f"embedding_model.name={folder}", "embedding_model.pooling=cls"])
         found = sizes.estimate(cfg, IMAGES, 224)
     dim, gpu = found["embedding_dim"], found["gpus"][GPU]
     train_images = round(IMAGES * cfg.data.train_ratio)
@@ -73,7 +71,7 @@ def of_backbone(vit, cfg: config.Config, results: dict, growth: dict) -> dict:
         "gpu_images_per_s": gpu["images_per_second"],
         "gpu_hours_embeddings": gpu["gpu_hours"],
         "decoding_cores_per_gpu": math.ceil(
-            gpu["images_per_second"] / (ours(results, "a model of no cost") / cores())
+            gpu["images_per_second"] / (ours(results, "a model of no cost") / timing.cores())
         ),
         "hours_merge": grown(growth, "duplicates and split", IMAGES) + copying_s / 3600,
         "gpu_hours_neighbors": products / 3600,
@@ -82,10 +80,6 @@ def of_backbone(vit, cfg: config.Config, results: dict, growth: dict) -> dict:
         "gb_embeddings": embedding_bytes / 1e9,
         "gb_training_in_memory": train_images * (dim * 2 + cfg.data.neighbors * 4 + 80) / 1e9,
     }
-
-
-def cores() -> int:
-    return int(timing.machine().split(", ")[1].split()[0])
 
 
 def main() -> int:
@@ -107,7 +101,7 @@ def main() -> int:
         "gb_metadata": IMAGES * (per_image["intermediates"] + per_image["fingerprints"]) / 1e9,
         "gb_difficulty": train_images * neighbor_bytes / 1e9,
         "embedding_files": IMAGES // cfg.data.rows_per_part,
-        "backbones": {name: of_backbone(vit, cfg, results, growth) for name, vit in VITS.items()},
+        "backbones": {name: of_backbone(vit, results, growth) for name, vit in VITS.items()},
     }
     files.write_text(HERE / "full_dataset.json", json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))

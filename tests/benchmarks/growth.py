@@ -105,7 +105,7 @@ def draw(found: dict, path: Path) -> None:
         label = f"{name}: {a:,.0f} n + {b:,.0f} n² seconds, n in millions"
         (line,) = axes.loglog(millions * 1e6, a * millions + b * millions**2, label=label)
         axes.loglog(step["images"], step["seconds"], "o", color=line.get_color())
-    axes.set(xlabel="images", ylabel=f"seconds on {found['machine'].split(', ')[1]}")
+    axes.set(xlabel="images", ylabel=f"seconds on {timing.cores()} cores")
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(path, metadata={"Date": None})
