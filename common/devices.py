@@ -1,4 +1,4 @@
-"""Which device computes, and what fits on it."""
+"""Which device computes, in which precision, and what fits on it."""
 
 import numpy as np
 import torch
@@ -17,6 +17,13 @@ def pick(name: str) -> torch.device:
             f'infrastructure.device = "{name}", but there are {found} CUDA devices here; set it to "auto"'
         )
     return device
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> str:
+    """The name of the dtype that a setting means on `device`."""
+    if dtype == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    return dtype
 
 
 def fits(size: int, device: torch.device) -> bool:

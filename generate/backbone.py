@@ -166,13 +166,6 @@ def identity(settings: EmbeddingModel, dtype: str) -> dict:
     return {"embedding_model.name": folder.name, "embedding_model.weights": weights_digest(folder), **known}
 
 
-def resolve_dtype(dtype: str, device: torch.device) -> str:
-    """The name of the dtype that a setting means on `device`."""
-    if dtype == "auto":
-        return "bfloat16" if device.type == "cuda" else "float32"
-    return dtype
-
-
 def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())

@@ -28,7 +28,7 @@ def main(argv=None) -> int:
     from generate import backbone, loop, parts
 
     device = devices.pick(cfg.infrastructure.device)
-    dtype = backbone.resolve_dtype(cfg.embedding_model.dtype, device)
+    dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
     identity = backbone.identity(cfg.embedding_model, dtype)
 
     todo, num_parts = [], 0

@@ -47,7 +47,6 @@ def main(argv=None) -> int:
     args = parse(argv)
     cfg = cli.load_config(args)
     from common import devices
-    from generate import backbone
     from publish import inference, retrieval, sources
 
     folder = inference.folder_of(cfg, args.model)
@@ -61,7 +60,7 @@ def main(argv=None) -> int:
         (gallery,) = sources.groups(args.gallery, cfg.paths.raw_dir)
 
     device = devices.pick(cfg.infrastructure.device)
-    published = inference.load(folder, backbone.resolve_dtype(cfg.embedding_model.dtype, device), device)
+    published = inference.load(folder, devices.resolve_dtype(cfg.embedding_model.dtype, device), device)
     if args.command == "compare":
         similarity = retrieval.similarity(published, *pair)
         print(f"similarity {similarity:.3f} (1: the same direction, 0: unrelated)")

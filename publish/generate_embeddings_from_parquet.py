@@ -34,7 +34,7 @@ def main(argv=None) -> int:
 
     folder = inference.folder_of(cfg, args.model)
     device = devices.pick(cfg.infrastructure.device)
-    dtype = backbone.resolve_dtype(cfg.embedding_model.dtype, device)
+    dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
     identity = inference.identity(folder, dtype)
 
     todo, num_parts = [], 0

@@ -13,6 +13,7 @@ import torch
 
 from common import cli
 from common.config import Config
+from common.devices import resolve_dtype
 from common.errors import PipelineError
 from publish.modeling_spatial_embeddings import ProjectionHead
 from train import checkpoints, history, remine, tracking
@@ -186,9 +187,8 @@ def weights_of(head: ProjectionHead) -> dict[str, torch.Tensor]:
 def make_optimizer(cfg: Config, head: ProjectionHead, loss: Loss) -> torch.optim.AdamW:
     """AdamW with a learning rate per part of the head; only matrices decay."""
     training = cfg.training
-    trained = [p for p in head.mlp.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim > 1]
-    vectors = [p for p in trained if p.ndim <= 1]
+    matrices = [p for p in head.mlp.parameters() if p.ndim > 1]
+    vectors = [p for p in head.mlp.parameters() if p.ndim <= 1]
     groups = [
         (matrices, 1.0, training.weight_decay),
         (vectors, 1.0, 0.0),
@@ -260,8 +260,7 @@ def draw(cfg: Config, run: Run, feed: Feed) -> None:
 
 def autocast(dtype: str, device: torch.device) -> torch.autocast:
     """The context of the forward pass by `training.dtype`; normalisation and loss stay in float32."""
-    low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=low)
+    return torch.autocast(device.type, torch.bfloat16, enabled=resolve_dtype(dtype, device) == "bfloat16")
 
 
 def finish_epoch(cfg: Config, data: TrainingData, run: Run, seconds: float, steps: int) -> None:

@@ -44,7 +44,7 @@ from synthetic import write_dataset
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoImageProcessor, AutoModel, Dinov2Config
 
-from common import cli, config, tars
+from common import cli, config, devices, tars
 from generate import backbone, loop, parts
 from generate.pixels import decode, read_preprocessing
 from preprocess import process_tar
@@ -106,7 +106,7 @@ def parts_of(cfg: config.Config, images: int) -> list[parts.Part]:
 
 def against_the_model(cfg: config.Config, device: torch.device, images: int, rounds: int) -> dict:
     """Seconds of the loop, and of the same model on as many tensors that lie on its device."""
-    model = backbone.load(cfg.embedding_model, backbone.resolve_dtype("auto", device), device)
+    model = backbone.load(cfg.embedding_model, devices.resolve_dtype("auto", device), device)
     todo = parts_of(cfg, images)
     count, batch = todo[0].count, 8 if device.type == "cpu" else 256
     pixels = torch.rand(batch, 3, PX, PX, device=device)
