@@ -59,11 +59,11 @@ def remove_dead_temporaries(path: Path) -> None:
             continue
         # opened for writing, without which NFS gives no lock; gone meanwhile, or locked: in use
         with contextlib.suppress(OSError), open(other, "r+b") as file:
-            if _lock(file, wait=False) or time.time() - os.fstat(file.fileno()).st_mtime > _DEAD_AFTER_S:
+            if lock(file, wait=False) or time.time() - os.fstat(file.fileno()).st_mtime > _DEAD_AFTER_S:
                 other.unlink()
 
 
-def _lock(file: BinaryIO, wait: bool) -> bool:
+def lock(file: BinaryIO, wait: bool) -> bool:
     """Lock a file; False where the file system has no locks. Raises BlockingIOError if another holds the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,7 +79,7 @@ def _open_locked(path: Path) -> tuple[BinaryIO, Path]:
     while True:
         temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:12]}")
         file = open(temporary, "xb")  # noqa: SIM115 - closed by `atomic`
-        _lock(file, wait=True)
+        lock(file, wait=True)
         # between its creation and its locking, another run may have taken it for a dead run's and removed it
         if temporary.exists():
             return file, temporary

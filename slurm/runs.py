@@ -7,7 +7,6 @@ and its files (see status.py).
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import subprocess
@@ -82,11 +81,12 @@ def live_steps(record: dict, jobs: dict[str, Job]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def lock(logs_dir: Path) -> Iterator[None]:
-    """Only one submit at a time: two would find the same things missing, and both submit them."""
+    """Only one submit at a time: two would find the same things missing, and both submit them. (Where the file
+    system has no locks nothing holds them apart.)"""
     logs_dir.mkdir(parents=True, exist_ok=True)
     with open(logs_dir / ".submit.lock", "ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            files.lock(file, wait=False)
         except BlockingIOError:
             raise PipelineError(
                 f"another slurm/submit.py is at work in {logs_dir / 'runs'}: wait until it has ended"
