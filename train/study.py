@@ -160,7 +160,7 @@ def requeue(study: optuna.Study, trial: FrozenTrial | Trial, attempts: int) -> N
     """
     if attempts < MAX_ATTEMPTS and trial.number not in retried(study.get_trials(deepcopy=False)):
         study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number, "attempts": attempts})
-    study.tell(trial.number, state=TrialState.FAIL)
+    study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)  # by its worker, this moment
 
 
 def retried(trials: list[FrozenTrial]) -> set[int]:
