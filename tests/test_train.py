@@ -396,6 +396,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_batch(root, data,
     assert torch.equal(bad["arms"], batch.arms)
 
 
+def test_weights_that_are_not_finite_after_an_epochs_last_step_end_the_run(root, data):
+    more = ("training.learning_rate=1e30", "training.warmup_steps=0", "training.steps_per_epoch=1")
+    with pytest.raises(PipelineError, match=r"(?s)vectors that are not finite.*lower training\.learning_rate"):
+        train(root, data, None, *more)  # the loss of step 0 is that of the whitening
+
+
 def test_the_command_trains_says_so_and_has_nothing_to_do_the_second_time(root, tmp_path, capsys, caplog):
     paths = (f"paths.checkpoints_dir={tmp_path}", "training.run=mine", "training.epochs=1")
     with caplog.at_level(logging.INFO, logger="pipeline"):

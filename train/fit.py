@@ -219,7 +219,7 @@ def train_step(cfg: Config, data: TrainingData, run: Run, feed: Feed, run_dir: P
         draw(cfg, run, feed)
     (batch, embeddings), run.arms = feed.take(), None
     torch.manual_seed(step_seed(training.seed, run.step, purpose=2))  # of the dropout
-    # not compiled: that takes a minute, and on the CPU products, which it leaves as they are, are 78 % of a step
+    # not compiled: that takes a minute, and leaves the products as they are, on the CPU most of a step
     with autocast(training.dtype, data.device):
         vectors = run.head.train()(embeddings)
     related = batch.rows[: len(batch.rows) if run.loss.contrasts_all else training.batch_size]
