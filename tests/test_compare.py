@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from common import cli, config
-from common.errors import ConfigError, StaleArtefact
+from common.errors import ConfigError, PipelineError, StaleArtefact
 from difficulty import compute_visual_neighbors
-from train import compare, evaluate, gallery, model, protocol
+from train import compare, comparison, gallery, model, protocol, tasks
 
 SMALL = (
     *("training.epochs=2", "training.steps_per_epoch=2", "training.batch_size=32", "training.warmup_steps=1"),
@@ -43,20 +43,20 @@ def test_every_sampler_and_loss_has_a_run_of_each_seed_and_its_files(root):
     runs = {path.name for path in (root / "checkpoints" / "compare").iterdir()}
     assert runs == {f"{row['sampler']}-{row['loss']}-0" for row in found["combinations"]}
     markdown = (root / "data" / "evaluation" / "comparison.md").read_text()
-    assert markdown.strip() == compare.as_markdown(found)
+    assert markdown.strip() == comparison.as_markdown(found)
     assert (root / "data" / "evaluation" / "comparison.png").stat().st_size > 0
 
 
 def test_figures_and_intervals_equal_those_of_the_evaluation(root):
     where = (f"paths.checkpoints_dir={root / 'checkpoints' / 'compare'}", "training.run=ucb-infonce-0")
     cfg = config.load(None, [f"paths.root={root}", *SMALL, *where])
-    task = evaluate.of_run(cfg, [])
+    task = tasks.of_run(cfg, [])
     rows = gallery.load(task.paths, cfg.data.ignore_radius_m)
     with cli.Progress("test", "ranking") as quiet:
         theirs, _, _ = protocol.evaluate(cfg, rows, task.methods, torch.device("cpu"), quiet)
     found = read(root)
     ours = next(r for r in found["combinations"] if (r["sampler"], r["loss"]) == ("ucb", "infonce"))
-    for name in compare.FIGURES:
+    for name in comparison.FIGURES:
         for end in ("value", "low", "high"):
             assert found["whitening"][name][end] == pytest.approx(theirs["methods"]["whitening"][name][end])
             assert ours["figures"][name][end] == pytest.approx(theirs["methods"]["trained"][name][end])
@@ -66,7 +66,7 @@ def test_figures_and_intervals_equal_those_of_the_evaluation(root):
 
 def test_the_control_is_compared_with_itself_as_nothing(root):
     for row in read(root)["combinations"]:
-        if row["sampler"] == compare.CONTROL:
+        if row["sampler"] == comparison.CONTROL:
             assert {f["low"] for f in row["minus_control"].values()} == {0.0}
         assert np.mean(row["by_seed"]["map@r"]) == pytest.approx(row["figures"]["map@r"]["value"])
 
@@ -107,6 +107,22 @@ def test_shards_share_the_runs_and_the_command_without_them_makes_the_table(root
     ours, theirs = (json.loads((folder / "comparison.json").read_text())["combinations"]
                     for folder in (tmp_path, root / "data" / "evaluation"))  # fmt: skip
     assert ours == theirs
+
+
+def test_a_damaged_table_is_named(root, tmp_path):
+    (tmp_path / "comparison.json").write_text("{")
+    with pytest.raises(PipelineError, match=r"comparison\.json is damaged .*compare again"):
+        compare.main([*flags(root, f"paths.evaluation_dir={tmp_path}"), "--seeds", "1"])
+
+
+def test_differences_whose_interval_excludes_0_are_bold():
+    def figure(low, high):
+        return {"value": 0.1, "low": low, "high": high}
+
+    cells = [
+        comparison._difference(figure(*ends)) for ends in ((0.05, 0.2), (-0.2, -0.05), (-0.1, 0.2), (None, None))
+    ]
+    assert cells == ["**+10.0 [+5.0, +20.0]**", "**+10.0 [-20.0, -5.0]**", "+10.0 [-10.0, +20.0]", "+10.0"]
 
 
 def test_no_seeds_are_refused(root):

@@ -393,6 +393,14 @@ def test_a_split_of_buildings_does_not_claim_streets_that_training_never_saw(own
         assert ("it may have seen others of their streets" in page) == seen
 
 
+def test_a_damaged_report_of_the_split_is_told_before_anything_is_ranked(own, monkeypatch):
+    cfg, *_ = own
+    (cfg.paths.merged_dir / "split_report.json").write_text('{"kept": ')
+    monkeypatch.setattr(protocol, "evaluate", None)  # calling it would be a TypeError
+    with pytest.raises(PipelineError, match=r"split_report\.json is damaged"):
+        run(cfg)
+
+
 # ------------------------------------------------------------------------------------ further rows, other files
 
 

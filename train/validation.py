@@ -23,7 +23,7 @@ class Validation:
     device: torch.device
 
     def of_head(self, head: ProjectionHead) -> dict[str, float]:
-        """ "recall@1", ..., "map@r" and "median_rank" of a head. Raises PipelineError if its vectors are not finite."""
+        """ "recall@1", ..., "map@r" and "median_rank" of a head. Raises PipelineError if it gives NaN."""
         vectors = model.embed(head, self.embeddings, self.device)
         if not torch.isfinite(vectors.sum()):  # the last step's loss may have been finite all the same
             raise PipelineError("the head gives vectors that are not finite\nlower training.learning_rate")
