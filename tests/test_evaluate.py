@@ -1,6 +1,7 @@
 """train/evaluate.py with protocol.py and gallery.py. Oracle: loops over queries and pairs, written out."""
 
 import json
+import zipfile
 
 import numpy as np
 import pandas as pd
@@ -171,6 +172,22 @@ def test_blocks_of_queries_change_nothing(merged, monkeypatch):
     assert whole == blocks
 
 
+def test_blocks_of_queries_list_no_more_junk_than_memory_allows(merged, monkeypatch):
+    rows = load(
+        merged, "test", "train"
+    )  # 180 queries, each with 6 rows in its zone: its own building and its twin
+    assert [len(block) for block in protocol._query_blocks(rows, 16)] == [180]
+    monkeypatch.setattr(protocol, "_LISTED_BYTES", 2**20)
+    blocks = protocol._query_blocks(rows, 33)
+    assert np.concatenate(blocks).tolist() == list(range(180))
+    assert {len(block) for block in blocks} <= {5, 6}  # of 30 or 36 MB
+    assert [len(block) for block in protocol._query_blocks(rows, 1)] == [
+        1
+    ] * 180  # one does not fit, and is ranked
+    monkeypatch.setattr(protocol, "_QUERY_BLOCK", 4)
+    assert max(len(block) for block in protocol._query_blocks(rows, 33)) == 4
+
+
 # ------------------------------------------------------------------------------------------- what goes wrong
 
 
@@ -289,6 +306,14 @@ def test_a_checkpoint_of_another_program_is_refused(own, content):
     cfg, _, path = own
     torch.save(content, path)
     with pytest.raises(PipelineError, match=r"checkpoint_best.pt is no checkpoint of train/train.py"):
+        run(cfg)
+
+
+def test_a_checkpoint_whose_inside_is_broken_is_refused(own):
+    cfg, _, path = own
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/version", "3")
+    with pytest.raises(PipelineError, match=r"checkpoint_best.pt is damaged \(.*\): delete it and train again"):
         run(cfg)
 
 
@@ -454,8 +479,13 @@ def test_what_cannot_be_compared_is_told(own, tmp_path):
     cfg, columns, first = own
     folder = published(cfg, tmp_path / "model", first)
     few = {name: column[:50] for name, column in columns["test"].items()}
+    twice = {
+        **columns["test"],
+        "streetview_image_id": ["0088_40000", *columns["test"]["streetview_image_id"][:-1]],
+    }
     for path, message in (
         (other_vectors(tmp_path / "few.parquet", few), "no vector of image 0088_40050, and of 9 more"),
+        (other_vectors(tmp_path / "twice.parquet", twice), "twice.parquet holds image 0088_40000 twice"),
         (tmp_path / "gone.pt", "gone.pt does not exist"),
         (cfg.paths.root, "neither a run's folder nor one that publish/convert_to_hf.py wrote"),
     ):
@@ -484,6 +514,15 @@ def test_a_file_of_vectors_is_judged_by_the_same_protocol(own, tmp_path):
     assert theirs["methods"] == {"raw": ours["methods"]["raw"]}
     assert theirs["leakage"] is None
     assert "theirs.parquet" in (elsewhere.paths.evaluation_dir / "theirs" / "report.html").read_text()
+
+
+def test_a_split_by_itself_is_known_by_its_record(own, tmp_path):
+    cfg, *_ = own
+    path = cfg.paths.merged_dir / "val.parquet"
+    assert run(cfg, "--embeddings", "data/merged/val.parquet") == 0  # as the README says
+    found = results.read(cfg.paths.evaluation_dir / "val" / "metrics.json")
+    assert found["provenance"]["inputs"] == {"val.parquet": parquet.read_provenance(path).id}
+    assert found["counts"]["queries"] == 60
 
 
 def test_a_file_that_cannot_be_judged_says_why(own, tmp_path):

@@ -415,6 +415,12 @@ def test_a_storage_that_cannot_be_used_is_told_without_its_password(merged, tmp_
     assert "secret" not in str(told.value)
 
 
+def test_without_its_driver_postgresql_is_told(merged, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg2", None)  # importing it is an ImportError then
+    with pytest.raises(ConfigError, match=r"pip install 'embedding-pipeline\[postgres\]'"):
+        open_study(load(merged, tmp_path, "training.study_storage=postgresql://u@host/x"))
+
+
 @pytest.mark.parametrize("flag", ["--trials=0", "--trials=-1", "--minutes=-1"])
 def test_limits_that_mean_nothing_are_refused(merged, flag):
     with pytest.raises(ConfigError, match="takes a number"):  # exit code 2, see common/cli.py
@@ -534,6 +540,15 @@ def test_a_worker_with_nothing_finished_yet_leaves_well(merged, tmp_path, capsys
     assert "no trial has finished yet" in capsys.readouterr().out
     study_page.write(tmp_path / "page.html", open_study(load(merged, tmp_path)))
     assert "None has finished yet" in (tmp_path / "page.html").read_text()
+
+
+def test_a_worker_whose_trials_all_fail_says_why(merged, tmp_path, monkeypatch, quick):
+    def broken(cfg, data, *, on_epoch):
+        raise PipelineError("the loss is not finite at step 3")
+
+    monkeypatch.setattr(trials, "fit", broken)
+    with pytest.raises(PipelineError, match="every trial so far has failed; the last one: the loss is not finite"):
+        optuna_worker.main([*flags(merged, f"paths.study_dir={tmp_path}"), "--trials", "1"])
 
 
 def test_sigterm_puts_the_trial_back_and_exits_with_85(merged, tmp_path):
