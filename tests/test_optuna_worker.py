@@ -530,8 +530,10 @@ def test_the_command_trains_fills_the_study_and_writes_its_page(merged, tmp_path
     page = (tmp_path / "study.html").read_text()
     assert page.count("<svg") >= 3
     assert "fANOVA" in page
+    (tmp_path / "study.html").unlink()  # as by a worker that was killed before it wrote it
     assert optuna_worker.main(arguments) == 0
     assert "nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "study.html").read_text() == page
 
 
 def test_a_worker_with_nothing_finished_yet_leaves_well(merged, tmp_path, capsys, quick):

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import wandb
 from made_up_merge import MODEL, write_merge
 
 from common import cli, config, parquet
@@ -476,3 +477,15 @@ def test_wandb_offline_records_settings_epochs_and_what_the_run_came_to(root, da
     assert files.keys() == {"best.json", "config.json", "curves.png", "history.parquet"}
     assert files["history.parquet"].read_bytes() == (tmp_path / "run" / "history.parquet").read_bytes()
     assert json.loads(files["best.json"].read_text())["map@r"] == result.best_value
+
+
+def test_wandb_that_cannot_start_is_told_in_a_line(root, data, tmp_path, monkeypatch):
+    def refuse(**_):
+        raise wandb.errors.UsageError(
+            "No API key configured. Use `wandb login` to log in."
+        )  # as without a terminal
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    more = ("logging.wandb_mode=online", f"paths.logs_dir={tmp_path}")
+    with pytest.raises(PipelineError, match=r"wandb cannot start: No API key .*\n.*logging\.wandb_mode"):
+        train(root, data, tmp_path / "run", *more)

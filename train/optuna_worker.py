@@ -40,6 +40,7 @@ def main(argv=None) -> int:
     tuning = study.open_study(cfg, study.record(cfg), create=True, overwrite=args.overwrite)
     page_path = cfg.paths.study_dir / "study.html"
     if study.is_full(tuning, cfg):
+        study_page.write(page_path, tuning)  # the last worker may have been killed before it did
         return cli.nothing_to_do("optuna_worker", f"{cfg.training.num_trials} trials")
 
     with cli.Progress("optuna_worker", "trial", args.trials, cfg.logging.progress_interval_s) as progress:
