@@ -40,6 +40,14 @@ def _few_threads():
 
 
 @pytest.fixture
+def no_curves(monkeypatch):
+    """Runs leave an empty curves.png: drawing it takes longer than a small training."""
+    from train import history
+
+    monkeypatch.setattr(history, "draw", lambda path, table: path.touch())
+
+
+@pytest.fixture
 def cfg(tmp_path):
     """The settings of a chain of four shards below tmp_path."""
     from common import config

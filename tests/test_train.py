@@ -16,16 +16,20 @@ import pytest
 import torch
 import wandb
 from made_up_merge import MODEL, write_merge
+from PIL import Image
+from threadpoolctl import threadpool_limits
 
 from common import cli, config, parquet
 from common.errors import PipelineError, StaleArtefact, Stopped
 from difficulty import compute_visual_neighbors
-from train import checkpoints, fit, model, remine
+from train import checkpoints, fit, history, model, remine
 from train.bandit import DiscountedUcb, arms_of_step
 from train.datasets import Sampler, load_data, relations
+from train.history import draw
 from train.loss import Loss
 from train.train import main
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 SETTINGS = [
     "data.neighbors=30",
     "data.band_percentiles=[20, 40, 60, 80]",
@@ -95,6 +99,13 @@ def assert_equal(ours, theirs, where):
         assert torch.equal(ours, theirs), where
     else:
         assert ours == theirs or (ours != ours and theirs != theirs), where  # NaN is where nothing was trained
+
+
+def test_the_curves_are_a_picture(undisturbed, tmp_path):
+    draw(tmp_path / "curves.png", parquet.read(undisturbed / "history.parquet").to_pandas())
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size == (1000, 700)
+        assert len(picture.getcolors(1 << 16)) > 10  # lines of many arms
 
 
 def test_epoch_0_is_the_whitening_and_the_best_epoch_is_never_worse(root, data, tmp_path):
@@ -307,7 +318,7 @@ def stopped_at(root, data, folder, monkeypatch, steps, *more):
 LONGER = ("training.steps_per_epoch=150", "training.patience=9")
 
 
-def run_train(folder, root, at=None):
+def stop_train(folder, root, at):
     """train.py in a process of its own, sent SIGUSR2 soon after the epoch `at` was told; its exit code."""
     script = Path(fit.__file__).with_name("train.py")
     command = [sys.executable, str(script), *flags(root, *LONGER, f"paths.checkpoints_dir={folder}")]
@@ -322,13 +333,14 @@ def run_train(folder, root, at=None):
 
 def test_stopped_by_sigusr2_three_times_exits_with_85_and_ends_bit_identical(root, tmp_path):
     stopped, undisturbed = tmp_path / "stopped", tmp_path / "undisturbed"
-    assert run_train(undisturbed, root) == 0
     steps = []
     for epoch in (0, 1, 3):
-        assert run_train(stopped, root, at=epoch) == cli.EXIT_STOPPED
+        assert stop_train(stopped, root, at=epoch) == cli.EXIT_STOPPED
         steps.append(model.load_checkpoint(stopped / "default" / "checkpoint_last.pt")["resume"]["step"])
     assert 0 < steps[0] <= 150 < steps[1] <= 300 < 450 < steps[2] <= 600
-    assert run_train(stopped, root) == 0
+    with threadpool_limits(1):  # as the processes
+        for folder in (stopped, undisturbed):
+            assert main(flags(root, *LONGER, f"paths.checkpoints_dir={folder}")) == 0
     assert_same_checkpoints(stopped / "default", undisturbed / "default")
 
 
@@ -454,7 +466,8 @@ def wandb_records(path):
             record = b""
 
 
-def test_wandb_offline_records_settings_epochs_and_what_the_run_came_to(root, data, tmp_path):
+def test_wandb_offline_records_settings_epochs_and_what_the_run_came_to(root, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(history, "draw", draw)  # wandb takes no empty file for a picture
     more = ("logging.wandb_mode=offline", f"paths.logs_dir={tmp_path / 'logs'}", "training.epochs=2")
     result = train(root, data, tmp_path / "run", *more)
     (path,) = (tmp_path / "logs" / "wandb").glob("offline-run-*/*.wandb")

@@ -18,7 +18,6 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import get_args
 
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -58,13 +57,7 @@ def main(argv=None) -> int:
 
     # train: data are loaded once for all runs
     data, best = datasets.load_data(cfg), {}
-    fields = type(cfg.training).model_fields
-    combinations = [
-        comparison.Combination(sampler, loss)
-        for loss in get_args(fields["loss"].annotation)
-        for sampler in get_args(fields["sampler"].annotation)
-    ]
-    runs = [(combination, seed) for combination in combinations for seed in range(args.seeds)]
+    runs = [(combination, seed) for combination in comparison.combinations() for seed in range(args.seeds)]
     runs = runs[args.shard :: args.num_shards]
     with cli.Progress("compare", "run", len(runs), cfg.logging.progress_interval_s) as progress:
         for combination, seed in runs:

@@ -2,14 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 from common import cli, pictures
-from common.config import Config
+from common.config import Config, Training
 from common.errors import PipelineError
 from train import bootstrap, gallery, methods, metrics, protocol
 from train.report import percent
@@ -23,6 +23,12 @@ class Combination(NamedTuple):
 
     sampler: str
     loss: str
+
+
+def combinations() -> list[Combination]:
+    """All that the settings allow."""
+    samplers, losses = (get_args(Training.model_fields[name].annotation) for name in ("sampler", "loss"))
+    return [Combination(sampler, loss) for loss in losses for sampler in samplers]
 
 
 def read(path: Path) -> dict:
@@ -55,9 +61,9 @@ def judge(cfg: Config, best: dict[tuple[Combination, int], dict], device: torch.
     def intervals(estimates: np.ndarray) -> dict:
         return {name: bootstrap.interval(estimates[:, i], effective_cells) for i, name in enumerate(FIGURES)}
 
-    combinations = list(dict.fromkeys(combination for combination, _ in best))
+    compared = list(dict.fromkeys(combination for combination, _ in best))
     seeds = sorted({seed for _, seed in best})
-    estimates = {c: estimate(np.mean([values[c, seed] for seed in seeds], axis=0)) for c in combinations}
+    estimates = {c: estimate(np.mean([values[c, seed] for seed in seeds], axis=0)) for c in compared}
     return {
         "counts": {"queries": int(asked.sum()), "cells": len(cells), "seeds": len(seeds)},
         "whitening": intervals(estimate(base)),
@@ -70,7 +76,7 @@ def judge(cfg: Config, best: dict[tuple[Combination, int], dict], device: torch.
                 "by_seed": {n: [float(values[c, s][:, i].mean()) for s in seeds] for i, n in enumerate(FIGURES)},
                 "best_epochs": [best[c, seed]["epoch"] for seed in seeds],
             }
-            for c in combinations
+            for c in compared
         ],
     }  # fmt: skip
 

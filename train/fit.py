@@ -86,7 +86,7 @@ def fit(
         checkpoints.restore(run, saved)
         finished = saved["resume"]["finished"]
         store.save(run, finished)  # a file that was deleted meanwhile is there again
-        log.info("continuing %s at step %s", run_dir, f"{run.step:,}")
+        log.info("%s %s", run_dir, "is finished" if finished else f"goes on from step {run.step:,}")
     if not finished:
         with tracking.session(cfg, run_dir, made) as tracker:
             train(cfg, data, run, store, tracker, on_epoch, progress)
