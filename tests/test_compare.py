@@ -29,7 +29,6 @@ def flags(root, *more):
 def root(tmp_path_factory):
     """A merge that was compared, with one seed."""
     folder = tmp_path_factory.mktemp("compare")
-    torch.set_num_threads(1)  # this comes before what conftest does for each test
     made_up_merge.write_merge(folder / "data" / "merged", streets=(12, 6, 24))
     compute_visual_neighbors.main(flags(folder))
     with pytest.MonkeyPatch.context() as patch:

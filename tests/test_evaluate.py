@@ -1,5 +1,7 @@
 """train/evaluate.py with protocol.py and gallery.py. Oracle: loops over queries and pairs, written out."""
 
+import contextlib
+import io
 import json
 import zipfile
 
@@ -25,6 +27,14 @@ def merged(tmp_path_factory):
     small_merge.write_merge(cfg)
     small_merge.write_checkpoint(cfg, seed=1)
     return cfg
+
+
+@pytest.fixture(scope="module")
+def evaluated(merged):
+    """(What the command printed, what it wrote into metrics.json) of `merged`."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert run(merged) == 0
+    return printed.getvalue(), json.loads((merged.paths.evaluation_dir / "metrics.json").read_text())
 
 
 @pytest.fixture
@@ -129,9 +139,8 @@ def test_figures_equal_loops_over_queries_and_pairs(merged, splits):
     assert sum(figures["similarity_histograms"]["matches"]) == sum(map(len, all_ranks))
 
 
-def test_a_differences_value_is_the_difference_and_its_interval_is_paired(merged):
-    assert run(merged, "--overwrite") == 0
-    found = json.loads((merged.paths.evaluation_dir / "metrics.json").read_text())
+def test_a_differences_value_is_the_difference_and_its_interval_is_paired(evaluated):
+    found = evaluated[1]
     methods, difference = found["methods"], found["differences"]["whitening-raw"]["map@r"]
     expected = methods["whitening"]["map@r"]["value"] - methods["raw"]["map@r"]["value"]
     assert difference["value"] == pytest.approx(expected)
@@ -334,11 +343,10 @@ def test_a_checkpoint_that_is_not_there_says_what_makes_it(tmp_path):
 # -------------------------------------------------------------------------------------------- the command
 
 
-def test_it_prints_the_table_and_a_second_run_does_nothing(merged, capsys):
-    assert run(merged, "--overwrite") == 0
-    first = capsys.readouterr().out
+def test_it_prints_the_table_and_a_second_run_does_nothing(merged, evaluated, capsys):
+    first, found = evaluated
     path = merged.paths.evaluation_dir / "metrics.json"
-    whitening = json.loads(path.read_text())["methods"]["whitening"]["recall@1"]
+    whitening = found["methods"]["whitening"]["recall@1"]
     expected = " [".join(f"{100 * whitening[key]:.1f}" for key in ("value", "low"))
     assert f"whitening           {expected}" in first
     assert f"report: {merged.paths.evaluation_dir / 'report.html'}" in first
@@ -352,21 +360,15 @@ def test_it_prints_the_table_and_a_second_run_does_nothing(merged, capsys):
         run(merged, "--set", "training.bootstrap_samples=61")
 
 
-def test_the_same_inputs_and_seed_give_the_same_figures(merged):
+def test_a_run_killed_before_metrics_json_is_done_again_with_the_same_figures(merged, evaluated):
     path = merged.paths.evaluation_dir / "metrics.json"
-    found = []
-    for _ in range(2):
-        assert run(merged, "--overwrite") == 0
-        found.append(json.loads(path.read_text()))
-    first, second = ({**figures, "provenance": figures["provenance"]["id"]} for figures in found)
-    assert first == second
-
-
-def test_a_run_killed_before_metrics_json_is_done_again(merged):
-    assert run(merged, "--overwrite") == 0
-    (merged.paths.evaluation_dir / "metrics.json").unlink()
+    path.unlink()
     assert run(merged) == 0
-    assert (merged.paths.evaluation_dir / "metrics.json").exists()
+    first, second = (
+        {**found, "provenance": found["provenance"]["id"]}
+        for found in (evaluated[1], json.loads(path.read_text()))
+    )
+    assert first == second
 
 
 def test_figures_of_other_settings_are_not_redone_because_the_report_was_deleted(own):
@@ -395,9 +397,8 @@ def test_a_run_killed_between_its_two_files_leaves_none_that_says_it_is_done(own
     assert not (cfg.paths.evaluation_dir / "metrics.json").exists()  # else a run with seed 0 would do nothing
 
 
-def test_the_record_names_its_inputs(merged):
-    assert run(merged, "--overwrite") == 0
-    record = json.loads((merged.paths.evaluation_dir / "metrics.json").read_text())["provenance"]
+def test_the_record_names_its_inputs(merged, evaluated):
+    record = evaluated[1]["provenance"]
     assert record["stage"] == "evaluate"
     test = parquet.read_provenance(merged.paths.merged_dir / "test.parquet").id
     assert record["inputs"]["test.parquet"] == test
@@ -406,14 +407,14 @@ def test_the_record_names_its_inputs(merged):
     assert record["rows"] == {"in": 180, "out": 180}
 
 
-def test_a_split_of_buildings_does_not_claim_streets_that_training_never_saw(own):
+def test_a_split_of_buildings_does_not_claim_streets_that_training_never_saw(own, merged, evaluated):
     cfg, columns, _ = own
-    for split_by, seen in (("geo", False), ("building", True)):
-        for split, of_split in columns.items():
-            small_merge.write_split(cfg, split, of_split, config={"data.split_by": split_by})
-        small_merge.write_checkpoint(cfg)
-        assert run(cfg, "--overwrite") == 0
-        page = (cfg.paths.evaluation_dir / "report.html").read_text()
+    for split, of_split in columns.items():
+        small_merge.write_split(cfg, split, of_split, config={"data.split_by": "building"})
+    small_merge.write_checkpoint(cfg)
+    assert run(cfg) == 0
+    for evaluation, seen in ((merged, False), (cfg, True)):
+        page = (evaluation.paths.evaluation_dir / "report.html").read_text()
         assert ("on streets that it never saw" in page) == (not seen)
         assert ("it may have seen others of their streets" in page) == seen
 
@@ -605,8 +606,7 @@ def test_evaluating_changes_no_embedding(merged):
     np.testing.assert_array_equal(single.embeddings, before)  # float32 on the host: the same memory, if not copied
 
 
-def test_check_tells_whether_two_files_have_the_same_figures(merged, tmp_path, capsys):
-    assert run(merged, "--overwrite") == 0
+def test_check_tells_whether_two_files_have_the_same_figures(merged, evaluated, tmp_path, capsys):
     path = merged.paths.evaluation_dir / "metrics.json"
     other = tmp_path / "other.json"
     found = json.loads(path.read_text())

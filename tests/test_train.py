@@ -71,7 +71,6 @@ def data(root):
 
 
 def train(root, data, run_dir=None, *more, **options):
-    torch.set_num_threads(1)
     return fit.fit(config.load(None, settings(root, *more)), data, run_dir=run_dir, **options)
 
 
