@@ -397,6 +397,27 @@ def test_a_study_in_postgresql_as_the_commands_see_it(merged, tmp_path, postgres
         assert "secret" not in text
 
 
+def test_a_database_that_goes_away_is_told_without_its_password(merged, tmp_path, postgres, monkeypatch, quick):
+    database = sqlalchemy.create_engine(postgres.replace("://", "+psycopg2://"), isolation_level="AUTOCOMMIT")
+
+    def gone(cfg, data, *, on_epoch):
+        with database.connect() as connection:  # no more of our connections, old or new
+            for statement in (
+                "alter database leaving allow_connections false",
+                "select pg_terminate_backend(pid) from pg_stat_activity where datname = 'leaving'",
+            ):
+                connection.execute(sqlalchemy.text(statement))
+        on_epoch(0, 0.5)
+
+    with database.connect() as connection:
+        connection.execute(sqlalchemy.text("create database leaving"))
+    monkeypatch.setattr(trials, "fit", gone)
+    url = postgres.replace("/postgres?", "/leaving?")
+    with pytest.raises(PipelineError, match=r"tuner:\*\*\*@.* answers no more: ") as told:
+        optuna_worker.main(flags(merged, f"training.study_storage={url}", f"paths.study_dir={tmp_path}"))
+    assert "secret" not in str(told.value)
+
+
 def made_of(merged, tmp_path):
     return study.record(load(merged, tmp_path))
 

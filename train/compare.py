@@ -9,9 +9,9 @@ Reads    data/merged/{train,val,test}.parquet, data/difficulty/difficulty_metada
 Writes   checkpoints/compare/<sampler>-<loss>-<seed>/, as train.py; a run that is there already is not repeated;
          data/evaluation/comparison.{json,md,png}
 Command  python train/compare.py [--seeds 3] [--set training.epochs=8]
-Time     36 runs of 300 steps of 512 triplets, 192 to 128 dimensions: 15 minutes on two CPU cores, as two shards
-         at once with OMP_NUM_THREADS=1 (small products gain little from a second thread); a shard trains its part
-         of the runs, and the command without shards then makes the table
+Time     that of the runs, see train.py. On the CPU shards at once with OMP_NUM_THREADS=1 take the least (small
+         products gain little from a second thread): a shard trains its part of the runs, and the command without
+         shards then makes the table
 """
 
 import json

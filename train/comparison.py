@@ -113,8 +113,12 @@ def as_markdown(found: dict) -> str:
 
 
 def _difference(figure: dict) -> str:
-    excludes_0 = figure["low"] is not None and (figure["low"] > 0 or figure["high"] < 0)
-    return f"**{percent(figure, '+')}**" if excludes_0 else percent(figure, "+")
+    """With -0.0, unlike `percent`: it tells on which side of 0 an interval ends."""
+    value, low, high = figure["value"], figure["low"], figure["high"]
+    if low is None:
+        return f"{100 * value:+.1f}"
+    text = f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
 
 
 def draw(found: dict) -> bytes:

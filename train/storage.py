@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import sqlalchemy
+from optuna.exceptions import StorageInternalError
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import ArgumentError, OperationalError
@@ -66,6 +67,18 @@ def _lock(file: BinaryIO) -> None:
             f"{file.name} cannot be locked: its file system has no locks, and the workers of a study need one\n"
             "set paths.study_dir to a folder of another disk, or training.study_storage to a PostgreSQL database"
         )
+
+
+@contextlib.contextmanager
+def loss_told(cfg: Config) -> Iterator[None]:
+    """Name a database that goes away meanwhile. The trial in hand is tried again by another worker."""
+    try:
+        yield
+    except (StorageInternalError, OperationalError) as error:
+        cause = error.__cause__ or error
+        raise PipelineError(
+            f"{name_of(cfg)} answers no more: {first_line(getattr(cause, 'orig', cause))}"
+        ) from None
 
 
 @contextlib.contextmanager

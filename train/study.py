@@ -193,10 +193,9 @@ def last_heartbeat(trial: FrozenTrial) -> float:
 
 def worker_name() -> str:
     """Host and process, and the Slurm job where there is one."""
-    jobs = [os.environ[name] for name in ("SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID") if name in os.environ][:1]
-    tasks = [os.environ[name] for name in ("SLURM_ARRAY_TASK_ID",) if name in os.environ]
-    job = "_".join(jobs + tasks)
-    return f"{socket.gethostname()}, process {os.getpid()}" + (f", job {job}" if job else "")
+    job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
+    name = "_".join(filter(None, (job, os.environ.get("SLURM_ARRAY_TASK_ID"))))
+    return f"{socket.gethostname()}, process {os.getpid()}" + (f", job {name}" if name else "")
 
 
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:

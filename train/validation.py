@@ -74,7 +74,7 @@ def baselines(
             "projection": torch.from_numpy(projection),
             "shrinkage": best,
             "validation": tried[best],
-            "map@r_by_shrinkage": {shrinkage: metrics_["map@r"] for shrinkage, metrics_ in tried.items()},
+            "map@r_by_shrinkage": {shrinkage: found["map@r"] for shrinkage, found in tried.items()},
             "spread": float(np.sqrt(np.trace(projection @ known.total @ projection.T) / output_dim)),
         },
     }
