@@ -41,7 +41,7 @@ def read(path: Path) -> dict:
 
 def judge(cfg: Config, best: dict[tuple[Combination, int], dict], device: torch.device) -> dict:
     """The figures of all combinations on the test split. `best`: the checkpoint of each (combination, seed)."""
-    rows = gallery.load(gallery.paths(cfg), cfg.data.ignore_radius_m)
+    rows = gallery.load(gallery.files_of(cfg), cfg.data.ignore_radius_m)
     whitening, _ = methods.of_checkpoint(next(iter(best.values())))[-2:]
     total = rows.num_queries * (1 + len(best))
     with cli.Progress("compare", "ranking", total, cfg.logging.progress_interval_s) as progress:

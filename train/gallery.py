@@ -38,7 +38,7 @@ class Gallery:
         return self.table[name].to_numpy()
 
 
-def paths(cfg: Config) -> list[Path]:
+def files_of(cfg: Config) -> list[Path]:
     """The files of the splits that are ranked by training.gallery, test's first."""
     names = SPLITS if cfg.training.gallery == "all" else SPLITS[:1]
     return [cfg.paths.merged_dir / f"{name}.parquet" for name in names]

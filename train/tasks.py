@@ -50,7 +50,7 @@ def of_run(cfg: Config, compare: list[Path]) -> Task:
     }
     folder = cfg.paths.evaluation_dir / "compared" if compare else cfg.paths.evaluation_dir
     made = provenance.record("evaluate", settings, inputs)
-    return Task(folder, made, gallery.paths(cfg), [*own, *further], subject)
+    return Task(folder, made, gallery.files_of(cfg), [*own, *further], subject)
 
 
 def of_file(cfg: Config, path: Path) -> Task:
