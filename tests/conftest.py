@@ -21,6 +21,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
 
 
+def pytest_collection_finish():
+    """Tests share the cores: one thread each for torch, where a file has loaded it; fixtures of modules, too."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
 @pytest.fixture
 def run_script():
     """Run a script of the repository as a user does: `run_script("train/train.py", "--help")`."""
@@ -32,11 +38,12 @@ def run_script():
     return run
 
 
-@pytest.fixture(autouse=True)
-def _few_threads():
-    """Tests share the cores: one thread each for torch, when it is loaded."""
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Runs leave an empty curves.png: drawing it takes longer than a small training."""
+    from train import history
+
+    monkeypatch.setattr(history, "draw", lambda path, table: path.touch())
 
 
 @pytest.fixture

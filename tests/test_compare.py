@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from common import cli, config
-from common.errors import ConfigError, StaleArtefact
+from common.errors import ConfigError, PipelineError, StaleArtefact
 from difficulty import compute_visual_neighbors
-from train import compare, evaluate, gallery, model, protocol
+from train import compare, comparison, gallery, history, model, protocol, tasks
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 SMALL = (
-    *("training.epochs=2", "training.steps_per_epoch=2", "training.batch_size=32", "training.warmup_steps=1"),
+    *("training.epochs=2", "training.steps_per_epoch=25", "training.batch_size=128", "training.warmup_steps=1"),
+    "training.learning_rate=1e-2",
     *("training_model.output_dim=16", "training_model.hidden_dim=16", "data.neighbors=20"),
     "training.bootstrap_samples=50",
 )
@@ -29,7 +31,9 @@ def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     made_up_merge.write_merge(folder / "data" / "merged", streets=(12, 6, 24))
     compute_visual_neighbors.main(flags(folder))
-    assert compare.main([*flags(folder), "--seeds", "1"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(history, "draw", lambda path, table: path.touch())  # 12 pictures that nobody looks at
+        assert compare.main([*flags(folder), "--seeds", "1"]) == 0
     return folder
 
 
@@ -43,20 +47,21 @@ def test_every_sampler_and_loss_has_a_run_of_each_seed_and_its_files(root):
     runs = {path.name for path in (root / "checkpoints" / "compare").iterdir()}
     assert runs == {f"{row['sampler']}-{row['loss']}-0" for row in found["combinations"]}
     markdown = (root / "data" / "evaluation" / "comparison.md").read_text()
-    assert markdown.strip() == compare.as_markdown(found)
+    assert markdown.strip() == comparison.as_markdown(found)
     assert (root / "data" / "evaluation" / "comparison.png").stat().st_size > 0
 
 
 def test_figures_and_intervals_equal_those_of_the_evaluation(root):
     where = (f"paths.checkpoints_dir={root / 'checkpoints' / 'compare'}", "training.run=ucb-infonce-0")
     cfg = config.load(None, [f"paths.root={root}", *SMALL, *where])
-    task = evaluate.of_run(cfg, [])
+    task = tasks.of_run(cfg, [])
     rows = gallery.load(task.paths, cfg.data.ignore_radius_m)
     with cli.Progress("test", "ranking") as quiet:
         theirs, _, _ = protocol.evaluate(cfg, rows, task.methods, torch.device("cpu"), quiet)
     found = read(root)
     ours = next(r for r in found["combinations"] if (r["sampler"], r["loss"]) == ("ucb", "infonce"))
-    for name in compare.FIGURES:
+    assert ours["best_epochs"] != [0]  # else it would be the whitening, and no difference told
+    for name in comparison.FIGURES:
         for end in ("value", "low", "high"):
             assert found["whitening"][name][end] == pytest.approx(theirs["methods"]["whitening"][name][end])
             assert ours["figures"][name][end] == pytest.approx(theirs["methods"]["trained"][name][end])
@@ -66,7 +71,7 @@ def test_figures_and_intervals_equal_those_of_the_evaluation(root):
 
 def test_the_control_is_compared_with_itself_as_nothing(root):
     for row in read(root)["combinations"]:
-        if row["sampler"] == compare.CONTROL:
+        if row["sampler"] == comparison.CONTROL:
             assert {f["low"] for f in row["minus_control"].values()} == {0.0}
         assert np.mean(row["by_seed"]["map@r"]) == pytest.approx(row["figures"]["map@r"]["value"])
 
@@ -82,31 +87,55 @@ def test_run_again_it_shows_the_table_and_trains_nothing(root, capsys):
         compare.main([*flags(root, "training.epochs=3"), "--seeds", "1"])
 
 
-def test_more_seeds_are_other_runs_and_those_there_are_kept(root, tmp_path):
+@pytest.fixture
+def two(monkeypatch):
+    """Two combinations in place of all."""
+    chosen = [comparison.Combination(sampler, "triplet") for sampler in ("ucb", comparison.CONTROL)]
+    monkeypatch.setattr(comparison, "combinations", lambda: chosen)
+
+
+def test_more_seeds_are_other_runs_and_those_there_are_kept(root, tmp_path, two):
     before = {path: path.stat().st_mtime_ns for path in (root / "checkpoints").rglob("checkpoint_best.pt")}
     heads = flags(root, f"paths.evaluation_dir={tmp_path}")
     assert compare.main([*heads, "--seeds", "2"]) == 0
     runs = [root / "checkpoints" / "compare" / f"ucb-triplet-{seed}" for seed in (0, 1)]
-    two = [model.load_checkpoint(run / "checkpoint_last.pt") for run in runs]
-    assert [checkpoint["config"]["training.seed"] for checkpoint in two] == [0, 1]
-    assert not np.array_equal(two[0]["head"]["linear.weight"], two[1]["head"]["linear.weight"])
+    checkpoints = [model.load_checkpoint(run / "checkpoint_last.pt") for run in runs]
+    assert [checkpoint["config"]["training.seed"] for checkpoint in checkpoints] == [0, 1]
+    assert not np.array_equal(*(checkpoint["head"]["linear.weight"] for checkpoint in checkpoints))
     assert len(before) == 12
     found = json.loads((tmp_path / "comparison.json").read_text())
-    assert {len(row["by_seed"]["map@r"]) for row in found["combinations"]} == {2}
+    assert [len(row["by_seed"]["map@r"]) for row in found["combinations"]] == [2, 2]
 
 
-def test_shards_share_the_runs_and_the_command_without_them_makes_the_table(root, tmp_path, capsys):
+def test_shards_share_the_runs_and_the_command_without_them_makes_the_table(root, tmp_path, capsys, two):
     heads, runs = flags(root, f"paths.checkpoints_dir={tmp_path}", f"paths.evaluation_dir={tmp_path}"), {}
     for shard in range(2):
         assert compare.main([*heads, "--seeds", "1", "--shard", str(shard), "--num-shards", "2"]) == 0
-        assert "6 runs in, 6 out" in capsys.readouterr().out
+        assert "1 runs in, 1 out" in capsys.readouterr().out
         assert not (tmp_path / "comparison.json").exists()
-        runs[shard] = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("history.parquet")}
-    assert (len(runs[0]), len(runs[1])) == (6, 12)
+        runs[shard] = list(tmp_path.rglob("history.parquet"))
+    assert (len(runs[0]), len(runs[1])) == (1, 2)
     assert compare.main([*heads, "--seeds", "1"]) == 0
-    ours, theirs = (json.loads((folder / "comparison.json").read_text())["combinations"]
-                    for folder in (tmp_path, root / "data" / "evaluation"))  # fmt: skip
-    assert ours == theirs
+    of_two, of_all = (json.loads((folder / "comparison.json").read_text())["combinations"]
+                      for folder in (tmp_path, root / "data" / "evaluation"))  # fmt: skip
+    assert of_two == [row for row in of_all if row in of_two]
+    assert len(of_two) == 2
+
+
+def test_a_damaged_table_is_named(root, tmp_path):
+    (tmp_path / "comparison.json").write_text("{")
+    with pytest.raises(PipelineError, match=r"comparison\.json is damaged .*compare again"):
+        compare.main([*flags(root, f"paths.evaluation_dir={tmp_path}"), "--seeds", "1"])
+
+
+def test_differences_whose_interval_excludes_0_are_bold():
+    def figure(low, high):
+        return {"value": 0.1, "low": low, "high": high}
+
+    cells = [
+        comparison._difference(figure(*ends)) for ends in ((0.05, 0.2), (-0.2, -0.0001), (-0.1, 0.2), (None, None))
+    ]
+    assert cells == ["**+10.0 [+5.0, +20.0]**", "**+10.0 [-20.0, -0.0]**", "+10.0 [-10.0, +20.0]", "+10.0"]
 
 
 def test_no_seeds_are_refused(root):

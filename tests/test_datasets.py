@@ -212,6 +212,17 @@ def test_difficulty_of_another_merge_or_of_other_settings_is_refused(settings, t
         datasets.input_ids(config.load(None, settings))
 
 
+def test_splits_of_two_merges_are_refused_and_an_empty_one_is_told(settings, tmp_path):
+    other = tmp_path / "other"
+    write_merge(other, seed=1)
+    (other / "val.parquet").rename(tmp_path / "data" / "merged" / "val.parquet")
+    with pytest.raises(StaleArtefact, match=r"val\.parquet and train\.parquet are of two merges: val .*seed"):
+        datasets.input_ids(config.load(None, settings))
+    write_merge(tmp_path / "data" / "merged", streets=(12, 0, 6))
+    with pytest.raises(PipelineError, match=r"val\.parquet has no rows: check data\.train_ratio"):
+        datasets.load_data(config.load(None, settings))
+
+
 def test_a_head_wider_than_the_backbone_is_refused(settings):
     with pytest.raises(PipelineError, match="output_dim = 100 exceeds the embeddings' 24"):
         datasets.load_data(config.load(None, [*settings, "training_model.output_dim=100"]))

@@ -1,6 +1,9 @@
 """train/evaluate.py with protocol.py and gallery.py. Oracle: loops over queries and pairs, written out."""
 
+import contextlib
+import io
 import json
+import zipfile
 
 import numpy as np
 import pandas as pd
@@ -24,6 +27,14 @@ def merged(tmp_path_factory):
     small_merge.write_merge(cfg)
     small_merge.write_checkpoint(cfg, seed=1)
     return cfg
+
+
+@pytest.fixture(scope="module")
+def evaluated(merged):
+    """(What the command printed, what it wrote into metrics.json) of `merged`."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert run(merged) == 0
+    return printed.getvalue(), json.loads((merged.paths.evaluation_dir / "metrics.json").read_text())
 
 
 @pytest.fixture
@@ -128,9 +139,8 @@ def test_figures_equal_loops_over_queries_and_pairs(merged, splits):
     assert sum(figures["similarity_histograms"]["matches"]) == sum(map(len, all_ranks))
 
 
-def test_a_differences_value_is_the_difference_and_its_interval_is_paired(merged):
-    assert run(merged, "--overwrite") == 0
-    found = json.loads((merged.paths.evaluation_dir / "metrics.json").read_text())
+def test_a_differences_value_is_the_difference_and_its_interval_is_paired(evaluated):
+    found = evaluated[1]
     methods, difference = found["methods"], found["differences"]["whitening-raw"]["map@r"]
     expected = methods["whitening"]["map@r"]["value"] - methods["raw"]["map@r"]["value"]
     assert difference["value"] == pytest.approx(expected)
@@ -169,6 +179,22 @@ def test_blocks_of_queries_change_nothing(merged, monkeypatch):
     monkeypatch.setattr(protocol, "_QUERY_BLOCK", 7)
     blocks, *_ = evaluate_run(merged, rows)
     assert whole == blocks
+
+
+def test_blocks_of_queries_list_no_more_junk_than_memory_allows(merged, monkeypatch):
+    rows = load(
+        merged, "test", "train"
+    )  # 180 queries, each with 6 rows in its zone: its own building and its twin
+    assert [len(block) for block in protocol._query_blocks(rows, 16)] == [180]
+    monkeypatch.setattr(protocol, "_LISTED_BYTES", 2**20)
+    blocks = protocol._query_blocks(rows, 33)
+    assert np.concatenate(blocks).tolist() == list(range(180))
+    assert {len(block) for block in blocks} <= {5, 6}  # of 30 or 36 MB
+    assert [len(block) for block in protocol._query_blocks(rows, 1)] == [
+        1
+    ] * 180  # one does not fit, and is ranked
+    monkeypatch.setattr(protocol, "_QUERY_BLOCK", 4)
+    assert max(len(block) for block in protocol._query_blocks(rows, 33)) == 4
 
 
 # ------------------------------------------------------------------------------------------- what goes wrong
@@ -292,6 +318,14 @@ def test_a_checkpoint_of_another_program_is_refused(own, content):
         run(cfg)
 
 
+def test_a_checkpoint_whose_inside_is_broken_is_refused(own):
+    cfg, _, path = own
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/version", "3")
+    with pytest.raises(PipelineError, match=r"checkpoint_best.pt is damaged \(.*\): delete it and train again"):
+        run(cfg)
+
+
 def test_a_head_that_gives_nan_is_told(own):
     cfg, _, path = own
     checkpoint = torch.load(path, weights_only=True)
@@ -309,11 +343,10 @@ def test_a_checkpoint_that_is_not_there_says_what_makes_it(tmp_path):
 # -------------------------------------------------------------------------------------------- the command
 
 
-def test_it_prints_the_table_and_a_second_run_does_nothing(merged, capsys):
-    assert run(merged, "--overwrite") == 0
-    first = capsys.readouterr().out
+def test_it_prints_the_table_and_a_second_run_does_nothing(merged, evaluated, capsys):
+    first, found = evaluated
     path = merged.paths.evaluation_dir / "metrics.json"
-    whitening = json.loads(path.read_text())["methods"]["whitening"]["recall@1"]
+    whitening = found["methods"]["whitening"]["recall@1"]
     expected = " [".join(f"{100 * whitening[key]:.1f}" for key in ("value", "low"))
     assert f"whitening           {expected}" in first
     assert f"report: {merged.paths.evaluation_dir / 'report.html'}" in first
@@ -327,21 +360,15 @@ def test_it_prints_the_table_and_a_second_run_does_nothing(merged, capsys):
         run(merged, "--set", "training.bootstrap_samples=61")
 
 
-def test_the_same_inputs_and_seed_give_the_same_figures(merged):
+def test_a_run_killed_before_metrics_json_is_done_again_with_the_same_figures(merged, evaluated):
     path = merged.paths.evaluation_dir / "metrics.json"
-    found = []
-    for _ in range(2):
-        assert run(merged, "--overwrite") == 0
-        found.append(json.loads(path.read_text()))
-    first, second = ({**figures, "provenance": figures["provenance"]["id"]} for figures in found)
-    assert first == second
-
-
-def test_a_run_killed_before_metrics_json_is_done_again(merged):
-    assert run(merged, "--overwrite") == 0
-    (merged.paths.evaluation_dir / "metrics.json").unlink()
+    path.unlink()
     assert run(merged) == 0
-    assert (merged.paths.evaluation_dir / "metrics.json").exists()
+    first, second = (
+        {**found, "provenance": found["provenance"]["id"]}
+        for found in (evaluated[1], json.loads(path.read_text()))
+    )
+    assert first == second
 
 
 def test_figures_of_other_settings_are_not_redone_because_the_report_was_deleted(own):
@@ -370,9 +397,8 @@ def test_a_run_killed_between_its_two_files_leaves_none_that_says_it_is_done(own
     assert not (cfg.paths.evaluation_dir / "metrics.json").exists()  # else a run with seed 0 would do nothing
 
 
-def test_the_record_names_its_inputs(merged):
-    assert run(merged, "--overwrite") == 0
-    record = json.loads((merged.paths.evaluation_dir / "metrics.json").read_text())["provenance"]
+def test_the_record_names_its_inputs(merged, evaluated):
+    record = evaluated[1]["provenance"]
     assert record["stage"] == "evaluate"
     test = parquet.read_provenance(merged.paths.merged_dir / "test.parquet").id
     assert record["inputs"]["test.parquet"] == test
@@ -381,16 +407,24 @@ def test_the_record_names_its_inputs(merged):
     assert record["rows"] == {"in": 180, "out": 180}
 
 
-def test_a_split_of_buildings_does_not_claim_streets_that_training_never_saw(own):
+def test_a_split_of_buildings_does_not_claim_streets_that_training_never_saw(own, merged, evaluated):
     cfg, columns, _ = own
-    for split_by, seen in (("geo", False), ("building", True)):
-        for split, of_split in columns.items():
-            small_merge.write_split(cfg, split, of_split, config={"data.split_by": split_by})
-        small_merge.write_checkpoint(cfg)
-        assert run(cfg, "--overwrite") == 0
-        page = (cfg.paths.evaluation_dir / "report.html").read_text()
+    for split, of_split in columns.items():
+        small_merge.write_split(cfg, split, of_split, config={"data.split_by": "building"})
+    small_merge.write_checkpoint(cfg)
+    assert run(cfg) == 0
+    for evaluation, seen in ((merged, False), (cfg, True)):
+        page = (evaluation.paths.evaluation_dir / "report.html").read_text()
         assert ("on streets that it never saw" in page) == (not seen)
         assert ("it may have seen others of their streets" in page) == seen
+
+
+def test_a_damaged_report_of_the_split_is_told_before_anything_is_ranked(own, monkeypatch):
+    cfg, *_ = own
+    (cfg.paths.merged_dir / "split_report.json").write_text('{"kept": ')
+    monkeypatch.setattr(protocol, "evaluate", None)  # calling it would be a TypeError
+    with pytest.raises(PipelineError, match=r"split_report\.json is damaged"):
+        run(cfg)
 
 
 # ------------------------------------------------------------------------------------ further rows, other files
@@ -446,8 +480,13 @@ def test_what_cannot_be_compared_is_told(own, tmp_path):
     cfg, columns, first = own
     folder = published(cfg, tmp_path / "model", first)
     few = {name: column[:50] for name, column in columns["test"].items()}
+    twice = {
+        **columns["test"],
+        "streetview_image_id": ["0088_40000", *columns["test"]["streetview_image_id"][:-1]],
+    }
     for path, message in (
         (other_vectors(tmp_path / "few.parquet", few), "no vector of image 0088_40050, and of 9 more"),
+        (other_vectors(tmp_path / "twice.parquet", twice), "twice.parquet holds image 0088_40000 twice"),
         (tmp_path / "gone.pt", "gone.pt does not exist"),
         (cfg.paths.root, "neither a run's folder nor one that publish/convert_to_hf.py wrote"),
     ):
@@ -476,6 +515,15 @@ def test_a_file_of_vectors_is_judged_by_the_same_protocol(own, tmp_path):
     assert theirs["methods"] == {"raw": ours["methods"]["raw"]}
     assert theirs["leakage"] is None
     assert "theirs.parquet" in (elsewhere.paths.evaluation_dir / "theirs" / "report.html").read_text()
+
+
+def test_a_split_by_itself_is_known_by_its_record(own, tmp_path):
+    cfg, *_ = own
+    path = cfg.paths.merged_dir / "val.parquet"
+    assert run(cfg, "--embeddings", "data/merged/val.parquet") == 0  # as the README says
+    found = results.read(cfg.paths.evaluation_dir / "val" / "metrics.json")
+    assert found["provenance"]["inputs"] == {"val.parquet": parquet.read_provenance(path).id}
+    assert found["counts"]["queries"] == 60
 
 
 def test_a_file_that_cannot_be_judged_says_why(own, tmp_path):
@@ -558,8 +606,7 @@ def test_evaluating_changes_no_embedding(merged):
     np.testing.assert_array_equal(single.embeddings, before)  # float32 on the host: the same memory, if not copied
 
 
-def test_check_tells_whether_two_files_have_the_same_figures(merged, tmp_path, capsys):
-    assert run(merged, "--overwrite") == 0
+def test_check_tells_whether_two_files_have_the_same_figures(merged, evaluated, tmp_path, capsys):
     path = merged.paths.evaluation_dir / "metrics.json"
     other = tmp_path / "other.json"
     found = json.loads(path.read_text())

@@ -9,6 +9,7 @@ from common import config, parquet
 from common.errors import PipelineError, StaleArtefact
 from train import evaluate, fetch_best_and_train, optuna_worker, study, train
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 SMALL = (
     *("training.trial_epochs=2", "training.epochs=3", "training.steps_per_epoch=6", "training.batch_size=32"),
     *("training_model.output_dim=16", "training_model.hidden_dim=16", "data.neighbors=20"),

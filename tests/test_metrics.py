@@ -68,7 +68,8 @@ def test_ranks_and_precisions_that_one_can_see():
     assert found.best_rank.tolist() == [2, 1]
     assert found.num_matches.tolist() == [2, 2]
     assert found.average_precision_at_r.tolist() == [0.25, 0.5]
-    assert summarize(found, (1, 5)) == {"recall@1": 0.5, "recall@5": 1.0, "map@r": 0.375, "median_rank": 1.5}
+    certain = dict.fromkeys(("recall@5", "recall@10", "recall@100", "recall@1000"), 1.0)
+    assert summarize(found) == {"recall@1": 0.5, **certain, "map@r": 0.375, "median_rank": 1.5}
 
 
 def test_the_query_itself_is_no_match_and_no_rival():
@@ -94,8 +95,10 @@ def test_ties_count_against_the_match():
 def test_a_query_without_matches_is_left_out_of_the_means():
     found = ask(on_circle(0, 0), on_circle(0, 5), [1, 9], [1, 2])
     assert found.has_match.tolist() == [True, False]
-    assert summarize(found, (1,)) == {"recall@1": 1.0, "map@r": 1.0, "median_rank": 1.0}
-    assert np.isnan(summarize(found.select(~found.has_match), (1,))["map@r"])
+    assert set(summarize(found).values()) == {1.0}
+    nothing = summarize(found.select(~found.has_match))
+    assert nothing.keys() == summarize(found).keys()
+    assert np.isnan(list(nothing.values())).all()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -111,7 +114,9 @@ def test_equals_the_loop_on_clustered_data_with_duplicates_and_junk(seed, monkey
     queries = gallery[self_rows]
     query_building = np.append(gallery_building[self_rows[:37]], [3, 4, 99])
     junk = [rng.choice(100, rng.integers(0, 20), replace=False).tolist() for _ in range(40)]
-    expected = reference(queries @ gallery.T, query_building, gallery_building, self_rows, junk)
+    # equal vectors have equal scores in the reference, too: no BLAS promises that
+    scores = np.round(queries.astype(np.float64) @ gallery.T.astype(np.float64), 12)
+    expected = reference(scores, query_building, gallery_building, self_rows, junk)
     found = ask(queries, gallery, query_building, gallery_building, self_rows, junk)
     assert_same(found, expected)
 

@@ -3,6 +3,7 @@
 Training is a stand-in here, `value = -(log10(learning_rate) + 3)^2`, but for the last test.
 """
 
+import errno
 import json
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ import sqlalchemy
 from conftest import ROOT
 from optuna.trial import TrialState
 
-from common import cli, config
+from common import cli, config, files
 from common.errors import ConfigError, PipelineError, StaleArtefact, Stopped
 from train import optuna_worker, study, study_page, trials
 
@@ -269,6 +270,42 @@ def test_a_worker_that_was_taken_for_dead_drops_its_result(cfg, quick, monkeypat
     assert numbers(tuning, TrialState.COMPLETE) == [1]
 
 
+@pytest.mark.parametrize("error", [Stopped, PipelineError("the loss is not finite")])
+def test_a_worker_that_was_taken_for_dead_ends_its_trial_in_peace(cfg, quick, monkeypatch, error):
+    tuning = open_study(cfg)
+
+    def late(settings, data, *, on_epoch):
+        study.requeue_dead(open_study(cfg), time.time() + 1e6)  # what another worker does
+        raise error
+
+    monkeypatch.setattr(trials, "fit", late)
+    if error is Stopped:
+        with pytest.raises(Stopped):
+            work(cfg, tuning, max_trials=1)
+    else:
+        assert work(cfg, tuning, max_trials=1).rejected == {"taken_for_dead": 1}
+    assert (numbers(tuning, TrialState.FAIL), numbers(tuning, TrialState.WAITING)) == ([0], [1])  # once
+
+
+def test_a_trial_that_ends_while_another_worker_fails_it_disturbs_neither(cfg, monkeypatch):
+    tuning = open_study(cfg)
+    dead = die_in(tuning, cfg, age_s=1e6)
+    real = tuning.enqueue_trial
+    monkeypatch.setattr(tuning, "enqueue_trial", lambda *a, **o: (real(*a, **o), open_study(cfg).tell(0, 0.5)))
+    study.requeue_dead(tuning, time.time())
+    assert numbers(tuning, TrialState.COMPLETE) == [dead.number]
+    assert study.num_counted(tuning.trials) == 1
+
+
+def test_settings_that_do_not_fit_one_another_fail_their_trial_alone(merged, tmp_path, quick):
+    space = "training.search_space={batch_size={choices=[16]}, bandit_groups={choices=[32]}}"
+    cfg = load(merged, tmp_path, space)
+    study.check_search_space(cfg)  # each fits the other's default
+    tuning = open_study(cfg)
+    assert work(cfg, tuning).rejected == {"failed": 6}
+    assert "bandit_groups (32) exceeds batch_size (16)" in trials.last_error(tuning)
+
+
 def worker_process(merged, tmp_path, seconds, storage):
     """A worker in a process of its own."""
     trials.fit, trials.load_data = stand_in(seconds), lambda cfg: None
@@ -360,6 +397,27 @@ def test_a_study_in_postgresql_as_the_commands_see_it(merged, tmp_path, postgres
         assert "secret" not in text
 
 
+def test_a_database_that_goes_away_is_told_without_its_password(merged, tmp_path, postgres, monkeypatch, quick):
+    database = sqlalchemy.create_engine(postgres.replace("://", "+psycopg2://"), isolation_level="AUTOCOMMIT")
+
+    def gone(cfg, data, *, on_epoch):
+        with database.connect() as connection:  # no more of our connections, old or new
+            for statement in (
+                "alter database leaving allow_connections false",
+                "select pg_terminate_backend(pid) from pg_stat_activity where datname = 'leaving'",
+            ):
+                connection.execute(sqlalchemy.text(statement))
+        on_epoch(0, 0.5)
+
+    with database.connect() as connection:
+        connection.execute(sqlalchemy.text("create database leaving"))
+    monkeypatch.setattr(trials, "fit", gone)
+    url = postgres.replace("/postgres?", "/leaving?")
+    with pytest.raises(PipelineError, match=r"tuner:\*\*\*@.* answers no more: ") as told:
+        optuna_worker.main(flags(merged, f"training.study_storage={url}", f"paths.study_dir={tmp_path}"))
+    assert "secret" not in str(told.value)
+
+
 def made_of(merged, tmp_path):
     return study.record(load(merged, tmp_path))
 
@@ -376,6 +434,12 @@ def test_a_storage_that_cannot_be_used_is_told_without_its_password(merged, tmp_
     with pytest.raises(error, match=message) as told:
         open_study(load(merged, tmp_path, f"training.study_storage={url}"))
     assert "secret" not in str(told.value)
+
+
+def test_without_its_driver_postgresql_is_told(merged, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg2", None)  # importing it is an ImportError then
+    with pytest.raises(ConfigError, match=r"pip install 'embedding-pipeline\[postgres\]'"):
+        open_study(load(merged, tmp_path, "training.study_storage=postgresql://u@host/x"))
 
 
 @pytest.mark.parametrize("flag", ["--trials=0", "--trials=-1", "--minutes=-1"])
@@ -414,6 +478,23 @@ def test_half_a_line_at_the_journals_end_is_dropped(cfg, quick):
 
 
 # ------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_journal_on_a_disk_without_locks_is_refused_with_the_way_out(cfg, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")  # as Lustre without -o flock says
+
+    monkeypatch.setattr(files.fcntl, "flock", unsupported)
+    with pytest.raises(PipelineError, match=r"(?s)study/lock cannot be locked.*paths\.study_dir.*PostgreSQL"):
+        open_study(cfg)
+
+
+def test_a_damaged_journal_is_named(cfg, quick):
+    work(cfg, open_study(cfg), max_trials=1)
+    journal = cfg.paths.study_dir / "journal.log"
+    journal.write_text(journal.read_text().replace('{"op_code":4', '{"op_code', 1))
+    with pytest.raises(PipelineError, match=r"journal\.log is damaged .*move it away"):
+        open_study(cfg)
 
 
 def test_a_study_of_other_settings_is_refused_and_overwrite_replaces_it(merged, tmp_path, cfg, quick):
@@ -470,8 +551,10 @@ def test_the_command_trains_fills_the_study_and_writes_its_page(merged, tmp_path
     page = (tmp_path / "study.html").read_text()
     assert page.count("<svg") >= 3
     assert "fANOVA" in page
+    (tmp_path / "study.html").unlink()  # as by a worker that was killed before it wrote it
     assert optuna_worker.main(arguments) == 0
     assert "nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "study.html").read_text() == page
 
 
 def test_a_worker_with_nothing_finished_yet_leaves_well(merged, tmp_path, capsys, quick):
@@ -480,6 +563,15 @@ def test_a_worker_with_nothing_finished_yet_leaves_well(merged, tmp_path, capsys
     assert "no trial has finished yet" in capsys.readouterr().out
     study_page.write(tmp_path / "page.html", open_study(load(merged, tmp_path)))
     assert "None has finished yet" in (tmp_path / "page.html").read_text()
+
+
+def test_a_worker_whose_trials_all_fail_says_why(merged, tmp_path, monkeypatch, quick):
+    def broken(cfg, data, *, on_epoch):
+        raise PipelineError("the loss is not finite at step 3")
+
+    monkeypatch.setattr(trials, "fit", broken)
+    with pytest.raises(PipelineError, match="every trial so far has failed; the last one: the loss is not finite"):
+        optuna_worker.main([*flags(merged, f"paths.study_dir={tmp_path}"), "--trials", "1"])
 
 
 def test_sigterm_puts_the_trial_back_and_exits_with_85(merged, tmp_path):

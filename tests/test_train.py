@@ -14,17 +14,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import wandb
 from made_up_merge import MODEL, write_merge
+from PIL import Image
+from threadpoolctl import threadpool_limits
 
 from common import cli, config, parquet
 from common.errors import PipelineError, StaleArtefact, Stopped
 from difficulty import compute_visual_neighbors
-from train import checkpoints, fit, model, remine
+from train import checkpoints, fit, history, model, remine
 from train.bandit import DiscountedUcb, arms_of_step
 from train.datasets import Sampler, load_data, relations
+from train.history import draw
 from train.loss import Loss
 from train.train import main
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 SETTINGS = [
     "data.neighbors=30",
     "data.band_percentiles=[20, 40, 60, 80]",
@@ -66,7 +71,6 @@ def data(root):
 
 
 def train(root, data, run_dir=None, *more, **options):
-    torch.set_num_threads(1)
     return fit.fit(config.load(None, settings(root, *more)), data, run_dir=run_dir, **options)
 
 
@@ -94,6 +98,13 @@ def assert_equal(ours, theirs, where):
         assert torch.equal(ours, theirs), where
     else:
         assert ours == theirs or (ours != ours and theirs != theirs), where  # NaN is where nothing was trained
+
+
+def test_the_curves_are_a_picture(undisturbed, tmp_path):
+    draw(tmp_path / "curves.png", parquet.read(undisturbed / "history.parquet").to_pandas())
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size == (1000, 700)
+        assert len(picture.getcolors(1 << 16)) > 10  # lines of many arms
 
 
 def test_epoch_0_is_the_whitening_and_the_best_epoch_is_never_worse(root, data, tmp_path):
@@ -306,7 +317,7 @@ def stopped_at(root, data, folder, monkeypatch, steps, *more):
 LONGER = ("training.steps_per_epoch=150", "training.patience=9")
 
 
-def run_train(folder, root, at=None):
+def stop_train(folder, root, at):
     """train.py in a process of its own, sent SIGUSR2 soon after the epoch `at` was told; its exit code."""
     script = Path(fit.__file__).with_name("train.py")
     command = [sys.executable, str(script), *flags(root, *LONGER, f"paths.checkpoints_dir={folder}")]
@@ -321,13 +332,14 @@ def run_train(folder, root, at=None):
 
 def test_stopped_by_sigusr2_three_times_exits_with_85_and_ends_bit_identical(root, tmp_path):
     stopped, undisturbed = tmp_path / "stopped", tmp_path / "undisturbed"
-    assert run_train(undisturbed, root) == 0
     steps = []
     for epoch in (0, 1, 3):
-        assert run_train(stopped, root, at=epoch) == cli.EXIT_STOPPED
+        assert stop_train(stopped, root, at=epoch) == cli.EXIT_STOPPED
         steps.append(model.load_checkpoint(stopped / "default" / "checkpoint_last.pt")["resume"]["step"])
     assert 0 < steps[0] <= 150 < steps[1] <= 300 < 450 < steps[2] <= 600
-    assert run_train(stopped, root) == 0
+    with threadpool_limits(1):  # as the processes
+        for folder in (stopped, undisturbed):
+            assert main(flags(root, *LONGER, f"paths.checkpoints_dir={folder}")) == 0
     assert_same_checkpoints(stopped / "default", undisturbed / "default")
 
 
@@ -396,6 +408,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_batch(root, data,
     assert torch.equal(bad["arms"], batch.arms)
 
 
+def test_weights_that_are_not_finite_after_an_epochs_last_step_end_the_run(root, data):
+    more = ("training.learning_rate=1e30", "training.warmup_steps=0", "training.steps_per_epoch=1")
+    with pytest.raises(PipelineError, match=r"(?s)vectors that are not finite.*lower training\.learning_rate"):
+        train(root, data, None, *more)  # the loss of step 0 is that of the whitening
+
+
 def test_the_command_trains_says_so_and_has_nothing_to_do_the_second_time(root, tmp_path, capsys, caplog):
     paths = (f"paths.checkpoints_dir={tmp_path}", "training.run=mine", "training.epochs=1")
     with caplog.at_level(logging.INFO, logger="pipeline"):
@@ -447,7 +465,8 @@ def wandb_records(path):
             record = b""
 
 
-def test_wandb_offline_records_settings_epochs_and_what_the_run_came_to(root, data, tmp_path):
+def test_wandb_offline_records_settings_epochs_and_what_the_run_came_to(root, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(history, "draw", draw)  # wandb takes no empty file for a picture
     more = ("logging.wandb_mode=offline", f"paths.logs_dir={tmp_path / 'logs'}", "training.epochs=2")
     result = train(root, data, tmp_path / "run", *more)
     (path,) = (tmp_path / "logs" / "wandb").glob("offline-run-*/*.wandb")
@@ -470,3 +489,15 @@ def test_wandb_offline_records_settings_epochs_and_what_the_run_came_to(root, da
     assert files.keys() == {"best.json", "config.json", "curves.png", "history.parquet"}
     assert files["history.parquet"].read_bytes() == (tmp_path / "run" / "history.parquet").read_bytes()
     assert json.loads(files["best.json"].read_text())["map@r"] == result.best_value
+
+
+def test_wandb_that_cannot_start_is_told_in_a_line(root, data, tmp_path, monkeypatch):
+    def refuse(**_):
+        raise wandb.errors.UsageError(
+            "No API key configured. Use `wandb login` to log in."
+        )  # as without a terminal
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    more = ("logging.wandb_mode=online", f"paths.logs_dir={tmp_path}")
+    with pytest.raises(PipelineError, match=r"wandb cannot start: No API key .*\n.*logging\.wandb_mode"):
+        train(root, data, tmp_path / "run", *more)

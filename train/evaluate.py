@@ -15,32 +15,17 @@ Writes   data/evaluation/{report.html,metrics.json}; with --compare in compared/
          folder with the file's name
 Command  python train/evaluate.py [--set training.gallery=all] [--compare checkpoints/other data/published]
 Memory   gallery rows x (D x 2 + 150) bytes on the host and x D x 4 on the device (768-d, 2.5 M rows: 4 and 8 GB),
-         plus 32 bytes for each match and method, and search_memory_mb; before that, to look for leaks, about 100
-         bytes for each row of all splits
+         plus 32 bytes for each match and method, and search_memory_mb on each; before that, to look for leaks,
+         about 100 bytes for each row of all splits
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli
-
-SETTINGS = ("global.seed", "data.ignore_radius_m", "training.bootstrap_samples")
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is evaluated, and where that is told."""
-
-    folder: Path
-    made: object  # Provenance
-    paths: list[Path]  # files of rows, the queries' first
-    methods: list  # of methods.Method
-    subject: dict
-    run_dir: Path | None  # where history.parquet lies
 
 
 def main(argv=None) -> int:
@@ -54,16 +39,17 @@ def main(argv=None) -> int:
     if args.check:
         return check(*(locate(cfg, path) for path in args.check))
     from common import devices, files
-    from train import gallery, protocol, report, results
+    from train import gallery, protocol, report, results, tasks
 
     # what there is, and whether it belongs together
     compare = [locate(cfg, path) for path in args.compare]
-    task = of_file(cfg, locate(cfg, args.embeddings)) if args.embeddings else of_run(cfg, compare)
+    task = tasks.of_file(cfg, locate(cfg, args.embeddings)) if args.embeddings else tasks.of_run(cfg, compare)
     metrics_path, report_path = task.folder / "metrics.json", task.folder / "report.html"
-    if is_done(metrics_path, task.made, args.overwrite) and report_path.exists():
+    if tasks.is_done(metrics_path, task.made, args.overwrite) and report_path.exists():
         print(report.table(results.read(metrics_path)))
         return cli.nothing_to_do("evaluate", f"{metrics_path} and {report_path}")
     leakage = None if args.embeddings else gallery.refuse_leaks(cfg.paths.merged_dir)
+    background = report.Background(None, {}) if args.embeddings else report.read_background(cfg)
 
     # rank, average
     rows = gallery.load(task.paths, cfg.data.ignore_radius_m)
@@ -79,9 +65,9 @@ def main(argv=None) -> int:
     }
 
     # save: metrics.json says that the report beside it is there, and of the same figures
-    found["provenance"] = finish(task.made, found)
+    found["provenance"] = tasks.finish(task.made, found)
     text = results.to_json(found)
-    page = report.render(cfg, found, task.run_dir, rows, vectors, per_query)
+    page = report.render(cfg, found, background, rows, vectors, per_query)
     metrics_path.unlink(missing_ok=True)
     files.write_text(report_path, page)
     files.write_text(metrics_path, text)
@@ -101,74 +87,6 @@ def check(first: Path, second: Path) -> int:
     text, same = results.check(first, second)
     print(text)
     return 0 if same else 1
-
-
-def of_run(cfg, compare: list[Path]) -> Task:
-    """The config's run on the test split, beside what is compared with it."""
-    from common import config, provenance
-    from train import gallery, methods, model
-
-    run_dir = cfg.paths.checkpoints_dir / cfg.training.run
-    path = run_dir / "checkpoint_best.pt"
-    checkpoint = model.load_checkpoint(path)
-    known = gallery.read_records(cfg.paths.merged_dir)
-    gallery.refuse_foreign_head(
-        path, checkpoint["provenance"]["inputs"], checkpoint["embedding_model"], cfg.paths.merged_dir, known
-    )
-    own = methods.of_checkpoint(checkpoint)
-    further = methods.compared(compare, cfg.paths.merged_dir, known, [method.name for method in own])
-    inputs = {f"{split}.parquet": of_split.id for split, of_split in known.items()}
-    inputs |= {path.name: checkpoint["provenance"]["id"], **{method.name: method.id for method in further}}
-    history = run_dir / "history.parquet"  # the report draws it
-    inputs |= {history.name: provenance.identity(history)} if history.exists() else {}
-    settings = config.values(cfg, *SETTINGS, "training.gallery", "training.run")
-    made = provenance.record("evaluate", settings, inputs)
-    names = gallery.SPLITS if cfg.training.gallery == "all" else gallery.SPLITS[:1]
-    subject = {
-        "run": cfg.training.run,
-        "epoch": checkpoint["epoch"],
-        "split_by": known["test"].config.get("data.split_by"),
-        "embedding_model": checkpoint["embedding_model"],
-        "config_hash": checkpoint["provenance"]["config_hash"],
-        "config": checkpoint["config"],
-    }
-    folder = cfg.paths.evaluation_dir / "compared" if compare else cfg.paths.evaluation_dir
-    paths = [cfg.paths.merged_dir / f"{name}.parquet" for name in names]
-    return Task(folder, made, paths, [*own, *further], subject, run_dir)
-
-
-def of_file(cfg, path: Path) -> Task:
-    """A file of any model's vectors, by itself."""
-    from common import config, provenance
-    from train import gallery, methods
-
-    gallery.refuse_missing_columns(path)
-    method = methods.of_file(path)
-    made = provenance.record("evaluate", config.values(cfg, *SETTINGS), {path.name: method.id})
-    return Task(cfg.paths.evaluation_dir / path.stem, made, [path], [method], {"file": str(path)}, None)
-
-
-def is_done(path: Path, made, overwrite: bool) -> bool:
-    """Whether metrics.json is there, of these inputs and settings. Raises StaleArtefact if of others."""
-    from common import parquet, provenance
-    from train import results
-
-    if overwrite or not path.exists():
-        return False
-    there = provenance.Provenance(**results.read(path)["provenance"])
-    parquet.refuse_stale(path, there, made, f"{there.rows.get('in', 0):,} queries")
-    return True
-
-
-def finish(made, found: dict) -> dict:
-    """The record as it stands in metrics.json; its id is a digest of the figures."""
-    import json
-
-    from common.provenance import digest_of
-
-    counts = found["counts"]
-    rows = {"in": counts["queries"] + counts["queries_without_match"], "out": counts["queries"]}
-    return made.finished(digest_of(json.dumps(found)), rows).to_dict()
 
 
 if __name__ == "__main__":

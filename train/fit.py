@@ -86,7 +86,7 @@ def fit(
         checkpoints.restore(run, saved)
         finished = saved["resume"]["finished"]
         store.save(run, finished)  # a file that was deleted meanwhile is there again
-        log.info("continuing %s at step %s", run_dir, f"{run.step:,}")
+        log.info("%s %s", run_dir, "is finished" if finished else f"goes on from step {run.step:,}")
     if not finished:
         with tracking.session(cfg, run_dir, made) as tracker:
             train(cfg, data, run, store, tracker, on_epoch, progress)
@@ -219,7 +219,7 @@ def train_step(cfg: Config, data: TrainingData, run: Run, feed: Feed, run_dir: P
         draw(cfg, run, feed)
     (batch, embeddings), run.arms = feed.take(), None
     torch.manual_seed(step_seed(training.seed, run.step, purpose=2))  # of the dropout
-    # not compiled: that takes a minute, and on the CPU products, which it leaves as they are, are 78 % of a step
+    # not compiled: that takes a minute, and leaves the products as they are, on the CPU most of a step
     with autocast(training.dtype, data.device):
         vectors = run.head.train()(embeddings)
     related = batch.rows[: len(batch.rows) if run.loss.contrasts_all else training.batch_size]

@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 
 from common import parquet, provenance, schemas, zones
+from common.config import Config
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance
 
@@ -35,6 +36,12 @@ class Gallery:
 
     def column(self, name: str) -> np.ndarray:
         return self.table[name].to_numpy()
+
+
+def files_of(cfg: Config) -> list[Path]:
+    """The files of the splits that are ranked by training.gallery, test's first."""
+    names = SPLITS if cfg.training.gallery == "all" else SPLITS[:1]
+    return [cfg.paths.merged_dir / f"{name}.parquet" for name in names]
 
 
 def load(paths: list[Path], ignore_radius_m: float) -> Gallery:
@@ -110,8 +117,7 @@ def _of_our_kind(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedAr
 
 def _matrix(path: Path, batch: pa.Table, dim: int | None) -> np.ndarray:
     """The embeddings of a batch, (n, D). Other programs write lists whose lengths nothing guarantees."""
-    column = batch["embedding"].combine_chunks()
-    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    column = batch["embedding"].chunk(0)  # of a batch there is one
     kind = column.type
     lists = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if not (lists and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))):

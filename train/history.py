@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import files, parquet, schemas
+from common import files, parquet, pictures, schemas
 from common.provenance import Provenance
 
 
@@ -27,11 +27,8 @@ def arm_names(bands: int) -> list[str]:
 
 
 def frame(rows: list[dict], timings: list[dict]) -> pd.DataFrame:
-    """A row per epoch, in the columns of `schemas.history`."""
-    bands = sum(name.startswith("share_band_") for name in rows[0]) if rows else 1
-    return pd.DataFrame(
-        [{**row, **times} for row, times in zip(rows, timings, strict=True)], columns=schemas.history(bands).names
-    )
+    """A row per epoch, with the columns of `schemas.history`."""
+    return pd.DataFrame([{**row, **times} for row, times in zip(rows, timings, strict=True)])
 
 
 def write(path: Path, table: pd.DataFrame, made: Provenance) -> None:
@@ -72,5 +69,4 @@ def draw(path: Path, table: pd.DataFrame) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
-    with files.atomic(path) as file:
-        figure.savefig(file, format="png", dpi=100)
+    files.write_bytes(path, pictures.png(figure))

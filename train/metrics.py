@@ -123,17 +123,13 @@ def concatenate(parts: list[Matches]) -> Matches:
     return Matches(int(starts[-1]), query, *others)
 
 
-def summarize(per_query: PerQuery, recall_at: tuple[int, ...] = RECALL_AT) -> dict[str, float]:
+def summarize(per_query: PerQuery) -> dict[str, float]:
     """Means over the queries that have a match: "recall@1", ..., "map@r", "median_rank". NaN if there are none."""
     which = per_query.has_match
     rank, precision = per_query.best_rank[which], per_query.average_precision_at_r[which]
     if not len(rank):
-        return {
-            **{f"recall@{k}": float("nan") for k in recall_at},
-            "map@r": float("nan"),
-            "median_rank": float("nan"),
-        }
-    summary = {f"recall@{k}": float(np.mean(rank <= k)) for k in recall_at}
+        return dict.fromkeys([*(f"recall@{k}" for k in RECALL_AT), "map@r", "median_rank"], float("nan"))
+    summary = {f"recall@{k}": float(np.mean(rank <= k)) for k in RECALL_AT}
     return {**summary, "map@r": float(np.mean(precision)), "median_rank": float(np.median(rank))}
 
 

@@ -34,15 +34,17 @@ def main(argv=None) -> int:
         raise ConfigError("--trials takes a number of trials, 1 or more")
     if args.minutes is not None and args.minutes < 0:
         raise ConfigError("--minutes takes a number of minutes, 0 or more")
-    from train import study, study_page, trials
+    from train import storage, study, study_page, trials
 
     study.check_search_space(cfg)
     tuning = study.open_study(cfg, study.record(cfg), create=True, overwrite=args.overwrite)
     page_path = cfg.paths.study_dir / "study.html"
     if study.is_full(tuning, cfg):
+        study_page.write(page_path, tuning)  # the last worker may have been killed before it did
         return cli.nothing_to_do("optuna_worker", f"{cfg.training.num_trials} trials")
 
-    with cli.Progress("optuna_worker", "trial", args.trials, cfg.logging.progress_interval_s) as progress:
+    progress = cli.Progress("optuna_worker", "trial", args.trials, cfg.logging.progress_interval_s)
+    with storage.loss_told(cfg), progress:
         trials.work(cfg, tuning, progress, args.trials, args.minutes)
     study_page.write(page_path, tuning)
     if study.finished_trials(tuning):

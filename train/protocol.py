@@ -5,7 +5,8 @@ The gallery is ranked once per method; per-query values come first and are avera
 the map (see train/bootstrap.py).
 
 Memory, on the device: G x D x 4 bytes for the vectors of one method (D: of the backbone for "raw", of the head for
-the others) and of the one that the report shows, and tiles of scores within search_memory_mb.
+the others) and of the one that the report shows, and tiles of scores within search_memory_mb; on the host as much
+for lists of junk.
 """
 
 import numpy as np
@@ -24,7 +25,8 @@ DIFFERENCES = (("trained", "whitening"), ("trained", "raw"), ("whitening", "raw"
 CURVE_K = np.unique(np.geomspace(1, 1000, 60).astype(int))
 RANDOM_PAIRS = 200_000  # for the histogram of non-matches
 HISTOGRAM_EDGES = np.linspace(-1, 1, 81)
-_QUERY_BLOCK = 32_768  # queries whose junk is listed at a time
+_QUERY_BLOCK = 32_768  # queries whose junk is listed at a time, at most
+_LISTED_BYTES = 64  # for a row in a query's zone, while its tile is ranked
 
 
 def evaluate(
@@ -58,10 +60,9 @@ def shown_of(names: list[str]) -> str:
 def rank(vectors: torch.Tensor, gallery: Gallery, memory_mb: int, progress: cli.Progress) -> Matches:
     """Where each query's matches stand in the rest of the gallery."""
     building, parts = gallery.zones.building_of_row, []
-    for start in range(0, gallery.num_queries, _QUERY_BLOCK):
-        rows = np.arange(start, min(start + _QUERY_BLOCK, gallery.num_queries))
+    for rows in _query_blocks(gallery, memory_mb):
         part = metrics.find_matches(
-            vectors[start : start + len(rows)],
+            vectors[rows[0] : rows[-1] + 1],
             vectors,
             query_building=building[rows],
             gallery_building=building,
@@ -73,6 +74,16 @@ def rank(vectors: torch.Tensor, gallery: Gallery, memory_mb: int, progress: cli.
         parts.append(part)
         progress.add(len(rows))
     return metrics.concatenate(parts)
+
+
+def _query_blocks(gallery: Gallery, memory_mb: int) -> list[np.ndarray]:
+    """The queries in runs of at most _QUERY_BLOCK, and of no more than have their junk listed in `memory_mb` (one
+    more, where a zone reaches over the limit)."""
+    zones, queries = gallery.zones, np.arange(gallery.num_queries)
+    rows_of_zone = np.add.reduceat(np.diff(zones.starts)[zones.buildings], zones.indptr[:-1])
+    listed = np.cumsum(rows_of_zone[zones.building_of_row[queries]]) * _LISTED_BYTES
+    full = np.flatnonzero(np.diff(listed // (memory_mb * 2**20))) + 1
+    return np.split(queries, np.union1d(full, queries[_QUERY_BLOCK::_QUERY_BLOCK]))
 
 
 def figures(

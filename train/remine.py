@@ -15,7 +15,6 @@ import torch
 
 from common import devices
 from common.config import Config
-from common.errors import PipelineError
 from difficulty import bands, search
 from publish.modeling_spatial_embeddings import ProjectionHead
 from train import model
@@ -26,9 +25,7 @@ log = logging.getLogger("pipeline")
 
 def mine(cfg: Config, rows: TrainRows, head: ProjectionHead, state: dict[str, torch.Tensor]) -> TrainRows:
     """`rows` with the neighbours and the bands in the space of `head` with the weights `state`.
-
-    Raises Stopped on a signal; PipelineError without neighbours.
-    """
+    Raises Stopped on a signal."""
     head = copy.deepcopy(head)
     head.load_state_dict(state)
     vectors = devices.place(model.embed(head, rows.embeddings, rows.device).half().cpu().numpy(), rows.device)
@@ -48,10 +45,7 @@ def mine(cfg: Config, rows: TrainRows, head: ProjectionHead, state: dict[str, to
         )
         neighbors[block] = found
         ratios[block] = bands.ratios(similarities, found, cfg.data.band_reference_rank)
-    counts = bands.histogram(ratios)
-    if not counts.any():
-        raise PipelineError("no training image has a neighbour outside its building and ignore zone")
-    edges = bands.edges_of(counts, cfg.data.band_percentiles)
+    edges = bands.edges_of(bands.histogram(ratios), cfg.data.band_percentiles)
     before = rows.neighbor_rows[:, 0].cpu().numpy()
     log.info(
         "bands mined anew: %.0f %% of the nearest neighbours are others", 100 * (before != neighbors[:, 0]).mean()

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
+import pandas as pd
 import torch
 
 from common import parquet
@@ -31,21 +33,38 @@ _XLABELS = {
 }
 
 
+class Background(NamedTuple):
+    """What the page tells of a run besides its figures; nothing, of a file of vectors."""
+
+    history: pd.DataFrame | None
+    split_report: dict
+
+
+def read_background(cfg: Config) -> Background:
+    """That of the config's run, as far as it is there. Raises PipelineError where a file is damaged."""
+    history_path = cfg.paths.checkpoints_dir / cfg.training.run / "history.parquet"
+    split_path = cfg.paths.merged_dir / "split_report.json"
+    history = parquet.read(history_path).to_pandas() if history_path.exists() else None
+    try:
+        split_report = json.loads(split_path.read_text()) if split_path.exists() else {}
+    except ValueError as error:
+        raise PipelineError(
+            f"{split_path} is damaged ({error}): delete it, the report does without, or merge again"
+        ) from None
+    return Background(history, {key: value for key, value in split_report.items() if key != "provenance"})
+
+
 def render(
     cfg: Config,
     found: dict,
-    run_dir: Path | None,
+    background: Background,
     gallery: Gallery,
     vectors: torch.Tensor,
     per_query: dict[str, PerQuery],
 ) -> str:
-    """The page. `found`: what metrics.json says; `vectors`: of the method that is shown; see `protocol.evaluate`.
-    `run_dir`: where the run's history lies, None for a file of vectors."""
+    """The page. `found`: what metrics.json says; `vectors`: of the method shown; see `protocol.evaluate`."""
     shown = protocol.shown_of(list(per_query))
-    history_path = run_dir / "history.parquet" if run_dir else None
-    split_path = cfg.paths.merged_dir / "split_report.json"
-    history = parquet.read(history_path).to_pandas() if history_path and history_path.exists() else None
-    split_report = _read_json(split_path) if run_dir and split_path.exists() else {}
+    history, split_report = background
     pictures = sheets.make(
         cfg.paths.raw_dir, gallery, vectors, per_query[shown], per_query["raw"], cfg.global_.seed
     )
@@ -69,17 +88,10 @@ def render(
             missing_pictures=sum(tile.picture is None for tile in tiles),
             num_pictures=len(tiles),
             raw_dir=cfg.paths.raw_dir,
-            split_report=flat({key: value for key, value in split_report.items() if key != "provenance"}),
+            split_report=flat(split_report),
             settings={**found["subject"].get("config", {}), **found["provenance"]["config"]},
         )
     )
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise PipelineError(f"{path} is damaged ({error}): delete it and run its stage again") from None
 
 
 def _environment() -> jinja2.Environment:

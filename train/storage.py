@@ -5,16 +5,18 @@ A password in the database's URL is never told or recorded; better still, it sta
 """
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import sqlalchemy
+from optuna.exceptions import StorageInternalError
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import ArgumentError, OperationalError
 
+from common import files
 from common.config import Config
 from common.errors import ConfigError, PipelineError
 from common.parquet import first_line
@@ -35,7 +37,12 @@ def open_storage(cfg: Config) -> JournalStorage | RDBStorage:
         path = cfg.paths.study_dir / "journal.log"
         lock = JournalLock(path)
         backend = JournalFileBackend(str(path), lock)  # type: ignore[arg-type] # a lock's base class is private
-        return JournalStorage(backend)
+        try:
+            return JournalStorage(backend)
+        except ValueError as error:  # a line in the middle that is none of Optuna's
+            raise PipelineError(
+                f"{path} is damaged ({first_line(error)}): move it away, and the study begins anew"
+            ) from None
     url = _url(cfg).render_as_string(hide_password=False)
     return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # a server may close what idles for an epoch
 
@@ -46,12 +53,32 @@ def locked(cfg: Config) -> Iterator[None]:
     cfg.paths.study_dir.mkdir(parents=True, exist_ok=True)
     if cfg.training.study_storage == "journal":
         with open(cfg.paths.study_dir / "lock", "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file)
             yield
         return
     with _connection(cfg) as connection:  # the lock is the session's, and ends with it
         connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_lock(ADVISORY_LOCK)))
         yield
+
+
+def _lock(file: BinaryIO) -> None:
+    if not files.lock(file, wait=True):
+        raise PipelineError(
+            f"{file.name} cannot be locked: its file system has no locks, and the workers of a study need one\n"
+            "set paths.study_dir to a folder of another disk, or training.study_storage to a PostgreSQL database"
+        )
+
+
+@contextlib.contextmanager
+def loss_told(cfg: Config) -> Iterator[None]:
+    """Name a database that goes away meanwhile. The trial in hand is tried again by another worker."""
+    try:
+        yield
+    except (StorageInternalError, OperationalError) as error:
+        cause = error.__cause__ or error
+        raise PipelineError(
+            f"{name_of(cfg)} answers no more: {first_line(getattr(cause, 'orig', cause))}"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -94,7 +121,7 @@ class JournalLock:
 
     def acquire(self) -> bool:
         self.file = open(self.journal, "r+b")  # noqa: SIM115 - held until release
-        fcntl.flock(self.file, fcntl.LOCK_EX)
+        _lock(self.file)
         size = self.file.seek(0, os.SEEK_END)
         if size and os.pread(self.file.fileno(), 1, size - 1) != b"\n":
             self.file.seek(0)

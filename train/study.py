@@ -160,7 +160,7 @@ def requeue(study: optuna.Study, trial: FrozenTrial | Trial, attempts: int) -> N
     """
     if attempts < MAX_ATTEMPTS and trial.number not in retried(study.get_trials(deepcopy=False)):
         study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number, "attempts": attempts})
-    study.tell(trial.number, state=TrialState.FAIL)
+    study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)  # by its worker, this moment
 
 
 def retried(trials: list[FrozenTrial]) -> set[int]:
@@ -193,10 +193,9 @@ def last_heartbeat(trial: FrozenTrial) -> float:
 
 def worker_name() -> str:
     """Host and process, and the Slurm job where there is one."""
-    jobs = [os.environ[name] for name in ("SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID") if name in os.environ][:1]
-    tasks = [os.environ[name] for name in ("SLURM_ARRAY_TASK_ID",) if name in os.environ]
-    job = "_".join(jobs + tasks)
-    return f"{socket.gethostname()}, process {os.getpid()}" + (f", job {job}" if job else "")
+    job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
+    name = "_".join(filter(None, (job, os.environ.get("SLURM_ARRAY_TASK_ID"))))
+    return f"{socket.gethostname()}, process {os.getpid()}" + (f", job {name}" if name else "")
 
 
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:

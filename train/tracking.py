@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.config import Config
+from common.errors import PipelineError
+from common.parquet import first_line
 from common.provenance import Provenance, digest_of
 
 
@@ -48,13 +50,19 @@ def session(cfg: Config, run_dir: Path | None, made: Provenance) -> Iterator[Tra
     import wandb
 
     cfg.paths.logs_dir.mkdir(parents=True, exist_ok=True)  # wandb writes to logs/wandb
-    with wandb.init(
-        project=cfg.logging.wandb_project,
-        name=run_dir.name,
-        id=digest_of(str(run_dir), made.to_json())[:16],
-        resume="allow" if cfg.logging.wandb_mode == "online" else None,
-        dir=cfg.paths.logs_dir,
-        mode=cfg.logging.wandb_mode,
-        config=made.config,
-    ) as run:
+    try:
+        run = wandb.init(
+            project=cfg.logging.wandb_project,
+            name=run_dir.name,
+            id=digest_of(str(run_dir), made.to_json())[:16],
+            resume="allow" if cfg.logging.wandb_mode == "online" else None,
+            dir=cfg.paths.logs_dir,
+            mode=cfg.logging.wandb_mode,
+            config=made.config,
+        )
+    except wandb.errors.Error as error:
+        raise PipelineError(
+            f'wandb cannot start: {first_line(error)}\nmend that, or set logging.wandb_mode to "offline"'
+        ) from None
+    with run:
         yield Tracker(run, run_dir)

@@ -9,7 +9,7 @@ Command  python train/train.py [--set training.run=NAME] [--set training.loss=in
 Memory   per training image D x 2 + k x 4 + 80 bytes (6 M, 768-d, k = 150: 13 GB), on the GPU as far as it fits;
          less with training.sample_buildings; validation: see search_memory_mb
 Time     two passes, forward and back to the weights, of 2 D (h + output_dim) floating-point operations per image
-         of a batch: 500 steps of 512 triplets at 768-d take about 20 s on two CPU cores
+         of a batch; then validation, with each epoch
 """
 
 import logging

@@ -42,7 +42,22 @@ def work(
 def run(cfg: Config, data: TrainingData, tuning: optuna.Study, trial: optuna.Trial) -> str:
     """Train with a trial's settings and tell the study; what became of it. On a signal the trial is queued again
     and Stopped raised."""
-    settings = study.with_training(cfg, **trial.params, epochs=cfg.training.trial_epochs)
+    told = ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+                     for key, value in trial.params.items())  # fmt: skip
+    log.info("trial %s: %s", trial.number, told)
+    try:
+        return _outcome(cfg, data, tuning, trial)
+    except UpdateFinishedTrialError:  # the heartbeat came too late
+        log.warning("trial %s was taken for dead meanwhile; its result is dropped", trial.number)
+        return "taken_for_dead"
+    except (Stopped, KeyboardInterrupt):
+        with storage.locked(cfg):
+            study.requeue(tuning, trial, trial.user_attrs.get("attempts", 0))
+        raise
+
+
+def _outcome(cfg: Config, data: TrainingData, tuning: optuna.Study, trial: optuna.Trial) -> str:
+    """What becomes of a trial that is neither stopped nor taken for dead."""
     longest_s, last = 0.0, time.monotonic()
 
     def on_epoch(epoch: int, val_map_at_r: float) -> None:
@@ -53,33 +68,24 @@ def run(cfg: Config, data: TrainingData, tuning: optuna.Study, trial: optuna.Tri
             trial.report(val_map_at_r, epoch)  # epoch 0, the whitening, is the same for all
         last = now
         study.beat(trial, longest_s)
-        if 0 < epoch < settings.training.epochs and trial.should_prune():
+        if 0 < epoch < cfg.training.trial_epochs and trial.should_prune():
             raise optuna.TrialPruned
 
-    told = ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
-                     for key, value in trial.params.items())  # fmt: skip
-    log.info("trial %s: %s", trial.number, told)
     try:
+        settings = study.with_training(cfg, **trial.params, epochs=cfg.training.trial_epochs)
         trained = fit(settings, data, on_epoch=on_epoch).history.iloc[1:]
-        best = trained.loc[trained["val_map_at_r"].idxmax()]
-        trial.set_user_attr("best_epoch", int(best["epoch"]))
-        tuning.tell(trial, float(best["val_map_at_r"]))
-        return "finished"
     except optuna.TrialPruned:
         tuning.tell(trial, state=TrialState.PRUNED)
         return "pruned"
-    except UpdateFinishedTrialError:  # the heartbeat came too late
-        log.warning("trial %s was taken for dead meanwhile; its result is dropped", trial.number)
-        return "taken_for_dead"
     except (PipelineError, torch.OutOfMemoryError) as error:
         log.warning("trial %s failed: %s", trial.number, error)
         trial.set_user_attr("error", str(error))
         tuning.tell(trial, state=TrialState.FAIL)
         return "failed"
-    except (Stopped, KeyboardInterrupt):
-        with storage.locked(cfg):
-            study.requeue(tuning, trial, trial.user_attrs.get("attempts", 0))
-        raise
+    best = trained.loc[trained["val_map_at_r"].idxmax()]
+    trial.set_user_attr("best_epoch", int(best["epoch"]))
+    tuning.tell(trial, float(best["val_map_at_r"]))
+    return "finished"
 
 
 def last_error(tuning: optuna.Study) -> str:

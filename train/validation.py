@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from common.errors import PipelineError
 from common.zones import Csr
 from publish.modeling_spatial_embeddings import ProjectionHead
 from train import metrics, model, whitening
@@ -22,8 +23,11 @@ class Validation:
     device: torch.device
 
     def of_head(self, head: ProjectionHead) -> dict[str, float]:
-        """ "recall@1", ..., "map@r" and "median_rank" of a head."""
-        return self._of_vectors(model.embed(head, self.embeddings, self.device))
+        """ "recall@1", ..., "map@r" and "median_rank" of a head. Raises PipelineError if it gives NaN."""
+        vectors = model.embed(head, self.embeddings, self.device)
+        if not torch.isfinite(vectors.sum()):  # the last step's loss may have been finite all the same
+            raise PipelineError("the head gives vectors that are not finite\nlower training.learning_rate")
+        return self._of_vectors(vectors)
 
     def of_linear(self, mean: np.ndarray, projection: np.ndarray) -> dict[str, float]:
         """The same of a linear baseline."""
@@ -70,7 +74,7 @@ def baselines(
             "projection": torch.from_numpy(projection),
             "shrinkage": best,
             "validation": tried[best],
-            "map@r_by_shrinkage": {shrinkage: metrics_["map@r"] for shrinkage, metrics_ in tried.items()},
+            "map@r_by_shrinkage": {shrinkage: found["map@r"] for shrinkage, found in tried.items()},
             "spread": float(np.sqrt(np.trace(projection @ known.total @ projection.T) / output_dim)),
         },
     }
