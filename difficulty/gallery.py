@@ -67,7 +67,7 @@ class Gallery:
     def unit(self, which: slice | torch.Tensor) -> torch.Tensor:
         """The unit vectors of some rows (a slice, or numbers on the device) in float32, on the device."""
         rows = which if isinstance(which, slice) else which.to(self.embeddings.device)
-        return self.embeddings[rows].to(self.device).float() * self.scale[which, None]
+        return self.embeddings[rows].to(self.device, torch.float32, copy=True).mul_(self.scale[which, None])
 
     def scores(
         self, anchors: tuple[torch.Tensor, torch.Tensor | None], start: int, stop: int, step: int = 1

@@ -10,8 +10,9 @@ before the best are taken, so that an image in a dense place gets its k all the 
    no tile is sorted.
 2. The candidates left (about 1.5 k of them) are compared in float32, and those that float32 cannot tell apart in
    float64.
-3. Anchors with more candidates than are kept (copies, tight clusters) are searched again with float32 products,
-   and where that is still too many, with all that reaches the floor compared in float64.
+3. Anchors with more candidates than are kept (copies, tight clusters), or with a first floor that was guessed too
+   high, are searched again with float32 products and no guess, and where that is still too many, with all that
+   reaches the floor compared in float64.
 
 Memory: N x D x 4 bytes (the embeddings, float16, and their unit vectors in bfloat16; each on the device if it
 fits, else on the host), and `memory_mb` for tiles and candidates; see `tile_sizes`.
@@ -61,13 +62,14 @@ def exact_neighbors(
         found_similarities[places, :width] = torch.where(valid, similarities, NO_SIMILARITY).cpu().numpy()
 
     left = np.arange(len(rows))
-    for dtype in [torch.bfloat16, torch.float32] if fast_bfloat16(device) else [torch.float32]:
+    first = torch.bfloat16 if fast_bfloat16(device) else torch.float32
+    for dtype, guess in ((first, True), (torch.float32, False)):
         gallery = Gallery(embeddings, dtype, device)
         size = tile_sizes(embeddings.shape[1], k, memory_mb, device, dtype)
         crowded = []
         for places in _cut(left, size.together):
             anchors = np.asarray(rows[places], np.int64)
-            found = _collect(gallery, zones, anchors, k, size, on_anchors)
+            found = _collect(gallery, zones, anchors, k, size, guess, on_anchors)
             for part in _cut(np.arange(len(places)), size.settled):
                 keep(places[part], *_settle(gallery, anchors[part], found, part, k, memory_mb))
             crowded.append(places[found.crowded.cpu().numpy()])
@@ -186,6 +188,7 @@ def _collect(
     anchors: np.ndarray,
     k: int,
     size: Sizes,
+    guess: bool,
     on_anchors: Callable[[int], object],
 ) -> _Collected:
     """The rows that may be among the best k of each anchor (n,). Where the anchors are a run of rows, a score of
@@ -193,7 +196,7 @@ def _collect(
     n, count = len(gallery.embeddings), len(anchors)
     run = (anchors[0], anchors[0] + count) if (np.diff(anchors) == 1).all() else (n, n)
     found = _Collected(count, k, gallery)
-    if gallery.dtype != torch.float32 and n >= _GUESSED_FROM * size.gallery:
+    if guess and n >= _GUESSED_FROM * size.gallery:
         _guess_floors(found, zones, anchors, size)
     for first in range(0, count, size.anchors):
         cli.check_stop()

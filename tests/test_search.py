@@ -117,9 +117,10 @@ def test_a_score_is_as_near_to_the_cosine_as_the_gallery_says(kind):
         assert (scores.gather(1, best) >= floor[:, None].bfloat16()).all()
 
 
+@pytest.mark.parametrize("bfloat16", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_first_floors_that_are_guessed_change_nothing_be_they_right_or_wrong(kind, monkeypatch):
-    monkeypatch.setattr(search, "fast_bfloat16", lambda device: True)
+def test_first_floors_that_are_guessed_change_nothing_be_they_right_or_wrong(kind, bfloat16, monkeypatch):
+    monkeypatch.setattr(search, "fast_bfloat16", lambda device: bfloat16)
     embeddings = KINDS[kind](np.random.default_rng(7), 600, 48).astype(np.float16)
     buildings = np.arange(600) // 3
     zones = zones_at(np.random.default_rng(8).uniform(0, 9_000, 200)[buildings], buildings)
@@ -174,7 +175,7 @@ def test_vectors_that_lean_one_way_need_no_second_search():
     gallery = Gallery(torch.from_numpy(rng.normal(size=(4_000, 256)) + 2.0).half(), torch.bfloat16, CPU)
     anchors = np.arange(0, 4_000, 8)
     zones, size, told = zones_at(np.arange(4_000) * 100), search.Sizes(512, 512, 512, 512), []
-    collected = search._collect(gallery, zones, anchors, 20, size, told.append)
+    collected = search._collect(gallery, zones, anchors, 20, size, True, told.append)
     assert collected.crowded.float().mean() < 0.05  # with the mean in them nearly all have too many candidates
 
 
