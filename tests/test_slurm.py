@@ -51,7 +51,7 @@ SETTINGS = [
     "infrastructure.workers=1",
     "slurm.num_shards=2",  # three tars: the first shard takes two
     "slurm.difficulty_shards=2",
-    "slurm.signal_before_s=10",
+    "slurm.signal_before_s=25",  # of a minute: enough to end in, on a busy machine, too
 ]
 GPU_STAGES = ("generate_embeddings", "compute_visual_neighbors", "optuna_worker", "fetch_best_and_train", "train")
 
