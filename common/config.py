@@ -29,7 +29,7 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 class Section(BaseModel):
     """A section of config.toml: its keys, with types and ranges. What a key means stands in config.toml."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Global(Section):
@@ -164,6 +164,8 @@ class Training(Section):
                 raise ValueError(f"{key} is not a setting of [training]{_suggestion(key, tunable)}")
             if isinstance(dimension, tuple) and dimension[0] >= dimension[1]:
                 raise ValueError(f"{key}: the lower end {dimension[0]} is not below {dimension[1]}")
+            if isinstance(dimension, tuple) and dimension[2:] and dimension[0] <= 0:
+                raise ValueError(f'{key}: the lower end of a range with "log" must be above 0')
         return space
 
 
@@ -367,7 +369,11 @@ def _explain(error: ValidationError, path: Path) -> str:
     for mistake in error.errors():
         *sections, key = [str(part) for part in mistake["loc"]] or ["config.toml"]
         where = f"[{'.'.join(sections)}] {key}" if sections else f"[{key}]"
-        if mistake["type"] == "extra_forbidden":
+        if sections[1:2] == ["search_space"]:  # told once, not for each form that a dimension may have
+            name = [*sections, key][2]
+            form = '[low, high], [low, high, "log"] or { choices = [...] }'
+            lines.append(f"[training.search_space] {name} must be {form}")
+        elif mistake["type"] == "extra_forbidden":
             lines.append(f"{where} is not a known key{_suggestion(key, _fields_of(sections))}")
         elif mistake["type"] == "missing":
             lines.append(f"{where} is missing")
