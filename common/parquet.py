@@ -191,14 +191,10 @@ def open_file(path: Path, buffer_bytes: int = 0, footer: pq.FileMetaData | None 
     `buffer_bytes`: of a column, held at a time while batches are read; 0: all of it in a row group.
     `footer`: of this file, if it has been read already.
     """
-    try:
+    if not path.exists():
+        raise PipelineError(f"{path} does not exist: run the stage that writes it first")
+    with _damage_told(path):
         return pq.ParquetFile(path, metadata=footer, pre_buffer=False, buffer_size=buffer_bytes)
-    except FileNotFoundError:
-        raise PipelineError(f"{path} does not exist: run the stage that writes it first") from None
-    except pa.ArrowInvalid as error:
-        raise PipelineError(
-            f"{path} is damaged ({first_line(error)}): delete it and run its stage again"
-        ) from None
 
 
 @contextlib.contextmanager
@@ -206,6 +202,8 @@ def _damage_told(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # the disk's: the file may be whole
         raise PipelineError(
             f"{path} is damaged ({first_line(error)}): delete it and run its stage again"
         ) from None

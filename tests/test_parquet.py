@@ -1,5 +1,6 @@
 """common/parquet.py and provenance.py: what is written comes back, resumes, and says what it was made from."""
 
+import errno
 import os
 import resource
 
@@ -159,6 +160,18 @@ def test_damaged_pages_are_told_by_both_ways_of_reading(tmp_path):
     for reading in (lambda: parquet.read(path), lambda: list(parquet.batches(path))):
         with pytest.raises(PipelineError, match="is damaged"):
             reading()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_an_error_of_the_disk_is_not_told_as_damage_of_the_file(tmp_path, monkeypatch, number):
+    write(tmp_path / "a.parquet")
+
+    def fails(*_, **__):
+        raise OSError(number, "as Arrow raises it")
+
+    monkeypatch.setattr(pq, "ParquetFile", fails)
+    with pytest.raises(OSError, match="as Arrow raises it"):  # "delete it" would be the wrong advice
+        parquet.read(tmp_path / "a.parquet")
 
 
 def test_the_footer_is_read_once_for_a_matrix_of_many_row_groups(tmp_path, monkeypatch):
