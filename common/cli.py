@@ -51,6 +51,8 @@ def load_config(args: argparse.Namespace):
     from common.errors import ConfigError
 
     num_shards = getattr(args, "num_shards", 1)
+    if num_shards < 1:
+        raise ConfigError("--num-shards takes a number of shards, 1 or more")
     if not 0 <= getattr(args, "shard", 0) < num_shards:
         raise ConfigError(f"--shard must lie between 0 and --num-shards - 1 = {num_shards - 1}")
     cfg = config.load(args.config, args.set)

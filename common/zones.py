@@ -10,9 +10,8 @@ import numpy as np
 
 from common import geo
 
-Csr = tuple[
-    np.ndarray, np.ndarray
-]  # (indptr (n + 1,) int64, indices int64): row i has indices[indptr[i]:indptr[i + 1]]
+# (indptr (n + 1,) int64, indices int64): row i has indices[indptr[i]:indptr[i + 1]]
+Csr = tuple[np.ndarray, np.ndarray]
 
 
 class Zones(NamedTuple):
@@ -21,9 +20,7 @@ class Zones(NamedTuple):
     building_of_row: np.ndarray  # (N,) int32, 0..M-1, ascending
     starts: np.ndarray  # (M + 1,) int64: building b is the rows starts[b]:starts[b + 1]
     indptr: np.ndarray  # (M + 1,) int64
-    buildings: (
-        np.ndarray
-    )  # int32: the zone of b, itself included, is buildings[indptr[b]:indptr[b + 1]], ascending
+    buildings: np.ndarray  # int32: the zone of b and itself is buildings[indptr[b]:indptr[b + 1]], ascending
 
     def rows_of(self, rows: np.ndarray, *, own: bool) -> Csr:
         """The rows in the zone of each of `rows`, ascending, with those of its `own` building or without: 8 bytes

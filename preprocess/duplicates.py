@@ -8,8 +8,7 @@ import numpy as np
 from common.zones import ranges
 
 _CHUNK_CELLS = 2**21  # hashes looked at together
-
-_PAIRS_AT_ONCE = 1 << 20
+_PAIRS_AT_ONCE = 2**20  # of positions whose distances are formed together: 24 bytes each
 
 
 def sort_groups(*keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

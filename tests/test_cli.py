@@ -103,9 +103,12 @@ def test_durations_read_well(seconds, text):
     assert cli.duration(seconds) == text
 
 
-def test_a_shard_outside_its_range_is_an_error():
-    args = cli.parser("doc", shards=True).parse_args(["--shard", "3", "--num-shards", "3"])
-    with pytest.raises(ConfigError, match="--shard"):
+@pytest.mark.parametrize(
+    ("shard", "of", "blamed"), [(3, 3, "--shard"), (-1, 3, "--shard"), (0, 0, "--num-shards")]
+)
+def test_a_shard_outside_its_range_is_an_error(shard, of, blamed):
+    args = cli.parser("doc", shards=True).parse_args(["--shard", str(shard), "--num-shards", str(of)])
+    with pytest.raises(ConfigError, match=f"^{blamed}"):
         cli.load_config(args)
 
 
