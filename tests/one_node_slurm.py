@@ -30,7 +30,7 @@ SlurmdPort={node_port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.sock,cred_expire=5
+AuthInfo=socket={folder}/munge.sock,cred_expire=15
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
@@ -46,7 +46,8 @@ MpiDefault=none
 MailProg=/bin/true
 ReturnToService=2
 KillWait=5
-SlurmdTimeout=30
+SlurmdTimeout=300
+MessageTimeout=60
 MaxArraySize=101
 SchedulerParameters=sched_min_interval=0,sched_interval=1,batch_sched_delay=0,bf_interval=1
 SelectType=select/cons_tres

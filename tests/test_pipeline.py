@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+import warm
 from local_backbone import write_local_backbone
+from same_artefacts import assert_same_artefacts
 from synthetic import write_dataset
 
 from common import config, geo, parquet
-from slurm import local, submit
+from slurm import submit
 
 SETTINGS = [
     "embedding_model.pooling=mean",
@@ -46,7 +47,7 @@ SETTINGS = [
 
 
 pytestmark = pytest.mark.timeout(900)  # every stage three times over, on a busy machine
-STEPS = {step.name: step for step in submit.chain(config.load())}
+STEPS = {step.name: step.script for step in submit.chain(config.load())}
 
 
 def settings(root: Path) -> list[str]:
@@ -54,43 +55,42 @@ def settings(root: Path) -> list[str]:
     return [*SETTINGS, f"paths.root={root}", "paths.raw_dir=../raw", f"embedding_model.name={backbone}"]
 
 
-# what one does with the published model, after the chain: module and arguments
+# what one does with the published model, after the chain: script and arguments
 USES = {
-    "vectors_of_a_tar": ("publish.generate_embeddings_from_hf", "{raw}/0088.tar", "{root}/vectors"),
+    "vectors_of_a_tar": ("publish/generate_embeddings_from_hf.py", "{raw}/0088.tar", "{root}/vectors"),
     "vectors_of_embeddings": (
-        "publish.generate_embeddings_from_parquet",
+        "publish/generate_embeddings_from_parquet.py",
         "{root}/data/merged",
         "{root}/projected",
     ),
 }
 
 
-def start(name: str, root: Path) -> subprocess.Popen:
+def flags(root: Path) -> list[str]:
+    return [flag for setting in settings(root) for flag in ("--set", setting)]
+
+
+def command(name: str, root: Path) -> list[str]:
     """A stage of the chain, or one of USES, with its files under `root`."""
-    flags = [flag for setting in settings(root) for flag in ("--set", setting)]
-    if name in USES:
-        arguments = [argument.format(root=root, raw=root.parent / "raw") for argument in USES[name]]
-        command = [sys.executable, "-m", *arguments, *flags]
-    else:
-        command = local.local_command(STEPS[name], flags)
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    script, *arguments = USES[name] if name in USES else (STEPS[name],)
+    return [script, *(argument.format(root=root, raw=root.parent / "raw") for argument in arguments), *flags(root)]
 
 
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    return output
+def output_of(name: str, root: Path) -> str:
+    done = warm.run(*command(name, root))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def kill_at_work(victim: subprocess.Popen, folder: Path, delay_s: float) -> None:
-    """SIGKILL a stage so long after its first file, temporary or not, has appeared in `folder`."""
-    before = set(folder.rglob("*"))
-    while victim.poll() is None and set(folder.rglob("*")) == before:
+def kill_at_work(name: str, root: Path, delay_s: float) -> None:
+    """SIGKILL a stage so long after its first file, temporary or not, has appeared below `root`."""
+    before = set(root.rglob("*"))
+    victim = warm.Warm(*command(name, root), lingers=True)
+    while victim.process.is_alive() and set(root.rglob("*")) == before:
         time.sleep(0.01)
     time.sleep(delay_s)
-    victim.kill()
-    victim.communicate()
-    assert victim.returncode == -signal.SIGKILL  # it takes longer than that to leave: see `finish`
+    victim.process.kill()
+    assert victim.finish().returncode == -signal.SIGKILL
 
 
 class Chain:
@@ -106,9 +106,9 @@ class Chain:
         self.output: dict[str, str] = {}
         rng = random.Random(0)
         for name in (*STEPS, *USES):
-            self.output[name] = finish(start(name, self.root))
-            kill_at_work(start(name, self.killed_root), self.killed_root, rng.uniform(0, 0.02))
-            finish(start(name, self.killed_root))
+            self.output[name] = output_of(name, self.root)
+            kill_at_work(name, self.killed_root, rng.uniform(0, 0.02))
+            output_of(name, self.killed_root)
 
     def table(self, path: Path) -> pd.DataFrame:
         return parquet.read(path).to_pandas()
@@ -270,17 +270,8 @@ with torch.inference_mode():
 
 
 def test_the_published_folder_is_evaluated_as_the_head_in_it(chain, tmp_path):
-    flags = [flag for setting in settings(chain.root) for flag in ("--set", setting)]
-    command = [
-        sys.executable,
-        str(ROOT / "train" / "evaluate.py"),
-        *flags,
-        "--set",
-        f"paths.evaluation_dir={tmp_path}",
-    ]
-    done = subprocess.run(
-        [*command, "--compare", str(chain.cfg.paths.published_dir)], capture_output=True, text=True
-    )
+    there = ("--set", f"paths.evaluation_dir={tmp_path}", "--compare", chain.cfg.paths.published_dir)
+    done = warm.run("train/evaluate.py", *flags(chain.root), *there)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "compared" / "metrics.json").read_text())
     for name, figure in found["differences"]["trained-published"].items():
@@ -298,59 +289,27 @@ def test_metrics_and_report_tell_all_four_methods(chain):
 def test_a_second_run_does_nothing_and_says_so(chain):
     before = {path: path.stat().st_mtime_ns for path in chain.root.rglob("*") if path.is_file()}
     for name in (*STEPS, *USES):
-        assert "nothing to do" in finish(start(name, chain.root)), name
+        assert "nothing to do" in output_of(name, chain.root), name
     assert {path: path.stat().st_mtime_ns for path in chain.root.rglob("*") if path.is_file()} == before
 
 
 def test_a_killed_and_restarted_stage_leaves_what_an_undisturbed_one_does(chain):
-    undisturbed = sorted(path.relative_to(chain.root) for path in chain.root.rglob("*") if path.is_file())
-    restarted = sorted(
-        path.relative_to(chain.killed_root) for path in chain.killed_root.rglob("*") if path.is_file()
-    )
-    assert restarted == undisturbed  # a temporary file left behind would show here
-    for path in undisturbed:
-        ours, theirs = chain.root / path, chain.killed_root / path
-        if path.name == "history.parquet":
-            timed = ["seconds", "triplets_per_second"]
-            pd.testing.assert_frame_equal(
-                chain.table(ours).drop(columns=timed), chain.table(theirs).drop(columns=timed)
-            )
-        elif path.suffix == ".parquet":
-            assert parquet.read(ours).equals(parquet.read(theirs)), path
-            assert parquet.read_provenance(ours).id == parquet.read_provenance(theirs).id, path
-        elif path.name == "checkpoint_best.pt":
-            assert_equal_heads(ours, theirs)
-        elif path.suffix in (".safetensors", ".py"):
-            assert ours.read_bytes() == theirs.read_bytes(), path
-        elif path.name in ("metrics.json", "split_report.json", "summary.json"):
-            ours, theirs = json.loads(ours.read_text()), json.loads(theirs.read_text())
-            assert {**ours, "provenance": None} == {**theirs, "provenance": None}, path
-
-
-def assert_equal_heads(ours: Path, theirs: Path) -> None:
-    import torch
-
-    a, b = (torch.load(path, weights_only=True)["head"] for path in (ours, theirs))
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
+    assert_same_artefacts(chain.killed_root, chain.root, folders=(".",))
 
 
 def test_a_changed_setting_is_refused_and_overwrite_redoes_it(chain, tmp_path):
     shutil.copytree(chain.root, tmp_path / "run")
     shutil.copytree(chain.root.parent / "raw", tmp_path / "raw")
     shutil.copytree(chain.root.parent / "backbone", tmp_path / "backbone")
-    flags = [flag for setting in settings(tmp_path / "run") for flag in ("--set", setting)]
-    script = str(ROOT / "preprocess" / "merge_and_split.py")
-    command = [sys.executable, script, *flags, "--set", "data.split_buffer_m=10"]
-    refused = subprocess.run(command, capture_output=True, text=True)
+    there = flags(tmp_path / "run")
+    other = ("preprocess/merge_and_split.py", *there, "--set", "data.split_buffer_m=10")
+    refused = warm.run(*other)
     assert refused.returncode == 1
     assert "data.split_buffer_m = 50.0; this run says 10" in refused.stderr
     assert "--overwrite" in refused.stderr
-    assert subprocess.run([*command, "--overwrite"], capture_output=True).returncode == 0
+    assert warm.run(*other, "--overwrite").returncode == 0
     # what was made from the old merge no longer fits, and says so
-    script = str(ROOT / "difficulty" / "compute_visual_neighbors.py")
-    stale = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
+    stale = warm.run("difficulty/compute_visual_neighbors.py", *there)
     assert stale.returncode == 1
     assert "train.parquet" in stale.stderr
 
@@ -366,9 +325,7 @@ def test_the_summary_line_counts_every_image(chain):
 
 
 def demo_usage(chain, *arguments):
-    flags = [flag for setting in settings(chain.root) for flag in ("--set", setting)]
-    command = [sys.executable, str(ROOT / "publish" / "demo_usage.py"), *map(str, arguments), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return warm.run("publish/demo_usage.py", *arguments, *flags(chain.root))
 
 
 def test_demo_usage_searches_a_tar_without_the_query_itself_and_compares_two(chain, tmp_path):

@@ -1,7 +1,7 @@
 """The chain on a real Slurm: a cluster of one node and two fake GPUs, which this file starts and stops.
 
-Oracle: the same chain run by `submit.py --local`, without Slurm and undisturbed. Skipped, with the reason, where
-Slurm is not installed; never in continuous integration.
+Oracle: the stages run here in order, without Slurm and undisturbed. Skipped, with the reason, where Slurm is not
+installed; never in continuous integration.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import one_node_slurm
 import pytest
+import warm
 from conftest import ROOT
 from local_backbone import write_local_backbone
 from one_node_slurm import OneNodeSlurm
@@ -25,10 +26,11 @@ from same_artefacts import assert_same_artefacts
 from synthetic import write_dataset
 
 from common import config
+from slurm import submit
 from train import study
 
-pytestmark = pytest.mark.timeout(600)  # the first test waits for the whole chain, twice
-PATIENCE_S = 150  # for what should take seconds on an idle machine
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the whole chain
+PATIENCE_S = 240  # for what should take seconds on an idle machine
 SETTINGS = [
     "embedding_model.pooling=mean",
     "data.rows_per_part=20",
@@ -51,7 +53,7 @@ SETTINGS = [
     "infrastructure.workers=1",
     "slurm.num_shards=2",  # three tars: the first shard takes two
     "slurm.difficulty_shards=2",
-    "slurm.signal_before_s=25",  # of a minute: enough to end in, on a busy machine, too
+    "slurm.signal_before_s=60",  # Slurm sends it up to 30 s earlier; a busy machine needs some to end
 ]
 GPU_STAGES = ("generate_embeddings", "compute_visual_neighbors", "optuna_worker", "fetch_best_and_train", "train")
 
@@ -168,7 +170,10 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slurm")
     with OneNodeSlurm(folder / "cluster", cpus=6) as cluster:
         place = Place(folder, cluster)
-        place.submit(place.local, "--local", "--jobs", 2)
+        for step in submit.chain(config.load(place.config)):
+            if step.name != "neighbor_parts":  # one task finds them all, and joins them
+                done = warm.run(step.script, "--config", place.config, "--set", f"paths.root={place.local}")
+                assert done.returncode == 0, done.stderr
         place.whole = folder / "whole"
         place.submit(place.whole)
         place.limited = place.copy("limited", "data/embeddings", "checkpoints")
@@ -183,10 +188,10 @@ def place(tmp_path_factory):
 
 
 def frozen_until_signalled(place, root: Path, stage: str, sign: str) -> threading.Thread:
-    """Submit a stage with a time limit of a minute; freeze it at the first file that matches `sign`, until Slurm
+    """Submit a stage with a limit of three minutes; freeze it at the first file that matches `sign`, until Slurm
     has signalled it: so it is not finished by then, and the cores are free for other tests.
     """
-    flags = [f"slurm.{stage}.time=00:01:00", f'slurm.{stage}.sbatch=["--mem=1G"]', "slurm.num_shards=1"]
+    flags = [f"slurm.{stage}.time=00:03:00", f'slurm.{stage}.sbatch=["--mem=1G"]', "slurm.num_shards=1"]
     settings = root / f"{stage}.toml"
     shutil.copy(place.config, settings)
     place.submit(

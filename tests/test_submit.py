@@ -9,10 +9,10 @@ import pytest
 from conftest import ROOT
 
 from common import cli, config
-from common.errors import ConfigError
+from common.errors import ConfigError, PipelineError
 from common.provenance import Provenance
 from generate import weights
-from slurm import artefacts, local, submit
+from slurm import artefacts, local, prefetch, submit
 
 
 def everything(steps) -> dict[str, list[int]]:
@@ -208,18 +208,18 @@ def test_a_time_limit_within_the_warning_before_it_is_refused():
 # ------------------------------------------------------------------------------------------------ prefetch
 
 
-def test_prefetch_finds_whole_weights_and_names_what_is_missing(run_script, tmp_path):
+def test_prefetch_finds_whole_weights_and_names_what_is_missing(tmp_path, capsys):
     from local_backbone import write_local_backbone
 
     folder = write_local_backbone(tmp_path / "backbone")
-    found = run_script("slurm/prefetch.py", "--set", f"embedding_model.name={folder}")
-    assert found.returncode == 0, found.stderr
-    assert "dinov2" in found.stdout
+    flags = ["--set", f"embedding_model.name={folder}"]
+    assert prefetch.main(flags) == 0
+    megabytes = (folder / "model.safetensors").stat().st_size / 1e6
+    assert f"(dinov2, images of 56 x 56), {megabytes:,.0f} MB of weights in {folder}" in capsys.readouterr().out
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])  # a download that broke off
-    broken = run_script("slurm/prefetch.py", "--set", f"embedding_model.name={folder}")
-    assert broken.returncode == 1
-    assert "model.safetensors is missing or damaged" in broken.stderr
+    with pytest.raises(PipelineError, match=r"model\.safetensors is missing or damaged"):
+        prefetch.main(flags)
 
 
 # ------------------------------------------------------------------------------------- signals, doing it again
