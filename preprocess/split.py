@@ -81,9 +81,10 @@ def decide(images: Images, data: Data, seed: int) -> Decision:
     sizes = np.bincount(building[rows], minlength=len(firsts))
     ratios = (data.train_ratio, data.val_ratio, data.test_ratio)
     if data.split_by == "geo":
-        cells, split_of_cell = assign_cells(cell[sizes > 0], sizes[sizes > 0], ratios, seed)
-        place = np.minimum(np.searchsorted(cells, cell), max(len(cells) - 1, 0))
-        split_of_building = np.where(sizes > 0, split_of_cell[place], NONE).astype(np.int8)
+        there = sizes > 0
+        cells, split_of_cell = assign_cells(cell[there], sizes[there], ratios, seed)
+        split_of_building = np.full(len(firsts), NONE, np.int8)
+        split_of_building[there] = split_of_cell[np.searchsorted(cells, cell[there])]
         too_near = in_buffer(lat, lon, split_of_building, cells, split_of_cell, data)
     else:
         split_of_building = assign_buildings(sizes, ratios, seed)

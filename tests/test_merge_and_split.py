@@ -227,6 +227,15 @@ def test_the_split_does_not_depend_on_the_order_of_the_tar_and_does_on_the_seed(
     assert not np.array_equal(first.split, other.split)
 
 
+@pytest.mark.parametrize("split_by", ["geo", "building"])
+def test_images_of_which_none_is_left_before_the_split_are_all_counted(split_by):
+    frame = city(buildings=20)
+    frame["has_embedding"] = False
+    decision = split.decide(images_of(frame), data(split_by=split_by), seed=0)
+    assert (decision.split == split.NONE).all()
+    assert {reason: n for reason, n in decision.dropped.items() if n} == {"embedding_missing": len(frame)}
+
+
 def test_no_images_are_split_into_nothing():
     found = split.decide(images_of(city().head(0)), data(), 0)
     assert len(found.split) == 0
