@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import re
 import time
@@ -53,7 +54,7 @@ def write_text(path: Path, text: str) -> None:
 
 def remove_dead_temporaries(path: Path) -> None:
     """Remove the temporary files of `path` whose writers are gone."""
-    for other in path.parent.glob(f".{path.name}.tmp-*"):
+    for other in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
         match = _TEMPORARY.match(other.name)
         if match is None or match["target"] != path.name:
             continue

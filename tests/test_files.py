@@ -92,6 +92,13 @@ def test_a_dead_runs_temporary_is_removed_where_locks_need_a_file_opened_for_wri
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_a_name_with_brackets_is_taken_as_it_stands(tmp_path):
+    name = "0088 [copy].txt"
+    (tmp_path / f".{name}.tmp-{'a' * 12}").write_bytes(b"half")
+    files.write_text(tmp_path / name, "whole")
+    assert os.listdir(tmp_path) == [name]  # as a pattern, the name would not match its own temporaries
+
+
 def test_without_locks_files_are_written_and_only_old_temporaries_removed(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")  # as Lustre without -o flock says
