@@ -90,13 +90,24 @@ def exit_code_of(main) -> int:
         print("stopped by a signal; what is finished is saved, and the next run continues", file=sys.stderr)
         return EXIT_STOPPED
     except KeyboardInterrupt:
-        print("interrupted; what is finished is saved, and the next run continues", file=sys.stderr)
+        print("interrupted; finished files are kept", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] in _OUR_PACKAGES:
             raise
         print(f"error: the Python package {error.name} is not installed for {sys.executable}", file=sys.stderr)
         print("       run `make install`, then `source .venv/bin/activate`", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print("error: the memory of this machine or job does not suffice", file=sys.stderr)
+        print("       --help says what the script needs; on Slurm --mem in slurm.<stage>.sbatch", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        print("error: the device's memory does not suffice", file=sys.stderr)
+        print("       free it, make batches or infrastructure.search_memory_mb smaller, or set", file=sys.stderr)
+        print("       infrastructure.device to another", file=sys.stderr)
         return 1
     except BrokenPipeError:
         with contextlib.suppress(OSError):  # the reader of our output has gone: `... | head`

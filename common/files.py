@@ -64,8 +64,11 @@ def remove_dead_temporaries(path: Path) -> None:
                 other.unlink()
 
 
-def lock(file: BinaryIO, wait: bool) -> bool:
-    """Lock a file; False where the file system has no locks. Raises BlockingIOError if another holds the lock."""
+def lock(file: BinaryIO | int, wait: bool) -> bool:
+    """Lock a file, or what a descriptor has open; False where the file system has no locks.
+
+    Raises BlockingIOError if another holds the lock.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -4,6 +4,8 @@ from enum import Enum
 
 import pyarrow as pa
 
+SPLITS = ("train", "val", "test")
+
 
 class Reject(str, Enum):
     """Why a member of a tar was not used. The value is what stands in the rejects file and the summary."""

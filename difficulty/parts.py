@@ -59,7 +59,7 @@ def _search_keys(cfg: Config) -> tuple[str, ...]:
 def write(cfg: Config, todo: list[Part], on_anchors: Callable[[int], object]) -> None:
     """Search the neighbours of each part's anchors and write its file. `on_anchors` is told how many more anchors
     have been compared. Raises Stopped on a signal."""
-    from difficulty import search, tree  # torch and scikit-learn: gathering alone does without
+    from difficulty import search  # torch: gathering alone does without
 
     path = train_path(cfg)
     device = devices.pick(cfg.infrastructure.device)
@@ -72,7 +72,11 @@ def write(cfg: Config, todo: list[Part], on_anchors: Callable[[int], object]) ->
     def exact(rows: np.ndarray, told=lambda count: None):
         return search.exact_neighbors(embeddings, near, rows=rows, device=device, on_anchors=told, **options)
 
-    ball = tree.build(embeddings, cfg.data.balltree_dim) if cfg.data.search == "balltree" else None
+    ball = None
+    if cfg.data.search == "balltree":
+        from difficulty import tree  # scikit-learn takes seconds to import
+
+        ball = tree.build(embeddings, cfg.data.balltree_dim)
     sizes = search.tile_sizes(embeddings.shape[1], cfg.data.neighbors, options["memory_mb"], device)
     for group in groups(todo, len(embeddings), sizes.together if ball is None else 0):
         rows = np.concatenate([np.arange(part.start, part.stop) for part in group])

@@ -34,12 +34,12 @@ SETTINGS = (
 def main(argv=None) -> int:
     args = cli.parser(__doc__).parse_args(argv)
     cfg = cli.load_config(args)
-    from common import config, files, parquet, provenance, tars
+    from common import config, files, parquet, provenance, schemas, tars
     from preprocess import duplicate_sheet, merge_files, split, split_report
 
     sources = merge_files.find(cfg, tars.of_shard(cfg.paths.raw_dir, 0, 1))
     made = provenance.record("merge_and_split", config.values(cfg, *SETTINGS), sources.ids)
-    targets = [cfg.paths.merged_dir / f"{name}.parquet" for name in split.SPLITS]
+    targets = [cfg.paths.merged_dir / f"{name}.parquet" for name in schemas.SPLITS]
     report_path, map_path = cfg.paths.merged_dir / "split_report.json", cfg.paths.merged_dir / "split_map.png"
     sheet_path = cfg.paths.merged_dir / "duplicates.png"
     done = [parquet.is_done(target, made, args.overwrite) for target in targets]

@@ -9,11 +9,11 @@ import numpy as np
 
 from common import geo
 from common.config import Data
+from common.schemas import SPLITS
 from common.zones import number_buildings
 from preprocess import duplicates
 
-SPLITS = ("train", "val", "test")
-TRAIN, VAL, TEST, NONE = 0, 1, 2, -1
+TRAIN, VAL, TEST, NONE = 0, 1, 2, -1  # numbers of SPLITS
 
 
 @dataclass

@@ -7,8 +7,9 @@ import numpy as np
 
 from common.config import Data
 from common.errors import PipelineError
+from common.schemas import SPLITS
 from preprocess import maps
-from preprocess.split import SPLITS, Decision, Images, count_in_two_splits
+from preprocess.split import Decision, Images, count_in_two_splits
 
 
 def summarise(images: Images, found: Decision, data: Data) -> dict:

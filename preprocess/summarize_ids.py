@@ -16,8 +16,6 @@ if not __package__:  # run by path: import from the repository root, not from th
 from common import cli
 from common.errors import PipelineError
 
-SPLITS = ("train", "val", "test")
-
 
 def main(argv=None) -> int:
     args = cli.parser(__doc__).parse_args(argv)
@@ -34,7 +32,7 @@ def main(argv=None) -> int:
     ids = {f"{path.parent.name}/{path.name}": provenance.identity(path) for path, _ in sources}
     made = provenance.record("summarize_ids", config.values(cfg, "data.split_cell_m"), ids)
     # names of their own before the merge: what was counted then must not stand in the way of counting its splits
-    name = "summary" if sources[0][1] in SPLITS else "summary_intermediates"
+    name = "summary" if sources[0][1] in schemas.SPLITS else "summary_intermediates"
     table, page, totals = (cfg.paths.summary_dir / f"{name}.{kind}" for kind in ("parquet", "html", "json"))
     if parquet.is_done(table, made, args.overwrite) and page.exists() and totals.exists():
         return cli.nothing_to_do("summarize_ids", f"{cfg.paths.summary_dir}")
@@ -69,7 +67,9 @@ def main(argv=None) -> int:
 
 def find_sources(paths) -> list[tuple[Path, str]]:
     """The files to read, each with the split that its images are in."""
-    merged = [(paths.merged_dir / f"{split}.parquet", split) for split in SPLITS]
+    from common import schemas
+
+    merged = [(paths.merged_dir / f"{split}.parquet", split) for split in schemas.SPLITS]
     if all(path.exists() for path, _ in merged):
         return merged
     intermediates = sorted(paths.intermediates_dir.glob("*.parquet"))

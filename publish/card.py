@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from common import parquet
+from common import parquet, schemas
 from common.config import Config, is_folder
 from generate.pixels import Preprocessing
 
@@ -19,7 +19,6 @@ METRICS = {
     "median_rank": "median rank",
 }
 METHODS = {"raw": "raw backbone", "pca": "PCA", "whitening": "learned whitening", "trained": "this model"}
-SPLITS = ("train", "val", "test")
 _LICENCES = {  # of the backbone's weights: prefix of its name on the hub -> fields of the card
     "facebook/dinov2": {"license": "apache-2.0"},
     "facebook/dinov3": {
@@ -54,7 +53,7 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
         licence=data.license_name or data.license,
         checkpoint=checkpoint,
         preprocessing=preprocessing,
-        images={split: parquet.num_rows(cfg.paths.merged_dir / f"{split}.parquet") for split in SPLITS},
+        images={split: parquet.num_rows(cfg.paths.merged_dir / f"{split}.parquet") for split in schemas.SPLITS},
         splits=parquet.read_provenance(cfg.paths.merged_dir / "test.parquet").config,
         training={
             key.removeprefix("training."): value

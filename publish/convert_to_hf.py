@@ -3,8 +3,8 @@
 Reads    checkpoints/<run>/checkpoint_best.pt, data/evaluation/metrics.json, the backbone; for the parity check and
          the card data/merged/{train,val,test}.parquet and 64 JPEGs of data/raw
 Writes   data/published/: config.json, model.safetensors (the dtype of the embeddings; files of at most 5 GB),
-         preprocessor_config.json, two .py files, README.md (the card), provenance.json. The folder appears when it
-         is whole and its vectors are within 1e-3 cosine distance of the pipeline's; a former one is replaced
+         preprocessor_config.json, three .py files, README.md (the card), provenance.json. The folder appears when
+         it is whole and its vectors are within 1e-3 cosine distance of the pipeline's; a former one is replaced
 Command  python publish/convert_to_hf.py [--set training.run=NAME] [--push USER/NAME [--dry-run]]
          --push sends the folder to the hub, into a private repository if there is none; --dry-run only lists it
 Memory   the backbone in that dtype (7B parameters in bfloat16: 13 GB), once here and then once in the check
@@ -44,13 +44,13 @@ def convert(cfg, overwrite: bool) -> None:
     """Write the published folder, unless it is there."""
     from common import config, devices, provenance
     from publish import card, parity, published
-    from train import model
+    from train import model, results
 
     # what there is, and whether it belongs together
     checkpoint_path = cfg.paths.checkpoints_dir / cfg.training.run / "checkpoint_best.pt"
     metrics_path = cfg.paths.evaluation_dir / "metrics.json"
     checkpoint = model.load_checkpoint(checkpoint_path)
-    metrics = published.read_metrics(metrics_path)
+    metrics = results.read(metrics_path)
     test = cfg.paths.merged_dir / "test.parquet"
     published.refuse_mixture(test, checkpoint_path, checkpoint, metrics_path, metrics)
     inputs = {

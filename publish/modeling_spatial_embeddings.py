@@ -1,17 +1,16 @@
 """The published model: a frozen vision backbone, pooling, and the projection head.
 
-Hugging Face copies this file beside the weights, so it imports nothing of this repository but the configuration.
-The pooling and the head have their one definition here; generation and training import them from here.
+Hugging Face copies this file beside the weights with the two that it imports, and nothing else of this repository.
+The pooling has its one definition here, which generation imports; the head is in projection_head.py.
 """
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .configuration_spatial_embeddings import SpatialEmbeddingsConfig
+from .projection_head import ProjectionHead
 
 
 def n_prefix_tokens(backbone_config: PretrainedConfig) -> int:
@@ -37,38 +36,6 @@ def pool(last_hidden_state: torch.Tensor, n_prefix_tokens: int, pooling: str) ->
         return cls
     mean = last_hidden_state[:, n_prefix_tokens:].float().mean(dim=1)
     return mean if pooling == "mean" else torch.cat([cls, mean], dim=-1)
-
-
-class ProjectionHead(nn.Module):
-    """y = normalize(W0 (x - mu) + g * MLP(x)) with x normalised first: (N, input_dim) -> (N, output_dim) float32.
-
-    `linear.weight` (W0) and `mean` (mu) start as a learned whitening and the gain g at 0, so that training starts
-    from the best linear baseline (`whitenlearn` of cnnimageretrieval-pytorch; Radenovic et al.
-    2018, section 3.3). Both normalisations run in float32, also under autocast and with half-precision weights.
-    """
-
-    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, dropout: float = 0.0):
-        super().__init__()
-        if output_dim > input_dim:
-            raise ValueError(f"output_dim = {output_dim} exceeds the backbone's dimension {input_dim}")
-        self.linear = nn.Linear(input_dim, output_dim, bias=False)
-        self.mean = nn.Parameter(torch.zeros(input_dim), requires_grad=False)
-        self.gain = nn.Parameter(torch.zeros(()))
-        self.mlp = nn.Sequential(
-            # the next layer can learn a scale and a shift; without them no gradient goes back to the input, which
-            # saves a fifth of a training step's products
-            nn.LayerNorm(input_dim, elementwise_affine=False),
-            nn.Linear(input_dim, hidden_dim),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden_dim, output_dim),
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.normalize(x.float(), dim=-1)
-        dtype = self.linear.weight.dtype
-        y = self.linear((x - self.mean.float()).to(dtype)) + self.gain * self.mlp(x.to(dtype))
-        return F.normalize(y.float(), dim=-1)
 
 
 class SpatialEmbeddingsModel(PreTrainedModel):

@@ -73,9 +73,8 @@ def vectors_of(folder: Path, pixels: np.ndarray, device: torch.device) -> np.nda
         environment = {
             **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
             "HF_HUB_OFFLINE": "1",
-            "HF_MODULES_CACHE": str(
-                Path(place) / "modules"
-            ),  # parallel jobs would disturb each other in a shared one
+            # parallel jobs would disturb each other in a shared one
+            "HF_MODULES_CACHE": str(Path(place) / "modules"),
         }
         command = [sys.executable, "-c", _USE, str(folder), str(device)]
         result = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)

@@ -1,7 +1,7 @@
 """The published folder: what goes in, whether it belongs together, and its appearance as a whole."""
 
 import contextlib
-import fcntl
+import glob
 import json
 import os
 import shutil
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from common import parquet
+from common import files, parquet
 from common.config import Config, EmbeddingModel, is_folder
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance
@@ -22,16 +22,6 @@ from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
 from train.model import head_of
 
 MAX_SHARD_SIZE = "5GB"  # of the weights: larger files are slow to fetch, and to resume
-
-
-def read_metrics(path: Path) -> dict:
-    """metrics.json. Raises PipelineError if it is absent or damaged."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise PipelineError(f"{path} does not exist: run train/evaluate.py first") from None
-    except ValueError as error:
-        raise PipelineError(f"{path} is damaged ({error}): delete it and evaluate again") from None
 
 
 def refuse_mixture(test: Path, checkpoint_path: Path, checkpoint: dict, metrics_path: Path, metrics: dict) -> None:
@@ -125,9 +115,10 @@ def write_provenance(folder: Path, made: Provenance, facts: dict) -> None:
 
 def remove_dead_folders(path: Path) -> None:
     """Remove what runs that died while they wrote `path` have left beside it: folders that nobody locks."""
-    for other in path.parent.glob(f".{path.name}.tmp-*"):
-        with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(other):
-            shutil.rmtree(other)
+    for other in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(other) as is_locked:
+            if is_locked:
+                shutil.rmtree(other)
 
 
 @contextlib.contextmanager
@@ -157,12 +148,11 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock. Raises BlockingIOError if another process does."""
+def _locked(folder: Path) -> Iterator[bool]:
+    """Holds the folder's lock; False where there are no locks. Raises BlockingIOError if another holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        yield files.lock(descriptor, wait=False)
     finally:
         os.close(descriptor)
 

@@ -16,6 +16,7 @@ PATTERNS = (
     "provenance.json",
     "configuration_spatial_embeddings.py",
     "modeling_spatial_embeddings.py",
+    "projection_head.py",
     "model*.safetensors",
     "model.safetensors.index.json",
 )

@@ -18,8 +18,8 @@ from generate import loop
 from generate.pixels import Undecodable, decode
 from preprocess.labels import parse_name
 from publish.inference import Published
-from publish.published import read_metrics
 from publish.sources import Group
+from train.results import read as read_metrics
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
@@ -79,18 +79,10 @@ def search(
     Without a query: the first image of the building that has the most in the gallery.
     """
     names = gallery.names.to_pylist()
-    job = loop.Job(gallery.name, len(names), gallery.read)
+    jobs, times = [loop.Job(gallery.name, len(names), gallery.read)], loop.Times()
     forward, prepare, device = published.forward, published.preprocessing, published.device
     with Progress("search", "image", len(names)) as progress:
-        (result,) = loop.embed(
-            [job],
-            forward,
-            prepare,
-            device,
-            settings,
-            loop.Times(),
-            progress,
-        )
+        (result,) = loop.embed(jobs, forward, prepare, device, settings, times, progress)
     if query is None:
         row = with_most_matches(names)
         query = Photograph(names[row], gallery.read(row, row + 1)[0])

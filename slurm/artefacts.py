@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import config, parquet, tars
+from common import config, parquet, schemas, tars
 from common.config import Config
 from common.errors import PipelineError
 from common.provenance import Provenance
 from generate.weights import weights_digest
 
 _weights_digest = functools.cache(weights_digest)
-SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def target_of(name: str, cfg: Config) -> Path:
 def _of_task(step, task: int, cfg: Config) -> Iterator[Artefact]:
     paths, run = cfg.paths, _run_dir(cfg)
     best = run / "checkpoint_best.pt"
-    merged = {f"{split}.parquet": paths.merged_dir / f"{split}.parquet" for split in SPLITS}
+    merged = {f"{split}.parquet": paths.merged_dir / f"{split}.parquet" for split in schemas.SPLITS}
     if step.name in ("process_tar", "compute_fingerprints", "generate_embeddings"):
         folder = target_of(step.name, cfg)
         for tar in _tars(cfg)[task :: step.tasks]:
@@ -254,9 +253,7 @@ def _same_settings(there: Provenance, cfg: Config) -> bool:
     """Whether no setting in a record has another value now; what is not a setting is left to the stage."""
     plain = cfg.model_dump(mode="json", by_alias=True)
     if config.is_folder(cfg.embedding_model.name) and "embedding_model.weights" in there.config:
-        folder = Path(
-            cfg.embedding_model.name
-        )  # recorded by its last part, so that it may be moved, and its content
+        folder = Path(cfg.embedding_model.name)  # recorded by its last part and content, so that it may be moved
         plain["embedding_model"] |= {"name": folder.name, "weights": _weights_digest(folder)}
     for key, value in there.config.items():
         section, _, name = key.partition(".")

@@ -36,10 +36,9 @@ ENDS = {
 }
 STOPPED = "stopped with all saved, and not queued again (slurm.max_requeues)"
 HELD = re.compile("JobHeld|JobHold|held")  # JobHeldUser, JobHoldMaxRequeue, launch failed requeued held, ...
-OUT_OF_MEMORY = re.compile(
-    "oom.kill", re.IGNORECASE
-)  # slurmstepd's word in a log, where Slurm has forgotten the job
-KILLED = re.compile(r"CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))? \*\*\*")  # slurmstepd's word in a log
+# slurmstepd's words in a log, where Slurm has forgotten the job
+OUT_OF_MEMORY = re.compile("oom.kill", re.IGNORECASE)
+KILLED = re.compile(r"CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))? \*\*\*")
 
 
 @dataclass(frozen=True)
@@ -75,18 +74,15 @@ def read_log(path: Path) -> Log:
         return Log(path)
     started = re.search(r"^-- (\d+) job \S+ starts on", head, re.MULTILINE)
     last = re.split(r"^-- \d+ job \S+ starts on .*\n", tail, flags=re.MULTILINE)[-1]
-    ended, killed = (
-        re.search(r"^-- \d+ job \S+ ends with exit code (\d+)", last, re.MULTILINE),
-        KILLED.search(last),
-    )
+    ended = re.search(r"^-- \d+ job \S+ ends with exit code (\d+)", last, re.MULTILINE)
+    killed = KILLED.search(last)
+    lines = [line for line in last.replace("\r", "\n").splitlines() if line.strip() and not line.startswith("-- ")]
     return Log(
         path,
         float(started[1]) if started else None,
         int(ended[1]) if ended else None,
         (killed[1] or "cancelled").lower() if killed else "",
-        tuple(
-            line for line in last.replace("\r", "\n").splitlines() if line.strip() and not line.startswith("-- ")
-        ),
+        tuple(lines),
     )
 
 

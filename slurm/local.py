@@ -101,11 +101,8 @@ def _tell_output(task: _Task) -> None:
     if task.output is not None:
         with task.output:
             task.output.seek(0)
-            print(
-                f"{task.title} {task.step}:\n{task.output.read().decode(errors='replace')}",
-                end="",
-                flush=True,
-            )
+            output = task.output.read().decode(errors="replace")
+            print(f"{task.title} {task.step}:\n{output}", end="", flush=True)
 
 
 @contextlib.contextmanager

@@ -102,7 +102,7 @@ def write_checkpoint(cfg, seed: int = 0, hidden: int = HIDDEN, out: int = OUT) -
     import torch
 
     from common import zones
-    from publish.modeling_spatial_embeddings import ProjectionHead
+    from publish.projection_head import ProjectionHead
     from train import whitening
 
     train = parquet.read(cfg.paths.merged_dir / "train.parquet")

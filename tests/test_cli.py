@@ -133,6 +133,23 @@ def test_sigterm_ends_a_script_that_saves_nothing_half_way():
     assert (result.returncode, result.stdout) == (-signal.SIGTERM, "")
 
 
+@pytest.mark.parametrize(
+    ("error", "whose"),
+    [("import torch; raise torch.OutOfMemoryError('CUDA')", "device"), ("raise MemoryError", "job")],
+)
+def test_memory_that_runs_out_is_no_traceback(error, whose):
+    result = run_main(error)
+    first = result.stderr.splitlines()[0]
+    assert first.startswith("error: ")
+    assert whose in first
+    assert "memory" in first
+    assert (result.returncode, "Traceback" in result.stderr) == (1, False)
+
+
+def test_other_errors_of_the_run_show_where():
+    assert "Traceback" in run_main("raise RuntimeError('a bug of ours')").stderr
+
+
 def test_a_package_that_is_not_installed_is_named_with_the_way_out():
     result = run_main("import no_such_package")
     assert result.returncode == 1

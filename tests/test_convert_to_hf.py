@@ -22,6 +22,7 @@ from conftest import ROOT
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import filter_repo_objects
+from invented_metrics import FIGURES, FOUND
 from local_backbone import FAMILIES, write_tiny_backbone
 from packaging.requirements import Requirement
 from test_generate_embeddings import Setup, cosines, photographs
@@ -31,10 +32,12 @@ from common.errors import PipelineError, StaleArtefact
 from generate import generate_embeddings
 from publish import card, parity, published, push
 from publish.convert_to_hf import main
-from publish.modeling_spatial_embeddings import ProjectionHead, SpatialEmbeddingsModel
+from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
+from publish.projection_head import ProjectionHead
+from train import results
 
 JPEGS = photographs(7)
-FIGURES = {"recall@1": (0.543, 0.5, 0.6), "recall@5": (0.7, 0.65, 0.75), "map@r": (0.3, 0.2, 0.4)}
+NOTHING = {key: {"value": 0.0, "low": 0.0, "high": 0.0} for key in FIGURES}
 
 
 def write_merged(cfg: config.Config) -> None:
@@ -80,21 +83,17 @@ def write_checkpoint(cfg: config.Config, **changes) -> ProjectionHead:
 
 def write_metrics(cfg: config.Config, checkpoint_id: str = "run-1") -> dict:
     """metrics.json as evaluate.py writes it, with invented figures."""
-    figures = {key: dict(zip(("value", "low", "high"), values, strict=True)) for key, values in FIGURES.items()}
     test = parquet.read_provenance(cfg.paths.merged_dir / "test.parquet").id
     made = provenance.record("evaluate", {}, {"checkpoint_best.pt": checkpoint_id, "test.parquet": test})
     metrics = {
-        "methods": dict.fromkeys(("raw", "pca", "whitening", "trained"), figures),
-        "differences": dict.fromkeys(("trained-whitening", "trained-raw"), figures),
-        "similarity_histograms": {"edges": [-1, 0, 0.5, 1], "matches": [0, 1, 9], "non_matches": [6, 3, 1]},
-        "ignore_radius_m": 25.0,
-        "gallery": "test",
-        "counts": {"queries": 7, "buildings": 4, "gallery": 7, "cells": 30},
+        **FOUND,
+        "methods": {**dict.fromkeys(("raw", "pca", "whitening"), NOTHING), "trained": FIGURES},
+        "differences": dict.fromkeys(("trained-whitening", "trained-raw"), FIGURES),
         "provenance": made.finished("figures-1", {}).to_dict(),
     }
     path = cfg.paths.evaluation_dir / "metrics.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(metrics))
+    path.write_text(results.to_json(metrics))
     return metrics
 
 
@@ -248,7 +247,7 @@ def test_the_folder_holds_what_a_user_needs_and_no_path_of_this_machine(trained)
     folder = trained.cfg.paths.published_dir
     assert {path.name for path in folder.iterdir()} == {
         *("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "provenance.json"),
-        *("configuration_spatial_embeddings.py", "modeling_spatial_embeddings.py"),
+        *("configuration_spatial_embeddings.py", "modeling_spatial_embeddings.py", "projection_head.py"),
     }
     for path in folder.glob("*.*"):
         if path.suffix in (".json", ".md", ".py"):
@@ -257,7 +256,7 @@ def test_the_folder_holds_what_a_user_needs_and_no_path_of_this_machine(trained)
     settings = json.loads((folder / "config.json").read_text())
     assert settings["backbone_config"]["model_type"] == "dinov2"
     assert set(settings["auto_map"]) == {"AutoConfig", "AutoModel"}
-    for name in ("configuration_spatial_embeddings.py", "modeling_spatial_embeddings.py"):
+    for name in ("configuration_spatial_embeddings.py", "modeling_spatial_embeddings.py", "projection_head.py"):
         assert (folder / name).read_bytes() == Path(published.__file__).with_name(name).read_bytes()
 
 
@@ -268,12 +267,13 @@ def test_the_card_holds_the_measured_figures_with_their_intervals(trained):
     assert made.data.license == "other"  # of a local folder nobody knows
     by_type = {result.metric_type: result for result in made.data.eval_results}
     assert set(by_type) == set(FIGURES)
-    for key, (value, low, high) in FIGURES.items():
-        assert by_type[key].metric_value == value
-        assert by_type[key].metric_args == {"low": low, "high": high}
-    assert "| this model | 54.3 [50.0, 60.0] | 70.0 [65.0, 75.0] | 30.0 [20.0, 40.0] |" in made.text
-    assert "| learned whitening | 54.3" in made.text
-    assert "| this model - learned whitening | +54.3 [+50.0, +60.0] |" in made.text
+    for key, figure in FIGURES.items():
+        assert by_type[key].metric_value == figure["value"]
+        assert by_type[key].metric_args == {"low": figure["low"], "high": figure["high"]}
+    row = "25.0 [15.0, 35.0] | 50.0 [40.0, 60.0] | 75.0 [65.0, 85.0] | 87.5 [77.5, 97.5] | 90.0 [80.0, 100.0] |"
+    assert f"| this model | {row} 12.5 [2.5, 22.5] | 4 [4, 4] |" in made.text
+    assert "| learned whitening | 0.0 [0.0, 0.0] |" in made.text
+    assert "| this model - learned whitening | +25.0 [+15.0, +35.0] |" in made.text
     assert "non-commercial" in made.text
     assert "{{" not in made.text
     assert "{%" not in made.text

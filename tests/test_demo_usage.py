@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from invented_metrics import FOUND
 from PIL import Image
 from test_backbone import jpeg, picture
 from test_convert_to_hf import JPEGS
@@ -18,6 +19,7 @@ from common import cli
 from common.errors import ConfigError, PipelineError
 from publish import retrieval
 from publish.demo_usage import main
+from train import results
 
 QUERY = jpeg(picture(90, 70, seed=500))
 
@@ -100,17 +102,16 @@ def test_many_results_are_drawn_in_lines_and_as_the_model_sees_them(tmp_path):
     ],
 )
 def test_a_similarity_is_placed_among_the_evaluations_pairs(cosine, told, tmp_path):
-    counts = {"edges": [-1, 0, 0.5, 1], "matches": [0, 1, 9], "non_matches": [6, 3, 1]}
-    (tmp_path / "metrics.json").write_text(json.dumps({"similarity_histograms": counts}))
+    counts = {"edges": [-1.0, 0.0, 0.5, 1.0], "matches": [0, 1, 9], "non_matches": [6, 3, 1]}
+    (tmp_path / "metrics.json").write_text(results.to_json({**FOUND, "similarity_histograms": counts}))
     assert told in retrieval.where_it_lies(cosine, tmp_path / "metrics.json")
 
 
 def test_the_evaluation_of_another_model_is_not_told_for_this_one(model, flags, query, tmp_path, capsys):  # noqa: F811
-    counts = {"edges": [-1, 0, 1], "matches": [0, 1], "non_matches": [1, 0]}
     folder = tmp_path / "data" / "evaluation"
     folder.mkdir(parents=True)
-    metrics = {"similarity_histograms": counts, "provenance": {"id": "theirs"}}
-    (folder / "metrics.json").write_text(json.dumps(metrics))
+    theirs = {**FOUND["provenance"], "id": "theirs"}
+    (folder / "metrics.json").write_text(results.to_json({**FOUND, "provenance": theirs}))
     for evaluation, told in (("ours", "is not this model's"), ("theirs", "0.0% of matches")):
         ours = shutil.copytree(model, tmp_path / evaluation)
         (ours / "provenance.json").write_text(json.dumps({"inputs": {"metrics.json": evaluation}}))

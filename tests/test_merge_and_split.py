@@ -300,7 +300,7 @@ class Chain:
         return merge_and_split.main([*self.flags, *flags])
 
     def splits(self):
-        return {name: parquet.read(self.cfg.paths.merged_dir / f"{name}.parquet") for name in split.SPLITS}
+        return {name: parquet.read(self.cfg.paths.merged_dir / f"{name}.parquet") for name in schemas.SPLITS}
 
     def report(self):
         return json.loads((self.cfg.paths.merged_dir / "split_report.json").read_text())

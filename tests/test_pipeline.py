@@ -235,7 +235,7 @@ def test_neighbours_equal_brute_force_outside_building_and_ignore_zone(chain):
 def test_the_published_model_gives_the_pipelines_vectors_in_a_fresh_process_elsewhere(chain, tmp_path):
     import torch
 
-    from publish.modeling_spatial_embeddings import ProjectionHead
+    from publish.projection_head import ProjectionHead
 
     test = chain.table(chain.cfg.paths.merged_dir / "test.parquet").head(7)
     for number, row in enumerate(test.itertuples()):

@@ -3,28 +3,10 @@
 import json
 
 import pytest
+from invented_metrics import FIGURE, FOUND
 
 from common.errors import PipelineError
 from train import results
-
-FIGURE = {"value": 0.5, "low": 0.4, "high": 0.6}
-FIGURES = dict.fromkeys(results.METRICS, FIGURE)
-CLASS = {"class": "0-30", "queries": 2, "matches": 3, "cells": 1, "methods": {"raw": {"recall@1": FIGURE}}}
-FOUND = {
-    "format": results.FORMAT,
-    "subject": {"run": "default"},
-    "methods": {"raw": FIGURES, "trained": FIGURES},
-    "told": {"raw": "as they are", "trained": "the head"},
-    "differences": {"trained-raw": FIGURES},
-    "recall_curve": {"k": [1, 2], "methods": {"raw": [0.5, 0.6]}},
-    "breakdowns": {"views": {"meaning": "images of the building", "classes": [CLASS]}},
-    "similarity_histograms": {"edges": [-1.0, 0.0, 1.0], "matches": [0, 1], "non_matches": [3, 1]},
-    "ignore_radius_m": 25.0,
-    "gallery": "test",
-    "counts": dict.fromkeys(("queries", "queries_without_match", "gallery", "buildings", "cells", "matches"), 2),
-    "leakage": {"buildings": {"test": 1, "train": 2, "val": 1, "in_two_splits": 0}},
-    "provenance": {"stage": "evaluate", "config": {}, "inputs": {}},
-}
 
 
 def changed(key: str, value):
@@ -110,7 +92,7 @@ def test_figures_that_differ_by_rounding_are_alike(tmp_path, key, value, alike):
 
 
 def test_a_file_that_is_absent_or_cut_off_is_told(tmp_path):
-    with pytest.raises(PipelineError, match=r"cannot read .*gone.json"):
+    with pytest.raises(PipelineError, match=r"gone.json does not exist: run train.evaluate.py first"):
         results.read(tmp_path / "gone.json")
     (tmp_path / "cut.json").write_text(results.to_json(FOUND)[:100])
     with pytest.raises(PipelineError, match=r"cut.json is damaged"):

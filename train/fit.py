@@ -15,7 +15,7 @@ from common import cli
 from common.config import Config
 from common.devices import resolve_dtype
 from common.errors import PipelineError
-from publish.modeling_spatial_embeddings import ProjectionHead
+from publish.projection_head import ProjectionHead
 from train import checkpoints, history, remine, tracking
 from train.bandit import DiscountedUcb, arms_of_step
 from train.datasets import Batch, TrainingData, TrainRows, relations, step_seed

@@ -17,7 +17,7 @@ from common.config import Config
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance
 
-SPLITS = ("test", "train", "val")
+TEST_FIRST = ("test", "train", "val")
 COLUMNS = (
     "building_id streetview_image_id dataset_id target_id street_view_id target_lat target_lon camera_lat "
     "camera_lon heading pitch distance cell_id tar_file image_offset image_size"
@@ -40,7 +40,7 @@ class Gallery:
 
 def files_of(cfg: Config) -> list[Path]:
     """The files of the splits that are ranked by training.gallery, test's first."""
-    names = SPLITS if cfg.training.gallery == "all" else SPLITS[:1]
+    names = TEST_FIRST if cfg.training.gallery == "all" else TEST_FIRST[:1]
     return [cfg.paths.merged_dir / f"{name}.parquet" for name in names]
 
 
@@ -153,8 +153,8 @@ def _image(batch: pa.Table, rows: np.ndarray) -> str:
 
 def read_records(merged_dir: Path) -> dict[str, Provenance]:
     """The records of the three splits. Raises StaleArtefact, naming both sides, unless they are of one merge."""
-    known = {split: parquet.read_provenance(merged_dir / f"{split}.parquet") for split in SPLITS}
-    for split in SPLITS[1:]:
+    known = {split: parquet.read_provenance(merged_dir / f"{split}.parquet") for split in TEST_FIRST}
+    for split in TEST_FIRST[1:]:
         reasons = provenance.differences(known[split], known["test"])
         if reasons:
             raise StaleArtefact(
@@ -193,11 +193,11 @@ def refuse_leaks(merged_dir: Path) -> dict[str, dict[str, int]]:
     """Raise PipelineError, naming one, if a building or a panorama stands in two splits. Else the proof: how many
     buildings and panoramas were compared, by split."""
     columns = ["dataset_id", "target_id", "street_view_id"]
-    rows = {split: parquet.read(merged_dir / f"{split}.parquet", columns).to_pandas() for split in SPLITS}
+    rows = {split: parquet.read(merged_dir / f"{split}.parquet", columns).to_pandas() for split in TEST_FIRST}
     proof = {}
     for what, key in (("building", columns[:2]), ("panorama", [columns[0], columns[2]])):
         ids = {split: frame[key].drop_duplicates() for split, frame in rows.items()}
-        for one, other in combinations(SPLITS, 2):
+        for one, other in combinations(TEST_FIRST, 2):
             shared = pd.merge(ids[one], ids[other])
             if len(shared):
                 dataset, number = shared.iloc[0]

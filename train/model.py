@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from common.errors import PipelineError
 from common.parquet import first_line
-from publish.modeling_spatial_embeddings import ProjectionHead
+from publish.projection_head import ProjectionHead
 
 _KEYS = {"head", "epoch", "metrics", "config", "embedding_model", "baselines", "provenance"}
 EMBED_ROWS = 8_192  # rows at a time: 25 MB of float32 at 768 dimensions

@@ -16,7 +16,7 @@ import torch
 from common import devices
 from common.config import Config
 from difficulty import bands, search
-from publish.modeling_spatial_embeddings import ProjectionHead
+from publish.projection_head import ProjectionHead
 from train import model
 from train.datasets import TrainRows
 

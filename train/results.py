@@ -123,6 +123,8 @@ def read(path: Path) -> dict:
     try:
         found = json.loads(path.read_text())
         Results.model_validate(found)
+    except FileNotFoundError:
+        raise PipelineError(f"{path} does not exist: run train/evaluate.py first") from None
     except OSError as error:
         raise PipelineError(f"cannot read {path}: {error.strerror}") from None
     except ValidationError as error:

@@ -7,7 +7,7 @@ import torch
 
 from common.errors import PipelineError
 from common.zones import Csr
-from publish.modeling_spatial_embeddings import ProjectionHead
+from publish.projection_head import ProjectionHead
 from train import metrics, model, whitening
 
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from common import config
 from difficulty.search import fast_bfloat16
-from publish.modeling_spatial_embeddings import ProjectionHead
+from publish.projection_head import ProjectionHead
 from train import bandit, datasets, fit
 
 ROWS, DIM, VIEWS, PANORAMAS = 100_000, 768, 4, 30_000
