@@ -1,7 +1,7 @@
 """The projection head: what is trained, and what the published model ends in.
 
-Hugging Face copies this file beside the weights. It imports torch alone: training does without transformers' models,
-which take seconds to import.
+Hugging Face copies this file beside the weights. It imports torch alone: training does without transformers'
+models, which take seconds to import.
 """
 
 import torch

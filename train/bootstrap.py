@@ -6,7 +6,7 @@ the interval of a difference a paired one.
 """
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 MIN_CELLS = 20  # with fewer, or so uneven ones, there are no intervals: they would say less than they seem to
 CONFIDENCE = 0.95
@@ -73,7 +73,7 @@ def interval(estimates: np.ndarray, cells: float) -> dict[str, float | None]:
     value = float(estimates[0])
     if cells < MIN_CELLS or len(estimates) == 1:
         return {"value": value, "low": None, "high": None}
-    t = stats.t.ppf((1 - CONFIDENCE) / 2, cells - 1)
-    tail = stats.norm.cdf(np.sqrt(cells / (cells - 1)) * t)
+    t = special.stdtrit(cells - 1, (1 - CONFIDENCE) / 2)  # quantile of Student's t
+    tail = special.ndtr(np.sqrt(cells / (cells - 1)) * t)
     low, high = np.nanquantile(estimates[1:], [tail, 1 - tail])
     return {"value": value, "low": float(low), "high": float(high)}

@@ -42,7 +42,8 @@ def main(argv=None) -> int:
 
     data = datasets.load_data(cfg)
     whitening = data.baselines["whitening"]
-    log.info("whitening: validation mAP@R by shrinkage: %s", whitening["map@r_by_shrinkage"])
+    tried = [f"{map_at_r:.4f} ({by})" for by, map_at_r in whitening["map@r_by_shrinkage"].items()]
+    log.info("whitening: validation mAP@R (by shrinkage) %s", ", ".join(tried))
     total = cfg.training.epochs * cfg.training.steps_per_epoch * cfg.training.batch_size
     with cli.Progress("train", "triplet", total, cfg.logging.progress_interval_s) as progress:
         result = fit(cfg, data, run_dir=run_dir, resume=not args.overwrite, progress=progress)
