@@ -46,8 +46,9 @@ $(DEMO_RAW)/.complete: $(VENV)
 $(DEMO)/backbone/config.json: $(VENV)
 	@$(RUN) tests/local_backbone.py --out $(DEMO)/backbone
 
+# One more process than cores: the tests of Slurm mostly wait.
 test: $(VENV) lint  ## lint, then all tests
-	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder -q
+	$(RUN) -m pytest -n $$(($$(nproc) + 1)) --dist loadfile --no-loadscope-reorder -q
 
 lint: $(VENV)  ## style, imports, formatting and types
 	.venv/bin/ruff check .

@@ -76,7 +76,7 @@ class Checkout:
 
     def run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
         return subprocess.run(
-            command, cwd=cwd or self.folder, env=self.environment, capture_output=True, text=True, timeout=280
+            command, cwd=cwd or self.folder, env=self.environment, capture_output=True, text=True, timeout=600
         )
 
     def make_the_demos_settings_the_defaults(self) -> None:
