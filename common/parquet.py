@@ -20,6 +20,7 @@ from common.provenance import Provenance, differences, digest_of
 MAX_ROW_GROUP_BYTES = 32 * 2**20  # threads read a group each, and writers of several files hold one of each
 _CACHED_BYTES = 2**20  # of a matrix, read and looked at while it is still in the processor's cache
 _VALUES_AT_ONCE = 2**16  # by the encoder: a tenth less time for vectors than with its default, 1024
+LARGEST = 1e17  # of a vector's values: in float32 the squares of thousands must add up
 _MAX_READERS = 16  # threads; more do not make a file system faster
 _KEY = b"provenance"
 
@@ -126,7 +127,7 @@ def to_matrix(column: pa.ChunkedArray | pa.FixedSizeListArray) -> np.ndarray:
 def read_matrix(path: Path, column: str) -> np.ndarray:
     """A fixed-size-list column of a whole file as an (N, D) array, without a second copy of it in memory.
 
-    Row groups are read side by side. Raises PipelineError, naming the row, where a value is not finite.
+    Row groups are read side by side. Raises PipelineError, naming the row, where a value is above LARGEST or none.
     """
     with open_file(path) as file:
         _require_columns(path, file, [column])
@@ -143,9 +144,11 @@ def read_matrix(path: Path, column: str) -> np.ndarray:
             for batch in file.iter_batches(size, row_groups=[group], columns=[column], use_threads=False):
                 block = matrix[end : end + batch.num_rows]
                 block[:] = to_matrix(batch.column(0))
-                if not _is_finite(block):
-                    bad = np.flatnonzero(~np.isfinite(block).all(axis=1))
-                    raise PipelineError(f"{path}: {column} of row {end + bad[0]:,} holds NaN or infinity")
+                if not _is_usable(block):
+                    bad = np.flatnonzero(~(np.abs(block.astype(np.float64)) <= LARGEST).all(axis=1))
+                    raise PipelineError(
+                        f"{path}: {column} of row {end + bad[0]:,} holds NaN, infinity, or more than {LARGEST:g}"
+                    )
                 end += len(block)
 
     with ThreadPoolExecutor(min(pa.cpu_count(), _MAX_READERS)) as pool:
@@ -153,9 +156,10 @@ def read_matrix(path: Path, column: str) -> np.ndarray:
     return matrix
 
 
-def _is_finite(block: np.ndarray) -> bool:
+def _is_usable(block: np.ndarray) -> bool:
+    """Whether all values are at most LARGEST, and numbers."""
     if block.dtype != np.float16:
-        return bool(np.isfinite(block).all())
+        return bool(np.abs(block).max(initial=0) <= LARGEST)
     # numpy converts each half to look at it; as a number without its sign, what is not finite is the largest
     return bool(np.max(block.view(np.uint16) & 0x7FFF, initial=0) < 0x7C00)
 

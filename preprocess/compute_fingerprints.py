@@ -4,7 +4,7 @@ Reads    data/intermediates/<tar>.parquet; the JPEGs, by offset, from data/raw/<
 Writes   data/fingerprints/<tar>.parquet: a row per image, in the order of the intermediates
 Command  python preprocess/compute_fingerprints.py [--shard 3 --num-shards 40]
 Memory   64 JPEGs and one picture's pixels per thread, and 150 bytes for each image of one tar
-Time     about 1,100 images of 640 x 640 pixels a second and core; 200 with data.fingerprint = "exact"
+Time     about 1,000 images of 640 x 640 pixels a second and core; 200 with data.fingerprint = "exact"
 """
 
 import sys

@@ -10,7 +10,7 @@ Writes   data/intermediates/<tar>.parquet: a row per valid image, in the order o
 Command  python preprocess/process_tar.py [--shard 3 --num-shards 40]
 Memory   (2 x workers + 2) x 8 JPEGs on their way to the decoders, 16 MB of the tar each time (64 MB of a larger
          file), and about 2 kB for each image of one tar: with 4 workers and 40,000 images 240 MB
-Time     the decoder's: about 1,800 images of 640 x 640 pixels a second and core
+Time     the decoder's: about 2,000 images of 640 x 640 pixels a second and core
 """
 
 import sys

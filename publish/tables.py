@@ -218,7 +218,7 @@ def _reader(images: pa.Array):
 
 def _matrix(column: pa.ChunkedArray, dim: int, table: Table) -> np.ndarray:
     """A column of lists as (n, dim) float32. Raises PipelineError where a row has no, another number of, or no
-    finite numbers.
+    usable numbers.
     """
     where = f"{table.path}, column {table.column}"
     lists = column.combine_chunks()
@@ -231,8 +231,8 @@ def _matrix(column: pa.ChunkedArray, dim: int, table: Table) -> np.ndarray:
             "and pooling"
         )
     values = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, dim)
-    if not np.isfinite(values).all():
-        raise PipelineError(f"{where} holds vectors that are not finite, or with missing numbers")
+    if not np.abs(values).max(initial=0) <= parquet.LARGEST:  # or not a number
+        raise PipelineError(f"{where} holds vectors with numbers that are missing, not finite, or too large")
     return values
 
 

@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may look for a network
 os.environ.setdefault("MPLBACKEND", "agg")
+# tests share the cores, and threads of one that wait for one another while others compute wait for long
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 SLOWEST = ("test_slurm", "test_pipeline", "test_readme_commands", "test_optuna_worker")  # minutes each
@@ -19,12 +21,6 @@ SLOWEST = ("test_slurm", "test_pipeline", "test_readme_commands", "test_optuna_w
 def pytest_collection_modifyitems(items):
     """The slowest files first: begun last, each would keep one core busy when all others are done."""
     items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
-
-
-def pytest_collection_finish():
-    """Tests share the cores: one thread each for torch, where a file has loaded it; fixtures of modules, too."""
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture

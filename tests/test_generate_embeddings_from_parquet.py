@@ -164,7 +164,8 @@ WRONG = {
     "ragged": ({"v": [[0.5] * 32, [0.5] * 3]}, r"holds vectors of 3 numbers"),
     "a row without one": ({"v": [[0.5] * 32, None]}, r"1 of 2 rows hold no embedding"),
     "not finite": ({"v": [[0.5] * 31 + [float("nan")]]}, r"not finite"),
-    "a missing number": ({"v": [[0.5] * 31 + [None]]}, r"not finite, or with missing numbers"),
+    "too large to square": ({"v": [[0.5] * 31 + [-1e30]]}, r"too large"),
+    "a missing number": ({"v": [[0.5] * 31 + [None]]}, r"numbers that are missing"),
 }
 
 

@@ -580,7 +580,6 @@ def test_sigterm_puts_the_trial_back_and_exits_with_85(merged, tmp_path):
         [sys.executable, str(ROOT / "train" / "optuna_worker.py"), *endless],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     journal, deadline = tmp_path / "journal.log", time.monotonic() + 60
     while not (journal.exists() and "longest_epoch_s" in journal.read_text()) and time.monotonic() < deadline:

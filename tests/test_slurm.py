@@ -78,7 +78,7 @@ class Place:
         self.folder, self.cluster = folder, cluster
         self.whole = self.limited = Path()  # roots of what is under way
         self.frozen: list[threading.Thread] = []
-        self.environment = {**cluster.environment, "OMP_NUM_THREADS": "1"}
+        self.environment = dict(cluster.environment)
         # the Python of the tests is the jobs', also where it is not in .venv
         self.environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), self.environment["PATH"]])
         write_dataset(folder / "raw", streets=12, cities=3, image_px=112, facades_per_street=5)

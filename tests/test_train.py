@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import signal
 import struct
 import subprocess
@@ -17,7 +16,6 @@ import torch
 import wandb
 from made_up_merge import MODEL, write_merge
 from PIL import Image
-from threadpoolctl import threadpool_limits
 
 from common import cli, config, parquet
 from common.errors import PipelineError, StaleArtefact, Stopped
@@ -321,8 +319,7 @@ def stop_train(folder, root, at):
     """train.py in a process of its own, sent SIGUSR2 soon after the epoch `at` was told; its exit code."""
     script = Path(fit.__file__).with_name("train.py")
     command = [sys.executable, str(script), *flags(root, *LONGER, f"paths.checkpoints_dir={folder}")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if line.startswith(f"epoch {at}:"):
                 time.sleep(0.1)  # in the middle of the next epoch
@@ -337,9 +334,8 @@ def test_stopped_by_sigusr2_three_times_exits_with_85_and_ends_bit_identical(roo
         assert stop_train(stopped, root, at=epoch) == cli.EXIT_STOPPED
         steps.append(model.load_checkpoint(stopped / "default" / "checkpoint_last.pt")["resume"]["step"])
     assert 0 < steps[0] <= 150 < steps[1] <= 300 < 450 < steps[2] <= 600
-    with threadpool_limits(1):  # as the processes
-        for folder in (stopped, undisturbed):
-            assert main(flags(root, *LONGER, f"paths.checkpoints_dir={folder}")) == 0
+    for folder in (stopped, undisturbed):
+        assert main(flags(root, *LONGER, f"paths.checkpoints_dir={folder}")) == 0
     assert_same_checkpoints(stopped / "default", undisturbed / "default")
 
 

@@ -1,7 +1,7 @@
 """Scripts as processes of their own that find torch and transformers imported: on little data most of their time.
 
 Each is forked from a process that has imported libraries and done nothing else, and then runs the script as
-`python SCRIPT` does, with one thread. Where the command itself is tested (README, Slurm), that is started instead.
+`python SCRIPT` does. Where the command itself is tested (README, Slurm), that is started instead.
 """
 
 import multiprocessing
@@ -12,9 +12,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-import torch
-from threadpoolctl import threadpool_limits
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ["torch", "transformers.modeling_utils", "transformers.models.dinov2.modeling_dinov2"]
@@ -50,8 +47,6 @@ def run(script: str, *arguments) -> subprocess.CompletedProcess:
 def _run(words: list[str], folder: Path, lingers: bool) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
-    threadpool_limits(1)  # tests share the cores
-    torch.set_num_threads(1)
     sys.argv = words
     sys.path.insert(0, str(Path(words[0]).parent))  # as Python does; the script replaces it
     try:
