@@ -46,9 +46,8 @@ $(DEMO_RAW)/.complete: $(VENV)
 $(DEMO)/backbone/config.json: $(VENV)
 	@$(RUN) tests/local_backbone.py --out $(DEMO)/backbone
 
-# One more process than cores: the tests of Slurm mostly wait.
 test: $(VENV) lint  ## lint, then all tests
-	$(RUN) -m pytest -n $$(($$(nproc) + 1)) --dist loadfile --no-loadscope-reorder -q
+	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder -q
 
 lint: $(VENV)  ## style, imports, formatting and types
 	.venv/bin/ruff check .
@@ -56,7 +55,7 @@ lint: $(VENV)  ## style, imports, formatting and types
 	.venv/bin/mypy
 
 bench: $(VENV)  ## time everything against its baselines, and write the README's table
-	@$(RUN) -c 'import faiss' 2>/dev/null || $(RUN) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[bench]'
+	@$(RUN) -c 'import faiss' 2>/dev/null || $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) 'faiss-cpu>=1.8'
 	$(RUN) tests/benchmarks/run_all.py
 
 readme: $(VENV)  ## write the README's tables that are made from the code

@@ -195,8 +195,7 @@ class Logging(Section):
 class SlurmStage(Section):
     """Resources of one stage's jobs."""
 
-    throttle: Count
-    time: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,3}(:\d{2}){0,2}$")]
+    time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d{1,2}){0,2}$")]
     sbatch: list[str]
 
     @property
@@ -204,11 +203,12 @@ class SlurmStage(Section):
         """The time limit in seconds. As sbatch reads it: minutes, m:s, h:m:s, days-h, days-h:m or days-h:m:s."""
         days, dash, rest = self.time.rpartition("-")
         parts = [int(part) for part in rest.split(":")]
-        if dash or len(parts) == 3:
-            hours, minutes, seconds = (*parts, 0, 0)[:3]
-        else:
-            hours, (minutes, seconds) = 0, (*parts, 0)[:2]
+        hours, minutes, seconds = ((*parts, 0, 0) if dash or len(parts) == 3 else (0, *parts, 0))[:3]
         return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+class SlurmArray(SlurmStage):
+    throttle: Count
 
 
 class Slurm(Section):
@@ -217,13 +217,13 @@ class Slurm(Section):
     max_requeues: Count
     signal_before_s: Count
     sbatch: list[str]
-    process_tar: SlurmStage
-    compute_fingerprints: SlurmStage
-    generate_embeddings: SlurmStage
+    process_tar: SlurmArray
+    compute_fingerprints: SlurmArray
+    generate_embeddings: SlurmArray
     merge_and_split: SlurmStage
     summarize_ids: SlurmStage
-    compute_visual_neighbors: SlurmStage
-    optuna_worker: SlurmStage
+    compute_visual_neighbors: SlurmArray
+    optuna_worker: SlurmArray
     fetch_best_and_train: SlurmStage
     train: SlurmStage
     evaluate: SlurmStage

@@ -35,7 +35,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             os.replace(temporary, path)  # still locked: nobody takes it for a dead run's
-        _fsync_directory(path.parent)
+        fsync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -64,6 +64,15 @@ def remove_dead_temporaries(path: Path) -> None:
                 other.unlink()
 
 
+def fsync(path: Path) -> None:
+    """Force a file, or a directory's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def lock(file: BinaryIO | int, wait: bool) -> bool:
     """Lock a file, or what a descriptor has open; False where the file system has no locks.
 
@@ -88,11 +97,3 @@ def _open_locked(path: Path) -> tuple[BinaryIO, Path]:
         if temporary.exists():
             return file, temporary
         file.close()
-
-
-def _fsync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

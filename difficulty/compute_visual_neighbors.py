@@ -12,7 +12,7 @@ Memory   N x D x 2 bytes of embeddings, and as much again where products are in 
          the ignore zone; gathering: 140 bytes an image
 Stopped  it loses what it searches: a part, or a group of parts where that saves products (see parts.groups)
 Time     2 N^2 D floating-point operations: 6 M x 768 are 5.5e16, minutes on a large GPU; 100,000 x 768 on
-         two CPU cores take about two minutes
+         two CPU cores take one to two minutes
 """
 
 import logging

@@ -1,5 +1,6 @@
 """The parts of a tar: runs of rows of its intermediates whose embeddings share a file."""
 
+import glob
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +47,10 @@ def of_tar(cfg: Config, tar: Path, model: dict) -> list[Part]:
 
 def refuse_surplus(folder: Path, name: str, num_parts: int, overwrite: bool) -> None:
     """Files <name>-<part> beyond the parts that there are hold images twice: an error, or removed to overwrite."""
+    escaped = glob.escape(name)
     surplus = [
         path
-        for path in [*folder.glob(f"{name}-*.parquet"), *folder.glob(f"rejects/{name}-*.parquet")]
+        for path in [*folder.glob(f"{escaped}-*.parquet"), *folder.glob(f"rejects/{escaped}-*.parquet")]
         if path.stem.removeprefix(f"{name}-").isdecimal() and int(path.stem.rpartition("-")[2]) >= num_parts
     ]
     if surplus and not overwrite:

@@ -1,10 +1,10 @@
 """What a split came out as: counts, the proof that nothing leaks, a map; and the error if a split is empty."""
 
-import io
 import json
 
 import numpy as np
 
+from common import pictures
 from common.config import Data
 from common.errors import PipelineError
 from common.schemas import SPLITS
@@ -79,7 +79,4 @@ def draw_map(images: Images, found: Decision, cell_m: float) -> bytes:
     """A PNG of the cells of the largest datasets, coloured by split."""
     kept = found.split >= 0
     names = np.array(SPLITS)[found.split[kept]]
-    figure = maps.draw(maps.count_cells(images.dataset_id[kept], found.cell[kept], names), cell_m)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", metadata={"Software": None})
-    return picture.getvalue()
+    return pictures.png(maps.draw(maps.count_cells(images.dataset_id[kept], found.cell[kept], names), cell_m))

@@ -33,7 +33,7 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
     """README.md in `folder`. `metrics`: see train/evaluate.py."""
     terms = licence(cfg.embedding_model.name)
     data = ModelCardData(
-        model_name=folder_name(cfg),
+        model_name=model_name(cfg),
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         tags=["image-retrieval", "visual-place-recognition", "street-view", "buildings"],
@@ -47,7 +47,7 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        name=folder_name(cfg),
+        name=model_name(cfg),
         backbone=checkpoint["embedding_model"],
         on_hub=not is_folder(cfg.embedding_model.name),
         licence=data.license_name or data.license,
@@ -74,7 +74,7 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
     (folder / "README.md").write_text(str(card).rstrip() + "\n")
 
 
-def folder_name(cfg: Config) -> str:
+def model_name(cfg: Config) -> str:
     """What the model is called in its card."""
     return f"building-embeddings-{Path(cfg.embedding_model.name).name}"
 

@@ -57,7 +57,9 @@ def main(argv=None) -> int:
         gallery = sources.of_split(cfg.paths.merged_dir / "test.parquet", cfg.paths.raw_dir, args.limit)
     else:
         query = retrieval.Photograph(args.query, sources.read_image(args.query))
-        (gallery,) = sources.groups(args.gallery, cfg.paths.raw_dir)
+        gallery, *others = sources.groups(args.gallery, cfg.paths.raw_dir)
+        if others:
+            raise ConfigError(f"{args.gallery} holds the images of {1 + len(others)} tars: name one of these tars")
 
     device = devices.pick(cfg.infrastructure.device)
     published = inference.load(folder, devices.resolve_dtype(cfg.embedding_model.dtype, device), device)

@@ -133,14 +133,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     with _locked(folder):
         try:
             yield folder
-            for file in folder.iterdir():
-                _fsync(file)
-            _fsync(folder)
+            for written in (*folder.iterdir(), folder):
+                files.fsync(written)
             former = folder.with_name(folder.name + "-former")
             if path.exists():
                 path.rename(former)
             folder.rename(path)
-            _fsync(path.parent)
+            files.fsync(path.parent)
             shutil.rmtree(former, ignore_errors=True)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -153,13 +152,5 @@ def _locked(folder: Path) -> Iterator[bool]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         yield files.lock(descriptor, wait=False)
-    finally:
-        os.close(descriptor)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -12,7 +12,6 @@ fi
 # $HOME; if compute nodes have another $HOME, or a small one, name a folder that all nodes see:
 # export HF_HOME=/scratch/$USER/huggingface
 export HF_HUB_OFFLINE=1
-export WANDB_MODE=offline
 
 # One thread per core of the allocation, not per core of the node.
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}"

@@ -189,6 +189,9 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path, chain) -> 
                     f"{name} (job {job}) of that run has ended without finishing: see {log}\n"
                     f"slurm/submit.py --cancel {runs.handle(folder, record)}, then submit again"
                 )
+        rest = [record["steps"][step.name] for step in steps if not record["steps"][step.name]["job"]]
+        reads, writes = {path for entry in rest for path in entry["reads"]}, {entry["target"] for entry in rest}
+        runs.refuse_busy(logs_dir, reads, writes, but=folder)
         return submit_rest(folder, record, steps, cfg, live)
 
 

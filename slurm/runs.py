@@ -159,11 +159,13 @@ def adopt(folder: Path, record: dict) -> None:
     save(folder, record)
 
 
-def refuse_busy(logs_dir: Path, reads: set[str], writes: set[str]) -> None:
-    """Raise PipelineError if a job of an earlier run, waiting or running, is in the way of these folders: if it
-    writes one of them, or reads one that is to be written."""
+def refuse_busy(logs_dir: Path, reads: set[str], writes: set[str], but: Path | None = None) -> None:
+    """Raise PipelineError if a job of another run than `but`, waiting or running, is in the way of these folders:
+    if it writes one of them, or reads one that is to be written."""
     queues: dict[int, dict[str, Job]] = {}
     for folder in folders(logs_dir):
+        if but is not None and folder.resolve() == but.resolve():
+            continue
         record = load(folder)
         owner = record["owner"]
         queues[owner] = queues[owner] if owner in queues else queue(owner)

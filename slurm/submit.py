@@ -30,7 +30,7 @@ class Step:
 
     name: str
     module: str
-    needs: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()  # all steps whose files it reads
     tasks: int = 1  # more than 1: a job array whose task i takes shard i
     shards_match: bool = False  # shard i needs only shard i of what it needs: aftercorr instead of afterok
     arguments: tuple[str, ...] = ()
@@ -49,44 +49,51 @@ def chain(cfg, tune: int = 0) -> list[Step]:
     """The steps in an order in which they can run. `tune`: how many Optuna workers choose the settings first."""
     shards, difficulty_shards = cfg.slurm.num_shards, cfg.slurm.difficulty_shards
     by_tar = ("--num-shards", str(shards))
-    neighbors = "difficulty.compute_visual_neighbors"
+    merge, neighbors = "merge_and_split", "difficulty.compute_visual_neighbors"
 
     steps = [
         Step("process_tar", "preprocess.process_tar", (), shards, arguments=by_tar),
         Step("compute_fingerprints", "preprocess.compute_fingerprints", ("process_tar",), shards, True, by_tar),
         Step("generate_embeddings", "generate.generate_embeddings", ("process_tar",), shards, True, by_tar),
-        Step("merge_and_split", "preprocess.merge_and_split", ("compute_fingerprints", "generate_embeddings")),
-        Step("summarize_ids", "preprocess.summarize_ids", ("merge_and_split",)),
+        Step(merge, "preprocess.merge_and_split", ("process_tar", "compute_fingerprints", "generate_embeddings")),
+        Step("summarize_ids", "preprocess.summarize_ids", (merge,)),
     ]
     if difficulty_shards > 1:
         by_anchor = ("--num-shards", str(difficulty_shards))
+        gather = (*by_anchor, "--finish")
         steps += [
-            Step("neighbor_parts", neighbors, ("merge_and_split",), difficulty_shards, arguments=by_anchor),
-            Step("compute_visual_neighbors", neighbors, ("neighbor_parts",), arguments=(*by_anchor, "--finish")),
+            Step("neighbor_parts", neighbors, (merge,), difficulty_shards, arguments=by_anchor),
+            Step("compute_visual_neighbors", neighbors, (merge, "neighbor_parts"), arguments=gather),
         ]
     else:
-        steps += [Step("compute_visual_neighbors", neighbors, ("merge_and_split",))]
+        steps += [Step("compute_visual_neighbors", neighbors, (merge,))]
+    trained_on = (merge, "compute_visual_neighbors")
     if tune:
         steps += [
-            Step("optuna_worker", "train.optuna_worker", ("compute_visual_neighbors",), tune),
-            Step("train", "train.fetch_best_and_train", ("optuna_worker",)),
+            Step("optuna_worker", "train.optuna_worker", trained_on, tune),
+            Step("train", "train.fetch_best_and_train", (*trained_on, "optuna_worker")),
         ]
     else:
-        steps += [Step("train", "train.train", ("compute_visual_neighbors",))]
+        steps += [Step("train", "train.train", trained_on)]
     return [
         *steps,
-        Step("evaluate", "train.evaluate", ("train",)),
-        Step("convert_to_hf", "publish.convert_to_hf", ("evaluate",)),
+        Step("evaluate", "train.evaluate", (merge, "train")),
+        Step("convert_to_hf", "publish.convert_to_hf", (merge, "train", "evaluate")),
     ]
 
 
 def select(steps: list[Step], first: str | None, last: str | None) -> list[Step]:
-    """The steps from `first` to `last`, both included. Raises ConfigError for a name that is not a step's."""
+    """The steps from `first` to `last`, both included. Raises ConfigError for a name that is not a step's.
+
+    A search that is cut into parts begins with these.
+    """
     names = [step.name for step in steps]
     for name in (first, last):
         if name is not None and name not in names:
             tune = " (optuna_worker: with --tune N)" if "optuna_worker" not in names else ""
             raise ConfigError(f"there is no stage {name}; the stages are {', '.join(names)}{tune}")
+    if first == "compute_visual_neighbors" and "neighbor_parts" in names:
+        first = "neighbor_parts"
     begin = names.index(first) if first else 0
     end = names.index(last) if last else len(names) - 1
     if begin > end:
@@ -148,6 +155,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         )
     if args.dry_run and (args.prefetch or args.rest or args.cancel):
         raise ConfigError("--dry-run shows what would be submitted, or run with --local: nothing else has one")
+    if (args.prefetch or args.rest or args.cancel) and (args.only or args.first or args.last or args.tune):
+        raise ConfigError("--only, --from, --to and --tune choose what is submitted: leave them out here")
     if args.only and (args.first or args.last):
         raise ConfigError("--only names one stage: leave out --from and --to")
     return args

@@ -45,6 +45,18 @@ def settings() -> str:
             if not isinstance(value, dict)
         ]
         parts.append(f"**`[{section}]`**\n\n{table(['key', 'default', 'meaning', 'values'], rows)}")
+    space, stages = (
+        tree["training"]["search_space"],
+        {k: v for k, v in tree["slurm"].items() if isinstance(v, dict)},
+    )
+    rows = [[f"`{key}`", f"`{as_toml(choices)}`"] for key, choices in space.items()]
+    parts.append(f"**`[training.search_space]`**\n\n{table(['what Optuna varies', 'from, to; or choices'], rows)}")
+    keys = ["time", "sbatch", "throttle"]
+    rows = [
+        [f"`{stage}`", *(f"`{as_toml(values[key])}`" if key in values else "" for key in keys)]
+        for stage, values in stages.items()
+    ]
+    parts.append(f"**`[slurm.<stage>]`**\n\n{table(['stage', *(f'`{key}`' for key in keys)], rows)}")
     return "\n\n".join(parts)
 
 

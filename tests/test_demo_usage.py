@@ -7,6 +7,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from invented_metrics import FOUND
 from PIL import Image
@@ -15,7 +16,7 @@ from test_convert_to_hf import JPEGS
 from test_generate_embeddings import write_tar
 from test_generate_embeddings_from_hf import flags, image_folder, model, plain_vectors  # noqa: F401 - fixtures
 
-from common import cli
+from common import cli, parquet, provenance, schemas
 from common.errors import ConfigError, PipelineError
 from publish import retrieval
 from publish.demo_usage import main
@@ -53,6 +54,16 @@ def test_search_in_a_tar_leaves_out_what_cannot_be_decoded(flags, query, tmp_pat
     out = str(tmp_path / "found.png")
     assert main(["search", query, "--gallery", str(tmp_path / "0088.tar"), "--out", out, *flags]) == 0
     assert len(results_of(capsys.readouterr().out)) == 3
+
+
+def test_a_gallery_of_several_tars_is_refused(flags, query, tmp_path):  # noqa: F811
+    rows = {name: [1] for name in schemas.INTERMEDIATES.names}
+    for tar in ("0088", "0089"):
+        made = provenance.record("process_tar", {}, {})
+        with parquet.writer(tmp_path / "many" / f"{tar}.parquet", schemas.INTERMEDIATES, made) as out:
+            out.append(pa.table(rows).cast(schemas.INTERMEDIATES))
+    with pytest.raises(ConfigError, match="holds the images of 2 tars: name one of these tars"):
+        main(["search", query, "--gallery", str(tmp_path / "many"), *flags])
 
 
 def test_a_gallery_of_which_nothing_can_be_decoded_is_a_clear_error(flags, query, tmp_path):  # noqa: F811

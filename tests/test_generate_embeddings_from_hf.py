@@ -114,6 +114,18 @@ def test_a_second_run_does_nothing_and_a_missing_part_alone_is_made(flags, tmp_p
     assert np.array_equal(written(tmp_path / "out")[1], whole)
 
 
+def test_vectors_of_images_that_have_gone_are_refused_whatever_the_folder_is_called(flags, tmp_path):
+    folder = tmp_path / "Holiday [2020]"
+    image_folder(folder)
+    arguments = [str(folder), str(tmp_path / "out"), *flags]
+    assert main(arguments) == 0  # 3 parts
+    for name in ("g.jpg", "h.png", "i.jpg"):
+        (folder / name).unlink()
+    (tmp_path / "out" / f"{folder.name}-1.parquet").unlink()  # of other images now
+    with pytest.raises(StaleArtefact, match=r"-2\.parquet is left from another division"):
+        main(arguments)
+
+
 def test_images_that_cannot_be_decoded_or_have_gone_are_rejects(model, flags, tmp_path, capsys):
     for number, content in enumerate(JPEGS[:3]):
         (tmp_path / f"{number}.jpg").write_bytes(content)

@@ -28,8 +28,8 @@ def test_shard_i_waits_for_shard_i_only_where_that_is_enough(cfg):
     waits = {step.name: jobs.dependency_of(step, everything(steps), ids) for step in steps}
     assert waits["process_tar"] == ""
     assert waits["generate_embeddings"] == "aftercorr:1"
-    assert waits["merge_and_split"] == "afterok:2:3"  # a merge waits for all shards of both
-    assert waits["train"] == "afterok:6"
+    assert waits["merge_and_split"] == "afterok:1:2:3"  # a merge waits for all shards of both
+    assert waits["train"] == "afterok:4:6"
 
 
 def test_arrays_of_different_shards_are_not_paired(cfg):
@@ -111,6 +111,27 @@ def test_what_a_live_job_reads_is_not_written(submitted, cfg, clients):
         with pytest.raises(PipelineError, match="train in the queue"):
             runs.refuse_busy(cfg.paths.logs_dir, reads, writes)
     runs.refuse_busy(cfg.paths.logs_dir, {difficulty}, {published})  # both may read it
+    runs.refuse_busy(cfg.paths.logs_dir, set(), {difficulty}, but=folder)
+
+
+@pytest.mark.parametrize(
+    ("live", "read"),
+    [
+        ("merge_and_split", "intermediates_dir"),
+        ("train", "merged_dir"),
+        ("evaluate", "merged_dir"),
+        ("convert_to_hf", "merged_dir"),
+        ("convert_to_hf", "checkpoints_dir"),
+    ],
+)
+def test_a_live_job_reads_more_than_what_it_waits_for_last(submitted, cfg, clients, live, read):
+    job = runs.load(submitted())["steps"][live]["job"]
+    clients(squeue=f"echo '{job}|{live}|RUNNING|None'")
+    folder = getattr(cfg.paths, read)
+    with pytest.raises(PipelineError, match=f"{live} in the queue"):
+        runs.refuse_busy(
+            cfg.paths.logs_dir, set(), {str(folder / "default" if read == "checkpoints_dir" else folder)}
+        )
 
 
 def test_the_queue_is_asked_for_the_jobs_of_who_submitted_them(submitted, clients, tmp_path):
@@ -175,6 +196,20 @@ def test_what_sbatch_refused_is_mended_and_the_rest_submitted_with_the_same_sett
     assert "--account=right" in command
     assert "--array=0-3" in command
     assert config.load(folder / "config.toml").training.epochs == 20
+
+
+def test_the_rest_of_a_run_is_not_submitted_beside_another_that_writes_the_same(submitted, clients, cfg):
+    broken = submitted()
+    record = runs.load(broken)
+    for entry in record["steps"].values():
+        entry["job"] = None  # sbatch had refused it
+    runs.save(broken, record)
+    other = submitted()
+    job = runs.load(other)["steps"]["merge_and_split"]["job"]
+    clients(squeue=f"case $* in *--Format*) ;; *) echo '{job}|merge_and_split|RUNNING|None';; esac")
+    flags = ["--set", f"paths.root={cfg.paths.root}"]
+    with pytest.raises(PipelineError, match=f"run {other.name} is still at it: merge_and_split in the queue"):
+        submit.main([*flags, "--continue", broken.name])
 
 
 def test_a_reused_job_id_is_not_taken_for_the_runs_own(cfg, tmp_path):

@@ -9,6 +9,7 @@ import tomli
 from conftest import ROOT
 
 from common import config
+from slurm import submit
 
 FOLDERS = ("common", "preprocess", "generate", "difficulty", "train", "publish", "slurm")
 TREE = tomli.loads(config.DEFAULT_PATH.read_text())
@@ -44,6 +45,14 @@ def test_every_setting_is_read_by_some_stage(section, read):
     keys = [key for key, value in TREE[section].items() if not isinstance(value, dict) or key == "search_space"]
     unread = [key for key in keys if not {key, aliases.get(key)} & read]
     assert not unread
+
+
+def test_every_setting_of_a_stages_jobs_is_read():
+    read = names_read(ast.parse((ROOT / "slurm" / "jobs.py").read_text()))
+    assert set(config.SlurmArray.model_fields) <= read
+    arrays = {name for name, value in config.load().slurm if isinstance(value, config.SlurmArray)}
+    many = config.load(None, ["slurm.difficulty_shards=2"])
+    assert arrays == {step.resources for step in submit.chain(many, tune=2) if step.tasks > 1}
 
 
 def test_every_setting_that_is_read_is_in_config_toml():

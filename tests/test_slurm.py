@@ -95,7 +95,7 @@ class Place:
 
     @staticmethod
     def _is_stage(name: str) -> bool:
-        return config.Slurm.model_fields[name].annotation is config.SlurmStage
+        return config.Slurm.model_fields[name].annotation in (config.SlurmStage, config.SlurmArray)
 
     def run(self, *command, code: int = 0, **options) -> str:
         """Run a command, which must end with `code`; what it printed."""

@@ -38,8 +38,16 @@ def test_a_neighbour_search_in_parts_is_gathered_by_one_task(tmp_path):
     cfg = config.load(None, [f"paths.root={tmp_path}", "slurm.difficulty_shards=5"])
     steps = {step.name: step for step in submit.chain(cfg)}
     assert steps["neighbor_parts"].tasks == 5
-    assert steps["compute_visual_neighbors"].needs == ("neighbor_parts",)
+    assert steps["compute_visual_neighbors"].needs == ("merge_and_split", "neighbor_parts")
     assert steps["compute_visual_neighbors"].arguments == ("--num-shards", "5", "--finish")
+    only = submit.select(list(steps.values()), "compute_visual_neighbors", "compute_visual_neighbors")
+    assert [step.name for step in only] == ["neighbor_parts", "compute_visual_neighbors"]
+
+
+def test_a_step_whose_files_nobody_knows_is_not_taken_for_done(cfg):
+    step = submit.Step("mine", "preprocess.process_tar")
+    with pytest.raises(NotImplementedError, match=r"artefacts\.py does not know what mine makes"):
+        artefacts.is_done(step, 0, cfg)
 
 
 def test_select_takes_both_ends_and_refuses_what_is_not_there(cfg):
@@ -59,6 +67,9 @@ def test_select_takes_both_ends_and_refuses_what_is_not_there(cfg):
         (["--jobs", "2"], "belongs to --local"),
         (["--dry-run", "--cancel", "20260101-000000"], "nothing else has one"),
         (["--only", "train", "--to", "train"], "leave out --from and --to"),
+        (["--cancel", "20260101-000000", "--only", "train"], "choose what is submitted"),
+        (["--continue", "20260101-000000", "--to", "evaluate"], "choose what is submitted"),
+        (["--prefetch", "--tune", "3"], "choose what is submitted"),
     ],
 )
 def test_unusable_arguments_say_so(arguments, message):
@@ -108,6 +119,29 @@ def test_a_file_is_done_if_its_settings_and_inputs_are_the_same(cfg, tmp_path):
     assert artefacts.missing(steps, cfg) == {"process_tar": [0], "compute_fingerprints": [0]}
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_checkpoints_record_is_read_without_torch(tmp_path, finished):
+    import torch
+
+    head = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    optimizer = torch.optim.AdamW(head.parameters())
+    head(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    made = Provenance("train", {"training.seed": 1}, {"train.parquet": "a"})
+    resume = {"finished": finished, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+    content = {"head": head.state_dict(), "resume": resume, "provenance": made.to_dict()}
+    path = tmp_path / "checkpoint_last.pt"
+    torch.save(content, path)
+    assert artefacts.record_of(path) == made
+    assert artefacts._is_finished(path) == finished
+    whole = path.read_bytes()
+    for number, damaged in enumerate((whole[:-100], b"PK", b"")):
+        other = tmp_path / f"{number}.pt"
+        other.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is no checkpoint"):
+            artefacts.record_of(other)
+
+
 def test_other_weights_in_a_folder_of_the_same_name_are_noticed_and_a_moved_folder_is_not(tmp_path):
     """What was embedded with the old ones would count as done, and no stage would be asked."""
     for folder, content in [("old", b"1"), ("moved", b"1"), ("swapped", b"2")]:
@@ -135,7 +169,7 @@ def test_dry_run_needs_no_slurm_and_prints_every_command(run_script, tmp_path):
     scripts = re.findall(r"stage\.sbatch \S+ \d+ (\S+)", result.stdout)
     assert scripts == [step.script for step in submit.chain(config.load())]
     assert "process_tar                16 of 16 tasks to do (0-15)" in result.stdout
-    assert "after compute_fingerprints, generate_embeddings" in result.stdout
+    assert "after process_tar, compute_fingerprints, generate_embeddings" in result.stdout
     assert result.stdout.count(f"--config {tmp_path}/logs/runs/TIME/config.toml") == len(scripts)
     assert not (tmp_path / "logs").exists()
 

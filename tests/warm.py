@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARIES = ["torch", "transformers.modeling_utils", "transformers.models.dinov2.modeling_dinov2"]
+LIBRARIES = ["torch", "torch._dynamo", "transformers.modeling_utils", "transformers.models.dinov2.modeling_dinov2"]
 LIBRARIES += ["pandas", "pyarrow.parquet", "pydantic", "scipy.stats", "matplotlib.pyplot", "jinja2", "simplejpeg"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(LIBRARIES)
