@@ -80,7 +80,16 @@ def test_the_weights_are_those_of_pils_filter(size, shorter):
     assert np.abs(found - expected).max() <= 0.51  # PIL's are rounded
 
 
-@pytest.mark.parametrize("size", [(64, 48), (7, 300), (641, 433)])
+def test_runs_of_four_are_added_up():
+    grey = np.random.default_rng(0).integers(0, 256, (5, 24), np.uint8)
+    assert np.array_equal(fingerprints._sums_of_runs(grey), grey.reshape(5, 6, 4).sum(axis=2))
+    level = np.random.default_rng(1).integers(0, 256, (5, 160), np.uint8).repeat(4, axis=1)  # within each run
+    expected = level @ fingerprints._weights(640, 32, 9)
+    found = fingerprints._sums_of_runs(level) @ fingerprints._weights_of_runs(640)
+    assert np.allclose(found, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(64, 48), (7, 300), (641, 433), (516, 300)])
 def test_any_size_is_hashed(size):
     pixels = np.random.default_rng(0).integers(0, 255, (6, 8, 3), np.uint8)
     buffer = io.BytesIO()
