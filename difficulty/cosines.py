@@ -59,8 +59,8 @@ def in_float64(
 
 
 def _unit_float64(vectors: torch.Tensor) -> torch.Tensor:
-    vectors = vectors.double()
-    return vectors / (vectors * vectors).sum(dim=1, keepdim=True).sqrt().clamp(min=1e-300)
+    vectors = vectors.to(torch.float64, copy=True)
+    return vectors.div_(torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_(min=1e-300))
 
 
 def _sampled_products(
