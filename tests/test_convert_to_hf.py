@@ -19,13 +19,13 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from embedding_setup import Setup, cosines, photographs
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import filter_repo_objects
 from invented_metrics import FIGURES, FOUND
 from local_backbone import FAMILIES, write_tiny_backbone
 from packaging.requirements import Requirement
-from test_generate_embeddings import Setup, cosines, photographs
 
 from common import cli, config, parquet, provenance, schemas
 from common.errors import PipelineError, StaleArtefact

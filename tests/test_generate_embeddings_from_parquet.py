@@ -5,8 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from embedding_setup import cosines, write_intermediates, write_tar
 from test_convert_to_hf import JPEGS
-from test_generate_embeddings import cosines, write_intermediates, write_tar
 from test_generate_embeddings_from_hf import flags, model, plain_vectors  # noqa: F401 - fixtures
 
 from common import config, parquet
