@@ -11,7 +11,7 @@ import torch
 from embedding_setup import cosines, jpeg, picture, write_intermediates, write_tar
 from local_backbone import write_tiny_backbone
 from PIL import Image
-from test_convert_to_hf import JPEGS, Trained
+from trained_model import JPEGS, Trained
 from transformers import AutoImageProcessor
 
 from common import config, parquet
