@@ -15,7 +15,10 @@ os.environ.setdefault("MPLBACKEND", "agg")
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
-SLOWEST = ("test_slurm", "test_pipeline", "test_readme_commands", "test_optuna_worker")  # minutes each
+SLOWEST = (  # half a minute to minutes each
+    *("test_slurm", "test_pipeline", "test_readme_commands"),
+    *("test_optuna_storage", "test_optuna_worker"),
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -9,9 +9,10 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from embedding_setup import SIZES, jpeg, picture
 from huggingface_hub import errors as hub_errors
 from local_backbone import FAMILIES, IMAGENET_MEAN, IMAGENET_STD, write_tiny_backbone
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModel
 
 from common.config import EmbeddingModel
@@ -20,21 +21,6 @@ from generate import backbone, pixels
 from publish.modeling_spatial_embeddings import n_prefix_tokens, pool
 
 CPU = torch.device("cpu")
-SIZES = [(640, 640), (300, 700), (700, 300), (33, 20), (91, 91)]  # width, height: square, tall, wide, tiny, odd
-
-
-def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    """Smooth colours and hard edges."""
-    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    image = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(3))
-    image.paste((255, 0, 0), (width // 4, height // 4, width // 2, height // 2))
-    return image.convert(mode)
-
-
-def jpeg(image: Image.Image, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90, **options)
-    return buffer.getvalue()
 
 
 def settings(name, pooling: str = "cls", revision: str = "main") -> EmbeddingModel:

@@ -14,106 +14,24 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 import yaml
 from conftest import ROOT
+from embedding_setup import cosines
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import filter_repo_objects
-from invented_metrics import FIGURES, FOUND
-from local_backbone import FAMILIES, write_tiny_backbone
+from invented_metrics import FIGURES
+from local_backbone import FAMILIES
 from packaging.requirements import Requirement
-from test_generate_embeddings import Setup, cosines, photographs
+from trained_model import JPEGS, Trained
 
-from common import cli, config, parquet, provenance, schemas
-from common.errors import PipelineError, StaleArtefact
-from generate import generate_embeddings
+from common import cli, parquet
+from common.errors import PipelineError
 from publish import card, parity, published, push
 from publish.convert_to_hf import main
 from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
-from publish.projection_head import ProjectionHead
-from train import results
-
-JPEGS = photographs(7)
-NOTHING = {key: {"value": 0.0, "low": 0.0, "high": 0.0} for key in FIGURES}
-
-
-def write_merged(cfg: config.Config) -> None:
-    """All embeddings as each of the three splits, as merge_and_split has them."""
-    parts = sorted(cfg.paths.embeddings_dir.glob("*.parquet"))
-    rows = pa.concat_tables([parquet.read(path) for path in parts])
-    rows = rows.append_column("cell_id", pa.array(np.zeros(rows.num_rows, np.int64)))
-    dim = rows.schema.field("embedding").type.list_size
-    for split in ("train", "val", "test"):
-        made = provenance.record("merge_and_split", config.values(cfg, "data"), parts)
-        with parquet.writer(cfg.paths.merged_dir / f"{split}.parquet", schemas.merged(dim), made) as out:
-            out.append(rows)
-
-
-def write_checkpoint(cfg: config.Config, **changes) -> ProjectionHead:
-    """A random head for the embeddings, as train.py saves it."""
-    part = next(cfg.paths.embeddings_dir.glob("*.parquet"))
-    made = parquet.read_provenance(part)
-    model = {key.removeprefix("embedding_model."): v for key, v in made.config.items() if "embedding_model" in key}
-    torch.manual_seed(1)
-    sizes = {"input_dim": made.facts["dim"], "hidden_dim": 24, "output_dim": 16, "dropout": 0.1}
-    head = ProjectionHead(**sizes).eval()
-    with torch.no_grad():
-        head.gain.fill_(0.5)
-        head.mean.normal_(std=0.1)
-    record = provenance.record("train", config.values(cfg, "training"), {}).finished("run-1", {})
-    checkpoint = {
-        "head": head.state_dict(),
-        **sizes,
-        "epoch": 3,
-        "metrics": {"map@r": 0.3},
-        "config": config.values(cfg, "training"),
-        "embedding_model": {**model, "dim": made.facts["dim"]},
-        "baselines": {},
-        "provenance": record.to_dict(),
-        **changes,
-    }
-    path = cfg.paths.checkpoints_dir / "default" / "checkpoint_best.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(checkpoint, path)
-    return head
-
-
-def write_metrics(cfg: config.Config, checkpoint_id: str = "run-1") -> dict:
-    """metrics.json as evaluate.py writes it, with invented figures."""
-    test = parquet.read_provenance(cfg.paths.merged_dir / "test.parquet").id
-    made = provenance.record("evaluate", {}, {"checkpoint_best.pt": checkpoint_id, "test.parquet": test})
-    metrics = {
-        **FOUND,
-        "methods": {**dict.fromkeys(("raw", "pca", "whitening"), NOTHING), "trained": FIGURES},
-        "differences": dict.fromkeys(("trained-whitening", "trained-raw"), FIGURES),
-        "provenance": made.finished("figures-1", {}).to_dict(),
-    }
-    path = cfg.paths.evaluation_dir / "metrics.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(results.to_json(metrics))
-    return metrics
-
-
-class Trained(Setup):
-    """A folder in which everything up to the evaluation is done; `head` is the trained one."""
-
-    def __init__(self, root: Path, family: str = "dinov2", **settings):
-        super().__init__(root, {"0088": JPEGS}, family, data__rows_per_part=100, **settings)
-        generate_embeddings.main(self.flags)
-        write_merged(self.cfg)
-        self.head = write_checkpoint(self.cfg)
-        self.metrics = write_metrics(self.cfg)
-
-    def embeddings(self) -> torch.Tensor:
-        column = parquet.read(self.cfg.paths.merged_dir / "test.parquet")["embedding"]
-        return torch.from_numpy(parquet.to_matrix(column).astype(np.float32))
-
-    def vectors(self) -> np.ndarray:
-        with torch.inference_mode():
-            return self.head(self.embeddings()).numpy()
 
 
 def publish_without_check(done: Trained) -> Path:
@@ -134,11 +52,6 @@ def trained(tmp_path_factory) -> Trained:
     done = Trained(tmp_path_factory.mktemp("trained"))
     assert main(done.flags) == 0
     return done
-
-
-@pytest.fixture
-def unpublished(tmp_path) -> Trained:
-    return Trained(tmp_path)
 
 
 USE = """
@@ -415,98 +328,3 @@ def test_every_family_is_saved_in_the_dtype_of_its_embeddings_and_gives_the_same
     with torch.inference_mode():
         vectors = model(preprocessing(images, torch.device("cpu"))).pooler_output.numpy()
     assert (1 - cosines(vectors, done.vectors()) < 1e-3).all()
-
-
-def test_a_model_that_gives_other_vectors_is_not_published(unpublished, monkeypatch):
-    monkeypatch.setattr(parity, "vectors_of", lambda *_: np.roll(unpublished.vectors(), 1, axis=0))
-    with pytest.raises(PipelineError, match=r"cosine distance from the pipeline's, over 7 images"):
-        main(unpublished.flags)
-    data = unpublished.cfg.paths.published_dir.parent
-    assert not [path.name for path in data.iterdir() if "published" in path.name]
-
-
-def test_images_damaged_since_are_left_out_of_the_check(unpublished, monkeypatch):
-    rows = parquet.read(unpublished.cfg.paths.merged_dir / "test.parquet")
-    with (unpublished.cfg.paths.raw_dir / "0088.tar").open("r+b") as tar:
-        tar.seek(rows["image_offset"][2].as_py() + 400)
-        tar.write(bytes(300))
-    kept = np.delete(unpublished.vectors(), 2, axis=0)
-    monkeypatch.setattr(parity, "vectors_of", lambda *_: kept)
-    assert main(unpublished.flags) == 0
-    made = json.loads((unpublished.cfg.paths.published_dir / "provenance.json").read_text())
-    assert made["facts"]["parity_images"] == 6
-
-
-def test_vectors_that_are_not_numbers_are_not_published(unpublished, monkeypatch):
-    monkeypatch.setattr(parity, "vectors_of", lambda *_: unpublished.vectors() * np.nan)
-    with pytest.raises(PipelineError, match="nothing was published"):
-        main(unpublished.flags)
-
-
-def test_a_head_of_another_backbone_is_refused_naming_both(unpublished):
-    write_tiny_backbone(unpublished.root / "other", "dinov2_with_registers")
-    other = [*unpublished.flags, "--set", f"embedding_model.name={unpublished.root / 'other'}"]
-    with pytest.raises(StaleArtefact, match=r'name = "tiny".*settings say name = "other"'):
-        main(other)
-    with pytest.raises(StaleArtefact, match=r'pooling = "cls".*settings say pooling = "mean"'):
-        main([*unpublished.flags, "--set", "embedding_model.pooling=mean"])
-
-
-def test_metrics_of_another_checkpoint_or_test_split_are_refused(unpublished):
-    write_metrics(unpublished.cfg, checkpoint_id="run-0")
-    with pytest.raises(StaleArtefact, match=r"metrics.json tells of another checkpoint_best\.pt \(run-0\)"):
-        main(unpublished.flags)
-
-
-def test_missing_inputs_name_their_stage(unpublished):
-    (unpublished.cfg.paths.evaluation_dir / "metrics.json").unlink()
-    with pytest.raises(PipelineError, match=r"metrics\.json does not exist: run train/evaluate\.py"):
-        main(unpublished.flags)
-    shutil.rmtree(unpublished.cfg.paths.checkpoints_dir)
-    with pytest.raises(PipelineError, match=r"checkpoint_best\.pt does not exist: run train/train\.py"):
-        main(unpublished.flags)
-
-
-def test_a_new_checkpoint_is_refused_and_overwrite_replaces_the_folder(unpublished, monkeypatch):
-    monkeypatch.setattr(parity, "check", lambda *_: (0.0, 7))  # another test has it
-    main(unpublished.flags)
-    folder = unpublished.cfg.paths.published_dir
-    (folder / "leftover").write_text("")
-    write_metrics(unpublished.cfg)
-    metrics = json.loads((unpublished.cfg.paths.evaluation_dir / "metrics.json").read_text())
-    metrics["provenance"]["id"] = "figures-2"
-    (unpublished.cfg.paths.evaluation_dir / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(StaleArtefact, match=r"another metrics\.json \(figures-1 then, figures-2 now\)"):
-        main(unpublished.flags)
-    assert main([*unpublished.flags, "--overwrite"]) == 0
-    assert not (folder / "leftover").exists()
-    assert [p.name for p in folder.parent.iterdir() if p.name.startswith(".")] == []
-
-
-def test_a_folder_that_is_not_ours_is_not_replaced(unpublished):
-    folder = unpublished.cfg.paths.published_dir
-    folder.mkdir()
-    (folder / "thesis.tex").write_text("years of work")
-    with pytest.raises(PipelineError, match=r"was not written by this stage"):
-        main([*unpublished.flags, "--overwrite"])
-    assert (folder / "thesis.tex").exists()
-
-
-def test_what_a_dead_run_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path):
-    target = tmp_path / "published"
-    dead = tmp_path / ".published.tmp-0123456789ab"
-    dead.mkdir()
-    (dead / "model.safetensors").write_bytes(b"half")
-    with published.new_folder(target) as live:
-        (live / "config.json").write_text("{}")
-        published.remove_dead_folders(target)
-        assert not dead.exists()
-        assert live.exists()
-        assert not target.exists()
-    assert [path.name for path in target.iterdir()] == ["config.json"]
-    assert [path.name for path in tmp_path.iterdir()] == ["published"]
-
-
-def test_errors_are_two_lines_for_the_user(tmp_path, capsys):
-    assert cli.exit_code_of(lambda: main(["--set", f"paths.root={tmp_path}"])) == 1
-    assert "checkpoint_best.pt does not exist" in capsys.readouterr().err

@@ -9,12 +9,11 @@ import shutil
 import numpy as np
 import pyarrow as pa
 import pytest
+from embedding_setup import jpeg, picture, write_tar
 from invented_metrics import FOUND
 from PIL import Image
-from test_backbone import jpeg, picture
-from test_convert_to_hf import JPEGS
-from test_generate_embeddings import write_tar
 from test_generate_embeddings_from_hf import flags, image_folder, model, plain_vectors  # noqa: F401 - fixtures
+from trained_model import JPEGS
 
 from common import cli, parquet, provenance, schemas
 from common.errors import ConfigError, PipelineError

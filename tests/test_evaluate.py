@@ -3,19 +3,17 @@
 import contextlib
 import io
 import json
-import zipfile
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+import small_evaluation
 import small_merge
 import torch
+from small_evaluation import load, run
 
 from common import cli, config, files, geo, parquet
 from common.errors import PipelineError, StaleArtefact
-from train import breakdowns, evaluate, gallery, methods, metrics, protocol, results
+from train import breakdowns, evaluate, gallery, methods, metrics, protocol
 
 CPU = torch.device("cpu")
 
@@ -39,19 +37,8 @@ def evaluated(merged):
 
 @pytest.fixture
 def own(tmp_path):
-    """The same, for a test to spoil."""
-    cfg = config.load(None, [f"paths.root={tmp_path}"])
-    return cfg, small_merge.write_merge(cfg, buildings=20, cells=5), small_merge.write_checkpoint(cfg)
-
-
-def run(cfg, *extra) -> int:
-    flags = [f"paths.root={cfg.paths.root}", f"training.bootstrap_samples={cfg.training.bootstrap_samples}"]
-    return evaluate.main([part for flag in flags for part in ("--set", flag)] + list(extra))
-
-
-def load(cfg, *splits) -> gallery.Gallery:
-    paths = [cfg.paths.merged_dir / f"{split}.parquet" for split in splits]
-    return gallery.load(paths, cfg.data.ignore_radius_m)
+    """(Configuration, columns by split, checkpoint) of a merge for a test to spoil."""
+    return small_evaluation.write(tmp_path)
 
 
 def slow_ranks(vectors, rows, radius_m, query, positives) -> list[int]:
@@ -197,150 +184,7 @@ def test_blocks_of_queries_list_no_more_junk_than_memory_allows(merged, monkeypa
     assert max(len(block) for block in protocol._query_blocks(rows, 33)) == 4
 
 
-# ------------------------------------------------------------------------------------------- what goes wrong
-
-
-def test_below_twenty_cells_there_are_no_intervals_and_it_says_so(own, capsys):
-    cfg, *_ = own
-    assert run(cfg) == 0
-    found = json.loads((cfg.paths.evaluation_dir / "metrics.json").read_text())
-    assert found["counts"]["cells"] < 20
-    assert found["methods"]["trained"]["map@r"]["low"] is None
-    assert found["differences"]["trained-raw"]["recall@1"]["high"] is None
-    assert "no intervals" in capsys.readouterr().out
-    assert "No intervals" in (cfg.paths.evaluation_dir / "report.html").read_text()
-
-
-def test_an_embedding_that_is_not_finite_is_named(own):
-    cfg, columns, _ = own
-    columns["test"]["embedding"][4, 2] = np.nan
-    small_merge.write_split(cfg, "test", columns["test"])
-    with pytest.raises(PipelineError, match="image 0088_40004 holds NaN"):
-        run(cfg)
-
-
-def test_no_query_with_a_match_is_an_error(own):
-    cfg, columns, _ = own
-    small_merge.write_split(cfg, "test", {name: column[::3] for name, column in columns["test"].items()})
-    with pytest.raises(PipelineError, match="no query has a match"):
-        run(cfg)
-
-
-def test_queries_without_a_match_are_counted_and_left_out(own):
-    cfg, columns, _ = own
-    small_merge.write_split(cfg, "test", {name: column[2:] for name, column in columns["test"].items()})
-    assert run(cfg) == 0
-    counts = json.loads((cfg.paths.evaluation_dir / "metrics.json").read_text())["counts"]
-    assert (counts["queries"], counts["queries_without_match"]) == (57, 1)
-
-
-def test_one_building_gives_an_honest_report(own):
-    cfg, columns, _ = own
-    small_merge.write_split(cfg, "test", {name: column[:3] for name, column in columns["test"].items()})
-    assert run(cfg) == 0
-    found = json.loads((cfg.paths.evaluation_dir / "metrics.json").read_text())
-    assert found["methods"]["raw"]["recall@1"] == {"value": 1.0, "low": None, "high": None}
-    assert found["counts"]["buildings"] == found["counts"]["cells"] == 1
-    assert sum(found["similarity_histograms"]["non_matches"]) == 0
-
-
-def test_one_image_is_an_error(own):
-    cfg, columns, _ = own
-    small_merge.write_split(cfg, "test", {name: column[:1] for name, column in columns["test"].items()})
-    with pytest.raises(PipelineError, match="no query has a match"):
-        run(cfg)
-
-
-def test_embeddings_of_another_dimension_are_refused(own):
-    cfg, columns, _ = own
-    columns["test"]["embedding"] = columns["test"]["embedding"][:, :10]
-    small_merge.write_split(cfg, "test", columns["test"], model={**small_merge.MODEL, "dim": 10})
-    with pytest.raises(StaleArtefact, match=r"dim 24(.|\n)*dim 10"):
-        run(cfg)
-
-
-def test_an_empty_test_split_is_an_error(own):
-    cfg, columns, _ = own
-    small_merge.write_split(cfg, "test", {name: column[:0] for name, column in columns["test"].items()})
-    with pytest.raises(PipelineError, match="has no rows"):
-        run(cfg)
-
-
-@pytest.mark.parametrize(
-    ("column", "message"), [("target_id", "building 0088_40000"), ("street_view_id", "panorama 0088_40000")]
-)
-def test_a_building_or_panorama_of_test_in_train_is_refused_by_name(own, column, message):
-    cfg, columns, _ = own
-    columns["train"][column][:3] = columns["test"][column][0]
-    small_merge.write_split(cfg, "train", columns["train"])
-    small_merge.write_checkpoint(cfg)
-    with pytest.raises(PipelineError, match=f"{message} stands in both test.parquet and train.parquet"):
-        run(cfg)
-
-
-def test_a_panorama_in_train_and_val_is_refused_too(own):
-    cfg, columns, _ = own
-    columns["val"]["street_view_id"][5] = columns["train"]["street_view_id"][1]
-    small_merge.write_split(cfg, "val", columns["val"])
-    small_merge.write_checkpoint(cfg)
-    with pytest.raises(PipelineError, match=r"panorama 0088_1 stands in both train.parquet and val.parquet"):
-        run(cfg)
-
-
-def test_a_checkpoint_of_another_merge_is_refused(own):
-    cfg, columns, _ = own
-    columns["train"]["heading"][0] += 1
-    small_merge.write_split(cfg, "train", columns["train"])
-    with pytest.raises(StaleArtefact, match=r"checkpoint_best.pt was trained on another train.parquet") as error:
-        run(cfg)
-    assert str(cfg.paths.merged_dir / "train.parquet") in str(error.value)
-
-
-def test_splits_of_two_merges_are_refused(own):
-    cfg, columns, _ = own
-    small_merge.write_split(cfg, "test", columns["test"], config={"data.split_by": "building"})
-    with pytest.raises(StaleArtefact, match=r'data.split_by = "geo"; this run says "building"'):
-        run(cfg)
-
-
-def test_embeddings_of_another_model_are_refused_naming_both(own):
-    cfg, columns, _ = own
-    small_merge.write_split(cfg, "test", columns["test"], model={**small_merge.MODEL, "name": "other"})
-    with pytest.raises(StaleArtefact, match=r"name tiny(.|\n)*name other"):
-        run(cfg)
-
-
-@pytest.mark.parametrize("content", [{"head": {}}, [1], np.random.default_rng(0)])
-def test_a_checkpoint_of_another_program_is_refused(own, content):
-    cfg, _, path = own
-    torch.save(content, path)
-    with pytest.raises(PipelineError, match=r"checkpoint_best.pt is no checkpoint of train/train.py"):
-        run(cfg)
-
-
-def test_a_checkpoint_whose_inside_is_broken_is_refused(own):
-    cfg, _, path = own
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("archive/version", "3")
-    with pytest.raises(PipelineError, match=r"checkpoint_best.pt is damaged \(.*\): delete it and train again"):
-        run(cfg)
-
-
-def test_a_head_that_gives_nan_is_told(own):
-    cfg, _, path = own
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["head"]["gain"] = torch.full_like(checkpoint["head"]["gain"], torch.nan)
-    torch.save(checkpoint, path)
-    with pytest.raises(PipelineError, match=r"trained .* gives vectors that are not finite"):
-        run(cfg)
-
-
-def test_a_checkpoint_that_is_not_there_says_what_makes_it(tmp_path):
-    with pytest.raises(PipelineError, match=r"run train/train.py first"):
-        run(config.load(None, [f"paths.root={tmp_path}"]))
-
-
-# -------------------------------------------------------------------------------------------- the command
+# ----------------------------------------------------------------------------------------------------- the command
 
 
 def test_it_prints_the_table_and_a_second_run_does_nothing(merged, evaluated, capsys):
@@ -425,177 +269,6 @@ def test_a_damaged_report_of_the_split_is_told_before_anything_is_ranked(own, mo
     monkeypatch.setattr(protocol, "evaluate", None)  # calling it would be a TypeError
     with pytest.raises(PipelineError, match=r"split_report\.json is damaged"):
         run(cfg)
-
-
-# ------------------------------------------------------------------------------------ further rows, other files
-
-
-def published(cfg, folder, checkpoint_path):
-    """A folder as publish/convert_to_hf.py writes it, but for the backbone."""
-    from safetensors.torch import save_file
-
-    from common import provenance
-
-    checkpoint = torch.load(checkpoint_path, weights_only=True)
-    folder.mkdir(parents=True)
-    sizes = {key: checkpoint[key] for key in ("input_dim", "hidden_dim", "output_dim", "dropout")}
-    (folder / "config.json").write_text(json.dumps(sizes))
-    weights = {f"head.{name}": tensor for name, tensor in checkpoint["head"].items()}
-    save_file({**weights, "backbone.weight": torch.zeros(3)}, folder / "model.safetensors")
-    trained_on = {"inputs": checkpoint["provenance"]["inputs"], "embedding_model": checkpoint["embedding_model"]}
-    made = provenance.record("convert_to_hf", {}, {}).finished("published1", {}, {"trained_on": trained_on})
-    (folder / "provenance.json").write_text(json.dumps(made.to_dict()))
-    return folder
-
-
-def other_vectors(path, columns, **changes):
-    """A file of another model's vectors as another program would write it: plain lists, in another order."""
-    frame = pd.DataFrame({name: list(column) for name, column in {**columns, **changes}.items()})
-    frame.sample(frac=1, random_state=0).to_parquet(path)
-    return path
-
-
-def test_checkpoints_published_folders_and_files_are_further_rows(own, tmp_path):
-    cfg, columns, first = own
-    second = small_merge.write_checkpoint(small_merge.of_run(cfg, "second"), seed=3)
-    folder = published(cfg, tmp_path / "hub" / "model", second)
-    file = other_vectors(tmp_path / "theirs.parquet", columns["test"])
-    assert run(cfg) == 0
-    assert run(cfg, "--compare", str(second), str(first.parent), str(folder), str(file)) == 0
-    alone = results.read(cfg.paths.evaluation_dir / "metrics.json")
-    found = results.read(cfg.paths.evaluation_dir / "compared" / "metrics.json")
-    assert list(found["methods"]) == ["raw", "pca", "whitening", "trained", "second", "default", "model", "theirs"]
-    for name in alone["methods"]:
-        assert found["methods"][name] == alone["methods"][name]
-    assert found["methods"]["default"] == found["methods"]["trained"]  # the same head
-    assert found["methods"]["model"] == found["methods"]["second"] != found["methods"]["trained"]
-    assert found["methods"]["theirs"] == found["methods"]["raw"]  # the same vectors
-    assert found["differences"]["trained-default"]["map@r"]["value"] == 0
-    assert found["provenance"]["inputs"]["model"] == "published1"
-    page = (cfg.paths.evaluation_dir / "compared" / "report.html").read_text()
-    assert "the published model in" in page
-
-
-def test_what_cannot_be_compared_is_told(own, tmp_path):
-    cfg, columns, first = own
-    folder = published(cfg, tmp_path / "model", first)
-    few = {name: column[:50] for name, column in columns["test"].items()}
-    twice = {
-        **columns["test"],
-        "streetview_image_id": ["0088_40000", *columns["test"]["streetview_image_id"][:-1]],
-    }
-    for path, message in (
-        (other_vectors(tmp_path / "few.parquet", few), "no vector of image 0088_40050, and of 9 more"),
-        (other_vectors(tmp_path / "twice.parquet", twice), "twice.parquet holds image 0088_40000 twice"),
-        (tmp_path / "gone.pt", "gone.pt does not exist"),
-        (cfg.paths.root, "neither a run's folder nor one that publish/convert_to_hf.py wrote"),
-    ):
-        with pytest.raises(PipelineError, match=message):
-            run(cfg, "--compare", str(path))
-    with pytest.raises(PipelineError, match=r"names .* twice"):
-        run(cfg, "--compare", *[str(folder)] * 40)
-    columns["train"]["heading"][0] += 1
-    small_merge.write_split(cfg, "train", columns["train"])
-    small_merge.write_checkpoint(cfg)
-    with pytest.raises(StaleArtefact, match=r"model was trained on another train.parquet"):
-        run(cfg, "--compare", str(folder))
-
-
-def test_a_file_of_vectors_is_judged_by_the_same_protocol(own, tmp_path):
-    cfg, columns, _ = own
-    assert run(cfg) == 0
-    path = tmp_path / "theirs.parquet"
-    vectors = columns["test"]["embedding"].astype(np.float64)
-    frame = pd.read_parquet(cfg.paths.merged_dir / "test.parquet")  # these two lines stand in the README
-    frame.assign(embedding=list(vectors)).to_parquet(path)
-    elsewhere = config.load(None, [f"paths.root={tmp_path / 'elsewhere'}"])  # no merge, no checkpoint
-    assert run(elsewhere, "--embeddings", str(path)) == 0
-    ours = results.read(cfg.paths.evaluation_dir / "metrics.json")
-    theirs = results.read(elsewhere.paths.evaluation_dir / "theirs" / "metrics.json")
-    assert theirs["methods"] == {"raw": ours["methods"]["raw"]}
-    assert theirs["leakage"] is None
-    assert "theirs.parquet" in (elsewhere.paths.evaluation_dir / "theirs" / "report.html").read_text()
-
-
-def test_a_split_by_itself_is_known_by_its_record(own, tmp_path):
-    cfg, *_ = own
-    path = cfg.paths.merged_dir / "val.parquet"
-    assert run(cfg, "--embeddings", "data/merged/val.parquet") == 0  # as the README says
-    found = results.read(cfg.paths.evaluation_dir / "val" / "metrics.json")
-    assert found["provenance"]["inputs"] == {"val.parquet": parquet.read_provenance(path).id}
-    assert found["counts"]["queries"] == 60
-
-
-def test_a_file_that_cannot_be_judged_says_why(own, tmp_path):
-    cfg, columns, _ = own
-    test, path = columns["test"], tmp_path / "theirs.parquet"
-    wrong = {
-        "no column pitch": lambda frame: frame.drop(columns="pitch"),
-        "image 0088_40001 has 3 dimensions, those before it 24": lambda frame: frame.assign(
-            embedding=[*frame["embedding"][:1], np.zeros(3, np.float16), *frame["embedding"][2:]]
-        ),
-        "image 0088_40002 holds NaN": lambda frame: frame.assign(
-            embedding=[*frame["embedding"][:2], np.full(24, np.inf, np.float16), *frame["embedding"][3:]]
-        ),
-        "image 0088_40000 has no embedding": lambda frame: frame.assign(embedding=[None, *frame["embedding"][1:]]),
-        "do not stand together": lambda frame: frame.sample(frac=1, random_state=0),
-        "column heading has rows that are empty": lambda frame: frame.assign(heading=np.nan),
-        "no query has a match": lambda frame: frame.iloc[::3],
-        "has no rows": lambda frame: frame.iloc[:0],
-        "embedding holds double, not lists": lambda frame: frame.assign(embedding=1.0),
-        "embedding holds list<element: string>, not": lambda frame: frame.assign(embedding=[["1"]] * len(frame)),
-        "embeddings have no dimensions": lambda frame: frame.assign(embedding=[np.zeros(0)] * len(frame)),
-        "column heading holds .*string, not float": lambda frame: frame.assign(heading="north"),
-        "column target_id holds double, not int64": lambda frame: frame.assign(target_id=frame["target_id"] + 0.5),
-    }
-    for message, spoil in wrong.items():
-        spoil(pd.DataFrame({name: list(column) for name, column in test.items()})).to_parquet(path)
-        with pytest.raises(PipelineError, match=message):
-            run(cfg, "--embeddings", str(path))
-    for gone in (tmp_path / "gone.parquet", tmp_path):
-        with pytest.raises(PipelineError, match=rf"{gone} does not exist, or is no file"):
-            run(cfg, "--embeddings", str(gone))
-
-
-def test_types_of_other_programs_are_read_as_ours(own, tmp_path):
-    cfg, columns, _ = own
-    assert run(cfg) == 0
-    frame = pd.DataFrame({name: list(column) for name, column in columns["test"].items()})
-    frame = frame.assign(dataset_id=frame["dataset_id"].astype(float), patch_id=0, image_size=1.0)  # as by a join
-    table = pa.Table.from_pandas(frame, preserve_index=False)
-    place = table.schema.get_field_index("embedding")
-    table = table.set_column(
-        place, "embedding", table["embedding"].cast(pa.large_list(pa.float64()))
-    )  # as by polars
-    pq.write_table(table, tmp_path / "theirs.parquet")
-    assert run(cfg, "--embeddings", str(tmp_path / "theirs.parquet")) == 0
-    ours = results.read(cfg.paths.evaluation_dir / "metrics.json")
-    theirs = results.read(cfg.paths.evaluation_dir / "theirs" / "metrics.json")
-    assert theirs["methods"]["raw"] == ours["methods"]["raw"]
-    assert theirs["breakdowns"]["dataset"]["classes"][0]["class"] == "0088"
-
-
-def test_other_vectors_in_a_file_of_the_same_name_and_size_are_noticed(own, tmp_path):
-    cfg, columns, _ = own
-    test, path, sizes = columns["test"], tmp_path / "theirs.parquet", set()
-    for sign in (1, -1):
-        frame = pd.DataFrame({name: list(column) for name, column in test.items()})
-        frame = frame.assign(embedding=list(sign * test["embedding"]))
-        frame.to_parquet(path, compression=None, use_dictionary=False, write_statistics=False)
-        sizes.add(path.stat().st_size)
-        if sign == 1:
-            assert run(cfg, "--embeddings", str(path)) == 0
-    assert len(sizes) == 1
-    with pytest.raises(StaleArtefact, match=r"made from another theirs.parquet"):
-        run(cfg, "--embeddings", str(path))
-
-
-def test_files_of_another_dimension_are_not_ranked_together(own):
-    cfg, columns, _ = own
-    columns["train"]["embedding"] = columns["train"]["embedding"][:, :10]
-    small_merge.write_split(cfg, "train", columns["train"])
-    with pytest.raises(PipelineError, match=r"train.parquet: .* 0088_0 has 10 dimensions, those before it 24"):
-        load(cfg, "test", "train")
 
 
 def test_evaluating_changes_no_embedding(merged):

@@ -8,11 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from embedding_setup import cosines, jpeg, picture, write_intermediates, write_tar
 from local_backbone import write_tiny_backbone
 from PIL import Image
-from test_backbone import jpeg, picture
-from test_convert_to_hf import JPEGS, Trained
-from test_generate_embeddings import cosines, write_intermediates, write_tar
+from trained_model import JPEGS, Trained
 from transformers import AutoImageProcessor
 
 from common import config, parquet

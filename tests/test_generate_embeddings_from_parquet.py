@@ -5,9 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_convert_to_hf import JPEGS
-from test_generate_embeddings import cosines, write_intermediates, write_tar
+from embedding_setup import cosines, write_intermediates, write_tar
 from test_generate_embeddings_from_hf import flags, model, plain_vectors  # noqa: F401 - fixtures
+from trained_model import JPEGS
 
 from common import config, parquet
 from common.errors import PipelineError, StaleArtefact

@@ -1,53 +1,29 @@
 """train/optuna_worker.py with study.py and trials.py: trials are shared, none lost and none counted twice.
 
-Training is a stand-in here, `value = -(log10(learning_rate) + 3)^2`, but for the last test.
+Training is a stand-in here, see small_study.py, but where the command itself is tested.
 """
 
-import errno
-import json
-import multiprocessing
 import os
-import pwd
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
-import made_up_merge
 import optuna
-import pandas as pd
 import pytest
-import sqlalchemy
+import small_study
 from conftest import ROOT
 from optuna.trial import TrialState
+from small_study import flags, load, numbers, open_study, stand_in, work
 
-from common import cli, config, files
+from common import cli
 from common.errors import ConfigError, PipelineError, StaleArtefact, Stopped
 from train import optuna_worker, study, study_page, trials
-
-SMALL = (
-    *("training.trial_epochs=2", "training.epochs=3", "training.steps_per_epoch=4", "training.batch_size=32"),
-    *("training_model.output_dim=16", "training_model.hidden_dim=16", "data.neighbors=20"),
-    *("training.warmup_steps=1", "training.num_trials=6"),
-)
 
 
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory):
     """A root with a merge and its difficulty; not to be changed."""
-    from difficulty import compute_visual_neighbors
-
-    root = tmp_path_factory.mktemp("tuning")
-    made_up_merge.write_merge(root / "data" / "merged", streets=(6, 6, 6))
-    compute_visual_neighbors.main(flags(root))
-    return root
-
-
-def flags(root, *more) -> list[str]:
-    return [part for setting in (f"paths.root={root}", *SMALL, *more) for part in ("--set", setting)]
+    return small_study.write_merge(tmp_path_factory.mktemp("tuning"))
 
 
 @pytest.fixture
@@ -56,48 +32,13 @@ def cfg(merged, tmp_path):
     return load(merged, tmp_path)
 
 
-def load(merged, tmp_path, *more):
-    return config.load(None, [f"paths.root={merged}", f"paths.study_dir={tmp_path / 'study'}", *SMALL, *more])
-
-
-def open_study(cfg, **options) -> optuna.Study:
-    return study.open_study(cfg, study.record(cfg), create=True, **options)
-
-
-def stand_in(seconds: float = 0.0):
-    """A `fit` whose result depends on the learning rate alone, and its data."""
-    import math
-
-    def fit(cfg, data, *, on_epoch):
-        value = -((math.log10(cfg.training.learning_rate) + 3) ** 2)
-        rows = []
-        for epoch in range(cfg.training.epochs + 1):
-            time.sleep(seconds)
-            cli.check_stop()
-            rows.append({"epoch": epoch, "val_map_at_r": 0.5 if epoch == 0 else value - 1 / (epoch + 1)})
-            on_epoch(epoch, rows[-1]["val_map_at_r"])
-        return type("Result", (), {"history": pd.DataFrame(rows)})
-
-    return fit
-
-
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(trials, "fit", stand_in())
     monkeypatch.setattr(trials, "load_data", lambda cfg: None)
 
 
-def work(cfg, tuning, **limits) -> cli.Progress:
-    with cli.Progress("optuna_worker", "trial") as progress:
-        trials.work(cfg, tuning, progress, **limits)
-    return progress
-
-
-def numbers(tuning, *states) -> list[int]:
-    return [trial.number for trial in tuning.get_trials(states=states)]
-
-
-# ------------------------------------------------------------------------------------------------ one worker
+# ------------------------------------------------------------------------------------------------------ one worker
 
 
 def test_a_trial_is_worth_its_best_epoch_after_the_untrained_one(cfg, quick):
@@ -167,7 +108,7 @@ def test_a_trial_that_fails_counts_and_says_why(cfg, quick, monkeypatch):
         study.best_trial(tuning)
 
 
-# ------------------------------------------------------------------------------------------- workers that die
+# ------------------------------------------------------------------------------------------------ workers that die
 
 
 def die_in(tuning, cfg, *, age_s: float, longest_epoch_s: float | None = None) -> optuna.Trial:
@@ -306,142 +247,6 @@ def test_settings_that_do_not_fit_one_another_fail_their_trial_alone(merged, tmp
     assert "bandit_groups (32) exceeds batch_size (16)" in trials.last_error(tuning)
 
 
-def worker_process(merged, tmp_path, seconds, storage):
-    """A worker in a process of its own."""
-    trials.fit, trials.load_data = stand_in(seconds), lambda cfg: None
-    cfg = load(merged, tmp_path, "training.num_trials=20", f"training.study_storage={storage}")
-    work(cfg, open_study(cfg))
-
-
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory):
-    """The URL of a database of a PostgreSQL of our own: an ordinary user's, on a socket in a short directory."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not found:
-        assert os.environ.get("CI") != "true", "PostgreSQL is not installed (.ci/system-packages)"
-        pytest.skip("PostgreSQL is not installed (.ci/system-packages)")
-    folder = Path(tempfile.mkdtemp(prefix="pg-"))  # a socket's path has at most 107 bytes
-    ordinary = {}
-    if os.getuid() == 0:  # initdb refuses root
-        nobody = pwd.getpwnam("nobody")
-        os.chown(folder, nobody.pw_uid, nobody.pw_gid)
-        ordinary = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-
-    def call(program, *arguments):
-        command = [found[-1].parent / program, "-D", folder / "data", *arguments]
-        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL, timeout=60, **ordinary)
-
-    try:
-        call("initdb", "-U", "tuner", "--auth=trust", "--no-sync")
-        options = f"-k {folder} -c listen_addresses='' -c fsync=off"
-        call("pg_ctl", "start", "-w", "-l", folder / "log", "-o", options)
-        yield f"postgresql://tuner:secret@/postgres?host={folder}"
-    finally:
-        if (folder / "data" / "postmaster.pid").exists():
-            call("pg_ctl", "stop", "-m", "immediate")
-        shutil.rmtree(folder)
-
-
-@pytest.mark.parametrize("kind", ["journal", "postgres"])
-def test_three_workers_at_once_one_killed_lose_no_trial_and_count_none_twice(
-    merged, tmp_path, monkeypatch, kind, request
-):
-    name = "journal" if kind == "journal" else request.getfixturevalue("postgres")
-    asked = ("training.num_trials=20", f"training.study_storage={name}")
-    monkeypatch.setattr(study, "STALE_MIN_S", 1.5)  # the workers are forked: it holds for them too
-    monkeypatch.setattr(study, "STALE_UNKNOWN_S", 1.5)
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=worker_process, args=(merged, tmp_path, 0.05, name)) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    tuning, deadline = open_study(load(merged, tmp_path, *asked)), time.monotonic() + 60
-    while sum("longest_epoch_s" in trial.user_attrs for trial in tuning.trials) < 4:
-        assert time.monotonic() < deadline, "the workers do not work"
-        time.sleep(0.01)
-    os.kill(workers[0].pid, signal.SIGKILL)
-    for worker in workers:
-        worker.join(timeout=60)
-    deadline = time.time() + study.stale_after_s(tuning.trials)
-    while time.time() <= deadline:  # until the killed worker's heartbeat is stale
-        time.sleep(0.1)
-    last = context.Process(target=worker_process, args=(merged, tmp_path, 0.05, name))
-    last.start()
-    last.join(timeout=60)
-    assert [worker.exitcode for worker in (*workers, last)] == [-signal.SIGKILL, 0, 0, 0]
-    tuning = open_study(load(merged, tmp_path, *asked))
-    assert not numbers(tuning, TrialState.RUNNING, TrialState.WAITING)
-    done = numbers(tuning, TrialState.COMPLETE, TrialState.PRUNED)
-    failed = numbers(tuning, TrialState.FAIL)
-    assert len(done) == 20
-    assert set(failed) == study.retried(tuning.trials)
-    assert len({tuning.trials[number].user_attrs["worker"] for number in done}) >= 2  # 3, but for an early kill
-    assert len({tuning.trials[number].params["learning_rate"] for number in done}) == 20
-
-
-def test_a_study_in_postgresql_as_the_commands_see_it(merged, tmp_path, postgres, quick, capsys):
-    database = sqlalchemy.create_engine(postgres.replace("://", "+psycopg2://"), isolation_level="AUTOCOMMIT")
-    with database.connect() as connection:
-        connection.execute(sqlalchemy.text("create database another"))
-    url = postgres.replace("/postgres?", "/another?")
-    asked = (f"training.study_storage={url}", f"paths.study_dir={tmp_path / 'study'}")
-    with pytest.raises(PipelineError, match=r"tuner:\*\*\*@.* holds no study"):
-        study.open_study(load(merged, tmp_path, *asked), made_of(merged, tmp_path), create=False)
-    assert optuna_worker.main(flags(merged, *asked)) == 0
-    tuning = study.open_study(load(merged, tmp_path, *asked), made_of(merged, tmp_path), create=False)
-    assert study.num_counted(tuning.trials) == 6
-    assert not (tmp_path / "study" / "journal.log").exists()
-    with pytest.raises(StaleArtefact, match="steps_per_epoch") as refused:
-        open_study(load(merged, tmp_path, *asked, "training.steps_per_epoch=9"))
-    page = (tmp_path / "study" / "study.html").read_text()
-    for text in (str(refused.value), page, json.dumps(tuning.user_attrs), *capsys.readouterr()):
-        assert "secret" not in text
-
-
-def test_a_database_that_goes_away_is_told_without_its_password(merged, tmp_path, postgres, monkeypatch, quick):
-    database = sqlalchemy.create_engine(postgres.replace("://", "+psycopg2://"), isolation_level="AUTOCOMMIT")
-
-    def gone(cfg, data, *, on_epoch):
-        with database.connect() as connection:  # no more of our connections, old or new
-            for statement in (
-                "alter database leaving allow_connections false",
-                "select pg_terminate_backend(pid) from pg_stat_activity where datname = 'leaving'",
-            ):
-                connection.execute(sqlalchemy.text(statement))
-        on_epoch(0, 0.5)
-
-    with database.connect() as connection:
-        connection.execute(sqlalchemy.text("create database leaving"))
-    monkeypatch.setattr(trials, "fit", gone)
-    url = postgres.replace("/postgres?", "/leaving?")
-    with pytest.raises(PipelineError, match=r"tuner:\*\*\*@.* answers no more: ") as told:
-        optuna_worker.main(flags(merged, f"training.study_storage={url}", f"paths.study_dir={tmp_path}"))
-    assert "secret" not in str(told.value)
-
-
-def made_of(merged, tmp_path):
-    return study.record(load(merged, tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("url", "error", "message"),
-    [
-        ("postgresql://u:secret@/postgres?host=/nowhere", PipelineError, r"u:\*\*\*@.* does not answer"),
-        ("mysql://u:secret@host/x", ConfigError, "journal"),
-        ("journall", ConfigError, "journal"),
-    ],
-)
-def test_a_storage_that_cannot_be_used_is_told_without_its_password(merged, tmp_path, url, error, message):
-    with pytest.raises(error, match=message) as told:
-        open_study(load(merged, tmp_path, f"training.study_storage={url}"))
-    assert "secret" not in str(told.value)
-
-
-def test_without_its_driver_postgresql_is_told(merged, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "psycopg2", None)  # importing it is an ImportError then
-    with pytest.raises(ConfigError, match=r"pip install 'embedding-pipeline\[postgres\]'"):
-        open_study(load(merged, tmp_path, "training.study_storage=postgresql://u@host/x"))
-
-
 @pytest.mark.parametrize("flag", ["--trials=0", "--trials=-1", "--minutes=-1"])
 def test_limits_that_mean_nothing_are_refused(merged, flag):
     with pytest.raises(ConfigError, match="takes a number"):  # exit code 2, see common/cli.py
@@ -457,44 +262,7 @@ def test_hyperband_prunes_too(merged, tmp_path, quick):
     assert best.value == max(best.intermediate_values.values())
 
 
-@pytest.mark.timeout(25)  # Optuna's own lock waits for 30 s
-def test_a_writer_that_dies_with_the_journals_lock_keeps_nobody_waiting(cfg, quick):
-    tuning = open_study(cfg)
-    journal = cfg.paths.study_dir / "journal.log"
-    code = f"import os, signal; from train.storage import JournalLock; JournalLock({str(journal)!r}).acquire()"
-    killed = subprocess.run([sys.executable, "-c", code + "; os.kill(os.getpid(), signal.SIGKILL)"], cwd=ROOT)
-    assert killed.returncode == -signal.SIGKILL
-    assert work(cfg, tuning, max_trials=1).rows_in == 1
-
-
-def test_half_a_line_at_the_journals_end_is_dropped(cfg, quick):
-    work(cfg, open_study(cfg), max_trials=2)
-    journal = cfg.paths.study_dir / "journal.log"
-    with open(journal, "ab") as file:
-        file.write(b'{"op_code": 8, "worker_')  # its writer was killed; the next line would be appended to it
-    tuning = open_study(cfg)
-    assert work(cfg, tuning).rows_in == 4
-    assert len(numbers(open_study(cfg), TrialState.COMPLETE, TrialState.PRUNED)) == 6
-
-
-# ------------------------------------------------------------------------------------------- what goes wrong
-
-
-def test_a_journal_on_a_disk_without_locks_is_refused_with_the_way_out(cfg, monkeypatch):
-    def unsupported(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")  # as Lustre without -o flock says
-
-    monkeypatch.setattr(files.fcntl, "flock", unsupported)
-    with pytest.raises(PipelineError, match=r"(?s)study/lock cannot be locked.*paths\.study_dir.*PostgreSQL"):
-        open_study(cfg)
-
-
-def test_a_damaged_journal_is_named(cfg, quick):
-    work(cfg, open_study(cfg), max_trials=1)
-    journal = cfg.paths.study_dir / "journal.log"
-    journal.write_text(journal.read_text().replace('{"op_code":4', '{"op_code', 1))
-    with pytest.raises(PipelineError, match=r"journal\.log is damaged .*move it away"):
-        open_study(cfg)
+# ------------------------------------------------------------------------------------------------- what goes wrong
 
 
 def test_a_study_of_other_settings_is_refused_and_overwrite_replaces_it(merged, tmp_path, cfg, quick):
@@ -538,7 +306,7 @@ def test_a_search_space_that_cannot_be_used_is_an_error_at_once(merged, tmp_path
         study.check_search_space(load(merged, tmp_path, setting))
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# ----------------------------------------------------------------------------------------------------- the command
 
 
 def test_the_command_trains_fills_the_study_and_writes_its_page(merged, tmp_path, capsys):
@@ -597,9 +365,3 @@ def test_a_worker_is_named_with_its_slurm_job(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "43")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     assert study.worker_name().endswith(f"process {os.getpid()}, job 41_2")
-
-
-def test_the_journal_is_lines_of_json(cfg, quick):
-    work(cfg, open_study(cfg), max_trials=1)
-    lines = (cfg.paths.study_dir / "journal.log").read_text().splitlines()
-    assert all(json.loads(line) for line in lines)

@@ -1,4 +1,4 @@
-"""preprocess/process_tar.py. Oracle: what the synthetic tars were made of, and pairs written out by hand."""
+"""preprocess/process_tar.py and tar_files.py. Oracle: what the synthetic tars were made of, and small tars."""
 
 import errno
 import gzip
@@ -9,27 +9,15 @@ import subprocess
 import sys
 import tarfile
 
-import numpy as np
 import pytest
 import xxhash
-from PIL import Image
+from small_pairs import jpeg, label
 from synthetic import write_dataset
 
 from common import cli, parquet
 from common.cli import exit_code_of
 from common.errors import StaleArtefact
-from preprocess import jpegs, labels, pairs, process_tar, tar_files
-
-
-def jpeg(seed=0, size=(48, 32), **options) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 255, (size[1] // 8, size[0] // 8, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize(size).save(buffer, "JPEG", **options)
-    return buffer.getvalue()
-
-
-def label(dataset=88, target=1, patch=1, view=1, tail="") -> bytes:
-    return f"d {dataset} {target} {patch} {view} 40 -74 10 0 1 0 40 -74 12 15.5 10 2 0\n{tail}".encode()
+from preprocess import jpegs, process_tar, tar_files
 
 
 def make_tar(path, files, **options):
@@ -66,103 +54,6 @@ def test_one_pair_becomes_one_row(tmp_path):
     assert tar.read_bytes()[row["image_offset"] :][: row["image_size"]] == content
     assert row["content_hash"] == xxhash.xxh3_64_intdigest(content)
     assert rejects(tmp_path) == {}
-
-
-@pytest.fixture
-def judged():
-    """{stem: images and labels}, paired as dataset 88 -> {file: reason} of the rejects, and the valid stems."""
-
-    def judge(files):
-        images, texts = [], []
-        for offset, (name, content) in enumerate(files):
-            stem, _ = pairs.split_name(name)
-            if name.endswith(".jpg"):
-                images.append(pairs.Image(name, stem, offset, len(content), jpegs.inspect(content)))
-            else:
-                texts.append(pairs.Text(name, stem, labels.parse_name(stem), labels.parse_label(content)))
-        found = pairs.pair(images, texts, 88)
-        assert 2 * len(found.valid) + len(found.rejects) == len(files)
-        assert len(found.valid) + found.causes.total() == len(images)
-        assert "partner_rejected" not in found.causes  # where the label is at fault, its reason
-        return [(name, why.reason.value) for name, why in found.rejects], [image.name for image, *_ in found.valid]
-
-    return judge
-
-
-A, B = "88_1_1_1", "88_2_1_1"
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ([(f"{A}.jpg", jpeg())], [(f"{A}.jpg", "label_missing")]),
-        ([(f"{A}.txt", label())], [(f"{A}.txt", "image_missing")]),
-        ([(f"{A}.jpg", b""), (f"{A}.txt", b"")], [(f"{A}.jpg", "jpeg_corrupt"), (f"{A}.txt", "label_empty")]),
-        (
-            [(f"{A}.jpg", jpeg()), (f"{A}.txt", b"")],
-            [(f"{A}.jpg", "partner_rejected"), (f"{A}.txt", "label_empty")],
-        ),
-        (
-            [(f"{A}.jpg", b"x"), (f"{A}.txt", label())],
-            [(f"{A}.jpg", "jpeg_corrupt"), (f"{A}.txt", "partner_rejected")],
-        ),
-        (
-            [(f"{A}.jpg", jpeg()), (f"{A}.txt", label(87))],
-            [(f"{A}.jpg", "partner_rejected"), (f"{A}.txt", "dataset_mismatch")],
-        ),
-        (  # one id, under two names: the first image stays
-            [(f"{B}.txt", label()), (f"{A}.jpg", jpeg()), (f"{B}.jpg", jpeg(1)), (f"{A}.txt", label())],
-            [(f"{B}.jpg", "duplicate_id"), (f"{B}.txt", "partner_rejected")],
-        ),
-        (  # one id, but the first image is broken: the second one stays
-            [(f"{A}.jpg", b"x"), (f"{A}.txt", label()), (f"{B}.jpg", jpeg(1)), (f"{B}.txt", label())],
-            [(f"{A}.jpg", "jpeg_corrupt"), (f"{A}.txt", "partner_rejected")],
-        ),
-        (  # one name twice
-            [(f"{A}.jpg", jpeg()), (f"x/{A}.jpg", jpeg(1)), (f"{A}.txt", label())],
-            [(f"x/{A}.jpg", "duplicate_id")],
-        ),
-        (
-            [(f"{A}.jpg", jpeg()), (f"x/{A}.jpg", jpeg(1)), (f"{A}.txt", label()), (f"x/{A}.txt", label())],
-            [(f"x/{A}.jpg", "duplicate_id"), (f"x/{A}.txt", "partner_rejected")],
-        ),
-    ],
-)
-def test_each_file_has_its_own_reason(judged, files, expected):
-    assert judged(files)[0] == expected
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (jpeg()[:-2], "jpeg_corrupt"),  # no end marker
-        (jpeg(size=(640, 640))[:9000] + b"\xff\xd9", "jpeg_corrupt"),  # cut, with an end marker: PIL shows grey
-        (jpeg()[:300] + bytes(200) + jpeg()[500:], "jpeg_corrupt"),
-        (b"<html>404</html>", "jpeg_corrupt"),
-        (jpeg(size=(8, 8)), "jpeg_blank"),  # one block, one level
-    ],
-)
-def test_bad_jpegs(content, reason):
-    assert jpegs.inspect(content).reason.value == reason
-
-
-@pytest.mark.parametrize("quality", [40, 95])
-def test_flat_colours_are_blank_and_faint_fog_is_not(quality):
-    for colour in ((0, 0, 0), (128, 128, 128), (255, 255, 255), (200, 30, 90)):
-        buffer = io.BytesIO()
-        Image.new("RGB", (640, 640), colour).save(buffer, "JPEG", quality=quality)
-        assert jpegs.inspect(buffer.getvalue()).reason.value == "jpeg_blank"
-    fog = Image.linear_gradient("L").point(lambda level: 200 + level // 16).resize((640, 640))  # 200..215
-    buffer = io.BytesIO()
-    fog.save(buffer, "JPEG", quality=quality)
-    assert jpegs.inspect(buffer.getvalue()).width == 640
-
-
-def test_progressive_and_grey_jpegs_are_images():
-    assert jpegs.inspect(jpeg(progressive=True)).width == 48
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(jpeg())).convert("L").save(buffer, "JPEG")
-    assert jpegs.inspect(buffer.getvalue()).height == 32
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,116 @@
+"""publish/convert_to_hf.py where it must not publish: vectors that are not the pipeline's, inputs that do not
+belong together, a folder in its way. Oracle: the message, and what lies in the folder afterwards.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from local_backbone import write_tiny_backbone
+from trained_model import Trained, write_metrics
+
+from common import cli, parquet
+from common.errors import PipelineError, StaleArtefact
+from publish import parity, published
+from publish.convert_to_hf import main
+
+
+@pytest.fixture
+def unpublished(tmp_path) -> Trained:
+    return Trained(tmp_path)
+
+
+def test_a_model_that_gives_other_vectors_is_not_published(unpublished, monkeypatch):
+    monkeypatch.setattr(parity, "vectors_of", lambda *_: np.roll(unpublished.vectors(), 1, axis=0))
+    with pytest.raises(PipelineError, match=r"cosine distance from the pipeline's, over 7 images"):
+        main(unpublished.flags)
+    data = unpublished.cfg.paths.published_dir.parent
+    assert not [path.name for path in data.iterdir() if "published" in path.name]
+
+
+def test_images_damaged_since_are_left_out_of_the_check(unpublished, monkeypatch):
+    rows = parquet.read(unpublished.cfg.paths.merged_dir / "test.parquet")
+    with (unpublished.cfg.paths.raw_dir / "0088.tar").open("r+b") as tar:
+        tar.seek(rows["image_offset"][2].as_py() + 400)
+        tar.write(bytes(300))
+    kept = np.delete(unpublished.vectors(), 2, axis=0)
+    monkeypatch.setattr(parity, "vectors_of", lambda *_: kept)
+    assert main(unpublished.flags) == 0
+    made = json.loads((unpublished.cfg.paths.published_dir / "provenance.json").read_text())
+    assert made["facts"]["parity_images"] == 6
+
+
+def test_vectors_that_are_not_numbers_are_not_published(unpublished, monkeypatch):
+    monkeypatch.setattr(parity, "vectors_of", lambda *_: unpublished.vectors() * np.nan)
+    with pytest.raises(PipelineError, match="nothing was published"):
+        main(unpublished.flags)
+
+
+def test_a_head_of_another_backbone_is_refused_naming_both(unpublished):
+    write_tiny_backbone(unpublished.root / "other", "dinov2_with_registers")
+    other = [*unpublished.flags, "--set", f"embedding_model.name={unpublished.root / 'other'}"]
+    with pytest.raises(StaleArtefact, match=r'name = "tiny".*settings say name = "other"'):
+        main(other)
+    with pytest.raises(StaleArtefact, match=r'pooling = "cls".*settings say pooling = "mean"'):
+        main([*unpublished.flags, "--set", "embedding_model.pooling=mean"])
+
+
+def test_metrics_of_another_checkpoint_or_test_split_are_refused(unpublished):
+    write_metrics(unpublished.cfg, checkpoint_id="run-0")
+    with pytest.raises(StaleArtefact, match=r"metrics.json tells of another checkpoint_best\.pt \(run-0\)"):
+        main(unpublished.flags)
+
+
+def test_missing_inputs_name_their_stage(unpublished):
+    (unpublished.cfg.paths.evaluation_dir / "metrics.json").unlink()
+    with pytest.raises(PipelineError, match=r"metrics\.json does not exist: run train/evaluate\.py"):
+        main(unpublished.flags)
+    shutil.rmtree(unpublished.cfg.paths.checkpoints_dir)
+    with pytest.raises(PipelineError, match=r"checkpoint_best\.pt does not exist: run train/train\.py"):
+        main(unpublished.flags)
+
+
+def test_a_new_checkpoint_is_refused_and_overwrite_replaces_the_folder(unpublished, monkeypatch):
+    monkeypatch.setattr(parity, "check", lambda *_: (0.0, 7))  # another test has it
+    main(unpublished.flags)
+    folder = unpublished.cfg.paths.published_dir
+    (folder / "leftover").write_text("")
+    write_metrics(unpublished.cfg)
+    metrics = json.loads((unpublished.cfg.paths.evaluation_dir / "metrics.json").read_text())
+    metrics["provenance"]["id"] = "figures-2"
+    (unpublished.cfg.paths.evaluation_dir / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(StaleArtefact, match=r"another metrics\.json \(figures-1 then, figures-2 now\)"):
+        main(unpublished.flags)
+    assert main([*unpublished.flags, "--overwrite"]) == 0
+    assert not (folder / "leftover").exists()
+    assert [p.name for p in folder.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_folder_that_is_not_ours_is_not_replaced(unpublished):
+    folder = unpublished.cfg.paths.published_dir
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(PipelineError, match=r"was not written by this stage"):
+        main([*unpublished.flags, "--overwrite"])
+    assert (folder / "thesis.tex").exists()
+
+
+def test_what_a_dead_run_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path):
+    target = tmp_path / "published"
+    dead = tmp_path / ".published.tmp-0123456789ab"
+    dead.mkdir()
+    (dead / "model.safetensors").write_bytes(b"half")
+    with published.new_folder(target) as live:
+        (live / "config.json").write_text("{}")
+        published.remove_dead_folders(target)
+        assert not dead.exists()
+        assert live.exists()
+        assert not target.exists()
+    assert [path.name for path in target.iterdir()] == ["config.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["published"]
+
+
+def test_errors_are_two_lines_for_the_user(tmp_path, capsys):
+    assert cli.exit_code_of(lambda: main(["--set", f"paths.root={tmp_path}"])) == 1
+    assert "checkpoint_best.pt does not exist" in capsys.readouterr().err
