@@ -1,10 +1,14 @@
 """difficulty/search.py. Oracle: brute force in float64, and layouts small enough to see the answer."""
 
+import os
+import subprocess
+import sys
 import weakref
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from common.zones import make_zones
 from difficulty import search
@@ -211,6 +215,41 @@ def test_tiles_keep_within_the_memory(dim, memory_mb):
     held += settled * (40 * 4 * 150 + 16 * dim) + 8 * together * 4 * 150
     assert held <= memory_mb * 2**20 * 7 / 8  # an eighth is for what candidates are compared with
     assert together >= anchors >= 50  # or the products crawl
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+import numpy as np, torch
+from common.zones import make_zones
+from difficulty.search import exact_neighbors
+
+def held_mb(kind):
+    return int(re.search(kind + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+def peak_mb(n, memory_mb):
+    embeddings = torch.randn(n, 256, generator=torch.Generator().manual_seed(0)).half()
+    rows = np.arange(n)
+    zones = make_zones(rows, rows * 1e-3, rows * 0.0, 25.0)
+    before = held_mb("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    exact_neighbors(embeddings, zones, k=100, rows=rows, memory_mb=memory_mb, device=torch.device("cpu"))
+    return held_mb("VmHWM") - before
+
+peak_mb(900, 16)  # torch allocates some of its own once
+print(peak_mb(*map(int, sys.argv[1:])))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be set back here")
+@pytest.mark.parametrize("memory_mb", [128, 256])  # of less, what torch itself holds is a share
+def test_the_peak_memory_is_what_was_set(memory_mb):
+    n = 16_000
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(n), str(memory_mb)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= memory_mb + n * (256 * 2 + 100 * 8) / 2**20  # vectors in bfloat16, and the result
 
 
 def test_balltree_in_all_dimensions_is_exact_and_keeps_its_k_in_a_dense_place():
