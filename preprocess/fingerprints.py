@@ -5,9 +5,9 @@ each of 8 x 9 grey levels is below its right neighbour's. Both as in the library
 first bit of its matrix is the highest of ours.
 
 "exact" is that library. "fast" decodes the brightness channel alone and shrinks it by two matrix products with the
-weights of PIL's Lanczos filter, rounding between them as PIL does: of 62 synthetic views all pHashes and 94 % of
-the dHashes are the same. Decoding at 1/2 scale would save more, but a clear sky is so level that its dHash hangs
-on single grey levels: 77 % were the same.
+weights of PIL's Lanczos filter, rounding between them as PIL does: of 369 synthetic views 92 % of the pHashes and
+94 % of the dHashes are the same, and none is further off than 2 bits. Decoding at 1/2 scale would save more, but a
+clear sky is so level that its dHash hangs on single grey levels: 77 % were the same.
 """
 
 import io

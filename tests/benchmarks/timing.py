@@ -73,10 +73,10 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
-        model = names[0] if names else model
+        text = cpuinfo.read_text()
+        names = [line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line]
+        widest = [name for name in ("avx512_bf16", "avx512f", "avx2") if name in text]
+        model = ", ".join([*names[:1], *widest[:1]]) or model
     return f"{model}, {cores()} cores, Python {platform.python_version()}"
 
 
