@@ -43,7 +43,6 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
         license_name=terms.get("license_name"),
         license_link=terms.get("license_link"),
     )
-    shown = [key for key in METRICS if key in metrics["methods"]["trained"]]
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -61,13 +60,13 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
             if key.startswith("training.") and not isinstance(value, dict)
         },
         metrics=metrics,
-        titles=[METRICS[key] for key in shown],
+        titles=list(METRICS.values()),
         table=[
-            (METHODS.get(method, method), [told(values[key], key) for key in shown])
+            (METHODS.get(method, method), [told(values[key], key) for key in METRICS])
             for method, values in metrics["methods"].items()
         ]
         + [
-            (f"{METHODS.get(a, a)} - {METHODS.get(b, b)}", [told(values[key], key, "+") for key in shown])
+            (f"{METHODS.get(a, a)} - {METHODS.get(b, b)}", [told(values[key], key, "+") for key in METRICS])
             for (a, b), values in differences(metrics)
         ],
     )
@@ -89,10 +88,8 @@ def results(metrics: dict) -> list[EvalResult]:
     """The trained head's figures for the card's model-index, with their 95 % intervals where there are any."""
     found = []
     for key, title in METRICS.items():
-        figure = metrics["methods"]["trained"].get(key)
-        if figure is None:
-            continue
-        interval = {name: figure[name] for name in ("low", "high") if figure.get(name) is not None}
+        figure = metrics["methods"]["trained"][key]
+        interval = {name: figure[name] for name in ("low", "high") if figure[name] is not None}
         found.append(
             EvalResult(
                 task_type="image-feature-extraction",
@@ -119,6 +116,6 @@ def told(figure: dict, key: str, sign: str = "") -> str:
     """A figure as text: "54.3 [52.1, 56.4]", in percent unless it is a rank. `sign`: "+" for a difference."""
     factor, digits = (1, 0) if key == "median_rank" else (100, 1)
     text = f"{figure['value'] * factor:{sign}.{digits}f}"
-    if figure.get("low") is None:
+    if figure["low"] is None:
         return text
     return f"{text} [{figure['low'] * factor:{sign}.{digits}f}, {figure['high'] * factor:{sign}.{digits}f}]"

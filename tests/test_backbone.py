@@ -259,10 +259,27 @@ def test_a_folder_without_weights_or_config_or_preprocessing_is_told_apart(tmp_p
     assert "no weights" in load_error(folder)
     (folder / "model.safetensors").write_bytes(b"garbage")
     assert "cannot be loaded" in load_error(folder)
-    (folder / "preprocessor_config.json").unlink()
-    assert "preprocessor_config.json" in load_error(folder)
+    for text, told in (
+        ("{", "is not valid JSON"),
+        ('{"size": {"height": 3}}', "lacks 'width'"),
+        (None, "does not"),
+    ):
+        (folder / "preprocessor_config.json").unlink()
+        if text is not None:
+            (folder / "preprocessor_config.json").write_text(text)
+        assert told in load_error(folder)
+    (folder / "config.json").write_text("{")
+    assert "download the model again" in load_error(folder)
     (folder / "config.json").unlink()
     assert "no config.json" in load_error(folder)
+
+
+def test_preprocessing_that_keeps_every_size_is_refused(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"do_resize": False, "do_center_crop": False, "do_normalize": False})
+    )
+    with pytest.raises(PipelineError, match="neither a crop nor an exact size"):
+        pixels.read_preprocessing(tmp_path).image_size  # noqa: B018 - a property
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
@@ -291,6 +308,7 @@ def test_a_model_that_is_not_cached_says_how_to_fetch_it():
         (hub_errors.GatedRepoError, "accept its licence at https://huggingface.co/some/model"),
         (hub_errors.RepositoryNotFoundError, "mend embedding_model.name"),
         (hub_errors.RevisionNotFoundError, "embedding_model.revision"),
+        (hub_errors.HfHubHTTPError, "the hub does not answer for some/model"),
     ],
 )
 def test_what_the_hub_refuses_says_what_to_do(error, advice, monkeypatch):

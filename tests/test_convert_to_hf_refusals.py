@@ -4,15 +4,18 @@ belong together, a folder in its way. Oracle: the message, and what lies in the 
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import errors as hub_errors
 from local_backbone import write_tiny_backbone
 from trained_model import Trained, write_metrics
 
-from common import cli, parquet
+from common import cli, config, parquet
 from common.errors import PipelineError, StaleArtefact
-from publish import parity, published
+from generate import backbone
+from publish import parity, published, push
 from publish.convert_to_hf import main
 
 
@@ -54,6 +57,38 @@ def test_a_head_of_another_backbone_is_refused_naming_both(unpublished):
         main(other)
     with pytest.raises(StaleArtefact, match=r'pooling = "cls".*settings say pooling = "mean"'):
         main([*unpublished.flags, "--set", "embedding_model.pooling=mean"])
+
+
+def test_a_branch_of_the_hub_is_the_commit_that_it_stands_for(monkeypatch):
+    cfg = config.load(None, ["embedding_model.name=some/model", "embedding_model.revision=main"])
+    trained_on = {"name": "some/model", "revision": "abc123", "pooling": cfg.embedding_model.pooling}
+    checkpoint = {"embedding_model": {**trained_on, "dtype": "float32"}}
+    monkeypatch.setattr(backbone, "locate", lambda name, revision: Path("snapshots/abc123"))
+    settings = published.backbone_settings(cfg, Path("checkpoint_best.pt"), checkpoint)
+    assert (settings.name, settings.dtype) == ("some/model", "float32")
+    monkeypatch.setattr(backbone, "locate", lambda name, revision: Path("snapshots/def456"))  # it has moved on
+    with pytest.raises(StaleArtefact, match=r'revision = "abc123".*settings say revision = "main"'):
+        published.backbone_settings(cfg, Path("checkpoint_best.pt"), checkpoint)
+
+
+def test_without_an_image_to_check_with_nothing_is_published(unpublished):
+    tar = unpublished.cfg.paths.raw_dir / "0088.tar"
+    tar.write_bytes(bytes(tar.stat().st_size))
+    with pytest.raises(PipelineError, match="none of the first 7 images"):
+        main(unpublished.flags)
+    assert not unpublished.cfg.paths.published_dir.exists()
+
+
+def test_a_repository_that_the_hub_refuses_says_how_to_log_in(tmp_path, monkeypatch):
+    import httpx
+
+    def refuse(*_, **__):
+        response = httpx.Response(403, request=httpx.Request("POST", "https://huggingface.co"))
+        raise hub_errors.HfHubHTTPError("no", response=response)
+
+    monkeypatch.setattr(push.HfApi, "create_repo", refuse)
+    with pytest.raises(PipelineError, match=r"(?s)the hub refuses me/buildings.*hf auth login"):
+        push.push(tmp_path, "me/buildings")
 
 
 def test_metrics_of_another_checkpoint_or_test_split_are_refused(unpublished):
