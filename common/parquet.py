@@ -144,7 +144,7 @@ def read_matrix(path: Path, column: str) -> np.ndarray:
             for batch in file.iter_batches(size, row_groups=[group], columns=[column], use_threads=False):
                 block = matrix[end : end + batch.num_rows]
                 block[:] = to_matrix(batch.column(0))
-                if not _is_usable(block):
+                if not is_usable(block):
                     bad = np.flatnonzero(~(np.abs(block.astype(np.float64)) <= LARGEST).all(axis=1))
                     raise PipelineError(
                         f"{path}: {column} of row {end + bad[0]:,} holds NaN, infinity, or more than {LARGEST:g}"
@@ -156,8 +156,8 @@ def read_matrix(path: Path, column: str) -> np.ndarray:
     return matrix
 
 
-def _is_usable(block: np.ndarray) -> bool:
-    """Whether all values are at most LARGEST, and numbers."""
+def is_usable(block: np.ndarray) -> bool:
+    """Whether all values of some vectors are numbers, and none is larger than LARGEST."""
     if block.dtype != np.float16:
         return bool(np.abs(block).max(initial=0) <= LARGEST)
     # numpy converts each half to look at it; as a number without its sign, what is not finite is the largest

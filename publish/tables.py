@@ -231,7 +231,7 @@ def _matrix(column: pa.ChunkedArray, dim: int, table: Table) -> np.ndarray:
             "and pooling"
         )
     values = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, dim)
-    if not np.abs(values).max(initial=0) <= parquet.LARGEST:  # or not a number
+    if not parquet.is_usable(values):
         raise PipelineError(f"{where} holds vectors with numbers that are missing, not finite, or too large")
     return values
 
