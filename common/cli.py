@@ -4,8 +4,10 @@ Imports nothing heavy: `--help` answers at once.
 """
 
 import argparse
+import atexit
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -68,6 +70,7 @@ def run(main, *, resumable: bool = False) -> None:
     Others are ended by SIGTERM at once, as any program; SIGUSR2, Slurm's warning before the time limit, leaves
     them the minutes that remain.
     """
+    collect_seldom()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     if resumable:
@@ -76,6 +79,16 @@ def run(main, *, resumable: bool = False) -> None:
     else:
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     sys.exit(exit_code_of(main))
+
+
+def collect_seldom() -> None:
+    """Collect garbage seldom, and not at the end of the process.
+
+    torch and transformers are a million objects that stay: looking through them again and again while they load,
+    and once more at the end, takes 2 of the 6 seconds that a script which does nothing else needs.
+    """
+    gc.set_threshold(10_000)
+    atexit.register(gc.freeze)
 
 
 def exit_code_of(main) -> int:

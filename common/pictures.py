@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 PX = 160  # height and width of a small picture
+_FONT_PX, _GAP_PX, _TITLE_PX, _CAPTION_PX = 13, 8, 24, 20  # of a sheet
 
 
 def small(content: bytes) -> Image.Image | None:
@@ -39,18 +40,22 @@ class Line(NamedTuple):
 
 
 def sheet(lines: list[Line], columns: int) -> bytes:
-    """A PNG of lines of up to `columns` pictures, all of the same shape."""
-    across = max((image.width / image.height for line in lines for image in line.pictures), default=1.0)
-    figure = Figure(figsize=(1.6 * across * columns, 1.95 * len(lines)), dpi=100, layout="constrained")
-    axes = figure.subplots(len(lines), columns, squeeze=False)
-    for row, line in zip(axes, lines, strict=True):
-        for axis in row:
-            axis.set_axis_off()
-        for axis, image, caption in zip(row, line.pictures, line.captions, strict=False):
-            axis.imshow(image)
-            axis.text(0.5, -0.02, caption, transform=axis.transAxes, ha="center", va="top", fontsize=7)
-        row[0].set_title(line.title, fontsize=8, loc="left")
-    return png(figure)
+    """A PNG of lines of up to `columns` pictures, none of them made larger or smaller."""
+    width = max((image.width for line in lines for image in line.pictures), default=PX)
+    height = max((image.height for line in lines for image in line.pictures), default=PX)
+    across, down = width + _GAP_PX, _TITLE_PX + height + _CAPTION_PX
+    page = Image.new("RGB", (_GAP_PX + columns * across, _GAP_PX + len(lines) * down), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(_FONT_PX)
+    for number, line in enumerate(lines):
+        top = number * down + _TITLE_PX
+        pen.text((_GAP_PX, top - 4), line.title, "black", font, anchor="ld")
+        for place, (image, caption) in enumerate(zip(line.pictures, line.captions, strict=True)):
+            left = _GAP_PX + place * across
+            page.paste(image, (left, top))
+            pen.text((left + image.width // 2, top + image.height + 2), caption, "black", font, anchor="ma")
+    picture = io.BytesIO()
+    page.save(picture, "PNG")
+    return picture.getvalue()
 
 
 def png(figure: Figure) -> bytes:

@@ -1,17 +1,14 @@
-"""The frozen vision backbone: found, checked, loaded, and how its output becomes one vector per image.
+"""The frozen vision backbone: checked, loaded, and how its output becomes one vector per image.
 
 Families: DINOv2 with and without registers, DINOv3 ViT and ConvNeXt, from the hub or from a folder.
 """
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import huggingface_hub
 import torch
-from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -19,8 +16,8 @@ from transformers.utils.logging import disable_progress_bar
 from common.config import EmbeddingModel, Infrastructure, is_folder
 from common.errors import PipelineError
 from common.parquet import first_line
+from generate.model_files import WEIGHTS, locate, read_json
 from generate.pixels import Preprocessing, read_preprocessing
-from generate.weights import WEIGHTS, weights_digest
 from publish.modeling_spatial_embeddings import n_prefix_tokens, pool, width
 
 FAMILIES = ("dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext")
@@ -113,61 +110,3 @@ def compile_if_asked(model: PreTrainedModel, settings: Infrastructure) -> None:
             "load or install one (g++), or set infrastructure.compile to false"
         )
     model.compile()
-
-
-def locate(name: str, revision: str, weights: bool = True) -> Path:
-    """The folder of a model's files: `name` itself, or the hub's snapshot, which is downloaded if need be.
-
-    Run once where there is a network, it serves machines that share the cache and have none. `weights`: or only
-    what describes the model.
-    """
-    if is_folder(name):
-        if not (Path(name) / "config.json").is_file():
-            raise PipelineError(f"{name} is not a model's folder: it has no config.json")
-        return Path(name)
-    page = f"https://huggingface.co/{name}"
-    wanted = ["config.json", "preprocessor_config.json", *(WEIGHTS if weights else ())]
-    try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except hub_errors.GatedRepoError:
-        raise PipelineError(
-            f"{name} is gated: accept its licence at {page}\n"
-            "then log in with `hf auth login`, or set HF_TOKEN to a token of that account"
-        ) from None
-    except hub_errors.RevisionNotFoundError:
-        raise PipelineError(
-            f"{name} has no revision {revision}: see {page}/commits and set embedding_model.revision"
-        ) from None
-    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
-        raise PipelineError(
-            f"there is no model {name} on the hub that you may read\n"
-            "mend embedding_model.name (folders are relative to config.toml); a private model needs HF_TOKEN"
-        ) from None
-    except hub_errors.LocalEntryNotFoundError:
-        raise PipelineError(
-            f"{name} at revision {revision} is not in the cache, and the hub cannot be reached from here\n"
-            f"fetch it where there is a network: hf download {name} --revision {revision}; "
-            "HF_HUB_OFFLINE=1 stays set on machines without one"
-        ) from None
-    except hub_errors.HfHubHTTPError as error:
-        raise PipelineError(f"the hub does not answer for {name}: {first_line(error)}") from None
-
-
-def identity(settings: EmbeddingModel, dtype: str) -> dict:
-    """What embeddings depend on, for their provenance. A folder is known by its files, so it may be moved."""
-    known = {"embedding_model.pooling": settings.pooling, "embedding_model.dtype": dtype}
-    if not is_folder(settings.name):
-        return {
-            "embedding_model.name": settings.name,
-            "embedding_model.revision": settings.revision,
-            **known,
-        }
-    folder = locate(settings.name, settings.revision)
-    return {"embedding_model.name": folder.name, "embedding_model.weights": weights_digest(folder), **known}
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise PipelineError(f"{path} cannot be read ({first_line(error)}): download the model again") from None

@@ -25,11 +25,11 @@ def main(argv=None) -> int:
     args = cli.parser(__doc__, shards=True).parse_args(argv)
     cfg = cli.load_config(args)
     from common import devices, parquet, tars
-    from generate import backbone, loop, parts
+    from generate import model_files, parts
 
     device = devices.pick(cfg.infrastructure.device)
     dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
-    identity = backbone.identity(cfg.embedding_model, dtype)
+    identity = model_files.identity(cfg.embedding_model, dtype)
 
     todo, num_parts = [], 0
     for tar in tars.of_shard(cfg.paths.raw_dir, args.shard, args.num_shards):
@@ -39,6 +39,8 @@ def main(argv=None) -> int:
         num_parts += len(of_tar)
     if not todo:
         return cli.nothing_to_do("generate_embeddings", f"{num_parts:,} files")
+
+    from generate import backbone, loop  # import transformers: only if something is to be made
 
     model = backbone.load(cfg.embedding_model, dtype, device)
     backbone.compile_if_asked(model.model, cfg.infrastructure)

@@ -33,7 +33,7 @@ class Part:
 
 
 def of_tar(cfg: Config, tar: Path, model: dict) -> list[Part]:
-    """A tar's parts; one part without rows if the tar has no valid image. `model`: see `backbone.identity`."""
+    """A tar's parts; one part without rows if the tar has no valid image. `model`: see `model_files.identity`."""
     source = cfg.paths.intermediates_dir / f"{tar.stem}.parquet"
     if not source.exists():
         raise PipelineError(f"{source} does not exist: run preprocess/process_tar.py first")

@@ -7,7 +7,7 @@ import torch
 
 from common.config import Config
 from common.errors import PipelineError
-from generate import backbone
+from generate import backbone, model_files
 from generate.pixels import Preprocessing, read_preprocessing
 from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
 
@@ -43,7 +43,7 @@ def folder_of(cfg: Config, argument: Path | None) -> Path:
             f"{folder} holds no published model (it has no config.json)\n"
             "run publish/convert_to_hf.py, or name the folder with --model"
         )
-    kind = backbone.read_json(folder / "config.json").get("model_type")
+    kind = model_files.read_json(folder / "config.json").get("model_type")
     if kind != "spatial_embeddings":
         raise PipelineError(
             f"{folder} holds a model of type {kind}, not one that publish/convert_to_hf.py has published"
@@ -53,13 +53,13 @@ def folder_of(cfg: Config, argument: Path | None) -> Path:
 
 def identity(folder: Path, dtype: str) -> dict:
     """What vectors depend on, for their provenance: the model's files, wherever they lie, and the dtype."""
-    return {"model.weights": backbone.weights_digest(folder), "embedding_model.dtype": dtype}
+    return {"model.weights": model_files.weights_digest(folder), "embedding_model.dtype": dtype}
 
 
 def evaluation_of(folder: Path) -> str | None:
     """The id of the metrics.json that the model was published with; None if its folder does not tell."""
     path = folder / "provenance.json"
-    return backbone.read_json(path)["inputs"].get("metrics.json") if path.is_file() else None
+    return model_files.read_json(path)["inputs"].get("metrics.json") if path.is_file() else None
 
 
 def load(folder: Path, dtype: str, device: torch.device) -> Published:

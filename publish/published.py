@@ -15,7 +15,7 @@ from common import files, parquet
 from common.config import Config, EmbeddingModel, is_folder
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance
-from generate import backbone
+from generate import backbone, model_files
 from generate.pixels import Preprocessing
 from publish.configuration_spatial_embeddings import SpatialEmbeddingsConfig
 from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
@@ -46,10 +46,10 @@ def backbone_settings(cfg: Config, checkpoint_path: Path, checkpoint: dict) -> E
     """
     trained_on, settings = checkpoint["embedding_model"], cfg.embedding_model
     dtype = trained_on["dtype"] if settings.dtype == "auto" else settings.dtype
-    known = backbone.identity(settings, dtype)
+    known = model_files.identity(settings, dtype)
     ours = {key.removeprefix("embedding_model."): value for key, value in known.items()}
     if not is_folder(settings.name):  # the checkpoint has the commit that a branch or a tag stood for
-        commit = backbone.locate(settings.name, settings.revision).name
+        commit = model_files.locate(settings.name, settings.revision).name
         ours["revision"] = trained_on.get("revision") if trained_on.get("revision") == commit else ours["revision"]
     different = [key for key, value in ours.items() if trained_on.get(key) != value]
     if different:
@@ -109,7 +109,7 @@ def is_done(folder: Path, made: Provenance, overwrite: bool) -> bool:
 
 def write_provenance(folder: Path, made: Provenance, facts: dict) -> None:
     """provenance.json, whose id is a digest of the model's files."""
-    finished = made.finished(backbone.weights_digest(folder), {}, facts)
+    finished = made.finished(model_files.weights_digest(folder), {}, facts)
     (folder / "provenance.json").write_text(json.dumps(finished.to_dict(), indent=1) + "\n")
 
 

@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from common.config import Config
 from common.errors import PipelineError
-from generate import backbone
+from generate import backbone, model_files
 from generate.pixels import read_preprocessing
 from publish.configuration_spatial_embeddings import SpatialEmbeddingsConfig
 from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel, width
@@ -32,7 +32,7 @@ _RESIDUAL = 1.25  # the residual stream beside a layer's input and output: a qua
 def estimate(cfg: Config, num_images: int, image_size: int | None) -> dict:
     """Everything that `as_text` shows. `image_size`: pixels, or None for the model's own."""
     settings = cfg.embedding_model
-    folder = backbone.locate(settings.name, settings.revision, weights=False)
+    folder = model_files.locate(settings.name, settings.revision, weights=False)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if config.model_type not in backbone.FAMILIES:
         raise PipelineError(

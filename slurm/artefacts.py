@@ -18,7 +18,7 @@ from common import config, parquet, schemas, tars
 from common.config import Config
 from common.errors import PipelineError
 from common.provenance import Provenance
-from generate.weights import weights_digest
+from generate.model_files import weights_digest
 
 _weights_digest = functools.cache(weights_digest)
 

@@ -25,11 +25,11 @@ def main(argv=None) -> int:
     cfg = cli.load_config(arguments.parse_args(argv))
     import socket
 
-    from generate import backbone, pixels
+    from generate import model_files, pixels
 
     settings = cfg.embedding_model
-    folder = backbone.locate(settings.name, settings.revision)
-    family = backbone.read_json(folder / "config.json").get("model_type")
+    folder = model_files.locate(settings.name, settings.revision)
+    family = model_files.read_json(folder / "config.json").get("model_type")
     size = pixels.read_preprocessing(folder).image_size
     num_bytes = check_weights(folder)
     print(

@@ -1,5 +1,6 @@
 """What all tests share: the repository on the path, synthetic tars, tiny models, and running a script."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -14,6 +15,9 @@ os.environ.setdefault("MPLBACKEND", "agg")
 # tests share the cores, and threads of one that wait for one another while others compute wait for long
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from common import cli
+
+cli.collect_seldom()
 
 SLOWEST = (  # half a minute to minutes each
     *("test_slurm", "test_pipeline", "test_readme_commands"),
@@ -24,6 +28,11 @@ SLOWEST = (  # half a minute to minutes each
 def pytest_collection_modifyitems(items):
     """The slowest files first: begun last, each would keep one core busy when all others are done."""
     items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
+
+
+def pytest_collection_finish():
+    """What the tests have imported stays: no collection of garbage need look at it again."""
+    gc.freeze()
 
 
 @pytest.fixture
@@ -43,6 +52,14 @@ def no_curves(monkeypatch):
     from train import history
 
     monkeypatch.setattr(history, "draw", lambda path, table: path.touch())
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Reports have the texts of their figures alone: drawing them takes longer than a small evaluation."""
+    from train import figures
+
+    monkeypatch.setattr(figures, "svg", lambda figure, alt: alt)
 
 
 @pytest.fixture

@@ -47,13 +47,13 @@ GPU_STAGES = ("generate_embeddings", "compute_visual_neighbors", "optuna_worker"
 over = threading.Event()  # the tests are at their end: nobody needs to wait any more
 
 
-def wait_for(condition, what: str):
-    """The first true value of `condition()`."""
+def wait_for(condition, what: str, every_s: float = 0.05):
+    """The first true value of `condition()`, which is asked `every_s`."""
     deadline = time.monotonic() + PATIENCE_S
     while not (value := condition()):
         assert not over.is_set(), f"no {what} until the end"
         assert time.monotonic() < deadline, f"no {what} after {PATIENCE_S} s"
-        time.sleep(0.05)
+        time.sleep(every_s)
     return value
 
 
@@ -106,7 +106,10 @@ class Place:
     def wait(self, root: Path) -> None:
         """Until nothing of the runs of this root is in the queue."""
         ids = {job for run in (root / "logs" / "runs").iterdir() for job in self.jobs(root, run).values()}
-        wait_for(lambda: not ids & self.live(), f"end of {ids}")
+        self.wait_for_jobs(*ids)
+
+    def wait_for_jobs(self, *ids: str) -> None:
+        wait_for(lambda: not self.live() & set(ids), f"end of {ids}", every_s=0.5)  # squeue takes the jobs' time
 
     def live(self) -> set[str]:
         return set(self.cluster.ask("squeue", "--noheader", "--format=%F").split())

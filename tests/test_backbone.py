@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from common.config import EmbeddingModel
 from common.errors import PipelineError
-from generate import backbone, pixels
+from generate import backbone, model_files, pixels
 from publish.modeling_spatial_embeddings import n_prefix_tokens, pool
 
 CPU = torch.device("cpu")
@@ -330,20 +330,20 @@ def test_a_name_that_cannot_be_one_is_refused():
 
 def test_a_moved_folder_is_the_same_model_and_a_changed_one_is_not(tmp_path):
     folder = write_tiny_backbone(tmp_path / "here" / "tiny", "dinov2")
-    before = backbone.identity(settings(folder), "float32")
+    before = model_files.identity(settings(folder), "float32")
     assert before["embedding_model.name"] == "tiny"
     (tmp_path / "there").mkdir()
     moved = folder.rename(tmp_path / "there" / "tiny")
-    assert backbone.identity(settings(moved), "float32") == before
+    assert model_files.identity(settings(moved), "float32") == before
     weights = moved / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert backbone.identity(settings(moved), "float32") != before
+    assert model_files.identity(settings(moved), "float32") != before
 
 
 def test_a_hub_model_is_known_by_name_and_revision_without_a_network():
-    known = backbone.identity(settings("some/model", "mean", "v1"), "bfloat16")
+    known = model_files.identity(settings("some/model", "mean", "v1"), "bfloat16")
     assert known == {
         "embedding_model.name": "some/model",
         "embedding_model.revision": "v1",

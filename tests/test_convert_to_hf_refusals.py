@@ -14,7 +14,7 @@ from trained_model import Trained, write_metrics
 
 from common import cli, config, parquet
 from common.errors import PipelineError, StaleArtefact
-from generate import backbone
+from generate import model_files
 from publish import parity, published, push
 from publish.convert_to_hf import main
 
@@ -63,10 +63,10 @@ def test_a_branch_of_the_hub_is_the_commit_that_it_stands_for(monkeypatch):
     cfg = config.load(None, ["embedding_model.name=some/model", "embedding_model.revision=main"])
     trained_on = {"name": "some/model", "revision": "abc123", "pooling": cfg.embedding_model.pooling}
     checkpoint = {"embedding_model": {**trained_on, "dtype": "float32"}}
-    monkeypatch.setattr(backbone, "locate", lambda name, revision: Path("snapshots/abc123"))
+    monkeypatch.setattr(model_files, "locate", lambda name, revision: Path("snapshots/abc123"))
     settings = published.backbone_settings(cfg, Path("checkpoint_best.pt"), checkpoint)
     assert (settings.name, settings.dtype) == ("some/model", "float32")
-    monkeypatch.setattr(backbone, "locate", lambda name, revision: Path("snapshots/def456"))  # it has moved on
+    monkeypatch.setattr(model_files, "locate", lambda name, revision: Path("snapshots/def456"))  # it has moved on
     with pytest.raises(StaleArtefact, match=r'revision = "abc123".*settings say revision = "main"'):
         published.backbone_settings(cfg, Path("checkpoint_best.pt"), checkpoint)
 

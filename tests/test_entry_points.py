@@ -65,13 +65,13 @@ def test_help_is_the_same_by_path_and_as_a_module_installed_or_not(script, tmp_p
 
 @pytest.mark.parametrize("script", STAGES)
 def test_help_answers_in_under_half_a_second(script, tmp_path):
-    def once() -> float:
+    def processor_s() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         help_of([str(ROOT / script)], tmp_path)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(once() for _ in range(3)) < 0.5  # processor time, and the best of three: the machine may be busy
+    assert any(processor_s() < 0.5 for _ in range(3))  # the machine may be busy
 
 
 @pytest.mark.parametrize("script", STAGES)

@@ -16,6 +16,7 @@ from common.errors import PipelineError, StaleArtefact
 from train import breakdowns, evaluate, gallery, methods, metrics, protocol
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +46,8 @@ def slow_ranks(vectors, rows, radius_m, query, positives) -> list[int]:
     """Rank of each positive row among the rows that count, the other positives not standing in its way."""
     building = [(d, t) for d, t in zip(rows.column("dataset_id"), rows.column("target_id"), strict=True)]
     lat, lon = rows.column("target_lat"), rows.column("target_lon")
-    scores = vectors @ vectors[query]
-    wrong = [
-        scores[i]
-        for i in range(len(vectors))
-        if building[i] != building[query] and geo.distance_m(lat[i], lon[i], lat[query], lon[query]) > radius_m
-    ]
+    scores, far_m = vectors @ vectors[query], geo.distance_m(lat, lon, lat[query], lon[query])
+    wrong = [scores[i] for i in range(len(vectors)) if building[i] != building[query] and far_m[i] > radius_m]
     return [1 + sum(score >= scores[p] for score in wrong) for p in positives]
 
 

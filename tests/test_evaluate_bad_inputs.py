@@ -13,6 +13,8 @@ from small_evaluation import load, run
 from common import config
 from common.errors import PipelineError, StaleArtefact
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 @pytest.fixture
 def own(tmp_path):

@@ -19,6 +19,8 @@ from common import config, parquet
 from common.errors import PipelineError, StaleArtefact
 from train import results
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 @pytest.fixture
 def own(tmp_path):

@@ -1,5 +1,6 @@
 """preprocess/fix_intermediate_schema.py. Oracle: the file as process_tar.py wrote it, before it was disfigured."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +22,17 @@ def run(root, *flags):
     return fix_intermediate_schema.main(["--set", f"paths.root={root}", *flags])
 
 
+@pytest.fixture(scope="module")
+def processed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("processed")
+    write_dataset(root / "data/raw", streets=2, cities=2, image_px=64, facades_per_street=2)
+    process_tar.main(["--set", f"paths.root={root}"])
+    return root
+
+
 @pytest.fixture
-def root(tmp_path):
-    write_dataset(tmp_path / "data/raw", streets=2, cities=2, image_px=64, facades_per_street=2)
-    process_tar.main(["--set", f"paths.root={tmp_path}"])
-    return tmp_path
+def root(processed, tmp_path):
+    return shutil.copytree(processed, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.fixture

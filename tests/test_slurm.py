@@ -137,17 +137,16 @@ def test_a_failing_shard_cancels_what_depends_on_it_and_the_printed_command_fini
 
 
 def test_a_scancelled_array_is_told_as_cancelled_and_resubmitting_continues(place):
-    root = place.copy("cancelled", "data/embeddings")
-    without_gpu = ("--set", 'slurm.generate_embeddings.sbatch=["--mem=1G"]')  # which others may have
-    place.submit(root, "--only", "generate_embeddings", *without_gpu)
-    job = place.jobs(root)["generate_embeddings"]
-    for process in wait_for(lambda: place.python_of("generate_embeddings.py", root), "running task"):
+    root = place.copy("cancelled", "data/fingerprints")
+    place.submit(root, "--only", "compute_fingerprints")
+    job = place.jobs(root)["compute_fingerprints"]
+    for process in wait_for(lambda: place.python_of("compute_fingerprints.py", root), "running task"):
         os.kill(process, signal.SIGSTOP)  # it must not end before it is cancelled
-    assert place.told(root)["steps"]["generate_embeddings"]["state"] == "running"
+    assert place.told(root)["steps"]["compute_fingerprints"]["state"] == "running"
     place.run("scancel", job)
     place.wait(root)  # Slurm thaws it and sends SIGTERM: the stage ends with 85, but must not queue itself again
     report = place.told(root, code=1)
-    assert report["steps"]["generate_embeddings"]["tasks"] == {"cancelled": 2}
+    assert report["steps"]["compute_fingerprints"]["tasks"] == {"cancelled": 2}
     place.run(*shlex.split(report["continue"]))
     place.wait(root)
     place.status(root)
@@ -250,7 +249,7 @@ def test_a_stage_is_submitted_by_hand_from_another_directory(place, tmp_path):
     flags = ["--config", "config.toml", "--set", f"paths.root={root}", "--set", "training.epochs=2"]
     resources = ["--parsable", "--mem=1G", "--cpus-per-task=2"]  # the node is smaller than the wrapper asks for
     job = place.run("sbatch", *resources, ROOT / "slurm" / "train.sbatch", *flags, cwd=tmp_path).strip()
-    wait_for(lambda: job not in place.live(), "end of the job")
+    place.wait_for_jobs(job)
     (log,) = tmp_path.glob("train-*.log")
     assert "epoch 2: " in log.read_text()
     assert "epoch 3: " not in log.read_text()
@@ -264,7 +263,7 @@ def test_an_array_is_submitted_by_hand_from_a_path_with_spaces_and_each_task_tak
     flags = ["--num-shards=2", "--config", place.config, "--set", f"paths.root={root}"]
     wrapper = Path("slurm") / "compute_fingerprints.sbatch"
     job = place.run("sbatch", *resources, wrapper, *flags, cwd=repository).strip()
-    wait_for(lambda: job not in place.live(), "end of the job")
+    place.wait_for_jobs(job)
     logs = [path.read_text() for path in repository.glob("compute_fingerprints-*.log")]
     assert len(logs) == 2
     assert all("ends with exit code 0" in log for log in logs)

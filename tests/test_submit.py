@@ -11,7 +11,7 @@ from conftest import ROOT
 from common import cli, config
 from common.errors import ConfigError, PipelineError
 from common.provenance import Provenance
-from generate import weights
+from generate import model_files
 from slurm import artefacts, local, prefetch, submit
 
 
@@ -147,7 +147,7 @@ def test_other_weights_in_a_folder_of_the_same_name_are_noticed_and_a_moved_fold
     for folder, content in [("old", b"1"), ("moved", b"1"), ("swapped", b"2")]:
         (tmp_path / folder / "backbone").mkdir(parents=True)
         (tmp_path / folder / "backbone" / "model.safetensors").write_bytes(content)
-    digest = weights.weights_digest(tmp_path / "old" / "backbone")
+    digest = model_files.weights_digest(tmp_path / "old" / "backbone")
     record = {
         "embedding_model.name": "backbone",
         "embedding_model.weights": digest,
