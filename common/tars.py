@@ -245,11 +245,10 @@ def _plain_file(block: bytes, data: int) -> Member | None:
     if kind != _PLAIN or prefix or after_size or adler32(block) & 0xFFFF != _adler_of(checksum):
         return None
     try:
-        size = int(digits, 8)
-    except ValueError:
+        size, text = int(digits, 8), name.partition(b"\0")[0].decode()
+    except ValueError:  # or the name is not UTF-8
         return None
-    name = name.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-    return _new(Member, (name, data, size, "file", None)) if size >= 0 else None
+    return _new(Member, (text, data, size, "file", None)) if size >= 0 else None
 
 
 @lru_cache(2**16)

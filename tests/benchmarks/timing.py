@@ -19,6 +19,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/, for the synthetic tars
 
+from common import cli
+
+cli.collect_seldom()  # as every script; for the baselines as well
+
 
 @dataclass(frozen=True)
 class Ratio:
