@@ -21,7 +21,7 @@ DEMO_SETTINGS = --set paths.root=$(DEMO_ROOT) --set paths.raw_dir=../raw \
     --set training.epochs=10 --set training.steps_per_epoch=20 --set training.warmup_steps=20 \
     --set infrastructure.embedding_batch_size=32
 
-.PHONY: help install demo test lint bench readme clean
+.PHONY: help install demo test unit lint bench readme clean
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
@@ -31,7 +31,8 @@ $(VENV): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	    || { echo "error: Python 3.10 or newer is needed; name one with make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
+	@$(RUN) -m compileall -q -j 0 .venv/lib > /dev/null || true # on all cores; some packages hold files of other Pythons
 	@touch $@
 
 demo: $(VENV) $(DEMO_RAW)/.complete $(if $(filter $(DEMO)/backbone,$(BACKBONE)),$(DEMO)/backbone/config.json)  ## the whole chain on synthetic streets, here, in minutes
@@ -46,7 +47,9 @@ $(DEMO_RAW)/.complete: $(VENV)
 $(DEMO)/backbone/config.json: $(VENV)
 	@$(RUN) tests/local_backbone.py --out $(DEMO)/backbone
 
-test: $(VENV) lint  ## lint, then all tests
+test: lint unit  ## lint and all tests (-j2: both at once)
+
+unit: $(VENV)  ## the tests alone
 	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder -q
 
 lint: $(VENV)  ## style, imports, formatting and types

@@ -17,7 +17,7 @@ from conftest import ROOT
 from common import parquet
 
 pytestmark = pytest.mark.timeout(900)  # the demo, on a busy machine
-STREETS = 8
+STREETS = 4
 LEFT_OUT = {
     "make test": "it runs this",
     "make bench": "it takes 20 minutes",

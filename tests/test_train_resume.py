@@ -2,23 +2,22 @@
 and the curves that it leaves. Oracle: the undisturbed run.
 """
 
+import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import short_training
 import torch
+import warm
 from PIL import Image
 from short_training import flags, settings, train
 
 from common import cli, config, parquet
 from common.errors import Stopped
-from train import checkpoints, fit, model, remine
+from train import checkpoints, model, remine
 from train.datasets import load_data, relations
 from train.history import draw
 from train.train import main
@@ -165,14 +164,12 @@ def stopped_at(root, data, folder, monkeypatch, steps, *more):
 
 def stop_train(folder, root, at):
     """train.py in a process of its own, sent SIGUSR2 soon after the epoch `at` was told; its exit code."""
-    script = Path(fit.__file__).with_name("train.py")
-    command = [sys.executable, str(script), *flags(root, *LONGER, f"paths.checkpoints_dir={folder}")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            if line.startswith(f"epoch {at}:"):
-                time.sleep(0.1)  # in the middle of the next epoch
-                process.send_signal(signal.SIGUSR2)
-    return process.returncode
+    training = warm.Warm("train/train.py", *flags(root, *LONGER, f"paths.checkpoints_dir={folder}"))
+    while training.process.is_alive() and f"epoch {at}:" not in training.told_so_far():
+        time.sleep(0.01)
+    time.sleep(0.1)  # in the middle of the next epoch
+    os.kill(training.process.pid, signal.SIGUSR2)
+    return training.finish().returncode
 
 
 def test_stopped_by_sigusr2_three_times_exits_with_85_and_ends_bit_identical(root, tmp_path):

@@ -38,6 +38,11 @@ class Warm:
         self._folder.cleanup()
         return subprocess.CompletedProcess(self.process.name, self.process.exitcode, *texts)
 
+    def told_so_far(self) -> str:
+        """What it has written to stderr."""
+        path = Path(self._folder.name) / "stderr"
+        return path.read_text() if path.exists() else ""
+
 
 def run(script: str, *arguments) -> subprocess.CompletedProcess:
     """Run a script to its end."""
