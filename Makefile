@@ -6,6 +6,8 @@ DEMO ?= demo
 BACKBONE ?= $(DEMO)/backbone
 STREETS ?= 80
 
+unexport PYTHONDONTWRITEBYTECODE # else all of this is compiled again whenever a process starts
+
 VENV = .venv/.installed
 RUN = .venv/bin/python
 
