@@ -93,9 +93,9 @@ class Place:
         flags = ["--config", self.config, "--set", f"paths.root={root}"]
         return self.run(sys.executable, ROOT / "slurm" / "submit.py", *flags, *arguments, **options)
 
-    def status(self, root: Path, *arguments, code: int = 0) -> str:
+    def status(self, root: Path, *arguments, **options) -> str:
         flags = ["--config", self.config, "--set", f"paths.root={root}"]
-        return self.run(sys.executable, ROOT / "slurm" / "status.py", *flags, *arguments, code=code)
+        return self.run(sys.executable, ROOT / "slurm" / "status.py", *flags, *arguments, **options)
 
     def told(self, root: Path, code: int = 0) -> dict:
         """The status of the newest run as a dict, and its steps by name."""

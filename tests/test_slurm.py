@@ -313,7 +313,10 @@ def test_a_crashed_node_and_a_restarted_controller_are_told_and_the_job_starts_a
     (process,) = wait_for(lambda: place.python_of("summarize_ids.py", root), "running task")
     os.kill(process, signal.SIGSTOP)  # it must not end before the node does
     place.cluster.end("slurmctld")
-    assert "slurm" in place.status(root, code=1)  # the queue cannot be asked: neither done nor failed
+    configuration = Path(place.environment["SLURM_CONF"]).read_text()
+    (root / "impatient.conf").write_text(configuration.replace("MessageTimeout=60", "MessageTimeout=3"))
+    impatient = {**place.environment, "SLURM_CONF": root / "impatient.conf"}
+    assert "slurm" in place.status(root, code=1, env=impatient)  # cannot be asked: neither done nor failed
     place.cluster.start_controller()
     assert place.told(root)["steps"]["summarize_ids"]["state"] == "running"
 
