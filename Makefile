@@ -6,7 +6,7 @@ DEMO ?= demo
 BACKBONE ?= $(DEMO)/backbone
 STREETS ?= 80
 
-unexport PYTHONDONTWRITEBYTECODE # else all of this is compiled again whenever a process starts
+unexport PYTHONDONTWRITEBYTECODE # else every process compiles the pipeline's modules again
 
 VENV = .venv/.installed
 RUN = .venv/bin/python
@@ -23,7 +23,7 @@ DEMO_SETTINGS = --set paths.root=$(DEMO_ROOT) --set paths.raw_dir=../raw \
     --set training.epochs=10 --set training.steps_per_epoch=20 --set training.warmup_steps=20 \
     --set infrastructure.embedding_batch_size=32
 
-.PHONY: help install demo test unit lint bench readme clean
+.PHONY: help install demo test unit lint style types bench readme clean
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
@@ -34,7 +34,7 @@ $(VENV): pyproject.toml $(CONSTRAINTS)
 	    || { echo "error: Python 3.10 or newer is needed; name one with make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
-	@$(RUN) -m compileall -q -j 0 .venv/lib > /dev/null || true # on all cores; some packages hold files of other Pythons
+	@$(RUN) -W ignore -m compileall -q -j 0 .venv/lib > /dev/null || true # on all cores; what fails is compiled when used
 	@touch $@
 
 demo: $(VENV) $(DEMO_RAW)/.complete $(if $(filter $(DEMO)/backbone,$(BACKBONE)),$(DEMO)/backbone/config.json)  ## the whole chain on synthetic streets, here, in minutes
@@ -49,14 +49,19 @@ $(DEMO_RAW)/.complete: $(VENV)
 $(DEMO)/backbone/config.json: $(VENV)
 	@$(RUN) tests/local_backbone.py --out $(DEMO)/backbone
 
-test: lint unit  ## lint and all tests (-j2: both at once)
+test: style  ## lint and all tests: types are checked while the tests run
+	@$(MAKE) --no-print-directory -j2 types unit || { echo "error: see above: types or tests"; exit 1; }
 
 unit: $(VENV)  ## the tests alone
 	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder -q
 
-lint: $(VENV)  ## style, imports, formatting and types
+lint: style types  ## style, imports, formatting and types
+
+style: $(VENV)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+types: $(VENV)
 	.venv/bin/mypy
 
 bench: $(VENV)  ## time everything against its baselines, and write the README's table

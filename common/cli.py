@@ -84,11 +84,11 @@ def run(main, *, resumable: bool = False) -> None:
 def collect_seldom() -> None:
     """Collect garbage seldom, and not at the end of the process.
 
-    torch and transformers are a million objects that stay: looking through them again and again while they load,
-    and once more at the end, takes 2 of the 6 seconds that a script which does nothing else needs.
+    torch and transformers are hundreds of thousands of objects that stay. Looking through them again and again
+    while they load, and once more at the end, takes 2 of the 6 seconds of a script that does nothing else.
     """
     gc.set_threshold(10_000)
-    atexit.register(gc.freeze)
+    atexit.register(gc.freeze)  # registered first, so called last
 
 
 def exit_code_of(main) -> int:

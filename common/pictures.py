@@ -39,8 +39,9 @@ class Line(NamedTuple):
     captions: list[str]
 
 
-def sheet(lines: list[Line], columns: int) -> bytes:
-    """A PNG of lines of up to `columns` pictures, none of them made larger or smaller."""
+def sheet(lines: list[Line]) -> bytes:
+    """A PNG of lines of pictures, none of them made larger or smaller."""
+    columns = max(len(line.pictures) for line in lines)
     width = max((image.width for line in lines for image in line.pictures), default=PX)
     height = max((image.height for line in lines for image in line.pictures), default=PX)
     across, down = width + _GAP_PX, _TITLE_PX + height + _CAPTION_PX

@@ -48,7 +48,7 @@ class Report:
         if missing:
             log.warning("%d of %d sample images cannot be read from the tars in %s", missing, asked, raw_dir)
         if missing < asked:
-            files.write_bytes(sheet, pictures.sheet(lines, SHOWN))
+            files.write_bytes(sheet, pictures.sheet(lines))
             log.info("look at %s: is band 0 hard, or wrong?", sheet)
 
     def _lines(self, raw_dir: Path) -> tuple[list[pictures.Line], int, int]:

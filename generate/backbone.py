@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from common.config import EmbeddingModel, Infrastructure, is_folder
 from common.errors import PipelineError
 from common.parquet import first_line
-from generate.model_files import WEIGHTS, locate, read_json
+from generate import model_files
 from generate.pixels import Preprocessing, read_preprocessing
 from publish.modeling_spatial_embeddings import n_prefix_tokens, pool, width
 
@@ -61,8 +61,8 @@ def load(settings: EmbeddingModel, dtype: str, device: torch.device) -> Backbone
 
     Raises PipelineError, with what to do, if it cannot be had or is not of a known family.
     """
-    folder = locate(settings.name, settings.revision)
-    family = read_json(folder / "config.json").get("model_type")
+    folder = model_files.locate(settings.name, settings.revision)
+    family = model_files.read_json(folder / "config.json").get("model_type")
     if family not in FAMILIES:
         raise PipelineError(
             f"{settings.name} is a model of type {family}, which is not supported\n"
@@ -81,7 +81,7 @@ def load_weights(model_class, folder: Path, dtype: str) -> PreTrainedModel:
 
     Transformers gives tensors that are missing in the files random values, and says so in a warning only.
     """
-    if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+    if not any(path for pattern in model_files.WEIGHTS for path in folder.glob(pattern)):
         raise PipelineError(
             f"{folder} has no weights (model.safetensors)\n"
             "download the model whole, or save it with save_pretrained"

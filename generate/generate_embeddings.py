@@ -25,7 +25,7 @@ def main(argv=None) -> int:
     args = cli.parser(__doc__, shards=True).parse_args(argv)
     cfg = cli.load_config(args)
     from common import devices, parquet, tars
-    from generate import model_files, parts
+    from generate import loop, model_files, parts
 
     device = devices.pick(cfg.infrastructure.device)
     dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
@@ -40,7 +40,7 @@ def main(argv=None) -> int:
     if not todo:
         return cli.nothing_to_do("generate_embeddings", f"{num_parts:,} files")
 
-    from generate import backbone, loop  # import transformers: only if something is to be made
+    from generate import backbone  # imports transformers: only if something is to be made
 
     model = backbone.load(cfg.embedding_model, dtype, device)
     backbone.compile_if_asked(model.model, cfg.infrastructure)

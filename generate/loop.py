@@ -229,7 +229,10 @@ def _chunk(batch: _Batch, number: int, prepare: Callable) -> _Chunk:
     """A chunk of a batch, when it is ready for the model."""
     try:
         chunk = batch.chunks[number].result()
-    except torch.OutOfMemoryError:  # the model had taken all of it; now, between two batches, there is room
+    except torch.OutOfMemoryError as error:
+        # the model had taken all of it; now, between two batches, there is room, once the frames in which it
+        # happened let go of their pixels
+        error.__traceback__ = None
         chunk = prepare(batch.job, *batch.parts[number])
     if chunk.ready is not None:
         current = torch.cuda.current_stream(chunk.pixels.device)

@@ -1,14 +1,16 @@
 """A model's files: where they are, on the hub or in a folder, and what embeddings made with them are known by.
 
-Without torch and transformers, which take seconds to import: a run that finds all its embeddings there, and
-submit.py, need no more than this.
+Without transformers, which takes seconds to import: a run that finds all its embeddings there needs no more than
+this. Without torch too: submit.py looks at a model before it submits anything.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import disable_progress_bars
 
 from common.config import EmbeddingModel, is_folder
 from common.errors import PipelineError
@@ -29,6 +31,8 @@ def locate(name: str, revision: str, weights: bool = True) -> Path:
         if not (Path(name) / "config.json").is_file():
             raise PipelineError(f"{name} is not a model's folder: it has no config.json")
         return Path(name)
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # in the logs of a cluster
     page = f"https://huggingface.co/{name}"
     wanted = ["config.json", "preprocessor_config.json", *(WEIGHTS if weights else ())]
     try:

@@ -54,7 +54,7 @@ def draw(groups: list[Group], sources: Sources, raw_dir: Path) -> bytes:
         )
         for group in groups
     ]
-    return pictures.sheet(lines, SHOWN)
+    return pictures.sheet(lines)
 
 
 def _pictures(rows: list[int], sources: Sources, raw_dir: Path) -> dict[int, Image.Image]:

@@ -32,6 +32,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """What the tests have imported stays: no collection of garbage need look at it again."""
+    gc.collect()
     gc.freeze()
 
 

@@ -30,6 +30,7 @@ SETTINGS = [
     "training_model.output_dim=64",
     "training_model.hidden_dim=64",
     "training.epochs=12",
+    "training.patience=12",
     "training.steps_per_epoch=5",
     "training.batch_size=64",
     "training.warmup_steps=2",
@@ -47,7 +48,7 @@ over = threading.Event()  # the tests are at their end: nobody needs to wait any
 
 
 def wait_for(condition, what: str, every_s: float = 0.05):
-    """The first true value of `condition()`, which is asked `every_s`."""
+    """The first true value of `condition()`, which is asked again after `every_s` seconds."""
     deadline = time.monotonic() + PATIENCE_S
     while not (value := condition()):
         assert not over.is_set(), f"no {what} until the end"

@@ -144,7 +144,7 @@ def test_the_cards_example_runs_as_it_stands(tmp_path):
         done = Trained(tmp_path / family, family)
         folder = publish_without_check(done)
         example = (folder / "README.md").read_text().split("```python")[1].split("```")[0]
-        code += example.replace("PATH", str(folder))
+        code += f"exec({example.replace('PATH', str(folder))!r}, {{}})\n"  # each by itself
         vectors = done.vectors()
         expected.append(float(vectors[0] @ vectors[1]))
     printed = re.findall(r"-?\d\.\d+", in_fresh_environment(tmp_path, code))

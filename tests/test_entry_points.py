@@ -71,7 +71,10 @@ def test_help_answers_in_under_half_a_second(script, tmp_path):
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert any(processor_s() < 0.5 for _ in range(3))  # the machine may be busy
+    taken = [processor_s()]
+    while taken[-1] >= 0.5 and len(taken) < 3:  # the machine may be busy
+        taken.append(processor_s())
+    assert min(taken) < 0.5
 
 
 @pytest.mark.parametrize("script", STAGES)

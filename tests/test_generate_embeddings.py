@@ -103,11 +103,14 @@ def test_the_footer_tells_what_made_the_file(setup):
     assert made.rows == {"in": 5, "out": 5, "jpeg_corrupt": 0}
 
 
-def test_a_second_run_does_nothing_and_does_not_load_the_model(setup, monkeypatch, capsys):
+def test_a_second_run_does_nothing_and_does_not_import_transformers(setup):
     main(setup.flags)
-    monkeypatch.setattr(backbone, "load", None)
-    assert main(setup.flags) == 0
-    assert "nothing to do, 5 files up to date" in capsys.readouterr().out
+    code = "import sys; from generate.generate_embeddings import main; main(sys.argv[1:]); "
+    code += "assert 'transformers' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *setup.flags], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert "nothing to do, 5 files up to date" in done.stdout
 
 
 def test_only_what_is_missing_is_made(setup, capsys):

@@ -68,8 +68,9 @@ class Checkout:
         (folder / ".venv").symlink_to(sys.prefix)
         for name in ("pyproject.toml", "constraints.txt"):
             os.utime(folder / name, (0, 0))
+        by_make = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")  # of the one that runs these tests
         self.environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name not in by_make},
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "STREETS": str(STREETS),
         }

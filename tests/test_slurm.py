@@ -140,7 +140,8 @@ def test_a_scancelled_array_is_told_as_cancelled_and_resubmitting_continues(plac
     root = place.copy("cancelled", "data/fingerprints")
     place.submit(root, "--only", "compute_fingerprints")
     job = place.jobs(root)["compute_fingerprints"]
-    for process in wait_for(lambda: place.python_of("compute_fingerprints.py", root), "running task"):
+    both = wait_for(lambda: len(p := place.python_of("compute_fingerprints.py", root)) == 2 and p, "both tasks")
+    for process in both:
         os.kill(process, signal.SIGSTOP)  # it must not end before it is cancelled
     assert place.told(root)["steps"]["compute_fingerprints"]["state"] == "running"
     place.run("scancel", job)
@@ -258,7 +259,8 @@ def test_a_stage_is_submitted_by_hand_from_another_directory(place, tmp_path):
 
 def test_an_array_is_submitted_by_hand_from_a_path_with_spaces_and_each_task_takes_its_shard(place, tmp_path):
     root, repository = place.copy("by hand", "data/fingerprints"), tmp_path / "my repository"
-    shutil.copytree(ROOT, repository, ignore=shutil.ignore_patterns(".*", "data", "demo", "logs", "checkpoints"))
+    others = (".*", "data", "demo", "logs", "checkpoints", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, repository, ignore=shutil.ignore_patterns(*others))
     resources = ["--parsable", "--array=0-1", "--mem=1G", "--cpus-per-task=1"]
     flags = ["--num-shards=2", "--config", place.config, "--set", f"paths.root={root}"]
     wrapper = Path("slurm") / "compute_fingerprints.sbatch"
@@ -314,6 +316,7 @@ def test_a_crashed_node_and_a_restarted_controller_are_told_and_the_job_starts_a
     os.kill(process, signal.SIGSTOP)  # it must not end before the node does
     place.cluster.end("slurmctld")
     configuration = Path(place.environment["SLURM_CONF"]).read_text()
+    assert "MessageTimeout=60" in configuration
     (root / "impatient.conf").write_text(configuration.replace("MessageTimeout=60", "MessageTimeout=3"))
     impatient = {**place.environment, "SLURM_CONF": root / "impatient.conf"}
     assert "slurm" in place.status(root, code=1, env=impatient)  # cannot be asked: neither done nor failed

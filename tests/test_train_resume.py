@@ -163,20 +163,22 @@ def stopped_at(root, data, folder, monkeypatch, steps, *more):
 
 
 def stop_train(folder, root, at):
-    """train.py in a process of its own, sent SIGUSR2 soon after the epoch `at` was told; its exit code."""
+    """train.py in a process of its own, sent SIGUSR2 soon after the epoch `at` was told."""
     training = warm.Warm("train/train.py", *flags(root, *LONGER, f"paths.checkpoints_dir={folder}"))
     while training.process.is_alive() and f"epoch {at}:" not in training.told_so_far():
         time.sleep(0.01)
     time.sleep(0.1)  # in the middle of the next epoch
-    os.kill(training.process.pid, signal.SIGUSR2)
-    return training.finish().returncode
+    if training.process.is_alive():
+        os.kill(training.process.pid, signal.SIGUSR2)
+    done = training.finish()
+    assert done.returncode == cli.EXIT_STOPPED, done.stderr
 
 
 def test_stopped_by_sigusr2_three_times_exits_with_85_and_ends_bit_identical(root, tmp_path):
     stopped, undisturbed = tmp_path / "stopped", tmp_path / "undisturbed"
     steps = []
     for epoch in (0, 1, 3):
-        assert stop_train(stopped, root, at=epoch) == cli.EXIT_STOPPED
+        stop_train(stopped, root, at=epoch)
         steps.append(model.load_checkpoint(stopped / "default" / "checkpoint_last.pt")["resume"]["step"])
     assert 0 < steps[0] <= 150 < steps[1] <= 300 < 450 < steps[2] <= 600
     for folder in (stopped, undisturbed):

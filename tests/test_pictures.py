@@ -1,0 +1,27 @@
+"""common/pictures.py: sheets. Oracle: pictures of one colour each, found again where they belong."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from common import pictures
+from common.pictures import _CAPTION_PX, _GAP_PX, _TITLE_PX, PX, Line
+
+
+def test_every_picture_stands_in_its_line_and_column_with_its_title_and_caption():
+    colours = [["red", "lime"], ["blue"]]
+    lines = [
+        Line(f"line {n}", [Image.new("RGB", (PX, PX), name) for name in names], names)
+        for n, names in enumerate(colours)
+    ]
+    page = Image.open(io.BytesIO(pictures.sheet(lines)))
+    for number, names in enumerate(colours):
+        top = number * (_TITLE_PX + PX + _CAPTION_PX)
+        assert np.asarray(page.crop((0, top, page.width, top + _TITLE_PX))).min() < 128  # a title
+        for place, name in enumerate(names):
+            left, under = _GAP_PX + place * (PX + _GAP_PX), top + _TITLE_PX + PX
+            box = (left, top + _TITLE_PX, left + PX, under)
+            assert page.crop(box).getcolors() == Image.new("RGB", (PX, PX), name).getcolors()
+            caption = np.asarray(page.crop((left, under, left + PX, under + _CAPTION_PX)))
+            assert (caption[:, 40:-40].min(), caption[:, :20].min()) == (0, 255)  # in the middle
