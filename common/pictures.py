@@ -1,6 +1,7 @@
 """Small pictures of images that lie in tars, and sheets of them, for a person to look at."""
 
 import io
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,8 +46,10 @@ def sheet(lines: list[Line]) -> bytes:
     width = max((image.width for line in lines for image in line.pictures), default=PX)
     height = max((image.height for line in lines for image in line.pictures), default=PX)
     across, down = width + _GAP_PX, _TITLE_PX + height + _CAPTION_PX
-    page = Image.new("RGB", (_GAP_PX + columns * across, _GAP_PX + len(lines) * down), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(_FONT_PX)
+    font = ImageFont.load_default(_FONT_PX)
+    widest = max(columns * across, *(math.ceil(font.getlength(line.title)) + _GAP_PX for line in lines))
+    page = Image.new("RGB", (_GAP_PX + widest, _GAP_PX + len(lines) * down), "white")
+    pen = ImageDraw.Draw(page)
     for number, line in enumerate(lines):
         top = number * down + _TITLE_PX
         pen.text((_GAP_PX, top - 4), line.title, "black", font, anchor="ld")

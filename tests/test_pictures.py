@@ -9,6 +9,16 @@ from common import pictures
 from common.pictures import _CAPTION_PX, _GAP_PX, _TITLE_PX, PX, Line
 
 
+def test_a_title_wider_than_its_pictures_is_shown_whole():
+    one = [Image.new("RGB", (PX, PX), "red")]
+    for title in ("a", "a title that is far too long for a single picture, and ends in a square \u2588"):
+        page = Image.open(io.BytesIO(pictures.sheet([Line(title, one, [""])])))
+        right = np.asarray(page.crop((page.width - _GAP_PX, 0, page.width, _TITLE_PX)))
+        assert (right == 255).all()  # the margin
+    inked = (np.asarray(page.crop((0, 0, page.width, _TITLE_PX))) < 128).any(axis=(0, 2))
+    assert page.width - np.flatnonzero(inked)[-1] < 3 * _GAP_PX  # up to the end
+
+
 def test_every_picture_stands_in_its_line_and_column_with_its_title_and_caption():
     colours = [["red", "lime"], ["blue"]]
     lines = [
