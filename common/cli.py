@@ -85,7 +85,7 @@ def collect_seldom() -> None:
     """Collect garbage seldom, and not at the end of the process.
 
     torch and transformers are hundreds of thousands of objects that stay. Looking through them again and again
-    while they load, and once more at the end, takes 2 of the 6 seconds of a script that does nothing else.
+    while they load, and once more at the end, takes up to a third of the time of a script that does little else.
     """
     gc.set_threshold(10_000)
     atexit.register(gc.freeze)  # registered first, so called last

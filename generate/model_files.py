@@ -1,16 +1,12 @@
 """A model's files: where they are, on the hub or in a folder, and what embeddings made with them are known by.
 
 Without transformers, which takes seconds to import: a run that finds all its embeddings there needs no more than
-this. Without torch too: submit.py looks at a model before it submits anything.
+this. Without torch and the hub's client too: submit.py looks at a model before it submits anything.
 """
 
 import json
 import sys
 from pathlib import Path
-
-import huggingface_hub
-from huggingface_hub import errors as hub_errors
-from huggingface_hub.utils import disable_progress_bars
 
 from common.config import EmbeddingModel, is_folder
 from common.errors import PipelineError
@@ -31,6 +27,10 @@ def locate(name: str, revision: str, weights: bool = True) -> Path:
         if not (Path(name) / "config.json").is_file():
             raise PipelineError(f"{name} is not a model's folder: it has no config.json")
         return Path(name)
+    import huggingface_hub
+    from huggingface_hub import errors as hub_errors
+    from huggingface_hub.utils import disable_progress_bars
+
     if not sys.stderr.isatty():
         disable_progress_bars()  # in the logs of a cluster
     page = f"https://huggingface.co/{name}"

@@ -1,9 +1,7 @@
 """What one tar holds: its files read and checked by several threads, counted, and written."""
 
-import contextlib
-import gc
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,16 +37,6 @@ class TarFiles:
     damage: str = ""
 
 
-@contextlib.contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """To look for cycles among the tuples of a tar, where there are none, takes a quarter of the reader's time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 class Readers:
     """Threads that check JPEGs while the tar is being read; a context manager."""
 
@@ -61,7 +49,6 @@ class Readers:
     def __exit__(self, *_) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    @_without_garbage_collection()
     def read(self, tar: Path, on_images: Callable[[int, int], None]) -> TarFiles:
         """All files of a tar, up to where it is damaged. `on_images` is told how many more images are checked, and
         up to which byte of the tar; what it raises ends the reading.
