@@ -165,7 +165,7 @@ def stopped_at(root, data, folder, monkeypatch, steps, *more):
 def stop_train(folder, root, at):
     """train.py in a process of its own, sent SIGUSR2 soon after the epoch `at` was told."""
     training = warm.Warm("train/train.py", *flags(root, *LONGER, f"paths.checkpoints_dir={folder}"))
-    while training.process.is_alive() and f"epoch {at}:" not in training.told_so_far():
+    while training.process.is_alive() and f"epoch {at}:" not in training.told_so_far("stderr"):
         time.sleep(0.01)
     time.sleep(0.1)  # in the middle of the next epoch
     if training.process.is_alive():

@@ -33,14 +33,13 @@ class Warm:
         """Wait for its end; its exit code (of a signal: less than 0) and what it has said."""
         self.process.join(timeout)
         assert self.process.exitcode is not None, f"{self.process} has not ended after {timeout} s"
-        said = (Path(self._folder.name) / name for name in ("stdout", "stderr"))
-        texts = [path.read_text() if path.exists() else "" for path in said]
+        texts = [self.told_so_far(name) for name in ("stdout", "stderr")]
         self._folder.cleanup()
         return subprocess.CompletedProcess(self.process.name, self.process.exitcode, *texts)
 
-    def told_so_far(self) -> str:
-        """What it has written to stderr."""
-        path = Path(self._folder.name) / "stderr"
+    def told_so_far(self, name: str) -> str:
+        """What it has written to "stdout" or "stderr"."""
+        path = Path(self._folder.name) / name
         return path.read_text() if path.exists() else ""
 
 
