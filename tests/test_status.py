@@ -165,7 +165,15 @@ def test_ctrl_c_ends_watch_on_a_terminal_quietly(submitted, cfg, clients):
     clients(squeue=f"echo '{job}_0|process_tar|RUNNING|None'")
     outside, inside = pty.openpty()
     command = [sys.executable, ROOT / "slurm" / "status.py", "--set", f"paths.root={cfg.paths.root}", "--watch"]
-    watching = subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, start_new_session=True)
+    watching = subprocess.Popen(
+        command,
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+        # a shell's background job ignores SIGINT, and so would what the tests start when they run in one
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     os.close(inside)
     shown = b""
     while b"running" not in shown:
