@@ -8,8 +8,8 @@ Reads    data/raw/<tar>.tar
 Writes   data/intermediates/<tar>.parquet: a row per valid image, in the order of the tar
          data/intermediates/rejects/<tar>.parquet: a row per rejected file, with the reason
 Command  python preprocess/process_tar.py [--shard 3 --num-shards 40]
-Memory   (2 x workers + 2) x 8 JPEGs on their way to the decoders, 16 MB of the tar each time (64 MB of a larger
-         file), and about 2 kB for each image of one tar: with 4 workers and 40,000 images 240 MB
+Memory   (workers + 2) x 1 MB of the tar, or its largest file of up to 64 MB, and about 2 kB for each image of one
+         tar: with 4 workers and 40,000 images 90 MB
 Time     the decoder's: about 2,000 images of 640 x 640 pixels a second and core
 """
 

@@ -1,10 +1,11 @@
 """What one tar holds: its files read and checked by several threads, counted, and written."""
 
-from collections import Counter, deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 
 from common import parquet, schemas, tars
 from common.errors import PipelineError
@@ -18,10 +19,8 @@ from preprocess.pairs import Image, Pairs, Text
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
 LABEL_SUFFIX = ".txt"
 _SUFFIXES = (LABEL_SUFFIX, *IMAGE_SUFFIXES)
-_Place = tuple[str, str, int, int]  # name, stem, offset and size of an image
-_Unchecked = tuple[str, str, int, int, memoryview | None]  # the same, and the JPEG
-_BATCH_IMAGES = 8  # handed to a thread at once: few, so that all threads end together
-_BATCH_BYTES = 16 * 2**20  # of the tar, from a batch's first image to its last: what it may keep in memory
+_TELL_EVERY_S = 0.2  # how far the checking is, and how long a signal to stop waits
+_Unchecked = tuple[str, str, int, int, memoryview | None]  # of an image: name, stem, offset, size, the JPEG
 
 
 @dataclass
@@ -38,65 +37,71 @@ class TarFiles:
 
 
 class Readers:
-    """Threads that check JPEGs while the tar is being read; a context manager."""
+    """Threads that read a tar and check its JPEGs; a context manager.
+
+    They take turns at reading: whoever has checked an image reads the next. A thread that only reads would hold
+    Python's lock for many images at a time, and the decoders would wait for it.
+    """
 
     def __init__(self, threads: int):
-        self._pool, self._max_waiting = ThreadPoolExecutor(threads), 2 * threads
+        self._pool, self._threads = ThreadPoolExecutor(threads), threads
 
     def __enter__(self) -> "Readers":
         return self
 
     def __exit__(self, *_) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown()
 
     def read(self, tar: Path, on_images: Callable[[int, int], None]) -> TarFiles:
-        """All files of a tar, up to where it is damaged. `on_images` is told how many more images are checked, and
-        up to which byte of the tar; what it raises ends the reading.
+        """All files of a tar, up to where it is damaged. `on_images` is told now and then how many more images are
+        checked, and up to which byte of the tar; what it raises ends the reading.
         """
         files = TarFiles()
-        batch: list[_Unchecked] = []
-        waiting: deque[tuple[list[_Place], Future[list[Jpeg | Rejected]]]] = deque()
+        unchecked, turn = _images(tar, files), Lock()
 
-        def collect() -> None:
-            places, future = waiting.popleft()
-            files.images += [Image(*place, found) for place, found in zip(places, future.result(), strict=True)]
-            files.num_checked += len(places)
-            if places:
-                on_images(len(places), places[-1][2] + places[-1][3])
+        def check_images() -> None:
+            while True:
+                with turn:
+                    image = next(unchecked, None)
+                if image is None:
+                    return
+                name, stem, offset, size, content = image
+                files.images.append(Image(name, stem, offset, size, _inspect(content)))
 
-        def submit() -> None:
-            future = self._pool.submit(_inspect_all, [content for *_, content in batch])
-            waiting.append(([image[:4] for image in batch], future))
-            batch.clear()
-            if len(waiting) > self._max_waiting:
-                collect()
-
-        broken = None
+        threads = [self._pool.submit(check_images) for _ in range(self._threads)]
+        running = True
         try:
-            for member in tars.walk(tar, contents=True):
-                if member.kind == "directory":
-                    continue
-                files.num_members += 1
-                image = _take(files, member)
-                if image:
-                    if batch and member.offset + member.size - batch[0][2] > _BATCH_BYTES:
-                        submit()
-                    batch.append(image)
-                    if len(batch) == _BATCH_IMAGES:
-                        submit()
-        except tars.Damage as damage:
-            broken = damage
-        submit()
-        while waiting:
-            collect()
-        if broken:
-            _take_broken(files, tar, broken)
+            while running:
+                running = bool(wait(threads, timeout=_TELL_EVERY_S).not_done)
+                if new := len(files.images) - files.num_checked:
+                    files.num_checked += new
+                    on_images(new, files.images[-1].offset + files.images[-1].size)
+        finally:  # the threads end, whatever `on_images` has raised
+            with turn:
+                unchecked.close()
+        files.images.sort(key=lambda image: image.offset)
+        for thread in threads:
+            try:
+                thread.result()
+            except tars.Damage as damage:  # of the one whose turn it was
+                _take_broken(files, tar, damage)
         return files
 
 
-def _inspect_all(contents: list[memoryview | None]) -> list[Jpeg | Rejected]:
-    absent = Rejected(Reject.JPEG_CORRUPT, "not a file, or far too large")
-    return [absent if content is None else jpegs.inspect(content) for content in contents]
+def _images(tar: Path, files: TarFiles) -> Generator[_Unchecked, None, None]:
+    """The images of a tar; all else is noted in `files`, in passing."""
+    for member in tars.walk(tar, contents=True):
+        if member.kind != "directory":
+            files.num_members += 1
+            image = _take(files, member)
+            if image:
+                yield image
+
+
+def _inspect(content: memoryview | None) -> Jpeg | Rejected:
+    if content is None:
+        return Rejected(Reject.JPEG_CORRUPT, "not a file, or far too large")
+    return jpegs.inspect(content)
 
 
 def _take(files: TarFiles, member: tars.Member) -> _Unchecked | None:

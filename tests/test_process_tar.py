@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import tarfile
+import time
 
 import pytest
 import xxhash
@@ -191,6 +192,7 @@ def test_a_signal_stops_it_within_a_tar_and_nothing_is_left(tmp_path, monkeypatc
     def counted(content):
         calls.append(1)
         monkeypatch.setattr(cli, "_stop_signal", 15)  # the signal comes while the first images are checked
+        time.sleep(0.01)  # large ones
         return real(content)
 
     monkeypatch.setattr(jpegs, "inspect", counted)
