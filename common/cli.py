@@ -140,7 +140,8 @@ def exit_code_of(main) -> int:
         }.get(error.errno or 0)
         if advice is None:
             raise
-        where = f" ({error.filename})" if error.filename else ""
+        path = error.filename2 or error.filename  # of two, as in a copy, the second is the one that is written
+        where = f" ({path})" if path else ""
         print(f"error: {advice}{where}", file=sys.stderr)
         print("       mend that and run it again: finished files are kept", file=sys.stderr)
         return 1

@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from common.errors import PipelineError
+
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, some network disks
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DEAD_AFTER_S = 3 * 24 * 3600.0  # without locks: nobody writes for so long without a row group in between
 _TEMPORARY = re.compile(r"^\.(?P<target>.+)\.tmp-[0-9a-f]{12}$")
 
@@ -26,7 +29,10 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     next run that writes the same `path` removes it. Two runs at once do not disturb each other; the last wins.
     Where the file system has no locks, only what has not been written to for three days is taken for dead.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:  # in spite of `parents`: below /proc, for instance
+        raise PipelineError(f"the folder {path.parent} cannot be made: look at paths.root and [paths]") from None
     remove_dead_temporaries(path)
     file, temporary = _open_locked(path)
     try:
@@ -36,8 +42,10 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
             os.replace(temporary, path)  # still locked: nobody takes it for a dead run's
         fsync(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename is None:
+            error.filename = str(path)  # to be told: which disk is full
         raise
 
 

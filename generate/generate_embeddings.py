@@ -56,7 +56,8 @@ def main(argv=None) -> int:
             times,
             progress,
         )
-        loop.write_each(results, lambda result: parts.write(result, model.dim, model.facts()))
+        most_rejected = cfg.data.max_reject_share
+        loop.write_each(results, lambda result: parts.write(result, model.dim, model.facts(), most_rejected))
     return progress.summary(str(times))
 
 

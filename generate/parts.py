@@ -75,12 +75,20 @@ def jpegs_of(tar: Path, rows: pa.Table):
     return lambda start, stop: tars.read_members(tar, offsets[start:stop], sizes[start:stop])
 
 
-def write(result: Result, dim: int, facts: dict) -> None:
-    """Write a part's embeddings, after its rejects. Raises PipelineError if one is not finite in float16."""
+def write(result: Result, dim: int, facts: dict, max_reject_share: float) -> None:
+    """Write a part's embeddings, after its rejects. Raises PipelineError if one is not finite in float16, or if
+    more than `max_reject_share` of the part's images are rejected: all of them could be decoded once.
+    """
     part, rows = result.job.name
     vectors = result.vectors.reshape(-1, dim).astype(np.float16)
     refuse_not_finite(vectors, rows["image_path"].take(result.rows), part.tar)
     write_rejects(part.target, part.made, named(result.failed, rows["image_path"]))
+    if len(result.failed) > max_reject_share * part.count:
+        raise PipelineError(
+            f"{len(result.failed):,} of {part.count:,} images of {part.tar} cannot be decoded any more (more than "
+            f"data.max_reject_share); see {_rejects(part.target)}\n"
+            "put the tar back that process_tar.py read, or run process_tar.py and what follows with --overwrite"
+        )
     columns = rows.take(result.rows)
     with parquet.writer(part.target, schemas.embeddings(dim), part.made) as out:
         out.append({**{name: columns[name] for name in columns.column_names}, "embedding": vectors})
@@ -101,13 +109,17 @@ def refuse_not_finite(vectors: np.ndarray, names: pa.ChunkedArray | pa.Array, wh
 
 def write_rejects(target: Path, made: Provenance, failed: dict[str, str]) -> None:
     """Images that have no vector, and why, in rejects/ beside `target`; no file if there are none."""
-    path = target.parent / "rejects" / target.name
+    path = _rejects(target)
     if not failed:
         path.unlink(missing_ok=True)
         return
     with parquet.writer(path, schemas.REJECTS, made) as out:
         reasons = [Reject.JPEG_CORRUPT.value] * len(failed)
         out.append({"member": list(failed), "reason": reasons, "detail": list(failed.values())})
+
+
+def _rejects(target: Path) -> Path:
+    return target.parent / "rejects" / target.name
 
 
 def named(failed: dict[int, str], names: pa.ChunkedArray | pa.Array) -> dict[str, str]:

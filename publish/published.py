@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from common import files, parquet
 from common.config import Config, EmbeddingModel, is_folder
@@ -80,7 +81,10 @@ def write_model(folder: Path, settings: EmbeddingModel, checkpoint_path: Path, c
         model = SpatialEmbeddingsModel(config)
     model.backbone, model.head = loaded.model, head_of(checkpoint)
     loaded.model.config.dtype = loaded.model.dtype  # the backbone's configuration in `config`
-    model.eval().save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    try:
+        model.eval().save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    except SafetensorError as error:  # the disk is full, for instance
+        raise PipelineError(f"the weights cannot be written to {folder}: {error}") from None
     for weights in folder.glob("*.safetensors"):  # made readable by their owner alone
         shutil.copymode(folder / "config.json", weights)
     shutil.copy(loaded.folder / "preprocessor_config.json", folder)

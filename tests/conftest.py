@@ -1,7 +1,9 @@
 """What all tests share: the repository on the path, synthetic tars, tiny models, and running a script."""
 
+import contextlib
 import gc
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +47,22 @@ def run_script():
         return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=timeout)
 
     return run
+
+
+@pytest.fixture
+def full_disk():
+    """`with full_disk(50_000):` no file can grow beyond so many bytes, as if there were no room for more."""
+
+    @contextlib.contextmanager
+    def limit(size: int):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ def run_main(body: str, resumable: bool = False) -> subprocess.CompletedProcess:
         (PipelineError("a is missing\nrun b"), 1, "error: a is missing\n       run b\n"),
         (ConfigError("no such key"), 2, "error: no such key\n"),
         (OSError(errno.ENOSPC, "No space", "/scratch/x"), 1, "error: the disk is full (/scratch/x)\n"),
+        (OSError(errno.ENOSPC, "No space", "/a", None, "/scratch/x"), 1, "error: the disk is full (/scratch/x)\n"),
     ],
 )
 def test_a_users_error_is_two_lines_and_an_exit_code(error, code, message, capsys):

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 from common import files
+from common.errors import PipelineError
 
 
 def in_another_process(code: str, *arguments) -> subprocess.Popen:
@@ -31,6 +33,19 @@ def test_a_block_that_fails_leaves_the_old_file_and_no_temporary(tmp_path):
         raise ZeroDivisionError
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_disk_that_is_full_is_told_by_the_file_that_it_is_wanted_for(tmp_path, full_disk):
+    path = tmp_path / "folder" / "a.txt"
+    with full_disk(100), pytest.raises(OSError, match="File too large") as caught:
+        files.write_bytes(path, bytes(1_000))
+    assert caught.value.filename == str(path)
+    assert os.listdir(path.parent) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named():
+    with pytest.raises(PipelineError, match="the folder /proc/nowhere/data cannot be made: look at paths.root"):
+        files.write_text(Path("/proc/nowhere/data/a.txt"), "")
 
 
 def test_a_killed_writers_temporary_is_removed_by_the_next_but_a_living_ones_is_not(tmp_path):

@@ -136,7 +136,11 @@ def test_an_image_that_was_damaged_since_is_a_reject_and_counted(tmp_path, capsy
     with (setup.cfg.paths.raw_dir / "0088.tar").open("r+b") as tar:  # same size: the tar is still the same input
         tar.seek(rows["image_offset"][6].as_py() + 400)
         tar.write(bytes(300))
-    assert main(setup.flags) == 0
+    with pytest.raises(PipelineError, match=r"1 of 2 images of .*0088\.tar cannot be decoded any more"):
+        main(setup.flags)
+    assert not setup.part("0088-1").exists()
+    capsys.readouterr()
+    assert main([*setup.flags, "--overwrite", "--set", "data.max_reject_share=0.5"]) == 0
     assert "7 images in, 6 out, 1 rejected (jpeg_corrupt 1)" in capsys.readouterr().out
     assert parquet.num_rows(setup.part("0088-1")) == 1
     rejects = parquet.read(setup.cfg.paths.embeddings_dir / "rejects" / "0088-1.parquet").to_pylist()
@@ -147,7 +151,7 @@ def test_an_image_that_was_damaged_since_is_a_reject_and_counted(tmp_path, capsy
 
 def test_a_part_whose_images_are_all_damaged_has_no_rows(tmp_path):
     setup = Setup(tmp_path, {"0088": [content[:500] for content in photographs(3)]})
-    assert main(setup.flags) == 0
+    assert main([*setup.flags, "--set", "data.max_reject_share=1"]) == 0
     assert parquet.num_rows(setup.part("0088-0")) == 0
     assert parquet.num_rows(setup.cfg.paths.embeddings_dir / "rejects" / "0088-0.parquet") == 3
     assert parquet.read(setup.part("0088-0")).schema.field("embedding").type.list_size == 32

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 
 import numpy as np
 import pyarrow as pa
@@ -108,17 +107,13 @@ def test_a_failing_block_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path, full_disk):
     path = tmp_path / "a.parquet"
     write(path)
     before = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            write(path, {"name": ["x"] * 50_000, "vector": np.zeros((50_000, 3), np.float16)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(50_000), pytest.raises(OSError, match="File too large") as caught:
+        write(path, {"name": ["x"] * 50_000, "vector": np.zeros((50_000, 3), np.float16)})
+    assert caught.value.filename == str(path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.parquet"]
 

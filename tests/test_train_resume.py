@@ -207,6 +207,15 @@ def test_killed_between_its_files_and_run_again_ends_bit_identical(root, data, u
     assert_same_checkpoints(tmp_path, undisturbed)
 
 
+def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_the_one_before(tmp_path, full_disk):
+    path = tmp_path / "checkpoint_last.pt"
+    checkpoints.write(path, {"epoch": 1})
+    with full_disk(10_000), pytest.raises(OSError, match="File too large") as caught:
+        checkpoints.write(path, {"epoch": 2, "head": torch.zeros(10_000)})
+    assert caught.value.filename == str(path)
+    assert torch.load(path, weights_only=True) == {"epoch": 1}
+
+
 def test_the_curves_are_a_picture(undisturbed, tmp_path):
     draw(tmp_path / "curves.png", parquet.read(undisturbed / "history.parquet").to_pandas())
     with Image.open(tmp_path / "curves.png") as picture:

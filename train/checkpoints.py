@@ -1,5 +1,6 @@
 """What a run leaves in its folder: checkpoints to evaluate, to publish and to go on from, and its history."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +61,10 @@ def restore(run, saved: dict) -> None:
 
 def write(path: Path, content: dict) -> None:
     """Save a dict of tensors and plain values, atomically."""
+    buffer = io.BytesIO()  # writing to a full disk, torch.save hides the error behind one of its own
+    torch.save(content, buffer)
     with files.atomic(path) as file:
-        torch.save(content, file)
+        file.write(buffer.getbuffer())
 
 
 class Store:
