@@ -271,7 +271,8 @@ def load(path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) 
     try:
         cfg = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, path)) from None
+        overridden = {override.partition("=")[0].strip() for override in overrides}
+        raise ConfigError(_explain(error, path, overridden)) from None
     return _absolute(cfg, path.resolve().parent)
 
 
@@ -364,11 +365,13 @@ def _suggestion(name: str, known) -> str:
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
-def _explain(error: ValidationError, path: Path) -> str:
-    lines = [f"{path} cannot be used:"]
+def _explain(error: ValidationError, path: Path, overridden: set[str]) -> str:
+    lines = []
     for mistake in error.errors():
         *sections, key = [str(part) for part in mistake["loc"]] or ["config.toml"]
         where = f"[{'.'.join(sections)}] {key}" if sections else f"[{key}]"
+        if ".".join([*sections, key]) in overridden:
+            where = f"--set {'.'.join([*sections, key])}"
         if sections[1:2] == ["search_space"]:  # told once, not for each form that a dimension may have
             name = [*sections, key][2]
             form = '[low, high], [low, high, "log"] or { choices = [...] }'
@@ -379,7 +382,8 @@ def _explain(error: ValidationError, path: Path) -> str:
             lines.append(f"{where} is missing")
         else:
             lines.append(f"{where}: {mistake['msg'].removeprefix('Value error, ')}{_given(mistake)}")
-    return "\n".join(dict.fromkeys(lines))
+    told = "the settings" if all(line.startswith("--set") for line in lines) else path
+    return "\n".join([f"{told} cannot be used:", *dict.fromkeys(lines)])
 
 
 def _given(mistake) -> str:

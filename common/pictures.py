@@ -2,6 +2,7 @@
 
 import io
 import math
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,11 +34,19 @@ def read(tar_path: Path, offset: int, size: int) -> Image.Image | None:
 
 
 class Line(NamedTuple):
-    """A line of a sheet: its title, and pictures with what stands under each."""
+    """A line of a sheet: its title, and pictures with what stands under each; without pictures only the title."""
 
     title: str
     pictures: list[Image.Image]
     captions: list[str]
+
+
+def absent() -> Image.Image:
+    """What stands in a sheet for an image that cannot be read."""
+    tile = Image.new("RGB", (PX, PX), "#dddddd")
+    font = ImageFont.load_default(_FONT_PX)
+    ImageDraw.Draw(tile).text((PX // 2, PX // 2), "cannot be read", "black", font, anchor="mm")
+    return tile
 
 
 def sheet(lines: list[Line]) -> bytes:
@@ -48,10 +57,11 @@ def sheet(lines: list[Line]) -> bytes:
     across, down = width + _GAP_PX, _TITLE_PX + height + _CAPTION_PX
     font = ImageFont.load_default(_FONT_PX)
     widest = max(columns * across, *(math.ceil(font.getlength(line.title)) + _GAP_PX for line in lines))
-    page = Image.new("RGB", (_GAP_PX + widest, _GAP_PX + len(lines) * down), "white")
+    bottoms = list(accumulate(down if line.pictures else _TITLE_PX for line in lines))
+    page = Image.new("RGB", (_GAP_PX + widest, _GAP_PX + bottoms[-1]), "white")
     pen = ImageDraw.Draw(page)
-    for number, line in enumerate(lines):
-        top = number * down + _TITLE_PX
+    for line, above in zip(lines, [0, *bottoms], strict=False):
+        top = above + _TITLE_PX
         pen.text((_GAP_PX, top - 4), line.title, "black", font, anchor="ld")
         for place, (image, caption) in enumerate(zip(line.pictures, line.captions, strict=True)):
             left = _GAP_PX + place * across

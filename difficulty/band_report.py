@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from PIL import Image
 
 from common import files, geo, parquet, pictures
@@ -16,6 +17,7 @@ from difficulty.band_table import METRES, NEAR_M, SIMILARITIES, Table, quantiles
 log = logging.getLogger("pipeline")
 SAMPLED = 4_096  # anchors that the pairs of the sheet are drawn from
 SHOWN = 5  # pairs of a band
+_LABEL_WIDTH = 0.03  # of an edge's label, along its axis
 _COLOURS = ["#7f0000", "#b30000", "#d7301f", "#ef6548", "#fc8d59", "#8c96c6", "#4c78a8"]  # of bands, hardest first
 
 
@@ -64,7 +66,8 @@ class Report:
         lines = []
         for facts, of_band in zip(self.table.rows(), pairs, strict=True):
             upper = " or more" if facts["ratio_to"] is None else f" to {facts['ratio_to']:.2f}"
-            title = f"band {facts['band']}: ratio {facts['ratio_from']:.2f}{upper}; {facts['pairs']:,} pairs"
+            pairs_of = f"{facts['pairs']:,} pair{'s' * (facts['pairs'] != 1)}"
+            title = f"band {facts['band']}: ratio {facts['ratio_from']:.2f}{upper}; {pairs_of}"
             both = [_side_by_side(images[anchor], images[row]) for anchor, row, _ in of_band]
             captions = [
                 f"cosine {similarity:.2f}, {self._distance(anchor, row)}" for anchor, row, similarity in of_band
@@ -123,6 +126,7 @@ def draw(table: Table, ratio_counts: np.ndarray) -> Figure:
     if len(there):
         far.legend(fontsize=8, frameon=False)
         far.set(xscale="log", xlim=(min(NEAR_M / 2, there[0]), 1.1 * there[-1]))
+        far.xaxis.set_minor_formatter(NullFormatter())
     far.set(title="pairs of one dataset nearer than ...", xlabel="m", ylabel="share", ylim=(0, 1))
 
     rows, places = table.rows(), np.arange(len(names))
@@ -154,12 +158,14 @@ def _draw_edges(axis, edges: np.ndarray, ratio_counts: np.ndarray, colours: list
         axis.axvline(edge, color="black", lw=0.7)
     axis.set(title="pairs by distance ratio, and the bands' edges", xlabel="ratio to the reference neighbour")
     axis.set(xscale="log", ylabel="pairs")
-    axis.set_xticks(edges, [f"{edge:.2f}" for edge in edges], rotation=90, fontsize=8)
+    place = np.log(edges / bins[0]) / np.log(bins[-1] / bins[0])  # 0..1 along the axis
+    told = [0, *(n for n in range(1, len(edges)) if place[n] - place[n - 1] >= _LABEL_WIDTH)]
+    axis.set_xticks(edges[told], [f"{edge:.2f}" for edge in edges[told]], rotation=90, fontsize=8)
     axis.minorticks_off()
 
 
 def _side_by_side(left: Image.Image | None, right: Image.Image | None) -> Image.Image:
     both = Image.new("RGB", (2 * pictures.PX + 4, pictures.PX), "white")
     for x, image in ((0, left), (pictures.PX + 4, right)):
-        both.paste(image or Image.new("RGB", (pictures.PX, pictures.PX), "#dddddd"), (x, 0))
+        both.paste(image or pictures.absent(), (x, 0))
     return both

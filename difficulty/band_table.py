@@ -95,6 +95,8 @@ def as_text(table: list[dict]) -> str:
             metres = "" if row["median_distance_m"] is None else f"{row['median_distance_m']:,.0f}"
             columns += [f"{similar:>20} {row['share_same_dataset']:13.1%} {metres:>9}"]
             columns += [f"{row['share_within_50_m']:12.1%}"]
+        else:
+            columns += [" " * (20 + 1 + 13 + 1 + 9 + 1 + 12)]
         columns += [f"{row['share_of_anchors_without']:16.1%}"]
         lines.append(" ".join(columns))
     return "\n".join(lines)

@@ -17,7 +17,7 @@ SHOWN = 6  # images of a group
 
 
 class Group(NamedTuple):
-    title: str
+    title: str  # why they were dropped
     size: int  # images dropped
     rows: list[int]  # some of the images, the one that stands for them first
 
@@ -27,11 +27,12 @@ def largest_groups(images: Images, found: Decision) -> list[Group]:
     groups = []
     for members in _largest("duplicate_across_buildings", images.content_hash, found):
         buildings = len(np.unique(found.building[members]))
-        title = f"one JPEG at {buildings:,} buildings, some far apart: all dropped"
+        title = f"all, since this one file stands at {buildings:,} buildings, some far apart"
         groups.append(Group(title, len(members), members[:SHOWN].tolist()))
     for members in _largest("duplicate_within_building", found.like, found):
         kept = found.like[members[0]]
-        title = f"like the first, at its building {images.dataset_id[kept]:04d}_{images.target_id[kept]}: dropped"
+        building = f"{images.dataset_id[kept]:04d}_{images.target_id[kept]}"
+        title = f"for being like the first, which stays at their building {building}"
         groups.append(Group(title, len(members), [int(kept), *members.tolist()][:SHOWN]))
     return sorted(groups, key=lambda group: -group.size)[:MAX_GROUPS]
 
@@ -50,7 +51,7 @@ def draw(groups: list[Group], sources: Sources, raw_dir: Path) -> bytes:
     of_row = _pictures(sorted({row for group in groups for row in group.rows}), sources, raw_dir)
     lines = [
         pictures.Line(
-            f"{group.size:,}: {group.title}", [of_row[row] for row in group.rows], [""] * len(group.rows)
+            f"{group.size:,} dropped: {group.title}", [of_row[row] for row in group.rows], [""] * len(group.rows)
         )
         for group in groups
     ]

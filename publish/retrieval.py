@@ -1,6 +1,7 @@
 """Search by the published model: vectors of photographs, the nearest of a gallery, and a picture of them."""
 
 import io
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from train.results import read as read_metrics
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
+log = logging.getLogger("pipeline")
+SHOWN_UNREADABLE = 5
 MAX_COLUMNS = 8  # of the picture: wider than a screen is no use
 
 
@@ -39,7 +42,7 @@ class Found:
     query: Photograph
     results: list[Photograph]
     similarities: np.ndarray  # (n,) cosine
-    gallery_size: int
+    gallery_size: int  # images that could be decoded
 
     def is_match(self, number: int) -> bool | None:
         """Whether a result shows the query's building; None where the names do not tell."""
@@ -83,11 +86,15 @@ def search(
     forward, prepare, device = published.forward, published.preprocessing, published.device
     with Progress("search", "image", len(names)) as progress:
         (result,) = loop.embed(jobs, forward, prepare, device, settings, times, progress)
-    if query is None:
-        row = with_most_matches(names)
-        query = Photograph(names[row], gallery.read(row, row + 1)[0])
     if not len(result.rows):
         raise PipelineError(f"none of the {len(names):,} images of the gallery can be decoded")
+    for row, why in list(result.failed.items())[:SHOWN_UNREADABLE]:
+        log.warning("%s is left out: %s", names[row], why)
+    if len(result.failed) > SHOWN_UNREADABLE:
+        log.warning("and %s more are left out", f"{len(result.failed) - SHOWN_UNREADABLE:,}")
+    if query is None:
+        row = int(result.rows[with_most_matches([names[row] for row in result.rows])])
+        query = Photograph(names[row], gallery.read(row, row + 1)[0])
     similarities = result.vectors.astype(np.float32) @ vector_of(published, query)
     results, cosines = [], []
     for best in np.argsort(-similarities, kind="stable"):
@@ -98,7 +105,7 @@ def search(
             cosines.append(similarities[best])
         if len(results) == top:
             break
-    return Found(query, results, np.array(cosines), len(names))
+    return Found(query, results, np.array(cosines), len(result.rows))
 
 
 def with_most_matches(names: list[str]) -> int:

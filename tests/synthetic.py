@@ -18,6 +18,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import tarfile
 import time
@@ -162,7 +163,8 @@ def write_dataset(out: Path, *, streets: int, cities: int = 2, seed: int = 0, da
 
     out.mkdir(parents=True, exist_ok=True)
     images, rejects, counts, started = [], [], {}, time.perf_counter()
-    pool = multiprocessing.get_context("spawn").Pool(processes) if processes > 1 else None
+    ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that collects
+    pool = multiprocessing.get_context("spawn").Pool(processes, *ignore) if processes > 1 else None
     try:
         results = pool.imap(_street_members, tasks) if pool else map(_street_members, tasks)
         for city, streets_of_city in groupby(zip(tasks, results, strict=True), key=lambda pair: pair[0][1]):
@@ -196,6 +198,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--truth", type=Path, help="folder for what was planted (two Parquet files and a JSON)")
     args = parser.parse_args(argv)
+    if args.streets < args.cities:
+        parser.error(f"--streets {args.streets}: {args.cities} cities need at least as many")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     started = time.perf_counter()
     truth = write_dataset(args.out, streets=args.streets, cities=args.cities, seed=args.seed, damage=args.damage,
@@ -211,4 +215,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

@@ -67,6 +67,15 @@ def test_table_tells_what_lies_in_each_band():
     assert "0.90" in band_table.as_text([hard, easy])
 
 
+def test_an_empty_bands_line_keeps_the_columns():
+    table = band_table.Table(np.array([1.0], np.float32))
+    rows, similarities, offsets = np.array([[1], [0]]), np.full((2, 1), 0.9), np.array([[0, 1, 1], [0, 1, 1]])
+    table.add(0, rows, similarities, offsets, np.zeros((2, 3)), np.array([1, 1]))
+    head, hard, easy = band_table.as_text(table.rows()).splitlines()
+    assert len(head) == len(hard) == len(easy)
+    assert easy.split() == ["1", "1.00-...", "0", "100.0%"]
+
+
 def test_quantiles_of_a_histogram_are_those_of_the_values_to_a_bin():
     rng = np.random.default_rng(0)
     values, edges = np.append(rng.normal(0, 0.1, 5_000), rng.normal(0.8, 0.02, 5_000)), np.linspace(-1, 1, 2_001)

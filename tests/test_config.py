@@ -81,7 +81,7 @@ def test_set_overrides_with_toml_values_and_plain_strings():
         ("trainin.margin=1", "did you mean training?"),
         ("training.margin", "--set section.key=value"),
         ("margin=1", "--set section.key=value"),
-        ("training.margin=wide", "[training] margin"),
+        ("training.margin=wide", "the settings cannot be used:\n--set training.margin: "),
         ("data.train_ratio=0.5", "must be 1"),
         ("training.bandit_groups=100000", "exceeds batch_size"),
         ("training.search_space.marginn=[0, 1]", "did you mean margin?"),
@@ -90,12 +90,21 @@ def test_set_overrides_with_toml_values_and_plain_strings():
         ("training.search_space.run=['a', 'b']", "[training.search_space] run must be [low, high]"),
         ("training.search_space.seed=[0, 9]", "seed is the same for all trials"),
         ("embedding_model.name=./nowhere", "there is no folder"),
-        ("data.split_cell_m=inf", "[data] split_cell_m: Input should be a finite number"),
+        ("data.split_cell_m=inf", "--set data.split_cell_m: Input should be a finite number"),
     ],
 )
 def test_a_wrong_override_says_what_is_wrong(override, expected):
     with pytest.raises(ConfigError, match=re.escape(expected)):
         config.load(None, [override])
+
+
+def test_mistakes_of_the_file_and_of_the_command_line_are_told_apart(write_config):
+    path = write_config(('pooling = "cls"', 'pooling = "max"'))
+    with pytest.raises(ConfigError) as caught:
+        config.load(path, ["training.margin=wide"])
+    first, *others = str(caught.value).splitlines()
+    assert first == f"{path} cannot be used:"
+    assert [line.partition(":")[0] for line in others] == ["[embedding_model] pooling", "--set training.margin"]
 
 
 @pytest.mark.parametrize("value", ["0.3", "[1]", "{choices=[]}", "['a', 'b']", "{choises=[1]}"])

@@ -33,7 +33,7 @@ def test_a_model_that_gives_other_vectors_is_not_published(unpublished, monkeypa
 
 
 def test_weights_that_the_disk_has_no_room_for_are_an_error_and_leave_nothing(unpublished, full_disk):
-    with full_disk(20_000), pytest.raises(PipelineError, match="weights cannot be written to .*File too large"):
+    with full_disk(20_000), pytest.raises(PipelineError, match=r"weights cannot be written to .*File too large"):
         main(unpublished.flags)
     data = unpublished.cfg.paths.published_dir.parent
     assert not [path.name for path in data.iterdir() if "published" in path.name]

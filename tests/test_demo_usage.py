@@ -48,11 +48,15 @@ def test_search_gives_the_most_similar_images_first(model, flags, query, tmp_pat
     assert Image.open(out).width > 4 * Image.open(out).height / 2  # the query and 4 results in a row
 
 
-def test_search_in_a_tar_leaves_out_what_cannot_be_decoded(flags, query, tmp_path, capsys):  # noqa: F811
+def test_search_in_a_tar_names_what_cannot_be_decoded(flags, query, tmp_path, capsys, caplog):  # noqa: F811
     write_tar(tmp_path / "0088.tar", [*JPEGS[:3], JPEGS[3][:600]])
     out = str(tmp_path / "found.png")
     assert main(["search", query, "--gallery", str(tmp_path / "0088.tar"), "--out", out, *flags]) == 0
-    assert len(results_of(capsys.readouterr().out)) == 3
+    told = capsys.readouterr().out
+    assert len(results_of(told)) == 3
+    assert "the nearest of 3 images" in told
+    [warning] = [record.message for record in caplog.records if "is left out" in record.message]
+    assert "_3_" in warning
 
 
 def test_a_gallery_of_several_tars_is_refused(flags, query, tmp_path):  # noqa: F811

@@ -19,6 +19,12 @@ def test_a_title_wider_than_its_pictures_is_shown_whole():
     assert page.width - np.flatnonzero(inked)[-1] < 3 * _GAP_PX  # up to the end
 
 
+def test_a_line_without_pictures_is_its_title_alone():
+    one = Line("a", [Image.new("RGB", (PX, PX), "red")], [""])
+    heights = [Image.open(io.BytesIO(pictures.sheet(lines))).height for lines in ([one], [one, Line("b", [], [])])]
+    assert heights[1] - heights[0] == _TITLE_PX
+
+
 def test_every_picture_stands_in_its_line_and_column_with_its_title_and_caption():
     colours = [["red", "lime"], ["blue"]]
     lines = [

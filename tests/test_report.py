@@ -175,6 +175,12 @@ def test_the_best_match_comes_last_where_the_first_results_are_all_wrong(cfg):
     assert [(row, kind) for row, _, kind in found][-2:] == [(10, "wrong"), (2, "match")]
 
 
+def test_distances_are_told_within_one_dataset_alone():
+    here = {"dataset_id": 88, "target_lat": 40.0, "target_lon": -74.0}
+    assert sheets._distance(here, here | {"target_lat": 40.001}) == "111 m"
+    assert sheets._distance(here, here | {"dataset_id": 89, "target_lat": 48.0}) == "another dataset"
+
+
 def test_figures_take_the_pages_colour_and_are_reproducible():
     history = pd.DataFrame({"epoch": [0, 1, 2], "loss": [np.nan, 0.2, 0.1], "val_map_at_r": [0.3, 0.31, 0.32]})
     shares = history.assign(share_band_0=[np.nan, 0.4, 0.5], share_random=[np.nan, 0.6, 0.5])

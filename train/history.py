@@ -68,5 +68,5 @@ def draw(path: Path, table: pd.DataFrame) -> None:
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     files.write_bytes(path, pictures.png(figure))

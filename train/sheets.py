@@ -106,6 +106,8 @@ def make(
 
 
 def _distance(a: dict, b: dict) -> str:
+    if a["dataset_id"] != b["dataset_id"]:
+        return "another dataset"
     metres = geo.distance_m(a["target_lat"], a["target_lon"], b["target_lat"], b["target_lon"])
     return f"{metres:,.0f} m" if metres < 10_000 else f"{metres / 1000:,.0f} km"
 
