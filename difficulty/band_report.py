@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from common import files, geo, parquet, pictures
@@ -125,8 +125,11 @@ def draw(table: Table, ratio_counts: np.ndarray) -> Figure:
     there = METRES[np.flatnonzero(table.metres.sum(axis=0))]
     if len(there):
         far.legend(fontsize=8, frameon=False)
-        far.set(xscale="log", xlim=(min(NEAR_M / 2, there[0]), 1.1 * there[-1]))
-        far.xaxis.set_minor_formatter(NullFormatter())
+        low, high = min(NEAR_M / 2, there[0]), 1.1 * there[-1]
+        far.set(xscale="log", xlim=(low, high))
+        far.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+        far.xaxis.set_major_formatter("{x:,.0f}")
+        far.minorticks_off()
     far.set(title="pairs of one dataset nearer than ...", xlabel="m", ylabel="share", ylim=(0, 1))
 
     rows, places = table.rows(), np.arange(len(names))
