@@ -88,6 +88,15 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("floors", [[0.3], [1e-38, 0.5, torch.inf], [0.0], [-0.0, 2.0], [-0.4, 0.4, -8.0]])
+def test_bfloat16_numbers_compared_by_their_bits_reach_what_they_reach_as_numbers(floors):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    every, floor = every[~every.isnan()], torch.tensor(floors).bfloat16()
+    expected = every.float()[None, :] >= floor.float()[:, None]
+    assert torch.equal(search._reaching(every[None, :], floor[:, None]), expected)
+    assert torch.equal(search._reaching(every[:, None], floor), expected.T)
+
+
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("bfloat16", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
