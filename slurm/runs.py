@@ -60,7 +60,13 @@ def ask(*command: str, show_warnings: bool = False) -> str:
     except FileNotFoundError:
         raise PipelineError(f"there is no {command[0]} here: run this on a login node of the cluster") from None
     if answer.returncode:
-        raise PipelineError(f"{command[0]} says: {answer.stderr.strip() or answer.stdout.strip()}")
+        told = answer.stderr.strip() or answer.stdout.strip()
+        if "configuration source" in told:  # Slurm's programs are installed, but belong to no cluster
+            raise PipelineError(
+                f"{command[0]} finds no cluster: run this on a login node,\n"
+                "or run the chain here with slurm/submit.py --local"
+            )
+        raise PipelineError(f"{command[0]} says: {told}")
     if show_warnings:
         sys.stderr.write(answer.stderr)
     return answer.stdout

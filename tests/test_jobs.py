@@ -232,6 +232,14 @@ def test_a_record_is_found_by_name_by_path_and_as_the_newest(tmp_path):
     assert runs.find(tmp_path, str(tmp_path / "runs" / "20260101-000000")).name == "20260101-000000"
 
 
+def test_clients_without_a_cluster_are_told_as_that_and_local_is_offered(cfg, clients):
+    fatal = "echo 'scontrol: fatal: Could not establish a configuration source' >&2; exit 1"
+    clients(sbatch="true", scontrol=fatal)
+    steps = submit.chain(cfg)
+    with pytest.raises(PipelineError, match=r"^scontrol finds no cluster: .*\n.*--local$"):
+        jobs.submit(steps, everything(steps), cfg, submit.parse([]))
+
+
 def test_without_slurm_it_says_so_and_offers_local(monkeypatch, cfg, tmp_path):
     monkeypatch.setattr(jobs.shutil, "which", lambda _: None)
     steps = submit.chain(cfg)
