@@ -140,7 +140,9 @@ def exit_code_of(main) -> int:
         }.get(error.errno or 0)
         if advice is None:
             raise
-        path = error.filename2 or error.filename  # of two, as in a copy, the second is the one that is written
+        # of the two of a copy, the second is the one that is written
+        no_room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        path = (no_room and error.filename2) or error.filename
         where = f" ({path})" if path else ""
         print(f"error: {advice}{where}", file=sys.stderr)
         print("       mend that and run it again: finished files are kept", file=sys.stderr)

@@ -271,8 +271,8 @@ def load(path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) 
     try:
         cfg = Config.model_validate(tree)
     except ValidationError as error:
-        overridden = {override.partition("=")[0].strip() for override in overrides}
-        raise ConfigError(_explain(error, path, overridden)) from None
+        wrong = "what --set says" if overrides and _is_usable(path) else path
+        raise ConfigError("\n".join([f"{wrong} cannot be used:", *_explain(error)])) from None
     return _absolute(cfg, path.resolve().parent)
 
 
@@ -365,13 +365,21 @@ def _suggestion(name: str, known) -> str:
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
-def _explain(error: ValidationError, path: Path, overridden: set[str]) -> str:
+def _is_usable(path: Path) -> bool:
+    """Whether the file is a valid configuration, as it stands."""
+    try:
+        Config.model_validate(tomli.loads(path.read_text(encoding="utf-8")))
+    except ValidationError:
+        return False
+    return True
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """A line for each mistake."""
     lines = []
     for mistake in error.errors():
         *sections, key = [str(part) for part in mistake["loc"]] or ["config.toml"]
         where = f"[{'.'.join(sections)}] {key}" if sections else f"[{key}]"
-        if ".".join([*sections, key]) in overridden:
-            where = f"--set {'.'.join([*sections, key])}"
         if sections[1:2] == ["search_space"]:  # told once, not for each form that a dimension may have
             name = [*sections, key][2]
             form = '[low, high], [low, high, "log"] or { choices = [...] }'
@@ -382,8 +390,7 @@ def _explain(error: ValidationError, path: Path, overridden: set[str]) -> str:
             lines.append(f"{where} is missing")
         else:
             lines.append(f"{where}: {mistake['msg'].removeprefix('Value error, ')}{_given(mistake)}")
-    told = "the settings" if all(line.startswith("--set") for line in lines) else path
-    return "\n".join([f"{told} cannot be used:", *dict.fromkeys(lines)])
+    return list(dict.fromkeys(lines))
 
 
 def _given(mistake) -> str:

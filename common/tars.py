@@ -4,8 +4,8 @@ Headers of ustar, GNU (long names, sizes in base 256) and pax (path, size) tars 
 their checksums: eight times as fast as `tarfile`, and a damaged tar gives everything before the damage. Nearly all
 members are plain files with a short name, whose header `_plain_file` reads; all others take `_unusual_member`.
 
-Memory: one window of CHUNK_BYTES, or of a larger member, of at most MAX_CONTENT_BYTES. The contents of members are
-views of the windows that they were read in, not copies, and keep those in memory.
+Memory: two blocks of CHUNK_BYTES, and the largest member, of at most MAX_CONTENT_BYTES. The contents of members
+are views of the blocks that they were read in, or copies where they lie in several; views keep theirs in memory.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from struct import Struct
@@ -23,7 +24,7 @@ import numpy as np
 
 from common.errors import PipelineError
 
-CHUNK_BYTES = 2**20  # of one read when contents are wanted: large for a file system, and still in the cache
+CHUNK_BYTES = 2**20  # of a block when contents are wanted: large for a file system, and still in the cache
 MAX_CONTENT_BYTES = 64 * 2**20  # a larger member is not an image or a label of the dataset
 _BLOCK = 512
 _INDEX_BYTES = 3 * _BLOCK  # of one read when they are not: a label's header, its content, and the next header
@@ -115,9 +116,9 @@ def walk(path: Path, contents: bool = False) -> Iterator[Member]:
     Raises Damage where the tar is cut off or garbled, after all members before that; PipelineError if it is
     compressed.
     """
-    with _open(path) as file:
-        fresh = _FreshWindow(file.fileno(), CHUNK_BYTES) if contents else None
-        window = fresh or _Window(file.fileno(), _INDEX_BYTES)
+    with _open(path) as file, ThreadPoolExecutor(1) as ahead:
+        blocks = _Blocks(file.fileno(), ahead) if contents else None
+        window = blocks or _Window(file.fileno(), _INDEX_BYTES)
         _refuse_compressed(path, window.read(0, _BLOCK))
         file_bytes = os.fstat(file.fileno()).st_size
         shared: dict[str, bytes] = {}  # pax records that hold for all members
@@ -134,8 +135,8 @@ def walk(path: Path, contents: bool = False) -> Iterator[Member]:
             if end > file_bytes:
                 there = max(0, file_bytes - data)
                 raise Damage(at, f"{there:,} of {end - data:,} bytes are there of a member that begins", name)
-            if fresh and kind == "file" and size <= MAX_CONTENT_BYTES:
-                member = _new(Member, (name, data, size, kind, fresh.view(data, size)))
+            if blocks and kind == "file" and size <= MAX_CONTENT_BYTES:
+                member = _new(Member, (name, data, size, kind, blocks.view(data, size)))
             yield member
             at = end + -end % _BLOCK
         _check_end(window, at)
@@ -196,30 +197,50 @@ class _Window:
         self._buffer, self._start, self._end = buffer, offset, offset + len(buffer)
 
 
-class _FreshWindow(_Window):
-    """A window that takes new memory wherever it moves, so that views of it last."""
+class _Blocks:
+    """Reads a file in blocks of CHUNK_BYTES, each in memory of its own, so that views of it last; and in a thread
+    the next block, while this one is looked at.
+    """
 
-    _memory = memoryview(b"")  # in place of the buffer
-
-    def view(self, offset: int, size: int) -> memoryview:
-        """As `read`, without a copy."""
-        at = offset - self._start
-        if at < 0 or offset + size > self._end:
-            self._move(offset, max(size, self._chunk))
-            at = 0
-        return self._memory[at : at + size]
+    def __init__(self, descriptor: int, ahead: Executor):
+        self._descriptor, self._executor = descriptor, ahead
+        self._start, self._block = 0, memoryview(b"")
+        self._ahead: tuple[int, Future[memoryview]] | None = None  # where the next block starts, and itself
 
     def read(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes at `offset`; fewer only at the end of the file."""
         return bytes(self.view(offset, size))
 
-    def _move(self, offset: int, size: int) -> None:
-        rest = self._memory[offset - self._start :] if self._start <= offset else b""
-        buffer = np.empty(size, np.uint8).data  # not filled with zeros first, as a bytearray is
-        end = len(rest)
-        buffer[:end] = rest
-        while more := os.preadv(self._descriptor, [buffer[end:]], offset + end):
+    def view(self, offset: int, size: int) -> memoryview:
+        """As `read`, and without a copy where one block holds them all."""
+        at = offset - self._start
+        if at >= 0 and at + size <= len(self._block):
+            return self._block[at : at + size]
+        parts = []
+        while size:
+            if not 0 <= offset - self._start < len(self._block):
+                self._move(offset - offset % CHUNK_BYTES)
+            part = self._block[offset - self._start :][:size]
+            if not part:
+                break
+            parts.append(part)
+            offset, size = offset + len(part), size - len(part)
+        return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+
+    def _move(self, start: int) -> None:
+        """Have the block that begins at `start`, and begin to read the one after it."""
+        known = self._ahead is not None and self._ahead[0] == start
+        self._block = self._ahead[1].result() if self._ahead and known else self._read(start)
+        self._start = start
+        after = start + CHUNK_BYTES
+        self._ahead = after, self._executor.submit(self._read, after)
+
+    def _read(self, start: int) -> memoryview:
+        block = np.empty(CHUNK_BYTES, np.uint8).data  # not filled with zeros first, as a bytearray is
+        end = 0
+        while end < CHUNK_BYTES and (more := os.preadv(self._descriptor, [block[end:]], start + end)):
             end += more
-        self._memory, self._start, self._end = buffer[:end], offset, offset + end
+        return block[:end]
 
 
 @contextlib.contextmanager
@@ -261,7 +282,7 @@ def _adler_of(field: bytes) -> int:
     return -1 if checksum is None else (1 + checksum - 8 * ord(" ") + sum(field)) % 65_521
 
 
-def _unusual_member(window: _Window, start: int, shared: dict[str, bytes]) -> tuple[Member, int]:
+def _unusual_member(window: "_Window | _Blocks", start: int, shared: dict[str, bytes]) -> tuple[Member, int]:
     """The member whose first header is at `start`, and how many bytes it stores.
 
     `shared`: pax records that hold for all members, updated where the tar does.
@@ -306,7 +327,7 @@ def _refuse_compressed(path: Path, start: bytes) -> None:
             )
 
 
-def _check_end(window: _Window, at: int) -> None:
+def _check_end(window: "_Window | _Blocks", at: int) -> None:
     """Raise Damage unless everything from the block of zeros at `at` on is zeros: the end marker and padding."""
     offset = at
     while chunk := window.read(offset, 2**20):
@@ -350,7 +371,7 @@ def _padded(size: int) -> int:
     return -(-size // _BLOCK) * _BLOCK
 
 
-def _extended(window: _Window, header: _Header, data: int, at: int) -> dict[str, bytes]:
+def _extended(window: "_Window | _Blocks", header: _Header, data: int, at: int) -> dict[str, bytes]:
     """What an extended header says of the member that follows: {"path": ..., "size": ...}, as far as it does."""
     if header.size > _MAX_EXTENDED_BYTES:
         raise Damage(at, f"there is an extended header of {header.size:,} bytes")

@@ -127,7 +127,7 @@ def draw(table: Table, ratio_counts: np.ndarray) -> Figure:
         far.legend(fontsize=8, frameon=False)
         low, high = min(NEAR_M / 2, there[0]), 1.1 * there[-1]
         far.set(xscale="log", xlim=(low, high))
-        far.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+        far.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1_000 * low else (1,)))
         far.xaxis.set_major_formatter("{x:,.0f}")
         far.minorticks_off()
     far.set(title="pairs of one dataset nearer than ...", xlabel="m", ylabel="share", ylim=(0, 1))
@@ -162,7 +162,10 @@ def _draw_edges(axis, edges: np.ndarray, ratio_counts: np.ndarray, colours: list
     axis.set(title="pairs by distance ratio, and the bands' edges", xlabel="ratio to the reference neighbour")
     axis.set(xscale="log", ylabel="pairs")
     place = np.log(edges / bins[0]) / np.log(bins[-1] / bins[0])  # 0..1 along the axis
-    told = [0, *(n for n in range(1, len(edges)) if place[n] - place[n - 1] >= _LABEL_WIDTH)]
+    told = [0]
+    for n in range(1, len(edges)):
+        if place[n] - place[told[-1]] >= _LABEL_WIDTH:
+            told.append(n)
     axis.set_xticks(edges[told], [f"{edge:.2f}" for edge in edges[told]], rotation=90, fontsize=8)
     axis.minorticks_off()
 

@@ -19,6 +19,7 @@ if not __package__:  # run by path: import from the repository root, not from th
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli
+from common.errors import PipelineError
 
 
 def main(argv=None) -> int:
@@ -56,9 +57,19 @@ def main(argv=None) -> int:
             times,
             progress,
         )
-        most_rejected = cfg.data.max_reject_share
-        loop.write_each(results, lambda result: parts.write(result, model.dim, model.facts(), most_rejected))
-    return progress.summary(str(times))
+        failures: list[str] = []
+
+        def write(result: loop.Result) -> None:
+            failure = parts.write(result, model.dim, model.facts(), cfg.data.max_reject_share)
+            if failure:
+                failures.append(failure)
+
+        loop.write_each(results, write)
+    progress.summary(str(times))
+    if failures:
+        advice = "put the tar back that process_tar.py read, or redo that and what follows with --overwrite"
+        raise PipelineError("\n".join([*failures, advice]))
+    return 0
 
 
 if __name__ == "__main__":

@@ -75,25 +75,27 @@ def jpegs_of(tar: Path, rows: pa.Table):
     return lambda start, stop: tars.read_members(tar, offsets[start:stop], sizes[start:stop])
 
 
-def write(result: Result, dim: int, facts: dict, max_reject_share: float) -> None:
-    """Write a part's embeddings, after its rejects. Raises PipelineError if one is not finite in float16, or if
-    more than `max_reject_share` of the part's images are rejected: all of them could be decoded once.
+def write(result: Result, dim: int, facts: dict, max_reject_share: float) -> str:
+    """Write a part's embeddings, after its rejects. Raises PipelineError if one is not finite in float16.
+
+    Of a part with a larger share of rejects only those are written; why is returned, and else nothing.
     """
     part, rows = result.job.name
     vectors = result.vectors.reshape(-1, dim).astype(np.float16)
     refuse_not_finite(vectors, rows["image_path"].take(result.rows), part.tar)
     write_rejects(part.target, part.made, named(result.failed, rows["image_path"]))
     if len(result.failed) > max_reject_share * part.count:
-        raise PipelineError(
-            f"{len(result.failed):,} of {part.count:,} images of {part.tar} cannot be decoded any more (more than "
-            f"data.max_reject_share); see {_rejects(part.target)}\n"
-            "put the tar back that process_tar.py read, or run process_tar.py and what follows with --overwrite"
+        part.target.unlink(missing_ok=True)  # an earlier run's, with --overwrite: it would count as done
+        return (
+            f"{len(result.failed):,} of the {part.count:,} images from row {part.start:,} on of {part.tar} cannot "
+            f"be decoded any more (more than data.max_reject_share); see {_rejects(part.target)}"
         )
     columns = rows.take(result.rows)
     with parquet.writer(part.target, schemas.embeddings(dim), part.made) as out:
         out.append({**{name: columns[name] for name in columns.column_names}, "embedding": vectors})
         out.rows = {"in": part.count, Reject.JPEG_CORRUPT.value: len(result.failed)}
         out.facts = facts
+    return ""
 
 
 def refuse_not_finite(vectors: np.ndarray, names: pa.ChunkedArray | pa.Array, where: Path) -> None:

@@ -8,8 +8,8 @@ Reads    data/raw/<tar>.tar
 Writes   data/intermediates/<tar>.parquet: a row per valid image, in the order of the tar
          data/intermediates/rejects/<tar>.parquet: a row per rejected file, with the reason
 Command  python preprocess/process_tar.py [--shard 3 --num-shards 40]
-Memory   (workers + 2) x 1 MB of the tar, or its largest file of up to 64 MB, and about 2 kB for each image of one
-         tar: with 4 workers and 40,000 images 90 MB
+Memory   2 MB of the tar, a file of up to 64 MB for each worker (1 MB, if it is smaller), and about 2 kB for each
+         image of one tar: with 4 workers, 40,000 images and no large files 90 MB
 Time     the decoder's: about 2,000 images of 640 x 640 pixels a second and core
 """
 
@@ -41,6 +41,7 @@ def main(argv=None) -> int:
 
     failures, notes, num_renamed = [], [], 0
     sizes = [tar.stat().st_size for tar, *_ in todo]
+    total = max(1, sum(sizes))
     with (
         tar_files.Readers(cfg.infrastructure.threads) as readers,
         cli.Progress("process_tar", "image", interval_s=cfg.logging.progress_interval_s) as progress,
@@ -49,7 +50,7 @@ def main(argv=None) -> int:
 
             def show(count: int, position: int, before: int = sum(sizes[:number])) -> None:
                 cli.check_stop()
-                progress.add(count, 0, share=min(1.0, (before + position) / sum(sizes)))
+                progress.add(count, 0, share=min(1.0, (before + position) / total))
 
             cli.check_stop()
             try:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -19,7 +19,7 @@ from preprocess.pairs import Image, Pairs, Text
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
 LABEL_SUFFIX = ".txt"
 _SUFFIXES = (LABEL_SUFFIX, *IMAGE_SUFFIXES)
-_TELL_EVERY_S = 0.2  # how far the checking is, and how long a signal to stop waits
+_TELL_EVERY_S = 0.2  # how far the checking is; a signal to stop waits as long
 _Unchecked = tuple[str, str, int, int, memoryview | None]  # of an image: name, stem, offset, size, the JPEG
 
 
@@ -44,7 +44,7 @@ class Readers:
     """
 
     def __init__(self, threads: int):
-        self._pool, self._threads = ThreadPoolExecutor(threads), threads
+        self._pool, self._num_threads = ThreadPoolExecutor(threads), threads
 
     def __enter__(self) -> "Readers":
         return self
@@ -54,7 +54,7 @@ class Readers:
 
     def read(self, tar: Path, on_images: Callable[[int, int], None]) -> TarFiles:
         """All files of a tar, up to where it is damaged. `on_images` is told now and then how many more images are
-        checked, and up to which byte of the tar; what it raises ends the reading.
+        checked, and up to about which byte of the tar; what it raises ends the reading.
         """
         files = TarFiles()
         unchecked, turn = _images(tar, files), Lock()
@@ -68,23 +68,25 @@ class Readers:
                 name, stem, offset, size, content = image
                 files.images.append(Image(name, stem, offset, size, _inspect(content)))
 
-        threads = [self._pool.submit(check_images) for _ in range(self._threads)]
-        running = True
+        checks: list[Future[None]] = []
         try:
-            while running:
-                running = bool(wait(threads, timeout=_TELL_EVERY_S).not_done)
-                if new := len(files.images) - files.num_checked:
-                    files.num_checked += new
-                    on_images(new, files.images[-1].offset + files.images[-1].size)
-        finally:  # the threads end, whatever `on_images` has raised
+            checks += [self._pool.submit(check_images) for _ in range(self._num_threads)]
+            going_on = True
+            while going_on:
+                done, running = wait(checks, _TELL_EVERY_S, FIRST_EXCEPTION)
+                going_on = bool(running) and not any(check.exception() for check in done)
+                new = len(files.images) - files.num_checked
+                files.num_checked += new
+                on_images(new, files.images[-1].offset if files.images else 0)
+        finally:  # the threads end, whatever has been raised
             with turn:
                 unchecked.close()
+            wait(checks)
         files.images.sort(key=lambda image: image.offset)
-        for thread in threads:
-            try:
-                thread.result()
-            except tars.Damage as damage:  # of the one whose turn it was
-                _take_broken(files, tar, damage)
+        for error in filter(None, (check.exception() for check in checks)):
+            if not isinstance(error, tars.Damage):
+                raise error
+            _take_broken(files, tar, error)
         return files
 
 

@@ -84,7 +84,9 @@ def write_model(folder: Path, settings: EmbeddingModel, checkpoint_path: Path, c
     try:
         model.eval().save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     except SafetensorError as error:  # the disk is full, for instance
-        raise PipelineError(f"the weights cannot be written to {folder}: {error}") from None
+        raise PipelineError(
+            f"the weights cannot be written to {folder}: {error}\nmake room there, and run it again"
+        ) from None
     for weights in folder.glob("*.safetensors"):  # made readable by their owner alone
         shutil.copymode(folder / "config.json", weights)
     shutil.copy(loaded.folder / "preprocessor_config.json", folder)

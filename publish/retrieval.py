@@ -86,12 +86,12 @@ def search(
     forward, prepare, device = published.forward, published.preprocessing, published.device
     with Progress("search", "image", len(names)) as progress:
         (result,) = loop.embed(jobs, forward, prepare, device, settings, times, progress)
-    if not len(result.rows):
-        raise PipelineError(f"none of the {len(names):,} images of the gallery can be decoded")
     for row, why in list(result.failed.items())[:SHOWN_UNREADABLE]:
         log.warning("%s is left out: %s", names[row], why)
     if len(result.failed) > SHOWN_UNREADABLE:
         log.warning("and %s more are left out", f"{len(result.failed) - SHOWN_UNREADABLE:,}")
+    if not len(result.rows):
+        raise PipelineError(f"none of the {len(names):,} images of the gallery can be decoded")
     if query is None:
         row = int(result.rows[with_most_matches([names[row] for row in result.rows])])
         query = Photograph(names[row], gallery.read(row, row + 1)[0])

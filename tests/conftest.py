@@ -51,7 +51,9 @@ def run_script():
 
 @pytest.fixture
 def full_disk():
-    """`with full_disk(50_000):` no file can grow beyond so many bytes, as if there were no room for more."""
+    """`with full_disk(50_000):` no file can grow beyond so many bytes, as if there were no room for more; with
+    pytest -s nor can the one that its output goes to.
+    """
 
     @contextlib.contextmanager
     def limit(size: int):

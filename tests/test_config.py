@@ -81,8 +81,9 @@ def test_set_overrides_with_toml_values_and_plain_strings():
         ("trainin.margin=1", "did you mean training?"),
         ("training.margin", "--set section.key=value"),
         ("margin=1", "--set section.key=value"),
-        ("training.margin=wide", "the settings cannot be used:\n--set training.margin: "),
-        ("data.train_ratio=0.5", "must be 1"),
+        ("training.margin=wide", "what --set says cannot be used:\n[training] margin: "),
+        ("slurm.train.sbatch=[1]", "what --set says cannot be used:\n"),
+        ("data.train_ratio=0.5", "what --set says cannot be used:\n"),
         ("training.bandit_groups=100000", "exceeds batch_size"),
         ("training.search_space.marginn=[0, 1]", "did you mean margin?"),
         ("training.search_space.bandit_exploration=[0, 2, 'log']", "must be above 0"),  # Optuna has no such range
@@ -90,7 +91,7 @@ def test_set_overrides_with_toml_values_and_plain_strings():
         ("training.search_space.run=['a', 'b']", "[training.search_space] run must be [low, high]"),
         ("training.search_space.seed=[0, 9]", "seed is the same for all trials"),
         ("embedding_model.name=./nowhere", "there is no folder"),
-        ("data.split_cell_m=inf", "--set data.split_cell_m: Input should be a finite number"),
+        ("data.split_cell_m=inf", "[data] split_cell_m: Input should be a finite number"),
     ],
 )
 def test_a_wrong_override_says_what_is_wrong(override, expected):
@@ -98,13 +99,13 @@ def test_a_wrong_override_says_what_is_wrong(override, expected):
         config.load(None, [override])
 
 
-def test_mistakes_of_the_file_and_of_the_command_line_are_told_apart(write_config):
+def test_mistakes_of_a_file_are_the_files_whatever_the_command_line_says(write_config):
     path = write_config(('pooling = "cls"', 'pooling = "max"'))
     with pytest.raises(ConfigError) as caught:
         config.load(path, ["training.margin=wide"])
     first, *others = str(caught.value).splitlines()
     assert first == f"{path} cannot be used:"
-    assert [line.partition(":")[0] for line in others] == ["[embedding_model] pooling", "--set training.margin"]
+    assert [line.partition(":")[0] for line in others] == ["[embedding_model] pooling", "[training] margin"]
 
 
 @pytest.mark.parametrize("value", ["0.3", "[1]", "{choices=[]}", "['a', 'b']", "{choises=[1]}"])

@@ -2,6 +2,7 @@
 
 import io
 import os
+import queue
 import random
 import tarfile
 
@@ -188,6 +189,22 @@ def test_reading_beyond_the_end_is_an_error(tmp_path):
     path = make_tar(tmp_path / "a.tar", [("a", b"1" * 512)])
     with pytest.raises(PipelineError, match="shorter"):
         tars.read_members(path, [512, path.stat().st_size - 3], [4, 10])
+
+
+def test_the_next_block_is_read_while_this_one_is_looked_at(tmp_path, monkeypatch):
+    files = [(name, name.encode() * 600_000) for name in "abcd"]
+    path = make_tar(tmp_path / "a.tar", files)
+    read, blocks = os.preadv, queue.SimpleQueue()
+
+    def told(descriptor, buffers, offset):
+        blocks.put(offset // tars.CHUNK_BYTES)
+        return read(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", told)
+    walk = tars.walk(path, contents=True)
+    first = next(walk)  # in block 0, with all of its header and its data
+    assert [blocks.get(timeout=30) for _ in range(2)] == [0, 1]
+    assert [first.content, *(member.content for member in walk)] == [content for _, content in files]
 
 
 def test_shards_take_every_tar_once(tmp_path):
