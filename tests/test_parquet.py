@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 
 import numpy as np
 import pyarrow as pa
@@ -116,6 +117,22 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path, full_disk):
     assert caught.value.filename == str(path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.parquet"]
+
+
+@pytest.mark.parametrize("rows", [4_000, 10_000])  # 12 MB, in one go, and 31 MB
+def test_an_error_of_the_disk_while_more_is_encoded_is_told_and_leaves_nothing(rows, tmp_path, monkeypatch):
+    def broken(_):
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    schema = pa.schema([("vector", schemas.vector(pa.float16(), 1_536))])
+    with (
+        pytest.raises(OSError, match="Input/output error"),
+        parquet.writer(tmp_path / "a.parquet", schema, provenance.record("test", {}, {})) as out,
+    ):
+        out.append({"vector": np.zeros((rows, 1_536), np.float16)})
+    assert os.listdir(tmp_path) == []
 
 
 def test_missing_damaged_and_foreign_files_are_told_apart(tmp_path):
