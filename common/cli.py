@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from common import files
 from common.errors import PipelineError, Stopped
 
 log = logging.getLogger("pipeline")
@@ -141,8 +142,7 @@ def exit_code_of(main) -> int:
         if advice is None:
             raise
         # of the two of a copy, the second is the one that is written
-        no_room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        path = (no_room and error.filename2) or error.filename
+        path = (error.errno in files.NO_ROOM and error.filename2) or error.filename
         where = f" ({path})" if path else ""
         print(f"error: {advice}{where}", file=sys.stderr)
         print("       mend that and run it again: finished files are kept", file=sys.stderr)

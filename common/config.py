@@ -261,7 +261,8 @@ def load(path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) 
     """
     path = Path(path or DEFAULT_PATH)
     try:
-        tree = tomli.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        tree = tomli.loads(text)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -271,7 +272,7 @@ def load(path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) 
     try:
         cfg = Config.model_validate(tree)
     except ValidationError as error:
-        wrong = "what --set says" if overrides and _is_usable(path) else path
+        wrong = "what --set says" if overrides and _is_usable(tomli.loads(text)) else path
         raise ConfigError("\n".join([f"{wrong} cannot be used:", *_explain(error)])) from None
     return _absolute(cfg, path.resolve().parent)
 
@@ -365,10 +366,10 @@ def _suggestion(name: str, known) -> str:
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
-def _is_usable(path: Path) -> bool:
-    """Whether the file is a valid configuration, as it stands."""
+def _is_usable(tree: dict) -> bool:
+    """Whether the tree that a file gave is a valid configuration."""
     try:
-        Config.model_validate(tomli.loads(path.read_text(encoding="utf-8")))
+        Config.model_validate(tree)
     except ValidationError:
         return False
     return True

@@ -12,8 +12,8 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from struct import Struct
@@ -33,6 +33,7 @@ _ZEROS = bytes(_BLOCK)
 # of a header: name, digits of the size and the byte after them, checksum, type, first byte of the name's prefix
 _FIELDS = Struct("100s 24x 11s B 12x 8s B 188x B 166x")
 _PLAIN = ord("0")
+Read = Callable[[int, int], bytes]  # up to `size` bytes at `offset`; fewer only at the end of the file
 _new = tuple.__new__  # takes half the time of a NamedTuple's own constructor
 _REGULAR = (b"0", b"\0", b"7")
 _EXTENDED = (b"L", b"K", b"x", b"X", b"g")  # they say something of the member that follows, or of all
@@ -118,18 +119,18 @@ def walk(path: Path, contents: bool = False) -> Iterator[Member]:
     """
     with _open(path) as file, ThreadPoolExecutor(1) as ahead:
         blocks = _Blocks(file.fileno(), ahead) if contents else None
-        window = blocks or _Window(file.fileno(), _INDEX_BYTES)
-        _refuse_compressed(path, window.read(0, _BLOCK))
+        read: Read = (blocks or _Window(file.fileno(), _INDEX_BYTES)).read
+        _refuse_compressed(path, read(0, _BLOCK))
         file_bytes = os.fstat(file.fileno()).st_size
         shared: dict[str, bytes] = {}  # pax records that hold for all members
-        at, read = 0, window.read
+        at = 0
         while (block := read(at, _BLOCK)) != _ZEROS:
             member = None if shared else _plain_file(block, at + _BLOCK)
             if member is not None:
                 name, data, size, kind, _ = member
                 end = data + size
             else:
-                member, stored = _unusual_member(window, at, shared)
+                member, stored = _unusual_member(read, at, shared)
                 name, data, size, kind, _ = member
                 end = data + stored
             if end > file_bytes:
@@ -139,7 +140,7 @@ def walk(path: Path, contents: bool = False) -> Iterator[Member]:
                 member = _new(Member, (name, data, size, kind, blocks.view(data, size)))
             yield member
             at = end + -end % _BLOCK
-        _check_end(window, at)
+        _check_end(read, at)
 
 
 def read_members(path: Path, offsets, sizes) -> list[bytes]:
@@ -205,7 +206,7 @@ class _Blocks:
     def __init__(self, descriptor: int, ahead: Executor):
         self._descriptor, self._executor = descriptor, ahead
         self._start, self._block = 0, memoryview(b"")
-        self._ahead: tuple[int, Future[memoryview]] | None = None  # where the next block starts, and itself
+        self._ahead_start, self._ahead = 0, ahead.submit(self._read, 0)
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes at `offset`; fewer only at the end of the file."""
@@ -229,11 +230,9 @@ class _Blocks:
 
     def _move(self, start: int) -> None:
         """Have the block that begins at `start`, and begin to read the one after it."""
-        known = self._ahead is not None and self._ahead[0] == start
-        self._block = self._ahead[1].result() if self._ahead and known else self._read(start)
-        self._start = start
-        after = start + CHUNK_BYTES
-        self._ahead = after, self._executor.submit(self._read, after)
+        self._block = self._ahead.result() if self._ahead_start == start else self._read(start)
+        self._start, self._ahead_start = start, start + CHUNK_BYTES
+        self._ahead = self._executor.submit(self._read, self._ahead_start)
 
     def _read(self, start: int) -> memoryview:
         block = np.empty(CHUNK_BYTES, np.uint8).data  # not filled with zeros first, as a bytearray is
@@ -282,7 +281,7 @@ def _adler_of(field: bytes) -> int:
     return -1 if checksum is None else (1 + checksum - 8 * ord(" ") + sum(field)) % 65_521
 
 
-def _unusual_member(window: "_Window | _Blocks", start: int, shared: dict[str, bytes]) -> tuple[Member, int]:
+def _unusual_member(read: Read, start: int, shared: dict[str, bytes]) -> tuple[Member, int]:
     """The member whose first header is at `start`, and how many bytes it stores.
 
     `shared`: pax records that hold for all members, updated where the tar does.
@@ -290,14 +289,14 @@ def _unusual_member(window: "_Window | _Blocks", start: int, shared: dict[str, b
     at = start
     own: dict[str, bytes] = {}  # of this member alone; where two headers say one thing, the first counts
     while True:
-        block = window.read(at, _BLOCK)
+        block = read(at, _BLOCK)
         if len(block) < _BLOCK:
             raise Damage(start, "the tar is cut off" if block or own else "the tar ends without its end marker")
         header = _parse_header(block, at)
         data = at + _BLOCK
         if header.type not in _EXTENDED:
             break
-        record = _extended(window, header, data, at)
+        record = _extended(read, header, data, at)
         if header.type == b"g":
             shared.update(record)
         else:
@@ -308,7 +307,7 @@ def _unusual_member(window: "_Window | _Blocks", start: int, shared: dict[str, b
     name = records.get("path", header.name).decode("utf-8", "surrogateescape")
     size = _pax_size(records, header.size, at)
     while header.is_continued:  # an old GNU sparse file lists its parts in blocks of their own
-        more = window.read(data, _BLOCK)
+        more = read(data, _BLOCK)
         header = header._replace(is_continued=len(more) == _BLOCK and more[504] != 0)
         data += _BLOCK
     if header.type == b"5" or (header.type == b"\0" and header.name.endswith(b"/")):
@@ -327,10 +326,10 @@ def _refuse_compressed(path: Path, start: bytes) -> None:
             )
 
 
-def _check_end(window: "_Window | _Blocks", at: int) -> None:
+def _check_end(read: Read, at: int) -> None:
     """Raise Damage unless everything from the block of zeros at `at` on is zeros: the end marker and padding."""
     offset = at
-    while chunk := window.read(offset, 2**20):
+    while chunk := read(offset, 2**20):
         if chunk.count(0) < len(chunk):
             raise Damage(at, "zeros, with more data behind them,")
         offset += len(chunk)
@@ -371,11 +370,11 @@ def _padded(size: int) -> int:
     return -(-size // _BLOCK) * _BLOCK
 
 
-def _extended(window: "_Window | _Blocks", header: _Header, data: int, at: int) -> dict[str, bytes]:
+def _extended(read: Read, header: _Header, data: int, at: int) -> dict[str, bytes]:
     """What an extended header says of the member that follows: {"path": ..., "size": ...}, as far as it does."""
     if header.size > _MAX_EXTENDED_BYTES:
         raise Damage(at, f"there is an extended header of {header.size:,} bytes")
-    content = window.read(data, header.size)
+    content = read(data, header.size)
     if len(content) < header.size:
         raise Damage(at, "the tar is cut off in an extended header")
     if header.type == b"L":

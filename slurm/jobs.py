@@ -83,9 +83,7 @@ def planned(steps: list, todo: dict[str, list[int]], cfg: Config) -> list[list[s
 def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.Namespace) -> int:
     """Submit the tasks that are left, with their dependencies, as a new run."""
     if shutil.which("sbatch") is None:
-        raise PipelineError(
-            "there is no sbatch here: run this on a login node,\nor run the chain here with --local"
-        )
+        raise PipelineError(f"there is no sbatch here: {runs.WITHOUT_CLUSTER}")
     left = [step for step in steps if todo[step.name]]
     if not left:
         print(f"nothing to do: {', '.join(step.name for step in steps)} done")

@@ -21,6 +21,7 @@ from common.errors import PipelineError
 
 ROOT = Path(__file__).resolve().parents[1]
 ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
+WITHOUT_CLUSTER = "run this on a login node,\nor run the chain here with slurm/submit.py --local"
 LOG_WIDTH = 4096  # characters of a path, as squeue is asked for it
 
 
@@ -58,14 +59,11 @@ def ask(*command: str, show_warnings: bool = False) -> str:
     try:
         answer = subprocess.run(command, capture_output=True, text=True, env=environment())
     except FileNotFoundError:
-        raise PipelineError(f"there is no {command[0]} here: run this on a login node of the cluster") from None
+        raise PipelineError(f"there is no {command[0]} here: {WITHOUT_CLUSTER}") from None
     if answer.returncode:
         told = answer.stderr.strip() or answer.stdout.strip()
         if "configuration source" in told:  # Slurm's programs are installed, but belong to no cluster
-            raise PipelineError(
-                f"{command[0]} finds no cluster: run this on a login node,\n"
-                "or run the chain here with slurm/submit.py --local"
-            )
+            raise PipelineError(f"{command[0]} finds no cluster: {WITHOUT_CLUSTER}")
         raise PipelineError(f"{command[0]} says: {told}")
     if show_warnings:
         sys.stderr.write(answer.stderr)

@@ -84,6 +84,7 @@ def test_set_overrides_with_toml_values_and_plain_strings():
         ("training.margin=wide", "what --set says cannot be used:\n[training] margin: "),
         ("slurm.train.sbatch=[1]", "what --set says cannot be used:\n"),
         ("data.train_ratio=0.5", "what --set says cannot be used:\n"),
+        ("data.train_ratio=0.5", "must be 1"),
         ("training.bandit_groups=100000", "exceeds batch_size"),
         ("training.search_space.marginn=[0, 1]", "did you mean margin?"),
         ("training.search_space.bandit_exploration=[0, 2, 'log']", "must be above 0"),  # Optuna has no such range
