@@ -49,7 +49,9 @@ def in_float64(
     embeddings, own = gallery.embeddings, torch.from_numpy(anchors).to(gallery.device)
     if gallery.device.type == "cpu":
         at_once = int(np.clip(memory_mb * 2**20 // 8 // (26 * embeddings.shape[1]), 1, _ROWS))
-        products = _sampled_products(lambda which: _unit_float64(embeddings[which]), own, rows, asked, at_once)
+        products = _sampled_products(
+            lambda which: _unit_float64(embeddings.index_select(0, which)), own, rows, asked, at_once
+        )
         return products.round(decimals=DECIMALS)
     cosines = torch.zeros(rows.shape, dtype=torch.float64, device=gallery.device)
     which, place = asked.nonzero(as_tuple=True)
@@ -59,7 +61,7 @@ def in_float64(
 
 
 def _unit_float64(vectors: torch.Tensor) -> torch.Tensor:
-    vectors = vectors.to(torch.float64, copy=True)
+    vectors = vectors.float().double()
     return vectors.div_(torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_(min=1e-300))
 
 
