@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from common import files
 from common.errors import PipelineError, Stopped
 
 log = logging.getLogger("pipeline")
@@ -141,8 +140,8 @@ def exit_code_of(main) -> int:
         }.get(error.errno or 0)
         if advice is None:
             raise
-        # of the two of a copy, the second is the one that is written
-        path = (error.errno in files.NO_ROOM and error.filename2) or error.filename
+        # of the two of a copy or a renaming, the second is the one that is written
+        path = error.filename if error.errno == errno.EIO else error.filename2 or error.filename
         where = f" ({path})" if path else ""
         print(f"error: {advice}{where}", file=sys.stderr)
         print("       mend that and run it again: finished files are kept", file=sys.stderr)

@@ -15,7 +15,7 @@ from typing import BinaryIO
 from common.errors import PipelineError
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, some network disks
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DEAD_AFTER_S = 3 * 24 * 3600.0  # without locks: nobody writes for so long without a row group in between
 _TEMPORARY = re.compile(r"^\.(?P<target>.+)\.tmp-[0-9a-f]{12}$")
 
@@ -44,7 +44,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         fsync(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename is None:
             error.filename = str(path)  # to be told: which disk is full
         raise
 

@@ -214,19 +214,22 @@ class _Blocks:
 
     def view(self, offset: int, size: int) -> memoryview:
         """As `read`, and without a copy where one block holds them all."""
-        at = offset - self._start
-        if at >= 0 and at + size <= len(self._block):
+        at = self._find(offset)
+        if at + size <= len(self._block):
             return self._block[at : at + size]
-        parts = []
-        while size:
-            if not 0 <= offset - self._start < len(self._block):
-                self._move(offset - offset % CHUNK_BYTES)
-            part = self._block[offset - self._start :][:size]
-            if not part:
-                break
-            parts.append(part)
-            offset, size = offset + len(part), size - len(part)
-        return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+        copy, end = np.empty(size, np.uint8).data, 0
+        while end < size and at < len(self._block):
+            count = min(size - end, len(self._block) - at)
+            copy[end : end + count] = self._block[at : at + count]
+            end += count
+            at = self._find(offset + end)
+        return copy[:end]
+
+    def _find(self, offset: int) -> int:
+        """Where the byte at `offset` lies in the block, having moved there."""
+        if not 0 <= offset - self._start < len(self._block):
+            self._move(offset - offset % CHUNK_BYTES)
+        return offset - self._start
 
     def _move(self, start: int) -> None:
         """Have the block that begins at `start`, and begin to read the one after it."""

@@ -112,8 +112,8 @@ class Gallery:
 
 
 def _float32_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x y^T (A, G). On a CPU as a convolution of one pixel, which torch gives to oneDNN: what it gives to MKL, as
-    it does products, takes 1.4 times as long on an AMD."""
+    """x y^T (A, G). On a CPU as a convolution of one pixel, which torch gives to oneDNN where it has several
+    threads: what it gives to MKL, as it does products, takes 1.4 times as long on an AMD."""
     if x.device.type != "cpu":
         return x @ y.T
     images, filters = x[None, None].permute(0, 3, 1, 2), y[:, None, None].permute(0, 3, 1, 2)  # channels last

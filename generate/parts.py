@@ -78,7 +78,8 @@ def jpegs_of(tar: Path, rows: pa.Table):
 def write(result: Result, dim: int, facts: dict, max_reject_share: float) -> str:
     """Write a part's embeddings, after its rejects. Raises PipelineError if one is not finite in float16.
 
-    Of a part with a larger share of rejects only those are written; why is returned, and else nothing.
+    Of a part with a larger share of rejects than `max_reject_share` only those are written, and why is returned;
+    else nothing is.
     """
     part, rows = result.job.name
     vectors = result.vectors.reshape(-1, dim).astype(np.float16)

@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -119,8 +120,8 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path, full_disk):
     assert os.listdir(tmp_path) == ["a.parquet"]
 
 
-@pytest.mark.parametrize("rows", [4_000, 10_000])  # 12 MB, in one go, and 31 MB
-def test_an_error_of_the_disk_while_more_is_encoded_is_told_and_leaves_nothing(rows, tmp_path, monkeypatch):
+@pytest.mark.parametrize("times", [1, 5])  # 12 MB, encoded in the end; and 60 MB, most of them before that
+def test_an_error_of_the_disk_while_more_is_encoded_is_told_and_leaves_nothing(times, tmp_path, monkeypatch):
     def broken(_):
         if threading.current_thread() is not threading.main_thread():
             raise OSError(errno.EIO, "Input/output error")
@@ -131,8 +132,29 @@ def test_an_error_of_the_disk_while_more_is_encoded_is_told_and_leaves_nothing(r
         pytest.raises(OSError, match="Input/output error"),
         parquet.writer(tmp_path / "a.parquet", schema, provenance.record("test", {}, {})) as out,
     ):
-        out.append({"vector": np.zeros((rows, 1_536), np.float16)})
+        for _ in range(times):
+            out.append({"vector": np.zeros((4_000, 1_536), np.float16)})
     assert os.listdir(tmp_path) == []
+
+
+def test_no_more_waits_for_a_slow_disk_than_is_set(tmp_path, monkeypatch):
+    most, waiting, write_to = 2**20, [], parquet._HashingFile.write
+
+    def watched(self, data):
+        written = write_to(self, data)
+        waiting.append(self._size - self._passed_on)
+        return written
+
+    monkeypatch.setattr(os, "fsync", lambda _: time.sleep(0.05))
+    monkeypatch.setattr(parquet, "_SYNCED_BYTES", 2**18)
+    monkeypatch.setattr(parquet, "_WAITING_BYTES", most)
+    monkeypatch.setattr(parquet._HashingFile, "write", watched)
+    vectors = np.random.default_rng(0).normal(size=(4_000, 768)).astype(np.float16)
+    path, schema = tmp_path / "a.parquet", pa.schema([("vector", schemas.vector(pa.float16(), 768))])
+    with parquet.writer(path, schema, provenance.record("test", {}, {})) as out:
+        out.append({"vector": vectors})
+    assert 0 < max(waiting) <= most < vectors.nbytes  # the disk was behind, and was waited for
+    assert (parquet.read_matrix(path, "vector") == vectors).all()
 
 
 def test_missing_damaged_and_foreign_files_are_told_apart(tmp_path):

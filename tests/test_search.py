@@ -115,6 +115,28 @@ def test_equals_brute_force_in_every_tile_size(kind, bfloat16, masked, monkeypat
         np.testing.assert_allclose(similarities, expected_similarities[anchors], atol=2e-6)  # sums of 24 terms
 
 
+@pytest.mark.parametrize("bfloat16", [True, False])
+@pytest.mark.parametrize("kind", ["duplicated", "parallel", "constant"])
+def test_hits_that_are_too_many_to_be_listed_are_counted_for_lines_and_columns(kind, bfloat16, monkeypatch):
+    monkeypatch.setattr(search, "fast_bfloat16", lambda device: bfloat16)
+    monkeypatch.setitem(search._TILE, "cpu", (200, 64))  # columns with more lines than candidates are kept
+    hits_of, unlisted = search._Collected._hits, set()
+
+    def hits(self, mine, scores, across):
+        found = hits_of(self, mine, scores, across)
+        assert len(found.anchors) in (0, int(found.per_anchor.sum()))
+        if len(found.anchors) < found.per_anchor.sum():
+            unlisted.add(across)
+        return found
+
+    monkeypatch.setattr(search._Collected, "_hits", hits)
+    embeddings = KINDS[kind](np.random.default_rng(4), 500, 24).astype(np.float16)
+    zones = zones_at(np.arange(500) * 100)
+    np.testing.assert_array_equal(neighbors(embeddings, zones, 2)[0], brute_force(embeddings, zones, 2)[0])
+    if kind == "constant":
+        assert unlisted == {False, True}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_score_is_as_near_to_the_cosine_as_the_gallery_says(kind):
     embeddings = torch.from_numpy(KINDS[kind](np.random.default_rng(5), 600, 96).astype(np.float16))

@@ -5,6 +5,7 @@ import os
 import queue
 import random
 import tarfile
+import tracemalloc
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -205,6 +206,17 @@ def test_the_next_block_is_read_while_this_one_is_looked_at(tmp_path, monkeypatc
     first = next(walk)  # in block 0, with all of its header and its data
     assert [blocks.get(timeout=30) for _ in range(2)] == [0, 1]
     assert [first.content, *(member.content for member in walk)] == [content for _, content in files]
+
+
+def test_a_member_of_many_blocks_is_in_memory_once(tmp_path):
+    content = os.urandom(8 * 2**20)
+    path = make_tar(tmp_path / "a.tar", [("a", b"1"), ("b", content), ("c", b"3")])
+    tracemalloc.start()
+    sizes = [len(member.content) for member in tars.walk(path, contents=True)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sizes == [1, len(content), 1]
+    assert peak < len(content) + 4 * tars.CHUNK_BYTES  # one of them of the member before
 
 
 def test_shards_take_every_tar_once(tmp_path):

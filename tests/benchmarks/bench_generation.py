@@ -94,7 +94,8 @@ def run_loop(cfg: config.Config, todo: list[parts.Part], forward, preprocessing,
         for result in loop.embed(
             parts.jobs(todo), forward, preprocessing, device, cfg.infrastructure, loop.Times(), progress
         ):
-            parts.write(result, result.vectors.shape[1], {}, 0.0)
+            failure = parts.write(result, result.vectors.shape[1], {}, 0.0)
+            assert not failure, failure
 
 
 def parts_of(cfg: config.Config, images: int) -> list[parts.Part]:

@@ -76,6 +76,7 @@ def measure() -> list[timing.Ratio]:
                 os.sync()
                 written[name].append(pool.apply(way, (path,)))
         assert np.array_equal(read(ours), read_lists(theirs))
+        os.sync()
         for _ in range(9):
             found["ours"].append(pool.apply(timed, (read, ours)))
             found[BASELINE].append(pool.apply(timed, (read_lists, theirs)))
