@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import time
 
 import imagehash
 import numpy as np
@@ -125,14 +126,16 @@ def test_a_signal_stops_it_within_a_tar_and_nothing_is_left(root, monkeypatch, t
 
     def counted(*arguments):
         calls.append(1)
+        if len(calls) > 2:
+            time.sleep(0.5)  # the first ones are written meanwhile, and the signal is seen
         monkeypatch.setattr(cli, "_stop_signal", 15)  # the signal comes while the first images are hashed
         return real(*arguments)
 
     monkeypatch.setattr(fingerprints, "CHUNK", 1)
     monkeypatch.setattr(fingerprints, "hash_members", counted)
     folder = tmp_path / "fingerprints"
-    code = cli.exit_code_of(lambda: compute_fingerprints.main(flags(root, f"paths.fingerprints_dir={folder}")))
-    assert code == cli.EXIT_STOPPED
+    options = flags(root, f"paths.fingerprints_dir={folder}")
+    assert cli.exit_code_of(lambda: compute_fingerprints.main(options)) == cli.EXIT_STOPPED
     assert len(calls) < 10  # of some twenty images of the first tar; the queue is not worked off
     assert list(folder.iterdir()) == []
 
