@@ -7,6 +7,8 @@ step's end; and a draw may be credited to another arm than the one chosen (see `
 rewards and draws are counted apart.
 """
 
+import math
+
 import numpy as np
 
 
@@ -20,22 +22,24 @@ class DiscountedUcb:
         self.credit = np.zeros(len(self.available))  # discounted number of groups credited to it
         self.reward = np.zeros(len(self.available))  # discounted sum of their rewards
 
-    def bounds(self) -> np.ndarray:
-        """Mean + c * sqrt(ln N / n) of each arm; inf for one that was never drawn, -inf for an unavailable one."""
-        mean = self.reward / np.maximum(self.credit, 1e-12)
-        explored = np.log(max(self.draws.sum(), 1.0)) / np.maximum(self.draws, 1e-12)
-        bounds = np.where(self.draws > 0, mean + self.exploration * np.sqrt(explored), np.inf)
-        return np.where(self.available, bounds, -np.inf)
-
     def choose(self, groups: int) -> np.ndarray:
-        """The arm (groups,) of each group of a step, in turn, the past discounted first. Ties: the lower arm."""
+        """The arm (groups,) of each group of a step, in turn, the past discounted first: the arm of the largest
+        mean + c * sqrt(ln N / n), of which each choice raises N and n; one that was never drawn goes first. Ties:
+        the lower arm.
+        """
         for sums in (self.draws, self.credit, self.reward):
             sums *= self.discount
-        arms = np.empty(groups, np.int64)
+        available = np.flatnonzero(self.available)
+        mean = (self.reward / np.maximum(self.credit, 1e-12))[available]
+        draws = self.draws[available]
+        chosen = np.empty(groups, np.int64)
         for group in range(groups):
-            arms[group] = np.argmax(self.bounds())
-            self.draws[arms[group]] += 1
-        return arms
+            explored = math.log(max(draws.sum(), 1.0)) / np.maximum(draws, 1e-12)
+            bounds = np.where(draws > 0, mean + self.exploration * np.sqrt(explored), np.inf)
+            chosen[group] = place = bounds.argmax()
+            draws[place] += 1
+        self.draws[available] = draws
+        return available[chosen]
 
     def update(self, credit: np.ndarray, reward: np.ndarray) -> None:
         """Add what a step brought: by arm, the groups credited to it (a fraction of a group counts as such) and

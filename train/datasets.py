@@ -31,13 +31,10 @@ class TrainRows:
     building_of_row: torch.Tensor  # (N,) int64
     starts: torch.Tensor  # (M + 1,) int64
     by_panorama: torch.Tensor  # (N,) int64: rows, by building and then by panorama
-    place: torch.Tensor  # (N,) int64: where in its building's part of by_panorama a row stands,
-    run_start: torch.Tensor  # (N,) int64: where the run of its panorama begins there,
-    run_size: torch.Tensor  # (N,) int64: and how long that run is
+    positives: torch.Tensor  # (N, 4) int32, see `positives_of`
     zone_keys: torch.Tensor  # see `random_rows`
-    zone_indptr: torch.Tensor
     zone_sizes: torch.Tensor
-    zone_rows: torch.Tensor  # (M,) int64: rows in a building's zone, its own among them
+    outside: torch.Tensor  # (M, 2) int64
     xyz_m: torch.Tensor  # (N, 3) float64: targets, see geo.to_xyz_m
     zones: Zones  # on the host: what a search leaves out
     radius_m: float
@@ -154,7 +151,6 @@ def make_rows(
         raise PipelineError(
             "merged/train holds a building with one image: run preprocess/merge_and_split.py again"
         )
-    own_start = starts[building_of_row]
     panorama = columns["street_view_id"]
     by_panorama = np.lexsort((np.arange(n), panorama, building_of_row))
     place = np.empty(n, np.int64)
@@ -164,6 +160,10 @@ def make_rows(
     first[1:] |= np.diff(panorama[by_panorama]) != 0
     runs = np.append(np.flatnonzero(first), n)
     run = (np.cumsum(first) - 1)[place]
+    own_start, own_size = starts[building_of_row], sizes[building_of_row]
+    run_start, run_size = runs[run], runs[run + 1] - runs[run]
+    alone = run_size == own_size  # all images of the building are of one panorama
+    skip_at, skip = np.where(alone, place, run_start), np.where(alone, 1, run_size)
 
     owner = np.repeat(np.arange(len(sizes)), np.diff(zones.indptr))
     zone_sizes = np.concatenate([[0], np.cumsum(sizes[zones.buildings])])
@@ -178,13 +178,10 @@ def make_rows(
         "building_of_row": building_of_row.astype(np.int64),
         "starts": starts,
         "by_panorama": by_panorama,
-        "place": place - own_start,
-        "run_start": runs[run] - own_start,
-        "run_size": runs[run + 1] - runs[run],
+        "positives": np.stack([own_start, own_size - skip, skip_at, skip], axis=1).astype(np.int32),
         "zone_keys": owner * (n + 1) + starts[zones.buildings] - before,
-        "zone_indptr": zones.indptr,
         "zone_sizes": zone_sizes,
-        "zone_rows": zone_rows,
+        "outside": np.stack([n - zone_rows, zone_sizes[zones.indptr[:-1]]], axis=1),
         "xyz_m": geo.to_xyz_m(columns["target_lat"], columns["target_lon"]),
     }
     return TrainRows(
@@ -197,9 +194,9 @@ def make_rows(
     )
 
 
-def gather(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """table[rows] on the device of `rows`, wherever the table is."""
-    return table[rows.to(table.device)].to(rows.device)
+def gather(table: torch.Tensor, *places: torch.Tensor) -> torch.Tensor:
+    """table[places], rows or rows and columns, on the device of the places, wherever the table is."""
+    return table[tuple(place.to(table.device) for place in places)].to(places[0].device)
 
 
 def step_seed(seed: int, step: int, purpose: int) -> int:
@@ -232,8 +229,7 @@ class Sampler:
         first, last = step * self.batch_size, (step + 1) * self.batch_size
         passes = range(first // count, (last - 1) // count + 1)
         self._orders = {p: self._orders[p] if p in self._orders else self._order(p, count) for p in passes}
-        joined = torch.cat([self._orders[p] for p in passes])
-        return joined[first - passes[0] * count :][: self.batch_size]
+        return torch.cat([self._orders[p][max(0, first - p * count) : last - p * count] for p in passes])
 
     def _order(self, number: int, count: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(step_seed(self.seed, number, 1))
@@ -242,15 +238,12 @@ class Sampler:
 
 def positives_of(rows: TrainRows, anchors: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """An image of each anchor's building from another panorama, if there is one, else another image of it;
-    `u` (A,) uniform in [0, 1) chooses."""
-    building = rows.building_of_row[anchors]
-    first = rows.starts[building]
-    size = rows.starts[building + 1] - first
-    elsewhere = rows.run_size[anchors] < size
-    skip_at = torch.where(elsewhere, rows.run_start[anchors], rows.place[anchors])
-    skip = torch.where(elsewhere, rows.run_size[anchors], 1)
-    chosen = (u * (size - skip)).long()
-    return rows.by_panorama[first + chosen + skip * (chosen >= skip_at)]
+    `u` (A,) uniform in [0, 1) chooses. `rows.positives` says where the building's images begin in `by_panorama`,
+    how many of them can be a row's positives, where those that cannot (its own panorama, or itself) begin, and how
+    many they are."""
+    first, count, skip_at, skip = rows.positives[anchors].unbind(dim=1)
+    place = first + (u * count).long()
+    return rows.by_panorama[place + skip * (place >= skip_at)]
 
 
 def negatives_of(
@@ -262,13 +255,13 @@ def negatives_of(
     offsets = gather(rows.band_offsets, anchors).long()  # (A, B + 1)
     sizes = offsets[:, 1:] - offsets[:, :-1]
     bands = torch.arange(rows.num_bands, device=anchors.device)
-    away = 2 * (bands - arms[:, None]).abs() + (bands > arms[:, None])  # no two bands are equally far
+    away = (4 * bands + 1 - 4 * arms[:, None]).abs()  # of two bands beside the arm's, the harder is less far
     band = torch.where(sizes > 0, away, torch.iinfo(torch.int64).max).argmin(dim=1)
     is_random = (arms == rows.num_bands) | (offsets[:, -1] == 0)
     size = sizes.gather(1, band[:, None]).squeeze(1)
     rank = offsets.gather(1, band[:, None]).squeeze(1) + (u * size).long()
-    near = gather(rows.neighbor_rows, anchors).gather(1, rank[:, None].clamp(max=rows.neighbor_rows.shape[1] - 1))
-    negatives = torch.where(is_random, random_rows(rows, anchors, v), near.squeeze(1).long())
+    near = gather(rows.neighbor_rows, anchors, rank.clamp(max=rows.neighbor_rows.shape[1] - 1)).long()
+    negatives = torch.where(is_random, random_rows(rows, anchors, v), near)
     return negatives, torch.where(is_random, rows.num_bands, band)
 
 
@@ -278,12 +271,15 @@ def random_rows(rows: TrainRows, anchors: torch.Tensor, u: torch.Tensor) -> torc
     The zone of building b is a sorted list of runs of rows. Run j, which starts at S_j, has E_j rows of the runs
     before it: S_j - E_j counts the allowed rows before the run. The allowed row number r lies behind the runs with
     S_j - E_j <= r. `zone_keys` are b * (N + 1) + S_j - E_j, ascending over all buildings, and one search in them
-    serves the whole batch.
+    serves the whole batch. `zone_sizes` counts the rows of all runs, of all buildings, before each run; `outside`
+    holds the allowed rows of each building, and the rows of all runs before its first.
     """
-    building, n = rows.building_of_row[anchors], len(rows.building_of_row)
-    allowed = (u * (n - rows.zone_rows[building])).long()
-    runs = torch.searchsorted(rows.zone_keys, building * (n + 1) + allowed, right=True)
-    return allowed + rows.zone_sizes[runs] - rows.zone_sizes[rows.zone_indptr[building]]
+    building = rows.building_of_row[anchors]
+    count, before = rows.outside[building].unbind(dim=1)
+    allowed = (u * count).long()
+    keys = building * (len(rows.building_of_row) + 1) + allowed
+    runs = torch.searchsorted(rows.zone_keys, keys, right=True)
+    return allowed + rows.zone_sizes[runs] - before
 
 
 def relations(rows: TrainRows, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
