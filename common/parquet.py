@@ -196,8 +196,10 @@ def is_usable(block: np.ndarray) -> bool:
     """Whether all values of some vectors are numbers, and none is larger than LARGEST."""
     if block.dtype != np.float16:
         return bool(np.abs(block).max(initial=0) <= LARGEST)
-    # numpy converts each half to look at it; as a number without its sign, what is not finite is the largest
-    return bool(np.max(block.view(np.uint16) & 0x7FFF, initial=0) < 0x7C00)
+    # numpy converts each half to look at it; read as whole numbers, those that are not finite are the largest with
+    # a sign (of the unsigned ones) and without (of the signed)
+    largest, largest_positive = (block.view(kind).max(initial=0) for kind in (np.uint16, np.int16))
+    return bool(largest < 0xFC00 and largest_positive < 0x7C00)
 
 
 def read_provenance(path: Path) -> Provenance:

@@ -231,10 +231,12 @@ def test_a_matrix_of_many_row_groups_is_read_in_order_and_what_is_not_finite_is_
     schema = pa.schema([("vector", schemas.vector(pa.from_numpy_dtype(kind), 8))])
     matrix = np.random.default_rng(0).normal(size=(1_000, 8)).astype(kind)
     matrix[5] = min(float(np.finfo(kind).max), parquet.LARGEST)
+    matrix[700] = -matrix[5]
     write(tmp_path / "a.parquet", {"vector": matrix}, schema=schema)
     assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups > 3
     assert np.array_equal(parquet.read_matrix(tmp_path / "a.parquet", "vector"), matrix)
-    for value in (np.nan, np.inf, -np.inf, *((-2 * parquet.LARGEST,) if kind is np.float32 else ())):
+    too_large = (-2 * parquet.LARGEST,) if kind is np.float32 else ()
+    for value in (np.nan, -np.float64(np.nan), np.inf, -np.inf, *too_large):
         matrix[777, 3] = value
         write(tmp_path / "a.parquet", {"vector": matrix}, schema=schema)
         with pytest.raises(PipelineError, match=r"a\.parquet: vector of row 777 holds NaN, infinity"):
