@@ -6,9 +6,9 @@ import pytest
 from train.bandit import DiscountedUcb, arms_of_step
 
 
-def slow_choice(past, arms, exploration, discount, pending):
+def slow_choice(past, available, exploration, discount, pending):
     """The arm of the next draw. `past`: (step, arm, reward) of each; `pending`: arms drawn in the step in hand."""
-    now = past[-1][0] + 1 if past else 0
+    now, arms = past[-1][0] + 1 if past else 0, len(available)
     draws, rewards = np.zeros(arms), np.zeros(arms)
     for step, arm, reward in past:
         draws[arm] += discount ** (now - step)
@@ -20,7 +20,7 @@ def slow_choice(past, arms, exploration, discount, pending):
         bonus = np.where(
             draws > 0, exploration * np.sqrt(np.log(max(draws.sum(), 1)) / np.maximum(draws, 1e-12)), np.inf
         )
-    return int(np.argmax(means + bonus))
+    return int(np.argmax(np.where(available, means + bonus, -np.inf)))
 
 
 def play(bandit, means, steps, groups, rng):
@@ -43,17 +43,20 @@ def test_every_arm_is_tried_once_before_any_twice():
 @pytest.mark.parametrize("discount", [1.0, 0.9])
 def test_choices_equal_the_sums_over_the_whole_past(discount):
     rng = np.random.default_rng(0)
-    means, past = np.array([0.2, 0.5, 0.4]), []
-    bandit = DiscountedUcb(np.ones(3), 0.4, discount)
+    means, past = np.array([0.2, 0.9, 0.5, 0.4]), []
+    bandit = DiscountedUcb(np.ones(4), 0.4, discount)
     for step in range(60):
+        bandit.available[1] = step < 30  # its bands are all empty after a search in the projected space
         expected = []
         for _ in range(3):
-            expected.append(slow_choice(past, 3, 0.4, discount, expected))
+            expected.append(slow_choice(past, bandit.available, 0.4, discount, expected))
         chosen = bandit.choose(3)
         assert chosen.tolist() == expected
         rewards = (rng.random(3) < means[chosen]).astype(float)
         past += [(step, arm, reward) for arm, reward in zip(chosen, rewards, strict=True)]
-        bandit.update(np.bincount(chosen, minlength=3), np.bincount(chosen, rewards, minlength=3))
+        bandit.update(np.bincount(chosen, minlength=4), np.bincount(chosen, rewards, minlength=4))
+    assert {arm for step, arm, _ in past if step < 30} == {0, 1, 2, 3}
+    assert {arm for step, arm, _ in past if step >= 30} == {0, 2, 3}
 
 
 def paper_regret(rewards, best, gamma, xi, bound):

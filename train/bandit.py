@@ -24,17 +24,17 @@ class DiscountedUcb:
 
     def choose(self, groups: int) -> np.ndarray:
         """The arm (groups,) of each group of a step, in turn, the past discounted first: the arm of the largest
-        mean + c * sqrt(ln N / n), of which each choice raises N and n; one that was never drawn goes first. Ties:
-        the lower arm.
+        mean + c * sqrt(ln N / n), of its n draws and the N of all arms, which each choice raises; one that was
+        never drawn goes first. Ties: the lower arm.
         """
         for sums in (self.draws, self.credit, self.reward):
             sums *= self.discount
         available = np.flatnonzero(self.available)
         mean = (self.reward / np.maximum(self.credit, 1e-12))[available]
-        draws = self.draws[available]
+        draws, total = self.draws[available], self.draws.sum()
         chosen = np.empty(groups, np.int64)
         for group in range(groups):
-            explored = math.log(max(draws.sum(), 1.0)) / np.maximum(draws, 1e-12)
+            explored = math.log(max(total + group, 1.0)) / np.maximum(draws, 1e-12)
             bounds = np.where(draws > 0, mean + self.exploration * np.sqrt(explored), np.inf)
             chosen[group] = place = bounds.argmax()
             draws[place] += 1
