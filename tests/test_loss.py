@@ -72,6 +72,22 @@ def test_mining_takes_the_hardest_negative_beyond_the_positive():
     assert mined.item() == pytest.approx(np.cos(np.radians(25)))  # the least similar, where all are nearer
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_triplets_mined_in_the_batch_equal_the_loop(seed):
+    raw, _, positive, negative = random_batch(seed)
+    n, rows, mined = 24, torch.arange(24), []
+    for i in range(n):
+        s = (unit(raw)[i] @ unit(raw).T).tolist()
+        allowed = negative[i].nonzero().squeeze(1).tolist()
+        beyond = [j for j in allowed if s[j] < s[i + n]]
+        mined.append(max(beyond, key=s.__getitem__) if beyond else min(allowed, key=s.__getitem__))
+    library = losses.TripletMarginLoss(0.3, distance=CosineSimilarity(), reducer=reducers.AvgNonZeroReducer())
+    theirs = library(raw, indices_tuple=(rows, rows + n, torch.tensor(mined)))
+    module = loss.Loss("triplet", margin=0.3, temperature=0.1, mines=True)
+    ours, _ = module(unit(raw), (positive[:n], negative[:n]))
+    assert_same_with_gradients(ours, theirs, raw)
+
+
 def test_info_nce_that_one_can_see():
     vectors = on_circle(0, 90, 0, 90, 180, 270)  # two pairs that agree; negatives opposite to each
     contrast = torch.tensor([[False, True, True, True], [True, False, True, True]])
@@ -84,10 +100,11 @@ def test_info_nce_that_one_can_see():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_info_nce_equals_pytorch_metric_learning(seed):
-    raw, _, _, negative = random_batch(seed)
+    raw, _, positive, negative = random_batch(seed)
     n, rows = 24, torch.arange(24)
     contrast = negative[:n, n:]  # by pair: other positives, then negatives
-    ours = loss.info_nce(*unit(raw).chunk(3), contrast, torch.tensor(0.2).log())
+    module = loss.Loss("infonce", margin=0.1, temperature=0.2, mines=False).double()
+    ours, _ = module(unit(raw), (positive[:n], negative[:n]))
     pair, column = torch.nonzero(contrast, as_tuple=True)
     theirs = 0
     for query, other in ((rows, rows + n), (rows + n, rows)):
@@ -127,7 +144,7 @@ def test_multi_similarity_mines_only_among_pairs_that_may_be_contrasted(seed):
         pulled += [(i, j) for j in p if n and s[j] - loss.EPSILON < max(s[m] for m in n)]
         pushed += [(i, j) for j in n if p and s[j] + loss.EPSILON > min(s[m] for m in p)]
     pairs = (*torch.tensor(pulled).T, *torch.tensor(pushed).T)
-    ours = loss.multi_similarity(similarities, positive, negative)
+    ours, _ = loss.Loss("multi_similarity", 0.1, 0.1, mines=False)(unit(raw), (positive, negative))
     assert_same_with_gradients(ours, LIBRARY_MULTI_SIMILARITY(raw, indices_tuple=pairs), raw)
 
 

@@ -138,6 +138,43 @@ def test_the_loss_sees_what_the_bandit_chose(root, data, tmp_path, monkeypatch):
     np.testing.assert_allclose(shares, triplets[1:] / triplets[1:].sum(axis=1, keepdims=True))
 
 
+@pytest.mark.parametrize("name", ["infonce", "multi_similarity"])
+def test_the_loss_contrasts_no_rows_of_one_building_or_within_its_ignore_zone(root, data, monkeypatch, name):
+    seen = []
+    real_draw, real_loss = Sampler.draw, Loss.forward
+
+    def draw(self, *arguments):
+        seen.append([real_draw(self, *arguments)])
+        return seen[-1][0]
+
+    def forward(self, vectors, masks):
+        next(step for step in seen if len(step) == 1).append(masks)
+        return real_loss(self, vectors, masks)
+
+    monkeypatch.setattr(Sampler, "draw", draw)
+    monkeypatch.setattr(Loss, "forward", forward)
+    train(root, data, None, f"training.loss={name}", "training.epochs=1")
+    assert len(seen) == 6
+    near = 0
+    for batch, (positive, negative) in seen:
+        rows = batch.rows
+        first = rows if name == "multi_similarity" else batch.anchors
+        same = data.train.building_of_row[first][:, None] == data.train.building_of_row[rows]
+        xyz_m = data.train.xyz_m
+        metres = (xyz_m[first][:, None] - xyz_m[rows]).norm(dim=2)
+        assert torch.equal(positive, same & (first[:, None] != rows))
+        assert torch.equal(negative, ~same & (metres > 25))
+        near += int((~same & (metres <= 25)).sum())
+    assert near > 0
+
+
+def test_infonce_learns_its_temperature(root, data, tmp_path):
+    more = ("training.loss=infonce", "training.epochs=1")
+    train(root, data, tmp_path, *more)
+    learned = model.load_checkpoint(tmp_path / "checkpoint_last.pt")["resume"]["loss"]["log_temperature"]
+    assert learned != fit.start(config.load(None, settings(root, *more)), data).loss.log_temperature
+
+
 def test_bfloat16_trains_as_well(root, data):
     exact, rounded = (train(root, data, None, f"training.dtype={dtype}") for dtype in ("float32", "bfloat16"))
     assert exact.history["loss"][1] != rounded.history["loss"][1]

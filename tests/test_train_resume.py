@@ -2,6 +2,7 @@
 and the curves that it leaves. Oracle: the undisturbed run.
 """
 
+import dataclasses
 import os
 import signal
 import time
@@ -13,18 +14,20 @@ import short_training
 import torch
 import warm
 from PIL import Image
-from short_training import flags, settings, train
+from short_training import flags, settings
 
 from common import cli, config, parquet
 from common.errors import Stopped
 from train import checkpoints, model, remine
+from train.bandit import DiscountedUcb
 from train.datasets import load_data, relations
 from train.history import draw
 from train.train import main
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 REMINE = ("training.remine_epochs=2",)
-LONGER = ("training.steps_per_epoch=150", "training.patience=9")
+INFONCE = "training.loss=infonce"  # the default, which has a temperature to keep
+LONGER = (INFONCE, "training.steps_per_epoch=150", "training.patience=9")
 CPU = torch.device("cpu")
 
 
@@ -37,6 +40,10 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(root):
     return load_data(config.load(None, settings(root)))
+
+
+def train(root, data, run_dir=None, *more, **options):
+    return short_training.train(root, data, run_dir, INFONCE, *more, **options)
 
 
 def assert_same_checkpoints(ours, theirs):
@@ -96,6 +103,27 @@ def test_bands_are_mined_in_the_heads_space(root, data):
     share = (rows.band_offsets.int().diff(dim=1).sum(dim=0) / ratio.size).numpy()
     np.testing.assert_allclose(share, 0.2, atol=0.01)  # the edges are percentiles, of the new ratios
     assert (found[:, 0] != data.train.neighbor_rows[:, 0].numpy()).mean() > 0.1  # the old space has others
+
+
+def test_a_band_that_mining_leaves_empty_is_not_chosen_any_more(root, data, monkeypatch):
+    real, chosen = remine.mine, []
+
+    def mine(*arguments):
+        rows = real(*arguments)
+        offsets = rows.band_offsets.clone()
+        offsets[:, 2] = offsets[:, 1]  # band 2 takes what was in band 1
+        return dataclasses.replace(rows, band_offsets=offsets)
+
+    def choose(self, groups, real=DiscountedUcb.choose):
+        chosen.append(real(self, groups))
+        return chosen[-1]
+
+    monkeypatch.setattr(remine, "mine", mine)
+    monkeypatch.setattr(DiscountedUcb, "choose", choose)
+    train(root, data, None, *REMINE)
+    before, after = np.concatenate(chosen[:12]), np.concatenate(chosen[12:])  # of two epochs each
+    assert set(before) == {0, 1, 2, 3, 4, 5}
+    assert set(after) == {0, 2, 3, 4, 5}
 
 
 def head_checkpoint(cfg, data, head):
