@@ -212,13 +212,13 @@ class Progress:
 
     def _line(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)
-        rate = self.rows_in / seconds
+        rate, per = _rate(self.rows_in, seconds)
         share = self.rows_in / self.total if self.total else self._share
         counted = f"{self.rows_in:,} of {self.total:,}" if self.total else f"{self.rows_in:,}"
         if not (self.total or share):
-            return f"{counted} {_plural(self.unit)}, {rate:,.0f}/s"
+            return f"{counted} {_plural(self.unit)}, {rate:,.0f}/{per}"
         remaining = seconds * (1 - share) / share if share else float("inf")
-        return f"{counted} {_plural(self.unit)} ({share:.0%}), {rate:,.0f}/s, {duration(remaining)} left"
+        return f"{counted} {_plural(self.unit)} ({share:.0%}), {rate:,.0f}/{per}, {duration(remaining)} left"
 
     def summary(self, note: str = "") -> int:
         """Print the run's one summary line (with `note` at its end) and return exit code 0."""
@@ -227,7 +227,8 @@ class Progress:
         if self.rejected:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.rejected.most_common())
             parts[0] += f", {self.rejected.total():,} rejected ({reasons})"
-        parts.append(duration(seconds) + f", {self.rows_in / max(seconds, 1e-9):,.0f} {_plural(self.unit)}/s")
+        rate, per = _rate(self.rows_in, max(seconds, 1e-9))
+        parts.append(f"{duration(seconds)}, {rate:,.0f} {_plural(self.unit)}/{per}")
         if note:
             parts.append(note)
         print(f"{self.stage}: {'; '.join(parts)}", flush=True)
@@ -248,6 +249,15 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def _rate(count: int, seconds: float) -> tuple[float, str]:
+    """(how many per time, "s"); where that is less than one, per "min" or "h"."""
+    rate, per = count / seconds, "s"
+    for longer in ("min", "h"):
+        if 0 < rate < 1:
+            rate, per = 60 * rate, longer
+    return rate, per
 
 
 def _plural(unit: str) -> str:

@@ -55,7 +55,8 @@ def main(argv=None) -> int:
     parts.refuse_missing(every)
     table = parts.gather(cfg, every)
     log.info("%s", band_table.as_text(table))
-    return progress.summary(f"{len(every):,} parts gathered in {target}")
+    joined = f" joins {len(every):,} parts" if len(every) > 1 else ""
+    return progress.summary(f"{target}{joined}")
 
 
 if __name__ == "__main__":

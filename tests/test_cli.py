@@ -88,6 +88,15 @@ def test_the_summary_counts_in_out_and_rejects_by_reason(capsys):
     assert line.endswith("images/s; 2 tars\n")
 
 
+@pytest.mark.parametrize(("seconds", "rate"), [(1, "3 trials/s"), (13, "14 trials/min"), (600, "18 trials/h")])
+def test_a_slow_rate_is_told_by_the_minute_or_hour(capsys, seconds, rate):
+    with cli.Progress("optuna_worker", "trial") as progress:
+        progress.add(3)
+        progress._started -= seconds
+    progress.summary()
+    assert capsys.readouterr().out.endswith(f", {rate}\n")
+
+
 def test_off_a_terminal_a_plain_line_appears_now_and_then(capsys):
     with cli.Progress("stage", "row", total=10, interval_s=0) as progress:
         progress.add(5)

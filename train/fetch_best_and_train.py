@@ -4,7 +4,7 @@ Leaves the same files as train.py, and the settings used beside them: train.py -
 
 Reads    the study (data/study/journal.log, or training.study_storage), and what train.py reads
 Writes   checkpoints/<run>/config.toml, and what train.py writes
-Command  python train/fetch_best_and_train.py [--trial 17]
+Command  python train/fetch_best_and_train.py [--trial 17] [--set training.run=tuned]
 Memory   as train.py
 """
 
@@ -15,6 +15,7 @@ if not __package__:  # run by path: import from the repository root, not from th
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli
+from common.errors import StaleArtefact
 
 
 def main(argv=None) -> int:
@@ -35,7 +36,10 @@ def main(argv=None) -> int:
     run_dir = cfg.paths.checkpoints_dir / cfg.training.run
     if not args.overwrite:  # before config.toml is written beside a checkpoint of other settings
         made = checkpoints.record(chosen, datasets.input_ids(chosen))
-        checkpoints.existing(run_dir, made)
+        try:
+            checkpoints.existing(run_dir, made)
+        except StaleArtefact as error:
+            raise StaleArtefact(f"{error}\nor name this run another way: --set training.run=tuned") from None
     settings_path, settings = run_dir / "config.toml", config.to_toml(chosen).encode()
     if not settings_path.exists() or settings_path.read_bytes() != settings:
         files.write_bytes(settings_path, settings)
