@@ -23,7 +23,11 @@ DEMO_SETTINGS = --set paths.root=$(DEMO_ROOT) --set paths.raw_dir=../raw \
     --set training.epochs=10 --set training.steps_per_epoch=20 --set training.warmup_steps=20 \
     --set infrastructure.embedding_batch_size=32
 
-.PHONY: help install demo test unit lint style types bench readme clean
+# Streets that nothing was chosen on, enough for 80 cells or more in the test split.
+COMPARED_RAW = $(DEMO)/compared/raw
+COMPARED_SETTINGS = $(DEMO_SETTINGS) --set paths.root=$(DEMO)/compared/$(notdir $(BACKBONE)) --set training.epochs=15
+
+.PHONY: help install demo compare test unit lint style types bench readme clean
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
@@ -48,6 +52,16 @@ $(DEMO_RAW)/.complete: $(VENV)
 
 $(DEMO)/backbone/config.json: $(VENV)
 	@$(RUN) tests/local_backbone.py --out $(DEMO)/backbone
+
+compare: $(VENV) $(COMPARED_RAW)/.complete $(if $(filter $(DEMO)/backbone,$(BACKBONE)),$(DEMO)/backbone/config.json)  ## every sampler with every loss, on streets of their own: the README's table, in half an hour
+	@$(RUN) slurm/submit.py --local --to compute_visual_neighbors $(COMPARED_SETTINGS)
+	@for shard in 0 1; do \
+	    OMP_NUM_THREADS=1 $(RUN) train/compare.py --shard $$shard --num-shards 2 $(COMPARED_SETTINGS) & done; wait
+	@$(RUN) train/compare.py $(COMPARED_SETTINGS)
+
+$(COMPARED_RAW)/.complete: $(VENV)
+	@$(RUN) tests/synthetic.py --out $(COMPARED_RAW) --streets 300 --cities 4 --seed 7 --processes 2
+	@touch $@
 
 test: style  ## lint and all tests: types are checked while the tests run
 	@$(MAKE) --no-print-directory -j2 types unit || { echo "error: see above: types or tests"; exit 1; }
