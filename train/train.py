@@ -6,7 +6,7 @@ Writes   checkpoints/<run>/checkpoint_best.pt: the head of highest validation mA
          checkpoints/<run>/checkpoint_last.pt: what a stopped run goes on from
          checkpoints/<run>/{history.parquet,curves.png}: the epochs as a table and as a picture
 Command  python train/train.py [--set training.run=NAME] [--set training.loss=infonce]
-Memory   per training image D x 2 + k x 4 + 80 bytes (6 M, 768-d, k = 150: 13 GB), on the GPU as far as it fits;
+Memory   per training image D x 2 + k x 4 + 90 bytes (6 M, 768-d, k = 150: 13 GB), on the GPU as far as it fits;
          less with training.sample_buildings; validation: see search_memory_mb
 Time     two passes, forward and back to the weights, of 2 D (h + output_dim) floating-point operations per image
          of a batch; then validation, with each epoch

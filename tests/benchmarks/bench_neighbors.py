@@ -106,6 +106,7 @@ def measure(n: int = 100_000) -> list[timing.Ratio]:
     taken = timing.seconds(ways, rounds=1, warm_up=False)
     allowed_mb = MEMORY_MB + n * (DIM * 2 + K * 8) / 2**20
     print(f"peak memory of ours: {found['mb']:,.0f} MB more, of {allowed_mb:,.0f} MB", flush=True)
+    assert found["mb"] <= allowed_mb
     checked = np.linspace(0, n - 1, CHECKED).astype(int)
     true = in_float64(vectors, zones, checked)
     assert (found["ours"][checked] == true).all()  # in the same order, too

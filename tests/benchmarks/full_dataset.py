@@ -78,7 +78,7 @@ def of_backbone(vit, results: dict, growth: dict) -> dict:
         "days_neighbors_here": grown(growth, "neighbours, exact, 768-d", train_images) * dim / 768 / 24,
         "hours_training_here": triplets / ours(results, "training, InfoNCE") * dim / 768 / 3600,
         "gb_embeddings": embedding_bytes / 1e9,
-        "gb_training_in_memory": train_images * (dim * 2 + cfg.data.neighbors * 4 + 80) / 1e9,
+        "gb_training_in_memory": train_images * (dim * 2 + cfg.data.neighbors * 4 + 90) / 1e9,
     }
 
 
