@@ -23,9 +23,12 @@ DEMO_SETTINGS = --set paths.root=$(DEMO_ROOT) --set paths.raw_dir=../raw \
     --set training.epochs=10 --set training.steps_per_epoch=20 --set training.warmup_steps=20 \
     --set infrastructure.embedding_batch_size=32
 
+LOCAL_BACKBONE = $(if $(filter $(DEMO)/backbone,$(BACKBONE)),$(DEMO)/backbone/config.json) # made here, if it is the one
+
 # Streets that nothing was chosen on, enough for 80 cells or more in the test split.
 COMPARED_RAW = $(DEMO)/compared/raw
-COMPARED_SETTINGS = $(DEMO_SETTINGS) --set paths.root=$(DEMO)/compared/$(notdir $(BACKBONE)) --set training.epochs=15
+COMPARED_ROOT = $(DEMO)/compared/$(notdir $(BACKBONE))
+COMPARED_SETTINGS = $(DEMO_SETTINGS) --set paths.root=$(COMPARED_ROOT) --set training.epochs=40 --set training.patience=40
 
 .PHONY: help install demo compare test unit lint style types bench readme clean
 help:  ## list the targets
@@ -41,7 +44,7 @@ $(VENV): pyproject.toml $(CONSTRAINTS)
 	@$(RUN) -W ignore -m compileall -q -j 0 .venv/lib > /dev/null || true # on all cores; what fails is compiled when used
 	@touch $@
 
-demo: $(VENV) $(DEMO_RAW)/.complete $(if $(filter $(DEMO)/backbone,$(BACKBONE)),$(DEMO)/backbone/config.json)  ## the whole chain on synthetic streets, here, in minutes
+demo: $(VENV) $(DEMO_RAW)/.complete $(LOCAL_BACKBONE)  ## the whole chain on synthetic streets, here, in minutes
 	@$(RUN) slurm/submit.py --local $(DEMO_SETTINGS)
 	@test $(DEMO_ROOT)/search.png -nt $(DEMO_ROOT)/data/published/provenance.json || $(RUN) publish/demo_usage.py search --out $(DEMO_ROOT)/search.png $(DEMO_SETTINGS)
 	@echo "search   $(abspath $(DEMO_ROOT))/search.png"
@@ -53,11 +56,13 @@ $(DEMO_RAW)/.complete: $(VENV)
 $(DEMO)/backbone/config.json: $(VENV)
 	@$(RUN) tests/local_backbone.py --out $(DEMO)/backbone
 
-compare: $(VENV) $(COMPARED_RAW)/.complete $(if $(filter $(DEMO)/backbone,$(BACKBONE)),$(DEMO)/backbone/config.json)  ## every sampler with every loss, on streets of their own: the README's table, in half an hour
+compare: $(VENV) $(COMPARED_RAW)/.complete $(LOCAL_BACKBONE)  ## every sampler with every loss, on streets of their own: the README's table
 	@$(RUN) slurm/submit.py --local --to compute_visual_neighbors $(COMPARED_SETTINGS)
 	@for shard in 0 1; do \
 	    OMP_NUM_THREADS=1 $(RUN) train/compare.py --shard $$shard --num-shards 2 $(COMPARED_SETTINGS) & done; wait
 	@$(RUN) train/compare.py $(COMPARED_SETTINGS)
+	@cp $(COMPARED_ROOT)/data/evaluation/comparison.json tests/benchmarks/
+	@$(RUN) tests/readme_parts.py
 
 $(COMPARED_RAW)/.complete: $(VENV)
 	@$(RUN) tests/synthetic.py --out $(COMPARED_RAW) --streets 300 --cities 4 --seed 7 --processes 2

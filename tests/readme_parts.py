@@ -1,7 +1,9 @@
 """The parts of README.md that are made from the code and from what `make bench` measured, so that they cannot go
-stale: settings, columns of the artefacts, reasons of rejects, the demo's table, benchmark ratios, costs.
+stale: settings, columns of the artefacts, reasons of rejects, the tables of the demo and the comparison, ratios
+of benchmarks, costs.
 
-Reads    config.toml, common/config.py, common/schemas.py, tests/benchmarks/{demo,results,full_dataset}.json
+Reads    config.toml, common/config.py, common/schemas.py, tests/benchmarks/{demo,results,full_dataset}.json of
+         `make bench`, tests/benchmarks/comparison.json of `make compare`
 Writes   README.md, between the comments <!-- NAME --> and <!-- end of NAME -->
 Command  python tests/readme_parts.py     (make readme; tests/test_readme.py fails where the README lags behind)
 """
@@ -18,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 import tomli
 
 from common import config, files, schemas
+from train import comparison
 
 README = ROOT / "README.md"
 MEASURED = ROOT / "tests" / "benchmarks"
@@ -176,13 +179,18 @@ def rejects() -> str:
 
 
 def measured(name: str) -> dict:
-    """What `make bench` left in tests/benchmarks/<name>.json."""
+    """What stands in tests/benchmarks/<name>.json."""
     return json.loads((MEASURED / f"{name}.json").read_text())
 
 
 def demo() -> str:
     """The table that the demo ended with."""
     return f"```text\n{measured('demo')['table']}\n```"
+
+
+def compared() -> str:
+    """The table of samplers and losses."""
+    return comparison.as_markdown(measured("comparison"))
 
 
 def benchmarks() -> str:
@@ -243,6 +251,7 @@ PARTS = {
     "demo": demo,
     "benchmarks": benchmarks,
     "costs": costs,
+    "comparison": compared,
     "settings": settings,
     "artefacts": artefacts,
     "rejects": rejects,

@@ -1,8 +1,8 @@
 """What training reads, and the drawing of whole batches of triplets by index arithmetic on the device.
 
-Memory: a row of train takes D x 2 bytes for its embedding, k x 4 for its neighbours, and about 90 for the rest, 120
-where targets stand 4 m apart (6 M rows, 768-d, k = 150: 9.2, 3.6 and 0.5 GB), on the device as far as it fits, else
-on the host with a gather per batch. `training.sample_buildings` trains on a part.
+Memory: a row of train takes D x 2 bytes for its embedding, k x 4 for its neighbours, and about 90 for the rest
+(120 where targets stand 4 m apart). 6 M rows, 768-d, k = 150: 9.2, 3.6 and 0.5 GB; on the device as far as it
+fits, else on the host with a gather per batch. `training.sample_buildings` trains on a part.
 """
 
 from dataclasses import dataclass
