@@ -211,7 +211,7 @@ class Progress:
             print(f"{self.stage}: {self._line()}", file=sys.stderr, flush=True)
 
     def _line(self) -> str:
-        seconds = max(time.monotonic() - self._started, 1e-9)
+        seconds = time.monotonic() - self._started
         rate, per = _rate(self.rows_in, seconds)
         share = self.rows_in / self.total if self.total else self._share
         counted = f"{self.rows_in:,} of {self.total:,}" if self.total else f"{self.rows_in:,}"
@@ -227,7 +227,7 @@ class Progress:
         if self.rejected:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.rejected.most_common())
             parts[0] += f", {self.rejected.total():,} rejected ({reasons})"
-        rate, per = _rate(self.rows_in, max(seconds, 1e-9))
+        rate, per = _rate(self.rows_in, seconds)
         parts.append(f"{duration(seconds)}, {rate:,.0f} {_plural(self.unit)}/{per}")
         if note:
             parts.append(note)
@@ -253,7 +253,7 @@ def duration(seconds: float) -> str:
 
 def _rate(count: int, seconds: float) -> tuple[float, str]:
     """(how many per time, "s"); where that is less than one, per "min" or "h"."""
-    rate, per = count / seconds, "s"
+    rate, per = count / max(seconds, 1e-9), "s"
     for longer in ("min", "h"):
         if 0 < rate < 1:
             rate, per = 60 * rate, longer
