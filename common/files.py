@@ -6,6 +6,7 @@ import fcntl
 import glob
 import os
 import re
+import shlex
 import time
 import uuid
 from collections.abc import Iterator
@@ -70,6 +71,27 @@ def remove_dead_temporaries(path: Path) -> None:
         with contextlib.suppress(OSError), open(other, "r+b") as file:
             if lock(file, wait=False) or time.time() - os.fstat(file.fileno()).st_mtime > _DEAD_AFTER_S:
                 other.unlink()
+
+
+def beside(folder: Path, what: str) -> Path:
+    """The folder for `what` is about the files in `folder` but is not one of them: data/merged_report, say.
+
+    An artefact's folder holds Parquet files of one schema and nothing else. Readers of whole folders (pandas,
+    polars, DuckDB, Hugging Face's datasets) look into subfolders too, and stop at, or misread, any other file.
+    """
+    return Path(f"{os.path.abspath(folder)}_{what}")  # absolute: "." has no name to add to
+
+
+def refuse_leftovers(folder: Path, what: str, *patterns: str) -> None:
+    """Raise PipelineError if `folder` holds files that older versions wrote there, and now go `beside` it."""
+    old = [pattern for pattern in patterns if any(folder.glob(pattern))]
+    if old:
+        target = shlex.quote(str(beside(folder, what)))
+        paths = " ".join(f"{shlex.quote(str(folder))}/{pattern}" for pattern in old)
+        raise PipelineError(
+            f"{folder} holds files of an older version that make it unreadable as one table: {', '.join(old)}\n"
+            f"delete them, or move them out:  mkdir -p {target} && mv {paths} {target}"
+        )
 
 
 def fsync(path: Path) -> None:

@@ -1,10 +1,10 @@
 """The most similar images of other places for every training image, and how hard each is as a negative.
 
 Reads    data/merged/train.parquet
-Writes   data/difficulty/parts/<part>.parquet: the neighbours of 20,000 images (data.rows_per_part) each;
+Writes   data/difficulty_parts/<part>.parquet: the neighbours of 20,000 images (data.rows_per_part) each;
          data/difficulty/difficulty_metadata.parquet: those of all, with their bands of difficulty;
-         data/difficulty/bands.{json,png}: what lies in each band; band_pairs.png: sample pairs of each, where the
-         tars are there
+         data/difficulty_report/bands.{json,png}: what lies in each band; band_pairs.png: sample pairs of each,
+         where the tars are there
 Command  python difficulty/compute_visual_neighbors.py
          or, as a job array: --shard 3 --num-shards 8 for each shard, then once --finish
 Memory   N x D x 2 bytes of embeddings, and as much again where products are in bfloat16 (6 M x 768: 18.4 GB), on
@@ -32,9 +32,11 @@ def main(argv=None) -> int:
     arguments.add_argument("--finish", action="store_true", help="only gather the parts that the shards have made")
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
-    from common import parquet
+    from common import files, parquet
     from difficulty import band_table, parts
 
+    files.refuse_leftovers(cfg.paths.difficulty_dir, "parts", "parts/*.parquet")
+    files.refuse_leftovers(cfg.paths.difficulty_dir, "report", "bands.*", "band_pairs.png")
     target, made = parts.result(cfg)
     if parquet.is_done(target, made, args.overwrite):
         return cli.nothing_to_do("compute_visual_neighbors", target.name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import cli, devices, parquet, provenance, schemas, zones
+from common import cli, devices, files, parquet, provenance, schemas, zones
 from common.config import Config, values
 from common.errors import PipelineError
 from common.provenance import Provenance
@@ -44,7 +44,7 @@ def list_parts(cfg: Config) -> list[Part]:
     size, total = cfg.data.rows_per_part, parquet.num_rows(train_path(cfg))
     keys = (*_search_keys(cfg), "data.rows_per_part")
     made = provenance.record("compute_visual_neighbors, a part", values(cfg, *keys), [train_path(cfg)])
-    folder = cfg.paths.difficulty_dir / "parts"
+    folder = files.beside(cfg.paths.difficulty_dir, "parts")
     return [
         Part(start, min(start + size, total), folder / f"{number:05d}.parquet", made)
         for number, start in enumerate(range(0, total, size))
@@ -151,7 +151,7 @@ def gather(cfg: Config, parts: list[Part]) -> list[dict]:
             "bands": report.table.rows(),
             "merged_id": made.inputs[train_path(cfg).name],
         }
-        report.write(path.parent, cfg.paths.raw_dir)
+        report.write(files.beside(path.parent, "report"), cfg.paths.raw_dir)
     if recall < LOW_RECALL:
         log.warning(
             'data.search = "%s" found %.1f %% of the true neighbours; "exact" finds all',

@@ -3,7 +3,7 @@
 Reads    data/intermediates/<tar>.parquet; the JPEGs, by offset, from data/raw/<tar>.tar; the backbone, from a
          folder, the hub or its cache
 Writes   data/embeddings/<tar>-<part>.parquet: the rows of the intermediates, in their order, with the pooled
-         output as float16, not normalised; data/embeddings/rejects/<tar>-<part>.parquet: images that can no
+         output as float16, not normalised; data/embeddings_rejects/<tar>-<part>.parquet: images that can no
          longer be decoded, where there are any
 Command  python generate/generate_embeddings.py [--shard 3 --num-shards 40]
 Memory   the images under way (see loop.py: some tens of MB), two parts (20,000 x dim x 10 bytes: 154 MB at 768),
@@ -25,9 +25,10 @@ from common.errors import PipelineError
 def main(argv=None) -> int:
     args = cli.parser(__doc__, shards=True).parse_args(argv)
     cfg = cli.load_config(args)
-    from common import devices, parquet, tars
+    from common import devices, files, parquet, tars
     from generate import loop, model_files, parts
 
+    files.refuse_leftovers(cfg.paths.embeddings_dir, "rejects", "rejects/*.parquet")
     device = devices.pick(cfg.infrastructure.device)
     dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
     identity = model_files.identity(cfg.embedding_model, dtype)

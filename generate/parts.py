@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from common import parquet, provenance, schemas, tars
+from common import files, parquet, provenance, schemas, tars
 from common.config import Config, values
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance
@@ -50,7 +50,8 @@ def refuse_surplus(folder: Path, name: str, num_parts: int, overwrite: bool) -> 
     escaped = glob.escape(name)
     surplus = [
         path
-        for path in [*folder.glob(f"{escaped}-*.parquet"), *folder.glob(f"rejects/{escaped}-*.parquet")]
+        for place in (folder, files.beside(folder, "rejects"))
+        for path in place.glob(f"{escaped}-*.parquet")
         if path.stem.removeprefix(f"{name}-").isdecimal() and int(path.stem.rpartition("-")[2]) >= num_parts
     ]
     if surplus and not overwrite:
@@ -111,7 +112,7 @@ def refuse_not_finite(vectors: np.ndarray, names: pa.ChunkedArray | pa.Array, wh
 
 
 def write_rejects(target: Path, made: Provenance, failed: dict[str, str]) -> None:
-    """Images that have no vector, and why, in rejects/ beside `target`; no file if there are none."""
+    """Images that have no vector, and why, beside `target`'s folder; no file if there are none."""
     path = _rejects(target)
     if not failed:
         path.unlink(missing_ok=True)
@@ -122,7 +123,7 @@ def write_rejects(target: Path, made: Provenance, failed: dict[str, str]) -> Non
 
 
 def _rejects(target: Path) -> Path:
-    return target.parent / "rejects" / target.name
+    return files.beside(target.parent, "rejects") / target.name
 
 
 def named(failed: dict[int, str], names: pa.ChunkedArray | pa.Array) -> dict[str, str]:

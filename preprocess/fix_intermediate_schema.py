@@ -6,7 +6,8 @@ than that, contradicts itself or its name, or has numbers that may have been rou
 run process_tar.py on its tar.
 
 Reads    data/intermediates/*.parquet
-Writes   the same files, where something is to be changed; with none of their rows changed otherwise
+Writes   the same files, where something is to be changed; with none of their rows changed otherwise;
+         data/intermediates_rejects/<tar>.parquet, empty, of files that process_tar.py did not make
 Command  python preprocess/fix_intermediate_schema.py [--check]
 Memory   twice the largest file: 600 bytes for each image of it
 """
@@ -71,10 +72,10 @@ def provenance_of(path: Path, tar: Path):
 
 
 def write(path: Path, fixed, made, foreign: bool, changes: list[str]) -> None:
-    """Replace the file; of a foreign one, say beside it that nothing is known of rejected files."""
-    from common import parquet, schemas
+    """Replace the file; of a foreign one, say in its rejects that nothing is known of rejected files."""
+    from common import files, parquet, schemas
 
-    rejects = path.parent / "rejects" / path.name
+    rejects = files.beside(path.parent, "rejects") / path.name
     if foreign and not rejects.exists():
         with parquet.writer(rejects, schemas.REJECTS, made) as out:
             out.facts = {"unknown": "the intermediates were not made by process_tar.py"}

@@ -6,9 +6,10 @@ panorama, or a picture, that a later split has too; buildings with fewer than 2 
 
 Reads    data/intermediates, data/fingerprints and data/embeddings of every tar in data/raw
 Writes   data/merged/{train,val,test}.parquet, sorted by (dataset_id, target_id, patch_id);
-         data/merged/split_report.json: what was dropped and why, ratios, the proof that nothing leaks;
-         data/merged/split_map.png: the cells by split;
-         data/merged/duplicates.png: the largest groups of duplicates, where there are any and the tars are there
+         data/merged_report/split_report.json: what was dropped and why, ratios, the proof that nothing leaks;
+         data/merged_report/split_map.png: the cells by split;
+         data/merged_report/duplicates.png: the largest groups of duplicates, where there are any and the tars are
+         there
 Command  python preprocess/merge_and_split.py
 Memory   about 280 bytes for each image; then three times the embeddings of the largest tar, three row groups of 32
          MB, and as much on its way to the disk: 25 M images of 4096 dimensions, 40,000 to a tar, take 7 GB and
@@ -30,6 +31,7 @@ SETTINGS = (
     *("data.split_by", "data.split_cell_m", "data.split_buffer_m"),
     *("data.train_ratio", "data.val_ratio", "data.test_ratio"),
 )
+REPORT = ("split_report.json", "split_map.png", "duplicates.png")
 
 
 def main(argv=None) -> int:
@@ -38,11 +40,11 @@ def main(argv=None) -> int:
     from common import config, files, parquet, provenance, schemas, tars
     from preprocess import duplicate_sheet, merge_files, split, split_report
 
+    files.refuse_leftovers(cfg.paths.merged_dir, "report", *REPORT)
     sources = merge_files.find(cfg, tars.of_shard(cfg.paths.raw_dir, 0, 1))
     made = provenance.record("merge_and_split", config.values(cfg, *SETTINGS), sources.ids)
     targets = [cfg.paths.merged_dir / f"{name}.parquet" for name in schemas.SPLITS]
-    report_path, map_path = cfg.paths.merged_dir / "split_report.json", cfg.paths.merged_dir / "split_map.png"
-    sheet_path = cfg.paths.merged_dir / "duplicates.png"
+    report_path, map_path, sheet_path = (files.beside(cfg.paths.merged_dir, "report") / name for name in REPORT)
     done = [parquet.is_done(target, made, args.overwrite) for target in targets]
     if all([*done, report_path.exists(), map_path.exists()]):
         return cli.nothing_to_do("merge_and_split", f"{len(targets)} files")

@@ -6,7 +6,7 @@ cannot be used is named at the end (exit code 1); the others are done all the sa
 
 Reads    data/raw/<tar>.tar
 Writes   data/intermediates/<tar>.parquet: a row per valid image, in the order of the tar
-         data/intermediates/rejects/<tar>.parquet: a row per rejected file, with the reason
+         data/intermediates_rejects/<tar>.parquet: a row per rejected file, with the reason
 Command  python preprocess/process_tar.py [--shard 3 --num-shards 40]
 Memory   2 MB of the tar, a file of up to 64 MB for each worker (1 MB, if it is smaller), and about 2 kB for each
          image of one tar: with 4 workers, 40,000 images and no large files 90 MB
@@ -27,13 +27,15 @@ def main(argv=None) -> int:
     args = cli.parser(__doc__, shards=True).parse_args(argv)
     cfg = cli.load_config(args)
     from common import parquet, provenance, tars
+    from common.files import beside, refuse_leftovers
     from preprocess import tar_files
 
+    refuse_leftovers(cfg.paths.intermediates_dir, "rejects", "rejects/*.parquet")
     todo, listing = [], tars.of_shard(cfg.paths.raw_dir, args.shard, args.num_shards)
     for tar in listing:
         made = provenance.record("process_tar", {}, [tar])
         target = cfg.paths.intermediates_dir / f"{tar.stem}.parquet"
-        rejects = cfg.paths.intermediates_dir / "rejects" / target.name
+        rejects = beside(cfg.paths.intermediates_dir, "rejects") / target.name
         if not (parquet.is_done(target, made, args.overwrite) and parquet.is_done(rejects, made, args.overwrite)):
             todo.append((tar, target, rejects, made))
     if not todo:

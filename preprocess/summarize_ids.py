@@ -1,8 +1,10 @@
 """Count buildings, images, views per building and panoramas, by dataset and by split; show how they are spread.
 
 Reads    data/merged/{train,val,test}.parquet if they are there, else data/intermediates/*.parquet
-Writes   data/summary/summary.parquet: a row per split and dataset; summary.json: the same, totals and histograms;
-         summary.html: one page with the figures and a map. From intermediates: summary_intermediates.*
+Writes   data/summary/summary.parquet: a row per split and dataset;
+         data/summary_report/summary.json: the same, totals and histograms;
+         data/summary_report/summary.html: one page with the figures and a map;
+         the same in data/summary_intermediates and data/summary_intermediates_report, from intermediates
 Command  python preprocess/summarize_ids.py
 Memory   about 150 bytes for each image of the largest file: 3 GB for 20 M images in train
 """
@@ -31,11 +33,15 @@ def main(argv=None) -> int:
     sources = find_sources(cfg.paths)
     ids = {f"{path.parent.name}/{path.name}": provenance.identity(path) for path, _ in sources}
     made = provenance.record("summarize_ids", config.values(cfg, "data.split_cell_m"), ids)
-    # names of their own before the merge: what was counted then must not stand in the way of counting its splits
-    name = "summary" if sources[0][1] in schemas.SPLITS else "summary_intermediates"
-    table, page, totals = (cfg.paths.summary_dir / f"{name}.{kind}" for kind in ("parquet", "html", "json"))
+    folder = cfg.paths.summary_dir
+    files.refuse_leftovers(folder, "report", "*.json", "*.html", "summary_intermediates.parquet")
+    # a folder of its own before the merge: what was counted then must not stand in the way of counting its splits
+    if sources[0][1] not in schemas.SPLITS:
+        folder = files.beside(folder, "intermediates")
+    table = folder / "summary.parquet"
+    page, totals = (files.beside(folder, "report") / f"summary.{kind}" for kind in ("html", "json"))
     if parquet.is_done(table, made, args.overwrite) and page.exists() and totals.exists():
-        return cli.nothing_to_do("summarize_ids", f"{cfg.paths.summary_dir}")
+        return cli.nothing_to_do("summarize_ids", f"{folder}")
 
     rows, places = [], []
     spread: dict[str, dict[str, np.ndarray]] = {}

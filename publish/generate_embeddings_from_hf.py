@@ -3,7 +3,7 @@
 Reads    IMAGES: a folder (with all below it), a text file with a path per line (absolute, or relative to that
          file), a .tar, or the intermediates' folder (then also the tars of paths.raw_dir); the published model
 Writes   OUT/<name>-<part>.parquet: `image` (path, member, or streetview_image_id) and `embedding` (float32, of
-         length 1), data.rows_per_part images each; OUT/rejects/: images that cannot be read or decoded
+         length 1), data.rows_per_part images each; OUT_rejects/: images that cannot be read or decoded
 Command  python publish/generate_embeddings_from_hf.py IMAGES OUT [--model FOLDER]
 Memory   the images under way (see generate/loop.py: some tens of MB), two parts (20,000 x 256 x 4 bytes: 20 MB),
          the images' names, and the model
@@ -25,10 +25,11 @@ def main(argv=None) -> int:
     arguments.add_argument("--model", type=Path, metavar="FOLDER", help="published model (paths.published_dir)")
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
-    from common import devices
+    from common import devices, files
     from generate import backbone, loop
     from publish import inference, sources, vectors
 
+    files.refuse_leftovers(args.out, "rejects", "rejects/*.parquet")
     folder = inference.folder_of(cfg, args.model)
     device = devices.pick(cfg.infrastructure.device)
     dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)

@@ -5,7 +5,7 @@ Reads    INPUT: a Parquet file, or a folder of them, with a column of embeddings
          intermediates (then also the tars of paths.raw_dir); the published model
 Writes   OUT/<file>-<part>.parquet: the other columns as they are, and `embedding` (float32, of length 1) in place
          of the column that was used; whole row groups, at least data.rows_per_part rows a part;
-         OUT/rejects/: rows whose image cannot be decoded
+         OUT_rejects/: rows whose image cannot be decoded
 Command  python publish/generate_embeddings_from_parquet.py INPUT OUT [--column NAME] [--model FOLDER]
 Memory   one row group of the input, twice; for images also those under way (see generate/loop.py: some tens of
          MB); and the model
@@ -28,10 +28,11 @@ def main(argv=None) -> int:
     arguments.add_argument("--model", type=Path, metavar="FOLDER", help="published model (paths.published_dir)")
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
-    from common import devices, parquet
+    from common import devices, files, parquet
     from generate import backbone, loop, parts
     from publish import inference, tables
 
+    files.refuse_leftovers(args.out, "rejects", "rejects/*.parquet")
     folder = inference.folder_of(cfg, args.model)
     device = devices.pick(cfg.infrastructure.device)
     dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)

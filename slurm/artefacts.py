@@ -17,6 +17,7 @@ from pathlib import Path
 from common import config, parquet, schemas, tars
 from common.config import Config
 from common.errors import PipelineError
+from common.files import beside
 from common.provenance import Provenance
 from generate.model_files import weights_digest
 
@@ -111,7 +112,7 @@ def target_of(name: str, cfg: Config) -> Path:
         "generate_embeddings": paths.embeddings_dir,
         "merge_and_split": paths.merged_dir,
         "summarize_ids": paths.summary_dir,
-        "neighbor_parts": paths.difficulty_dir / "parts",
+        "neighbor_parts": beside(paths.difficulty_dir, "parts"),
         "compute_visual_neighbors": paths.difficulty_dir,
         "optuna_worker": paths.study_dir,
         "train": _run_dir(cfg),
@@ -138,11 +139,11 @@ def _of_task(step, task: int, cfg: Config) -> Iterator[Artefact]:
                     yield Artefact(folder / f"{tar.stem}-{part}.parquet", {tar.name: tar, name: source})
     elif step.name == "merge_and_split":
         inputs = _inputs_of_merge(cfg)
-        for path in (*merged.values(), paths.merged_dir / "split_report.json"):  # the report comes last
-            yield Artefact(path, inputs)
+        report = beside(paths.merged_dir, "report") / "split_report.json"  # it comes last
+        yield from (Artefact(path, inputs) for path in (*merged.values(), report))
     elif step.name == "summarize_ids":
         inputs = {f"{path.parent.name}/{name}": path for name, path in merged.items()}
-        yield Artefact(paths.summary_dir / "summary.json", inputs)
+        yield Artefact(beside(paths.summary_dir, "report") / "summary.json", inputs)
     elif step.name == "neighbor_parts":
         total = _num_parts(merged["train.parquet"], cfg)
         for part in range(total * task // step.tasks, total * (task + 1) // step.tasks):

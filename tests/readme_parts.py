@@ -128,7 +128,7 @@ def artefacts() -> str:
     kept = ", ".join(f"`{name}`" for name in schemas.merged(768).names if name in common_columns)
     parts = [
         columns("intermediates/<tar>.parquet: a valid image", schemas.INTERMEDIATES, notes),
-        columns("intermediates/rejects/<tar>.parquet: a rejected member", schemas.REJECTS, notes),
+        columns("intermediates_rejects/<tar>.parquet: a rejected member", schemas.REJECTS, notes),
         columns("fingerprints/<tar>.parquet: an image", schemas.FINGERPRINTS, notes),
         columns(
             "embeddings/<tar>-<part>.parquet: an image, with the columns of the intermediates and",

@@ -118,7 +118,7 @@ def test_the_command_writes_neighbours_outside_the_zone_and_their_bands(flags, t
         assert main(flags) == 0
     assert "anchors without" in caplog.text
     assert "sample images cannot be read" in caplog.text  # the made-up merge has no tars
-    folder = tmp_path / "data" / "difficulty"
+    folder = tmp_path / "data" / "difficulty_report"
     assert not (folder / "band_pairs.png").exists()
     assert Image.open(folder / "bands.png").size[0] > 500
     found, record = read(tmp_path)
@@ -169,7 +169,7 @@ def test_a_sheet_shows_pairs_of_every_band_read_from_the_tars(flags, tmp_path, m
                 pixels = np.asarray(image, float)
                 np.testing.assert_allclose(pixels[:, : pictures.PX].mean((0, 1)), colour(anchor), atol=2)
                 np.testing.assert_allclose(pixels[:, -pictures.PX :].mean((0, 1)), colour(row), atol=2)
-    assert Image.open(tmp_path / "data" / "difficulty" / "band_pairs.png").size[0] > 500
+    assert Image.open(tmp_path / "data" / "difficulty_report" / "band_pairs.png").size[0] > 500
 
 
 def test_shards_give_the_same_file_and_a_second_run_does_nothing(flags, tmp_path, capsys):
@@ -177,7 +177,7 @@ def test_shards_give_the_same_file_and_a_second_run_does_nothing(flags, tmp_path
     whole, record = read(tmp_path)
     target = tmp_path / "data" / "difficulty" / "difficulty_metadata.parquet"
     target.unlink()
-    for part in (tmp_path / "data" / "difficulty" / "parts").iterdir():
+    for part in (tmp_path / "data" / "difficulty_parts").iterdir():
         part.unlink()
     for shard in (2, 0):
         assert main([*flags, "--num-shards", "3", "--shard", str(shard)]) == 0
@@ -210,7 +210,7 @@ def test_parts_are_searched_together_only_where_that_saves_products():
 
 def test_other_bands_use_the_same_parts_and_other_neighbours_are_refused(flags, tmp_path):
     main(flags)
-    part = tmp_path / "data" / "difficulty" / "parts" / "00000.parquet"
+    part = tmp_path / "data" / "difficulty_parts" / "00000.parquet"
     before = part.stat().st_mtime_ns
     other = [*flags, "--set", "data.band_percentiles=[50]"]
     with pytest.raises(StaleArtefact, match="band_percentiles"):

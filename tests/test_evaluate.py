@@ -262,7 +262,7 @@ def test_a_split_of_buildings_does_not_claim_streets_that_training_never_saw(own
 
 def test_a_damaged_report_of_the_split_is_told_before_anything_is_ranked(own, monkeypatch):
     cfg, *_ = own
-    (cfg.paths.merged_dir / "split_report.json").write_text('{"kept": ')
+    files.write_text(files.beside(cfg.paths.merged_dir, "report") / "split_report.json", '{"kept": ')
     monkeypatch.setattr(protocol, "evaluate", None)  # calling it would be a TypeError
     with pytest.raises(PipelineError, match=r"split_report\.json is damaged"):
         run(cfg)

@@ -141,7 +141,7 @@ def test_right_files_are_left_alone(root, capsys):
 
 
 def test_a_foreign_file_is_checked_then_fixed_and_then_stands_as_if_ours(root, right, capsys):
-    path, rejects = root / "data/intermediates/0088.parquet", root / "data/intermediates/rejects/0088.parquet"
+    path, rejects = root / "data/intermediates/0088.parquet", root / "data/intermediates_rejects/0088.parquet"
     rejects.unlink()
     frame = right.to_pandas().drop(columns="building_id")
     frame.to_parquet(path)
@@ -188,15 +188,15 @@ def test_a_file_that_cannot_be_fixed_stays_and_is_named_and_the_others_are_fixed
 
 def test_a_run_killed_before_any_of_its_renames_is_completed_by_the_next(root, right):
     """Killed at each moment when a file appears: the foreign file, or its fixed one, and nothing in between."""
-    folder = root / "data/intermediates"
+    folder, rejects = root / "data/intermediates", root / "data/intermediates_rejects"
     for path in folder.glob("*.parquet"):
         parquet.read(path).to_pandas().to_parquet(path)
-        (folder / "rejects" / path.name).unlink()
+        (rejects / path.name).unlink()
     foreign = {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
     for renames in range(2 * len(foreign) + 1):  # rejects and rows of each file
         for name, content in foreign.items():
             (folder / name).write_bytes(content)
-            (folder / "rejects" / name).unlink(missing_ok=True)
+            (rejects / name).unlink(missing_ok=True)
         code = f"""
 import os, signal, sys
 sys.path[0] = {str(ROOT)!r}

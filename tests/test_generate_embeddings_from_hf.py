@@ -135,7 +135,7 @@ def test_images_that_cannot_be_decoded_or_have_gone_are_rejects(model, flags, tm
     found, vectors = written(tmp_path / "out")
     assert found == ["0.jpg", "1.jpg", "2.jpg"]
     assert (cosines(vectors, plain_vectors(model, JPEGS[:3])) > 0.9999).all()
-    rejects = [parquet.read(tmp_path / "out" / "rejects" / f"list-{part}.parquet").to_pylist() for part in (0, 1)]
+    rejects = [parquet.read(tmp_path / "out_rejects" / f"list-{part}.parquet").to_pylist() for part in (0, 1)]
     assert [reject["member"] for part in rejects for reject in part] == ["half.jpg", "gone.jpg"]
 
 

@@ -108,7 +108,7 @@ def test_rows_without_a_whole_image_are_rejects_by_number(model, run, tmp_path, 
     table = run({"id": list(range(7)), "image": pa.array(images)})
     assert table["id"].to_pylist() == [0, 1, 2, 3, 4]
     assert "7 rows in, 5 out, 2 rejected" in capsys.readouterr().out
-    rejects = parquet.read(tmp_path / "out" / "rejects" / "in-1.parquet")
+    rejects = parquet.read(tmp_path / "out_rejects" / "in-1.parquet")
     assert rejects["member"].to_pylist() == ["row 5", "row 6"]
 
 
@@ -154,7 +154,7 @@ def test_intermediates_are_read_from_their_tars(model, flags, tmp_path):  # noqa
     assert table.drop(["embedding"]).to_pylist() == rows[:3] + rows[4:]
     vectors = plain_vectors(model, JPEGS[:3] + JPEGS[4:])
     assert (cosines(parquet.to_matrix(table["embedding"]), vectors) > 0.9999).all()
-    assert parquet.read(tmp_path / "out" / "rejects" / "0088-0.parquet")["member"].to_pylist() == ["row 3"]
+    assert parquet.read(tmp_path / "out_rejects" / "0088-0.parquet")["member"].to_pylist() == ["row 3"]
 
 
 WRONG = {

@@ -8,7 +8,7 @@ import pytest
 from invented_city import city, images_of
 from PIL import Image
 
-from common import config, parquet, provenance, schemas
+from common import config, files, parquet, provenance, schemas
 from common.cli import exit_code_of
 from common.errors import StaleArtefact
 from preprocess import merge_and_split, split
@@ -71,8 +71,11 @@ class Chain:
     def splits(self):
         return {name: parquet.read(self.cfg.paths.merged_dir / f"{name}.parquet") for name in schemas.SPLITS}
 
+    def path(self, name):
+        return files.beside(self.cfg.paths.merged_dir, "report") / name
+
     def report(self):
-        return json.loads((self.cfg.paths.merged_dir / "split_report.json").read_text())
+        return json.loads(self.path("split_report.json").read_text())
 
 
 def test_a_sheet_shows_the_duplicates_read_from_the_tars(tmp_path, caplog):
@@ -86,7 +89,7 @@ def test_a_sheet_shows_the_duplicates_read_from_the_tars(tmp_path, caplog):
     frame = city(buildings=60, datasets=2)
     frame["image_offset"], frame["image_size"] = np.array(places)[frame["patch_id"] % 2].T
     chain = Chain(tmp_path, frame)
-    sheet = chain.cfg.paths.merged_dir / "duplicates.png"
+    sheet = chain.path("duplicates.png")
     chain.run()  # the tars hold no images yet
     assert "no sheet of duplicates" in caplog.text
     assert not sheet.exists()
@@ -124,13 +127,13 @@ def test_the_command_writes_what_was_decided(tmp_path, capsys):
     assert sum(report["dropped"].values()) == len(frame) - sum(table.num_rows for table in splits.values())
     assert set(report["in_two_splits"].values()) == {0}
     assert abs(sum(report["ratio_reached"].values()) - 1) < 1e-5
-    assert (chain.cfg.paths.merged_dir / "split_map.png").read_bytes()[:4] == b"\x89PNG"
+    assert chain.path("split_map.png").read_bytes()[:4] == b"\x89PNG"
     assert "in two splits: 0 buildings, 0 panoramas, 0 pictures" in capsys.readouterr().out
 
     assert chain.run() == 0
     assert "nothing to do" in capsys.readouterr().out
     before = {name: parquet.read_provenance(chain.cfg.paths.merged_dir / f"{name}.parquet").id for name in splits}
-    (chain.cfg.paths.merged_dir / "split_report.json").unlink()  # as if killed before the report
+    chain.path("split_report.json").unlink()  # as if killed before the report
     chain.run()
     for name, known in before.items():
         assert parquet.read_provenance(chain.cfg.paths.merged_dir / f"{name}.parquet").id == known

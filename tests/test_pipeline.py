@@ -24,7 +24,7 @@ from local_backbone import write_local_backbone
 from same_artefacts import assert_same_artefacts
 from synthetic import write_dataset
 
-from common import config, geo, parquet
+from common import config, files, geo, parquet
 from slurm import submit
 
 SETTINGS = [
@@ -137,8 +137,8 @@ def test_every_valid_image_is_kept_and_its_label_read(chain):
 
 
 def test_every_rejected_member_is_named_with_its_reason(chain):
-    files = sorted((chain.cfg.paths.intermediates_dir / "rejects").glob("*.parquet"))
-    told = pd.concat([chain.table(path).assign(tar=f"{path.stem}.tar") for path in files])
+    folder = files.beside(chain.cfg.paths.intermediates_dir, "rejects")
+    told = pd.concat([chain.table(path).assign(tar=f"{path.stem}.tar") for path in folder.glob("*.parquet")])
     told = sorted(zip(told["tar"], told["member"], told["reason"], strict=True))
     planted = chain.truth.rejects
     assert told == sorted(zip(planted["tar"], planted["member"], planted["reason"], strict=True))
@@ -169,7 +169,7 @@ def test_no_building_panorama_or_picture_stands_in_two_splits_and_every_drop_has
     for key in (["building_id"], ["dataset_id", "street_view_id"], ["content_hash"], ["cell_id"]):
         assert (rows.groupby(key)["split"].nunique() == 1).all()
     assert (rows.groupby("building_id").size() >= 2).all()
-    report = json.loads((chain.cfg.paths.merged_dir / "split_report.json").read_text())
+    report = json.loads((files.beside(chain.cfg.paths.merged_dir, "report") / "split_report.json").read_text())
     assert sum(report["dropped"].values()) == len(hashes) - len(rows)
     assert all(len(frame) > 0 for frame in splits.values())
 

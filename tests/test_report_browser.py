@@ -14,7 +14,7 @@ import subprocess
 import pytest
 import small_merge
 
-from common import config, provenance
+from common import config, files, provenance
 from train import evaluate, history
 
 CHROMIUM = shutil.which("chromium")
@@ -74,7 +74,8 @@ def report(tmp_path_factory):
     table = history.frame(rows, [{"seconds": 1.0, "triplets_per_second": 1.0}] * 4)
     history.write(checkpoint.parent / "history.parquet", table, provenance.record("train", {}, {}))
     split_report = {"rows_in": 600, "dropped": {"duplicates": 60}, "provenance": {"inputs": {"0088-0": "e0"}}}
-    (cfg.paths.merged_dir / "split_report.json").write_text(json.dumps(split_report))
+    report = files.beside(cfg.paths.merged_dir, "report") / "split_report.json"
+    files.write_text(report, json.dumps(split_report))
     evaluate.main(["--set", f"paths.root={cfg.paths.root}", "--set", "training.bootstrap_samples=20"])
     return cfg.paths.evaluation_dir / "report.html"
 

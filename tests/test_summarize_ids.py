@@ -76,7 +76,7 @@ def test_two_buildings_of_one_dataset(tmp_path):
     rows = [(88, 1, 0, 5, 0, 10), (88, 1, 1, 6, 359, 20), (88, 2, 2, 5, -1, 600)]
     write(tmp_path / "data/intermediates/0088.parquet", schemas.INTERMEDIATES, rows, "process_tar")
     assert run(tmp_path) == 0
-    [row] = parquet.read(tmp_path / "data/summary/summary_intermediates.parquet").to_pylist()
+    [row] = parquet.read(tmp_path / "data/summary_intermediates/summary.parquet").to_pylist()
     assert (row["split"], row["dataset_id"], row["images"], row["buildings"], row["panoramas"]) == (
         "all",
         88,
@@ -85,7 +85,7 @@ def test_two_buildings_of_one_dataset(tmp_path):
         2,
     )
     assert (row["views_min"], row["views_median"], row["views_max"], row["distance_median"]) == (1, 1.5, 2, 20)
-    report = json.loads((tmp_path / "data/summary/summary_intermediates.json").read_text())
+    report = json.loads((tmp_path / "data/summary_intermediates_report/summary.json").read_text())
     assert report["splits"] == {"all": {"images": 3, "buildings": 2, "panoramas": 2, "datasets": 1}}
     assert report["histograms"]["all"]["views"][:3] == [1, 1, 0]
     assert report["histograms"]["all"]["heading"][0] == 1
@@ -114,7 +114,7 @@ def test_counts_are_those_of_sets(merged):
             assert row["views_mean"] == pytest.approx(statistics.mean(views))
             assert row["views_max"] == max(views)
             assert row["distance_median"] == pytest.approx(statistics.median(r[5] for r in here), rel=1e-6)
-    report = json.loads((root / "data/summary/summary.json").read_text())
+    report = json.loads((root / "data/summary_report/summary.json").read_text())
     assert report["datasets"] == [{**row, "split": split} for (split, _), row in told.items()]
     for counts in report["histograms"].values():
         assert sum(counts["distance"]) == sum(counts["heading"]) == 500
@@ -123,7 +123,7 @@ def test_counts_are_those_of_sets(merged):
 def test_the_page_needs_nothing_else(merged):
     root, _ = merged
     run(root)
-    page = (root / "data/summary/summary.html").read_text()
+    page = (root / "data/summary_report/summary.html").read_text()
     assert page.count("<svg ") == 4
     assert "<td>train</td><td>500</td>" in page
     assert "src=" not in page
@@ -135,9 +135,9 @@ def test_a_second_run_does_nothing_and_other_inputs_are_told(merged, capsys):
     run(root)
     assert run(root) == 0
     assert "nothing to do" in capsys.readouterr().out
-    before = (root / "data/summary/summary.html").read_bytes()
+    before = (root / "data/summary_report/summary.html").read_bytes()
     run(root, "--overwrite")
-    assert (root / "data/summary/summary.html").read_bytes() == before
+    assert (root / "data/summary_report/summary.html").read_bytes() == before
     write(root / "data/merged/val.parquet", schemas.merged(2), random_rows(9), "merge_and_split")
     with pytest.raises(StaleArtefact, match=r"val\.parquet"):
         run(root)
@@ -153,7 +153,8 @@ def test_a_summary_from_before_the_merge_is_not_in_the_way(merged, capsys):
         (root / f"{split}.parquet").rename(root / f"data/merged/{split}.parquet")
     assert run(root) == 0
     assert "1,500 images in" in capsys.readouterr().out
-    assert len(list((root / "data/summary").iterdir())) == 6
+    assert parquet.num_rows(root / "data/summary_intermediates/summary.parquet") == 4  # still there, datasets
+    assert [path.name for path in (root / "data/summary").iterdir()] == ["summary.parquet"]
 
 
 def test_without_inputs_the_stage_to_run_is_named(tmp_path, capsys):

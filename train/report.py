@@ -8,7 +8,7 @@ import jinja2
 import pandas as pd
 import torch
 
-from common import parquet
+from common import files, parquet
 from common.config import Config
 from common.errors import PipelineError
 from train import bootstrap, figures, protocol, sheets
@@ -43,7 +43,7 @@ class Background(NamedTuple):
 def read_background(cfg: Config) -> Background:
     """That of the config's run, as far as it is there. Raises PipelineError where a file is damaged."""
     history_path = cfg.paths.checkpoints_dir / cfg.training.run / "history.parquet"
-    split_path = cfg.paths.merged_dir / "split_report.json"
+    split_path = files.beside(cfg.paths.merged_dir, "report") / "split_report.json"
     history = parquet.read(history_path).to_pandas() if history_path.exists() else None
     try:
         split_report = json.loads(split_path.read_text()) if split_path.exists() else {}
