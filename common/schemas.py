@@ -44,9 +44,9 @@ INTERMEDIATES = pa.schema(
         ("camera_lat", pa.float64()),  # degrees
         ("camera_lon", pa.float64()),  # degrees
         ("camera_height", pa.float32()),  # m
-        ("distance", pa.float32()),  # m, camera to target
-        ("heading", pa.float32()),  # degrees, 0 = north, clockwise
-        ("pitch", pa.float32()),  # degrees, 0 = level, 90 = sky
+        ("distance", pa.float32()),  # m, horizontal, camera to target
+        ("heading", pa.float32()),  # degrees, bearing camera to target: 0 = north, clockwise, -180 to 360
+        ("pitch", pa.float32()),  # degrees, atan((target_height - camera_height) / distance): 0 = level, 90 = sky
         ("roll", pa.float32()),  # degrees
         ("aligned", pa.bool_()),  # the label has an `a` line: the centre was corrected
         ("width", pa.int32()),  # px
@@ -87,7 +87,7 @@ SUMMARY = pa.schema(
         ("views_median", pa.float64()),
         ("views_mean", pa.float64()),
         ("views_max", pa.int64()),
-        ("distance_median", pa.float64()),  # m, camera to target
+        ("distance_median", pa.float64()),  # m, horizontal, camera to target
         ("mean_lat", pa.float64()),  # degrees, of the images' targets
         ("mean_lon", pa.float64()),  # the same
     ]

@@ -6,6 +6,8 @@ A name is <DatasetID>_<PatchID>_<StreetViewID>_<TargetID>. A label's `d` line ha
       camera_lat camera_lon camera_height  distance heading pitch roll
 
 on one line, separated by blanks; an `a` line, if there is one, gives the alignment. Other lines are not read.
+The distance is horizontal, the heading the bearing from camera to target, and the pitch
+atan((target_height - camera_height) / distance): `geometry` checks that.
 """
 
 import math
@@ -47,7 +49,7 @@ class Label(NamedTuple):
     camera_lat: float
     camera_lon: float
     camera_height: float
-    distance: float
+    distance: float  # horizontal
     heading: float
     pitch: float
     roll: float

@@ -2,7 +2,8 @@
 
 A tar is read once, front to back, and nothing is extracted: later stages read an image by its offset. Its name
 says which dataset it is; where that is no number, most of its labels do, and the summary tells which. A tar that
-cannot be used is named at the end (exit code 1); the others are done all the same.
+cannot be used is named at the end (exit code 1); the others are done all the same. The summary also counts the
+labels that disagree with their own positions (preprocess/geometry.py); they are used all the same.
 
 Reads    data/raw/<tar>.tar
 Writes   data/intermediates/<tar>.parquet: a row per valid image, in the order of the tar
@@ -14,6 +15,7 @@ Time     the decoder's: about 2,000 images of 640 x 640 pixels a second and core
 """
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 if not __package__:  # run by path: import from the repository root, not from this folder
@@ -28,7 +30,7 @@ def main(argv=None) -> int:
     cfg = cli.load_config(args)
     from common import parquet, provenance, tars
     from common.files import beside, refuse_leftovers
-    from preprocess import tar_files
+    from preprocess import geometry, tar_files
 
     refuse_leftovers(cfg.paths.intermediates_dir, "rejects", "rejects/*.parquet")
     todo, listing = [], tars.of_shard(cfg.paths.raw_dir, args.shard, args.num_shards)
@@ -42,6 +44,7 @@ def main(argv=None) -> int:
         return cli.nothing_to_do("process_tar", f"{len(listing):,} tars")
 
     failures, notes, num_renamed = [], [], 0
+    disagreements: Counter[str] = Counter()
     sizes = [tar.stat().st_size for tar, *_ in todo]
     total = max(1, sum(sizes))
     with (
@@ -72,12 +75,13 @@ def main(argv=None) -> int:
                 target.unlink(missing_ok=True)  # an earlier run's, with --overwrite: it would count as done
                 failures.append(f"{failure}; see {rejects}")
             else:  # written last: where the intermediates are, the rejects are too
-                tar_files.write_intermediates(target, pairs, tar.name, made, counts, files.damage)
+                disagreements += tar_files.write_intermediates(target, pairs, tar.name, made, counts, files.damage)
             num_renamed += pairs.num_renamed
             notes += tar_files.notes(tar, files, dataset_id)
     if num_renamed:
         notes.append(f"{num_renamed:,} names have other ids than their labels, which count")
-    progress.summary("; ".join(notes))
+    notes.append(geometry.summary(disagreements))
+    progress.summary("; ".join(filter(None, notes)))
     if failures:
         raise PipelineError("\n".join(failures))
     return 0

@@ -88,7 +88,10 @@ def page(rows: pd.DataFrame, spread: dict[str, dict[str, np.ndarray]], places: p
                 "Views per building",
                 _svg(_bars(spread, "views", _VIEWS_EDGES, "images of a building", "buildings")),
             ),
-            ("Distance, m", _svg(_bars(spread, "distance", _DISTANCE_EDGES_M, "camera to target, m", "images"))),
+            (
+                "Horizontal distance, m",
+                _svg(_bars(spread, "distance", _DISTANCE_EDGES_M, "camera to target, m", "images")),
+            ),
             ("Heading", _svg(_bars(spread, "heading", _HEADING_EDGES_DEG, "degrees from north", "images"))),
         ]
         drawn = _svg(maps.draw(places, cell_m))

@@ -11,7 +11,7 @@ from common import parquet, schemas, tars
 from common.errors import PipelineError
 from common.provenance import Provenance
 from common.schemas import Reject
-from preprocess import jpegs, labels, pairs
+from preprocess import geometry, jpegs, labels, pairs
 from preprocess.jpegs import Jpeg
 from preprocess.labels import Label, Rejected
 from preprocess.pairs import Image, Pairs, Text
@@ -227,8 +227,12 @@ def write_rejects(path: Path, found: Pairs, made: Provenance, counts: dict) -> N
 
 def write_intermediates(
     path: Path, found: Pairs, tar_file: str, made: Provenance, counts: dict, damage: str
-) -> None:
+) -> Counter[str]:
+    """Write the valid pairs; returns how many labels disagree with their positions, as the footer says."""
+    columns = pairs.columns(found.valid, tar_file)
+    disagreements = geometry.count_disagreements(columns)
     with parquet.writer(path, schemas.INTERMEDIATES, made) as out:
-        out.append(pairs.columns(found.valid, tar_file))
+        out.append(columns)
         out.rows = counts
-        out.facts = {"damage": damage}
+        out.facts = {"damage": damage, "disagreements": dict(disagreements)}
+    return disagreements

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def slow_classes(rows, query: int, match: int) -> dict[str, str]:
     heading, distance, pitch = (rows.column(name).astype(float) for name in ("heading", "distance", "pitch"))
     angle = abs(heading[match] - heading[query]) % 360
     angle, far = min(angle, 360 - angle), max(distance[query], distance[match])
-    height = distance[query] * np.sin(pitch[query] / 180 * np.pi)
+    height = distance[query] * math.tan(math.radians(pitch[query]))  # distances are horizontal
     views = int((rows.zones.building_of_row == rows.zones.building_of_row[query]).sum())
     return {
         "heading_difference_deg": next((f"{a}-{a + 30}" for a in (0, 30, 60) if a <= angle < a + 30), "over 90"),

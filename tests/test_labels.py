@@ -12,6 +12,14 @@ from preprocess.labels import Ids, Label, Rejected, parse_label, parse_name
 
 GOOD = [88, 1234, 567, 9, 40.7, -73.9, 12.5, 0.1, -0.9, 0.0, 40.71, -73.91, 14.0, 15.2, 359.0, -3.5, 0.0]
 
+GENUINE_NAME = "0000075_0038536_0000003_0006132"  # of the published dataset, as is the label
+GENUINE_LABEL = (
+    b"d 75 6132 38536 3 3.611326736278057e+01 -1.151703076311115e+02 6.481528000000000e+02 "
+    b"-2.939905000000000e-02 -9.995678000000000e-01  0.000000000000000e+00 3.611320610005831e+01 "
+    b"-1.151701627748344e+02 6.428045040000000e+02 1.468759559608981e+01 -6.236738248856333e+01 "
+    b"2.000843336507016e+01 0.000000000000000e+00\n"
+)
+
 
 def line(**changes) -> bytes:
     values = [changes.get(name, value) for name, value in zip(Label._fields, GOOD, strict=False)]
@@ -21,6 +29,19 @@ def line(**changes) -> bytes:
 def test_the_target_is_second_in_a_label_and_last_in_a_name():
     assert parse_label(line())[:4] == (88, 1234, 567, 9)
     assert parse_name("0088_567_9_1234") == Ids(dataset_id=88, target_id=1234, patch_id=567, street_view_id=9)
+
+
+def test_a_published_label_and_its_zero_padded_name_are_read():
+    ids = Ids(dataset_id=75, target_id=6132, patch_id=38536, street_view_id=3)
+    assert parse_name(GENUINE_NAME) == ids
+    assert parse_label(GENUINE_LABEL) == Label(
+        *ids,
+        *(36.11326736278057, -115.1703076311115, 648.1528),
+        *(-0.02939905, -0.9995678, 0.0),
+        *(36.11320610005831, -115.1701627748344, 642.804504),
+        *(14.68759559608981, -62.36738248856333, 20.00843336507016, 0.0),
+        aligned=False,
+    )
 
 
 def test_an_a_line_before_or_after_makes_it_aligned():

@@ -84,6 +84,14 @@ def test_every_planted_image_and_reject_is_found(planted):
         assert rows["image_offset"].is_monotonic_increasing
 
 
+def test_synthetic_labels_agree_with_their_positions(planted):
+    root, truth = planted
+    for stem in truth.members:
+        rows = parquet.num_rows(root / f"data/intermediates/{stem}.parquet")
+        facts = parquet.read_provenance(root / f"data/intermediates/{stem}.parquet").facts
+        assert facts["disagreements"] == {"labels": rows, "heading": 0, "pitch": 0, "distance": 0}
+
+
 def test_a_second_run_does_nothing_and_a_changed_tar_is_refused(planted, tmp_path, capsys):
     root, _ = planted
     assert run(root) == 0
@@ -180,6 +188,20 @@ def test_a_tar_whose_name_is_no_number_is_of_the_dataset_that_most_labels_say(tm
     assert "new_york.tar is taken for dataset 0088, as most of its labels say" in capsys.readouterr().out
     assert parquet.read(tmp_path / "data/intermediates/new_york.parquet")["patch_id"].to_pylist() == [1, 2]
     assert rejects(tmp_path, "new_york") == {"7_0_1_1.jpg": "partner_rejected", "7_0_1_1.txt": "dataset_mismatch"}
+
+
+def test_labels_that_disagree_with_their_positions_are_used_and_counted_over_all_tars(tmp_path, capsys):
+    for stem in ("0087", "0088"):
+        good, far = label(int(stem)), label(int(stem), patch=2).replace(b" 15.5 ", b" 17 ")
+        files = [(f"{stem}_1_1_1.jpg", jpeg()), (f"{stem}_1_1_1.txt", good)]
+        files += [(f"{stem}_2_1_1.jpg", jpeg(1)), (f"{stem}_2_1_1.txt", far)]
+        make_tar(tmp_path / f"data/raw/{stem}.tar", files)
+    run(tmp_path)
+    said = capsys.readouterr().out
+    assert "4 images in, 4 out" in said
+    assert "labels that disagree with their positions: heading 0, pitch 0, distance 2 of 4" in said
+    facts = parquet.read_provenance(tmp_path / "data/intermediates/0088.parquet").facts
+    assert facts["disagreements"] == {"labels": 2, "heading": 0, "pitch": 0, "distance": 1}
 
 
 def test_a_signal_stops_it_within_a_tar_and_nothing_is_left(tmp_path, monkeypatch):

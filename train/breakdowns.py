@@ -41,12 +41,12 @@ def of(gallery: Gallery, matches: Matches) -> dict[str, Breakdown]:
             heading_difference_deg(heading[query], heading[row]), HEADING_DEG,
         ),
         "camera_distance_m": _by_size(
-            "the distance from camera to target, the farther of the two, metres",
+            "the horizontal distance from camera to target, the farther of the two, metres",
             np.maximum(distance[query], distance[row]), CAMERA_M,
         ),
         "target_height_m": _by_size(
-            "the height of the target above the query's camera (distance x sine of the pitch), metres",
-            distance[query] * np.sin(np.radians(pitch[query])), HEIGHT_M,
+            "the height of the target above the query's camera (distance x tangent of the pitch), metres",
+            distance[query] * np.tan(np.radians(pitch[query])), HEIGHT_M,
         ),
         "views": Breakdown(
             "the number of images of the building", [*map(str, few), f"{MANY_VIEWS} or more"], views - 2

@@ -26,7 +26,7 @@ _COLUMNS = ("recall@1", "map@r", *(f"recall@{k}" for k in RECALL_AT[1:]))
 _PRINTED = ("recall@1", "recall@5", "map@r")
 _XLABELS = {
     "heading_difference_deg": "angle between headings, degrees",
-    "camera_distance_m": "camera to target, metres (the farther camera)",
+    "camera_distance_m": "horizontal distance to the target, metres (the farther camera)",
     "target_height_m": "target above the camera, metres",
     "views": "images of the building",
     "dataset": "dataset (city)",
