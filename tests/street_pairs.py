@@ -59,8 +59,8 @@ class Settings:
 
 
 def name_of(row: dict) -> str:
-    """DatasetID_PatchID_StreetViewID_TargetID: the target is last, unlike in the label."""
-    return f"{row['dataset_id']:04d}_{row['patch_id']}_{row['street_view_id']}_{row['target_id']}"
+    """DatasetID_PatchID_StreetViewID_TargetID: the target is last, unlike in the label; seven digits each."""
+    return "_".join(f"{row[name]:07d}" for name in ("dataset_id", "patch_id", "street_view_id", "target_id"))
 
 
 def label_of(row: dict, number: Callable[[float], str] = repr, blank: str = " ", end: str = "\n") -> bytes:

@@ -1,11 +1,15 @@
 """synthetic.py and local_backbone.py. Oracles: Python's tarfile, spherical trigonometry, a strict JPEG decoder."""
 
+import gzip
 import io
+import json
 import math
 import tarfile
 from collections import Counter
 
+import damaged_tars
 import numpy as np
+import pandas as pd
 import pytest
 import simplejpeg
 import torch
@@ -72,6 +76,96 @@ def test_truth_accounts_for_every_file_of_every_tar(which, request):
         assert all(name.endswith(("README", ".csv")) for name in others)
         expected = {"images": len(images), "labels": len(labels), "rejects": len(rejects), "other": len(others)}
         assert counts == expected
+
+
+def test_gzip_tars_inflate_to_the_plain_ones(clean, tmp_path):
+    out, truth = clean
+    packed = write_dataset(tmp_path, streets=4, cities=2, image_px=64, compress=True)
+    for stem in truth.members:
+        assert gzip.decompress((tmp_path / f"{stem}.tar").read_bytes()) == (out / f"{stem}.tar").read_bytes()
+    assert packed.images.equals(truth.images)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0088.tar", "0089.tar"]
+
+
+@pytest.mark.parametrize("bad_files", [False, True])
+@pytest.mark.parametrize("kind", damaged_tars.KINDS)
+def test_truth_knows_what_a_damaged_tar_has_lost(kind, bad_files, tmp_path):
+    """Of the same streets with and without the damage to the first tar."""
+    same = {"streets": 2, "cities": 2, "image_px": 64, "facades_per_street": 5, "damage": bad_files}
+    broken = write_dataset(tmp_path / "broken", **same, compress=True, stream_damage=kind)
+    path = tmp_path / "broken/0088.tar"
+    tar = damaged_tars.inflated(path.read_bytes())
+    whole = write_dataset(tmp_path / "whole", **same, stream_damage="three_streams", compress=True)
+    members = contents_of(damaged_tars.inflated((tmp_path / "whole/0088.tar").read_bytes()))
+    assert len(whole.lost) == 0
+    assert (tmp_path / "whole/0089.tar").read_bytes() == (tmp_path / "broken/0089.tar").read_bytes()
+
+    lost = set(broken.lost.member)
+    assert lost == {name for name, content in members.items() if content not in tar}
+    assert set(broken.lost.tar) <= {"0088.tar"}
+    label_of = {name: name.rsplit(".", 1)[0] + ".txt" for name in members}
+    before, after = ({*truth.images.member[truth.images.tar == "0088.tar"]} for truth in (whole, broken))
+    assert after == {name for name in before if not {name, label_of[name]} & lost}
+    pairs = [(image, label_of[image]) for image in before] + [(label_of[image], image) for image in before]
+    left = {other for name, other in pairs if name in lost and other not in lost}
+    assert set(broken.rejects.member[broken.rejects.tar == "0088.tar"]) == left
+    counts = broken.members["0088"]
+    assert counts["lost"] == len(lost)
+    assert sum(counts.values()) == len(members)
+    assert broken.members["0089"] == whole.members["0089"]
+
+
+def contents_of(tar: bytes) -> dict[str, bytes]:
+    """Header and content of each file of a whole tar."""
+    return {m.name: tar[m.header : m.data + m.size] for m in damaged_tars.members_of(tar)}
+
+
+def test_the_partner_of_a_lost_file_is_rejected_for_it(tmp_path):
+    same = {"streets": 1, "cities": 1, "image_px": 64, "compress": False}
+    truth = write_dataset(tmp_path, **same, stream_damage="garbage_member")
+    image, reject = truth.lost.iloc[0], truth.rejects.iloc[0]
+    assert (image.why, reject.reason) == ("garbled", "partner_rejected")
+    assert reject.member == image.member.rsplit(".", 1)[0] + ".txt"
+    for seed in range(4):  # an image's header and a label's
+        truth = write_dataset(tmp_path, **same, seed=seed, stream_damage="garbage_header")
+        lost, reject = truth.lost.iloc[0], truth.rejects.iloc[0]
+        assert lost.why == "absent"
+        assert reject.reason == ("label_missing" if lost.member.endswith(".txt") else "image_missing")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"streets": 1, "cities": 2}, "at least as many streets"),
+        ({"stream_damage": "checksum", "compress": False}, "damage of gzip streams"),
+        ({"stream_damage": "rust"}, "no such damage"),
+        ({"stream_damage": "cut", "damage": True, "cities": 1}, "two cities"),
+    ],
+)
+def test_datasets_that_cannot_be_written_are_refused(wrong, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        write_dataset(tmp_path, **{"streets": 2, **wrong})
+
+
+def test_the_command_writes_a_damaged_gzip_tar_and_what_it_has_lost(run_script, tmp_path):
+    flags = ["--streets", 1, "--cities", 1, "--image-px", 64, "--gzip", "--stream-damage", "cut"]
+    done = run_script("tests/synthetic.py", "--out", tmp_path / "raw", *flags, "--truth", tmp_path / "truth")
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(EOFError):
+        gzip.decompress((tmp_path / "raw/0088.tar").read_bytes())
+    lost = pd.read_parquet(tmp_path / "truth/lost.parquet")
+    counts = json.loads((tmp_path / "truth/members.json").read_text())["0088"]
+    assert counts["lost"] == len(lost) > 0
+    done = run_script("tests/synthetic.py", "--out", tmp_path, "--plain", "--stream-damage", "checksum")
+    assert (done.returncode, "damage of gzip streams" in done.stderr) == (2, True)
+
+
+def test_names_have_seven_digits_for_each_id(clean):
+    names = clean[1].images.member.str.rsplit("/", n=1).str[-1]
+    assert names.str.fullmatch(r"(\d{7}_){3}\d{7}\.jpg").all()
+    first = clean[1].images.iloc[0]
+    ids = [first.dataset_id, first.patch_id, first.street_view_id, first.target_id]
+    assert [int(number) for number in names.iloc[0][:-4].split("_")] == ids
 
 
 def test_labels_say_what_truth_says(damaged):
