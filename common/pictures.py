@@ -1,13 +1,17 @@
 """Small pictures of images that lie in tars, and sheets of them, for a person to look at."""
 
+import contextlib
 import io
 import math
 from itertools import accumulate
-from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+
+from common.errors import PipelineError
+from common.images import Store
 
 PX = 160  # height and width of a small picture
 _FONT_PX, _GAP_PX, _TITLE_PX, _CAPTION_PX = 13, 8, 24, 20  # of a sheet
@@ -23,14 +27,18 @@ def small(content: bytes) -> Image.Image | None:
         return None
 
 
-def read(tar_path: Path, offset: int, size: int) -> Image.Image | None:
-    """The same of an image in a tar; None if the tar is missing or does not hold an image there."""
-    try:
-        with open(tar_path, "rb") as tar:
-            tar.seek(offset)
-            return small(tar.read(size))
-    except OSError:
-        return None
+def read(store: Store, rows: pa.Table) -> list[Image.Image | None]:
+    """The same of images in tars, by tar_file, image_offset and image_size of their rows; None for one whose tar
+    is missing, or does not hold an image there.
+    """
+    columns = (rows[name].to_pylist() for name in ("tar_file", "image_offset", "image_size"))
+    places = list(zip(*columns, strict=True))
+    found: list[Image.Image | None] = [None] * len(places)
+    for row in sorted(range(len(places)), key=places.__getitem__):  # tar by tar, each from front to back
+        name, offset, size = places[row]
+        with contextlib.suppress(PipelineError):
+            found[row] = small(store.tar(name).read([offset], [size])[0])
+    return found
 
 
 class Line(NamedTuple):

@@ -24,7 +24,9 @@ class Reject(str, Enum):
     DATASET_MISMATCH = "dataset_mismatch"  # the label's dataset is not the tar's
     NAME_MALFORMED = "name_malformed"  # a .jpg or .txt whose name is not four ids
     PARTNER_REJECTED = "partner_rejected"  # the good half of a pair whose other half was rejected
-    TAR_TRUNCATED = "tar_truncated"  # the tar ends or is damaged here; everything before it was kept
+    TAR_TRUNCATED = "tar_truncated"  # the tar ends here, before its time; everything before it was kept
+    TAR_DAMAGED = "tar_damaged"  # bytes of the tar that are no member's; what stands before and after was kept
+    GZIP_DAMAGED = "gzip_damaged"  # the gzip stream has a wrong checksum or length, or ends here
 
 
 INTERMEDIATES = pa.schema(
@@ -53,9 +55,17 @@ INTERMEDIATES = pa.schema(
         ("height", pa.int32()),  # px
         ("tar_file", pa.string()),  # name of the tar in raw_dir
         ("image_path", pa.string()),  # member of the tar
-        ("image_offset", pa.int64()),  # bytes from the start of the tar to the JPEG
+        ("image_offset", pa.int64()),  # bytes from the start of the tar, as it is when inflated, to the JPEG
         ("image_size", pa.int64()),  # bytes of the JPEG
         ("content_hash", pa.uint64()),  # xxh3-64 of the JPEG's bytes
+    ]
+)
+
+RESTART_POINTS = pa.schema(
+    [
+        ("offset", pa.int64()),  # bytes of the tar before it, as it is when inflated
+        ("bit", pa.int64()),  # of the gzip file, where a deflate block begins
+        ("window", pa.binary()),  # the last 32 kB of the tar before it, which the block may refer to
     ]
 )
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
-from common import files, geo, parquet, pictures
+from common import files, geo, images, parquet, pictures
 from difficulty import bands
 from difficulty.band_table import METRES, NEAR_M, SIMILARITIES, Table, quantiles
 
@@ -40,40 +40,37 @@ class Report:
         anchors = self.sampled[slice(*np.searchsorted(self.sampled, [first, first + len(rows)]))]
         self.kept.append((anchors, *(of_part[anchors - first] for of_part in (rows, similarities, offsets))))
 
-    def write(self, folder: Path, raw_dir: Path) -> None:
+    def write(self, folder: Path, store: images.Store) -> None:
         """bands.json, bands.png and, where the tars are there, band_pairs.png."""
         files.write_text(folder / "bands.json", json.dumps(self.table.rows(), indent=1) + "\n")
         files.write_bytes(folder / "bands.png", pictures.png(draw(self.table, self.ratio_counts)))
         sheet = folder / "band_pairs.png"
         sheet.unlink(missing_ok=True)
-        lines, missing, asked = self._lines(raw_dir)
+        lines, missing, asked = self._lines(store)
         if missing:
-            log.warning("%d of %d sample images cannot be read from the tars in %s", missing, asked, raw_dir)
+            log.warning("%d of %d sample images cannot be read from the tars in %s", missing, asked, store.raw_dir)
         if missing < asked:
             files.write_bytes(sheet, pictures.sheet(lines))
             log.info("look at %s: is band 0 hard, or wrong?", sheet)
 
-    def _lines(self, raw_dir: Path) -> tuple[list[pictures.Line], int, int]:
+    def _lines(self, store: images.Store) -> tuple[list[pictures.Line], int, int]:
         """The sheet's lines, and how many of their images are missing, of how many."""
         anchors, rows, similarities, offsets = map(np.concatenate, zip(*self.kept, strict=True))
         pairs = choose_pairs(anchors, rows, similarities, offsets, self.rng)
         wanted = sorted({row for of_band in pairs for anchor, row, _ in of_band for row in (anchor, row)})
-        places = parquet.read(self.train, ["tar_file", "image_offset", "image_size"]).take(wanted).to_pylist()
-        images = {
-            row: pictures.read(raw_dir / place["tar_file"], place["image_offset"], place["image_size"])
-            for row, place in zip(wanted, places, strict=True)
-        }
+        places = parquet.read(self.train, ["tar_file", "image_offset", "image_size"]).take(wanted)
+        small = dict(zip(wanted, pictures.read(store, places), strict=True))
         lines = []
         for facts, of_band in zip(self.table.rows(), pairs, strict=True):
             upper = " or more" if facts["ratio_to"] is None else f" to {facts['ratio_to']:.2f}"
             pairs_of = f"{facts['pairs']:,} pair{'s' * (facts['pairs'] != 1)}"
             title = f"band {facts['band']}: ratio {facts['ratio_from']:.2f}{upper}; {pairs_of}"
-            both = [_side_by_side(images[anchor], images[row]) for anchor, row, _ in of_band]
+            both = [_side_by_side(small[anchor], small[row]) for anchor, row, _ in of_band]
             captions = [
                 f"cosine {similarity:.2f}, {self._distance(anchor, row)}" for anchor, row, similarity in of_band
             ]
             lines.append(pictures.Line(title, both, captions))
-        return lines, sum(image is None for image in images.values()), len(images)
+        return lines, sum(image is None for image in small.values()), len(small)
 
     def _distance(self, a: int, b: int) -> str:
         if self.dataset[a] != self.dataset[b]:

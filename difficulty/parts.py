@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import cli, devices, files, parquet, provenance, schemas, zones
+from common import cli, devices, files, images, parquet, provenance, schemas, zones
 from common.config import Config, values
 from common.errors import PipelineError
 from common.provenance import Provenance
@@ -151,7 +151,7 @@ def gather(cfg: Config, parts: list[Part]) -> list[dict]:
             "bands": report.table.rows(),
             "merged_id": made.inputs[train_path(cfg).name],
         }
-        report.write(files.beside(path.parent, "report"), cfg.paths.raw_dir)
+        report.write(files.beside(path.parent, "report"), images.store(cfg.paths))
     if recall < LOW_RECALL:
         log.warning(
             'data.search = "%s" found %.1f %% of the true neighbours; "exact" finds all',

@@ -25,22 +25,19 @@ from common.errors import PipelineError
 def main(argv=None) -> int:
     args = cli.parser(__doc__, shards=True).parse_args(argv)
     cfg = cli.load_config(args)
-    from common import devices, files, parquet, tars
-    from generate import loop, model_files, parts
+    from common import devices, files, images, parquet, parts
+    from generate import embedding_parts, loop, model_files
 
     files.refuse_leftovers(cfg.paths.embeddings_dir, "rejects", "rejects/*.parquet")
     device = devices.pick(cfg.infrastructure.device)
     dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
     identity = model_files.identity(cfg.embedding_model, dtype)
 
-    todo, num_parts = [], 0
-    for tar in tars.of_shard(cfg.paths.raw_dir, args.shard, args.num_shards):
-        of_tar = parts.of_tar(cfg, tar, identity)
-        todo += [part for part in of_tar if not parquet.is_done(part.target, part.made, args.overwrite)]
-        parts.refuse_surplus(cfg.paths.embeddings_dir, tar.stem, len(of_tar), args.overwrite)
-        num_parts += len(of_tar)
+    folder, task = cfg.paths.embeddings_dir, (args.shard, args.num_shards)
+    listing = parts.of_shard(cfg, folder, "generate_embeddings", identity, *task, args.overwrite)
+    todo = [part for part in listing if not parquet.is_done(part.target, part.made, args.overwrite)]
     if not todo:
-        return cli.nothing_to_do("generate_embeddings", f"{num_parts:,} files")
+        return cli.nothing_to_do("generate_embeddings", f"{len(listing):,} files")
 
     from generate import backbone  # imports transformers: only if something is to be made
 
@@ -50,7 +47,7 @@ def main(argv=None) -> int:
     total = sum(part.count for part in todo)
     with cli.Progress("generate_embeddings", "image", total, cfg.logging.progress_interval_s) as progress:
         results = loop.embed(
-            parts.jobs(todo),
+            embedding_parts.jobs(todo, images.store(cfg.paths)),
             lambda pixels: model(pixels).half(),
             model.preprocessing,
             device,
@@ -61,7 +58,7 @@ def main(argv=None) -> int:
         failures: list[str] = []
 
         def write(result: loop.Result) -> None:
-            failure = parts.write(result, model.dim, model.facts(), cfg.data.max_reject_share)
+            failure = embedding_parts.write(result, model.dim, model.facts(), cfg.data.max_reject_share)
             if failure:
                 failures.append(failure)
 

@@ -10,7 +10,7 @@ Memory: see `_prepared_ahead`; and the vectors of two jobs, one that is computed
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -35,7 +35,7 @@ class Job:
 
     name: Any  # whatever the caller knows it by
     count: int
-    read: Callable[[int, int], list[bytes | None]]  # encoded images start..stop; None: cannot be read
+    read: Callable[[int, int], Sequence[bytes | None]]  # encoded images start..stop; None: cannot be read
 
 
 class Result(NamedTuple):
@@ -250,7 +250,7 @@ def _to_host(vectors: torch.Tensor) -> _Vectors:
     return _Vectors(host, torch.cuda.current_stream(vectors.device).record_event())
 
 
-def _read(job: Job, start: int, stop: int) -> list[bytes | None]:
+def _read(job: Job, start: int, stop: int) -> Sequence[bytes | None]:
     """The encoded images start..stop, with None for those in a place that the disk cannot read any more."""
     try:
         return job.read(start, stop)

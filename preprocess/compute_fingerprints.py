@@ -24,23 +24,17 @@ def main(argv=None) -> int:
 
     from threadpoolctl import threadpool_limits
 
-    from common import config, parquet, provenance, tars
+    from common import config, images, parquet, parts
     from preprocess import fingerprints
 
+    folder, task = cfg.paths.fingerprints_dir, (args.shard, args.num_shards)
     settings = config.values(cfg, "data.fingerprint")
-    todo, listing = [], tars.of_shard(cfg.paths.raw_dir, args.shard, args.num_shards)
-    for tar in listing:
-        source = cfg.paths.intermediates_dir / f"{tar.stem}.parquet"
-        if not source.exists():
-            raise PipelineError(f"{source} does not exist: run preprocess/process_tar.py first")
-        made = provenance.record("compute_fingerprints", settings, [source])
-        target = cfg.paths.fingerprints_dir / source.name
-        if not parquet.is_done(target, made, args.overwrite):
-            todo.append((tar, source, target, made))
+    listing = parts.of_shard(cfg, folder, "compute_fingerprints", settings, *task, args.overwrite)
+    todo = [part for part in listing if not parquet.is_done(part.target, part.made, args.overwrite)]
     if not todo:
         return cli.nothing_to_do("compute_fingerprints", f"{len(listing):,} files")
 
-    total = sum(parquet.num_rows(source) for _, source, _, _ in todo)
+    store, total = images.store(cfg.paths), sum(part.count for part in todo)
     failures = []
     with (
         threadpool_limits(1),  # the threads are over images: matrix products with threads of their own stall them
@@ -52,11 +46,12 @@ def main(argv=None) -> int:
             cli.check_stop()
             progress.add(count)
 
-        for tar, source, target, made in todo:
+        for part in todo:
             try:
-                fingerprints.write(target, made, tar, source, cfg.data.fingerprint, pool, on_images=show)
+                fingerprints.write(part, store, cfg.data.fingerprint, pool, on_images=show)
             except PipelineError as error:  # of this tar: the others go on
-                failures.append(str(error))
+                if str(error) not in failures:  # as another part's
+                    failures.append(str(error))
     progress.summary()
     if failures:
         raise PipelineError("\n".join(failures))

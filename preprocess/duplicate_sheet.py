@@ -1,12 +1,11 @@
 """A picture of the largest groups of duplicates, so that a person sees what was dropped."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from common import parquet, pictures, tars
+from common import images, parquet, pictures
 from common.errors import PipelineError
 from preprocess.duplicates import sort_groups
 from preprocess.merge_files import Sources
@@ -46,9 +45,9 @@ def _largest(reason: str, key: np.ndarray, found: Decision) -> list[np.ndarray]:
     return [rows[order[starts[group] :][: sizes[group]]] for group in largest]
 
 
-def draw(groups: list[Group], sources: Sources, raw_dir: Path) -> bytes:
+def draw(groups: list[Group], sources: Sources, store: images.Store) -> bytes:
     """A PNG: a line for each group. Raises PipelineError if a tar has gone or does not hold an image any more."""
-    of_row = _pictures(sorted({row for group in groups for row in group.rows}), sources, raw_dir)
+    of_row = _pictures(sorted({row for group in groups for row in group.rows}), sources, store)
     lines = [
         pictures.Line(
             f"{group.size:,} dropped: {group.title}", [of_row[row] for row in group.rows], [""] * len(group.rows)
@@ -58,7 +57,7 @@ def draw(groups: list[Group], sources: Sources, raw_dir: Path) -> bytes:
     return pictures.sheet(lines)
 
 
-def _pictures(rows: list[int], sources: Sources, raw_dir: Path) -> dict[int, Image.Image]:
+def _pictures(rows: list[int], sources: Sources, store: images.Store) -> dict[int, Image.Image]:
     """Small pictures of some rows of the metadata, read by offset."""
     found: dict[int, Image.Image] = {}
     end = 0
@@ -72,11 +71,9 @@ def _pictures(rows: list[int], sources: Sources, raw_dir: Path) -> dict[int, Ima
         )
         order = np.lexsort((place["patch_id"].to_numpy(), place["target_id"].to_numpy()))
         place = place.take(order[np.array(wanted) - start])
-        tar = raw_dir / place["tar_file"][0].as_py()
-        contents = tars.read_members(tar, place["image_offset"].to_pylist(), place["image_size"].to_pylist())
-        for row, content in zip(wanted, contents, strict=True):
-            picture = pictures.small(content)
+        for row, picture in zip(wanted, pictures.read(store, place), strict=True):
             if picture is None:
+                tar = store.raw_dir / place["tar_file"][0].as_py()
                 raise PipelineError(f"{tar} has no longer the images that process_tar.py found in it")
             found[row] = picture
     return found

@@ -14,18 +14,16 @@ import io
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import lru_cache
-from pathlib import Path
 
 import imagehash
 import numpy as np
 import simplejpeg
-import xxhash
 from PIL import Image
 from scipy import fft
 
-from common import parquet, schemas, tars
-from common.errors import PipelineError
-from common.provenance import Provenance
+from common import parquet, schemas
+from common.images import Store
+from common.parts import Part
 
 CHUNK = 64  # images that a thread reads and hashes at once
 _PHASH_SIZE = (32, 32)
@@ -48,43 +46,26 @@ def hash_images(contents: list[bytes], method: str) -> tuple[np.ndarray, np.ndar
     return phash_bits(for_phash), dhash_bits(for_dhash)
 
 
-def hash_members(tar: Path, offsets, sizes, content_hashes, method: str) -> tuple[np.ndarray, np.ndarray]:
-    """`hash_images` of members of a tar. Raises PipelineError if their bytes are not those of `content_hashes`."""
-    contents = tars.read_members(tar, offsets, sizes)
-    found = np.array([xxhash.xxh3_64_intdigest(content) for content in contents], np.uint64)
-    if not np.array_equal(found, content_hashes):
-        raise PipelineError(
-            f"{tar} has other images than when process_tar.py read it, though it is as large\n"
-            "put the old tar back, or run process_tar.py and what follows with --overwrite"
-        )
-    return hash_images(contents, method)
-
-
-def write(
-    path: Path,
-    made: Provenance,
-    tar: Path,
-    intermediates: Path,
-    method: str,
-    pool: Executor,
-    on_images: Callable[[int], None],
-) -> None:
-    """The fingerprints of a tar's images, in the order of its intermediates. `on_images` is told how many more are
-    done; what it raises ends the work. Raises PipelineError as `hash_members` does.
+def write(part: Part, store: Store, method: str, pool: Executor, on_images: Callable[[int], None]) -> None:
+    """The fingerprints of a part's images, in order. `on_images` is told how many more are done; what it raises
+    ends the work. Raises ChangedTar if the tar's images are not those of the intermediates any more.
     """
-    ids = parquet.read(intermediates, ["streetview_image_id", "building_id"])
-    place = parquet.read(intermediates, ["image_offset", "image_size", "content_hash"])
-    offsets, sizes, contents = (column.to_numpy() for column in place.columns)
-    chunks = [slice(start, start + CHUNK) for start in range(0, len(ids), CHUNK)]
-    hashes = [pool.submit(hash_members, tar, offsets[c], sizes[c], contents[c], method) for c in chunks]
+    rows = part.rows()
+    read = store.tar(part.tar.name).reader(rows)
+    starts = range(0, len(rows), CHUNK)
+
+    def hashes_from(start: int) -> tuple[np.ndarray, np.ndarray]:
+        return hash_images(read(start, start + CHUNK), method)
+
+    hashes = [pool.submit(hashes_from, start) for start in starts]
     try:
-        with parquet.writer(path, schemas.FINGERPRINTS, made) as out:
-            for number, future in enumerate(hashes):
+        with parquet.writer(part.target, schemas.FINGERPRINTS, part.made) as out:
+            for start, future in zip(starts, hashes, strict=True):
                 phash, dhash = future.result()
-                rows = ids.slice(number * CHUNK, CHUNK)
-                out.append({name: rows[name] for name in rows.column_names} | {"phash": phash, "dhash": dhash})
+                ids = rows.slice(start, CHUNK).select(["streetview_image_id", "building_id"])
+                out.append({name: ids[name] for name in ids.column_names} | {"phash": phash, "dhash": dhash})
                 on_images(len(phash))
-            out.rows = {"in": len(ids)}
+            out.rows = {"in": len(rows)}
     finally:  # ended by a signal or an error, the queue is not worked off
         for future in hashes:
             future.cancel()

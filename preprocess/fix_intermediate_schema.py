@@ -13,6 +13,7 @@ Memory   twice the largest file: 600 bytes for each image of it
 """
 
 import argparse
+import glob
 import sys
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def main(argv=None) -> int:
         try:
             table = parquet.read(path)
             fixed, changes = schema_fixes.fix(table, path.stem)
-            made, foreign = provenance_of(path, cfg.paths.raw_dir / f"{path.stem}.tar")
+            made, foreign = provenance_of(path, _tar_of(cfg.paths.raw_dir, path.stem))
         except (schema_fixes.Unfixable, PipelineError) as error:
             unfixable.append(f"{path} {error}".replace(f"{path} {path}", f"{path}"))
             continue
@@ -57,6 +58,15 @@ def main(argv=None) -> int:
     if unfixable:
         raise PipelineError("\n".join([*unfixable, "run preprocess/process_tar.py --overwrite on their tars"]))
     return int(args.check and num_changed > 0)
+
+
+def _tar_of(raw_dir: Path, stem: str) -> Path:
+    """The tar with that name; where there is none, what it should be called."""
+    from common import tars
+
+    candidates = sorted(raw_dir.glob(f"{glob.escape(stem)}.*"))
+    named = [path for path in candidates if tars.is_named_so(path) and tars.stem(path) == stem]
+    return named[0] if named else raw_dir / f"{stem}.tar"
 
 
 def provenance_of(path: Path, tar: Path):

@@ -38,6 +38,7 @@ def main(argv=None) -> int:
     args = cli.parser(__doc__).parse_args(argv)
     cfg = cli.load_config(args)
     from common import config, files, parquet, provenance, schemas, tars
+    from common.images import store
     from preprocess import duplicate_sheet, merge_files, split, split_report
 
     files.refuse_leftovers(cfg.paths.merged_dir, "report", *REPORT)
@@ -65,7 +66,7 @@ def main(argv=None) -> int:
         groups = duplicate_sheet.largest_groups(images, decision)
         try:
             if groups:
-                files.write_bytes(sheet_path, duplicate_sheet.draw(groups, sources, cfg.paths.raw_dir))
+                files.write_bytes(sheet_path, duplicate_sheet.draw(groups, sources, store(cfg.paths)))
         except PipelineError as error:  # the tars are not needed for the merge
             cli.log.warning("no sheet of duplicates: %s", str(error).splitlines()[0])
         known = made.finished(provenance.digest_of(*ids), {"in": len(images), "out": progress.rows_out})

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from common import parquet, schemas
+from common import parquet, parts, schemas, tars
 from common.cli import Progress
 from common.config import Config
 from common.errors import PipelineError, StaleArtefact
@@ -31,8 +31,8 @@ class Source:
 
     dataset_id: int
     intermediates: Path
-    fingerprints: Path
-    parts: list[Path]  # embeddings, by number
+    fingerprints: list[Path]  # parts, by number
+    embeddings: list[Path]
     num_rows: int  # of the intermediates
 
 
@@ -50,28 +50,28 @@ class Sources:
 def find(cfg: Config, listing: list[Path]) -> Sources:
     """The files of all tars of `listing`. Raises PipelineError if some lack, StaleArtefact if they do not fit."""
     paths, ids, sources, models = cfg.paths, {}, [], {}
-    names = [f"{tar.stem}.parquet" for tar in listing]
+    names = [f"{tars.stem(tar)}.parquet" for tar in listing]
     _refuse_without_tar(paths, names)
     _refuse_missing("intermediates", [paths.intermediates_dir / name for name in names])
-    _refuse_missing("fingerprints", [paths.fingerprints_dir / name for name in names])
-    parts_of = _parts_by_tar(paths.embeddings_dir)
-    for name in names:
-        intermediates, fingerprints = paths.intermediates_dir / name, paths.fingerprints_dir / name
-        made = parquet.read_provenance(intermediates)
-        num_rows = parquet.num_rows(intermediates)
-        size = cfg.data.rows_per_part
-        stem = Path(name).stem
-        expected = [paths.embeddings_dir / f"{stem}-{n}.parquet" for n in range(max(1, -(-num_rows // size)))]
-        _refuse_missing("embeddings", [path for path in expected if path not in parts_of.get(stem, ())])
-        _refuse_surplus(sorted(set(parts_of[stem]) - set(expected)), cfg.data.rows_per_part)
+    folders = {"fingerprints": paths.fingerprints_dir, "embeddings": paths.embeddings_dir}
+    parts_of = {stage: _parts_by_tar(folder) for stage, folder in folders.items()}
+    for tar, name in zip(listing, names, strict=True):
+        intermediates = paths.intermediates_dir / name
+        made, num_rows = parquet.read_provenance(intermediates), parquet.num_rows(intermediates)
         ids[f"intermediates/{name}"] = made.id
-        for stage, path in [("fingerprints", fingerprints), *(("embeddings", part) for part in expected)]:
-            known = parquet.read_provenance(path)
-            _refuse_others(path, known.inputs.get(name), intermediates, made.id, stage)
-            ids[f"{stage}/{path.name}"] = known.id
-            if stage == "embeddings":
-                models[path] = _model(known)
-        sources.append(Source(_dataset_of(intermediates), intermediates, fingerprints, expected, num_rows))
+        files: dict[str, list[Path]] = {}
+        for stage, folder in folders.items():
+            files[stage] = parts.targets(folder, tar, parts.count(num_rows, cfg.data.rows_per_part))
+            existing = parts_of[stage].get(tars.stem(tar), [])
+            _refuse_missing(stage, [path for path in files[stage] if path not in existing])
+            _refuse_surplus(sorted(set(existing) - set(files[stage])), stage, cfg.data.rows_per_part)
+            for path in files[stage]:
+                known = parquet.read_provenance(path)
+                _refuse_others(path, known.inputs.get(name), intermediates, made.id, stage)
+                ids[f"{stage}/{path.name}"] = known.id
+                if stage == "embeddings":
+                    models[path] = _model(known)
+        sources.append(Source(_dataset_of(intermediates), intermediates, **files, num_rows=num_rows))
     sources.sort(key=lambda source: source.dataset_id)
     for one, other in itertools.pairwise(sources):
         if one.dataset_id == other.dataset_id >= 0:
@@ -93,14 +93,17 @@ def read_images(sources: Sources) -> Images:
     for source in sources.of_tar:
         start, end = end, end + source.num_rows
         table = parquet.read(source.intermediates, [*_FROM_INTERMEDIATES, "content_hash"])
-        hashes = parquet.read(source.fingerprints, ["phash", "dhash"])
+        hashes = pa.concat_tables(parquet.read(part, ["phash", "dhash"]) for part in source.fingerprints)
         columns = {name: part[name].to_numpy() for part in (table, hashes) for name in part.column_names}
-        embedded = [parquet.read(part, ["patch_id"])["patch_id"].to_numpy() for part in source.parts]
+        embedded = [parquet.read(part, ["patch_id"])["patch_id"].to_numpy() for part in source.embeddings]
         columns["has_embedding"] = np.isin(columns["patch_id"], np.concatenate(embedded))
         order = np.lexsort((columns["patch_id"], columns["target_id"]))
         for name, column in columns.items():
             if len(column) != source.num_rows:
-                raise StaleArtefact(f"{source.fingerprints} has {len(column):,} rows, not {source.num_rows:,}")
+                raise StaleArtefact(
+                    f"{source.fingerprints[0].parent} has {len(column):,} rows of {source.intermediates}, not "
+                    f"{source.num_rows:,}"
+                )
             arrays[name][start:end] = column[order]
     return Images(**arrays)
 
@@ -132,7 +135,7 @@ def write_splits(
 
 def _read_embedded(source: Source, patch_id: np.ndarray) -> tuple[pa.Table, np.ndarray, np.ndarray]:
     """A tar's embedded images: columns, (n, D) float16, and for each of `patch_id` its row, if there is one."""
-    tables = [parquet.read(part) for part in source.parts]
+    tables = [parquet.read(part) for part in source.embeddings]
     embeddings = np.concatenate([parquet.to_matrix(table["embedding"]) for table in tables])
     table = pa.concat_tables([table.drop_columns("embedding") for table in tables])
     there = table["patch_id"].to_numpy()
@@ -174,17 +177,17 @@ def _refuse_without_tar(paths, names: list[str]) -> None:
 
 
 def _refuse_missing(stage: str, paths: list[Path]) -> None:
-    missing = [path for path in paths if stage == "embeddings" or not path.exists()]
+    missing = [path for path in paths if not path.exists()]
     if missing:
         more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
         raise PipelineError(f"{missing[0]}{more} does not exist: run {_MAKERS[stage]} first")
 
 
-def _refuse_surplus(surplus: list[Path], rows_per_part: int) -> None:
+def _refuse_surplus(surplus: list[Path], stage: str, rows_per_part: int) -> None:
     if surplus:
         raise StaleArtefact(
             f"{surplus[0]} is not one of its tar's parts, with data.rows_per_part = {rows_per_part}\n"
-            "put that setting back, or delete the tar's embeddings and run generate/generate_embeddings.py again"
+            f"put that setting back, or delete the tar's {stage} and run {_MAKERS[stage]} again"
         )
 
 

@@ -28,15 +28,16 @@ from common.errors import PipelineError
 def main(argv=None) -> int:
     args = cli.parser(__doc__, shards=True).parse_args(argv)
     cfg = cli.load_config(args)
-    from common import parquet, provenance, tars
+    from common import images, parquet, provenance, tars
     from common.files import beside, refuse_leftovers
     from preprocess import geometry, tar_files
 
+    index_dir = images.store(cfg.paths).index_dir
     refuse_leftovers(cfg.paths.intermediates_dir, "rejects", "rejects/*.parquet")
     todo, listing = [], tars.of_shard(cfg.paths.raw_dir, args.shard, args.num_shards)
     for tar in listing:
         made = provenance.record("process_tar", {}, [tar])
-        target = cfg.paths.intermediates_dir / f"{tar.stem}.parquet"
+        target = cfg.paths.intermediates_dir / f"{tars.stem(tar)}.parquet"
         rejects = beside(cfg.paths.intermediates_dir, "rejects") / target.name
         if not (parquet.is_done(target, made, args.overwrite) and parquet.is_done(rejects, made, args.overwrite)):
             todo.append((tar, target, rejects, made))
@@ -74,8 +75,11 @@ def main(argv=None) -> int:
             if failure:
                 target.unlink(missing_ok=True)  # an earlier run's, with --overwrite: it would count as done
                 failures.append(f"{failure}; see {rejects}")
-            else:  # written last: where the intermediates are, the rejects are too
-                disagreements += tar_files.write_intermediates(target, pairs, tar.name, made, counts, files.damage)
+            else:  # written last: where the intermediates are, the others are too
+                images.write_restart_points(images.index_of(index_dir, tar), files.restart_points, made)
+                disagreements += tar_files.write_intermediates(
+                    target, pairs, tar.name, made, counts, files.damages
+                )
             num_renamed += pairs.num_renamed
             notes += tar_files.notes(tar, files, dataset_id)
     if num_renamed:

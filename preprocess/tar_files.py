@@ -10,6 +10,7 @@ from threading import Lock
 from common import parquet, schemas, tars
 from common.errors import PipelineError
 from common.provenance import Provenance
+from common.restart_points import RestartPoint
 from common.schemas import Reject
 from preprocess import geometry, jpegs, labels, pairs
 from preprocess.jpegs import Jpeg
@@ -18,6 +19,7 @@ from preprocess.pairs import Image, Pairs, Text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
 LABEL_SUFFIX = ".txt"
+_DAMAGES = (Reject.TAR_TRUNCATED, Reject.TAR_DAMAGED, Reject.GZIP_DAMAGED)
 _SUFFIXES = (LABEL_SUFFIX, *IMAGE_SUFFIXES)
 _TELL_EVERY_S = 0.2  # how far the checking is; a signal to stop waits as long
 _Unchecked = tuple[str, str, int, int, memoryview | None]  # of an image: name, stem, offset, size, the JPEG
@@ -33,7 +35,8 @@ class TarFiles:
     num_members: int = 0
     num_checked: int = 0  # images whose JPEG was looked at
     num_other: int = 0  # neither images nor labels: README, index.csv
-    damage: str = ""
+    damages: list[tars.Damage] = field(default_factory=list)
+    restart_points: list[RestartPoint] = field(default_factory=list)  # of a gzip stream
 
 
 class Readers:
@@ -53,8 +56,8 @@ class Readers:
         self._pool.shutdown()
 
     def read(self, tar: Path, on_images: Callable[[int, int], None]) -> TarFiles:
-        """All files of a tar, up to where it is damaged. `on_images` is told now and then how many more images are
-        checked, and up to about which byte of the tar; what it raises ends the reading.
+        """All files of a tar that can be had. `on_images` is told now and then how many more images are checked,
+        and up to about which byte of the file; what it raises ends the reading.
         """
         files = TarFiles()
         unchecked, turn = _images(tar, files), Lock()
@@ -77,23 +80,31 @@ class Readers:
                 going_on = bool(running) and not any(check.exception() for check in done)
                 new = len(files.images) - files.num_checked
                 files.num_checked += new
-                on_images(new, files.images[-1].offset if files.images else 0)
+                on_images(new, _position(files))
         finally:  # the threads end, whatever has been raised
             with turn:
                 unchecked.close()
             wait(checks)
         files.images.sort(key=lambda image: image.offset)
         for error in filter(None, (check.exception() for check in checks)):
-            if not isinstance(error, tars.Damage):
-                raise error
-            _take_broken(files, tar, error)
+            raise error
         return files
+
+
+def _position(files: TarFiles) -> int:
+    """About up to which byte of the file a tar has been read; of a gzip stream by its last restart point."""
+    if files.restart_points:
+        return files.restart_points[-1].bit // 8
+    return files.images[-1].offset if files.images else 0
 
 
 def _images(tar: Path, files: TarFiles) -> Generator[_Unchecked, None, None]:
     """The images of a tar; all else is noted in `files`, in passing."""
-    for member in tars.walk(tar, contents=True):
-        if member.kind != "directory":
+    for member in tars.walk(tar, contents=True, points=files.restart_points):
+        if isinstance(member, tars.Damage):
+            files.num_members += 1
+            _take_damage(files, tar, member)
+        elif member.kind != "directory":
             files.num_members += 1
             image = _take(files, member)
             if image:
@@ -123,17 +134,16 @@ def _take(files: TarFiles, member: tars.Member) -> _Unchecked | None:
     return None
 
 
-def _take_broken(files: TarFiles, tar: Path, damage: tars.Damage) -> None:
-    """Note where the tar breaks: a reject, of the member that is cut off there or else of the tar itself."""
-    why = Rejected(Reject.TAR_TRUNCATED, str(damage))
-    files.damage = str(damage)
-    files.num_members += 1
+def _take_damage(files: TarFiles, tar: Path, damage: tars.Damage) -> None:
+    """Note a damage: a reject, of the file that it has cut or else of the tar itself."""
+    why = Rejected(damage.reason, damage.detail)
+    files.damages.append(damage)
     stem, suffix = pairs.split_name(damage.member)
     ids = labels.parse_name(stem)
     if ids is None:
         files.rejects.append((damage.member or tar.name, why))
     elif suffix in IMAGE_SUFFIXES:
-        files.images.append(Image(damage.member, stem, damage.offset, 0, why))
+        files.images.append(Image(damage.member, stem, damage.start, 0, why))
     elif suffix == LABEL_SUFFIX:
         files.texts.append(Text(damage.member, stem, ids, why))
     else:
@@ -142,8 +152,9 @@ def _take_broken(files: TarFiles, tar: Path, damage: tars.Damage) -> None:
 
 def dataset_of(tar: Path, files: TarFiles) -> int | None:
     """The dataset that a tar's name says, or where it is no number, the one that most of its labels say."""
-    if _is_number(tar.stem):
-        return int(tar.stem)
+    name = tars.stem(tar)
+    if _is_number(name):
+        return int(name)
     said = Counter(text.found.dataset_id for text in files.texts if isinstance(text.found, Label))
     return said.most_common(1)[0][0] if said else None
 
@@ -184,11 +195,7 @@ def account(tar: Path, files: TarFiles, found: Pairs) -> dict:
 
 def failure(tar: Path, files: TarFiles, counts: dict, max_reject_share: float) -> str:
     """Why the tar fails the stage, and what to do; empty if it does not."""
-    if (
-        not files.images
-        and not files.texts
-        and all(why.reason is Reject.TAR_TRUNCATED for _, why in files.rejects)
-    ):
+    if not files.images and not files.texts and all(why.reason in _DAMAGES for _, why in files.rejects):
         size = tar.stat().st_size
         return f"{tar} ({size:,} bytes) holds no images: download it again, or move it out of the folder"
     share = counts["rejects"] / (counts["images"] + counts["labels"] + counts["rejects"])
@@ -206,9 +213,10 @@ def failure(tar: Path, files: TarFiles, counts: dict, max_reject_share: float) -
 def notes(tar: Path, files: TarFiles, dataset_id: int | None) -> list[str]:
     """What the summary of the run tells of a tar."""
     found = []
-    if files.damage:
-        found.append(f"{tar.name} is damaged: {files.damage}")
-    if dataset_id is not None and not _is_number(tar.stem):
+    if files.damages:
+        more = f" and {len(files.damages) - 1:,} more" if len(files.damages) > 1 else ""
+        found.append(f"{tar.name} is damaged: {files.damages[0].detail}{more}")
+    if dataset_id is not None and not _is_number(tars.stem(tar)):
         found.append(f"{tar.name} is taken for dataset {dataset_id:04d}, as most of its labels say")
     return found
 
@@ -226,7 +234,7 @@ def write_rejects(path: Path, found: Pairs, made: Provenance, counts: dict) -> N
 
 
 def write_intermediates(
-    path: Path, found: Pairs, tar_file: str, made: Provenance, counts: dict, damage: str
+    path: Path, found: Pairs, tar_file: str, made: Provenance, counts: dict, damages: list[tars.Damage]
 ) -> Counter[str]:
     """Write the valid pairs; returns how many labels disagree with their positions, as the footer says."""
     columns = pairs.columns(found.valid, tar_file)
@@ -234,5 +242,5 @@ def write_intermediates(
     with parquet.writer(path, schemas.INTERMEDIATES, made) as out:
         out.append(columns)
         out.rows = counts
-        out.facts = {"damage": damage, "disagreements": dict(disagreements)}
+        out.facts = {"damages": [damage.detail for damage in damages], "disagreements": dict(disagreements)}
     return disagreements

@@ -46,7 +46,7 @@ def parse(argv) -> argparse.Namespace:
 def main(argv=None) -> int:
     args = parse(argv)
     cfg = cli.load_config(args)
-    from common import devices
+    from common import devices, images
     from publish import inference, retrieval, sources
 
     folder = inference.folder_of(cfg, args.model)
@@ -54,10 +54,10 @@ def main(argv=None) -> int:
     if args.command == "compare":  # read before the model is loaded: a mistake shows at once
         pair = [retrieval.Photograph(name, sources.read_image(name)) for name in (args.first, args.second)]
     elif args.query is None:
-        gallery = sources.of_split(cfg.paths.merged_dir / "test.parquet", cfg.paths.raw_dir, args.limit)
+        gallery = sources.of_split(cfg.paths.merged_dir / "test.parquet", images.store(cfg.paths), args.limit)
     else:
         query = retrieval.Photograph(args.query, sources.read_image(args.query))
-        gallery, *others = sources.groups(args.gallery, cfg.paths.raw_dir)
+        gallery, *others = sources.groups(args.gallery, images.store(cfg.paths))
         if others:
             raise ConfigError(f"{args.gallery} holds the images of {1 + len(others)} tars: name one of these tars")
 

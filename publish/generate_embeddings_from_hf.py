@@ -26,6 +26,7 @@ def main(argv=None) -> int:
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
     from common import devices, files
+    from common.images import store
     from generate import backbone, loop
     from publish import inference, sources, vectors
 
@@ -36,7 +37,7 @@ def main(argv=None) -> int:
     identity = inference.identity(folder, dtype)
 
     todo, num_parts = [], 0
-    for group in sources.groups(args.images, cfg.paths.raw_dir):
+    for group in sources.groups(args.images, store(cfg.paths)):
         parts = vectors.parts_of(group, args.out, cfg.data.rows_per_part, identity)
         todo += vectors.missing(parts, args.out, group.name, args.overwrite)
         num_parts += len(parts)

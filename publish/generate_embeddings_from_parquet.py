@@ -29,7 +29,9 @@ def main(argv=None) -> int:
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
     from common import devices, files, parquet
-    from generate import backbone, loop, parts
+    from common.images import store
+    from common.parts import refuse_surplus
+    from generate import backbone, loop
     from publish import inference, tables
 
     files.refuse_leftovers(args.out, "rejects", "rejects/*.parquet")
@@ -42,7 +44,7 @@ def main(argv=None) -> int:
     for path in tables.files(args.input, args.out):
         found = tables.parts_of(path, args.out, args.column, cfg.data.rows_per_part, identity)
         todo += [part for part in found if not parquet.is_done(part.target, part.made, args.overwrite)]
-        parts.refuse_surplus(args.out, path.stem, len(found), args.overwrite)
+        refuse_surplus(args.out, path.stem, len(found), args.overwrite)
         num_parts += len(found)
     if not todo:
         return cli.nothing_to_do("generate_embeddings_from_parquet", f"{num_parts:,} files")
@@ -54,7 +56,7 @@ def main(argv=None) -> int:
     interval_s = cfg.logging.progress_interval_s
     with cli.Progress("generate_embeddings_from_parquet", "row", total, interval_s) as progress:
         images = [table for table in todo if table.holds_images]
-        tables.embed_images(images, cfg.paths.raw_dir, published, cfg.infrastructure, times, progress)
+        tables.embed_images(images, store(cfg.paths), published, cfg.infrastructure, times, progress)
         for table in [table for table in todo if not table.holds_images]:
             tables.project(table, published, times, progress)
             cli.check_stop()

@@ -15,8 +15,8 @@ import torch
 from common import parquet
 from common.config import Config
 from common.errors import PipelineError
+from common.images import store
 from generate.pixels import Preprocessing, Undecodable, decode
-from publish.sources import read_images
 from train.model import head_of
 
 MAX_IMAGES = 64
@@ -46,7 +46,7 @@ def check(
     if rows is None:
         raise PipelineError(f"{test} has no rows: there is nothing to check the published model with")
     images, numbers = [], []
-    for number, encoded in enumerate(read_images(cfg.paths.raw_dir, rows)):
+    for number, encoded in enumerate(store(cfg.paths).read(rows)):
         with contextlib.suppress(Undecodable):  # damaged since its embedding was made
             images.append(decode(encoded))
             numbers.append(number)

@@ -1,17 +1,17 @@
 """Images wherever a user has them: a folder, a text list, a tar, or the pipeline's intermediates."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from common import parquet, tars
+from common import images, parquet, tars
 from common.errors import PipelineError
 from common.provenance import digest_of
-from generate.parts import jpegs_of
+from common.restart_points import RestartPoint
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -22,7 +22,7 @@ class Group:
 
     name: str  # of the files made from it
     names: pa.ChunkedArray | pa.Array  # what each image is called in them
-    read: Callable[[int, int], list[bytes | None]]  # encoded images start..stop; None: cannot be read
+    read: Callable[[int, int], Sequence[bytes | None]]  # encoded images start..stop; None: cannot be read
     sizes: Callable[[int, int], list[int]]  # bytes of images start..stop, to tell changed ones
 
     def identity(self, start: int, stop: int) -> dict:
@@ -32,15 +32,15 @@ class Group:
         return {"images": f"{stop - start} images, {digest_of(text)}"}
 
 
-def groups(source: Path, raw_dir: Path) -> Iterator[Group]:
-    """The images that `source` means. `raw_dir`: where the tars of intermediates lie.
+def groups(source: Path, store: images.Store) -> Iterator[Group]:
+    """The images that `source` means. `store`: the tars of intermediates.
 
     Raises PipelineError if there are none.
     """
     if source.is_dir():
         tables = [path for path in sorted(source.glob("*.parquet")) if _is_intermediates(path)]
-        found = (_of_intermediates(path, raw_dir) for path in tables) if tables else [_of_folder(source)]
-    elif source.suffix == ".tar":
+        found = (_of_intermediates(path, store) for path in tables) if tables else [_of_folder(source)]
+    elif tars.is_named_so(source):
         found = [_of_tar(source)]
     elif source.is_file():
         found = [_of_list(source)]
@@ -54,43 +54,29 @@ def groups(source: Path, raw_dir: Path) -> Iterator[Group]:
         raise PipelineError(f"{source} holds no images ({', '.join(SUFFIXES)})")
 
 
-def of_split(path: Path, raw_dir: Path, limit: int) -> Group:
+def of_split(path: Path, store: images.Store, limit: int) -> Group:
     """The first `limit` images of a split, of whole runs of buildings, called "<building> <image>"."""
     columns = ["building_id", "streetview_image_id", "tar_file", "image_offset", "image_size"]
     rows = parquet.read(path, columns).slice(0, limit)
     names = [" ".join(pair) for pair in zip(*(rows[name].to_pylist() for name in columns[:2]), strict=True)]
 
-    def read(start: int, stop: int) -> list[bytes | None]:
-        return read_images(raw_dir, rows.slice(start, stop - start))
+    def read(start: int, stop: int) -> list[bytes]:
+        return store.read(rows.slice(start, stop - start))
 
     return Group(path.stem, pa.array(names, pa.string()), read, lambda a, b: rows["image_size"][a:b].to_pylist())
-
-
-def read_images(raw_dir: Path, rows: pa.Table) -> list[bytes | None]:
-    """The encoded images of rows with tar_file, image_offset and image_size, tar by tar."""
-    names = np.array(rows["tar_file"].to_pylist())
-    offsets, sizes = (rows[name].to_numpy() for name in ("image_offset", "image_size"))
-    encoded: list[bytes | None] = [None] * len(names)
-    for name in dict.fromkeys(names.tolist()):
-        positions = np.flatnonzero(names == name)
-        for position, content in zip(
-            positions, tars.read_members(raw_dir / name, offsets[positions], sizes[positions]), strict=True
-        ):
-            encoded[position] = content
-    return encoded
 
 
 def read_image(name: str) -> bytes:
     """The bytes of an image that is a file, or a member of a tar as TAR:MEMBER. Raises PipelineError if absent."""
     tar, colon, member_name = name.rpartition(":")
-    if colon and tar.endswith(".tar"):
-        try:
-            for member in tars.walk(Path(tar)):
-                if member.name == member_name:
-                    return tars.read_members(Path(tar), [member.offset], [member.size])[0]
-        except tars.Damage as damage:
-            raise PipelineError(f"{tar} has no member {member_name} before its damage ({damage})") from None
-        raise PipelineError(f"{tar} has no member {member_name}")
+    if colon and tars.is_named_so(Path(tar)):
+        damages = []
+        for member in tars.walk(Path(tar), contents=True):
+            if isinstance(member, tars.Damage):
+                damages.append(member.detail)
+            elif member.name == member_name and member.content is not None:
+                return bytes(member.content)
+        raise PipelineError("; ".join([f"{tar} has no member {member_name}", *damages]))
     content = _content(Path(name))
     if content is None:
         raise PipelineError(f"{name} cannot be read: name an image, or a member of a tar as TAR:MEMBER")
@@ -136,20 +122,19 @@ def _content(path: Path) -> bytes | None:
 
 
 def _of_tar(path: Path) -> Group:
-    """The images of a tar; those before the damage if it is damaged, and that is said."""
+    """The images of a tar; those that can be had if it is damaged, and that is said."""
     if not path.is_file():
         raise PipelineError(f"{path} does not exist")
-    members = []
-    try:
-        for member in tars.walk(path):
-            if member.kind == "file" and Path(member.name).suffix.lower() in SUFFIXES:
-                members.append(member)
-    except tars.Damage as damage:
-        print(f"{path}: {damage}; the {len(members):,} images before that are used", file=sys.stderr)
+    members, points = [], list[RestartPoint]()
+    for member in tars.walk(path, points=points):
+        if isinstance(member, tars.Damage):
+            print(f"{path} is damaged: {member.detail}", file=sys.stderr)
+        elif member.kind == "file" and Path(member.name).suffix.lower() in SUFFIXES:
+            members.append(member)
     names = pa.array([tars.printable(member.name) for member in members], pa.string())
     columns = {"image_offset": [m.offset for m in members], "image_size": [m.size for m in members]}
     table = pa.table({name: pa.array(values, pa.int64()) for name, values in columns.items()})
-    return _of_members(path.stem, names, path, table)
+    return _of_members(tars.stem(path), names, images.Tar(path, points=points), table)
 
 
 def _is_intermediates(path: Path) -> bool:
@@ -157,13 +142,13 @@ def _is_intermediates(path: Path) -> bool:
     return parquet.has_provenance(path) and parquet.read_provenance(path).stage == "process_tar"
 
 
-def _of_intermediates(path: Path, raw_dir: Path) -> Group:
+def _of_intermediates(path: Path, store: images.Store) -> Group:
     """The valid images of a tar of the dataset, called by their streetview_image_id."""
-    rows = parquet.read(path, ["streetview_image_id", "tar_file", "image_offset", "image_size"])
+    rows = parquet.read(path, ["streetview_image_id", "tar_file", "image_offset", "image_size", "content_hash"])
     tar = rows["tar_file"][0].as_py() if rows.num_rows else f"{path.stem}.tar"
-    return _of_members(path.stem, rows["streetview_image_id"], raw_dir / tar, rows)
+    return _of_members(path.stem, rows["streetview_image_id"], store.tar(tar), rows)
 
 
-def _of_members(name: str, names: pa.Array | pa.ChunkedArray, tar: Path, rows: pa.Table) -> Group:
+def _of_members(name: str, names: pa.Array | pa.ChunkedArray, tar: images.Tar, rows: pa.Table) -> Group:
     sizes: np.ndarray = rows["image_size"].to_numpy()
-    return Group(name, names, jpegs_of(tar, rows), lambda start, stop: sizes[start:stop].tolist())
+    return Group(name, names, tar.reader(rows), lambda start, stop: sizes[start:stop].tolist())

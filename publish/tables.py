@@ -15,11 +15,11 @@ from common import cli, parquet, provenance, schemas
 from common.cli import Progress
 from common.config import Infrastructure
 from common.errors import PipelineError
+from common.images import Store
 from common.provenance import Provenance, digest_of
 from common.schemas import Reject
-from generate import loop, parts
+from generate import embedding_parts, loop
 from publish.inference import Published
-from publish.sources import read_images
 
 PROJECT_ROWS = 8_192  # embeddings through the head at a time: 25 MB of float32 at 768 dimensions
 IMAGE_ROWS = 1_024  # encoded images held at a time: 40 MB of the dataset's
@@ -142,7 +142,7 @@ class _Rows(NamedTuple):
 
 def embed_images(
     tables: list[Table],
-    raw_dir: Path,
+    store: Store,
     published: Published,
     settings: Infrastructure,
     times: loop.Times,
@@ -153,7 +153,7 @@ def embed_images(
     Rows without a whole image become rejects, by their number.
     """
     results = loop.embed(
-        (job for table in tables for job in _jobs(table, raw_dir)),
+        (job for table in tables for job in _jobs(table, store)),
         published.forward,
         published.preprocessing,
         published.device,
@@ -173,12 +173,12 @@ def _write_vectors(table: Table, results: Iterable[loop.Result], dim: int) -> No
         for result in results:
             numbers = pa.array([f"row {start + row}" for row in range(result.job.count)])
             vectors = result.vectors.reshape(-1, dim)
-            parts.refuse_not_finite(vectors, numbers.take(pa.array(result.rows)), table.path)
+            embedding_parts.refuse_not_finite(vectors, numbers.take(pa.array(result.rows)), table.path)
             rows = result.job.name.others.take(pa.array(result.rows))
             _append(out, rows, vectors, result.job.name.ends_group)
-            failed |= parts.named(result.failed, numbers)
+            failed |= embedding_parts.named(result.failed, numbers)
             start += result.job.count
-        parts.write_rejects(table.target, table.made, failed)
+        embedding_parts.write_rejects(table.target, table.made, failed)
         out.rows = {"in": table.num_rows, Reject.JPEG_CORRUPT.value: len(failed)}
 
 
@@ -192,14 +192,14 @@ def _batches(table: Table, size: int) -> Iterator[tuple[pa.Table, bool]]:
                 yield rows, missing == 0
 
 
-def _jobs(table: Table, raw_dir: Path) -> Iterator[loop.Job]:
+def _jobs(table: Table, store: Store) -> Iterator[loop.Job]:
     """What the loop reads of a file; one job without images if it has no rows."""
     if not table.num_rows:
         yield loop.Job(_Rows(table, table.others.empty_table(), False), 0, lambda start, stop: [])
     for rows, ends_group in _batches(table, IMAGE_ROWS):
         if table.column is None:
             name = _Rows(table, rows, ends_group)
-            yield loop.Job(name, rows.num_rows, _reader_of_members(raw_dir, rows))
+            yield loop.Job(name, rows.num_rows, _reader_of_members(store, rows))
             continue
         images = rows[table.column].combine_chunks()
         if pa.types.is_struct(images.type):
@@ -208,8 +208,8 @@ def _jobs(table: Table, raw_dir: Path) -> Iterator[loop.Job]:
         yield loop.Job(name, rows.num_rows, _reader(images))
 
 
-def _reader_of_members(raw_dir: Path, rows: pa.Table):
-    return lambda start, stop: read_images(raw_dir, rows.slice(start, stop - start))
+def _reader_of_members(store: Store, rows: pa.Table):
+    return lambda start, stop: store.read(rows.slice(start, stop - start))
 
 
 def _reader(images: pa.Array):

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from common import parquet, provenance, schemas
+from common import parquet, parts, provenance, schemas
 from common.provenance import Provenance
 from common.schemas import Reject
-from generate import parts
+from generate import embedding_parts
 from generate.loop import Job, Result
 from publish.sources import Group
 
@@ -56,8 +56,8 @@ def write(result: Result, dim: int) -> None:
     part: VectorPart = result.job.name
     names = part.group.names.slice(part.start, part.count)
     vectors = result.vectors.reshape(-1, dim).astype(np.float32)
-    parts.refuse_not_finite(vectors, names.take(pa.array(result.rows)), part.target)
-    parts.write_rejects(part.target, part.made, parts.named(result.failed, names))
+    embedding_parts.refuse_not_finite(vectors, names.take(pa.array(result.rows)), part.target)
+    embedding_parts.write_rejects(part.target, part.made, embedding_parts.named(result.failed, names))
     with parquet.writer(part.target, schema(dim), part.made) as out:
         out.append({"image": names.take(pa.array(result.rows)), "embedding": vectors})
         out.rows = {"in": part.count, Reject.JPEG_CORRUPT.value: len(result.failed)}

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import config, parquet, schemas, tars
+from common import config, parquet, parts, schemas, tars
 from common.config import Config
 from common.errors import PipelineError
 from common.files import beside
@@ -127,16 +127,14 @@ def _of_task(step, task: int, cfg: Config) -> Iterator[Artefact]:
     merged = {f"{split}.parquet": paths.merged_dir / f"{split}.parquet" for split in schemas.SPLITS}
     if step.name in ("process_tar", "compute_fingerprints", "generate_embeddings"):
         folder = target_of(step.name, cfg)
-        for tar in _tars(cfg)[task :: step.tasks]:
-            name = f"{tar.stem}.parquet"
-            source = paths.intermediates_dir / name
+        for share in tars.shares_of(_tars(cfg), task, step.tasks):
+            name = f"{tars.stem(share.tar)}.parquet"
+            source, tar = paths.intermediates_dir / name, {share.tar.name: share.tar}
             if step.name == "process_tar":  # its rejects are written first
-                yield Artefact(folder / name, {tar.name: tar})
-            elif step.name == "compute_fingerprints":
-                yield Artefact(folder / name, {name: source})
+                yield from [Artefact(folder / name, tar)] if share.piece == 0 else []
             else:
-                for part in range(_num_parts(source, cfg)):
-                    yield Artefact(folder / f"{tar.stem}-{part}.parquet", {tar.name: tar, name: source})
+                targets = parts.targets(folder, share.tar, _num_parts(source, cfg))
+                yield from (Artefact(targets[n], {**tar, name: source}) for n in share.of(len(targets)))
     elif step.name == "merge_and_split":
         inputs = _inputs_of_merge(cfg)
         report = beside(paths.merged_dir, "report") / "split_report.json"  # it comes last
@@ -177,7 +175,7 @@ def _listing(raw_dir: Path, mtime_ns: int) -> list[Path]:
 
 
 def _num_parts(source: Path, cfg: Config) -> int:
-    return max(1, -(-_num_rows(source, source.stat().st_mtime_ns) // cfg.data.rows_per_part))
+    return parts.count(_num_rows(source, source.stat().st_mtime_ns), cfg.data.rows_per_part)
 
 
 @functools.cache
@@ -188,12 +186,11 @@ def _num_rows(source: Path, mtime_ns: int) -> int:
 def _inputs_of_merge(cfg: Config) -> dict[str, Path]:
     inputs, paths = {}, cfg.paths
     for tar in _tars(cfg):
-        name = f"{tar.stem}.parquet"
-        inputs[f"intermediates/{name}"] = paths.intermediates_dir / name
-        inputs[f"fingerprints/{name}"] = paths.fingerprints_dir / name
-        for part in range(_num_parts(paths.intermediates_dir / name, cfg)):
-            name = f"{tar.stem}-{part}.parquet"
-            inputs[f"embeddings/{name}"] = paths.embeddings_dir / name
+        source = paths.intermediates_dir / f"{tars.stem(tar)}.parquet"
+        inputs[f"intermediates/{source.name}"] = source
+        for stage, folder in (("fingerprints", paths.fingerprints_dir), ("embeddings", paths.embeddings_dir)):
+            for path in parts.targets(folder, tar, _num_parts(source, cfg)):
+                inputs[f"{stage}/{path.name}"] = path
     return inputs
 
 
@@ -228,7 +225,7 @@ def _with_best_trial(cfg: Config) -> Config | None:
 
 def identity(path: Path) -> str:
     """What a file is known by in the records of what was made from it."""
-    return f"{path.stat().st_size} bytes" if path.suffix == ".tar" else record_of(path).id
+    return f"{path.stat().st_size} bytes" if tars.is_named_so(path) else record_of(path).id
 
 
 def record_of(path: Path) -> Provenance:

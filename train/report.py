@@ -8,7 +8,7 @@ import jinja2
 import pandas as pd
 import torch
 
-from common import files, parquet
+from common import files, images, parquet
 from common.config import Config
 from common.errors import PipelineError
 from train import bootstrap, figures, protocol, sheets
@@ -66,7 +66,7 @@ def render(
     shown = protocol.shown_of(list(per_query))
     history, split_report = background
     pictures = sheets.make(
-        cfg.paths.raw_dir, gallery, vectors, per_query[shown], per_query["raw"], cfg.global_.seed
+        images.store(cfg.paths), gallery, vectors, per_query[shown], per_query["raw"], cfg.global_.seed
     )
     tiles = [tile for sheet in pictures.values() for row in sheet for tile in row]
     return (

@@ -4,12 +4,13 @@ import base64
 import io
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from common import geo, pictures
+from common.images import Store
 from train.breakdowns import heading_difference_deg
 from train.gallery import Gallery
 from train.metrics import PerQuery
@@ -71,9 +72,8 @@ def first_results(vectors: torch.Tensor, gallery: Gallery, query: int) -> list[t
     return results
 
 
-def picture(tar_path: Path, offset: int, size: int) -> str | None:
-    """A small JPEG of an image as a data URI; None if the tar is missing or does not hold an image there."""
-    image = pictures.read(tar_path, offset, size)
+def _data_uri(image: Image.Image | None) -> str | None:
+    """A small picture as a JPEG in a data URI."""
     if image is None:
         return None
     small = io.BytesIO()
@@ -82,16 +82,22 @@ def picture(tar_path: Path, offset: int, size: int) -> str | None:
 
 
 def make(
-    raw_dir: Path, gallery: Gallery, vectors: torch.Tensor, shown: PerQuery, raw: PerQuery, seed: int
+    store: Store, gallery: Gallery, vectors: torch.Tensor, shown: PerQuery, raw: PerQuery, seed: int
 ) -> dict[str, list[list[Tile]]]:
     """The sheets: for each name the rows of tiles, a query first and then its results. `vectors`: of `shown`."""
+    chosen = choose(shown, raw, gallery.zones.building_of_row, seed)
+    results_of = {
+        query: first_results(vectors, gallery, query) for query in np.concatenate([*chosen.values()]).tolist()
+    }
+    wanted = sorted({*results_of, *(row for results in results_of.values() for row, _, _ in results)})
+    uri_of = dict(zip(wanted, map(_data_uri, pictures.read(store, gallery.table.take(wanted))), strict=True))
     sheets: dict[str, list[list[Tile]]] = {}
-    for name, queries in choose(shown, raw, gallery.zones.building_of_row, seed).items():
+    for name, queries in chosen.items():
         sheets[name] = []
         for query in queries.tolist():
-            results = first_results(vectors, gallery, query)
-            rows = gallery.table.take([query, *(row for row, _, _ in results)]).to_pylist()
-            images = [picture(raw_dir / r["tar_file"], r["image_offset"], r["image_size"]) for r in rows]
+            results = results_of[query]
+            shown_rows = [query, *(row for row, _, _ in results)]
+            rows, images = gallery.table.take(shown_rows).to_pylist(), [uri_of[row] for row in shown_rows]
             matches = int(shown.num_matches[query])
             note = f"first match at {shown.best_rank[query]:,}", f"{matches} match{'es' * (matches > 1)}"
             tiles = [Tile(rows[0]["streetview_image_id"], images[0], "query", note)]

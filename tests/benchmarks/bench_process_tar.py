@@ -54,7 +54,7 @@ def process(tar: Path, folder: Path, threads: int) -> None:
     counts = tar_files.account(tar, files, pairs)
     assert counts["images"] == IMAGES
     tar_files.write_rejects(folder / "rejects.parquet", pairs, made, counts)
-    tar_files.write_intermediates(folder / "rows.parquet", pairs, tar.name, made, counts, files.damage)
+    tar_files.write_intermediates(folder / "rows.parquet", pairs, tar.name, made, counts, files.damages)
 
 
 def extract_and_load(tar: Path) -> int:

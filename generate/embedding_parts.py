@@ -1,79 +1,24 @@
-"""The parts of a tar: runs of rows of its intermediates whose embeddings share a file."""
+"""Parts of tars, from the images of their rows to the files of their embeddings."""
 
-import glob
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from common import files, parquet, provenance, schemas, tars
-from common.config import Config, values
-from common.errors import PipelineError, StaleArtefact
+from common import files, images, parquet, schemas
+from common.errors import PipelineError
+from common.parts import Part
 from common.provenance import Provenance
 from common.schemas import Reject
 from generate.loop import Job, Result
 
 
-@dataclass(frozen=True)
-class Part:
-    """Rows start..start + count of a tar's intermediates, and the file for their embeddings."""
-
-    tar: Path
-    source: Path  # the tar's intermediates
-    start: int
-    count: int
-    target: Path
-    made: Provenance
-
-    def rows(self) -> pa.Table:
-        """The part's rows of the intermediates."""
-        return parquet.read(self.source, schemas.INTERMEDIATES.names).slice(self.start, self.count)
-
-
-def of_tar(cfg: Config, tar: Path, model: dict) -> list[Part]:
-    """A tar's parts; one part without rows if the tar has no valid image. `model`: see `model_files.identity`."""
-    source = cfg.paths.intermediates_dir / f"{tar.stem}.parquet"
-    if not source.exists():
-        raise PipelineError(f"{source} does not exist: run preprocess/process_tar.py first")
-    num_rows, size = parquet.num_rows(source), cfg.data.rows_per_part
-    made = provenance.record("generate_embeddings", {**model, **values(cfg, "data.rows_per_part")}, [tar, source])
-    return [
-        Part(tar, source, start, min(size, num_rows - start), _path(cfg, tar, start // size), made)
-        for start in range(0, max(num_rows, 1), size)
-    ]
-
-
-def refuse_surplus(folder: Path, name: str, num_parts: int, overwrite: bool) -> None:
-    """Files <name>-<part> beyond the parts that there are hold images twice: an error, or removed to overwrite."""
-    escaped = glob.escape(name)
-    surplus = [
-        path
-        for place in (folder, files.beside(folder, "rejects"))
-        for path in place.glob(f"{escaped}-*.parquet")
-        if path.stem.removeprefix(f"{name}-").isdecimal() and int(path.stem.rpartition("-")[2]) >= num_parts
-    ]
-    if surplus and not overwrite:
-        raise StaleArtefact(
-            f"{surplus[0]} is left from another division of {name}, which has {num_parts} parts now\n"
-            "delete it, put data.rows_per_part or the images back, or redo it all with --overwrite"
-        )
-    for path in surplus:
-        path.unlink()
-
-
-def jobs(parts: list[Part]) -> Iterator[Job]:
+def jobs(parts: list[Part], store: images.Store) -> Iterator[Job]:
     """What the loop reads; a job's name is the part and its rows."""
     for part in parts:
         rows = part.rows()
-        yield Job((part, rows), part.count, jpegs_of(part.tar, rows))
-
-
-def jpegs_of(tar: Path, rows: pa.Table):
-    """A function that reads the encoded images of rows start..stop from the tar."""
-    offsets, sizes = (rows[name].to_numpy() for name in ("image_offset", "image_size"))
-    return lambda start, stop: tars.read_members(tar, offsets[start:stop], sizes[start:stop])
+        yield Job((part, rows), part.count, store.tar(part.tar.name).reader(rows))
 
 
 def write(result: Result, dim: int, facts: dict, max_reject_share: float) -> str:
@@ -129,7 +74,3 @@ def _rejects(target: Path) -> Path:
 def named(failed: dict[int, str], names: pa.ChunkedArray | pa.Array) -> dict[str, str]:
     """`failed` by the images' names instead of their numbers."""
     return {names[row].as_py(): detail for row, detail in failed.items()}
-
-
-def _path(cfg: Config, tar: Path, number: int) -> Path:
-    return cfg.paths.embeddings_dir / f"{tar.stem}-{number}.parquet"

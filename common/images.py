@@ -1,0 +1,180 @@
+"""Images out of tars, by the rows that say where they lie: the one reader of all stages, for plain and gzip tars.
+
+In row order an image costs its share of a pass through the tar. One out of the middle of a gzip tar costs what
+lies between it and the last restart point, 8 MB or little more. These points lie beside the intermediates, where
+process_tar.py writes them in its only pass; where they are absent, or another tar's, they are made again.
+
+Memory: of a plain tar the images that are asked for; of a gzip tar see gzip_streams.py.
+"""
+
+import logging
+import os
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from common import files, gzip_streams, parquet, provenance, schemas, tars
+from common.config import Paths
+from common.errors import PipelineError
+from common.provenance import Provenance
+from common.restart_points import RestartPoint
+
+log = logging.getLogger("pipeline")
+OPEN_TARS = 2  # a stage goes from one to the next while threads still read the first
+
+
+class ChangedTar(PipelineError):
+    """A tar does not hold the images any more that process_tar.py found in it."""
+
+
+class Tar:
+    """One tar's images, read by where they lie. Several threads may read; a gzip tar stays open meanwhile."""
+
+    def __init__(self, path: Path, index: Path | None = None, points: list[RestartPoint] | None = None):
+        """`index`: file of a gzip tar's restart points; `points`: they themselves, where there is no such file."""
+        self.path, self._index, self._points = path, index, points
+        self._lock = Lock()
+        self._stream: gzip_streams.Stream | None = None
+
+    def read(self, offsets, sizes, content_hashes=None) -> list[bytes]:
+        """The bytes of images. Raises PipelineError if some lack, ChangedTar if they are not those of
+        `content_hashes` (xxh3-64), BadSector if the disk does not give one of them.
+        """
+        offsets, sizes = [int(offset) for offset in offsets], [int(size) for size in sizes]
+        if not offsets:
+            return []
+        with tars.opened(self.path) as file:
+            if tars.is_gzip(self.path, file):
+                stream = self._opened()
+                contents = [stream.read(offset, size) for offset, size in zip(offsets, sizes, strict=True)]
+            else:
+                contents = _read_plain(file.fileno(), offsets, sizes)
+        if [len(content) for content in contents] != sizes:
+            raise ChangedTar(
+                f"{self.path} is shorter than when its members were listed: it has been replaced or cut off\n"
+                "put the tar back, or run process_tar.py again"
+            )
+        if content_hashes is not None:
+            digests = np.array([xxhash.xxh3_64_intdigest(content) for content in contents], np.uint64)
+            if not np.array_equal(digests, content_hashes):
+                raise ChangedTar(
+                    f"{self.path} has other images than when process_tar.py read it, though it is as large\n"
+                    "put the old tar back, or run process_tar.py and what follows with --overwrite"
+                )
+        return contents
+
+    def reader(self, rows: pa.Table) -> Callable[[int, int], list[bytes]]:
+        """A function that reads the images of rows start..stop, and where `rows` have content_hash checks them."""
+        offsets, sizes = (rows[name].to_numpy() for name in ("image_offset", "image_size"))
+        hashes = rows["content_hash"].to_numpy() if "content_hash" in rows.column_names else None
+
+        def read(start: int, stop: int) -> list[bytes]:
+            expected = None if hashes is None else hashes[start:stop]
+            return self.read(offsets[start:stop], sizes[start:stop], expected)
+
+        return read
+
+    def _opened(self) -> gzip_streams.Stream:
+        with self._lock:
+            if self._stream is None:
+                points = self._points
+                if points is None:
+                    points = restart_points(self.path, self._index) if self._index else []
+                descriptor = os.open(self.path, os.O_RDONLY)
+                self._stream = gzip_streams.Stream(lambda at, size: os.pread(descriptor, size, at), points)
+                weakref.finalize(self, os.close, descriptor)
+            return self._stream
+
+
+class Store:
+    """The dataset's tars in `raw_dir`, with their restart points in `index_dir`. Several threads may read."""
+
+    def __init__(self, raw_dir: Path, index_dir: Path):
+        self.raw_dir, self.index_dir = raw_dir, index_dir
+        self._open: dict[str, Tar] = {}  # those used last
+        self._lock = Lock()
+
+    def tar(self, name: str) -> Tar:
+        """A tar by its name; the OPEN_TARS that were asked for last stay open."""
+        with self._lock:
+            if name not in self._open:
+                path = self.raw_dir / name
+                self._open[name] = Tar(path, index_of(self.index_dir, path))
+            tar = self._open[name] = self._open.pop(name)  # to the end
+            if len(self._open) > OPEN_TARS:
+                del self._open[next(iter(self._open))]
+            return tar
+
+    def read(self, rows: pa.Table) -> list[bytes]:
+        """The encoded images of rows with tar_file, image_offset and image_size, of any tars. Raises what Tar.read
+        does.
+        """
+        names = np.array(rows["tar_file"].to_pylist(), object)
+        offsets, sizes = (rows[name].to_numpy() for name in ("image_offset", "image_size"))
+        contents = np.empty(len(names), object)
+        for name in dict.fromkeys(names.tolist()):
+            chosen = np.flatnonzero(names == name)
+            chosen = chosen[np.argsort(offsets[chosen], kind="stable")]  # a gzip tar is read forward
+            contents[chosen] = self.tar(name).read(offsets[chosen], sizes[chosen])
+        return contents.tolist()
+
+
+def store(paths: Paths) -> Store:
+    return Store(paths.raw_dir, files.beside(paths.intermediates_dir, "index"))
+
+
+def index_of(index_dir: Path, tar: Path) -> Path:
+    """Where the restart points of a tar lie."""
+    return index_dir / f"{tars.stem(tar)}.parquet"
+
+
+def restart_points(tar: Path, index: Path) -> list[RestartPoint]:
+    """The restart points of a gzip tar, from its index; where that is absent or another tar's, it is made anew."""
+    made = provenance.record("process_tar", {}, [tar])
+    try:
+        if not provenance.differences(parquet.read_provenance(index), made):
+            table = parquet.read(index, schemas.RESTART_POINTS.names)
+            return [RestartPoint(**row) for row in table.to_pylist()]
+    except PipelineError:
+        pass  # absent, or damaged
+    log.info("%s is read once, for an index of it: %s is absent or another tar's", tar, index)
+    points: list[RestartPoint] = []
+    with tars.opened(tar) as file:
+        for _ in gzip_streams.inflate(lambda at, size: os.pread(file.fileno(), size, at), points, []):
+            pass
+    write_restart_points(index, points, made)
+    return points
+
+
+def write_restart_points(index: Path, points: list[RestartPoint], made: Provenance) -> None:
+    """Write the restart points of a gzip tar; for a plain tar, which has none, remove what is there."""
+    if not points:
+        index.unlink(missing_ok=True)
+        return
+    with parquet.writer(index, schemas.RESTART_POINTS, made) as out:
+        columns = zip(*points, strict=True)
+        out.append(dict(zip(schemas.RESTART_POINTS.names, map(list, columns), strict=True)))
+
+
+def _read_plain(descriptor: int, offsets: list[int], sizes: list[int]) -> list[bytes]:
+    """Bytes of a file; neighbours are read at once."""
+    start = min(offsets)
+    span = max(offset + size for offset, size in zip(offsets, sizes, strict=True)) - start
+    if span > 2 * sum(sizes):
+        return [_pread(descriptor, offset, size) for offset, size in zip(offsets, sizes, strict=True)]
+    # the spans between are headers and labels: cheaper to read than to skip
+    together = memoryview(_pread(descriptor, start, span))
+    return [bytes(together[at - start : at - start + size]) for at, size in zip(offsets, sizes, strict=True)]
+
+
+def _pread(descriptor: int, offset: int, size: int) -> bytes:
+    """`size` bytes at `offset`; fewer only at the end of the file."""
+    content = os.pread(descriptor, size, offset)
+    while len(content) < size and (more := os.pread(descriptor, size - len(content), offset + len(content))):
+        content += more
+    return content
