@@ -127,3 +127,12 @@ def test_without_locks_files_are_written_and_only_old_temporaries_removed(tmp_pa
     assert (tmp_path / "a.txt").read_text() == "whole"
     assert new.exists()  # it may have a writer
     assert not old.exists()
+
+
+def test_a_folder_beside_has_the_folders_name_and_more_whatever_the_folder_is_called(tmp_path, monkeypatch):
+    folder = tmp_path / "v1.0"
+    folder.mkdir()
+    assert files.beside(folder, "rejects") == tmp_path / "v1.0_rejects"  # with_suffix would make v1_rejects
+    monkeypatch.chdir(folder)
+    assert files.beside(Path("."), "rejects") == tmp_path / "v1.0_rejects"  # with_name has no name to change
+    assert files.beside(Path("out/"), "rejects") == folder / "out_rejects"
