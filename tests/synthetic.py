@@ -35,7 +35,7 @@ from damaged_pairs import BAD_IMAGES, BAD_LABELS, OTHER_DAMAGE, damaged
 from street_pairs import FIRST_DATASET, Pair, Settings, street_pairs
 
 LOG = logging.getLogger("synthetic")
-COMPRESS = False  # gzip tars, unless they are asked for plain
+COMPRESS = False  # the default: gzip streams, or plain tars
 COLUMNS = (
     "tar member dataset_id target_id patch_id street_view_id street city target_lat target_lon target_height "
     "camera_lat camera_lon heading pitch distance aligned kind"
@@ -103,7 +103,7 @@ def street_members(settings: Settings, city: int, number: int, damages: list[int
     pairs = street_pairs(settings, city, number)
     rng = np.random.default_rng([settings.seed, city, number, 1])
     stem = f"{FIRST_DATASET + city:04d}"
-    folders = [f"{stem}/", ""] if city % 2 == 0 else ["", f"{stem}/{stem}/"]  # the published ones have one
+    folders = [f"{stem}/", ""] if city % 2 == 0 else ["", f"{stem}/{stem}/"]  # one, as published, or two
     if not settings.damage:
         return members_of(pairs, *folders, rng)
     members = members_of(damaged(pairs, damages, settings.image_px, rng), *folders, rng)
@@ -154,12 +154,12 @@ def write_tar(path: Path, members: Iterator[Member], compress: bool, stream_dama
 
 
 def lose(planted: Planted, tar: str, lost: dict[str, str]) -> None:
-    """What is lost is neither an image nor a label nor a reject; and what is left of its pair is a reject."""
-    counts = planted.counts
+    """Members that are lost are neither images nor labels nor rejects; what is left of their pairs is rejected."""
+    counts, images, paired = planted.counts, planted.images, set()
     counts["lost"] = len(lost)
-    planted.lost += [{"tar": tar, "member": member, "why": why} for member, why in lost.items()]
-    paired = set()
-    for row in list(planted.images):
+    planted.lost = [{"tar": tar, "member": member, "why": why} for member, why in lost.items()]
+    planted.images = []
+    for row in images:
         image, label = row["member"], row["member"].rsplit(".", 1)[0] + ".txt"
         paired |= {image, label}
         for member, other, missing in ((image, label, "image_missing"), (label, image, "label_missing")):
@@ -167,8 +167,9 @@ def lose(planted: Planted, tar: str, lost: dict[str, str]) -> None:
                 reason = missing if lost[member] == "absent" else "partner_rejected"
                 planted.rejects.append({"tar": tar, "member": other, "reason": reason})
                 counts["rejects"] += 1
-        if image in lost or label in lost:
-            planted.images.remove(row)
+        if image not in lost and label not in lost:
+            planted.images.append(row)
+        else:
             counts["images"] -= 1
             counts["labels"] -= 1
     counts["other"] -= len(set(lost) - paired)
@@ -225,8 +226,8 @@ def write_dataset(out: Path, *, streets: int, cities: int = 2, seed: int = 0, da
         results = pool.imap(_street_members, tasks) if pool else map(_street_members, tasks)
         for city, streets_of_city in groupby(zip(tasks, results, strict=True), key=lambda pair: pair[0][1]):
             path = out / f"{FIRST_DATASET + city:04d}.tar"
-            members = (member for _, members in streets_of_city for member in members)
-            tars[path.stem] = write_tar(path, members, compress, "" if city else stream_damage, seed)
+            files = (file for _, members in streets_of_city for file in members)
+            tars[path.stem] = write_tar(path, files, compress, "" if city else stream_damage, seed)
             images = sum(len(planted.images) for planted in tars.values())
             LOG.info("%s: %s images so far, %.1f s", path, f"{images:,}", time.perf_counter() - started)
     finally:

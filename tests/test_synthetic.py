@@ -29,13 +29,13 @@ REASONS = (  # every kind that is planted; common/schemas.py has the same
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory):
     out = tmp_path_factory.mktemp("clean")
-    return out, write_dataset(out, streets=4, cities=2, image_px=64)
+    return out, write_dataset(out, streets=4, cities=2, image_px=64, compress=False)
 
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
     out = tmp_path_factory.mktemp("damaged")
-    return out, write_dataset(out, streets=4, cities=2, image_px=64, damage=True)
+    return out, write_dataset(out, streets=4, cities=2, image_px=64, damage=True, compress=False)
 
 
 def contents(path) -> dict[str, bytes]:
@@ -227,7 +227,7 @@ def test_no_imagery_is_identical_and_far_apart(damaged):
 
 def test_the_same_parameters_give_the_same_bytes(clean, tmp_path):
     out, truth = clean
-    again = write_dataset(tmp_path, streets=4, cities=2, image_px=64, processes=2)
+    again = write_dataset(tmp_path, streets=4, cities=2, image_px=64, processes=2, compress=False)
     for stem in truth.members:
         assert (tmp_path / f"{stem}.tar").read_bytes() == (out / f"{stem}.tar").read_bytes()
     assert again.images.equals(truth.images)
@@ -235,7 +235,7 @@ def test_the_same_parameters_give_the_same_bytes(clean, tmp_path):
 
 def test_a_larger_set_contains_the_streets_of_a_smaller_one(clean, tmp_path):
     out, _ = clean
-    small = write_dataset(tmp_path, streets=2, cities=2, image_px=64)
+    small = write_dataset(tmp_path, streets=2, cities=2, image_px=64, compress=False)
     for stem in small.members:
         large_files = contents(out / f"{stem}.tar")
         small_files = contents(tmp_path / f"{stem}.tar")
