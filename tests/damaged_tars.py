@@ -20,7 +20,7 @@ import simplejpeg
 BLOCK = tarfile.BLOCKSIZE
 GARBAGE_BYTES = 600  # of a member
 GARBAGE_DEFLATE_BYTES = 64
-MARGIN_BYTES = 512  # no member ends so close before the break of a stream: inflaters differ by a few bytes there
+MARGIN_BYTES = 512  # no member ends so close before a break: which byte is the last is up to the inflater
 _CHUNK_BYTES = 2**16
 _GZIP_MAGIC = b"\x1f\x8b"
 _START_OF_SCAN = b"\xff\xda"
