@@ -28,6 +28,7 @@ from common.restart_points import (
 )
 
 MAGIC = b"\x1f\x8b"
+CUT_OFF = "the gzip stream is cut off"
 SPACING_BYTES = 8 * 2**20  # of inflated data from one restart point to the next: 25 ms to inflate
 READ_BYTES = 2**18  # of the file, at a time
 KEPT_BYTES = 8 * 2**20  # for threads that come a little late
@@ -122,10 +123,12 @@ def inflate(
             _note(damages, offset, what)
             return
         trailer = read(at, _TRAILER_BYTES)
-        right = checksum.to_bytes(4, "little"), (length % 2**32).to_bytes(4, "little")
-        if point is None and trailer[:4] != right[0]:
+        if len(trailer) < _TRAILER_BYTES:
+            _note(damages, offset, CUT_OFF)
+            return
+        if point is None and trailer[:4] != checksum.to_bytes(4, "little"):
             _note(damages, offset, "the gzip stream's checksum is wrong")
-        if point is None and trailer[4:] != right[1]:
+        if point is None and trailer[4:] != (length % 2**32).to_bytes(4, "little"):
             _note(damages, offset, "the gzip stream's length is wrong")
         at, point = at + _TRAILER_BYTES, None
         if not read(at, 1):
@@ -142,7 +145,7 @@ def _deflated(
     first = read(at, 1)
     lead = lead_in(start, first[0]) if first else None
     if lead is None:
-        return at, "the gzip stream is cut off"
+        return at, CUT_OFF
     dictionary, pending, extra = lead
     at += 1 - len(pending)  # `pending` stands for the bytes of the file from here on
     inflater = isal_zlib.decompressobj(-zlib.MAX_WBITS, zdict=dictionary)
@@ -159,7 +162,8 @@ def _deflated(
             yield from _salvaged(read, _last_before(points, offset, start), offset)
             return at, "deflate data that make no sense"
         if not pending and not piece:
-            return at, "the gzip stream is cut off"
+            yield from _salvaged(read, _last_before(points, offset, start), offset)
+            return at, CUT_OFF
         pending, at = pending[used:], at + used
         piece, extra = piece[extra:], max(0, extra - len(piece))
         offset += len(piece)
@@ -206,17 +210,15 @@ def _candidates(data: bytes) -> Iterator[int]:
 
 def _salvaged(read: Read, point: RestartPoint, offset: int) -> Iterator[bytes]:
     """What comes beyond `offset` before the data make no sense: from `point` on, in the end byte by byte."""
-    dictionary, prefix, extra = lead_in(point, read(point.bit // 8, 1)[0]) or (b"", b"", 0)
+    lead = lead_in(point, read(point.bit // 8, 1)[0])
+    if lead is None:
+        return
+    dictionary, data, extra = lead
     inflater = zlib.decompressobj(-zlib.MAX_WBITS, zdict=dictionary)
     known = extra + offset - point.offset
-    piece, at, step = inflater.decompress(prefix), point.bit // 8 + 1, _STEP_BYTES
-    while True:
-        if piece[known:]:
-            yield piece[known:]
-        known = max(0, known - len(piece))
-        before, data = inflater.copy(), read(at, step)
-        if not data or inflater.eof:
-            return
+    at, step = point.bit // 8 + 1 - len(data), _STEP_BYTES  # the first data stand for the bytes up to the point's
+    while data and not inflater.eof:
+        before = inflater.copy()
         try:
             piece = inflater.decompress(data)
             at += len(data)
@@ -224,6 +226,10 @@ def _salvaged(read: Read, point: RestartPoint, offset: int) -> Iterator[bytes]:
             if step == 1:
                 return
             inflater, piece, step = before, b"", step // 64
+        if piece[known:]:
+            yield piece[known:]
+        known = max(0, known - len(piece))
+        data = read(at, step)
 
 
 def _last_before(points: list[RestartPoint], offset: int, start: RestartPoint) -> RestartPoint:

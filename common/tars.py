@@ -85,6 +85,12 @@ def of_shard(raw_dir: Path, shard: int, num_shards: int) -> list[Path]:
     twice = [path.name for path in listing if stems.count(stem(path)) > 1]
     if twice:
         raise PipelineError(f"{raw_dir} has one tar under two names, {twice[0]} and {twice[1]}\nkeep one of them")
+    unfinished = [path for path in compressed if path.suffix == ".aria2"]
+    if unfinished:
+        raise PipelineError(
+            f"{unfinished[0].with_suffix('')} has not been downloaded completely: aria2's {unfinished[0].name} says so"
+            "\nrun the same aria2c command again, which resumes; that file goes when the tar is whole"
+        )
     if compressed:
         raise PipelineError(
             f"{compressed[0]} is neither a plain tar nor a gzip stream, by its name"

@@ -1,5 +1,5 @@
-"""generate/generate_embeddings.py and parts.py. Oracle: AutoModel and Hugging Face's processor, run image by
-image. The tars are small; their intermediates are those of embedding_setup.py.
+"""generate/generate_embeddings.py and embedding_parts.py. Oracle: AutoModel and Hugging Face's processor, run image
+by image. The tars are small; their intermediates are those of embedding_setup.py.
 """
 
 import io
@@ -220,7 +220,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 folder, flags = Path(sys.argv[2]), sys.argv[3:]
 import torch, transformers
-from generate import backbone, loop, parts  # once, here: each run below is a fork of this process
+from generate import backbone, embedding_parts, loop  # once, here: each run below is a fork of this process
 from generate.generate_embeddings import main
 
 rng = random.Random(0)

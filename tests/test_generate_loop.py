@@ -14,9 +14,9 @@ import torch
 from embedding_setup import write_tar
 from PIL import Image
 
-from common import cli, config, tars
+from common import cli, config, images, tars
 from common.errors import PipelineError
-from generate import batches, loop, parts, pixels
+from generate import batches, loop, pixels
 
 
 def mean_colour(x: torch.Tensor) -> torch.Tensor:
@@ -228,7 +228,7 @@ def read_with_errors(path: Path, monkeypatch, number: int, bad: range) -> loop.J
         return real(descriptor, size, offset)
 
     monkeypatch.setattr(os, "pread", pread)
-    return loop.Job("a", 10, parts.jpegs_of(path, pa.table(rows)))
+    return loop.Job("a", 10, images.Tar(path).reader(pa.table(rows)))
 
 
 def test_a_place_that_the_disk_cannot_read_costs_its_own_image_only(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from common import tars
+from common import tar_headers, tars
 from common.errors import PipelineError
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
@@ -31,21 +31,22 @@ def listed(path):
 
 
 def survivors(path):
-    """Names up to the damage, and the damage."""
-    names = []
-    try:
-        for member in tars.walk(path, contents=True):
-            names.append(member.name)
-    except tars.Damage as damage:
-        return names, damage
-    return names, None
+    """Names of members, and the damages."""
+    found = list(tars.walk(path, contents=True))
+    damages = [one for one in found if isinstance(one, tars.Damage)]
+    return [one.name for one in found if not isinstance(one, tars.Damage)], damages
+
+
+def header(name, size):
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.USTAR_FORMAT)
 
 
 def test_two_members_lie_where_the_blocks_say(tmp_path):
     path = make_tar(tmp_path / "0001.tar", [("a.txt", b"x" * 600), ("b.txt", b"yz")], format=tarfile.USTAR_FORMAT)
     assert listed(path) == [("a.txt", 512, 600), ("b.txt", 512 + 1024 + 512, 2)]
     assert [m.content for m in tars.walk(path, contents=True)] == [b"x" * 600, b"yz"]
-    assert tars.read_members(path, [2048, 512], [2, 3]) == [b"yz", b"xxx"]  # in the order asked for
 
 
 path_names = st.text(st.characters(codec="utf-8", exclude_characters="\0/\n"), min_size=1, max_size=90)
@@ -131,32 +132,89 @@ def test_names_that_are_not_utf8_can_be_stored(tmp_path):
 def test_a_cut_member_is_named_with_the_offset_and_all_before_it_are_kept(tmp_path):
     path = make_tar(tmp_path / "cut.tar", [("a", b"1" * 512), ("b", b"2" * 512)])
     os.truncate(path, 512 + 512 + 512 + 100)
-    names, damage = survivors(path)
+    names, [damage] = survivors(path)
     assert names == ["a"]
-    assert (damage.member, damage.offset) == ("b", 1024)
-    assert "100 of 512 bytes" in str(damage)
+    assert (damage.member, damage.start, damage.end) == ("b", 1536, 1636)
+    assert damage.reason == "tar_truncated"
+    assert "100 of 512 bytes" in damage.detail
 
 
 @pytest.mark.parametrize(("cut_at", "kept"), [(0, 0), (100, 0), (1024, 1), (1100, 1), (2048, 2)])
 def test_a_tar_that_ends_anywhere_else_is_damaged_too(tmp_path, cut_at, kept):
     path = make_tar(tmp_path / "cut.tar", [("a", b"1" * 512), ("b", b"2" * 512)])
     os.truncate(path, cut_at)
-    names, damage = survivors(path)
+    names, [damage] = survivors(path)
     assert names == ["a", "b"][:kept]
-    assert damage is not None  # at 2048 both members are whole, but the end marker lacks: more may have followed
+    assert damage.reason == "tar_truncated"  # at 2048 the end marker lacks: more may have followed
 
 
 def test_data_behind_zeros_is_not_lost_in_silence(tmp_path):
-    path = make_tar(tmp_path / "a.tar", [("a", b"1" * 512), ("b", b"2" * 512)])
+    path = make_tar(tmp_path / "a.tar", [("a", b"1" * 512), ("b", b"2" * 512), ("c", b"3" * 512)])
     raw = bytearray(path.read_bytes())
-    raw[1024:1536] = bytes(512)  # tarfile takes this for the end
+    raw[1024:1536] = bytes(512)  # b's header: tarfile takes this for the end
     path.write_bytes(raw)
-    names, damage = survivors(path)
+    names, [gap] = survivors(path)
+    assert names == ["a", "c"]
+    assert (gap.start, gap.end, gap.member, gap.reason) == (1024, 2048, "", "tar_damaged")
+    raw[2048:] = bytes(len(raw) - 2048)  # and c's: nothing but b's data are left
+    path.write_bytes(raw)
+    names, [gap] = survivors(path)
     assert names == ["a"]
-    assert damage.offset == 1024
+    assert (gap.start, gap.end) == (1024, len(raw))
 
 
-def test_damage_never_does_more_than_raise_damage(tmp_path):
+@pytest.mark.parametrize("removed", [100, 512, 600, 1024])
+def test_after_missing_bytes_the_next_header_is_found_inside_the_half_member(tmp_path, removed):
+    path = make_tar(tmp_path / "a.tar", [("a", b"1" * 3000), ("b", b"2" * 700), ("c", b"3" * 10)])
+    raw = bytearray(path.read_bytes())
+    del raw[1000 : 1000 + removed]  # of a, so that its data seem to reach into b's
+    path.write_bytes(raw)
+    found = list(tars.walk(path, contents=True))
+    half, gap, *whole = found
+    assert (half.member, half.reason) == ("a", "tar_damaged")  # not a member: it would hold b's header
+    assert (gap.start, gap.end) == (512, 512 + 3072 - removed)
+    assert [(m.name, m.content) for m in whole] == [("b", b"2" * 700), ("c", b"3" * 10)]
+
+
+@pytest.mark.parametrize("inserted", [1, 511, 512, 5000])
+def test_after_bytes_too_many_the_next_header_is_found_at_any_byte(tmp_path, inserted):
+    path = make_tar(tmp_path / "a.tar", [("a", b"1" * 10), ("b", b"2" * 700), ("c", b"3" * 10)])
+    raw = path.read_bytes()
+    path.write_bytes(raw[:1024] + random.Random(3).randbytes(inserted) + raw[1024:])
+    found = list(tars.walk(path, contents=True))
+    assert [one.name for one in found if isinstance(one, tars.Member)] == ["a", "b", "c"]  # a is whole
+    [gap] = [one for one in found if isinstance(one, tars.Damage)]
+    assert (gap.start, gap.end, gap.member) == (1024, 1024 + inserted, "")
+
+
+def test_a_size_beyond_the_end_hides_no_members(tmp_path):
+    path = tmp_path / "a.tar"
+    path.write_bytes(header("huge", 10**9) + b"x" * 512 + header("b", 3) + b"yes" + bytes(509 + 1024))
+    names, [cut, gap] = survivors(path)
+    assert names == ["b"]
+    assert (cut.member, cut.reason, gap.start, gap.end) == ("huge", "tar_damaged", 512, 1024)
+
+
+def test_a_header_in_the_data_of_a_member_is_none_where_nothing_is_damaged(tmp_path):
+    inner = make_tar(tmp_path / "inner.tar", [("inner", b"1")]).read_bytes()
+    path = make_tar(tmp_path / "a.tar", [("a.tar", inner), ("b", b"2")])
+    assert survivors(path) == (["a.tar", "b"], [])
+    os.truncate(path, len(path.read_bytes().rstrip(b"\0")) + 7)  # no end marker, and the last member is whole
+    names, [damage] = survivors(path)
+    assert names == ["a.tar", "b"]
+    assert damage.reason == "tar_truncated"
+
+
+def test_pictures_and_texts_have_no_headers_in_them(tmp_path):
+    rng = random.Random(1)
+    texts = b"".join(b"d %d %d 000644 \0 0000001 \0%d " % (n, rng.randrange(9**9), n) for n in range(20_000))
+    raw = rng.randbytes(2**21) + texts + bytes(5000)
+    assert tar_headers.find_header(lambda at, size: raw[at : at + size], 0) == (None, len(raw))
+    raw += header("a", 1)
+    assert tar_headers.find_header(lambda at, size: raw[at : at + size], 3)[0] == len(raw) - 512
+
+
+def test_damage_is_never_an_error(tmp_path):
     rng = random.Random(0)
     files = [(f"{'long' * rng.randrange(40)}{n}", rng.randbytes(rng.randrange(900))) for n in range(12)]
     whole = [
@@ -177,19 +235,13 @@ def test_damage_never_does_more_than_raise_damage(tmp_path):
         assert len(names) <= len(files)
 
 
-@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
-def test_a_compressed_tar_is_to_be_decompressed(tmp_path, mode):
+@pytest.mark.parametrize("mode", ["w:bz2", "w:xz"])
+def test_a_tar_compressed_otherwise_than_by_gzip_is_to_be_decompressed(tmp_path, mode):
     path = tmp_path / "c.tar"
     with tarfile.open(path, mode) as tar:
         tar.addfile(tarfile.TarInfo("a"))
     with pytest.raises(PipelineError, match="decompress"):
         list(tars.walk(path))
-
-
-def test_reading_beyond_the_end_is_an_error(tmp_path):
-    path = make_tar(tmp_path / "a.tar", [("a", b"1" * 512)])
-    with pytest.raises(PipelineError, match="shorter"):
-        tars.read_members(path, [512, path.stat().st_size - 3], [4, 10])
 
 
 def test_the_next_block_is_read_while_this_one_is_looked_at(tmp_path, monkeypatch):
@@ -203,7 +255,7 @@ def test_the_next_block_is_read_while_this_one_is_looked_at(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "preadv", told)
     walk = tars.walk(path, contents=True)
-    first = next(walk)  # in block 0, with all of its header and its data
+    first = next(walk)  # in block 0; the header behind it is, too
     assert [blocks.get(timeout=30) for _ in range(2)] == [0, 1]
     assert [first.content, *(member.content for member in walk)] == [content for _, content in files]
 
@@ -231,19 +283,48 @@ def test_shards_take_every_tar_once(tmp_path):
     assert tars.of_shard(tmp_path, 9, 10) == []
 
 
+@pytest.mark.parametrize("num_shards", [1, 3, 7, 8, 20, 49])
+def test_tasks_take_every_part_of_every_tar_once(tmp_path, num_shards):
+    counts = {}
+    for n in range(7):
+        (tmp_path / f"{n:04d}.tar").touch()
+        counts[f"{n:04d}"] = 1 + 5 * n
+    taken = [
+        (tars.stem(share.tar), part)
+        for shard in range(num_shards)
+        for share in tars.shares(tmp_path, shard, num_shards)
+        for part in share.of(counts[tars.stem(share.tar)])
+    ]
+    assert sorted(taken) == [(name, part) for name, count in counts.items() for part in range(count)]
+    if num_shards <= 7:  # shard i means the same tars as in process_tar.py
+        assert all(
+            [share.tar for share in tars.shares(tmp_path, shard, num_shards)]
+            == tars.of_shard(tmp_path, shard, num_shards)
+            for shard in range(num_shards)
+        )
+
+
 def test_a_folder_without_tars_is_an_error_that_says_what_to_do(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(PipelineError, match=r"paths\.raw_dir"):
             tars.of_shard(folder, 0, 1)
 
 
-@pytest.mark.parametrize("name", ["0089.tar.gz", "0089.TGZ", "0089.tar.zst"])
-def test_a_compressed_tar_beside_the_others_is_not_passed_over(tmp_path, name):
+def test_tars_are_those_that_can_be_read_in_place(tmp_path):
+    for name in ("0088.tar", "0090.TAR", "0091.tar.gz", "0092.TGZ", "links.txt", "._0088.tar"):
+        (tmp_path / name).touch()
+    listing = tars.of_shard(tmp_path, 0, 1)
+    assert [path.name for path in listing] == ["0088.tar", "0090.TAR", "0091.tar.gz", "0092.TGZ"]
+    assert [tars.stem(path) for path in listing] == ["0088", "0090", "0091", "0092"]
+    (tmp_path / "0093.tar.zst").touch()
+    with pytest.raises(PipelineError, match=r"0093\.tar\.zst is neither a plain tar nor.*\ndecompress it"):
+        tars.of_shard(tmp_path, 0, 1)
+
+
+def test_a_tar_that_is_still_being_downloaded_is_not_read(tmp_path):
     (tmp_path / "0088.tar").touch()
-    (tmp_path / "0090.TAR").touch()
-    assert [path.name for path in tars.of_shard(tmp_path, 0, 1)] == ["0088.tar", "0090.TAR"]
-    (tmp_path / name).touch()
-    with pytest.raises(PipelineError, match=rf"{name} is compressed.*\ndecompress it"):
+    (tmp_path / "0088.tar.aria2").touch()
+    with pytest.raises(PipelineError, match=r"0088\.tar has not been downloaded completely"):
         tars.of_shard(tmp_path, 0, 1)
 
 
@@ -262,5 +343,8 @@ def test_a_link_to_nothing_and_one_name_twice_are_told(tmp_path):
     (tmp_path / "purged.tar").touch()
     assert len(tars.of_shard(tmp_path, 0, 1)) == 3
     (tmp_path / "0088.TAR").touch()
-    with pytest.raises(PipelineError, match=r"0088\.tar twice"):  # they would have one file of intermediates
+    with pytest.raises(PipelineError, match=r"two names, 0088\.TAR and 0088\.tar"):  # one file of intermediates
+        tars.of_shard(tmp_path, 0, 1)
+    (tmp_path / "0088.TAR").rename(tmp_path / "0088.tgz")
+    with pytest.raises(PipelineError, match=r"two names, 0088\.tar and 0088\.tgz"):
         tars.of_shard(tmp_path, 0, 1)

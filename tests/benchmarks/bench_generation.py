@@ -44,8 +44,8 @@ from synthetic import write_dataset
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoImageProcessor, AutoModel, Dinov2Config
 
-from common import cli, config, devices, tars
-from generate import backbone, loop, parts
+from common import cli, config, devices, images, parts
+from generate import backbone, embedding_parts, loop
 from generate.pixels import decode, read_preprocessing
 from preprocess import process_tar
 
@@ -92,16 +92,22 @@ def run_loop(cfg: config.Config, todo: list[parts.Part], forward, preprocessing,
     """All that the stage does for these parts, from the tar to the Parquet files."""
     with cli.Progress("benchmark", "image", interval_s=3600) as progress:
         for result in loop.embed(
-            parts.jobs(todo), forward, preprocessing, device, cfg.infrastructure, loop.Times(), progress
+            embedding_parts.jobs(todo, images.store(cfg.paths)),
+            forward,
+            preprocessing,
+            device,
+            cfg.infrastructure,
+            loop.Times(),
+            progress,
         ):
-            failure = parts.write(result, result.vectors.shape[1], {}, 0.0)
+            failure = embedding_parts.write(result, result.vectors.shape[1], {}, 0.0)
             assert not failure, failure
 
 
 def parts_of(cfg: config.Config, images: int) -> list[parts.Part]:
     """One part of the first `images` images."""
     tar = next(cfg.paths.raw_dir.glob("*.tar"))
-    (part,) = parts.of_tar(cfg, tar, {"model": "benchmark"})
+    (part,) = parts.of_tar(cfg, tar, cfg.paths.embeddings_dir, "generate_embeddings", {"model": "benchmark"})
     return [parts.Part(part.tar, part.source, 0, min(images, part.count), part.target, part.made)]
 
 
@@ -140,7 +146,7 @@ def almost_free(cfg: config.Config, folder: Path, rounds: int = 5) -> tuple[dict
     todo = [Repeated(part.tar, part.source, 0, FREE_IMAGES, part.target, part.made)]
     count, threads = FREE_IMAGES, cfg.infrastructure.threads
     rows, preprocessing = todo[0].rows(), read_preprocessing(Path(cfg.embedding_model.name))
-    encoded = parts.jpegs_of(todo[0].tar, rows)
+    encoded = images.Tar(todo[0].tar).reader(rows)
     files = extracted(todo[0].tar, rows, folder)
     processor = AutoImageProcessor.from_pretrained(cfg.embedding_model.name)
     loader = DataLoader(Files(files, processor), batch_size=64, num_workers=threads, persistent_workers=True)
@@ -182,10 +188,10 @@ def extracted(tar: Path, rows, folder: Path) -> list[Path]:
     """The images as files, as `tar -x` leaves them."""
     folder.mkdir()
     files = []
-    columns = (rows[name].to_pylist() for name in ("image_path", "image_offset", "image_size"))
-    for path, offset, size in zip(*columns, strict=True):
+    read = images.Tar(tar).reader(rows)
+    for row, path in enumerate(rows["image_path"].to_pylist()):
         files.append(folder / Path(path).name)
-        files[-1].write_bytes(tars.read_members(tar, [offset], [size])[0])
+        files[-1].write_bytes(read(row, row + 1)[0])
     return files
 
 
