@@ -10,6 +10,7 @@ import pyarrow as pa
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from common import decoding
 from common.errors import PipelineError
 from common.images import Store
 
@@ -18,13 +19,12 @@ _FONT_PX, _GAP_PX, _TITLE_PX, _CAPTION_PX = 13, 8, 24, 20  # of a sheet
 
 
 def small(content: bytes) -> Image.Image | None:
-    """A JPEG, PX x PX; None if `content` is not an image."""
+    """An image, PX x PX; None if `content` is not one."""
     try:
-        image = Image.open(io.BytesIO(content))
-        image.draft("RGB", (PX, PX))
-        return image.convert("RGB").resize((PX, PX), Image.Resampling.LANCZOS)
-    except OSError:  # PIL's errors about an image's bytes are OSErrors too
+        image = Image.fromarray(decoding.decode(content, min_px=PX))
+    except decoding.Undecodable:
         return None
+    return image.resize((PX, PX), Image.Resampling.LANCZOS)
 
 
 def read(store: Store, rows: pa.Table) -> list[Image.Image | None]:

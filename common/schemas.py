@@ -1,6 +1,9 @@
 """One pyarrow schema per artefact: the contract between the stages. Units stand in the comments."""
 
+from collections import Counter
+from collections.abc import Iterable
 from enum import Enum
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -14,7 +17,9 @@ class Reject(str, Enum):
     LABEL_MALFORMED = "label_malformed"  # not one readable `d` line of 17 numbers
     LABEL_MISSING = "label_missing"  # an image without a text file
     IMAGE_MISSING = "image_missing"  # a text file without an image
-    JPEG_CORRUPT = "jpeg_corrupt"  # the decoder finds an error anywhere in the file
+    JPEG_CORRUPT = "jpeg_corrupt"  # damaged: the decoder finds an error anywhere in the file
+    NOT_AN_IMAGE = "not_an_image"  # a .jpg in no known image format: an empty file, a web page
+    IMAGE_TOO_LARGE = "image_too_large"  # more than 2^27 (134 million) pixels
     JPEG_BLANK = "jpeg_blank"  # one flat colour
     NOT_FINITE = "not_finite"  # nan or inf in the label
     POSITION_OUT_OF_RANGE = "position_out_of_range"  # |latitude| > 90 or |longitude| > 180
@@ -22,11 +27,23 @@ class Reject(str, Enum):
     DISTANCE_OUT_OF_RANGE = "distance_out_of_range"  # not in (0, 10 km]
     DUPLICATE_ID = "duplicate_id"  # an id that an earlier image of the same tar has
     DATASET_MISMATCH = "dataset_mismatch"  # the label's dataset is not the tar's
-    NAME_MALFORMED = "name_malformed"  # a .jpg or .txt whose name is not four ids
+    NAME_MALFORMED = "name_malformed"  # a .jpg or .txt whose name is not four ids joined by _
     PARTNER_REJECTED = "partner_rejected"  # the good half of a pair whose other half was rejected
     TAR_TRUNCATED = "tar_truncated"  # the tar ends here, before its time; everything before it was kept
     TAR_DAMAGED = "tar_damaged"  # bytes of the tar that are no member's; what stands before and after was kept
     GZIP_DAMAGED = "gzip_damaged"  # the gzip stream has a wrong checksum or length, or ends here
+
+
+class Rejected(NamedTuple):
+    """Why something cannot be used: a row of the rejects file, but for the member's name."""
+
+    reason: Reject
+    detail: str = ""
+
+
+def count_reasons(rejected: Iterable[Rejected]) -> dict[str, int]:
+    """Rejects by reason, for the counts of a footer or a summary."""
+    return dict(sorted(Counter(why.reason.value for why in rejected).items()))
 
 
 INTERMEDIATES = pa.schema(

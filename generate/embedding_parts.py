@@ -10,7 +10,7 @@ from common import files, images, parquet, schemas
 from common.errors import PipelineError
 from common.parts import Part
 from common.provenance import Provenance
-from common.schemas import Reject
+from common.schemas import Rejected, count_reasons
 from generate.loop import Job, Result
 
 
@@ -40,7 +40,7 @@ def write(result: Result, dim: int, facts: dict, max_reject_share: float) -> str
     columns = rows.take(result.rows)
     with parquet.writer(part.target, schemas.embeddings(dim), part.made) as out:
         out.append({**{name: columns[name] for name in columns.column_names}, "embedding": vectors})
-        out.rows = {"in": part.count, Reject.JPEG_CORRUPT.value: len(result.failed)}
+        out.rows = {"in": part.count, **count_reasons(result.failed.values())}
         out.facts = facts
     return ""
 
@@ -56,21 +56,21 @@ def refuse_not_finite(vectors: np.ndarray, names: pa.ChunkedArray | pa.Array, wh
         )
 
 
-def write_rejects(target: Path, made: Provenance, failed: dict[str, str]) -> None:
+def write_rejects(target: Path, made: Provenance, failed: dict[str, Rejected]) -> None:
     """Images that have no vector, and why, beside `target`'s folder; no file if there are none."""
     path = _rejects(target)
     if not failed:
         path.unlink(missing_ok=True)
         return
     with parquet.writer(path, schemas.REJECTS, made) as out:
-        reasons = [Reject.JPEG_CORRUPT.value] * len(failed)
-        out.append({"member": list(failed), "reason": reasons, "detail": list(failed.values())})
+        reasons, details = ([why.reason.value for why in failed.values()], [why.detail for why in failed.values()])
+        out.append({"member": list(failed), "reason": reasons, "detail": details})
 
 
 def _rejects(target: Path) -> Path:
     return files.beside(target.parent, "rejects") / target.name
 
 
-def named(failed: dict[int, str], names: pa.ChunkedArray | pa.Array) -> dict[str, str]:
+def named(failed: dict[int, Rejected], names: pa.ChunkedArray | pa.Array) -> dict[str, Rejected]:
     """`failed` by the images' names instead of their numbers."""
-    return {names[row].as_py(): detail for row, detail in failed.items()}
+    return {names[row].as_py(): why for row, why in failed.items()}

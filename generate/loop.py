@@ -22,9 +22,10 @@ import torch
 from common import cli, tars
 from common.cli import Progress
 from common.config import Infrastructure
-from common.schemas import Reject
+from common.decoding import Undecodable, decode
+from common.schemas import Rejected, count_reasons
 from generate import batches
-from generate.pixels import Preprocessing, Undecodable, decode
+from generate.pixels import Preprocessing
 
 CHUNK = 8  # images that a thread prepares at once
 
@@ -44,7 +45,7 @@ class Result(NamedTuple):
     job: Job
     rows: np.ndarray  # (n,) int64: numbers of the images that have a vector
     vectors: np.ndarray  # (n, D)
-    failed: dict[int, str]  # number of an image that has none -> why
+    failed: dict[int, Rejected]  # number of an image that has none -> why
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Times:
 class _Chunk(NamedTuple):
     rows: list[int]  # numbers of the images that could be decoded
     pixels: torch.Tensor  # (len(rows), 3, H, W) on the device
-    failed: dict[int, str]
+    failed: dict[int, Rejected]
     ready: torch.cuda.Event | None  # when the pixels are there
     room: torch.Tensor | None  # on the CPU: the memory of the pixels, to be used again
 
@@ -117,7 +118,7 @@ def embed(
     prepare = lambda job, start, stop: _prepare(job, start, stop, preprocessing, device, stream, rooms)  # noqa: E731
     outputs: list[_Vectors] = []
     rows: list[int] = []
-    failed: dict[int, str] = {}
+    failed: dict[int, Rejected] = {}
     try:
         times.lap()
         for batch in _prepared_ahead(jobs, pool, prepare, size, settings.threads):
@@ -130,7 +131,7 @@ def embed(
             for chunk in chunks:
                 rows += chunk.rows
                 failed |= chunk.failed
-                lost = {Reject.JPEG_CORRUPT.value: len(chunk.failed)} if chunk.failed else {}
+                lost = count_reasons(chunk.failed.values())
                 progress.add(len(chunk.rows) + len(chunk.failed), len(chunk.rows), lost)
                 if chunk.room is not None:
                     rooms.put(chunk.room)
@@ -196,14 +197,14 @@ def _prepare(
 ) -> _Chunk:
     """Images start..stop of a job, from bytes to the model's input on the device."""
     rows: list[int] = []
-    failed: dict[int, str] = {}
+    failed: dict[int, Rejected] = {}
 
     def decoded() -> Iterator[np.ndarray]:
         for number, encoded in enumerate(_read(job, start, stop), start):
             try:
                 image = decode(encoded)
             except Undecodable as error:
-                failed[number] = str(error)
+                failed[number] = error.why
             else:
                 rows.append(number)
                 yield image

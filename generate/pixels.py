@@ -1,13 +1,11 @@
-"""From encoded images to a model's input: decoding, and what preprocessor_config.json asks for, in torch.
+"""From decoded images to a model's input: what preprocessor_config.json asks for, in torch.
 
 Equal to Hugging Face's image processors within one grey level, and many times faster: whole batches are resized
 and normalised at once, on the model's device. For DINOv3 it is also the only way without torchvision.
 """
 
-import io
 import json
 import math
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,63 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import simplejpeg
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.nn import functional as F
 
 from common.errors import PipelineError
 
 _RESAMPLING = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
-_TURNS = {  # EXIF's orientation -> what makes it upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_UNREADABLE = (  # what the decoders raise
-    *(OSError, ValueError, SyntaxError, OverflowError, struct.error, Image.DecompressionBombError),
-    TypeError,  # PIL's, where a damaged TIFF has a fraction for an offset
-)
-
-
-class Undecodable(Exception):
-    """The bytes are not a whole image. The text is the decoder's."""
-
-
-def decode(encoded: bytes | None) -> np.ndarray:
-    """An image's pixels as RGB, (H, W, 3) uint8: JPEG strictly, other formats and EXIF rotations as PIL has them.
-
-    Raises Undecodable for what is not an image, or not a whole one, or could not even be read (None).
-    """
-    if encoded is None:
-        raise Undecodable("cannot be read")
-    try:
-        if _is_plain_jpeg(encoded):
-            return simplejpeg.decode_jpeg(encoded, colorspace="RGB", strict=True)
-        with Image.open(io.BytesIO(encoded)) as image:
-            return np.array(_eight_bits(_upright(image)).convert("RGB"))
-    except UnidentifiedImageError:  # whose text is that of an object in memory
-        raise Undecodable("not an image of a known format") from None
-    except _UNREADABLE as error:
-        raise Undecodable(str(error) or type(error).__name__) from None
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """As the EXIF tag says. (ImageOps.exif_transpose writes all tags anew, and fails where any of them is odd.)"""
-    image.load()  # TIFFs are turned by that
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    return image if turn is None else image.transpose(turn)
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey levels of 16 bits as 8; PIL would turn all above 255 into white."""
-    if not image.mode.startswith("I"):
-        return image
-    return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
 
 
 @dataclass(frozen=True)
@@ -272,13 +219,6 @@ def _factor_and_offset(
     """
     means, stds = torch.tensor(mean), torch.tensor(std)
     return (scale / stds).to(device), (means / stds).to(device)
-
-
-def _is_plain_jpeg(encoded: bytes) -> bool:
-    """Whether it is a JPEG that is not in CMYK and that no EXIF tag may turn round."""
-    if encoded[:2] != b"\xff\xd8" or b"Exif\0\0" in encoded[:4096]:
-        return False
-    return simplejpeg.decode_jpeg_header(encoded)[2] not in ("CMYK", "YCCK")
 
 
 def _to_cuda(images: list[np.ndarray], device: torch.device) -> torch.Tensor:

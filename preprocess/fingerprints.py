@@ -1,4 +1,4 @@
-"""Perceptual hashes of JPEGs, 64 bits each: equal or nearly so for pictures that look alike.
+"""Perceptual hashes of images, 64 bits each: equal or nearly so for pictures that look alike.
 
 pHash: the signs of the lowest 8 x 8 frequencies of the picture at 32 x 32, against their median. dHash: whether
 each of 8 x 9 grey levels is below its right neighbour's. Both as in the library `imagehash`, bit for bit; the
@@ -10,18 +10,17 @@ weights of PIL's Lanczos filter, rounding between them as PIL does: of 369 synth
 clear sky is so level that its dHash hangs on single grey levels: 77 % were the same.
 """
 
-import io
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import lru_cache
 
 import imagehash
 import numpy as np
-import simplejpeg
 from PIL import Image
 from scipy import fft
 
-from common import parquet, schemas
+from common import decoding, parquet, schemas
+from common.errors import PipelineError
 from common.images import Store
 from common.parts import Part
 
@@ -34,9 +33,9 @@ _LANCZOS_SUPPORT = 3.0  # the filter reaches this many pixels of the smaller pic
 
 
 def hash_images(contents: list[bytes], method: str) -> tuple[np.ndarray, np.ndarray]:
-    """pHash and dHash of N JPEGs, (N,) uint64 each. `method`: data.fingerprint, "fast" or "exact"."""
+    """pHash and dHash of N images, (N,) uint64 each. `method`: data.fingerprint, "fast" or "exact"."""
     if method == "exact":
-        pictures = [Image.open(io.BytesIO(content)).convert("L") for content in contents]
+        pictures = [Image.fromarray(decoding.decode(content)).convert("L") for content in contents]
         found = [[hashed(picture).hash for picture in pictures] for hashed in (imagehash.phash, imagehash.dhash)]
         phash, dhash = (_pack(np.array(bits, bool)) for bits in found)
         return phash, dhash
@@ -55,7 +54,12 @@ def write(part: Part, store: Store, method: str, pool: Executor, on_images: Call
     starts = range(0, len(rows), CHUNK)
 
     def hashes_from(start: int) -> tuple[np.ndarray, np.ndarray]:
-        return hash_images(read(start, start + CHUNK), method)
+        try:
+            return hash_images(read(start, start + CHUNK), method)
+        except decoding.Undecodable as error:
+            raise PipelineError(
+                f"{part.tar} has an image that cannot be decoded: {error}\nrun process_tar.py again with --overwrite"
+            ) from None
 
     hashes = [pool.submit(hashes_from, start) for start in starts]
     try:
@@ -86,7 +90,7 @@ def _shrink(content: bytes) -> tuple[np.ndarray, np.ndarray]:
     """The grey levels that pHash (32, 32) and dHash (8, 9) are made from, within one of PIL's: across for both
     hashes at once, rounded, then down.
     """
-    grey = simplejpeg.decode_jpeg(content, "GRAY")[:, :, 0]
+    grey = decoding.decode_grey(content)
     height, width = grey.shape
     if width % _RUN == 0 and width >= _RUN_FROM:
         levels, weights = _sums_of_runs(grey), _weights_of_runs(width)

@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from common.schemas import Reject
+from common.schemas import Reject, Rejected
 
 MAX_DISTANCE_M = 10_000.0
 _NUM_IDS, _NUM_FIELDS = 4, 17
 _ID_LIMIT = 2**63  # ids are stored as int64, the dataset's as int32
 _FLOAT32_LIMIT = 3.4028235e38  # what is larger would be stored as inf
 _new = tuple.__new__  # takes a third of the time of a NamedTuple's own constructor
+NAME_FORM = "not <DatasetID>_<PatchID>_<StreetViewID>_<TargetID>, four whole numbers, before the suffix"
 _NAME = re.compile("_".join(["([0-9]{1,19})"] * 4))
 
 
@@ -69,13 +70,6 @@ _RULES = tuple(
         (Reject.DISTANCE_OUT_OF_RANGE, "distance", 1e-3, MAX_DISTANCE_M),
     )
 )
-
-
-class Rejected(NamedTuple):
-    """Why something cannot be used: a row of the rejects file, but for the member's name."""
-
-    reason: Reject
-    detail: str = ""
 
 
 @lru_cache(64)  # an image and its label have one, and lie side by side

@@ -121,10 +121,10 @@ def _take(files: TarFiles, member: tars.Member) -> _Unchecked | None:
     """Note a member that is no image; return an image, its JPEG being unchecked."""
     name, offset, size, _, content = member
     stem, suffix = pairs.split_name(name)
-    if suffix not in _SUFFIXES:
+    if suffix not in _SUFFIXES or stem.startswith("._"):  # what macOS adds of a file's attributes: ._NAME.jpg
         files.num_other += 1
     elif (ids := labels.parse_name(stem)) is None:
-        files.rejects.append((name, Rejected(Reject.NAME_MALFORMED)))
+        files.rejects.append((name, Rejected(Reject.NAME_MALFORMED, labels.NAME_FORM)))
     elif suffix != LABEL_SUFFIX:
         return name, stem, offset, size, content
     elif content is None:

@@ -14,9 +14,10 @@ import torch
 
 from common import parquet
 from common.config import Config
+from common.decoding import Undecodable, decode
 from common.errors import PipelineError
 from common.images import store
-from generate.pixels import Preprocessing, Undecodable, decode
+from generate.pixels import Preprocessing
 from train.model import head_of
 
 MAX_IMAGES = 64

@@ -14,9 +14,9 @@ from PIL import Image, ImageOps
 from common import files
 from common.cli import Progress
 from common.config import Infrastructure
+from common.decoding import Undecodable, decode
 from common.errors import PipelineError
 from generate import loop
-from generate.pixels import Undecodable, decode
 from preprocess.labels import parse_name
 from publish.inference import Published
 from publish.sources import Group
@@ -87,7 +87,7 @@ def search(
     with Progress("search", "image", len(names)) as progress:
         (result,) = loop.embed(jobs, forward, prepare, device, settings, times, progress)
     for row, why in list(result.failed.items())[:SHOWN_UNREADABLE]:
-        log.warning("%s is left out: %s", names[row], why)
+        log.warning("%s is left out: %s", names[row], why.detail)
     if len(result.failed) > SHOWN_UNREADABLE:
         log.warning("and %s more are left out", f"{len(result.failed) - SHOWN_UNREADABLE:,}")
     if not len(result.rows):

@@ -85,8 +85,13 @@ def read_image(name: str) -> bytes:
 
 def _of_folder(folder: Path) -> Group:
     """All images below a folder, sorted, called by their paths from it."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if _is_image(path) and path.is_file())
     return _of_files(folder.resolve().name, [str(path.relative_to(folder)) for path in paths], paths)
+
+
+def _is_image(path: Path) -> bool:
+    """By its name; not the ._NAME.jpg in which macOS keeps a file's attributes."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith("._")
 
 
 def _of_list(path: Path) -> Group:
@@ -129,7 +134,7 @@ def _of_tar(path: Path) -> Group:
     for member in tars.walk(path, points=points):
         if isinstance(member, tars.Damage):
             print(f"{path} is damaged: {member.detail}", file=sys.stderr)
-        elif member.kind == "file" and Path(member.name).suffix.lower() in SUFFIXES:
+        elif member.kind == "file" and _is_image(Path(member.name)):
             members.append(member)
     names = pa.array([tars.printable(member.name) for member in members], pa.string())
     columns = {"image_offset": [m.offset for m in members], "image_size": [m.size for m in members]}

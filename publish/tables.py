@@ -17,7 +17,7 @@ from common.config import Infrastructure
 from common.errors import PipelineError
 from common.images import Store
 from common.provenance import Provenance, digest_of
-from common.schemas import Reject
+from common.schemas import Rejected, count_reasons
 from generate import embedding_parts, loop
 from publish.inference import Published
 
@@ -167,7 +167,7 @@ def embed_images(
 
 
 def _write_vectors(table: Table, results: Iterable[loop.Result], dim: int) -> None:
-    failed: dict[str, str] = {}
+    failed: dict[str, Rejected] = {}
     start = table.start
     with parquet.writer(table.target, table.schema(dim), table.made) as out:
         for result in results:
@@ -179,7 +179,7 @@ def _write_vectors(table: Table, results: Iterable[loop.Result], dim: int) -> No
             failed |= embedding_parts.named(result.failed, numbers)
             start += result.job.count
         embedding_parts.write_rejects(table.target, table.made, failed)
-        out.rows = {"in": table.num_rows, Reject.JPEG_CORRUPT.value: len(failed)}
+        out.rows = {"in": table.num_rows, **count_reasons(failed.values())}
 
 
 def _batches(table: Table, size: int) -> Iterator[tuple[pa.Table, bool]]:

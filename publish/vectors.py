@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from common import parquet, parts, provenance, schemas
 from common.provenance import Provenance
-from common.schemas import Reject
+from common.schemas import count_reasons
 from generate import embedding_parts
 from generate.loop import Job, Result
 from publish.sources import Group
@@ -60,5 +60,5 @@ def write(result: Result, dim: int) -> None:
     embedding_parts.write_rejects(part.target, part.made, embedding_parts.named(result.failed, names))
     with parquet.writer(part.target, schema(dim), part.made) as out:
         out.append({"image": names.take(pa.array(result.rows)), "embedding": vectors})
-        out.rows = {"in": part.count, Reject.JPEG_CORRUPT.value: len(result.failed)}
+        out.rows = {"in": part.count, **count_reasons(result.failed.values())}
         out.facts = {"dim": dim}

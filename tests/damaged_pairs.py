@@ -40,8 +40,8 @@ BAD_IMAGES: list[tuple[str, Callable[[bytes], bytes]]] = [
     ("jpeg_corrupt", lambda jpeg: jpeg[: len(jpeg) // 2]),
     ("jpeg_corrupt", lambda jpeg: jpeg[: len(jpeg) // 2] + b"\xff\xd9"),  # an end marker after half of the data
     ("jpeg_corrupt", lambda jpeg: jpeg[: len(jpeg) // 2] + bytes(len(jpeg) // 3) + jpeg[-len(jpeg) // 6 :]),
-    ("jpeg_corrupt", lambda jpeg: b"<html><body>404 Not Found</body></html>\n"),
-    ("jpeg_corrupt", lambda jpeg: b""),
+    ("not_an_image", lambda jpeg: b"<html><body>404 Not Found</body></html>\n"),
+    ("not_an_image", lambda jpeg: b""),
     ("jpeg_blank", lambda jpeg: jpeg_of(Image.new("RGB", Image.open(io.BytesIO(jpeg)).size, BLANK_COLOUR), 90)),
 ]
 OTHER_DAMAGE = (

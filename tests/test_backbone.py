@@ -12,10 +12,11 @@ import torch
 from embedding_setup import SIZES, jpeg, picture
 from huggingface_hub import errors as hub_errors
 from local_backbone import FAMILIES, IMAGENET_MEAN, IMAGENET_STD, write_tiny_backbone
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from common.config import EmbeddingModel
+from common.decoding import decode
 from common.errors import PipelineError
 from generate import backbone, model_files, pixels
 from publish.modeling_spatial_embeddings import n_prefix_tokens, pool
@@ -74,7 +75,7 @@ def test_pixels_equal_the_dinov2_processor_within_one_grey_level(size, mode, tmp
     expected = AutoImageProcessor.from_pretrained(folder)(
         Image.open(io.BytesIO(encoded)).convert("RGB"), return_tensors="pt"
     )["pixel_values"]
-    ours = pixels.read_preprocessing(folder)([pixels.decode(encoded)], CPU)
+    ours = pixels.read_preprocessing(folder)([decode(encoded)], CPU)
     grey_level = 1 / 255 / torch.tensor(IMAGENET_STD)[:, None, None]
     assert ours.shape == expected.shape == (1, 3, 56, 56)
     assert ((ours - expected).abs() <= 1.01 * grey_level).all()
@@ -91,7 +92,7 @@ def test_pixels_of_the_datasets_images_equal_dinov2s_processor_within_one_grey_l
     expected = AutoImageProcessor.from_pretrained(folder)(
         Image.open(io.BytesIO(encoded)).convert("RGB"), return_tensors="pt"
     )["pixel_values"]
-    ours = pixels.read_preprocessing(folder)([pixels.decode(encoded)], CPU)
+    ours = pixels.read_preprocessing(folder)([decode(encoded)], CPU)
     grey_level = 1 / 255 / torch.tensor(IMAGENET_STD)[:, None, None]
     assert ((ours - expected).abs() <= 1.01 * grey_level).all()
 
@@ -182,7 +183,7 @@ def test_pixels_of_dinov3_equal_a_resize_in_floats(size, tmp_path):
     channels = Image.open(io.BytesIO(encoded)).split()
     resized = [np.asarray(c.convert("F").resize((64, 64), Image.Resampling.BILINEAR)) / 255 for c in channels]
     expected = np.stack([(c - m) / s for c, m, s in zip(resized, IMAGENET_MEAN, IMAGENET_STD, strict=True)])
-    ours = pixels.read_preprocessing(folder)([pixels.decode(encoded)], CPU)[0].numpy()
+    ours = pixels.read_preprocessing(folder)([decode(encoded)], CPU)[0].numpy()
     assert np.abs(ours - expected).max() < 1e-4  # rounding to grey levels would give 1e-2
 
 
@@ -202,46 +203,6 @@ def test_images_of_different_sizes_keep_their_order(tmp_path):
     images = [np.array(picture(*SIZES[i % 3], seed=i)) for i in range(7)]
     together = preprocessing(images, CPU)
     assert torch.equal(together, torch.cat([preprocessing([image], CPU) for image in images]))
-
-
-@pytest.mark.parametrize("format_", ["JPEG", "PNG", "TIFF", "WEBP"])
-@pytest.mark.parametrize("orientation", range(10))  # 1..8 are defined
-def test_a_rotated_photograph_is_turned_upright(format_, orientation):
-    exif, buffer = Image.Exif(), io.BytesIO()
-    exif[0x0112] = orientation
-    picture(40, 30).save(buffer, format_, exif=exif)
-    expected = ImageOps.exif_transpose(Image.open(buffer)).convert("RGB")
-    assert np.array_equal(pixels.decode(buffer.getvalue()), np.asarray(expected))
-
-
-def test_a_whole_photograph_with_an_odd_tag_is_used():
-    exif = Image.Exif()
-    exif[0x0112], exif[0x011A] = 6, 72.0  # its resolution, a fraction
-    content = jpeg(picture(40, 30), exif=exif)
-    odd = content.replace(b"\x01\x1a\0\5", b"\x01\x1a\0\2")  # it claims to be a text
-    with pytest.raises(TypeError):  # else this tests nothing
-        ImageOps.exif_transpose(Image.open(io.BytesIO(odd)))
-    assert np.array_equal(pixels.decode(odd), pixels.decode(content))
-
-
-def test_other_formats_are_decoded_too():
-    buffer = io.BytesIO()
-    picture(40, 30).save(buffer, "PNG")
-    assert np.array_equal(pixels.decode(buffer.getvalue()), np.asarray(picture(40, 30)))
-
-
-@pytest.mark.parametrize("format_", ["PNG", "TIFF"])
-def test_grey_levels_of_16_bits_are_not_all_white(format_):
-    grey = np.asarray(picture(40, 30, "L"))
-    buffer = io.BytesIO()
-    Image.fromarray(grey.astype(np.uint16) * 257).save(buffer, format_)
-    assert np.array_equal(pixels.decode(buffer.getvalue()), np.stack([grey] * 3, axis=2))
-
-
-@pytest.mark.parametrize("cut", [0, 1, 100, 2000])
-def test_what_is_not_a_whole_image_is_undecodable(cut):
-    with pytest.raises(pixels.Undecodable):
-        pixels.decode(jpeg(picture(300, 300))[:cut])
 
 
 # ---------------------------------------------------------------------------------------- what cannot be loaded

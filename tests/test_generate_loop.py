@@ -16,6 +16,7 @@ from PIL import Image
 
 from common import cli, config, images, tars
 from common.errors import PipelineError
+from common.schemas import Reject
 from generate import batches, loop, pixels
 
 
@@ -123,7 +124,8 @@ def test_unreadable_images_are_left_out_and_numbered():
     (result,) = embed_all([job("a", [flat(1), None, flat(3), b"not an image", flat(5), b""])])
     assert result.rows.tolist() == [0, 2, 4]
     assert result.vectors[:, 0].tolist() == [1, 3, 5]
-    assert list(result.failed) == [1, 3, 5]
+    reasons = {number: why.reason.value for number, why in result.failed.items()}
+    assert reasons == {1: "jpeg_corrupt", 3: "not_an_image", 5: "not_an_image"}
 
 
 def test_a_batch_never_spans_two_jobs():
@@ -234,7 +236,7 @@ def read_with_errors(path: Path, monkeypatch, number: int, bad: range) -> loop.J
 def test_a_place_that_the_disk_cannot_read_costs_its_own_image_only(tmp_path, monkeypatch):
     (result,) = embed_all([read_with_errors(tmp_path / "0088.tar", monkeypatch, errno.EIO, range(9, 10))])
     assert result.rows.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
-    assert result.failed == {3: "cannot be read"}
+    assert result.failed == {3: (Reject.JPEG_CORRUPT, "cannot be read")}
 
 
 def test_a_file_system_that_has_gone_is_an_error_and_not_a_heap_of_rejects(tmp_path, monkeypatch):

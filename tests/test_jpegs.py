@@ -15,7 +15,7 @@ from preprocess import jpegs
         (jpeg()[:-2], "jpeg_corrupt"),  # no end marker
         (jpeg(size=(640, 640))[:9000] + b"\xff\xd9", "jpeg_corrupt"),  # cut, with an end marker: PIL shows grey
         (jpeg()[:300] + bytes(200) + jpeg()[500:], "jpeg_corrupt"),
-        (b"<html>404</html>", "jpeg_corrupt"),
+        (b"<html>404</html>", "not_an_image"),
         (jpeg(size=(8, 8)), "jpeg_blank"),  # one block, one level
     ],
 )

@@ -34,14 +34,14 @@ def judged():
     [
         ([(f"{A}.jpg", jpeg())], [(f"{A}.jpg", "label_missing")]),
         ([(f"{A}.txt", label())], [(f"{A}.txt", "image_missing")]),
-        ([(f"{A}.jpg", b""), (f"{A}.txt", b"")], [(f"{A}.jpg", "jpeg_corrupt"), (f"{A}.txt", "label_empty")]),
+        ([(f"{A}.jpg", b""), (f"{A}.txt", b"")], [(f"{A}.jpg", "not_an_image"), (f"{A}.txt", "label_empty")]),
         (
             [(f"{A}.jpg", jpeg()), (f"{A}.txt", b"")],
             [(f"{A}.jpg", "partner_rejected"), (f"{A}.txt", "label_empty")],
         ),
         (
             [(f"{A}.jpg", b"x"), (f"{A}.txt", label())],
-            [(f"{A}.jpg", "jpeg_corrupt"), (f"{A}.txt", "partner_rejected")],
+            [(f"{A}.jpg", "not_an_image"), (f"{A}.txt", "partner_rejected")],
         ),
         (
             [(f"{A}.jpg", jpeg()), (f"{A}.txt", label(87))],
@@ -53,7 +53,7 @@ def judged():
         ),
         (  # one id, but the first image is broken: the second one stays
             [(f"{A}.jpg", b"x"), (f"{A}.txt", label()), (f"{B}.jpg", jpeg(1)), (f"{B}.txt", label())],
-            [(f"{A}.jpg", "jpeg_corrupt"), (f"{A}.txt", "partner_rejected")],
+            [(f"{A}.jpg", "not_an_image"), (f"{A}.txt", "partner_rejected")],
         ),
         (  # one name twice
             [(f"{A}.jpg", jpeg()), (f"x/{A}.jpg", jpeg(1)), (f"{A}.txt", label())],

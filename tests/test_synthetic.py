@@ -20,7 +20,8 @@ from transformers import AutoModel
 
 EARTH_RADIUS_M = 6_371_000
 REASONS = (  # every kind that is planted; common/schemas.py has the same
-    "label_empty label_malformed label_missing image_missing jpeg_corrupt jpeg_blank not_finite "
+    "label_empty label_malformed label_missing image_missing jpeg_corrupt not_an_image jpeg_blank "
+    "not_finite "
     "position_out_of_range angle_out_of_range distance_out_of_range duplicate_id dataset_mismatch name_malformed "
     "partner_rejected tar_truncated"
 ).split()
@@ -334,7 +335,7 @@ def test_tiny_backbones_load_and_are_the_same_each_time(family, tmp_path):
 def test_every_planted_reason_is_counted_once(damaged):
     counts = Counter(damaged[1].rejects.reason)
     assert counts["tar_truncated"] == counts["duplicate_id"] == 1
-    assert counts["jpeg_corrupt"] == 6
+    assert (counts["jpeg_corrupt"], counts["not_an_image"]) == (4, 2)
     assert counts["name_malformed"] == 4
 
 

@@ -45,8 +45,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoImageProcessor, AutoModel, Dinov2Config
 
 from common import cli, config, devices, images, parts
+from common.decoding import decode
 from generate import backbone, embedding_parts, loop
-from generate.pixels import decode, read_preprocessing
+from generate.pixels import read_preprocessing
 from preprocess import process_tar
 
 PX = 224
