@@ -126,9 +126,9 @@ def _refuse_damage(error: ValueError) -> None:
 
 def _orientation_of_jpeg(encoded: Encoded) -> int:
     """EXIF's orientation, 1 to 8. Pillow, which takes 25 us, is asked only if there is something to read."""
-    at = len(_JPEG_START)
-    while at + 4 <= len(encoded) and encoded[at] == 0xFF and encoded[at + 1] in _SEGMENTS_WITHOUT_EXIF:
-        at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+    at, last = len(_JPEG_START), len(encoded) - 4
+    while at <= last and encoded[at] == 0xFF and encoded[at + 1] in _SEGMENTS_WITHOUT_EXIF:
+        at += 2 + (encoded[at + 2] << 8 | encoded[at + 3])
     if encoded[at : at + 2] == _SCAN_START:
         return 1
     try:
@@ -153,7 +153,7 @@ def _by_pillow(encoded: Encoded) -> Image.Image:
         except MemoryError:
             raise
         except Image.DecompressionBombError as error:  # of a frame larger than the picture that it belongs to
-            raise Undecodable(Reject.IMAGE_TOO_LARGE, str(error)) from None
+            raise Undecodable(Reject.IMAGE_TOO_LARGE, str(error).partition(",")[0]) from None
         except Exception as error:  # whatever a damaged file makes Pillow's readers stumble over
             raise Undecodable(
                 Reject.JPEG_CORRUPT, f"{image.format}: {error or type(error).__name__}"[:200]
@@ -167,13 +167,22 @@ def _opened(encoded: Encoded) -> Image.Image:
     except MemoryError:
         raise
     except Image.DecompressionBombError as error:
-        raise Undecodable(Reject.IMAGE_TOO_LARGE, str(error)) from None
+        raise Undecodable(Reject.IMAGE_TOO_LARGE, str(error).partition(",")[0]) from None
     except UnidentifiedImageError:  # its text is that of an object in memory
-        if encoded[:2] == _JPEG_START:
-            raise Undecodable(Reject.JPEG_CORRUPT, "a JPEG whose header is damaged") from None
+        kind = _format_by_signature(encoded)
+        if kind:
+            raise Undecodable(Reject.JPEG_CORRUPT, f"the header of a {kind} is damaged") from None
         raise Undecodable(Reject.NOT_AN_IMAGE, _description(encoded)) from None
     except Exception as error:  # whatever a damaged header makes Pillow's readers stumble over
         raise Undecodable(Reject.JPEG_CORRUPT, f"{error or type(error).__name__}"[:200]) from None
+
+
+def _format_by_signature(encoded: Encoded) -> str:
+    """The format that the first bytes are of; empty if of none that is known."""
+    if encoded[:2] == _JPEG_START:
+        return "JPEG"
+    start = bytes(encoded[:16])
+    return next((name for name in _FORMATS if (accepts := Image.OPEN[name][1]) and accepts(start)), "")
 
 
 def _description(encoded: Encoded) -> str:

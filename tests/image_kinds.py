@@ -27,8 +27,8 @@ def encoded(image: Image.Image, format_: str = "JPEG", **options) -> bytes:
 def sampled(image: Image.Image, *factors: tuple[int, int], adobe: int | None = None) -> bytes:
     """A JPEG with any sampling factors (horizontal, vertical), one pair for each channel of `image`.
 
-    Each channel is encoded as a grey JPEG; their scans stand one after the other in one frame. Pillow's encoder and
-    others do not offer these factors. `adobe`: the colour transform in Adobe's segment, 0 = none, 2 = YCCK.
+    Pillow cannot write these: each channel is encoded as a grey JPEG, and their scans are put into one frame.
+    `adobe`: the colour transform that Adobe's segment says, 0 = none, 2 = YCCK.
     """
     across, down = (max(factor[axis] for factor in factors) for axis in (0, 1))
     components, scans, tables = b"", b"", b""
@@ -47,7 +47,8 @@ def sampled(image: Image.Image, *factors: tuple[int, int], adobe: int | None = N
 
 def kinds(image: Image.Image) -> dict[str, bytes]:
     """A file of each kind, of one picture in RGB; those that Pillow alone decodes, and plain JPEGs."""
-    ycc, cmyk = image.convert("YCbCr"), image.convert("CMYK")
+    ycc = image.convert("YCbCr")
+    cmyk = Image.merge("CMYK", [*image.split(), image.convert("L")])  # with black neither full nor empty
     chroma = (1, 1), (1, 1)
     return {
         "plain": encoded(image, quality=90),
@@ -81,7 +82,7 @@ def kinds(image: Image.Image) -> dict[str, bytes]:
 def claiming(content: bytes, width: int, height: int) -> bytes:
     """The same file with another size in its header, and nothing more behind it."""
     if content.startswith(b"\xff\xd8"):
-        at = content.index(SOF) + 5
+        at = max(content.find(SOF), content.find(b"\xff\xc2\x00")) + 5  # baseline or progressive
         return content[:at] + struct.pack(">HH", height, width) + content[at + 4 :]
     if content.startswith(b"\x89PNG"):
         chunk = b"IHDR" + struct.pack(">II", width, height) + content[24:29]
@@ -90,10 +91,10 @@ def claiming(content: bytes, width: int, height: int) -> bytes:
         return content[:6] + struct.pack("<HH", width, height) + content[10:]
     if content.startswith(b"BM"):
         return content[:18] + struct.pack("<ii", width, height) + content[26:]
-    if content.startswith(b"II"):  # TIFF: tags 256 and 257, each of one 32-bit number
-        for tag, value in ((256, width), (257, height)):
-            at = next(at for form in (3, 4) for at in [content.find(struct.pack("<HHI", tag, form, 1))] if at >= 0)
-            content = content[:at] + struct.pack("<HHII", tag, 4, 1, value) + content[at + 12 :]
+    if content.startswith(b"II"):  # TIFF: tags 256 and 257, here numbers of 16 bits, made ones of 32
+        for tag, pixels in ((256, width), (257, height)):
+            at = content.index(struct.pack("<HHI", tag, 3, 1))
+            content = content[:at] + struct.pack("<HHII", tag, 4, 1, pixels) + content[at + 12 :]
         return content
     at = content.index(b"VP8L") + 9  # WebP without loss: 14 bits each
     rest = struct.unpack("<I", content[at : at + 4])[0] >> 28 << 28

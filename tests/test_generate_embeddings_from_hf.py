@@ -53,7 +53,7 @@ def written(out: Path) -> tuple[list[str], np.ndarray]:
 
 
 def image_folder(folder: Path) -> list[str]:
-    """The JPEGs in folders of two depths, one as PNG, and a file that is no image by its name."""
+    """The JPEGs in folders of two depths, one as PNG, and two files that are no images by their names."""
     names = ["a.jpg", "b/c.JPEG", "b/d.jpg", "b/e/f.jpg", "g.jpg", "h.png", "i.jpg"]
     for name, content in zip(names, JPEGS, strict=True):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -62,6 +62,7 @@ def image_folder(folder: Path) -> list[str]:
         else:
             (folder / name).write_bytes(content)
     (folder / "notes.txt").write_text("not an image")
+    (folder / "._a.jpg").write_bytes(b"\0\5\x16\7")  # as macOS leaves beside a.jpg
     return names
 
 

@@ -3,10 +3,27 @@
 import io
 
 import numpy as np
-from PIL import Image
+from embedding_setup import jpeg, picture
+from image_kinds import claiming, encoded
+from PIL import Image, ImageOps
 
 from common import pictures
 from common.pictures import _CAPTION_PX, _GAP_PX, _TITLE_PX, PX, Line
+
+
+def test_a_small_picture_is_pillows_and_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for content in (jpeg(picture(640, 480), exif=exif), encoded(picture(640, 480), "PNG", exif=exif)):
+        whole = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+        expected = np.asarray(whole.resize((PX, PX), Image.Resampling.LANCZOS)).astype(int)
+        assert np.abs(np.asarray(pictures.small(content)) - expected).mean() < 2  # not turned: 17
+
+
+def test_what_is_no_image_or_too_large_has_no_small_picture():
+    content = jpeg(picture(80, 80))
+    for bad in (b"", b"<html>", content[:300], claiming(content, 65_500, 65_500)):
+        assert pictures.small(bad) is None
 
 
 def test_a_title_wider_than_its_pictures_is_shown_whole():
