@@ -21,17 +21,14 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses more than twice this,
 warnings.filterwarnings("ignore", module=r"PIL\.")  # once per image is too often
 
 Image.init()  # all formats that this Pillow knows
-# not those without certain first bytes, so that any bytes may be one (TGA), nor those that start a program (EPS)
+# without formats that have no signature, which any bytes may be taken for (TGA), or that start a program (EPS)
 _RASTER = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF"]
 _FORMATS = [name for name in _RASTER if name in Image.OPEN]
 _JPEG_START, _SCAN_START = b"\xff\xd8", b"\xff\xda"
 # of the segments before the scan: frames, tables, JFIF, ICC, comments; all but APP1 (0xE1), for EXIF and XMP
 _SEGMENTS_WITHOUT_EXIF = frozenset([*range(0xC0, 0xD0), 0xDB, 0xDD, 0xE0, *range(0xE2, 0xF0), 0xFE])
-_UNSUPPORTED = (  # what simplejpeg says of kinds that it does not know; the first also of damaged headers
-    "Could not determine subsampling level",
-    "Unsupported",  # precision, or conversion of colours
-    "not implemented",  # as a kind of arithmetic coding
-)
+# what simplejpeg says of chroma sampling that it does not support, and of some damaged headers
+_UNSUPPORTED_SAMPLING = "Could not determine subsampling level"
 _TURNS = {  # EXIF's orientation -> what makes it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -110,7 +107,7 @@ def _size_for_simplejpeg(encoded: Encoded) -> tuple[int, int] | None:
 
 
 def _strictly(encoded: Encoded, colorspace: str, min_px: int) -> np.ndarray | None:
-    """A JPEG's pixels as they are stored; None if simplejpeg does not support its kind. Raises Undecodable."""
+    """A JPEG's pixels as they are stored; None if simplejpeg does not support its sampling. Raises Undecodable."""
     try:
         return simplejpeg.decode_jpeg(encoded, colorspace, min_height=min_px, min_width=min_px, strict=True)
     except ValueError as error:
@@ -119,8 +116,8 @@ def _strictly(encoded: Encoded, colorspace: str, min_px: int) -> np.ndarray | No
 
 
 def _refuse_damage(error: ValueError) -> None:
-    """Raises Undecodable unless simplejpeg's error says that it does not support the kind."""
-    if not any(words in str(error) for words in _UNSUPPORTED):
+    """Raises Undecodable unless simplejpeg's error is that it does not support the chroma sampling."""
+    if _UNSUPPORTED_SAMPLING not in str(error):
         raise Undecodable(Reject.JPEG_CORRUPT, str(error)[:200]) from None
 
 
@@ -150,29 +147,29 @@ def _by_pillow(encoded: Encoded) -> Image.Image:
             image.load()  # TIFFs are turned by that
             turn = _TURNS.get(_orientation(image))
             return _eight_bits(image if turn is None else image.transpose(turn)).convert("RGB")
-        except MemoryError:
+        except MemoryError:  # the machine's fault, not the file's
             raise
         except Image.DecompressionBombError as error:  # of a frame larger than the picture that it belongs to
             raise Undecodable(Reject.IMAGE_TOO_LARGE, str(error).partition(",")[0]) from None
         except Exception as error:  # whatever a damaged file makes Pillow's readers stumble over
-            raise Undecodable(
-                Reject.JPEG_CORRUPT, f"{image.format}: {error or type(error).__name__}"[:200]
-            ) from None
+            detail = f"{image.format}: {error or type(error).__name__}"[:200]
+            raise Undecodable(Reject.JPEG_CORRUPT, detail) from None
 
 
 def _opened(encoded: Encoded) -> Image.Image:
     """The image, its header being read. Raises Undecodable if it is none, or too large."""
     try:
         return Image.open(io.BytesIO(encoded), formats=_FORMATS)
-    except MemoryError:
+    except MemoryError:  # the machine's fault, not the file's
         raise
     except Image.DecompressionBombError as error:
         raise Undecodable(Reject.IMAGE_TOO_LARGE, str(error).partition(",")[0]) from None
     except UnidentifiedImageError:  # its text is that of an object in memory
         kind = _format_by_signature(encoded)
-        if kind:
-            raise Undecodable(Reject.JPEG_CORRUPT, f"the header of a {kind} is damaged") from None
-        raise Undecodable(Reject.NOT_AN_IMAGE, _description(encoded)) from None
+        if not kind:
+            raise Undecodable(Reject.NOT_AN_IMAGE, _description(encoded)) from None
+        detail = f"begins as {kind}, with a header that is damaged or of an unknown kind"
+        raise Undecodable(Reject.JPEG_CORRUPT, detail) from None
     except Exception as error:  # whatever a damaged header makes Pillow's readers stumble over
         raise Undecodable(Reject.JPEG_CORRUPT, f"{error or type(error).__name__}"[:200]) from None
 

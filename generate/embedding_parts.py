@@ -63,8 +63,8 @@ def write_rejects(target: Path, made: Provenance, failed: dict[str, Rejected]) -
         path.unlink(missing_ok=True)
         return
     with parquet.writer(path, schemas.REJECTS, made) as out:
-        reasons, details = ([why.reason.value for why in failed.values()], [why.detail for why in failed.values()])
-        out.append({"member": list(failed), "reason": reasons, "detail": details})
+        reasons = [why.reason.value for why in failed.values()]
+        out.append({"member": list(failed), "reason": reasons, "detail": [why.detail for why in failed.values()]})
 
 
 def _rejects(target: Path) -> Path:

@@ -150,9 +150,10 @@ def test_what_is_not_an_image_is_said_to_be_what_it_is(decoder):
     assert why(b'{"error": 1}', decoder) == ("not_an_image", """text: begins with b'{"error": 1}'""")
     zeros = f"no known format: begins with {bytes(32)!r}"
     assert why(bytes(5_000), decoder) == ("not_an_image", zeros)
-    for seed in range(200):  # TGA, among others, has no signature: it would take some of them
-        content = np.random.default_rng(seed).bytes(500)
-        assert why(content, decoder)[0] == "not_an_image"
+    for seed in range(200):
+        assert why(np.random.default_rng(seed).bytes(500), decoder)[0] == "not_an_image"
+    for format_ in ("TGA", "EPS"):  # without a signature: any bytes may be one; and Ghostscript would be started
+        assert why(encoded(picture(48, 32), format_), decoder)[0] == "not_an_image"
 
 
 def test_an_image_that_could_not_be_read_has_a_reason():
@@ -201,7 +202,7 @@ def test_a_png_is_checked_by_its_checksums():
 
 _CLAIMS = """
 import json, resource, sys, warnings
-warnings.simplefilter("error")
+warnings.simplefilter("always")
 from common import decoding, pictures
 from image_kinds import claiming, encoded, kinds
 from embedding_setup import picture
@@ -220,6 +221,10 @@ for kind, bomb in bombs.items():
             said.setdefault(kind, set()).add(error.why.reason.value)
     assert pictures.small(bomb) is None
 grown_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+try:
+    decoding.survey(claiming(files["PNG"], 16_384, 8_192))  # within the limit, and Pillow would warn
+except decoding.Undecodable as error:
+    said["large PNG"] = [error.why.reason.value]
 print(json.dumps([{kind: sorted(reasons) for kind, reasons in said.items()}, grown_mb]))
 """
 
@@ -232,6 +237,7 @@ def test_a_header_that_claims_too_many_pixels_is_refused_before_any_is_decoded()
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no warnings of Pillow's
     said, grown_mb = json.loads(done.stdout)
+    assert said.pop("large PNG") == ["jpeg_corrupt"]  # its pixels are missing
     assert said == {kind: ["image_too_large"] for kind in KINDS if kind != "arithmetic coding"}
     assert grown_mb < 30  # decoded, the least of them has 268 MB
 
