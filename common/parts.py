@@ -44,17 +44,22 @@ def of_tar(cfg: Config, tar: Path, folder: Path, stage: str, settings: dict) -> 
     ]
 
 
-def of_shard(
+def missing(
     cfg: Config, folder: Path, stage: str, settings: dict, shard: int, num_shards: int, overwrite: bool
-) -> list[Part]:
-    """The parts that a task makes. Raises StaleArtefact if files of another division lie in `folder`, or removes
-    them to `overwrite`."""
-    parts = []
+) -> tuple[list[Part], int]:
+    """The parts that a task has to make, and how many of its parts there are in all.
+
+    Raises StaleArtefact for files in `folder` that are of something else, or of another division; to `overwrite`
+    the former are made again and the latter removed.
+    """
+    todo, total = [], 0
     for share in tars.shares(cfg.paths.raw_dir, shard, num_shards):
         whole = of_tar(cfg, share.tar, folder, stage, settings)
+        own = [whole[number] for number in share.of(len(whole))]
+        todo += [part for part in own if not parquet.is_done(part.target, part.made, overwrite)]
+        total += len(own)
         refuse_surplus(folder, tars.stem(share.tar), len(whole), overwrite)
-        parts += [whole[number] for number in share.of(len(whole))]
-    return parts
+    return todo, total
 
 
 def count(num_rows: int, rows_per_part: int) -> int:

@@ -29,6 +29,7 @@ class Reject(str, Enum):
     DATASET_MISMATCH = "dataset_mismatch"  # the label's dataset is not the tar's
     NAME_MALFORMED = "name_malformed"  # a .jpg or .txt whose name is not four ids joined by _
     PARTNER_REJECTED = "partner_rejected"  # the good half of a pair whose other half was rejected
+    CONTENT_CHANGED = "content_changed"  # the tar has other bytes there than when process_tar.py read it
     TAR_TRUNCATED = "tar_truncated"  # the tar ends here, before its time; everything before it was kept
     TAR_DAMAGED = "tar_damaged"  # bytes of the tar that are no member's; what stands before and after was kept
     GZIP_DAMAGED = "gzip_damaged"  # the gzip stream has a wrong checksum or length, or ends here

@@ -38,11 +38,13 @@ class Member(NamedTuple):
 
 
 class NoMember(Exception):
-    """No member can be read at a place of a tar. `is_header`: though a valid header is there."""
+    """No member can be read at a place of a tar. `is_header`: though a valid header is there; `is_cut`: since the
+    tar ends.
+    """
 
-    def __init__(self, what: str, is_header: bool = False):
+    def __init__(self, what: str, is_header: bool = False, is_cut: bool = False):
         super().__init__(what)
-        self.is_header = is_header
+        self.is_header, self.is_cut = is_header, is_cut
 
 
 class _Header(NamedTuple):
@@ -87,7 +89,7 @@ def unusual_member(read: Read, start: int, shared: dict[str, bytes]) -> tuple[Me
         block = read(at, BLOCK)
         if len(block) < BLOCK:
             what = "the tar is cut off" if block or own else "the tar ends without its end marker"
-            raise NoMember(what, is_header=at > start)
+            raise NoMember(what, is_header=at > start, is_cut=True)
         header = _parse_header(block, at > start)
         data = at + BLOCK
         if header.type not in _EXTENDED:
@@ -180,7 +182,7 @@ def _extended(read: Read, header: _Header, data: int) -> dict[str, bytes]:
         raise NoMember(f"there is an extended header of {header.size:,} bytes", is_header=True)
     content = read(data, header.size)
     if len(content) < header.size:
-        raise NoMember("the tar is cut off in an extended header", is_header=True)
+        raise NoMember("the tar is cut off in an extended header", is_header=True, is_cut=True)
     if header.type == b"L":
         return {"path": content.partition(b"\0")[0]}
     return {} if header.type == b"K" else _pax_records(content)

@@ -88,8 +88,8 @@ def of_shard(raw_dir: Path, shard: int, num_shards: int) -> list[Path]:
     unfinished = [path for path in compressed if path.suffix == ".aria2"]
     if unfinished:
         raise PipelineError(
-            f"{unfinished[0].with_suffix('')} has not been downloaded completely: aria2's {unfinished[0].name} says so"
-            "\nrun the same aria2c command again, which resumes; that file goes when the tar is whole"
+            f"{unfinished[0].with_suffix('')} has not been downloaded completely: {unfinished[0].name} says so\n"
+            "run the same aria2c command again, which resumes; that file goes when the tar is whole"
         )
     if compressed:
         raise PipelineError(
@@ -98,15 +98,21 @@ def of_shard(raw_dir: Path, shard: int, num_shards: int) -> list[Path]:
             "decompress it, or take it out of paths.raw_dir: other compressions cannot be read in place"
         )
     if not listing:
-        what = (
-            "does not exist"
-            if not raw_dir.exists()
-            else "is a file"
-            if raw_dir.is_file()
-            else "holds no .tar, .tar.gz or .tgz file"
-        )
-        raise PipelineError(f"{raw_dir} {what}\nput the dataset's tars there, or set paths.raw_dir")
+        raise PipelineError(_without_tars(raw_dir))
     return listing[shard::num_shards]
+
+
+def _without_tars(raw_dir: Path) -> str:
+    """What to tell of a place without tars."""
+    if not raw_dir.is_dir():
+        what = "is a file" if raw_dir.exists() else "does not exist"
+        return f"{raw_dir} {what}\nput the dataset's tars there, or set paths.raw_dir"
+    deeper = [path.parent for path in sorted(raw_dir.glob("*/*")) if is_named_so(path) and path.is_file()]
+    if deeper:  # aria2c puts them into a folder of the set's name
+        return (
+            f"{raw_dir} holds no tars, but {deeper[0]} has {deeper.count(deeper[0]):,}\nset paths.raw_dir to that"
+        )
+    return f"{raw_dir} holds no .tar, .tar.gz or .tgz file\nput the dataset's tars there, or set paths.raw_dir"
 
 
 class Share(NamedTuple):
@@ -117,8 +123,10 @@ class Share(NamedTuple):
     pieces: int
 
     def of(self, count: int) -> range:
-        """The share's part of `count` things, which the pieces divide evenly between them, in order."""
-        return range(count * self.piece // self.pieces, count * (self.piece + 1) // self.pieces)
+        """The share's part of `count` things, which the pieces divide evenly between them, in order; the first has
+        some wherever there are any.
+        """
+        return range(-(-count * self.piece // self.pieces), -(-count * (self.piece + 1) // self.pieces))
 
 
 def shares(raw_dir: Path, shard: int, num_shards: int) -> list[Share]:
@@ -234,9 +242,8 @@ def _beyond(
         if after is None:
             return None, told
     if after is None:
-        is_end = end - start < BLOCK  # nothing, or less than a header
-        reason = Reject.TAR_TRUNCATED if is_end else Reject.TAR_DAMAGED
-        lost = "" if is_end else f": the {end - start:,} bytes from there on are of no use"
+        reason = Reject.TAR_TRUNCATED if broken.is_cut else Reject.TAR_DAMAGED
+        lost = "" if broken.is_cut else f": the {end - start:,} bytes from there on are of no use"
         told.append(Damage(start, end, reason, f"{broken} at byte {at:,}{lost}"))
         return None, told
     lost = f"{after - start:,} bytes from byte {start:,} on are of no use"

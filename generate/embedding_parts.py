@@ -10,7 +10,7 @@ from common import files, images, parquet, schemas
 from common.errors import PipelineError
 from common.parts import Part
 from common.provenance import Provenance
-from common.schemas import Rejected, count_reasons
+from common.schemas import Reject, Rejected, count_reasons
 from generate.loop import Job, Result
 
 
@@ -24,18 +24,21 @@ def jobs(parts: list[Part], store: images.Store) -> Iterator[Job]:
 def write(result: Result, dim: int, facts: dict, max_reject_share: float) -> str:
     """Write a part's embeddings, after its rejects. Raises PipelineError if one is not finite in float16.
 
-    Of a part with a larger share of rejects than `max_reject_share` only those are written, and why is returned;
-    else nothing is.
+    Of a part with a larger share of rejects than `max_reject_share`, or from a tar that holds other images now,
+    only the rejects are written, and why is returned; else nothing is.
     """
     part, rows = result.job.name
     vectors = result.vectors.reshape(-1, dim).astype(np.float16)
     refuse_not_finite(vectors, rows["image_path"].take(result.rows), part.tar)
     write_rejects(part.target, part.made, named(result.failed, rows["image_path"]))
-    if len(result.failed) > max_reject_share * part.count:
+    changed = [why.detail for why in result.failed.values() if why.reason is Reject.CONTENT_CHANGED]
+    if changed or len(result.failed) > max_reject_share * part.count:
         part.target.unlink(missing_ok=True)  # an earlier run's, with --overwrite: it would count as done
         return (
-            f"{len(result.failed):,} of the {part.count:,} images from row {part.start:,} on of {part.tar} cannot "
-            f"be decoded any more (more than data.max_reject_share); see {_rejects(part.target)}"
+            changed[0].splitlines()[0]
+            if changed
+            else f"{len(result.failed):,} of the {part.count:,} images from row {part.start:,} on of {part.tar} "
+            f"cannot be decoded any more (more than data.max_reject_share); see {_rejects(part.target)}"
         )
     columns = rows.take(result.rows)
     with parquet.writer(part.target, schemas.embeddings(dim), part.made) as out:

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from common import cli, tars
+from common import cli, images, tars
 from common.cli import Progress
 from common.config import Infrastructure
 from common.decoding import Undecodable, decode
-from common.schemas import Rejected, count_reasons
+from common.schemas import Reject, Rejected, count_reasons
 from generate import batches
 from generate.pixels import Preprocessing
 
@@ -200,7 +200,12 @@ def _prepare(
     failed: dict[int, Rejected] = {}
 
     def decoded() -> Iterator[np.ndarray]:
-        for number, encoded in enumerate(_read(job, start, stop), start):
+        try:
+            contents = _read(job, start, stop)
+        except images.ChangedTar as error:  # of this job alone: the others' tars may be as they were
+            failed.update(dict.fromkeys(range(start, stop), Rejected(Reject.CONTENT_CHANGED, str(error))))
+            return
+        for number, encoded in enumerate(contents, start):
             try:
                 image = decode(encoded)
             except Undecodable as error:

@@ -10,9 +10,11 @@ weights of PIL's Lanczos filter, rounding between them as PIL does: of 369 synth
 clear sky is so level that its dHash hangs on single grey levels: 77 % were the same.
 """
 
+import re
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import lru_cache
+from pathlib import Path
 
 import imagehash
 import numpy as np
@@ -45,6 +47,16 @@ def hash_images(contents: list[bytes], method: str) -> tuple[np.ndarray, np.ndar
     return phash_bits(for_phash), dhash_bits(for_dhash)
 
 
+def refuse_whole_tars(folder: Path) -> None:
+    """Raises PipelineError if `folder` holds files of an older version, which made one for each tar."""
+    old = [path for path in sorted(folder.glob("*.parquet")) if not re.fullmatch(r".+-\d+", path.stem)]
+    if old:
+        raise PipelineError(
+            f"{old[0]} is of an older version, which made one file for each tar\n"
+            f"delete the {len(old):,} files of this kind: each part of a tar has a file of its own now"
+        )
+
+
 def write(part: Part, store: Store, method: str, pool: Executor, on_images: Callable[[int], None]) -> None:
     """The fingerprints of a part's images, in order. `on_images` is told how many more are done; what it raises
     ends the work. Raises ChangedTar if the tar's images are not those of the intermediates any more.
@@ -58,7 +70,8 @@ def write(part: Part, store: Store, method: str, pool: Executor, on_images: Call
             return hash_images(read(start, start + CHUNK), method)
         except decoding.Undecodable as error:
             raise PipelineError(
-                f"{part.tar} has an image that cannot be decoded: {error}\nrun process_tar.py again with --overwrite"
+                f"{part.tar} has an image that cannot be decoded: {error}\n"
+                "run process_tar.py again with --overwrite"
             ) from None
 
     hashes = [pool.submit(hashes_from, start) for start in starts]

@@ -12,8 +12,8 @@ Writes   data/merged/{train,val,test}.parquet, sorted by (dataset_id, target_id,
          there
 Command  python preprocess/merge_and_split.py
 Memory   about 280 bytes for each image; then three times the embeddings of the largest tar, three row groups of 32
-         MB, and as much on its way to the disk: 25 M images of 4096 dimensions, 40,000 to a tar, take 7 GB and
-         1.2 GB
+         MB, and as much on its way to the disk: 25 M images of 4096 dimensions, 450,000 to a tar, take 7 GB and
+         11 GB
 Time     the disk's: each embedding is read once and written once
 """
 

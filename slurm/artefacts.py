@@ -53,8 +53,19 @@ def missing(steps, cfg: Config) -> dict[str, list[int]]:
             todo[step.name] = list(range(step.tasks))
             continue
         again = {task for tasks in needed for task in tasks}
-        todo[step.name] = [task for task in range(step.tasks) if task in again or not is_done(step, task, cfg)]
+        period = num_tars(cfg) or step.tasks  # of the tasks that take the same tars
+        todo[step.name] = [
+            task
+            for task in range(step.tasks)
+            if task in again or task % period in again or not is_done(step, task, cfg)
+        ]
     return todo
+
+
+def num_busy(step, cfg: Config) -> int | None:
+    """How many tasks of a step have something to make, or had; None where that is not known yet."""
+    made = [of_task(step, task, cfg) for task in range(step.tasks)]
+    return None if None in made else sum(map(bool, made))
 
 
 def is_done(step, task: int, cfg: Config) -> bool:
@@ -172,6 +183,14 @@ def _tars(cfg: Config) -> list[Path]:
 @functools.cache  # every shard of three stages asks, and on a parallel file system each tar's stat is a round trip
 def _listing(raw_dir: Path, mtime_ns: int) -> list[Path]:
     return tars.of_shard(raw_dir, 0, 1)
+
+
+def num_tars(cfg: Config) -> int:
+    """0 if there are none, which process_tar.py tells."""
+    try:
+        return len(_tars(cfg))
+    except (OSError, PipelineError):
+        return 0
 
 
 def _num_parts(source: Path, cfg: Config) -> int:

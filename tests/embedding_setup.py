@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from local_backbone import write_tiny_backbone
 from PIL import Image, ImageFilter
 
@@ -45,7 +46,7 @@ def write_tar(path: Path, jpegs: list[bytes]) -> None:
 def write_intermediates(cfg: config.Config) -> None:
     """The intermediates of every tar as process_tar has them, with zeros where nothing here reads a column."""
     for tar in sorted(cfg.paths.raw_dir.glob("*.tar")):
-        members = list(tars.walk(tar))
+        members = list(tars.walk(tar, contents=True))
         ids = np.array([[int(i) for i in Path(m.name).stem.split("_")] for m in members]).reshape(-1, 4)
         empty = [""] * len(members)
         rows = {
@@ -57,6 +58,7 @@ def write_intermediates(cfg: config.Config) -> None:
         rows |= {"streetview_image_id": [f"{d:04d}_{p}" for d, p in ids[:, [0, 1]]]}
         rows |= {"image_path": [m.name for m in members]}
         rows |= {"image_offset": [m.offset for m in members], "image_size": [m.size for m in members]}
+        rows |= {"content_hash": np.array([xxhash.xxh3_64_intdigest(m.content) for m in members], np.uint64)}
         target = cfg.paths.intermediates_dir / f"{tar.stem}.parquet"
         with parquet.writer(target, schemas.INTERMEDIATES, provenance.record("process_tar", {}, [tar])) as out:
             table = pa.table({name: pa.array(column) for name, column in rows.items()})

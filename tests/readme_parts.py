@@ -24,7 +24,7 @@ from train import comparison
 
 README = ROOT / "README.md"
 MEASURED = ROOT / "tests" / "benchmarks"
-TYPES = {"bool": "bool", "string": "str", "halffloat": "f16", "float": "f32", "double": "f64"}
+TYPES = {"bool": "bool", "string": "str", "binary": "bytes", "halffloat": "f16", "float": "f32", "double": "f64"}
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -129,7 +129,12 @@ def artefacts() -> str:
     parts = [
         columns("intermediates/<tar>.parquet: a valid image", schemas.INTERMEDIATES, notes),
         columns("intermediates_rejects/<tar>.parquet: a rejected member", schemas.REJECTS, notes),
-        columns("fingerprints/<tar>.parquet: an image", schemas.FINGERPRINTS, notes),
+        columns(
+            "intermediates_index/<tar>.parquet: a place in a gzip tar at which inflating can begin",
+            schemas.RESTART_POINTS,
+            notes,
+        ),
+        columns("fingerprints/<tar>-<part>.parquet: an image", schemas.FINGERPRINTS, notes),
         columns(
             "embeddings/<tar>-<part>.parquet: an image, with the columns of the intermediates and",
             [field for field in schemas.embeddings(768) if field.name not in common_columns],
@@ -236,7 +241,8 @@ def costs() -> str:
         f"`compute_fingerprints.py` {hours['fingerprints']} hours of one core; the evaluation of one method "
         f"{found['days_evaluation_here']:.1f} days, {60 * found['gpu_hours_evaluation']:.1f} minutes on one GPU. "
         f"Metadata are {found['gb_metadata']:.0f} GB, neighbours {found['gb_difficulty']:.0f} GB. There are three "
-        f"files for each tar, and {found['embedding_files']:,} or more of embeddings (each tar begins a new one)."
+        f"files for each tar, and {found['embedding_files']:,} or more each of fingerprints and embeddings (each "
+        "tar begins a new one)."
     )
     return "\n\n".join([table([f"{found['images']:,} images", *backbones], rows), text])
 

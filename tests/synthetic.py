@@ -35,7 +35,6 @@ from damaged_pairs import BAD_IMAGES, BAD_LABELS, OTHER_DAMAGE, damaged
 from street_pairs import FIRST_DATASET, Pair, Settings, street_pairs
 
 LOG = logging.getLogger("synthetic")
-COMPRESS = False  # the default: gzip streams, or plain tars
 COLUMNS = (
     "tar member dataset_id target_id patch_id street_view_id street city target_lat target_lon target_height "
     "camera_lat camera_lon heading pitch distance aligned kind"
@@ -201,7 +200,7 @@ def write_plain_tar(path: Path, tar_file: str, members: Iterator[Member]) -> Pla
 
 def write_dataset(out: Path, *, streets: int, cities: int = 2, seed: int = 0, damage: bool = False,
                   image_px: int = 640, targets_per_facade: tuple[int, int] = (1, 3), facades_per_street: int = 10,
-                  views: tuple[int, int] = (2, 7), processes: int = 1, compress: bool = COMPRESS,
+                  views: tuple[int, int] = (2, 7), processes: int = 1, compress: bool = True,
                   stream_damage: str = "") -> Truth:  # fmt: skip
     """Writes a tar per city into `out`, `streets` being their sum over the cities; `compress`: as gzip streams.
     `stream_damage`: one of damaged_tars.KINDS, of the first city's tar.
@@ -269,8 +268,7 @@ def main(argv: list[str] | None = None) -> int:
         "--stream-damage", metavar="KIND", choices=damaged_tars.KINDS, default="",
         help=f"damage the first tar: {', '.join(damaged_tars.KINDS)}",
     )  # fmt: skip
-    parser.add_argument("--plain", dest="compress", action="store_false", default=COMPRESS, help="no gzip")
-    parser.add_argument("--gzip", dest="compress", action="store_true", default=COMPRESS, help="gzip streams")
+    parser.add_argument("--plain", dest="compress", action="store_false", help="no gzip")
     parser.add_argument("--image-px", type=int, default=640, help="width and height (default 640)")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--truth", type=Path, help="folder for what was planted (three Parquet files and a JSON)")

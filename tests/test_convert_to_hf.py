@@ -325,7 +325,7 @@ def test_every_family_is_saved_in_the_dtype_of_its_embeddings_and_gives_the_same
     assert model.backbone.dtype == getattr(torch, dtype)
     assert model.head.linear.weight.dtype == torch.float32
     rows = parquet.read(done.cfg.paths.merged_dir / "test.parquet")
-    images = [parity.decode(encoded) for encoded in parity.read_images(done.cfg.paths.raw_dir, rows)]
+    images = [parity.decode(encoded) for encoded in parity.store(done.cfg.paths).read(rows)]
     with torch.inference_mode():
         vectors = model(preprocessing(images, torch.device("cpu"))).pooler_output.numpy()
     assert (1 - cosines(vectors, done.vectors()) < 1e-3).all()

@@ -323,11 +323,11 @@ def test_every_image_that_process_tar_accepts_has_a_fingerprint_and_the_embeddin
     assert counts["rejected"] == {**reasons, "partner_rejected": 4}
     assert counts["other"] == 1  # macOS's
     assert counts["members"] == 2 * (len(good) + len(bad)) + 2
-    rejects = parquet.read(setup.cfg.paths.intermediates_dir / "rejects/0088.parquet").to_pylist()
+    rejects = parquet.read(setup.root / "data/intermediates_rejects/0088.parquet").to_pylist()
     [detail] = [reject["detail"] for reject in rejects if reject["member"] == "cover.jpg"]
     assert "<DatasetID>_<PatchID>_<StreetViewID>_<TargetID>" in detail
 
-    hashes = parquet.read(setup.cfg.paths.fingerprints_dir / "0088.parquet")
+    hashes = parquet.read(setup.cfg.paths.fingerprints_dir / "0088-0.parquet")
     for name in ("phash", "dhash"):
         expected = [int(str(getattr(imagehash, name)(by_pillow(content))), 16) for content in good]
         assert hashes[name].to_pylist() == expected
@@ -347,7 +347,7 @@ def test_the_reason_of_an_image_that_generation_cannot_use_is_in_its_rejects_and
     setup = Setup(tmp_path, {"0088": images}, data__max_reject_share=1)
     assert generate_embeddings.main(setup.flags) == 0
     assert "1 out, 3 rejected (image_too_large 1, not_an_image 1, jpeg_corrupt 1)" in capsys.readouterr().out
-    rejects = parquet.read(setup.cfg.paths.embeddings_dir / "rejects/0088-0.parquet")
+    rejects = parquet.read(setup.root / "data/embeddings_rejects/0088-0.parquet")
     assert rejects["reason"].to_pylist() == ["not_an_image", "image_too_large", "jpeg_corrupt"]
     counts = parquet.read_provenance(setup.part("0088-0")).rows
     assert counts == {"in": 4, "out": 1, "image_too_large": 1, "jpeg_corrupt": 1, "not_an_image": 1}

@@ -122,6 +122,7 @@ def test_what_is_about_a_folder_lies_beside_it(chain):
     beside = {path.relative_to(chain).as_posix() for path in chain.glob("*_*/*")}
     assert beside == {
         *(f"intermediates_rejects/{path.name}" for path in (chain / "intermediates").iterdir()),
+        *(f"intermediates_index/{path.name}" for path in (chain / "intermediates").iterdir()),
         *(f"merged_report/{name}" for name in ("split_report.json", "split_map.png", "duplicates.png")),
         *("summary_report/summary.json", "summary_report/summary.html", "summary_intermediates/summary.parquet"),
         *("summary_intermediates_report/summary.json", "summary_intermediates_report/summary.html"),

@@ -154,7 +154,7 @@ def test_a_damaged_tar_gives_what_stands_before_the_damage(flags, tmp_path, caps
     write_tar(tmp_path / "t.tar", JPEGS)
     os.truncate(tmp_path / "t.tar", (tmp_path / "t.tar").stat().st_size // 2)
     assert main([str(tmp_path / "t.tar"), str(tmp_path / "out"), *flags]) == 0
-    assert "images before that are used" in capsys.readouterr().err
+    assert "t.tar is damaged: " in capsys.readouterr().err
     assert 0 < len(written(tmp_path / "out")[0]) < 7
 
 

@@ -37,9 +37,10 @@ class Chain:
         with parquet.writer(source, schemas.INTERMEDIATES, provenance.record("process_tar", {}, [tar])) as out:
             out.append(table)
         made = provenance.record("compute_fingerprints", {}, [source])
-        with parquet.writer(self.cfg.paths.fingerprints_dir / name, schemas.FINGERPRINTS, made) as out:
-            out.append({key: table[key] for key in schemas.FINGERPRINTS.names})
         for number in range(-(-len(rows) // 500)):
+            path = self.cfg.paths.fingerprints_dir / f"{tar.stem}-{number}.parquet"
+            with parquet.writer(path, schemas.FINGERPRINTS, made) as out:
+                out.append({key: table[key][500 * number :][:500] for key in schemas.FINGERPRINTS.names})
             self.write_part(source, number)
 
     def intermediates(self, rows, tar_file):
@@ -178,9 +179,10 @@ def test_files_of_older_intermediates_are_refused(small):
         small.run()
 
 
-def test_parts_of_another_division_are_refused(small):
-    surplus = small.cfg.paths.embeddings_dir / "0001-1.parquet"
-    surplus.write_bytes((small.cfg.paths.embeddings_dir / "0001-0.parquet").read_bytes())
+@pytest.mark.parametrize("stage", ["fingerprints", "embeddings"])
+def test_parts_of_another_division_are_refused(small, stage):
+    folder = getattr(small.cfg.paths, f"{stage}_dir")
+    (folder / "0001-1.parquet").write_bytes((folder / "0001-0.parquet").read_bytes())
     with pytest.raises(StaleArtefact, match="rows_per_part"):
         small.run()
 

@@ -4,6 +4,7 @@ Each stage runs twice: undisturbed in one folder, and in another where it is kil
 and started again. Oracles: what the generator planted, plain Hugging Face code, and brute force.
 """
 
+import gzip
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from local_backbone import write_local_backbone
 from same_artefacts import assert_same_artefacts
 from synthetic import write_dataset
 
-from common import config, files, geo, parquet
+from common import config, files, geo, images, parquet
 from slurm import submit
 
 SETTINGS = [
@@ -113,6 +114,9 @@ class Chain:
     def table(self, path: Path) -> pd.DataFrame:
         return parquet.read(path).to_pandas()
 
+    def image(self, row) -> bytes:
+        return images.store(self.cfg.paths).tar(row.tar_file).read([row.image_offset], [row.image_size])[0]
+
     def all(self, directory: Path) -> pd.DataFrame:
         return pd.concat([self.table(path) for path in sorted(directory.glob("*.parquet"))], ignore_index=True)
 
@@ -152,10 +156,9 @@ def test_members_are_images_labels_rejects_and_other_in_every_tar(chain):
 
 
 def test_the_offsets_point_at_the_jpegs(chain):
+    tars_inflated = {path.name: gzip.decompress(path.read_bytes()) for path in chain.cfg.paths.raw_dir.iterdir()}
     for row in chain.all(chain.cfg.paths.intermediates_dir).itertuples():
-        with open(chain.cfg.paths.raw_dir / row.tar_file, "rb") as tar:
-            tar.seek(row.image_offset)
-            content = tar.read(row.image_size)
+        content = tars_inflated[row.tar_file][row.image_offset :][: row.image_size]
         assert content[:2] == b"\xff\xd8"
 
 
@@ -200,9 +203,7 @@ def test_embeddings_equal_a_plain_forward_pass_of_hugging_faces_code(chain):
     rows = chain.all(chain.cfg.paths.embeddings_dir)
     assert len(rows) == len(chain.truth.images)
     for row in rows.sample(20, random_state=0).itertuples():
-        with open(chain.cfg.paths.raw_dir / row.tar_file, "rb") as tar:
-            tar.seek(row.image_offset)
-            image = Image.open(io.BytesIO(tar.read(row.image_size))).convert("RGB")
+        image = Image.open(io.BytesIO(chain.image(row))).convert("RGB")
         with torch.inference_mode():
             hidden = model(**processor(image, return_tensors="pt")).last_hidden_state[0]
         expected = hidden[1:].mean(dim=0).numpy()
@@ -239,9 +240,7 @@ def test_the_published_model_gives_the_pipelines_vectors_in_a_fresh_process_else
 
     test = chain.table(chain.cfg.paths.merged_dir / "test.parquet").head(7)
     for number, row in enumerate(test.itertuples()):
-        with open(chain.cfg.paths.raw_dir / row.tar_file, "rb") as tar:
-            tar.seek(row.image_offset)
-            (tmp_path / f"{number}.jpg").write_bytes(tar.read(row.image_size))
+        (tmp_path / f"{number}.jpg").write_bytes(chain.image(row))
     code = f"""
 import glob, numpy, torch
 from PIL import Image

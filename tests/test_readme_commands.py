@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from common import parquet
+from common import images, parquet
 
 pytestmark = pytest.mark.timeout(900)  # the demo, on a busy machine
 STREETS = 4
@@ -24,6 +24,8 @@ LEFT_OUT = {
     "make install": "a network",
     "make demo BACKBONE=": "a network",
     "hf download": "a network",
+    "git clone": "a network",
+    "aria2c": "a network",
     "sbatch": "a cluster",
     "python slurm/submit.py": "a cluster",
     "python slurm/status.py": "a cluster",
@@ -102,9 +104,8 @@ class Checkout:
         ).to_pylist()
         (self.folder / "PHOTOS").mkdir()
         for name, row in zip(("a.jpg", "b.jpg", "PHOTOS/c.jpg", "PHOTOS/d.jpg"), rows, strict=False):
-            with open(self.folder / "demo" / f"{STREETS}-streets" / "raw" / row["tar_file"], "rb") as tar:
-                tar.seek(row["image_offset"])
-                (self.folder / name).write_bytes(tar.read(row["image_size"]))
+            tar = images.Tar(self.folder / "demo" / f"{STREETS}-streets" / "raw" / row["tar_file"])
+            (self.folder / name).write_bytes(tar.read([row["image_offset"]], [row["image_size"]])[0])
         shutil.copytree(data / "merged", self.folder / "TABLES", ignore=shutil.ignore_patterns("*.json", "*.png"))
 
 

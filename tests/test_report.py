@@ -9,12 +9,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import small_merge
 import torch
 from PIL import Image
 
-from common import config, pictures
+from common import config, images, pictures
 from train import evaluate, figures, gallery, metrics, report, results, sheets
 
 
@@ -102,10 +103,10 @@ def numbers_of(tree) -> set[float]:
 
 
 def test_pictures_are_read_by_offset_and_made_small(cfg):
-    rows = gallery.load([cfg.paths.merged_dir / "test.parquet"], 25.0).table.to_pylist()
-    row = rows[7]
-    uri = sheets.picture(cfg.paths.raw_dir / row["tar_file"], row["image_offset"], row["image_size"])
-    small = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    rows = gallery.load([cfg.paths.merged_dir / "test.parquet"], 25.0).table
+    [picture] = pictures.read(images.store(cfg.paths), rows.slice(7, 1))
+    small = Image.open(io.BytesIO(base64.b64decode(sheets.data_uri(picture).partition(",")[2])))
+    row = rows.to_pylist()[7]
     with open(cfg.paths.raw_dir / row["tar_file"], "rb") as tar:
         tar.seek(row["image_offset"])
         original = Image.open(io.BytesIO(tar.read(row["image_size"])))
@@ -115,16 +116,20 @@ def test_pictures_are_read_by_offset_and_made_small(cfg):
 
 def test_the_largest_pictures_leave_the_page_below_ten_megabytes(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (640, 640, 3), np.uint8).repeat(2, 0).repeat(2, 1)
-    Image.fromarray(noise).save(tmp_path / "noise.tar", "JPEG", quality=95)
-    largest = len(sheets.picture(tmp_path / "noise.tar", 0, 10**8))
+    Image.fromarray(noise).save(tmp_path / "noise.jpg", "JPEG", quality=95)
+    largest = len(sheets.data_uri(pictures.small((tmp_path / "noise.jpg").read_bytes())))
     most = 3 * sheets.QUERIES_PER_SHEET * (1 + sheets.COUNTED_RESULTS + sheets.SHOWN_JUNK + 1)
     assert most * largest < 8_000_000  # the rest, a dozen figures and tables, takes less than one
 
 
 def test_a_missing_tar_or_bytes_that_are_no_image_leave_a_gap_that_the_page_tells(cfg, tmp_path):
-    assert sheets.picture(tmp_path / "gone.tar", 0, 10) is None
     (tmp_path / "bad.tar").write_bytes(bytes(100))
-    assert sheets.picture(tmp_path / "bad.tar", 0, 100) is None
+    rows = {
+        "tar_file": ["gone.tar", "bad.tar", "bad.tar"],
+        "image_offset": [0, 0, 90],
+        "image_size": [10, 100, 20],
+    }
+    assert pictures.read(images.Store(tmp_path, tmp_path / "index"), pa.table(rows)) == [None] * 3
     shutil.copytree(cfg.paths.root, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "data" / "raw")
     flags = ["--set", f"paths.root={tmp_path / 'copy'}", "--set", "training.bootstrap_samples=20", "--overwrite"]

@@ -108,7 +108,7 @@ def test_a_failing_shard_cancels_what_depends_on_it_and_the_printed_command_fini
     )
     raw = root / "raw"
     shutil.copytree(place.folder / "raw", raw)
-    (raw / "0089.tar").write_bytes(b"\x1f\x8b\x08" + bytes(600))  # gzip's magic: refused
+    (raw / "0089.tar").write_bytes(b"\xfd7zXZ\0" + bytes(600))  # xz's magic: refused
     kept = {path: path.stat().st_mtime_ns for path in root.glob("data/**/*") if path.is_file()}
     flags = ("--set", f"paths.raw_dir={raw}", "--to", "merge_and_split")
     assert "shards 1 of 2" in place.submit(root, *flags)
@@ -309,7 +309,7 @@ def test_time_limits_in_training_and_generation_lead_to_the_same_results(place):
 
 
 def test_a_crashed_node_and_a_restarted_controller_are_told_and_the_job_starts_again(place):
-    root = place.copy("crash", "data/summary")
+    root = place.copy("crash", "data/summary", "data/summary_report")
     flags = ("--only", "summarize_ids")
     place.submit(root, *flags)
     (process,) = wait_for(lambda: place.python_of("summarize_ids.py", root), "running task")

@@ -109,14 +109,15 @@ def test_a_file_is_done_if_its_settings_and_inputs_are_the_same(cfg, tmp_path):
 
     exact = config.load(None, [*flags[1:], "slurm.num_shards=4", "data.fingerprint=exact"])
     assert artefacts.missing(steps, exact) == {"process_tar": [], "compute_fingerprints": [0]}
-    fingerprints = cfg.paths.fingerprints_dir / "0088.parquet"
+    fingerprints = cfg.paths.fingerprints_dir / "0088-0.parquet"
     whole = fingerprints.read_bytes()
     fingerprints.write_bytes(whole[:100])
     assert artefacts.missing(steps, cfg)["compute_fingerprints"] == [0]
     fingerprints.write_bytes(whole)
     with (cfg.paths.raw_dir / "0088.tar").open("ab") as tar:
         tar.write(bytes(512))
-    assert artefacts.missing(steps, cfg) == {"process_tar": [0], "compute_fingerprints": [0]}
+    # the other three have no work now; how many parts the new tar has is known when it has been processed
+    assert artefacts.missing(steps, cfg) == {"process_tar": [0], "compute_fingerprints": [0, 1, 2, 3]}
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -172,6 +173,33 @@ def test_dry_run_needs_no_slurm_and_prints_every_command(run_script, tmp_path):
     assert "after process_tar, compute_fingerprints, generate_embeddings" in result.stdout
     assert result.stdout.count(f"--config {tmp_path}/logs/runs/TIME/config.toml") == len(scripts)
     assert not (tmp_path / "logs").exists()
+
+
+def test_more_tasks_than_tars_share_their_parts_and_the_plan_tells_who_has_work(run_script, cfg, tmp_path):
+    from synthetic import write_dataset
+
+    flags = ["--set", f"paths.root={tmp_path}"]
+    flags += ["--set", "slurm.num_shards=5", "--set", "data.rows_per_part=9", "--to", "compute_fingerprints"]
+    truth = write_dataset(
+        cfg.paths.raw_dir, streets=3, cities=2, image_px=64, facades_per_street=2, targets_per_facade=(1, 1)
+    )
+    plan = run_script("slurm/submit.py", "--dry-run", *flags).stdout.splitlines()
+    assert plan[0] == "process_tar                2 of 5 tasks to do (0-1)           (3 of the tasks have no work)"
+    assert plan[1].startswith(
+        "compute_fingerprints       5 of 5 tasks to do (0-4)           after process_tar (tasks for"
+    )
+    assert "--dependency=afterok:" in plan[-1]  # task 2 reads what task 0 of process_tar makes
+    for task in range(5):
+        task_flags = ["--shard", task, "--num-shards", 5, *flags[:2]]
+        assert run_script("preprocess/process_tar.py", *task_flags).returncode == 0
+    counts = truth.images.groupby("dataset_id").size().tolist()
+    num_parts = [-(-count // 9) for count in counts]
+    busy = sum(min(parts, tasks) for parts, tasks in zip(num_parts, (3, 2), strict=True))
+    plan = run_script("slurm/submit.py", "--dry-run", *flags).stdout.splitlines()
+    assert plan[0].startswith("process_tar                5 tasks done")
+    assert plan[1].startswith(f"compute_fingerprints       {busy} of 5 tasks to do")
+    assert ("no work" in plan[1]) == (busy < 5)
+    assert busy > 2  # or a tar had one task
 
 
 # ------------------------------------------------------------------------------------------------ here

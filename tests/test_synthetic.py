@@ -149,7 +149,7 @@ def test_datasets_that_cannot_be_written_are_refused(wrong, said, tmp_path):
 
 
 def test_the_command_writes_a_damaged_gzip_tar_and_what_it_has_lost(run_script, tmp_path):
-    flags = ["--streets", 1, "--cities", 1, "--image-px", 64, "--gzip", "--stream-damage", "cut"]
+    flags = ["--streets", 1, "--cities", 1, "--image-px", 64, "--stream-damage", "cut"]
     done = run_script("tests/synthetic.py", "--out", tmp_path / "raw", *flags, "--truth", tmp_path / "truth")
     assert done.returncode == 0, done.stderr
     with pytest.raises(EOFError):

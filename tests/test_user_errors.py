@@ -61,6 +61,6 @@ def test_a_missing_tar_directory_an_empty_one_and_an_empty_tar_are_told_apart(ru
 def test_a_compressed_tar_is_refused_by_name(run_script, tmp_path):
     raw = tmp_path / "data" / "raw"
     raw.mkdir(parents=True)
-    (raw / "0001.tar").write_bytes(b"\x1f\x8b\x08" + bytes(600))
+    (raw / "0001.tar").write_bytes(b"\xfd7zXZ\0" + bytes(600))
     message = told(run_script("preprocess/process_tar.py", "--set", f"paths.root={tmp_path}"), code=1)
     assert "decompress" in message

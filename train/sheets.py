@@ -72,10 +72,8 @@ def first_results(vectors: torch.Tensor, gallery: Gallery, query: int) -> list[t
     return results
 
 
-def _data_uri(image: Image.Image | None) -> str | None:
+def data_uri(image: Image.Image) -> str:
     """A small picture as a JPEG in a data URI."""
-    if image is None:
-        return None
     small = io.BytesIO()
     image.save(small, "JPEG", quality=78, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(small.getvalue()).decode()
@@ -90,7 +88,8 @@ def make(
         query: first_results(vectors, gallery, query) for query in np.concatenate([*chosen.values()]).tolist()
     }
     wanted = sorted({*results_of, *(row for results in results_of.values() for row, _, _ in results)})
-    uri_of = dict(zip(wanted, map(_data_uri, pictures.read(store, gallery.table.take(wanted))), strict=True))
+    small = pictures.read(store, gallery.table.take(wanted))
+    uri_of = {row: None if image is None else data_uri(image) for row, image in zip(wanted, small, strict=True)}
     sheets: dict[str, list[list[Tile]]] = {}
     for name, queries in chosen.items():
         sheets[name] = []
