@@ -229,9 +229,9 @@ def _beyond(
     start = at + BLOCK if broken.is_header else before.offset if before else at
     after, end = find_header(read, start)
     told: list[Member | Damage] = []
-    if before is not None and (broken.is_header or after is None or after >= min(before.offset + before.size, at)):
+    if before is not None and (broken.is_header or after is None or _is_whole(read, before, at, after)):
         told.append(before)
-        start = at
+        start = at if after is None else min(at, after)
     elif before is not None:
         cut = before
     if cut is not None:
@@ -247,8 +247,23 @@ def _beyond(
         told.append(Damage(start, end, reason, f"{broken} at byte {at:,}{lost}"))
         return None, told
     lost = f"{after - start:,} bytes from byte {start:,} on are of no use"
+    if after == start:
+        lost = f"bytes are missing, and the next header begins at byte {after:,}"
     told.append(Damage(start, after, Reject.TAR_DAMAGED, f"{broken} at byte {at:,}: {lost}"))
     return after, told
+
+
+def _is_whole(read: Read, member: Member, at: int, after: int) -> bool:
+    """Whether a member's data can be all there, and nothing else, though the next header begins at byte `after`
+    instead of `at`, as its size says.
+
+    Bytes missing in the data draw zeros of the padding into them; bytes inserted there push some of them out into
+    the padding.
+    """
+    end = min(member.offset + member.size, at)
+    if after < end or read(end, min(at, after) - end).strip(b"\0"):
+        return False
+    return after >= at or read(end - 1, 1) != b"\0"
 
 
 @contextlib.contextmanager

@@ -176,6 +176,34 @@ def test_after_missing_bytes_the_next_header_is_found_inside_the_half_member(tmp
     assert [(m.name, m.content) for m in whole] == [("b", b"2" * 700), ("c", b"3" * 10)]
 
 
+@pytest.mark.parametrize("removed", [1, 40, 300])  # fewer than there are zeros behind the data
+@pytest.mark.parametrize(("at", "is_whole"), [(600, False), (1230, True)])  # in a's data, in its padding
+def test_a_member_that_lacks_few_bytes_is_told_from_one_whose_padding_does(tmp_path, removed, at, is_whole):
+    path = make_tar(tmp_path / "a.tar", [("a", b"1" * 700), ("b", b"2" * 700), ("c", b"3" * 10)])
+    raw = bytearray(path.read_bytes())
+    del raw[at : at + removed]
+    path.write_bytes(raw)
+    names, damages = survivors(path)
+    assert names == (["a", "b", "c"] if is_whole else ["b", "c"])
+    assert [one.member for one in damages] == ([""] if is_whole else ["a", ""])
+    gap, next_header = damages[-1], 1536 - removed
+    assert (gap.start, gap.end) == (
+        next_header if is_whole else 512,
+        next_header,
+    )  # it does not end before it starts
+    assert "-" not in gap.detail  # nor is it of -40 bytes
+
+
+@pytest.mark.parametrize("inserted", [1, 40, 300])
+def test_a_member_that_has_bytes_too_many_within_is_a_half_one(tmp_path, inserted):
+    path = make_tar(tmp_path / "a.tar", [("a", b"1" * 700), ("b", b"2" * 700), ("c", b"3" * 10)])
+    raw = path.read_bytes()
+    path.write_bytes(raw[:600] + b"4" * inserted + raw[600:])
+    names, [half, gap] = survivors(path)
+    assert names == ["b", "c"]  # in the first 700 bytes of a's are some of others, and its last ones lack
+    assert (half.member, half.reason, gap.end) == ("a", "tar_damaged", 1536 + inserted)
+
+
 @pytest.mark.parametrize("inserted", [1, 511, 512, 5000])
 def test_after_bytes_too_many_the_next_header_is_found_at_any_byte(tmp_path, inserted):
     path = make_tar(tmp_path / "a.tar", [("a", b"1" * 10), ("b", b"2" * 700), ("c", b"3" * 10)])
@@ -268,7 +296,7 @@ def test_a_member_of_many_blocks_is_in_memory_once(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert sizes == [1, len(content), 1]
-    assert peak < len(content) + 5 * tars.CHUNK_BYTES  # not twice
+    assert peak < len(content) + 5 * tars.CHUNK_BYTES  # four, and objects; one is of the member before
 
 
 def test_shards_take_every_tar_once(tmp_path):
