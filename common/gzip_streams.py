@@ -57,26 +57,30 @@ class Stream:
         self._pieces = inflate(read, points, self.damages)
         self._kept: deque[tuple[int, bytes]] = deque()  # of the content: offset and bytes, without gaps
         self._kept_bytes = self._position = 0  # _position: of the next piece
+        self._has_failed = False  # the disk, as the last thing: then there are no more pieces
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes of the content at `offset`; fewer only at its end."""
         with self._lock:
             start = self._kept[0][0] if self._kept else self._position
             nearest = bisect.bisect_right(self.points, offset, key=lambda point: point.offset) - 1
-            if offset < start or (nearest >= 0 and self.points[nearest].offset > self._position):
-                self._jump(self.points[nearest])
+            is_ahead = nearest >= 0 and self.points[nearest].offset > self._position
+            if offset < start or is_ahead or self._has_failed:
+                self._jump(self.points[nearest] if nearest >= 0 else None)
+            self._has_failed = True  # if what follows raises
             while self._position < offset + size and (piece := next(self._pieces, b"")):
                 self._keep(piece, offset)
+            self._has_failed = False
             parts = []
             for at, piece in self._kept:
                 if at < offset + size and offset < at + len(piece):
                     parts.append(piece[max(0, offset - at) : offset + size - at])
             return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _jump(self, point: RestartPoint) -> None:
+    def _jump(self, point: RestartPoint | None) -> None:
         self._pieces = inflate(self._read, self.points, self.damages, point)
         self._kept.clear()
-        self._kept_bytes, self._position = 0, point.offset
+        self._kept_bytes, self._position = 0, point.offset if point else 0
 
     def _keep(self, piece: bytes, needed_from: int) -> None:
         """Hold on to `piece`, and let go of what is too long ago, but for what lies beyond `needed_from`."""

@@ -1,6 +1,7 @@
 """common/gzip_streams.py and restart_points.py. Oracle: Python's gzip and zlib, on streams that they wrote."""
 
 import contextlib
+import errno
 import gzip
 import itertools
 import random
@@ -198,6 +199,29 @@ def test_several_threads_read_one_stream(monkeypatch):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_a_place_that_the_disk_does_not_give_costs_what_lies_there_alone():
+    content, points, bad = gzip.compress(DATA), [], range(600_000, 604_096)  # of the file
+
+    def read(offset, size):
+        if offset < bad.stop and offset + size > bad.start:
+            raise OSError(errno.EIO, "Input/output error")
+        return content[offset : offset + size]
+
+    inflated(content, points)
+    for stream in (Stream(read, points), Stream(read, [])):
+        unread = []
+        for offset in range(0, len(DATA), 20_000):
+            try:
+                assert stream.read(offset, 20_000) == DATA[offset : offset + 20_000]
+            except OSError:
+                unread.append(offset)
+        assert unread  # not fewer bytes in silence: that would be another tar
+        assert min(unread) > 100_000
+        assert stream.read(0, 20_000) == DATA[:20_000]
+        if stream.points is points:
+            assert max(unread) < len(DATA) - 300_000  # from the next restart point on, all can be read again
 
 
 def test_reading_forward_inflates_once(monkeypatch):
