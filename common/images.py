@@ -140,14 +140,18 @@ def restart_points(tar: Path, index: Path) -> list[RestartPoint]:
         if not provenance.differences(parquet.read_provenance(index), made):
             table = parquet.read(index, schemas.RESTART_POINTS.names)
             return [RestartPoint(**row) for row in table.to_pylist()]
-    except PipelineError:
-        pass  # absent, or damaged
+    except (PipelineError, OSError):
+        pass  # absent, damaged, or not to be read
     log.info("%s is read once, for an index of it: %s is absent or another tar's", tar, index)
     points: list[RestartPoint] = []
     with tars.opened(tar) as file:
         for _ in gzip_streams.inflate(lambda at, size: os.pread(file.fileno(), size, at), points, []):
             pass
-    write_restart_points(index, points, made)
+    try:
+        write_restart_points(index, points, made)
+    except (PipelineError, OSError) as error:  # the images can be read all the same
+        reason = error.strerror if isinstance(error, OSError) else parquet.first_line(error)
+        log.warning("%s cannot be written (%s): the next run reads %s for it, too", index, reason, tar)
     return points
 
 
