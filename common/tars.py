@@ -257,13 +257,15 @@ def _is_whole(read: Read, member: Member, at: int, after: int) -> bool:
     """Whether a member's data can be all there, and nothing else, though the next header begins at byte `after`
     instead of `at`, as its size says.
 
-    Bytes missing in the data draw zeros of the padding into them; bytes inserted there push some of them out into
-    the padding.
+    Bytes missing in the data draw zeros of the padding into them, or other members' data; bytes inserted there push
+    some of them out, to where the padding begins.
     """
     end = min(member.offset + member.size, at)
-    if after < end or read(end, min(at, after) - end).strip(b"\0"):
+    if after < end:
         return False
-    return after >= at or read(end - 1, 1) != b"\0"
+    if after < at:
+        return read(end - 1, 1) != b"\0"
+    return read(end, min(1, at - end)) in (b"", b"\0")
 
 
 @contextlib.contextmanager
