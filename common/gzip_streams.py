@@ -106,7 +106,9 @@ def inflate(
             header = read(at, _HEADER_BYTES)
             size = _header_size(header)
             if size is None:
-                if not _is_zeros(read, at):
+                if at == 0:
+                    _note(damages, offset, "the gzip header is damaged")
+                elif not _is_zeros(read, at):
                     _note(damages, offset, "behind the gzip stream are data that are none")
                 return
             start = RestartPoint(offset, 8 * (at + size), b"")

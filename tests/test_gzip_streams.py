@@ -120,6 +120,12 @@ def test_headers_with_every_field_are_passed_over(flags):
     assert inflated(content) == (b"content", [])
 
 
+def test_a_damaged_header_is_not_told_as_data_behind_the_stream():
+    content = bytearray(gzip.compress(b"content"))
+    content[2] = 7  # no such method
+    assert inflated(bytes(content)) == (b"", [(0, "the gzip header is damaged")])
+
+
 def test_zeros_behind_the_stream_are_padding_and_anything_else_is_told():
     content = gzip.compress(DATA)
     assert inflated(content + bytes(100_000)) == (DATA, [])

@@ -296,7 +296,7 @@ def test_a_member_of_many_blocks_is_in_memory_once(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert sizes == [1, len(content), 1]
-    assert peak < len(content) + 5 * tars.CHUNK_BYTES  # four, and objects; one is of the member before
+    assert peak < len(content) + 5 * tars.CHUNK_BYTES  # not twice
 
 
 def test_shards_take_every_tar_once(tmp_path):
