@@ -257,8 +257,8 @@ def _is_whole(read: Read, member: Member, at: int, after: int) -> bool:
     """Whether a member's data can be all there, and nothing else, though the next header begins at byte `after`
     instead of `at`, as its size says.
 
-    Bytes missing in the data draw zeros of the padding into them, or data of others; bytes inserted there push some
-    of them out, to where the padding begins.
+    Bytes missing in the data draw zeros of the padding into them, or data of others; bytes inserted there push
+    some of them out, to where the padding begins.
     """
     end = min(member.offset + member.size, at)
     if after < end:

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import xxhash
 from conftest import ROOT
-from damaged_tars import inflated
+from damaged_tars import gzipped, inflated, members_of
 from local_backbone import write_tiny_backbone
 from same_artefacts import assert_same_artefacts
+from small_pairs import jpeg
 from synthetic import write_dataset
 
 from common import config, files, gzip_streams, images, parquet, tars
@@ -272,20 +273,33 @@ def test_an_index_that_cannot_be_written_is_told_and_made_once(change, copy, mon
 # --------------------------------------------------------------------------------------------------- a changed tar
 
 
+def with_other_pictures(tar: bytes) -> bytes:
+    """A plain tar with the same members in the same places, but its images are others, of the old ones' sizes."""
+    changed = bytearray(tar)
+    for number, member in enumerate(m for m in members_of(tar) if m.name.endswith(".jpg")):
+        picture = jpeg(number, size=(32, 32))
+        comment = member.size - len(picture)
+        segment = b"\xff\xfe" + (comment - 2).to_bytes(2, "big") + bytes(comment - 4)
+        changed[member.data : member.data + member.size] = picture[:2] + segment + picture[2:]
+    return bytes(changed)
+
+
 @pytest.mark.parametrize("form", ["plain", "gzip"])
 @each_reading_stage
 def test_a_tar_that_another_of_its_size_has_replaced_is_refused_alone(stage, form, finished, tmp_path, capsys):
-    raw, other = tmp_path / "raw", tmp_path / "other"
-    for seed, folder in enumerate((raw, other)):
-        many = {"streets": 3, "cities": 3, "image_px": 96, "facades_per_street": 6}
-        write_dataset(folder, **many, seed=seed, compress=form == "gzip")
-    size = max((folder / "0089.tar").stat().st_size for folder in (raw, other))
-    for folder in (raw, other):
-        os.truncate(folder / "0089.tar", size)  # zeros behind the end are padding
+    raw, tar = tmp_path / "raw", tmp_path / "raw/0089.tar"
+    shutil.copytree(finished.cfg.paths.raw_dir, raw)
+    whole = inflated(tar.read_bytes())
+    if form == "plain":
+        tar.write_bytes(whole)
+    right, other = tar.read_bytes(), with_other_pictures(whole)
+    if form == "gzip":
+        other = gzipped(other)
+        other += bytes(len(right) - len(other))  # zeros behind the stream are padding
+    assert len(other) == len(right)
     place = Place(tmp_path / "run", raw, finished.backbone)
     assert place.run("process_tar") == 0
-    right = (raw / "0089.tar").read_bytes()
-    shutil.copy(other / "0089.tar", raw / "0089.tar")
+    tar.write_bytes(other)
     capsys.readouterr()
     for _ in range(2):  # nothing of it counts as done
         assert place.run(stage) == 1
@@ -296,7 +310,7 @@ def test_a_tar_that_another_of_its_size_has_replaced_is_refused_alone(stage, for
         assert "0090.tar" not in told
         made = {path.name.partition("-")[0] for path in place.made_by(stage).glob("*.parquet")}
         assert made == {"0088", "0090"}
-    (raw / "0089.tar").write_bytes(right)
+    tar.write_bytes(right)
     assert place.run(stage) == 0
     rows = sum(parquet.num_rows(path) for path in place.made_by(stage).glob("0089-*.parquet"))
     assert rows == len(place.rows("0089"))
