@@ -3,7 +3,7 @@
 On the CPU: a ViT-S/14-sized random model at 224 pixels against its forward pass on tensors that are there already;
 then a "model" that only takes a few pixels, so that the loop's own cost shows, against decoding the JPEGs and
 dropping them, against that with resizing and normalising, and against extracted files through PIL, Hugging Face's
-processor and a DataLoader of as many workers. Ours is all that the stage does: JPEGs by offset from the tar to
+processor and a DataLoader of as many workers. Ours is all that the stage does: JPEGs by offset from a tar to
 finished Parquet files. Where there is a GPU: ViT-B/14 and L/14 in bfloat16, and their share of the card's peak.
 
 Against decoding alone 0.8 is wanted and not to be had on a CPU without other pixels than Hugging Face's. Of a core
@@ -221,7 +221,7 @@ def measure() -> list[timing.Ratio]:
         root = Path(place)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         streets = 5 if device.type == "cpu" else 200
-        write_dataset(root / "data" / "raw", streets=streets, cities=1)
+        write_dataset(root / "data" / "raw", streets=streets, cities=1, compress=False)
         cfg = settings(root, write_vit(root / "S", "S"), "infrastructure.device=cpu")
         process_tar.main(["--set", f"paths.root={root}"])
         taken = against_the_model(cfg, CPU, images=MODEL_IMAGES, rounds=5)

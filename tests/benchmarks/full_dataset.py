@@ -94,7 +94,7 @@ def main() -> int:
         "machine": timing.machine(),
         "gpu": GPU,
         "images": IMAGES,
-        "core_hours_process_tar": IMAGES / ours(results, "process_tar") / 3600,
+        "core_hours_process_tar": IMAGES / ours(results, "process_tar on gzip") / 3600,
         "core_hours_fingerprints": IMAGES / ours(results, "pHash") / 3600,
         "days_evaluation_here": grown(growth, "evaluation, 256-d", test_images) / 24,
         "gpu_hours_evaluation": 2 * test_images**2 * 256 / (sizes.GPUS[GPU][0] * 1e12 * PRODUCT_SHARE) / 3600,
