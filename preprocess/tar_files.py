@@ -21,6 +21,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg")
 LABEL_SUFFIX = ".txt"
 _DAMAGES = (Reject.TAR_TRUNCATED, Reject.TAR_DAMAGED, Reject.GZIP_DAMAGED)
 _SUFFIXES = (LABEL_SUFFIX, *IMAGE_SUFFIXES)
+_WRITTEN_ROWS = 10_000  # at a time: their columns take as much memory as what they are made from
 _TELL_EVERY_S = 0.2  # how far the checking is; a signal to stop waits as long
 _Unchecked = tuple[str, str, int, int, memoryview | None]  # of an image: name, stem, offset, size, the JPEG
 
@@ -237,10 +238,12 @@ def write_intermediates(
     path: Path, found: Pairs, tar_file: str, made: Provenance, counts: dict, damages: list[tars.Damage]
 ) -> Counter[str]:
     """Write the valid pairs; returns how many labels disagree with their positions, as the footer says."""
-    columns = pairs.columns(found.valid, tar_file)
-    disagreements = geometry.count_disagreements(columns)
+    disagreements: Counter[str] = Counter()
     with parquet.writer(path, schemas.INTERMEDIATES, made) as out:
-        out.append(columns)
+        for start in range(0, len(found.valid), _WRITTEN_ROWS):
+            columns = pairs.columns(found.valid[start : start + _WRITTEN_ROWS], tar_file)
+            disagreements.update(geometry.count_disagreements(columns))  # "+=" would drop what is 0
+            out.append(columns)
         out.rows = counts
         out.facts = {"damages": [damage.detail for damage in damages], "disagreements": dict(disagreements)}
     return disagreements
