@@ -25,6 +25,7 @@ from common.provenance import Provenance
 from common.restart_points import RestartPoint
 
 log = logging.getLogger("pipeline")
+_POINTS_AT_A_TIME = 250  # written as a row group of 8 MB, which takes five times as much memory meanwhile
 OPEN_TARS = 2  # a stage goes from one to the next while threads still read the first
 
 
@@ -138,8 +139,8 @@ def restart_points(tar: Path, index: Path) -> list[RestartPoint]:
     made = provenance.record("process_tar", {}, [tar])
     try:
         if not provenance.differences(parquet.read_provenance(index), made):
-            table = parquet.read(index, schemas.RESTART_POINTS.names)
-            return [RestartPoint(**row) for row in table.to_pylist()]
+            tables = parquet.batches(index, schemas.RESTART_POINTS.names, _POINTS_AT_A_TIME)
+            return [RestartPoint(**row) for table in tables for row in table.to_pylist()]
     except (PipelineError, OSError):
         pass  # absent, damaged, or not to be read
     log.info("%s is read once, for an index of it: %s is absent or another tar's", tar, index)
@@ -161,8 +162,10 @@ def write_restart_points(index: Path, points: list[RestartPoint], made: Provenan
         index.unlink(missing_ok=True)
         return
     with parquet.writer(index, schemas.RESTART_POINTS, made) as out:
-        columns = zip(*points, strict=True)
-        out.append(dict(zip(schemas.RESTART_POINTS.names, map(list, columns), strict=True)))
+        for start in range(0, len(points), _POINTS_AT_A_TIME):
+            columns = zip(*points[start : start + _POINTS_AT_A_TIME], strict=True)
+            out.append(dict(zip(schemas.RESTART_POINTS.names, map(list, columns), strict=True)))
+            out.flush()
 
 
 def _read_plain(descriptor: int, offsets: list[int], sizes: list[int]) -> list[bytes]:
