@@ -30,10 +30,8 @@ BATCH = 256  # rows that a stage reads at a time
 
 
 def allowed_mb(tar_bytes: int, threads: int) -> float:
-    """What process_tar.py and gzip_streams.py say of memory: two blocks of the tar, a file for each thread, what
-    the gzip stream keeps, its restart points, and what is noted of each image.
-    """
-    return 2 + threads + 9 + 0.004 * tar_bytes / 1e6 + 0.002 * IMAGES
+    """What process_tar.py's docstring says of its memory."""
+    return 20 + threads + 0.0025 * IMAGES + 50 + 0.004 * tar_bytes / 1e6
 
 
 def process(root: Path) -> None:
