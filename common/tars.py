@@ -181,14 +181,13 @@ def _members(
     """
     before: Member | None = None
     shared: dict[str, bytes] = {}  # pax records that hold for all members
-    at, limit = 0, float("inf") if tar_bytes is None else tar_bytes
+    at, whole_to = 0, -1 if tar_bytes is None else tar_bytes  # data that end up to there are all there
     while True:
         block = read(at, BLOCK)
         member = None if shared else plain_file(block, at + BLOCK)
         broken = None
         if member is not None:
-            name, data, size, kind, _ = member
-            end = data + size
+            data, stored = at + BLOCK, member[2]  # not by its fields' names, which take longer
         else:
             try:
                 if block == _ZEROS:
@@ -196,18 +195,19 @@ def _members(
                         break
                     raise NoMember("there are zeros, with more data behind them,")
                 member, stored = unusual_member(read, at, shared)
-                name, data, size, kind, _ = member
-                end = data + stored
+                data = member.offset
             except NoMember as error:
                 broken = error
-        if broken is None and (end > limit or (tar_bytes is None and end > data and not read(end - 1, 1))):
-            broken = NoMember("it is cut off", is_header=True)
+        if broken is None:
+            end = data + stored
+            if end > whole_to and (tar_bytes is not None or (stored and not read(end - 1, 1))):
+                broken = NoMember("it is cut off", is_header=True)
         if broken is None:
             if before is not None:
                 yield before
-            if view and kind == "file" and size <= MAX_CONTENT_BYTES:
-                member = _new(Member, (name, data, size, kind, view(data, size)))
-            before, at = member, end + -(end - data) % BLOCK
+            if view and member[3] == "file" and member[2] <= MAX_CONTENT_BYTES:
+                member = _new(Member, (*member[:4], view(data, member[2])))
+            before, at = member, end + -stored % BLOCK
             continue
 
         after, told = _beyond(read, at, before, member if broken.is_header else None, broken)
