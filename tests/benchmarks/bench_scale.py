@@ -57,17 +57,17 @@ def write_tar_files(cfg: config.Config, number: int, rows: slice, columns: dict)
     with parquet.writer(source, schemas.INTERMEDIATES, provenance.record("process_tar", {}, [tar])) as out:
         out.append({name: table[name] for name in schemas.INTERMEDIATES.names})
     hashed = provenance.record("compute_fingerprints", {}, [source])
-    made = provenance.record("generate_embeddings", {"embedding_model.name": "made-up"}, [source])
+    embedded = provenance.record("generate_embeddings", {"embedding_model.name": "made-up"}, [source])
     for part, start in enumerate(range(0, n, cfg.data.rows_per_part)):
         chosen = parquet.read(source).slice(start, cfg.data.rows_per_part)
-        path = cfg.paths.fingerprints_dir / f"{stem}-{part}.parquet"
-        with parquet.writer(path, schemas.FINGERPRINTS, hashed) as out:
-            rows = slice(start, start + cfg.data.rows_per_part)
-            out.append({name: table[name][rows] for name in schemas.FINGERPRINTS.names})
-        path = cfg.paths.embeddings_dir / f"{stem}-{part}.parquet"
-        with parquet.writer(path, schemas.embeddings(DIM), made) as out:
+        there = {name: chosen[name] for name in chosen.column_names}
+        hashes = {name: table[name][start : start + chosen.num_rows] for name in ("phash", "dhash")}
+        name = f"{stem}-{part}.parquet"
+        with parquet.writer(cfg.paths.fingerprints_dir / name, schemas.FINGERPRINTS, hashed) as out:
+            out.append({**there, **hashes})
+        with parquet.writer(cfg.paths.embeddings_dir / name, schemas.embeddings(DIM), embedded) as out:
             vectors = np.zeros((chosen.num_rows, DIM), np.float16)
-            out.append({**{name: chosen[name] for name in chosen.column_names}, "embedding": vectors})
+            out.append({**there, "embedding": vectors})
             out.facts = {"dim": DIM}
 
 
