@@ -205,8 +205,8 @@ def _members(
         if broken is None:
             if before is not None:
                 yield before
-            if view and member[3] == "file" and member[2] <= MAX_CONTENT_BYTES:
-                member = _new(Member, (*member[:4], view(data, member[2])))
+            if view and member and member.kind == "file" and member.size <= MAX_CONTENT_BYTES:
+                member = _new(Member, (*member[:4], view(data, member.size)))
             before, at = member, end + -stored % BLOCK
             continue
 
