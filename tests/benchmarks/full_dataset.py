@@ -62,7 +62,9 @@ def of_backbone(vit, results: dict, growth: dict) -> dict:
     train_images = round(IMAGES * cfg.data.train_ratio)
     embedding_bytes = IMAGES * dim * 2
     stored = 100_000 * 768 * 2  # what bench_storage.py writes and reads
-    copying_s = embedding_bytes / stored * (ours(results, "write ") + ours(results, "read "))
+    copying_s = (
+        embedding_bytes / stored * (ours(results, "float16 to Parquet") + ours(results, "float16 from Parquet"))
+    )
     training = cfg.training
     triplets = training.epochs * training.steps_per_epoch * training.batch_size
     products = 2 * train_images**2 * dim / (sizes.GPUS[GPU][0] * 1e12 * PRODUCT_SHARE)
