@@ -90,7 +90,7 @@ def refuse_leftovers(folder: Path, what: str, *patterns: str) -> None:
         paths = " ".join(f"{shlex.quote(str(folder))}/{pattern}" for pattern in old)
         raise PipelineError(
             f"{folder} holds files of an older version that make it unreadable as one table: {', '.join(old)}\n"
-            f"delete them, or move them out:  mkdir -p {target} && mv {paths} {target}"
+            f"move them out:  mkdir -p {target} && mv {paths} {target}"
         )
 
 

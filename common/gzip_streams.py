@@ -5,8 +5,8 @@ Deflate data are inflated without their gzip frame and the checksum is formed be
 frame do not give the last data of a stream whose checksum is wrong. Several gzip members in one file are one
 stream. Where the deflate data themselves make no sense, or end early, what stands before is given, to the byte.
 
-Memory: READ_BYTES of the file, KEPT_BYTES of what was inflated last, and the restart points: 32 kB for each
-SPACING_BYTES (0.4 % of what the file holds: 57 MB for a tar of 14 GB).
+Memory: READ_BYTES of the file, two pieces of what it holds, and the restart points: 32 kB for each SPACING_BYTES
+(0.4 % of what the file holds: 57 MB for a tar of 14 GB).
 """
 
 import bisect
@@ -28,15 +28,17 @@ from common.restart_points import (
 )
 
 MAGIC = b"\x1f\x8b"
-CUT_OFF = "the gzip stream is cut off"
+CUT_OFF = "the gzip stream is cut off (is the file as long as the one it was copied from?)"
 SPACING_BYTES = 8 * 2**20  # of inflated data from one restart point to the next: 25 ms to inflate
 READ_BYTES = 2**18  # of the file, at a time
-KEPT_BYTES = 8 * 2**20  # for threads that come a little late
 _PIECE_BYTES = 2**21  # inflated at a time, however well the data are compressed
 _SEARCHED_BYTES = 2**16  # of the file, for the next block: blocks of JPEGs take about 32 kB
 _SLICE_BYTES = 2**13  # of it, at a time
+_PAUSE_BYTES = 2**20  # of the content, until a block is sought again after a search in vain
 _PROVED_BYTES = 2**15  # of the file, inflated from a point to prove it
+_LEAST_PROVED_BYTES = 1024  # of the content, that must be equal
 _STEP_BYTES = 2**12  # of the file, on the way to where the data make no sense
+_BLOCK_BYTES = 512
 _HEADER_BYTES = 2**17  # more than a gzip header takes
 _TRAILER_BYTES = 8
 _EXTRA, _NAME, _COMMENT, _HEADER_CRC = 4, 8, 16, 2  # flags of a header (RFC 1952, 2.3)
@@ -51,8 +53,10 @@ class Stream:
     with it as (byte of the content, what), as far as it has been read.
     """
 
-    def __init__(self, read: Read, points: list[RestartPoint]):
+    def __init__(self, read: Read, points: list[RestartPoint], kept_bytes: int = 0):
+        """`kept_bytes`: of what was inflated last, for threads that come a little late."""
         self.points, self.damages = points, list[tuple[int, str]]()
+        self._most_kept = kept_bytes
         self._read, self._lock = read, Lock()
         self._pieces = inflate(read, points, self.damages)
         self._kept: deque[tuple[int, bytes]] = deque()  # of the content: offset and bytes, without gaps
@@ -87,7 +91,7 @@ class Stream:
         self._kept.append((self._position, piece))
         self._position += len(piece)
         self._kept_bytes += len(piece)
-        while self._kept_bytes > KEPT_BYTES and self._kept[0][0] + len(self._kept[0][1]) <= needed_from:
+        while self._kept_bytes > self._most_kept and self._kept[0][0] + len(self._kept[0][1]) <= needed_from:
             self._kept_bytes -= len(self._kept.popleft()[1])
 
 
@@ -103,13 +107,13 @@ def inflate(
     while True:
         start, checksum, length = point, 0, 0
         if start is None:
-            header = read(at, _HEADER_BYTES)
-            size = _header_size(header)
+            # few headers take more than a block
+            size = _header_size(read(at, _BLOCK_BYTES)) or _header_size(read(at, _HEADER_BYTES))
             if size is None:
                 if at == 0:
                     _note(damages, offset, "the gzip header is damaged")
                 elif not _is_zeros(read, at):
-                    _note(damages, offset, "behind the gzip stream are data that are none")
+                    _note(damages, offset, "data behind the gzip stream that are not gzip")
                 return
             start = RestartPoint(offset, 8 * (at + size), b"")
             if not points or offset - points[-1].offset >= SPACING_BYTES:
@@ -155,18 +159,21 @@ def _deflated(
     dictionary, pending, extra = lead
     at += 1 - len(pending)  # `pending` stands for the bytes of the file from here on
     inflater = isal_zlib.decompressobj(-zlib.MAX_WBITS, zdict=dictionary)
+    search_from = start.offset  # of the content
     while not inflater.eof:
         pending = pending or read(at, READ_BYTES)
-        due = not extra and len(pending) > _SEARCHED_BYTES and offset - points[-1].offset >= SPACING_BYTES
+        due_at = max(points[-1].offset + SPACING_BYTES, search_from)
         try:
-            if due:
+            if not extra and len(pending) > _SEARCHED_BYTES and offset >= due_at:
                 piece, used = _inflate_to_point(inflater, pending, 8 * at, offset, window, points)
+                if points[-1].offset < offset:  # in vain
+                    search_from = offset + _PAUSE_BYTES
             else:
                 piece = inflater.decompress(pending, _PIECE_BYTES)
                 used = len(pending) - len(inflater.unconsumed_tail) - len(inflater.unused_data)
         except isal_zlib.IsalError:
             yield from _salvaged(read, _last_before(points, offset, start), offset)
-            return at, "deflate data that make no sense"
+            return at, "invalid deflate data"
         if not pending and not piece:
             yield from _salvaged(read, _last_before(points, offset, start), offset)
             return at, CUT_OFF
@@ -193,15 +200,17 @@ def _inflate_to_point(
             continue
         # with the byte in which the block begins: less than its header is there, and nothing of what it holds
         head = -(-start // 8)
-        before = inflater.decompress(data[:head])
-        if inflater.eof:
-            return before, head - len(inflater.unused_data)
-        after = inflater.decompress(data[head : start // 8 + len(proof)])
+        before = inflater.decompress(data[:head], _PIECE_BYTES)
+        if inflater.eof or inflater.unconsumed_tail:
+            return before, head - len(inflater.unconsumed_tail) - len(inflater.unused_data)
+        after = inflater.decompress(data[head : start // 8 + len(proof)], _PIECE_BYTES)
         point = RestartPoint(offset + len(before), bit + start, (window + before)[-WINDOW_BYTES:])
-        proved = inflate_briefly(proof, start % 8, point.window)
-        if proved and after and after[: len(proved)] == proved[: len(after)]:
+        proved = inflate_briefly(proof, start % 8, point.window) or b""
+        common = min(len(proved), len(after))
+        if common >= _LEAST_PROVED_BYTES and proved[:common] == after[:common]:
             points.append(point)
-        return before + after, start // 8 + len(proof) - len(inflater.unused_data)
+        unused = len(inflater.unconsumed_tail) + len(inflater.unused_data)
+        return before + after, start // 8 + len(proof) - unused
     piece = inflater.decompress(data, _PIECE_BYTES)
     return piece, len(data) - len(inflater.unconsumed_tail) - len(inflater.unused_data)
 

@@ -1,8 +1,8 @@
 """What made a file: recorded in it, compared with what a run would make, and told in a user's words.
 
 Two runs agree when they are of one stage, with equal values of the settings that the stage reads, on the same
-inputs. A tar is known by its name and size, a file of ours by the id in its record. That id is a digest of the
-file's rows: making a file again, with the same result, leaves what was made from it valid.
+inputs. A tar is known by its name, its size and its two ends, a file of ours by the id in its record. That id is a
+digest of the file's rows: making a file again, with the same result, leaves what was made from it valid.
 """
 
 import functools
@@ -25,6 +25,9 @@ _LIBRARIES = (
     "simplejpeg",
     "imagehash",
 )
+
+
+_PROBED_BYTES = 2**16  # of each end of a file that is not ours
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,18 @@ class Provenance:
 
 
 def identity(path: Path) -> str:
-    """What `path` is known by: the id in its record for a Parquet file of ours, else its size in bytes."""
+    """What `path` is known by: the id in its record for a Parquet file of ours, else its size and a digest of its
+    two ends. (A gzip stream ends with a checksum of all of it.)
+    """
     if path.suffix == ".parquet":
         from common import parquet
 
         return parquet.read_provenance(path).id
-    return f"{path.stat().st_size} bytes"
+    size = path.stat().st_size
+    with open(path, "rb", buffering=0) as file:
+        start = file.read(_PROBED_BYTES)
+        file.seek(max(0, size - _PROBED_BYTES))
+        return f"{size} bytes, {digest_of(start, file.read(_PROBED_BYTES))[:16]}"
 
 
 def record(stage: str, config: dict, inputs: list[Path] | dict) -> Provenance:

@@ -33,6 +33,7 @@ _INDEX_BYTES = 3 * BLOCK  # of one read when they are not: a label's header, its
 _ZEROS = bytes(BLOCK)
 _NAME = re.compile(r"(?P<stem>.*?)(?:\.tar|\.tar\.gz|\.tgz)", re.IGNORECASE | re.DOTALL)
 _OTHER_NAMES = re.compile(r".*\.(tar\.\w+|tbz2?|txz|tzst)", re.IGNORECASE | re.DOTALL)
+_UNFINISHED = (".aria2", ".part", ".crdownload")  # of what is beside a download, or is one, until it is finished
 _COMPRESSED = {
     b"\x1f\x9d": "compress",
     b"BZh": "bzip2",
@@ -85,11 +86,11 @@ def of_shard(raw_dir: Path, shard: int, num_shards: int) -> list[Path]:
     twice = [path.name for path in listing if stems.count(stem(path)) > 1]
     if twice:
         raise PipelineError(f"{raw_dir} has one tar under two names, {twice[0]} and {twice[1]}\nkeep one of them")
-    unfinished = [path for path in compressed if path.suffix == ".aria2"]
+    unfinished = [path for path in there if path.suffix in _UNFINISHED and is_named_so(path.with_suffix(""))]
     if unfinished:
         raise PipelineError(
             f"{unfinished[0].with_suffix('')} has not been downloaded completely: {unfinished[0].name} says so\n"
-            "run the same aria2c command again, which resumes; that file goes when the tar is whole"
+            "run the download again, which resumes; that file goes when the tar is whole"
         )
     if compressed:
         raise PipelineError(
@@ -107,11 +108,10 @@ def _without_tars(raw_dir: Path) -> str:
     if not raw_dir.is_dir():
         what = "is a file" if raw_dir.exists() else "does not exist"
         return f"{raw_dir} {what}\nput the dataset's tars there, or set paths.raw_dir"
-    deeper = [path.parent for path in sorted(raw_dir.glob("*/*")) if is_named_so(path) and path.is_file()]
+    deeper = {path.parent for path in raw_dir.glob("*/*") if is_named_so(path) and path.is_file()}
     if deeper:  # aria2c puts them into a folder of the set's name
-        return (
-            f"{raw_dir} holds no tars, but {deeper[0]} has {deeper.count(deeper[0]):,}\nset paths.raw_dir to that"
-        )
+        folders = ", ".join(map(str, sorted(deeper)))
+        return f"{raw_dir} holds no tars, but there are some in {folders}\nset paths.raw_dir to one of these"
     return f"{raw_dir} holds no .tar, .tar.gz or .tgz file\nput the dataset's tars there, or set paths.raw_dir"
 
 
@@ -161,7 +161,7 @@ def walk(
             blocks = _Blocks(lambda start: memoryview(stream.read(start, CHUNK_BYTES)), ahead)
             yield from _members(blocks.read, blocks.view if contents else None, None)
             for offset, what in stream.damages:
-                yield Damage(offset, offset, Reject.GZIP_DAMAGED, f"{what}, at byte {offset:,} of the tar")
+                yield Damage(offset, offset, Reject.GZIP_DAMAGED, f"{what}, found at byte {offset:,} of the tar")
             return
         file_bytes = os.fstat(descriptor).st_size
         if contents:
@@ -201,7 +201,7 @@ def _members(
         if broken is None:
             end = data + stored
             if end > whole_to and (tar_bytes is not None or (stored and not read(end - 1, 1))):
-                broken = NoMember("it is cut off", is_header=True)
+                broken = NoMember("there is a size beyond the end of the tar", is_header=True)
         if broken is None:
             if before is not None:
                 yield before
@@ -210,8 +210,8 @@ def _members(
             before, at = member, end + -stored % BLOCK
             continue
 
-        after, told = _beyond(read, at, before, member if broken.is_header else None, broken)
-        yield from told
+        after, given = _beyond(read, at, before, member if broken.is_header else None, broken)
+        yield from given
         if after is None:
             return
         before, at = None, after
@@ -222,35 +222,45 @@ def _members(
 def _beyond(
     read: Read, at: int, before: Member | None, cut: Member | None, broken: NoMember
 ) -> tuple[int | None, list[Member | Damage]]:
-    """What to tell where no member can be read `at` a place, and where the next header lies (None: nowhere).
+    """What to give where no member can be read `at` a place, and where the next header lies (None: nowhere).
 
     `before`: the member before it; `cut`: the one whose header is there, and whose data are not.
     """
-    start = at + BLOCK if broken.is_header else before.offset if before else at
+    # the next header lies within the member before where bytes of that are missing; a tar has headers of its own
+    is_within = before is not None and not broken.is_header and not is_named_so(Path(before.name))
+    start = before.offset if before and is_within else at + BLOCK * broken.is_header
     after, end = find_header(read, start)
-    told: list[Member | Damage] = []
-    if before is not None and (broken.is_header or after is None or _is_whole(read, before, at, after)):
-        told.append(before)
-        start = at if after is None else min(at, after)
+    given: list[Member | Damage] = []
+    gap = at + BLOCK if cut else at
+    if before is not None and after is not None and is_within and not _is_whole(read, before, at, after):
+        gap = before.offset
+        detail = f"bytes are missing in it or too many: the next header begins at byte {after:,}, not {at:,}"
+        given.append(Damage(before.offset, after, Reject.TAR_DAMAGED, detail, before.name))
     elif before is not None:
-        cut = before
+        given.append(before)
     if cut is not None:
         there = max(0, min(end, cut.offset + cut.size) - cut.offset)
         reason = Reject.TAR_TRUNCATED if after is None else Reject.TAR_DAMAGED
         detail = f"{there:,} of {cut.size:,} bytes are there of a member that begins at byte {cut.offset:,}"
-        told.append(Damage(cut.offset, cut.offset + there, reason, detail, cut.name))
-        if after is None:
-            return None, told
+        given.append(Damage(cut.offset, cut.offset + there, reason, detail, cut.name))
+    if after is not None or cut is None:
+        given.append(_gap(gap, at, after, end, broken))
+    return after, given
+
+
+def _gap(start: int, at: int, after: int | None, end: int, broken: NoMember) -> Damage:
+    """The bytes from `start` to the next header, at `after`, or to the tar's end, since nothing is valid `at` a
+    place.
+    """
     if after is None:
+        rest = "" if broken.is_cut else f": the {end - start:,} bytes from there on are lost"
         reason = Reject.TAR_TRUNCATED if broken.is_cut else Reject.TAR_DAMAGED
-        lost = "" if broken.is_cut else f": the {end - start:,} bytes from there on are of no use"
-        told.append(Damage(start, end, reason, f"{broken} at byte {at:,}{lost}"))
-        return None, told
-    lost = f"{after - start:,} bytes from byte {start:,} on are of no use"
-    if after == start:
-        lost = f"bytes are missing, and the next header begins at byte {after:,}"
-    told.append(Damage(start, after, Reject.TAR_DAMAGED, f"{broken} at byte {at:,}: {lost}"))
-    return after, told
+        return Damage(start, end, reason, f"{broken} at byte {at:,}{rest}")
+    if after <= start:
+        detail = f"{broken} at byte {at:,}: bytes are missing, and the next header begins at byte {after:,}"
+        return Damage(after, after, Reject.TAR_DAMAGED, detail)
+    lost = f"the {after - start:,} bytes from byte {start:,} on are lost"
+    return Damage(start, after, Reject.TAR_DAMAGED, f"{broken} at byte {at:,}: {lost}")
 
 
 def _is_whole(read: Read, member: Member, at: int, after: int) -> bool:

@@ -31,13 +31,11 @@ def write(result: Result, dim: int, facts: dict, max_reject_share: float) -> str
     vectors = result.vectors.reshape(-1, dim).astype(np.float16)
     refuse_not_finite(vectors, rows["image_path"].take(result.rows), part.tar)
     write_rejects(part.target, part.made, named(result.failed, rows["image_path"]))
-    changed = [why.detail for why in result.failed.values() if why.reason is Reject.CONTENT_CHANGED]
+    changed = change_of(result.failed)
     if changed or len(result.failed) > max_reject_share * part.count:
         part.target.unlink(missing_ok=True)  # an earlier run's, with --overwrite: it would count as done
-        return (
-            changed[0].splitlines()[0]
-            if changed
-            else f"{len(result.failed):,} of the {part.count:,} images from row {part.start:,} on of {part.tar} "
+        return changed or (
+            f"{len(result.failed):,} of the {part.count:,} images from row {part.start:,} on of {part.tar} "
             f"cannot be decoded any more (more than data.max_reject_share); see {_rejects(part.target)}"
         )
     columns = rows.take(result.rows)
@@ -46,6 +44,11 @@ def write(result: Result, dim: int, facts: dict, max_reject_share: float) -> str
         out.rows = {"in": part.count, **count_reasons(result.failed.values())}
         out.facts = facts
     return ""
+
+
+def change_of(failed: dict[int, Rejected]) -> str:
+    """What is told of the first image in whose place the tar has another now; empty if there is none."""
+    return next((why.detail for why in failed.values() if why.reason is Reject.CONTENT_CHANGED), "")
 
 
 def refuse_not_finite(vectors: np.ndarray, names: pa.ChunkedArray | pa.Array, where: Path) -> None:

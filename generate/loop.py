@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from common import cli, images, tars
+from common import cli, images, parquet, tars
 from common.cli import Progress
 from common.config import Infrastructure
 from common.decoding import Undecodable, decode
@@ -200,12 +200,10 @@ def _prepare(
     failed: dict[int, Rejected] = {}
 
     def decoded() -> Iterator[np.ndarray]:
-        try:
-            contents = _read(job, start, stop)
-        except images.ChangedTar as error:  # of this job alone: the others' tars may be as they were
-            failed.update(dict.fromkeys(range(start, stop), Rejected(Reject.CONTENT_CHANGED, str(error))))
-            return
-        for number, encoded in enumerate(contents, start):
+        for number, encoded in enumerate(_read(job, start, stop), start):
+            if isinstance(encoded, Rejected):
+                failed[number] = encoded
+                continue
             try:
                 image = decode(encoded)
             except Undecodable as error:
@@ -256,14 +254,18 @@ def _to_host(vectors: torch.Tensor) -> _Vectors:
     return _Vectors(host, torch.cuda.current_stream(vectors.device).record_event())
 
 
-def _read(job: Job, start: int, stop: int) -> Sequence[bytes | None]:
-    """The encoded images start..stop, with None for those in a place that the disk cannot read any more."""
+def _read(job: Job, start: int, stop: int) -> Sequence[bytes | Rejected | None]:
+    """The encoded images start..stop; in place of one why it cannot be had, where the disk does not give it any
+    more, or its tar has another there now.
+    """
     try:
         return job.read(start, stop)
     except tars.BadSector:  # a file system that has gone, say, is another error, and no heap of rejects
-        pass
+        why = Rejected(Reject.JPEG_CORRUPT, "cannot be read")
+    except images.ChangedTar as error:
+        why = Rejected(Reject.CONTENT_CHANGED, parquet.first_line(error))
     if stop - start == 1:
-        return [None]
+        return [why]
     return [image for row in range(start, stop) for image in _read(job, row, row + 1)]
 
 

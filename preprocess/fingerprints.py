@@ -53,7 +53,7 @@ def refuse_whole_tars(folder: Path) -> None:
     if old:
         raise PipelineError(
             f"{old[0]} is of an older version, which made one file for each tar\n"
-            f"delete the {len(old):,} files of this kind: each part of a tar has a file of its own now"
+            f"delete it and the others of this kind ({len(old):,} in all): each part of a tar has its own file now"
         )
 
 

@@ -3,8 +3,10 @@
 A tar is read once, front to back, and nothing is extracted: later stages read an image by its offset. It may be
 plain or a gzip stream, as the published ones are; of a damaged one everything that can be had is used, and the
 summary says what is lost. Its name says which dataset it is; where that is no number, most of its labels do, and
-the summary tells which. A tar that cannot be used is named at the end (exit code 1); the others are done all the
-same. The summary also counts the labels that disagree with their own positions (preprocess/geometry.py).
+the summary tells which. The summary also counts the labels that disagree with their own positions.
+
+A tar that cannot be used is named at the end (exit code 1); the others are done all the same. But a folder in
+which a download is not finished is refused: which tars a shard takes depends on all of them.
 
 Reads    data/raw/<tar>.tar (or .tar.gz, .tgz)
 Writes   data/intermediates/<tar>.parquet: a row per valid image, in the order of the tar
@@ -34,7 +36,6 @@ def main(argv=None) -> int:
     from common.files import beside, refuse_leftovers
     from preprocess import geometry, tar_files
 
-    index_dir = images.store(cfg.paths).index_dir
     refuse_leftovers(cfg.paths.intermediates_dir, "rejects", "rejects/*.parquet")
     todo, listing = [], tars.of_shard(cfg.paths.raw_dir, args.shard, args.num_shards)
     for tar in listing:
@@ -78,7 +79,8 @@ def main(argv=None) -> int:
                 target.unlink(missing_ok=True)  # an earlier run's, with --overwrite: it would count as done
                 failures.append(f"{failure}; see {rejects}")
             else:  # written last: where the intermediates are, the others are too
-                images.write_restart_points(images.index_of(index_dir, tar), files.restart_points, made)
+                index = images.index_of(cfg.paths.intermediates_dir, tar)
+                images.write_restart_points(index, files.restart_points, made)
                 disagreements += tar_files.write_intermediates(
                     target, pairs, tar.name, made, counts, files.damages
                 )

@@ -197,8 +197,10 @@ def account(tar: Path, files: TarFiles, found: Pairs) -> dict:
 def failure(tar: Path, files: TarFiles, counts: dict, max_reject_share: float) -> str:
     """Why the tar fails the stage, and what to do; empty if it does not."""
     if not files.images and not files.texts and all(why.reason in _DAMAGES for _, why in files.rejects):
+        with open(tar, "rb") as file:
+            what = "is a web page" if file.read(100).lstrip().startswith(b"<") else "holds no images"
         size = tar.stat().st_size
-        return f"{tar} ({size:,} bytes) holds no images: download it again, or move it out of the folder"
+        return f"{tar} ({size:,} bytes) {what}: download it again, or move it out of the folder"
     share = counts["rejects"] / (counts["images"] + counts["labels"] + counts["rejects"])
     if share <= max_reject_share:
         return "" if counts["images"] else f"{tar} holds no valid images"
@@ -215,8 +217,10 @@ def notes(tar: Path, files: TarFiles, dataset_id: int | None) -> list[str]:
     """What the summary of the run tells of a tar."""
     found = []
     if files.damages:
-        more = f" and {len(files.damages) - 1:,} more" if len(files.damages) > 1 else ""
-        found.append(f"{tar.name} is damaged: {files.damages[0].detail}{more}")
+        # what is wrong with the gzip stream first: it may be why the tar makes no sense
+        first = min(files.damages, key=lambda damage: damage.reason is not Reject.GZIP_DAMAGED)
+        more = f" (and {len(files.damages) - 1:,} more, see the rejects)" if len(files.damages) > 1 else ""
+        found.append(f"{tar.name} is damaged: {first.detail}{more}")
     if dataset_id is not None and not _is_number(tars.stem(tar)):
         found.append(f"{tar.name} is taken for dataset {dataset_id:04d}, as most of its labels say")
     return found

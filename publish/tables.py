@@ -171,6 +171,8 @@ def _write_vectors(table: Table, results: Iterable[loop.Result], dim: int) -> No
     start = table.start
     with parquet.writer(table.target, table.schema(dim), table.made) as out:
         for result in results:
+            if changed := embedding_parts.change_of(result.failed):
+                raise PipelineError(changed)
             numbers = pa.array([f"row {start + row}" for row in range(result.job.count)])
             vectors = result.vectors.reshape(-1, dim)
             embedding_parts.refuse_not_finite(vectors, numbers.take(pa.array(result.rows)), table.path)

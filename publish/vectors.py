@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from common import parquet, parts, provenance, schemas
+from common.errors import PipelineError
 from common.provenance import Provenance
 from common.schemas import count_reasons
 from generate import embedding_parts
@@ -52,8 +53,10 @@ def missing(found: list[VectorPart], out: Path, name: str, overwrite: bool) -> l
 
 
 def write(result: Result, dim: int) -> None:
-    """Write a part's vectors, after its rejects."""
+    """Write a part's vectors, after its rejects. Raises PipelineError if its tar has other images now."""
     part: VectorPart = result.job.name
+    if changed := embedding_parts.change_of(result.failed):
+        raise PipelineError(changed)
     names = part.group.names.slice(part.start, part.count)
     vectors = result.vectors.reshape(-1, dim).astype(np.float32)
     embedding_parts.refuse_not_finite(vectors, names.take(pa.array(result.rows)), part.target)

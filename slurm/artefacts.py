@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import config, parquet, parts, schemas, tars
+from common import config, parquet, parts, provenance, schemas, tars
 from common.config import Config
 from common.errors import PipelineError
 from common.files import beside
@@ -186,11 +186,9 @@ def _listing(raw_dir: Path, mtime_ns: int) -> list[Path]:
 
 
 def num_tars(cfg: Config) -> int:
-    """0 if there are none, which process_tar.py tells."""
-    try:
-        return len(_tars(cfg))
-    except (OSError, PipelineError):
-        return 0
+    """0 before there are any. Raises PipelineError for a folder that process_tar.py would refuse."""
+    raw_dir = cfg.paths.raw_dir
+    return len(_tars(cfg)) if raw_dir.is_dir() and any(raw_dir.iterdir()) else 0
 
 
 def _num_parts(source: Path, cfg: Config) -> int:
@@ -244,7 +242,12 @@ def _with_best_trial(cfg: Config) -> Config | None:
 
 def identity(path: Path) -> str:
     """What a file is known by in the records of what was made from it."""
-    return f"{path.stat().st_size} bytes" if tars.is_named_so(path) else record_of(path).id
+    return _identity_of_tar(path, path.stat().st_mtime_ns) if tars.is_named_so(path) else record_of(path).id
+
+
+@functools.cache  # each of a tar's parts asks
+def _identity_of_tar(tar: Path, mtime_ns: int) -> str:
+    return provenance.identity(tar)
 
 
 def record_of(path: Path) -> Provenance:

@@ -104,21 +104,23 @@ def select(steps: list[Step], first: str | None, last: str | None) -> list[Step]
 # ------------------------------------------------------------------------------------------------ command line
 
 
-def idle_tasks(steps: list[Step], cfg) -> dict[str, str]:
-    """Step -> how many of its tasks have no work, in words; where work divides into fewer pieces than tasks."""
+def work_notes(steps: list[Step], cfg) -> dict[str, str]:
+    """Step -> how many of its tasks have no work, in words, where that is so or may be."""
     from slurm import artefacts
 
-    told = {}
+    notes = {}
     for step in steps:
-        busy = artefacts.num_busy(step, cfg) if step.tasks > 1 and step.name != "optuna_worker" else step.tasks
-        unknown = step.shards_match and busy is None and artefacts.num_tars(cfg) < step.tasks
-        idle = f"({step.tasks - busy} of the tasks have no work)" if busy is not None and busy < step.tasks else ""
-        told[step.name] = "(tasks for which it finds no work end at once)" if unknown else idle
-    return told
+        divides = step.tasks > 1 and step.name != "optuna_worker"
+        busy = artefacts.num_busy(step, cfg) if divides else step.tasks
+        if busy is None:
+            notes[step.name] = "(some tasks may have no work)" if artefacts.num_tars(cfg) < step.tasks else ""
+        else:
+            notes[step.name] = f"({step.tasks - busy} of the tasks have no work)" if busy < step.tasks else ""
+    return notes
 
 
 def print_plan(
-    steps: list[Step], todo: dict[str, list[int]], commands: list[list[str]], idle: dict[str, str]
+    steps: list[Step], todo: dict[str, list[int]], commands: list[list[str]], notes: dict[str, str]
 ) -> None:
     """The chain as text, a line per step with what is left of it and what it waits for; then the command lines."""
     from slurm import jobs
@@ -133,7 +135,7 @@ def print_plan(
                 else f"{step.tasks} tasks done"
             )
         after = f"after {', '.join(step.needs)}" if step.needs else ""
-        print(" ".join(filter(None, [f"{step.name:26} {state:34}", after, idle[step.name]])).rstrip())
+        print(" ".join(filter(None, [f"{step.name:26} {state:34}", after, notes[step.name]])).rstrip())
     for command in commands:
         print(f"\n{shlex.join(command)}")
 
@@ -204,11 +206,11 @@ def main(argv: list[str] | None = None) -> int:
         flags = [*jobs.settings_flags(args), *["--overwrite"][: args.overwrite]]
         commands = local.commands(steps, todo, flags, args.jobs)
         if args.dry_run:
-            print_plan(steps, todo, [command for _, command in commands], idle_tasks(steps, cfg))
+            print_plan(steps, todo, [command for _, command in commands], work_notes(steps, cfg))
             return 0
         return local.run_chain(steps, commands, cfg, args.jobs)
     if args.dry_run:
-        print_plan(steps, todo, jobs.planned(steps, todo, cfg), idle_tasks(steps, cfg))
+        print_plan(steps, todo, jobs.planned(steps, todo, cfg), work_notes(steps, cfg))
         return 0
     return jobs.submit(steps, todo, cfg, args)
 

@@ -141,7 +141,7 @@ def test_every_image_that_is_not_lost_has_the_same_row_everywhere(stem, chains):
 
 
 @each_tar
-def test_a_lost_file_is_a_reject_by_its_name_or_lies_where_one_says_that_bytes_are_of_no_use(stem, chains):
+def test_a_lost_file_is_a_reject_by_its_name_or_lies_where_one_says_that_bytes_are_lost(stem, chains):
     whole, (content, lost) = chains.tars[stem], chains.damaged_tars[stem]
     broken = inflated(content) if content.startswith(b"\x1f\x8b") else content
     rejects = chains.damaged.rejects(stem)
@@ -169,7 +169,7 @@ def span(detail: str, tar_bytes: int) -> tuple[int, int]:
     if match := re.search(r"([\d,]+) of [\d,]+ bytes are there .* begins at byte ([\d,]+)", detail):
         start = number(match[2])
         return start, start + number(match[1])
-    if match := re.search(r"([\d,]+) bytes from byte ([\d,]+) on are of no use", detail):
+    if match := re.search(r"the ([\d,]+) bytes from byte ([\d,]+) on are lost", detail):
         return number(match[2]), number(match[2]) + number(match[1])
     return number(re.search(r"at byte ([\d,]+)", detail)[1]), tar_bytes
 
@@ -232,7 +232,7 @@ def test_gnu_tar_lists_what_is_used_of_streams_that_lose_nothing(kind, chains):
 @each_tar
 def test_images_are_read_out_of_the_middle_by_the_index_that_was_written(stem, chains, monkeypatch):
     monkeypatch.setattr(images, "write_restart_points", None)  # it is not made again
-    index = images.index_of(images.store(chains.damaged.cfg.paths).index_dir, Path(f"{stem}.tar"))
+    index = images.index_of(chains.damaged.cfg.paths.intermediates_dir, Path(f"{stem}.tar"))
     assert index.exists() == (DAMAGES[STEMS.index(stem)][1] == "gzip")
     assert not index.exists() or parquet.num_rows(index) >= 2
     rows = chains.damaged.rows[stem]

@@ -171,7 +171,7 @@ def test_files_of_the_old_layout_are_refused_until_the_command_that_is_told_has_
         for path in (root / "data").glob(now):
             path.rename(root / "data" / old / path.name)
     for _ in OLD[stage]:  # one error for each folder beside
-        with pytest.raises(PipelineError, match="delete them, or move them out") as refused:
+        with pytest.raises(PipelineError, match="move them out") as refused:
             stage.main(flags(root))
         subprocess.run(str(refused.value).split("move them out:")[1], shell=True, check=True)
     assert set(root.rglob("*.*")) == before

@@ -20,7 +20,7 @@ from same_artefacts import assert_same_artefacts
 from small_pairs import jpeg
 from synthetic import write_dataset
 
-from common import config, files, gzip_streams, images, parquet, tars
+from common import config, files, gzip_streams, images, parquet, provenance, schemas, tars
 from common.cli import exit_code_of
 from generate import generate_embeddings
 from preprocess import compute_fingerprints, process_tar
@@ -57,7 +57,7 @@ class Place:
         return parquet.read(self.cfg.paths.intermediates_dir / f"{stem}.parquet")
 
     def index(self, stem: str) -> Path:
-        return images.store(self.cfg.paths).index_dir / f"{stem}.parquet"
+        return images.index_of(self.cfg.paths.intermediates_dir, Path(f"{stem}.tar"))
 
     def made_by(self, stage: str) -> Path:
         paths = self.cfg.paths
@@ -219,10 +219,11 @@ def another_tars(place: Place, monkeypatch) -> None:
 
 
 def older_tars(place: Place, monkeypatch) -> None:
-    """Of a tar of that name which was shorter."""
-    tar = place.cfg.paths.raw_dir / "0088.tar"
-    with tar.open("ab") as file:
-        file.write(bytes(1000))
+    """Of a tar of that name which was another."""
+    points = parquet.read(place.index("0089"))
+    made = provenance.record("process_tar", {}, {"0088.tar": "123 bytes, of others"})
+    with parquet.writer(place.index("0088"), schemas.RESTART_POINTS, made) as out:
+        out.append(points)
 
 
 def absent_and_read_only(place: Place, monkeypatch) -> None:
@@ -317,8 +318,9 @@ def test_a_tar_that_another_of_its_size_has_replaced_is_refused_alone(stage, for
 
 
 @each_reading_stage
-def test_one_image_that_is_another_is_refused(stage, copy, capsys):
-    """Plain, so that a byte is a byte."""
+def test_one_image_that_is_another_is_refused(stage, copy, capsys, monkeypatch):
+    """Plain, so that a byte is a byte, and far from both ends, by which a tar is known."""
+    monkeypatch.setattr(provenance, "_PROBED_BYTES", 512)
     tar = copy.cfg.paths.raw_dir / "0089.tar"
     tar.write_bytes(inflated(tar.read_bytes()))
     assert copy.run("process_tar", "--overwrite") == 0

@@ -94,8 +94,12 @@ def test_a_sheet_shows_the_duplicates_read_from_the_tars(tmp_path, caplog):
     chain.run()  # the tars hold no images yet
     assert "no sheet of duplicates" in caplog.text
     assert not sheet.exists()
-    for tar in chain.cfg.paths.raw_dir.glob("*.tar"):
+    for dataset, rows in frame.groupby("dataset_id"):
+        tar = chain.cfg.paths.raw_dir / f"{dataset:04d}.tar"
         tar.write_bytes(b"".join(pictures))
+        chain.run("--overwrite")
+        assert not sheet.exists()  # not from a tar that has been replaced
+        chain.write_dataset(tar, rows)
     chain.run("--overwrite")
     red, green, blue = np.asarray(Image.open(sheet).convert("RGB"), int).reshape(-1, 3).T
     assert (green[(red > 240) & (blue < 15)] < 15).sum() > 1_000

@@ -143,10 +143,10 @@ def test_no_damage_is_a_bug_or_loses_count(form, results):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_image_that_is_used_decodes_and_has_the_bytes_that_its_hash_says(form, results):
-    count, index_dir = 0, results[form].root / "data/intermediates_index"
+    count, folder = 0, results[form].root / "data/intermediates"
     for number in range(TARS):
         rows = results[form].used(number)
-        store = images.Store(results[form].raw_dir(number), index_dir)
+        store = images.Store(results[form].raw_dir(number), folder)
         for row in reversed(rows):  # backwards: of a gzip stream, each from a restart point
             [content] = store.tar(row["tar_file"]).read([row["image_offset"]], [row["image_size"]])
             assert xxhash.xxh3_64_intdigest(content) == row["content_hash"]
@@ -154,7 +154,9 @@ def test_every_image_that_is_used_decodes_and_has_the_bytes_that_its_hash_says(f
             assert pixels.shape[:2] == (row["height"], row["width"])
             count += 1
     assert count > TARS * len(results[form].pairs) * 0.4
-    num_points = [parquet.num_rows(path) for path in index_dir.glob("*.parquet")]
+    num_points = [
+        parquet.num_rows(path) for path in (results[form].root / "data/intermediates_index").glob("*.parquet")
+    ]
     assert (np.mean(num_points) > 2) if form == "gzip" else not num_points
 
 

@@ -186,7 +186,7 @@ def test_more_tasks_than_tars_share_their_parts_and_the_plan_tells_who_has_work(
     plan = run_script("slurm/submit.py", "--dry-run", *flags).stdout.splitlines()
     assert plan[0] == "process_tar                2 of 5 tasks to do (0-1)           (3 of the tasks have no work)"
     assert plan[1].startswith(
-        "compute_fingerprints       5 of 5 tasks to do (0-4)           after process_tar (tasks for"
+        "compute_fingerprints       5 of 5 tasks to do (0-4)           after process_tar (some tasks"
     )
     assert "--dependency=afterok:" in plan[-1]  # task 2 reads what task 0 of process_tar makes
     for task in range(5):

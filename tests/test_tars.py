@@ -233,6 +233,18 @@ def test_a_header_in_the_data_of_a_member_is_none_where_nothing_is_damaged(tmp_p
     assert damage.reason == "tar_truncated"
 
 
+def test_a_whole_tar_within_a_tar_before_damage_stays_one_member(tmp_path):
+    inner = make_tar(tmp_path / "inner.tar", [("inner", b"1")]).read_bytes()
+    path = make_tar(tmp_path / "a.tar", [("inner.tar", inner), ("b", b"2"), ("c", b"3")])
+    raw = bytearray(path.read_bytes())
+    start = 512 + len(inner)
+    raw[start : start + 512] = b"x" * 512  # b's header
+    path.write_bytes(raw)
+    names, [gap] = survivors(path)
+    assert names == ["inner.tar", "c"]
+    assert (gap.start, gap.end) == (start, start + 1024)
+
+
 def test_pictures_and_texts_have_no_headers_in_them(tmp_path):
     rng = random.Random(1)
     texts = b"".join(b"d %d %d 000644 \0 0000001 \0%d " % (n, rng.randrange(9**9), n) for n in range(20_000))
@@ -338,7 +350,7 @@ def test_a_folder_without_tars_is_an_error_that_says_what_to_do(tmp_path):
             tars.of_shard(folder, 0, 1)
     (tmp_path / "dataset_aligned").mkdir()
     (tmp_path / "dataset_aligned/0088.tar").touch()  # where aria2c puts it
-    with pytest.raises(PipelineError, match=r"dataset_aligned has 1\nset paths\.raw_dir to that"):
+    with pytest.raises(PipelineError, match=r"there are some in .*dataset_aligned\nset paths\.raw_dir"):
         tars.of_shard(tmp_path, 0, 1)
 
 
@@ -358,6 +370,12 @@ def test_a_tar_that_is_still_being_downloaded_is_not_read(tmp_path):
     (tmp_path / "0088.tar.aria2").touch()
     with pytest.raises(PipelineError, match=r"0088\.tar has not been downloaded completely"):
         tars.of_shard(tmp_path, 0, 1)
+    (tmp_path / "0088.tar.aria2").unlink()
+    for name in ("0089.tgz.aria2", "0089.tar.gz.aria2", "0089.tar.part"):
+        (tmp_path / name).touch()
+        with pytest.raises(PipelineError, match=r"0089.* has not been downloaded completely"):
+            tars.of_shard(tmp_path, 0, 1)
+        (tmp_path / name).unlink()
 
 
 def test_a_folder_in_the_place_of_a_tar_is_not_passed_over(tmp_path):

@@ -106,7 +106,7 @@ def measure() -> list[timing.Ratio]:
         tar_bytes = packed.stat().st_size
         tar_gb = f"{tar_bytes / 1e9:.1f} GB"
         ratios = measure_reading(paths, plain_dir, rows, tar_gb)
-        share = images.index_of(images.store(paths).index_dir, packed).stat().st_size / tar_bytes
+        share = images.index_of(paths.intermediates_dir, packed).stat().st_size / tar_bytes
     mb = allowed_mb(tar_bytes, cfg.infrastructure.threads)
     return [
         *ratios,
