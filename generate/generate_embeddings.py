@@ -8,8 +8,8 @@ Writes   data/embeddings/<tar>-<part>.parquet: the rows of the intermediates, in
 Command  python generate/generate_embeddings.py [--shard 3 --num-shards 40]; of more tasks than tars, several share
          the parts of one
 Memory   the images under way (see loop.py: some tens of MB), two parts (20,000 x dim x 10 bytes: 154 MB at 768),
-         one tar's intermediates twice (300 bytes an image: 270 MB for 450,000), for a gzip tar 0.4 % of it (57 MB
-         for 14 GB), and the backbone
+         one tar's intermediates twice (300 bytes an image: 270 MB for 450,000), for gzip tars twice 64 MB and
+         0.4 % of one (240 MB for 14 GB), and the backbone
 Time     set by the backbone: see publish/estimate_model_size.py. A stop signal waits for the part under way: where
          that takes longer than slurm.signal_before_s, make data.rows_per_part smaller
 """
