@@ -168,7 +168,7 @@ def walk(
             blocks = _Blocks(lambda start: _read_block(descriptor, start), ahead)
             yield from _members(blocks.read, blocks.view, file_bytes)
         else:
-            yield from _members(_Window(descriptor, _INDEX_BYTES).read, None, file_bytes)
+            yield from _members(_window(descriptor, _INDEX_BYTES), None, file_bytes)
 
 
 def _members(
@@ -187,7 +187,8 @@ def _members(
         member = None if shared else plain_file(block, at + BLOCK)
         broken = None
         if member is not None:
-            data, stored = at + BLOCK, member[2]  # not by its fields' names, which take longer
+            data = at + BLOCK
+            end = data + member[2]  # not by its fields' names, which take longer
         else:
             try:
                 if block == _ZEROS:
@@ -196,19 +197,20 @@ def _members(
                     raise NoMember("there are zeros, with more data behind them,")
                 member, stored = unusual_member(read, at, shared)
                 data = member.offset
+                end = data + stored
             except NoMember as error:
                 broken = error
         if broken is None:
-            end = data + stored
-            if end > whole_to and (tar_bytes is not None or (stored and not read(end - 1, 1))):
-                broken = NoMember("there is a size beyond the end of the tar", is_header=True)
-        if broken is None:
-            if before is not None:
-                yield before
+            content = None
             if view and member and member.kind == "file" and member.size <= MAX_CONTENT_BYTES:
-                member = _new(Member, (*member[:4], view(data, member.size)))
-            before, at = member, end + -stored % BLOCK
-            continue
+                content = view(data, end - data)
+                member = _new(Member, (*member[:4], content))
+            if end <= whole_to or (tar_bytes is None and _is_there(read, content, data, end)):
+                if before is not None:
+                    yield before
+                before, at = member, end + (data - end) % BLOCK
+                continue
+            broken = NoMember("there is a size beyond the end of the tar", is_header=True)
 
         after, given = _beyond(read, at, before, member if broken.is_header else None, broken)
         yield from given
@@ -217,6 +219,13 @@ def _members(
         before, at = None, after
     if before is not None:
         yield before
+
+
+def _is_there(read: Read, content: memoryview | None, start: int, end: int) -> bool:
+    """Whether the data of a gzip stream's tar from `start` to `end` are all there. If they have been read, that
+    shows it: to look at their end first would be to go back and forth.
+    """
+    return start == end or (len(content) == end - start if content is not None else read(end - 1, 1) != b"")
 
 
 def _beyond(
@@ -312,30 +321,28 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-class _Window:
-    """Reads a file through one buffer of `chunk` bytes; a request outside of it moves it there."""
+def _window(descriptor: int, chunk: int) -> Read:
+    """Reads a file through one buffer of `chunk` bytes; a request outside of it moves it there.
 
-    def __init__(self, descriptor: int, chunk: int):
-        self._descriptor, self._chunk = descriptor, chunk
-        self._start = self._end = 0
-        self._buffer = b""
+    A function and not a class: it is called for each member, and finds what it holds faster.
+    """
+    start = end = 0
+    buffer = b""
 
-    def read(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes at `offset`; fewer only at the end of the file."""
-        at = offset - self._start
-        if at < 0 or offset + size > self._end:
-            self._move(offset, max(size, self._chunk))
-            at = 0
-        return self._buffer[at : at + size]
+    def read(offset: int, size: int) -> bytes:
+        nonlocal start, end, buffer
+        at = offset - start
+        if at < 0 or offset + size > end:
+            at, start, wanted = 0, offset, max(size, chunk)
+            buffer = os.pread(descriptor, wanted, offset)
+            while len(buffer) < wanted and (
+                more := os.pread(descriptor, wanted - len(buffer), offset + len(buffer))
+            ):
+                buffer += more
+            end = start + len(buffer)
+        return buffer[at : at + size]
 
-    def _move(self, offset: int, size: int) -> None:
-        """Hold `size` bytes from `offset` on."""
-        buffer = os.pread(self._descriptor, size, offset)
-        while len(buffer) < size and (
-            more := os.pread(self._descriptor, size - len(buffer), offset + len(buffer))
-        ):
-            buffer += more
-        self._buffer, self._start, self._end = buffer, offset, offset + len(buffer)
+    return read
 
 
 class _Blocks:
