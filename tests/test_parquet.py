@@ -65,11 +65,25 @@ def test_the_footer_tells_stage_settings_inputs_and_counts(tmp_path):
     made = parquet.read_provenance(tmp_path / "a.parquet")
     assert made.inputs == {
         "in.parquet": parquet.read_provenance(tmp_path / "in.parquet").id,
-        "0088.tar": "5 bytes",
+        "0088.tar": provenance.identity(tmp_path / "0088.tar"),
     }
     assert (made.stage, made.config, made.rows) == ("test_stage", {"data.x": 1}, {"out": 2})
     assert made.config_hash
     assert made.versions["pyarrow"] == pa.__version__
+
+
+def test_a_tar_is_known_by_its_size_and_its_two_ends(tmp_path):
+    tar, content = tmp_path / "0088.tar", bytes(300_000)
+    known = set()
+    for place in (None, 0, 65_535, len(content) - 65_536, len(content) - 1):
+        tar.write_bytes(content if place is None else content[:place] + b"x" + content[place + 1 :])
+        known.add(provenance.identity(tar))
+    assert len(known) == 5
+    assert all(identity.startswith("300000 bytes, ") for identity in known)
+    tar.write_bytes(content[:-1])
+    assert provenance.identity(tar) not in known
+    tar.write_bytes(b"short")  # both ends are all of it
+    assert provenance.identity(tar).startswith("5 bytes, ")
 
 
 def test_done_means_that_settings_and_inputs_match(tmp_path):
