@@ -15,19 +15,17 @@ import errno
 import os
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
-
-import numpy as np
 
 from common import gzip_streams
 from common.errors import PipelineError
 from common.restart_points import RestartPoint
 from common.schemas import Reject
+from common.tar_blocks import CHUNK_BYTES, Blocks, read_block, window
 from common.tar_headers import BLOCK, Member, NoMember, Read, find_header, plain_file, unusual_member
 
-CHUNK_BYTES = 2**20  # of a block when contents are wanted: large for a file system, and still in the cache
 MAX_CONTENT_BYTES = 64 * 2**20  # a larger member is not an image or a label of the dataset
 _INDEX_BYTES = 3 * BLOCK  # of one read when they are not: a label's header, its content, and the next header
 _ZEROS = bytes(BLOCK)
@@ -158,17 +156,17 @@ def walk(
             stream = gzip_streams.Stream(
                 lambda offset, size: os.pread(descriptor, size, offset), [] if points is None else points
             )
-            blocks = _Blocks(lambda start: memoryview(stream.read(start, CHUNK_BYTES)), ahead)
+            blocks = Blocks(lambda start: memoryview(stream.read(start, CHUNK_BYTES)), ahead)
             yield from _members(blocks.read, blocks.view if contents else None, None)
             for offset, what in stream.damages:
                 yield Damage(offset, offset, Reject.GZIP_DAMAGED, f"{what}, found at byte {offset:,} of the tar")
             return
         file_bytes = os.fstat(descriptor).st_size
         if contents:
-            blocks = _Blocks(lambda start: _read_block(descriptor, start), ahead)
+            blocks = Blocks(lambda start: read_block(descriptor, start), ahead)
             yield from _members(blocks.read, blocks.view, file_bytes)
         else:
-            yield from _members(_window(descriptor, _INDEX_BYTES), None, file_bytes)
+            yield from _members(window(descriptor, _INDEX_BYTES), None, file_bytes)
 
 
 def _members(
@@ -319,79 +317,6 @@ def is_gzip(path: Path, file: BinaryIO) -> bool:
 def printable(name: str) -> str:
     """A member's name as text that can be stored: bytes that are not UTF-8 become escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _window(descriptor: int, chunk: int) -> Read:
-    """Reads a file through one buffer of `chunk` bytes; a request outside of it moves it there.
-
-    A function and not a class: it is called for each member, and finds what it holds faster.
-    """
-    start = end = 0
-    buffer = b""
-
-    def read(offset: int, size: int) -> bytes:
-        nonlocal start, end, buffer
-        at = offset - start
-        if at < 0 or offset + size > end:
-            at, start, wanted = 0, offset, max(size, chunk)
-            buffer = os.pread(descriptor, wanted, offset)
-            while len(buffer) < wanted and (
-                more := os.pread(descriptor, wanted - len(buffer), offset + len(buffer))
-            ):
-                buffer += more
-            end = start + len(buffer)
-        return buffer[at : at + size]
-
-    return read
-
-
-class _Blocks:
-    """Reads a tar in blocks of CHUNK_BYTES, each in memory of its own, so that views of it last; and in a thread
-    the next block, while this one is looked at.
-    """
-
-    def __init__(self, read_block: Callable[[int], memoryview], ahead: Executor):
-        self._read, self._executor = read_block, ahead
-        self._start, self._block = 0, memoryview(b"")
-        self._ahead_start, self._ahead = 0, ahead.submit(self._read, 0)
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes at `offset`; fewer only at the end of the file."""
-        return bytes(self.view(offset, size))
-
-    def view(self, offset: int, size: int) -> memoryview:
-        """As `read`, and without a copy where one block holds them all."""
-        at = self._find(offset)
-        if at + size <= len(self._block):
-            return self._block[at : at + size]
-        copy, end = np.empty(size, np.uint8).data, 0
-        while end < size and at < len(self._block):
-            count = min(size - end, len(self._block) - at)
-            copy[end : end + count] = self._block[at : at + count]
-            end += count
-            at = self._find(offset + end)
-        return copy[:end]
-
-    def _find(self, offset: int) -> int:
-        """Where the byte at `offset` lies in the block, having moved there."""
-        if not 0 <= offset - self._start < len(self._block):
-            self._move(offset - offset % CHUNK_BYTES)
-        return offset - self._start
-
-    def _move(self, start: int) -> None:
-        """Have the block that begins at `start`, and begin to read the one after it."""
-        self._block = self._ahead.result() if self._ahead_start == start else self._read(start)
-        self._start, self._ahead_start = start, start + CHUNK_BYTES
-        self._ahead = self._executor.submit(self._read, self._ahead_start)
-
-
-def _read_block(descriptor: int, start: int) -> memoryview:
-    """CHUNK_BYTES of a file from `start` on; fewer only at its end."""
-    block = np.empty(CHUNK_BYTES, np.uint8).data  # not filled with zeros first, as a bytearray is
-    end = 0
-    while end < CHUNK_BYTES and (more := os.preadv(descriptor, [block[end:]], start + end)):
-        end += more
-    return block[:end]
 
 
 def _is_zeros(read: Read, at: int) -> bool:

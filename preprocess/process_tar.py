@@ -32,18 +32,13 @@ from common.errors import PipelineError
 def main(argv=None) -> int:
     args = cli.parser(__doc__, shards=True).parse_args(argv)
     cfg = cli.load_config(args)
-    from common import images, parquet, provenance, tars
-    from common.files import beside, refuse_leftovers
+    from common import images, tars
+    from common.files import refuse_leftovers
     from preprocess import geometry, tar_files
 
     refuse_leftovers(cfg.paths.intermediates_dir, "rejects", "rejects/*.parquet")
-    todo, listing = [], tars.of_shard(cfg.paths.raw_dir, args.shard, args.num_shards)
-    for tar in listing:
-        made = provenance.record("process_tar", {}, [tar])
-        target = cfg.paths.intermediates_dir / f"{tars.stem(tar)}.parquet"
-        rejects = beside(cfg.paths.intermediates_dir, "rejects") / target.name
-        if not (parquet.is_done(target, made, args.overwrite) and parquet.is_done(rejects, made, args.overwrite)):
-            todo.append((tar, target, rejects, made))
+    listing = tars.of_shard(cfg.paths.raw_dir, args.shard, args.num_shards)
+    todo = missing(listing, cfg.paths.intermediates_dir, args.overwrite)
     if not todo:
         return cli.nothing_to_do("process_tar", f"{len(listing):,} tars")
 
@@ -93,6 +88,21 @@ def main(argv=None) -> int:
     if failures:
         raise PipelineError("\n".join(failures))
     return 0
+
+
+def missing(listing: list[Path], folder: Path, overwrite: bool) -> list[tuple]:
+    """(tar, its intermediates, its rejects, their record) of the tars that are not done."""
+    from common import parquet, provenance, tars
+    from common.files import beside
+
+    todo = []
+    for tar in listing:
+        made = provenance.record("process_tar", {}, [tar])
+        target = folder / f"{tars.stem(tar)}.parquet"
+        rejects = beside(folder, "rejects") / target.name
+        if not (parquet.is_done(target, made, overwrite) and parquet.is_done(rejects, made, overwrite)):
+            todo.append((tar, target, rejects, made))
+    return todo
 
 
 if __name__ == "__main__":
