@@ -112,7 +112,7 @@ def inflate(
             if size is None:
                 if at == 0:
                     _note(damages, offset, "the gzip header is damaged")
-                elif not _is_zeros(read, at):
+                elif not is_zeros(read, at):
                     _note(damages, offset, "data behind the gzip stream that are not gzip")
                 return
             start = RestartPoint(offset, 8 * (at + size), b"")
@@ -267,7 +267,7 @@ def _header_size(header: bytes) -> int | None:
     return size if size <= len(header) else None
 
 
-def _is_zeros(read: Read, at: int) -> bool:
+def is_zeros(read: Read, at: int) -> bool:
     """Whether all bytes of the file from `at` on are 0."""
     while data := read(at, READ_BYTES):
         if data.count(0) < len(data):

@@ -190,7 +190,7 @@ def _members(
         else:
             try:
                 if block == _ZEROS:
-                    if _is_zeros(read, at):
+                    if gzip_streams.is_zeros(read, at):
                         break
                     raise NoMember("there are zeros, with more data behind them,")
                 member, stored = unusual_member(read, at, shared)
@@ -317,12 +317,3 @@ def is_gzip(path: Path, file: BinaryIO) -> bool:
 def printable(name: str) -> str:
     """A member's name as text that can be stored: bytes that are not UTF-8 become escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _is_zeros(read: Read, at: int) -> bool:
-    """Whether everything from `at` on is zeros: the end marker and padding."""
-    while chunk := read(at, 2**20):
-        if chunk.count(0) < len(chunk):
-            return False
-        at += len(chunk)
-    return True
