@@ -24,6 +24,7 @@ from common.config import Paths
 from common.errors import PipelineError
 from common.provenance import Provenance
 from common.restart_points import RestartPoint
+from common.tar_blocks import window
 
 log = logging.getLogger("pipeline")
 _POINTS_AT_A_TIME = 250  # written as a row group of 8 MB, which takes five times as much memory meanwhile
@@ -202,16 +203,9 @@ def _read_plain(descriptor: int, offsets: list[int], sizes: list[int]) -> list[b
     """Bytes of a file; neighbours are read at once."""
     start = min(offsets)
     span = max(offset + size for offset, size in zip(offsets, sizes, strict=True)) - start
-    if span > 2 * sum(sizes):
-        return [_pread(descriptor, offset, size) for offset, size in zip(offsets, sizes, strict=True)]
+    together = span <= 2 * sum(sizes)
     # the spans between are headers and labels: cheaper to read than to skip
-    together = memoryview(_pread(descriptor, start, span))
-    return [bytes(together[at - start : at - start + size]) for at, size in zip(offsets, sizes, strict=True)]
-
-
-def _pread(descriptor: int, offset: int, size: int) -> bytes:
-    """`size` bytes at `offset`; fewer only at the end of the file."""
-    content = os.pread(descriptor, size, offset)
-    while len(content) < size and (more := os.pread(descriptor, size - len(content), offset + len(content))):
-        content += more
-    return content
+    read = window(descriptor, span if together else 0)
+    if together:
+        read(start, span)
+    return [read(offset, size) for offset, size in zip(offsets, sizes, strict=True)]
