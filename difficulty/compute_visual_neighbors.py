@@ -33,29 +33,30 @@ def main(argv=None) -> int:
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
     from common import files, parquet
-    from difficulty import band_table, parts
+    from difficulty.report import band_table
+    from difficulty.search import search_parts
 
     files.refuse_leftovers(cfg.paths.difficulty_dir, "parts", "parts/*.parquet")
     files.refuse_leftovers(cfg.paths.difficulty_dir, "report", "bands.*", "band_pairs.png")
-    target, made = parts.result(cfg)
+    target, made = search_parts.result(cfg)
     if parquet.is_done(target, made, args.overwrite):
         return cli.nothing_to_do("compute_visual_neighbors", target.name)
 
-    every = parts.list_parts(cfg)
+    every = search_parts.list_parts(cfg)
     first, last = (len(every) * shard // args.num_shards for shard in (args.shard, args.shard + 1))
     mine = [] if args.finish else every[first:last]
     todo = [part for part in mine if not parquet.is_done(part.target, part.made, args.overwrite)]
     images = sum(part.stop - part.start for part in todo)
     with cli.Progress("compute_visual_neighbors", "image", images, cfg.logging.progress_interval_s) as progress:
         if todo:
-            parts.write(cfg, todo, progress.add)
+            search_parts.write(cfg, todo, progress.add)
     if args.num_shards > 1 and not args.finish:
         if not todo:
             return cli.nothing_to_do("compute_visual_neighbors", f"{len(mine):,} parts")
         return progress.summary(f"{len(todo):,} parts; when all shards are done, run --finish")
 
-    parts.refuse_missing(every)
-    table = parts.gather(cfg, every)
+    search_parts.refuse_missing(every)
+    table = search_parts.gather(cfg, every)
     log.info("%s", band_table.as_text(table))
     joined = f" joins {len(every):,} parts" if len(every) > 1 else ""
     return progress.summary(f"{target}{joined}")

@@ -6,15 +6,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from common import files, images, parquet, schemas
+from common import files, parquet, schemas
+from common.archives.tar_parts import TarPart
 from common.errors import PipelineError
-from common.parts import Part
+from common.imagery import tar_images
 from common.provenance import Provenance
 from common.schemas import Reject, Rejected, count_reasons
 from generate.loop import Job, Result
 
 
-def jobs(parts: list[Part], store: images.Store) -> Iterator[Job]:
+def jobs(parts: list[TarPart], store: tar_images.TarImages) -> Iterator[Job]:
     """What the loop reads; a job's name is the part and its rows."""
     for part in parts:
         rows = part.rows()

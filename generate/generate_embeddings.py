@@ -27,7 +27,9 @@ from common.errors import PipelineError
 def main(argv=None) -> int:
     args = cli.parser(__doc__, shards=True).parse_args(argv)
     cfg = cli.load_config(args)
-    from common import devices, files, images, parts
+    from common import devices, files
+    from common.archives import tar_parts
+    from common.imagery import tar_images
     from generate import embedding_parts, loop, model_files
 
     files.refuse_leftovers(cfg.paths.embeddings_dir, "rejects", "rejects/*.parquet")
@@ -36,7 +38,7 @@ def main(argv=None) -> int:
     identity = model_files.identity(cfg.embedding_model, dtype)
 
     folder, task = cfg.paths.embeddings_dir, (args.shard, args.num_shards)
-    todo, num_parts = parts.missing(cfg, folder, "generate_embeddings", identity, *task, args.overwrite)
+    todo, num_parts = tar_parts.missing(cfg, folder, "generate_embeddings", identity, *task, args.overwrite)
     if not todo:
         return cli.nothing_to_do("generate_embeddings", f"{num_parts:,} files")
 
@@ -48,7 +50,7 @@ def main(argv=None) -> int:
     total = sum(part.count for part in todo)
     with cli.Progress("generate_embeddings", "image", total, cfg.logging.progress_interval_s) as progress:
         results = loop.embed(
-            embedding_parts.jobs(todo, images.store(cfg.paths)),
+            embedding_parts.jobs(todo, tar_images.of_paths(cfg.paths)),
             lambda pixels: model(pixels).half(),
             model.preprocessing,
             device,

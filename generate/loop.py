@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from common import cli, images, parquet, tars
+from common import cli, parquet
+from common.archives import tars
 from common.cli import Progress
 from common.config import Infrastructure
-from common.decoding import Undecodable, decode
+from common.imagery import tar_images
+from common.imagery.decoding import Undecodable, decode
 from common.schemas import Reject, Rejected, count_reasons
 from generate import batches
 from generate.pixels import Preprocessing
@@ -262,7 +264,7 @@ def _read(job: Job, start: int, stop: int) -> Sequence[bytes | Rejected | None]:
         return job.read(start, stop)
     except tars.BadSector:  # a file system that has gone, say, is another error, and no heap of rejects
         why = Rejected(Reject.JPEG_CORRUPT, "cannot be read")
-    except images.ChangedTar as error:
+    except tar_images.ChangedTar as error:
         why = Rejected(Reject.CONTENT_CHANGED, parquet.first_line(error))
     if stop - start == 1:
         return [why]

@@ -26,17 +26,19 @@ def main(argv=None) -> int:
 
     from threadpoolctl import threadpool_limits
 
-    from common import config, images, parts
-    from preprocess import fingerprints
+    from common import config
+    from common.archives import tar_parts
+    from common.imagery import tar_images
+    from preprocess.duplicates import fingerprints
 
     folder, task = cfg.paths.fingerprints_dir, (args.shard, args.num_shards)
     fingerprints.refuse_whole_tars(folder)
     settings = config.values(cfg, "data.fingerprint")
-    todo, num_parts = parts.missing(cfg, folder, "compute_fingerprints", settings, *task, args.overwrite)
+    todo, num_parts = tar_parts.missing(cfg, folder, "compute_fingerprints", settings, *task, args.overwrite)
     if not todo:
         return cli.nothing_to_do("compute_fingerprints", f"{num_parts:,} files")
 
-    store, total = images.store(cfg.paths), sum(part.count for part in todo)
+    store, total = tar_images.of_paths(cfg.paths), sum(part.count for part in todo)
     failures = []
     with (
         threadpool_limits(1),  # the threads are over images: matrix products with threads of their own stall them

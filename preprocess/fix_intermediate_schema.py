@@ -31,7 +31,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     cfg = cli.load_config(args)
     from common import parquet
-    from preprocess import schema_fixes
+    from preprocess.tars import schema_fixes
 
     paths = sorted(cfg.paths.intermediates_dir.glob("*.parquet"))
     if not paths:
@@ -62,7 +62,7 @@ def main(argv=None) -> int:
 
 def _tar_of(raw_dir: Path, stem: str) -> Path:
     """The tar with that name; where there is none, what it should be called."""
-    from common import tars
+    from common.archives import tars
 
     candidates = sorted(raw_dir.glob(f"{glob.escape(stem)}.*"))
     named = [path for path in candidates if tars.is_named_so(path) and tars.stem(path) == stem]
@@ -72,7 +72,7 @@ def _tar_of(raw_dir: Path, stem: str) -> Path:
 def provenance_of(path: Path, tar: Path):
     """The file's record and whether it is new: a foreign file is recorded as made from the tar that is there."""
     from common import parquet, provenance
-    from preprocess.schema_fixes import Unfixable
+    from preprocess.tars.schema_fixes import Unfixable
 
     if parquet.has_provenance(path):
         return parquet.read_provenance(path), False

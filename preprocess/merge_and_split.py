@@ -37,9 +37,11 @@ REPORT = ("split_report.json", "split_map.png", "duplicates.png")
 def main(argv=None) -> int:
     args = cli.parser(__doc__).parse_args(argv)
     cfg = cli.load_config(args)
-    from common import config, files, parquet, provenance, schemas, tars
-    from common.images import store
-    from preprocess import duplicate_sheet, merge_files, split, split_report
+    from common import config, files, parquet, provenance, schemas
+    from common.archives import tars
+    from common.imagery.tar_images import of_paths
+    from preprocess.duplicates import duplicate_sheet
+    from preprocess.split import merge_files, split_report, split_rules
 
     files.refuse_leftovers(cfg.paths.merged_dir, "report", *REPORT)
     sources = merge_files.find(cfg, tars.of_shard(cfg.paths.raw_dir, 0, 1))
@@ -52,7 +54,7 @@ def main(argv=None) -> int:
 
     with cli.Progress("merge_and_split", "image", sources.num_rows, cfg.logging.progress_interval_s) as progress:
         images = merge_files.read_images(sources)
-        decision = split.decide(images, cfg.data, cfg.global_.seed)
+        decision = split_rules.decide(images, cfg.data, cfg.global_.seed)
         report = split_report.summarise(images, decision, cfg.data)
         split_report.refuse_empty(report, cfg.data)
         if any(report["in_two_splits"].values()):
@@ -66,7 +68,7 @@ def main(argv=None) -> int:
         groups = duplicate_sheet.largest_groups(images, decision)
         try:
             if groups:
-                files.write_bytes(sheet_path, duplicate_sheet.draw(groups, sources, store(cfg.paths)))
+                files.write_bytes(sheet_path, duplicate_sheet.draw(groups, sources, of_paths(cfg.paths)))
         except PipelineError as error:  # the tars are not needed for the merge
             cli.log.warning("no sheet of duplicates: %s", str(error).splitlines()[0])
         known = made.finished(provenance.digest_of(*ids), {"in": len(images), "out": progress.rows_out})

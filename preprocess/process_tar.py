@@ -32,9 +32,10 @@ from common.errors import PipelineError
 def main(argv=None) -> int:
     args = cli.parser(__doc__, shards=True).parse_args(argv)
     cfg = cli.load_config(args)
-    from common import images, tars
+    from common.archives import tars
     from common.files import refuse_leftovers
-    from preprocess import geometry, tar_files
+    from common.imagery import tar_images
+    from preprocess.tars import label_geometry, tar_files
 
     refuse_leftovers(cfg.paths.intermediates_dir, "rejects", "rejects/*.parquet")
     listing = tars.of_shard(cfg.paths.raw_dir, args.shard, args.num_shards)
@@ -74,8 +75,8 @@ def main(argv=None) -> int:
                 target.unlink(missing_ok=True)  # an earlier run's, with --overwrite: it would count as done
                 failures.append(f"{failure}; see {rejects}")
             else:  # written last: where the intermediates are, the others are too
-                index = images.index_of(cfg.paths.intermediates_dir, tar)
-                images.write_restart_points(index, files.restart_points, made)
+                index = tar_images.index_of(cfg.paths.intermediates_dir, tar)
+                tar_images.write_restart_points(index, files.restart_points, made)
                 disagreements += tar_files.write_intermediates(
                     target, pairs, tar.name, made, counts, files.damages
                 )
@@ -83,7 +84,7 @@ def main(argv=None) -> int:
             notes += tar_files.notes(tar, files, dataset_id)
     if num_renamed:
         notes.append(f"{num_renamed:,} names have other ids than their labels, which count")
-    notes.append(geometry.summary(disagreements))
+    notes.append(label_geometry.summary(disagreements))
     progress.summary("; ".join(filter(None, notes)))
     if failures:
         raise PipelineError("\n".join(failures))
@@ -92,7 +93,8 @@ def main(argv=None) -> int:
 
 def missing(listing: list[Path], folder: Path, overwrite: bool) -> list[tuple]:
     """(tar, its intermediates, its rejects, their record) of the tars that are not done."""
-    from common import parquet, provenance, tars
+    from common import parquet, provenance
+    from common.archives import tars
     from common.files import beside
 
     todo = []

@@ -28,7 +28,7 @@ def main(argv=None) -> int:
     import pandas as pd
 
     from common import config, files, parquet, provenance, schemas
-    from preprocess import summary
+    from preprocess.summary import id_summary
 
     sources = find_sources(cfg.paths)
     ids = {f"{path.parent.name}/{path.name}": provenance.identity(path) for path, _ in sources}
@@ -48,19 +48,19 @@ def main(argv=None) -> int:
     total = sum(parquet.num_rows(path) for path, _ in sources)
     with cli.Progress("summarize_ids", "image", total, cfg.logging.progress_interval_s) as progress:
         for path, split in sources:
-            images = summary.read(path)
-            rows.append(summary.by_dataset(images, split))
-            places.append(summary.cells(images, split, cfg.data.split_cell_m))
-            found = summary.histograms(images)
+            images = id_summary.read(path)
+            rows.append(id_summary.by_dataset(images, split))
+            places.append(id_summary.cells(images, split, cfg.data.split_cell_m))
+            found = id_summary.histograms(images)
             spread[split] = {name: counts + spread.get(split, {}).get(name, 0) for name, counts in found.items()}
             progress.add(len(images))
         rows = pd.concat(rows, ignore_index=True)
-        files.write_text(page, summary.page(rows, spread, pd.concat(places), cfg.data.split_cell_m))
+        files.write_text(page, id_summary.page(rows, spread, pd.concat(places), cfg.data.split_cell_m))
         with parquet.writer(table, schemas.SUMMARY, made) as out:
             out.append({name: rows[name].to_numpy() for name in schemas.SUMMARY.names})
             out.rows = {"in": total}
         report = {
-            "splits": summary.totals(rows),
+            "splits": id_summary.totals(rows),
             "datasets": rows.to_dict("records"),
             "histograms": {
                 split: {name: c.tolist() for name, c in found.items()} for split, found in spread.items()

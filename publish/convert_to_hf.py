@@ -32,7 +32,7 @@ def main(argv=None) -> int:
     cfg = cli.load_config(args)
     convert(cfg, args.overwrite)
     if args.push:
-        from publish import push
+        from publish.hub import push
 
         print(push.listing(cfg.paths.published_dir, args.push))
         if not args.dry_run:
@@ -43,39 +43,39 @@ def main(argv=None) -> int:
 def convert(cfg, overwrite: bool) -> None:
     """Write the published folder, unless it is there."""
     from common import config, devices, provenance
-    from publish import card, parity, published
-    from train import model, results
+    from publish.hub import model_card, parity, published_folder
+    from train.evaluation import heads, metrics_json
 
     # what there is, and whether it belongs together
     checkpoint_path = cfg.paths.checkpoints_dir / cfg.training.run / "checkpoint_best.pt"
     metrics_path = cfg.paths.evaluation_dir / "metrics.json"
-    checkpoint = model.load_checkpoint(checkpoint_path)
-    metrics = results.read(metrics_path)
+    checkpoint = heads.load_checkpoint(checkpoint_path)
+    metrics = metrics_json.read(metrics_path)
     test = cfg.paths.merged_dir / "test.parquet"
-    published.refuse_mixture(test, checkpoint_path, checkpoint, metrics_path, metrics)
+    published_folder.refuse_mixture(test, checkpoint_path, checkpoint, metrics_path, metrics)
     inputs = {
         checkpoint_path.name: checkpoint["provenance"]["id"],
         metrics_path.name: metrics["provenance"]["id"],
     }
     made = provenance.record("convert_to_hf", config.values(cfg, "training.run"), inputs)
-    published.remove_dead_folders(cfg.paths.published_dir)
-    if published.is_done(cfg.paths.published_dir, made, overwrite):
+    published_folder.remove_dead_folders(cfg.paths.published_dir)
+    if published_folder.is_done(cfg.paths.published_dir, made, overwrite):
         cli.nothing_to_do("convert_to_hf", str(cfg.paths.published_dir))
         return
 
     # write beside the target, check, move into place
     device = devices.pick(cfg.infrastructure.device)
-    settings = published.backbone_settings(cfg, checkpoint_path, checkpoint)
-    with published.new_folder(cfg.paths.published_dir) as folder:
-        preprocessing = published.write_model(folder, settings, checkpoint_path, checkpoint)
-        card.write(folder, cfg, checkpoint, metrics, preprocessing)
+    settings = published_folder.backbone_settings(cfg, checkpoint_path, checkpoint)
+    with published_folder.new_folder(cfg.paths.published_dir) as folder:
+        preprocessing = published_folder.write_model(folder, settings, checkpoint_path, checkpoint)
+        model_card.write(folder, cfg, checkpoint, metrics, preprocessing)
         worst, count = parity.check(folder, cfg, checkpoint, preprocessing, device)
         facts = {"parity_images": count, "worst_cosine_distance": worst}
         trained_on = {
             "inputs": checkpoint["provenance"]["inputs"],
             "embedding_model": checkpoint["embedding_model"],
         }
-        published.write_provenance(folder, made, {**facts, "trained_on": trained_on})
+        published_folder.write_provenance(folder, made, {**facts, "trained_on": trained_on})
     print(
         f"convert_to_hf: wrote {cfg.paths.published_dir}; {count} images of the test split are within "
         f"{worst:.1e} cosine distance of the pipeline's vectors"

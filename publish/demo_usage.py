@@ -46,33 +46,38 @@ def parse(argv) -> argparse.Namespace:
 def main(argv=None) -> int:
     args = parse(argv)
     cfg = cli.load_config(args)
-    from common import devices, images
-    from publish import inference, retrieval, sources
+    from common import devices
+    from common.imagery import tar_images
+    from publish.inference import image_sources, photo_search, published_model
 
-    folder = inference.folder_of(cfg, args.model)
+    folder = published_model.folder_of(cfg, args.model)
     query = None
     if args.command == "compare":  # read before the model is loaded: a mistake shows at once
-        pair = [retrieval.Photograph(name, sources.read_image(name)) for name in (args.first, args.second)]
+        pair = [
+            photo_search.Photograph(name, image_sources.read_image(name)) for name in (args.first, args.second)
+        ]
     elif args.query is None:
-        gallery = sources.of_split(cfg.paths.merged_dir / "test.parquet", images.store(cfg.paths), args.limit)
+        gallery = image_sources.of_split(
+            cfg.paths.merged_dir / "test.parquet", tar_images.of_paths(cfg.paths), args.limit
+        )
     else:
-        query = retrieval.Photograph(args.query, sources.read_image(args.query))
-        gallery, *others = sources.groups(args.gallery, images.store(cfg.paths))
+        query = photo_search.Photograph(args.query, image_sources.read_image(args.query))
+        gallery, *others = image_sources.groups(args.gallery, tar_images.of_paths(cfg.paths))
         if others:
             raise ConfigError(f"{args.gallery} holds the images of {1 + len(others)} tars: name one of these tars")
 
     device = devices.pick(cfg.infrastructure.device)
-    published = inference.load(folder, devices.resolve_dtype(cfg.embedding_model.dtype, device), device)
+    published = published_model.load(folder, devices.resolve_dtype(cfg.embedding_model.dtype, device), device)
     if args.command == "compare":
-        similarity = retrieval.similarity(published, *pair)
+        similarity = photo_search.similarity(published, *pair)
         print(f"similarity {similarity:.3f} (1: the same direction, 0: unrelated)")
         metrics = cfg.paths.evaluation_dir / "metrics.json"
-        print(retrieval.where_it_lies(similarity, metrics, inference.evaluation_of(folder)))
+        print(photo_search.where_it_lies(similarity, metrics, published_model.evaluation_of(folder)))
         return 0
 
-    found = retrieval.search(published, query, gallery, cfg.infrastructure, args.top)
-    print(retrieval.table(found))
-    retrieval.draw(found, args.out)
+    found = photo_search.search(published, query, gallery, cfg.infrastructure, args.top)
+    print(photo_search.table(found))
+    photo_search.draw(found, args.out)
     print(f"picture: {args.out}")
     return 0
 

@@ -32,10 +32,10 @@ def main(argv=None) -> int:
     cfg = cli.load_config(args)
     import json
 
-    from publish import sizes
+    from publish.inference import model_sizes
 
-    estimate = sizes.estimate(cfg, args.images, args.image_size)
-    print(json.dumps(estimate, indent=1) if args.json else sizes.as_text(estimate))
+    estimate = model_sizes.estimate(cfg, args.images, args.image_size)
+    print(json.dumps(estimate, indent=1) if args.json else model_sizes.as_text(estimate))
     return 0
 
 

@@ -26,25 +26,25 @@ def main(argv=None) -> int:
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
     from common import devices, files
-    from common.images import store
+    from common.imagery.tar_images import of_paths
     from generate import backbone, loop
-    from publish import inference, sources, vectors
+    from publish.inference import image_sources, published_model, vector_parts
 
     files.refuse_leftovers(args.out, "rejects", "rejects/*.parquet")
-    folder = inference.folder_of(cfg, args.model)
+    folder = published_model.folder_of(cfg, args.model)
     device = devices.pick(cfg.infrastructure.device)
     dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
-    identity = inference.identity(folder, dtype)
+    identity = published_model.identity(folder, dtype)
 
     todo, num_parts = [], 0
-    for group in sources.groups(args.images, store(cfg.paths)):
-        parts = vectors.parts_of(group, args.out, cfg.data.rows_per_part, identity)
-        todo += vectors.missing(parts, args.out, group.name, args.overwrite)
+    for group in image_sources.groups(args.images, of_paths(cfg.paths)):
+        parts = vector_parts.parts_of(group, args.out, cfg.data.rows_per_part, identity)
+        todo += vector_parts.missing(parts, args.out, group.name, args.overwrite)
         num_parts += len(parts)
     if not todo:
         return cli.nothing_to_do("generate_embeddings_from_hf", f"{num_parts:,} files")
 
-    published = inference.load(folder, dtype, device)
+    published = published_model.load(folder, dtype, device)
     backbone.compile_if_asked(published.model, cfg.infrastructure)
     times = loop.Times()
     total = sum(part.count for part in todo)
@@ -58,7 +58,7 @@ def main(argv=None) -> int:
             times,
             progress,
         )
-        loop.write_each(results, lambda result: vectors.write(result, published.dim))
+        loop.write_each(results, lambda result: vector_parts.write(result, published.dim))
     return progress.summary(str(times))
 
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import config, parquet, parts, provenance, schemas, tars
+from common import config, parquet, provenance, schemas
+from common.archives import tar_parts, tars
 from common.config import Config
 from common.errors import PipelineError
 from common.files import beside
@@ -96,13 +97,13 @@ def trials(cfg: Config) -> tuple[int, int]:
     """How many trials the study has that need no worker any more, of how many."""
     if cfg.training.study_storage == "journal" and not (cfg.paths.study_dir / "journal.log").exists():
         return 0, cfg.training.num_trials
-    from train import study
+    from train.tuning import shared_study
 
     try:
-        tuning = study.open_study(cfg, study.record(cfg), create=False)
+        tuning = shared_study.open_study(cfg, shared_study.record(cfg), create=False)
     except PipelineError:  # of other data or settings: the worker says so
         return 0, cfg.training.num_trials
-    return study.num_counted(tuning.trials) - study.num_open(tuning), cfg.training.num_trials
+    return shared_study.num_counted(tuning.trials) - shared_study.num_open(tuning), cfg.training.num_trials
 
 
 def epochs(cfg: Config) -> tuple[int, int]:
@@ -144,7 +145,7 @@ def _of_task(step, task: int, cfg: Config) -> Iterator[Artefact]:
             if step.name == "process_tar":  # its rejects are written first
                 yield from [Artefact(folder / name, tar)] if share.piece == 0 else []
             else:
-                targets = parts.targets(folder, share.tar, _num_parts(source, cfg))
+                targets = tar_parts.targets(folder, share.tar, _num_parts(source, cfg))
                 yield from (Artefact(targets[n], {**tar, name: source}) for n in share.of(len(targets)))
     elif step.name == "merge_and_split":
         inputs = _inputs_of_merge(cfg)
@@ -192,7 +193,7 @@ def num_tars(cfg: Config) -> int:
 
 
 def _num_parts(source: Path, cfg: Config) -> int:
-    return parts.count(_num_rows(source, source.stat().st_mtime_ns), cfg.data.rows_per_part)
+    return tar_parts.count(_num_rows(source, source.stat().st_mtime_ns), cfg.data.rows_per_part)
 
 
 @functools.cache
@@ -206,7 +207,7 @@ def _inputs_of_merge(cfg: Config) -> dict[str, Path]:
         source = paths.intermediates_dir / f"{tars.stem(tar)}.parquet"
         inputs[f"intermediates/{source.name}"] = source
         for stage, folder in (("fingerprints", paths.fingerprints_dir), ("embeddings", paths.embeddings_dir)):
-            for path in parts.targets(folder, tar, _num_parts(source, cfg)):
+            for path in tar_parts.targets(folder, tar, _num_parts(source, cfg)):
                 inputs[f"{stage}/{path.name}"] = path
     return inputs
 
@@ -228,11 +229,11 @@ def _with_best_trial(cfg: Config) -> Config | None:
     """The settings with which fetch_best_and_train trains; None if the study is not there or not of `cfg`."""
     if cfg.training.study_storage == "journal" and not (cfg.paths.study_dir / "journal.log").exists():
         return None
-    from train import study
+    from train.tuning import shared_study
 
     try:
-        tuning = study.open_study(cfg, study.record(cfg), create=False)
-        return study.with_training(cfg, **study.best_trial(tuning).params)
+        tuning = shared_study.open_study(cfg, shared_study.record(cfg), create=False)
+        return shared_study.with_training(cfg, **shared_study.best_trial(tuning).params)
     except PipelineError:
         return None
 

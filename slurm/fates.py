@@ -53,7 +53,7 @@ class Log:
 
 
 @dataclass(frozen=True)
-class Task:
+class JobTask:
     """One job, or one task of an array."""
 
     number: int
@@ -128,23 +128,23 @@ def wait_of(job) -> tuple[str, str]:
     return "waiting", WAITS.get(job.reason, job.reason)
 
 
-def tasks_of(step, entry: dict, jobs: dict, cfg) -> list[Task]:
+def tasks_of(step, entry: dict, jobs: dict, cfg) -> list[JobTask]:
     """The tasks of a step of the record. `jobs`: see `runs.queue`."""
     tasks = []
     for number in entry["tasks"]:
         log = read_log(Path(entry["log"].replace("%a", str(number))))
         if not entry["job"]:
-            tasks.append(Task(number, "", "not submitted", "", log))
+            tasks.append(JobTask(number, "", "not submitted", "", log))
             continue
         job_id = f"{entry['job']}_{number}" if entry["of"] > 1 else entry["job"]
         job = jobs.get(job_id)
         if job and job.name != step.name:  # a cluster that was set up anew counts from 1 again
             job = None
-        tasks.append(Task(number, job_id, *fate(step, number, job, log, cfg), log))
+        tasks.append(JobTask(number, job_id, *fate(step, number, job, log, cfg), log))
     return tasks
 
 
-def progress_of(step, tasks: list[Task], cfg, now_s: float) -> dict:
+def progress_of(step, tasks: list[JobTask], cfg, now_s: float) -> dict:
     """How far a step is: done, total, unit, and per_hour and seconds_left where it runs and has got somewhere."""
     if step.name in ("train", "optuna_worker"):
         done, total = artefacts.epochs(cfg) if step.name == "train" else artefacts.trials(cfg)

@@ -52,7 +52,7 @@ def run(commands: list[tuple], jobs: int) -> int:
     One at a time they talk to the terminal; otherwise what each has said is printed at its end. SIGTERM is passed
     on to those that run, and ends the chain with 85.
     """
-    running: list[_Task] = []
+    running: list[RunningCommand] = []
     waiting, code = list(enumerate(commands, 1)), 0
     with _passed_on(running) as stopped:
         while (waiting and not code and not stopped) or running:
@@ -77,7 +77,7 @@ def run(commands: list[tuple], jobs: int) -> int:
     return code if code >= 0 else 1
 
 
-class _Task(NamedTuple):
+class RunningCommand(NamedTuple):
     """A command that runs."""
 
     title: str
@@ -87,17 +87,17 @@ class _Task(NamedTuple):
     output: BinaryIO | None  # what it says, where several run at once
 
 
-def _start(title: str, step, command: list[str], jobs: int) -> _Task:
+def _start(title: str, step, command: list[str], jobs: int) -> RunningCommand:
     if jobs == 1:
-        return _Task(title, step.name, command, subprocess.Popen(command, cwd=ROOT), None)
+        return RunningCommand(title, step.name, command, subprocess.Popen(command, cwd=ROOT), None)
     threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `_tell_output`
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    return _Task(title, step.name, command, process, output)
+    return RunningCommand(title, step.name, command, process, output)
 
 
-def _tell_output(task: _Task) -> None:
+def _tell_output(task: RunningCommand) -> None:
     if task.output is not None:
         with task.output:
             task.output.seek(0)
@@ -106,7 +106,7 @@ def _tell_output(task: _Task) -> None:
 
 
 @contextlib.contextmanager
-def _passed_on(running: list[_Task]) -> Iterator[list[int]]:
+def _passed_on(running: list[RunningCommand]) -> Iterator[list[int]]:
     """Pass SIGTERM on to what runs; a list that holds it once it has come."""
     received: list[int] = []
 

@@ -26,7 +26,7 @@ LOG_WIDTH = 4096  # characters of a path, as squeue is asked for it
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """A job, or a task of an array, as squeue tells of it."""
 
     id: str  # "12", or "12_3" for task 3 of an array
@@ -70,14 +70,14 @@ def ask(*command: str, show_warnings: bool = False) -> str:
     return answer.stdout
 
 
-def queue(owner: int) -> dict[str, Job]:
+def queue(owner: int) -> dict[str, SlurmJob]:
     """Job id -> job, of all jobs of a user (by number) that Slurm still knows, a task of an array each."""
     flags = [f"--user={owner}", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r"]
     lines = ask("squeue", *flags).splitlines()
-    return {job.id: job for job in (Job(*line.strip().split("|", 3)) for line in lines)}
+    return {job.id: job for job in (SlurmJob(*line.strip().split("|", 3)) for line in lines)}
 
 
-def live_steps(record: dict, jobs: dict[str, Job]) -> dict[str, str]:
+def live_steps(record: dict, jobs: dict[str, SlurmJob]) -> dict[str, str]:
     """Step -> job id, of a run's steps that wait or run. By name, too: a cluster may begin its ids anew."""
     live = {(job.id.partition("_")[0], job.name) for job in jobs.values() if job.is_live}
     return {name: job for name, job in job_ids(record).items() if (job, name) in live}
@@ -166,7 +166,7 @@ def adopt(folder: Path, record: dict) -> None:
 def refuse_busy(logs_dir: Path, reads: set[str], writes: set[str], but: Path | None = None) -> None:
     """Raise PipelineError if a job of another run than `but`, waiting or running, is in the way of these folders:
     if it writes one of them, or reads one that is to be written."""
-    queues: dict[int, dict[str, Job]] = {}
+    queues: dict[int, dict[str, SlurmJob]] = {}
     for folder in folders(logs_dir):
         if but is not None and folder.resolve() == but.resolve():
             continue

@@ -70,7 +70,7 @@ def full_disk():
 @pytest.fixture
 def no_curves(monkeypatch):
     """Runs leave an empty curves.png: drawing it takes longer than a small training."""
-    from train import history
+    from train.fitting import history
 
     monkeypatch.setattr(history, "draw", lambda path, table: path.touch())
 
@@ -78,9 +78,9 @@ def no_curves(monkeypatch):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Reports have the texts of their figures alone: drawing them takes longer than a small evaluation."""
-    from train import figures
+    from train.report import evaluation_figures
 
-    monkeypatch.setattr(figures, "svg", lambda figure, alt: alt)
+    monkeypatch.setattr(evaluation_figures, "svg", lambda figure, alt: alt)
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import xxhash
 from local_backbone import write_tiny_backbone
 from PIL import Image, ImageFilter
 
-from common import config, parquet, provenance, schemas, tars
+from common import config, parquet, provenance, schemas
+from common.archives import tars
 
 SIZES = [(640, 640), (300, 700), (700, 300), (33, 20), (91, 91)]  # width, height: square, tall, wide, tiny, odd
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pandas as pd
 
-from common import config, geo
-from preprocess import split
+from common import config
+from common.places import geo
+from preprocess.split import split_rules
 
 METRE = 1 / geo.METRES_PER_DEGREE  # in degrees of latitude
 
@@ -47,4 +48,4 @@ def images_of(frame):
     for name in ("content_hash", "phash", "dhash"):
         columns[name] = columns[name].astype(np.uint64)
     has = columns.pop("has_embedding", np.ones(len(frame), bool))
-    return split.Images(**columns, has_embedding=has)
+    return split_rules.Images(**columns, has_embedding=has)

@@ -1,15 +1,15 @@
 """A metrics.json with invented figures, as train/evaluate.py writes it."""
 
-from train import results
+from train.evaluation import metrics_json
 
 FIGURE = {"value": 0.5, "low": 0.4, "high": 0.6}
 FIGURES = {  # a tenth less and more, as the ends of the interval
     key: {"value": value, "low": value - 0.1, "high": value + 0.1}
-    for key, value in zip(results.METRICS, (0.25, 0.5, 0.75, 0.875, 0.9, 0.125, 4.0), strict=True)
+    for key, value in zip(metrics_json.METRICS, (0.25, 0.5, 0.75, 0.875, 0.9, 0.125, 4.0), strict=True)
 }
 CLASS = {"class": "0-30", "queries": 2, "matches": 3, "cells": 1, "methods": {"raw": {"recall@1": FIGURE}}}
 FOUND = {
-    "format": results.FORMAT,
+    "format": metrics_json.FORMAT,
     "subject": {"run": "default"},
     "methods": {"raw": FIGURES, "trained": FIGURES},
     "told": {"raw": "as they are", "trained": "the head"},
@@ -19,7 +19,7 @@ FOUND = {
     "similarity_histograms": {"edges": [-1.0, 0.0, 1.0], "matches": [0, 1], "non_matches": [3, 1]},
     "ignore_radius_m": 25.0,
     "gallery": "test",
-    "counts": dict.fromkeys(results.Counts.model_fields, 2),
+    "counts": dict.fromkeys(metrics_json.Counts.model_fields, 2),
     "leakage": {"buildings": {"test": 1, "train": 2, "val": 1, "in_two_splits": 0}},
     "provenance": {"stage": "evaluate", "config": {}, "inputs": {}},
 }

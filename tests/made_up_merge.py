@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import geo, parquet, provenance, schemas
+from common import parquet, provenance, schemas
+from common.places import geo
 
 MODEL = {
     "name": "made-up",

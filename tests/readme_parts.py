@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import tomli
 
 from common import config, files, schemas
-from train import comparison
+from train.evaluation import comparison
 
 README = ROOT / "README.md"
 MEASURED = ROOT / "tests" / "benchmarks"

@@ -6,7 +6,7 @@ import made_up_merge
 
 from common import config
 from difficulty import compute_visual_neighbors
-from train import fit
+from train.fitting import fit
 
 SETTINGS = [
     "data.neighbors=30",

@@ -3,7 +3,8 @@
 import small_merge
 
 from common import config
-from train import evaluate, gallery
+from train import evaluate
+from train.evaluation import gallery
 
 
 def write(tmp_path):

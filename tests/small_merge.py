@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common import geo, parquet, provenance, schemas
+from common import parquet, provenance, schemas
+from common.places import geo
 
 DIM, HIDDEN, OUT = 24, 16, 16
 MODEL = {"name": "tiny", "revision": "main", "pooling": "cls", "dtype": "float32", "dim": DIM, "weights": "w0"}
@@ -101,9 +102,9 @@ def write_checkpoint(cfg, seed: int = 0, hidden: int = HIDDEN, out: int = OUT) -
     """checkpoint_best.pt of an untrained head that starts at the whitening."""
     import torch
 
-    from common import zones
+    from common.places import zones
     from publish.projection_head import ProjectionHead
-    from train import whitening
+    from train.fitting import whitening
 
     train = parquet.read(cfg.paths.merged_dir / "train.parquet")
     embeddings = parquet.to_matrix(train["embedding"])

@@ -10,7 +10,7 @@ import pandas as pd
 
 from common import cli, config
 from difficulty import compute_visual_neighbors
-from train import study, trials
+from train.tuning import shared_study, study_trials
 
 SMALL = (
     *("training.trial_epochs=2", "training.epochs=3", "training.steps_per_epoch=4", "training.batch_size=32"),
@@ -35,7 +35,7 @@ def load(merged, tmp_path, *more):
 
 
 def open_study(cfg, **options) -> optuna.Study:
-    return study.open_study(cfg, study.record(cfg), create=True, **options)
+    return shared_study.open_study(cfg, shared_study.record(cfg), create=True, **options)
 
 
 def stand_in(seconds: float = 0.0):
@@ -56,7 +56,7 @@ def stand_in(seconds: float = 0.0):
 
 def work(cfg, tuning, **limits) -> cli.Progress:
     with cli.Progress("optuna_worker", "trial") as progress:
-        trials.work(cfg, tuning, progress, **limits)
+        study_trials.work(cfg, tuning, progress, **limits)
     return progress
 
 

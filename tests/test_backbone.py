@@ -16,8 +16,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from common.config import EmbeddingModel
-from common.decoding import decode
 from common.errors import PipelineError
+from common.imagery.decoding import decode
 from generate import backbone, model_files, pixels
 from publish.modeling_spatial_embeddings import n_prefix_tokens, pool
 

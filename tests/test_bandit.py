@@ -1,9 +1,9 @@
-"""train/bandit.py. Oracles: discounted UCB written as sums over the whole past, and as in its paper."""
+"""train/sampling/bandit.py. Oracles: discounted UCB written as sums over the whole past, and as in its paper."""
 
 import numpy as np
 import pytest
 
-from train.bandit import DiscountedUcb, arms_of_step
+from train.sampling.bandit import DiscountedUcb, arms_of_step
 
 
 def slow_choice(past, available, exploration, discount, pending):

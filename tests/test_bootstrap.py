@@ -1,9 +1,11 @@
-"""train/bootstrap.py. Oracle: numpy on rows repeated as a draw says, and data simulated with a known truth."""
+"""train/evaluation/bootstrap.py. Oracle: numpy on rows repeated as a draw says, and data simulated with a known
+truth.
+"""
 
 import numpy as np
 import pytest
 
-from train import bootstrap
+from train.evaluation import bootstrap
 
 
 def test_a_draw_repeats_whole_cells():

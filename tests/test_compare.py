@@ -10,7 +10,9 @@ import torch
 from common import cli, config
 from common.errors import ConfigError, PipelineError, StaleArtefact
 from difficulty import compute_visual_neighbors
-from train import compare, comparison, gallery, history, model, protocol, tasks
+from train import compare
+from train.evaluation import comparison, evaluation_task, gallery, protocol
+from train.fitting import history
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 SMALL = (
@@ -54,7 +56,7 @@ def test_every_sampler_and_loss_has_a_run_of_each_seed_and_its_files(root):
 def test_figures_and_intervals_equal_those_of_the_evaluation(root):
     where = (f"paths.checkpoints_dir={root / 'checkpoints' / 'compare'}", "training.run=ucb-infonce-0")
     cfg = config.load(None, [f"paths.root={root}", *SMALL, *where])
-    task = tasks.of_run(cfg, [])
+    task = evaluation_task.of_run(cfg, [])
     rows = gallery.load(task.paths, cfg.data.ignore_radius_m)
     with cli.Progress("test", "ranking") as quiet:
         theirs, _, _ = protocol.evaluate(cfg, rows, task.methods, torch.device("cpu"), quiet)
@@ -99,7 +101,7 @@ def test_more_seeds_are_other_runs_and_those_there_are_kept(root, tmp_path, two)
     heads = flags(root, f"paths.evaluation_dir={tmp_path}")
     assert compare.main([*heads, "--seeds", "2"]) == 0
     runs = [root / "checkpoints" / "compare" / f"ucb-triplet-{seed}" for seed in (0, 1)]
-    checkpoints = [model.load_checkpoint(run / "checkpoint_last.pt") for run in runs]
+    checkpoints = [heads.load_checkpoint(run / "checkpoint_last.pt") for run in runs]
     assert [checkpoint["config"]["training.seed"] for checkpoint in checkpoints] == [0, 1]
     assert not np.array_equal(*(checkpoint["head"]["linear.weight"] for checkpoint in checkpoints))
     assert len(before) == 12

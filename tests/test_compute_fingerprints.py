@@ -10,10 +10,12 @@ import pytest
 from PIL import Image
 from synthetic import write_dataset
 
-from common import cli, config, parquet, tars
+from common import cli, config, parquet
+from common.archives import tars
 from common.cli import exit_code_of
 from common.errors import StaleArtefact
-from preprocess import compute_fingerprints, fingerprints, process_tar
+from preprocess import compute_fingerprints, process_tar
+from preprocess.duplicates import fingerprints
 
 
 def flags(root, *settings):

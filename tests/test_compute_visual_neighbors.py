@@ -9,10 +9,14 @@ import small_merge
 from made_up_merge import write_merge
 from PIL import Image
 
-from common import config, geo, parquet, pictures
+from common import config, parquet
 from common.errors import PipelineError, StaleArtefact
-from difficulty import band_report, band_table, bands, parts
+from common.imagery import pictures
+from common.places import geo
+from difficulty import bands
 from difficulty.compute_visual_neighbors import main
+from difficulty.report import band_report, band_table
+from difficulty.search import search_parts
 
 
 def test_bands_that_one_can_see():
@@ -50,7 +54,7 @@ def test_equal_ratios_leave_bands_empty_and_lose_no_neighbour():
 
 
 def test_table_tells_what_lies_in_each_band():
-    table = band_table.Table(np.array([1.0], np.float32))
+    table = band_table.BandCounts(np.array([1.0], np.float32))
     xyz_m = np.array([[0.0, 0, 0], [30, 0, 0], [0, 40, 0], [300, 0, 0], [0, 0, 9e6]])
     rows = np.array([[1, 3, 4, -1], [2, -1, -1, -1]])
     similarities = np.array([[0.9, 0.7, 0.6, -1], [0.5, -1, -1, -1]])
@@ -68,7 +72,7 @@ def test_table_tells_what_lies_in_each_band():
 
 
 def test_an_empty_bands_line_keeps_the_columns():
-    table = band_table.Table(np.array([1.0], np.float32))
+    table = band_table.BandCounts(np.array([1.0], np.float32))
     rows, similarities, offsets = np.array([[1], [0]]), np.full((2, 1), 0.9), np.array([[0, 1, 1], [0, 1, 1]])
     table.add(0, rows, similarities, offsets, np.zeros((2, 3)), np.array([1, 1]))
     head, hard, easy = band_table.as_text(table.rows()).splitlines()
@@ -197,10 +201,12 @@ def test_shards_give_the_same_file_and_a_second_run_does_nothing(flags, tmp_path
 
 
 def test_parts_are_searched_together_only_where_that_saves_products():
-    todo = [parts.Part(start, start + 10, None, None) for start in (0, 10, 20, 40, 50)]  # 30 is there already
+    todo = [
+        search_parts.SearchPart(start, start + 10, None, None) for start in (0, 10, 20, 40, 50)
+    ]  # 30 is there already
 
     def starts(total, together):
-        return [[part.start for part in group] for group in parts.groups(todo, total, together)]
+        return [[part.start for part in group] for group in search_parts.groups(todo, total, together)]
 
     assert starts(60, 30) == [[0, 10, 20], [40, 50]]
     assert starts(60, 100) == [[0, 10, 20, 40, 50]]

@@ -29,8 +29,8 @@ from trained_model import JPEGS, Trained
 
 from common import cli, parquet
 from common.errors import PipelineError
-from publish import card, parity, published, push
 from publish.convert_to_hf import main
+from publish.hub import model_card, parity, published_folder, push
 from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
 
 
@@ -40,9 +40,9 @@ def publish_without_check(done: Trained) -> Path:
     checkpoint = torch.load(path, weights_only=True)
     folder = done.root / "published"
     folder.mkdir()
-    settings = published.backbone_settings(done.cfg, path, checkpoint)
-    preprocessing = published.write_model(folder, settings, path, checkpoint)
-    card.write(folder, done.cfg, checkpoint, done.metrics, preprocessing)
+    settings = published_folder.backbone_settings(done.cfg, path, checkpoint)
+    preprocessing = published_folder.write_model(folder, settings, path, checkpoint)
+    model_card.write(folder, done.cfg, checkpoint, done.metrics, preprocessing)
     return folder
 
 
@@ -171,7 +171,7 @@ def test_the_folder_holds_what_a_user_needs_and_no_path_of_this_machine(trained)
     assert settings["backbone_config"]["model_type"] == "dinov2"
     assert set(settings["auto_map"]) == {"AutoConfig", "AutoModel"}
     for name in ("configuration_spatial_embeddings.py", "modeling_spatial_embeddings.py", "projection_head.py"):
-        assert (folder / name).read_bytes() == Path(published.__file__).with_name(name).read_bytes()
+        assert (folder / name).read_bytes() == Path(published_folder.__file__).with_name(name).read_bytes()
 
 
 def test_the_card_holds_the_measured_figures_with_their_intervals(trained):
@@ -202,8 +202,8 @@ def test_the_card_holds_the_measured_figures_with_their_intervals(trained):
     ],
 )
 def test_the_licence_is_that_of_the_backbone(name, licence):
-    assert card.licence(name)["license"] == licence
-    assert (card.licence(name).get("license_name") == "dinov3-license") == ("dinov3" in name)
+    assert model_card.licence(name)["license"] == licence
+    assert (model_card.licence(name).get("license_name") == "dinov3-license") == ("dinov3" in name)
 
 
 def test_the_cards_metadata_is_whole_by_the_hubs_rules(trained):
@@ -286,8 +286,8 @@ def test_a_network_that_is_not_there_is_a_clear_error_too(trained):
 
 
 def test_figures_without_intervals_are_told_without():
-    assert card.told({"value": 0.5, "low": None, "high": None}, "recall@1") == "50.0"
-    assert card.told({"value": 12.0, "low": 9.4, "high": 15.2}, "median_rank") == "12 [9, 15]"
+    assert model_card.told({"value": 0.5, "low": None, "high": None}, "recall@1") == "50.0"
+    assert model_card.told({"value": 12.0, "low": 9.4, "high": 15.2}, "median_rank") == "12 [9, 15]"
 
 
 def test_a_second_run_does_nothing(trained, capsys):
@@ -317,9 +317,9 @@ def test_every_family_is_saved_in_the_dtype_of_its_embeddings_and_gives_the_same
     path = done.cfg.paths.checkpoints_dir / "default" / "checkpoint_best.pt"
     checkpoint = torch.load(path, weights_only=True)
     (tmp_path / "out").mkdir()
-    backbone_settings = published.backbone_settings(done.cfg, path, checkpoint)
-    preprocessing = published.write_model(tmp_path / "out", backbone_settings, path, checkpoint)
-    card.write(tmp_path / "out", done.cfg, checkpoint, done.metrics, preprocessing)
+    backbone_settings = published_folder.backbone_settings(done.cfg, path, checkpoint)
+    preprocessing = published_folder.write_model(tmp_path / "out", backbone_settings, path, checkpoint)
+    model_card.write(tmp_path / "out", done.cfg, checkpoint, done.metrics, preprocessing)
     assert "nan" not in ModelCard.load(tmp_path / "out" / "README.md").text
     model = SpatialEmbeddingsModel.from_pretrained(tmp_path / "out")
     assert model.backbone.dtype == getattr(torch, dtype)

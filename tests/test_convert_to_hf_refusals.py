@@ -15,8 +15,8 @@ from trained_model import Trained, write_metrics
 from common import cli, config, parquet
 from common.errors import PipelineError, StaleArtefact
 from generate import model_files
-from publish import parity, published, push
 from publish.convert_to_hf import main
+from publish.hub import parity, published_folder, push
 
 
 @pytest.fixture
@@ -74,11 +74,11 @@ def test_a_branch_of_the_hub_is_the_commit_that_it_stands_for(monkeypatch):
     trained_on = {"name": "some/model", "revision": "abc123", "pooling": cfg.embedding_model.pooling}
     checkpoint = {"embedding_model": {**trained_on, "dtype": "float32"}}
     monkeypatch.setattr(model_files, "locate", lambda name, revision: Path("snapshots/abc123"))
-    settings = published.backbone_settings(cfg, Path("checkpoint_best.pt"), checkpoint)
+    settings = published_folder.backbone_settings(cfg, Path("checkpoint_best.pt"), checkpoint)
     assert (settings.name, settings.dtype) == ("some/model", "float32")
     monkeypatch.setattr(model_files, "locate", lambda name, revision: Path("snapshots/def456"))  # it has moved on
     with pytest.raises(StaleArtefact, match=r'revision = "abc123".*settings say revision = "main"'):
-        published.backbone_settings(cfg, Path("checkpoint_best.pt"), checkpoint)
+        published_folder.backbone_settings(cfg, Path("checkpoint_best.pt"), checkpoint)
 
 
 def test_without_an_image_to_check_with_nothing_is_published(unpublished):
@@ -147,9 +147,9 @@ def test_what_a_dead_run_left_is_removed_and_what_a_live_one_writes_is_not(tmp_p
     dead = tmp_path / ".published.tmp-0123456789ab"
     dead.mkdir()
     (dead / "model.safetensors").write_bytes(b"half")
-    with published.new_folder(target) as live:
+    with published_folder.new_folder(target) as live:
         (live / "config.json").write_text("{}")
-        published.remove_dead_folders(target)
+        published_folder.remove_dead_folders(target)
         assert not dead.exists()
         assert live.exists()
         assert not target.exists()

@@ -16,7 +16,9 @@ from damaged_tars import KINDS, PLAIN_KINDS, DamagedTar, Member, damage, inflate
 from local_backbone import write_local_backbone
 from synthetic import write_dataset
 
-from common import config, gzip_streams, images, parquet
+from common import config, parquet
+from common.archives import gzip_streams
+from common.imagery import tar_images
 from generate import generate_embeddings
 from preprocess import compute_fingerprints, merge_and_split, process_tar
 
@@ -231,15 +233,15 @@ def test_gnu_tar_lists_what_is_used_of_streams_that_lose_nothing(kind, chains):
 
 @each_tar
 def test_images_are_read_out_of_the_middle_by_the_index_that_was_written(stem, chains, monkeypatch):
-    monkeypatch.setattr(images, "write_restart_points", None)  # it is not made again
-    index = images.index_of(chains.damaged.cfg.paths.intermediates_dir, Path(f"{stem}.tar"))
+    monkeypatch.setattr(tar_images, "write_restart_points", None)  # it is not made again
+    index = tar_images.index_of(chains.damaged.cfg.paths.intermediates_dir, Path(f"{stem}.tar"))
     assert index.exists() == (DAMAGES[STEMS.index(stem)][1] == "gzip")
     assert not index.exists() or parquet.num_rows(index) >= 2
     rows = chains.damaged.rows[stem]
     order = np.random.default_rng(0).permutation(len(rows))
     for number in order.tolist():
         row = rows.iloc[number]
-        store = images.store(chains.damaged.cfg.paths)
+        store = tar_images.of_paths(chains.damaged.cfg.paths)
         [content] = store.tar(row["tar_file"]).read([row["image_offset"]], [row["image_size"]])
         assert xxhash.xxh3_64_intdigest(content) == row["content_hash"]
 

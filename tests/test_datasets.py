@@ -5,9 +5,10 @@ import pytest
 import torch
 from made_up_merge import MODEL, write_merge
 
-from common import config, geo
+from common import config
 from common.errors import PipelineError, StaleArtefact
-from common.zones import make_zones
+from common.places import geo
+from common.places.zones import make_zones
 from difficulty import compute_visual_neighbors
 from train import datasets
 from train.datasets import Sampler, make_rows, negatives_of, positives_of, random_rows, relations, restrict

@@ -1,4 +1,6 @@
-"""common/decoding.py, and that all stages decode by its rule. Oracle: Pillow, with ImageOps.exif_transpose."""
+"""common/imagery/decoding.py, and that all stages decode by its rule. Oracle: Pillow, with
+ImageOps.exif_transpose.
+"""
 
 import io
 import json
@@ -19,11 +21,14 @@ from image_kinds import claiming, encoded, kinds, mutated
 from PIL import Image, ImageOps
 from small_pairs import label
 
-from common import parquet, pictures
-from common.decoding import Undecodable, decode, decode_grey, survey
+from common import parquet
+from common.imagery import pictures
+from common.imagery.decoding import Undecodable, decode, decode_grey, survey
 from common.schemas import Reject
 from generate import generate_embeddings
-from preprocess import compute_fingerprints, fingerprints, jpegs, process_tar
+from preprocess import compute_fingerprints, process_tar
+from preprocess.duplicates import fingerprints
+from preprocess.tars import jpegs
 
 KINDS = kinds(picture(48, 32))
 # JPEGs that only Pillow can read; and arithmetic coding, where any bytes have a meaning

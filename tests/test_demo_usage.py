@@ -17,9 +17,9 @@ from trained_model import JPEGS
 
 from common import cli, parquet, provenance, schemas
 from common.errors import ConfigError, PipelineError
-from publish import retrieval
 from publish.demo_usage import main
-from train import results
+from publish.inference import photo_search
+from train.evaluation import metrics_json
 
 QUERY = jpeg(picture(90, 70, seed=500))
 
@@ -98,8 +98,8 @@ def test_many_results_are_drawn_in_lines_and_as_the_model_sees_them(tmp_path):
     levels = np.full((30, 40), 64 * 257, np.uint16)  # a quarter of white
     buffer = io.BytesIO()
     Image.fromarray(levels).save(buffer, "PNG")
-    photograph = retrieval.Photograph("deep.png", buffer.getvalue())
-    retrieval.draw(retrieval.Found(photograph, [photograph] * 11, np.ones(11), 11), tmp_path / "found.png")
+    photograph = photo_search.Photograph("deep.png", buffer.getvalue())
+    photo_search.draw(photo_search.Found(photograph, [photograph] * 11, np.ones(11), 11), tmp_path / "found.png")
     drawn = np.asarray(Image.open(tmp_path / "found.png").convert("L"))
     height, width = drawn.shape
     assert width / height == pytest.approx(8 * 2.5 / (2 * 3), rel=0.15)  # 12 pictures, 8 in a line
@@ -117,15 +117,15 @@ def test_many_results_are_drawn_in_lines_and_as_the_model_sees_them(tmp_path):
 )
 def test_a_similarity_is_placed_among_the_evaluations_pairs(cosine, told, tmp_path):
     counts = {"edges": [-1.0, 0.0, 0.5, 1.0], "matches": [0, 1, 9], "non_matches": [6, 3, 1]}
-    (tmp_path / "metrics.json").write_text(results.to_json({**FOUND, "similarity_histograms": counts}))
-    assert told in retrieval.where_it_lies(cosine, tmp_path / "metrics.json")
+    (tmp_path / "metrics.json").write_text(metrics_json.to_json({**FOUND, "similarity_histograms": counts}))
+    assert told in photo_search.where_it_lies(cosine, tmp_path / "metrics.json")
 
 
 def test_the_evaluation_of_another_model_is_not_told_for_this_one(model, flags, query, tmp_path, capsys):  # noqa: F811
     folder = tmp_path / "data" / "evaluation"
     folder.mkdir(parents=True)
     theirs = {**FOUND["provenance"], "id": "theirs"}
-    (folder / "metrics.json").write_text(results.to_json({**FOUND, "provenance": theirs}))
+    (folder / "metrics.json").write_text(metrics_json.to_json({**FOUND, "provenance": theirs}))
     for evaluation, told in (("ours", "is not this model's"), ("theirs", "0.0% of matches")):
         ours = shutil.copytree(model, tmp_path / evaluation)
         (ours / "provenance.json").write_text(json.dumps({"inputs": {"metrics.json": evaluation}}))
@@ -142,7 +142,7 @@ def test_the_evaluation_of_another_model_is_not_told_for_this_one(model, flags, 
     ],
 )
 def test_a_building_is_told_by_the_name(file, building):
-    assert retrieval.building_of(file) == building
+    assert photo_search.building_of(file) == building
 
 
 def test_a_damaged_query_and_options_that_make_no_sense_are_refused(flags, query, tmp_path):  # noqa: F811

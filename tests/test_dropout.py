@@ -1,10 +1,10 @@
-"""train/dropout.py. Oracle: what nn.Dropout promises."""
+"""train/fitting/dropout.py. Oracle: what nn.Dropout promises."""
 
 import pytest
 import torch
 from torch import nn
 
-from train.dropout import CpuDropout, replace_dropout
+from train.fitting.dropout import CpuDropout, replace_dropout
 
 
 @pytest.mark.parametrize("p", [0.2, 0.5, 0.9])

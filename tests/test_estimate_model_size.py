@@ -8,8 +8,8 @@ from local_backbone import FAMILIES, write_preprocessor, write_tiny_backbone
 from transformers import AutoModel, Dinov2Config
 
 from common.errors import ConfigError, PipelineError
-from publish import sizes
 from publish.estimate_model_size import main
+from publish.inference import model_sizes
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_the_activations_are_those_of_the_widest_layer():
     config = Dinov2Config(
         hidden_size=256, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14
     )
-    _, largest = sizes.measure(AutoModel.from_config(config).eval(), torch.zeros(1, 3, 56, 56))
+    _, largest = model_sizes.measure(AutoModel.from_config(config).eval(), torch.zeros(1, 3, 56, 56))
     assert largest == 2 * 17 * (4 * 256)  # into and out of the MLP's activation function, 17 tokens
 
 

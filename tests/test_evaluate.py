@@ -12,9 +12,11 @@ import small_merge
 import torch
 from small_evaluation import load, run
 
-from common import cli, config, files, geo, parquet
+from common import cli, config, files, parquet
 from common.errors import PipelineError, StaleArtefact
-from train import breakdowns, evaluate, gallery, methods, metrics, protocol
+from common.places import geo
+from train import evaluate
+from train.evaluation import breakdowns, gallery, methods, metrics, protocol
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("no_figures")

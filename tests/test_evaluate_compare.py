@@ -17,7 +17,7 @@ from small_evaluation import run
 
 from common import config, parquet
 from common.errors import PipelineError, StaleArtefact
-from train import results
+from train.evaluation import metrics_json
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -60,8 +60,8 @@ def test_checkpoints_published_folders_and_files_are_further_rows(own, tmp_path)
     file = other_vectors(tmp_path / "theirs.parquet", columns["test"])
     assert run(cfg) == 0
     assert run(cfg, "--compare", str(second), str(first.parent), str(folder), str(file)) == 0
-    alone = results.read(cfg.paths.evaluation_dir / "metrics.json")
-    found = results.read(cfg.paths.evaluation_dir / "compared" / "metrics.json")
+    alone = metrics_json.read(cfg.paths.evaluation_dir / "metrics.json")
+    found = metrics_json.read(cfg.paths.evaluation_dir / "compared" / "metrics.json")
     assert list(found["methods"]) == ["raw", "pca", "whitening", "trained", "second", "default", "model", "theirs"]
     for name in alone["methods"]:
         assert found["methods"][name] == alone["methods"][name]
@@ -108,8 +108,8 @@ def test_a_file_of_vectors_is_judged_by_the_same_protocol(own, tmp_path):
     frame.assign(embedding=list(vectors)).to_parquet(path)
     elsewhere = config.load(None, [f"paths.root={tmp_path / 'elsewhere'}"])  # no merge, no checkpoint
     assert run(elsewhere, "--embeddings", str(path)) == 0
-    ours = results.read(cfg.paths.evaluation_dir / "metrics.json")
-    theirs = results.read(elsewhere.paths.evaluation_dir / "theirs" / "metrics.json")
+    ours = metrics_json.read(cfg.paths.evaluation_dir / "metrics.json")
+    theirs = metrics_json.read(elsewhere.paths.evaluation_dir / "theirs" / "metrics.json")
     assert theirs["methods"] == {"raw": ours["methods"]["raw"]}
     assert theirs["leakage"] is None
     assert "theirs.parquet" in (elsewhere.paths.evaluation_dir / "theirs" / "report.html").read_text()
@@ -119,7 +119,7 @@ def test_a_split_by_itself_is_known_by_its_record(own, tmp_path):
     cfg, *_ = own
     path = cfg.paths.merged_dir / "val.parquet"
     assert run(cfg, "--embeddings", "data/merged/val.parquet") == 0  # as the README says
-    found = results.read(cfg.paths.evaluation_dir / "val" / "metrics.json")
+    found = metrics_json.read(cfg.paths.evaluation_dir / "val" / "metrics.json")
     assert found["provenance"]["inputs"] == {"val.parquet": parquet.read_provenance(path).id}
     assert found["counts"]["queries"] == 60
 
@@ -167,8 +167,8 @@ def test_types_of_other_programs_are_read_as_ours(own, tmp_path):
     )  # as by polars
     pq.write_table(table, tmp_path / "theirs.parquet")
     assert run(cfg, "--embeddings", str(tmp_path / "theirs.parquet")) == 0
-    ours = results.read(cfg.paths.evaluation_dir / "metrics.json")
-    theirs = results.read(cfg.paths.evaluation_dir / "theirs" / "metrics.json")
+    ours = metrics_json.read(cfg.paths.evaluation_dir / "metrics.json")
+    theirs = metrics_json.read(cfg.paths.evaluation_dir / "theirs" / "metrics.json")
     assert theirs["methods"]["raw"] == ours["methods"]["raw"]
     assert theirs["breakdowns"]["dataset"]["classes"][0]["class"] == "0088"
 

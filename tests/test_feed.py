@@ -1,11 +1,13 @@
-"""train/feed.py. Oracle: the sampler, and rows taken from the table one by one. (CUDA's streams need a GPU.)"""
+"""train/sampling/feed.py. Oracle: the sampler, and rows taken from the table one by one. (CUDA's streams need a
+GPU.)
+"""
 
 import numpy as np
 import pytest
 import torch
 
 from train.datasets import Sampler, make_rows
-from train.feed import Feed, reading
+from train.sampling.feed import Feed, reading
 
 CPU = torch.device("cpu")
 

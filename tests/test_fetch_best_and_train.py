@@ -7,7 +7,8 @@ import torch
 
 from common import config, parquet
 from common.errors import PipelineError, StaleArtefact
-from train import evaluate, fetch_best_and_train, optuna_worker, study, train
+from train import evaluate, fetch_best_and_train, optuna_worker, train
+from train.tuning import shared_study
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 SMALL = (
@@ -43,8 +44,10 @@ def checkpoint(root, run="default") -> dict:
 
 def test_the_best_trials_settings_are_trained_in_full_and_compared(root, capsys):
     cfg = load(root)
-    best = study.best_trial(study.open_study(cfg, study.record(cfg), create=False))
-    assert best.value == max(t.value for t in study.open_study(cfg, study.record(cfg), create=False).trials)
+    best = shared_study.best_trial(shared_study.open_study(cfg, shared_study.record(cfg), create=False))
+    assert best.value == max(
+        t.value for t in shared_study.open_study(cfg, shared_study.record(cfg), create=False).trials
+    )
     assert fetch_best_and_train.main(flags(root)) == 0
     told = capsys.readouterr().out
     found = checkpoint(root)
@@ -82,8 +85,8 @@ def test_evaluation_takes_its_checkpoint_like_any_other(root, capsys):
 
 def test_a_trial_can_be_named(root, capsys):
     cfg = load(root)
-    tuning = study.open_study(cfg, study.record(cfg), create=False)
-    other = next(t for t in tuning.trials if t.number != study.best_trial(tuning).number)
+    tuning = shared_study.open_study(cfg, shared_study.record(cfg), create=False)
+    other = next(t for t in tuning.trials if t.number != shared_study.best_trial(tuning).number)
     named = flags(root, "training.run=named")
     assert fetch_best_and_train.main([*named, "--trial", str(other.number)]) == 0
     assert checkpoint(root, "named")["config"]["training.margin"] == other.params["margin"]

@@ -15,7 +15,7 @@ from synthetic import write_dataset
 from common import parquet, schemas
 from common.cli import exit_code_of
 from preprocess import fix_intermediate_schema, process_tar
-from preprocess.schema_fixes import Unfixable, fix
+from preprocess.tars.schema_fixes import Unfixable, fix
 
 
 def run(root, *flags):

@@ -24,7 +24,8 @@ from common.errors import PipelineError
 from difficulty import compute_visual_neighbors
 from generate import generate_embeddings
 from preprocess import compute_fingerprints, merge_and_split, process_tar, summarize_ids
-from publish import generate_embeddings_from_hf, generate_embeddings_from_parquet, published
+from publish import generate_embeddings_from_hf, generate_embeddings_from_parquet
+from publish.hub import published_folder
 
 SETTINGS = (
     *("embedding_model.pooling=mean", "data.max_reject_share=1", "data.rows_per_part=50", "data.neighbors=20"),
@@ -79,7 +80,9 @@ def write_model(cfg: config.Config) -> Path:
     path, folder = cfg.paths.checkpoints_dir / "default" / "checkpoint_best.pt", cfg.paths.root / "published"
     checkpoint = torch.load(path, weights_only=True)
     folder.mkdir()
-    published.write_model(folder, published.backbone_settings(cfg, path, checkpoint), path, checkpoint)
+    published_folder.write_model(
+        folder, published_folder.backbone_settings(cfg, path, checkpoint), path, checkpoint
+    )
     return folder
 
 

@@ -16,8 +16,8 @@ from transformers import AutoImageProcessor
 
 from common import config, parquet
 from common.errors import PipelineError, StaleArtefact
-from publish import published
 from publish.generate_embeddings_from_hf import main
+from publish.hub import published_folder
 from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
 
 
@@ -29,7 +29,9 @@ def model(tmp_path_factory) -> Path:
     checkpoint = torch.load(path, weights_only=True)
     folder = trained.root / "published"
     folder.mkdir()
-    published.write_model(folder, published.backbone_settings(trained.cfg, path, checkpoint), path, checkpoint)
+    published_folder.write_model(
+        folder, published_folder.backbone_settings(trained.cfg, path, checkpoint), path, checkpoint
+    )
     return folder
 
 

@@ -14,8 +14,10 @@ import torch
 from embedding_setup import write_tar
 from PIL import Image
 
-from common import cli, config, images, tars
+from common import cli, config
+from common.archives import tars
 from common.errors import PipelineError
+from common.imagery import tar_images
 from common.schemas import Reject
 from generate import batches, loop, pixels
 
@@ -230,7 +232,7 @@ def read_with_errors(path: Path, monkeypatch, number: int, bad: range) -> loop.J
         return real(descriptor, size, offset)
 
     monkeypatch.setattr(os, "pread", pread)
-    return loop.Job("a", 10, images.Tar(path).reader(pa.table(rows)))
+    return loop.Job("a", 10, tar_images.Tar(path).reader(pa.table(rows)))
 
 
 def test_a_place_that_the_disk_cannot_read_costs_its_own_image_only(tmp_path, monkeypatch):

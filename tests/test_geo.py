@@ -1,10 +1,10 @@
-"""common/geo.py. Oracle: the haversine formula, and all pairs by brute force."""
+"""common/places/geo.py. Oracle: the haversine formula, and all pairs by brute force."""
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import geo
+from common.places import geo
 
 
 def haversine_m(lat1, lon1, lat2, lon2):

@@ -1,4 +1,6 @@
-"""preprocess/geometry.py. Oracles: a label of the published dataset, the destination formula, a plain loop."""
+"""preprocess/tars/label_geometry.py. Oracles: a label of the published dataset, the destination formula, a plain
+loop.
+"""
 
 import math
 
@@ -6,9 +8,9 @@ import numpy as np
 import pytest
 from test_labels import GENUINE_LABEL
 
-from common import geo
-from preprocess.geometry import count_disagreements, summary
-from preprocess.labels import Label, parse_label
+from common.places import geo
+from preprocess.tars.label_geometry import count_disagreements, summary
+from preprocess.tars.labels import Label, parse_label
 
 
 def columns(*labels: Label) -> dict[str, tuple]:

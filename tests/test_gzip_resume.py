@@ -20,8 +20,10 @@ from same_artefacts import assert_same_artefacts
 from small_pairs import jpeg
 from synthetic import write_dataset
 
-from common import config, files, gzip_streams, images, parquet, provenance, schemas, tars
+from common import config, files, parquet, provenance, schemas
+from common.archives import gzip_streams, tars
 from common.cli import exit_code_of
+from common.imagery import tar_images
 from generate import generate_embeddings
 from preprocess import compute_fingerprints, process_tar
 
@@ -57,7 +59,7 @@ class Place:
         return parquet.read(self.cfg.paths.intermediates_dir / f"{stem}.parquet")
 
     def index(self, stem: str) -> Path:
-        return images.index_of(self.cfg.paths.intermediates_dir, Path(f"{stem}.tar"))
+        return tar_images.index_of(self.cfg.paths.intermediates_dir, Path(f"{stem}.tar"))
 
     def made_by(self, stage: str) -> Path:
         paths = self.cfg.paths
@@ -251,7 +253,7 @@ def test_images_are_read_whatever_has_become_of_the_index(change, copy, monkeypa
     before = parquet.read(copy.index("0088"))
     with monkeypatch.context() as patch:
         change(copy, patch)
-        store = images.store(copy.cfg.paths)
+        store = tar_images.of_paths(copy.cfg.paths)
         for order in (range(len(rows)), reversed(range(len(rows)))):
             for row in order:
                 [content] = store.read(rows.slice(row, 1))
@@ -264,7 +266,7 @@ def test_images_are_read_whatever_has_become_of_the_index(change, copy, monkeypa
 @pytest.mark.parametrize("change", UNWRITABLE, ids=lambda change: change.__name__)
 def test_an_index_that_cannot_be_written_is_told_and_made_once(change, copy, monkeypatch, caplog):
     change(copy, monkeypatch)
-    store, rows = images.store(copy.cfg.paths), copy.rows("0088")
+    store, rows = tar_images.of_paths(copy.cfg.paths), copy.rows("0088")
     for row in range(len(rows)):
         store.read(rows.slice(row, 1))
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]

@@ -1,4 +1,6 @@
-"""common/gzip_streams.py and restart_points.py. Oracle: Python's gzip and zlib, on streams that they wrote."""
+"""common/archives/gzip_streams.py and restart_points.py. Oracle: Python's gzip and zlib, on streams that they
+wrote.
+"""
 
 import contextlib
 import errno
@@ -14,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common import gzip_streams, restart_points
-from common.gzip_streams import Stream, inflate
+from common.archives import gzip_streams, restart_points
+from common.archives.gzip_streams import Stream, inflate
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""common/images.py. Oracle: the bytes that were put into the tars."""
+"""common/imagery/tar_images.py. Oracle: the bytes that were put into the tars."""
 
 import gzip
 import io
@@ -11,7 +11,9 @@ import pyarrow as pa
 import pytest
 import xxhash
 
-from common import gzip_streams, images, parquet, provenance, schemas
+from common import parquet, provenance, schemas
+from common.archives import gzip_streams
+from common.imagery import tar_images
 
 NAMES = ("tar_file", "image_offset", "image_size", "content_hash")
 
@@ -43,7 +45,7 @@ def test_threads_that_take_chunks_in_turn_inflate_a_gzip_tar_once(tmp_path, monk
     monkeypatch.setattr(gzip_streams, "READ_BYTES", 50_000)
     contents = contents_of(1_500, 3_000)
     rows = write_tar(tmp_path / "0088.tar", contents)
-    read = images.Tar(tmp_path / "0088.tar", points=[]).reader(rows)
+    read = tar_images.Tar(tmp_path / "0088.tar", points=[]).reader(rows)
     inflated, real = [], gzip_streams.inflate
     monkeypatch.setattr(gzip_streams, "inflate", lambda *args: (inflated.append(len(p)) or p for p in real(*args)))
 
@@ -62,13 +64,13 @@ def test_threads_that_take_chunks_in_turn_inflate_a_gzip_tar_once(tmp_path, monk
 def test_images_that_are_others_than_their_rows_say_are_refused(tmp_path):
     contents = contents_of(20, 3_000)
     rows = write_tar(tmp_path / "raw/0088.tar", contents, "w")
-    store = images.Store(tmp_path / "raw", tmp_path / "intermediates")
+    store = tar_images.TarImages(tmp_path / "raw", tmp_path / "intermediates")
     assert store.read(rows.take([3, 1, 19])) == [contents[3], contents[1], contents[19]]
     raw = bytearray((tmp_path / "raw/0088.tar").read_bytes())
     raw[rows["image_offset"][3].as_py() + 7] ^= 1
     (tmp_path / "raw/0088.tar").write_bytes(raw)
     assert store.read(rows.take([1, 19])) == [contents[1], contents[19]]
-    with pytest.raises(images.ChangedTar, match=r"0088\.tar has other images than"):
+    with pytest.raises(tar_images.ChangedTar, match=r"0088\.tar has other images than"):
         store.read(rows.take([3, 1, 19]))
 
 
@@ -80,10 +82,10 @@ def test_a_tar_that_is_not_the_one_of_the_intermediates_is_refused_without_hashe
     with parquet.writer(tmp_path / "intermediates/0088.parquet", schemas.INTERMEDIATES, made):
         pass
     places = rows.drop(["content_hash"])
-    assert len(images.Store(tar.parent, tmp_path / "intermediates").read(places)) == 20
+    assert len(tar_images.TarImages(tar.parent, tmp_path / "intermediates").read(places)) == 20
     size = tar.stat().st_size
     write_tar(tar, contents_of(20, 3_000, seed=1), mode)
     with tar.open("r+b") as file:
         file.truncate(size)
-    with pytest.raises(images.ChangedTar, match=r"0088\.tar has other images than"):
-        images.Store(tar.parent, tmp_path / "intermediates").read(places)
+    with pytest.raises(tar_images.ChangedTar, match=r"0088\.tar has other images than"):
+        tar_images.TarImages(tar.parent, tmp_path / "intermediates").read(places)

@@ -215,7 +215,7 @@ def test_the_rest_of_a_run_is_not_submitted_beside_another_that_writes_the_same(
 def test_a_reused_job_id_is_not_taken_for_the_runs_own(cfg, tmp_path):
     """A cluster that was set up anew counts from 1 again: --cancel must not end somebody else's job 7."""
     record = {"steps": {"train": {"job": "7"}, "evaluate": {"job": "8"}}}
-    queue = {"7": runs.Job("7", "another", "RUNNING", ""), "8": runs.Job("8", "evaluate", "PENDING", "")}
+    queue = {"7": runs.SlurmJob("7", "another", "RUNNING", ""), "8": runs.SlurmJob("8", "evaluate", "PENDING", "")}
     assert runs.live_steps(record, queue) == {"evaluate": "8"}
     entry = {"job": "7", "tasks": [0], "of": 1, "log": str(tmp_path / "none.log")}
     step = next(step for step in submit.chain(cfg) if step.name == "train")

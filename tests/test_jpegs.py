@@ -1,4 +1,4 @@
-"""preprocess/jpegs.py. Oracle: images that were spoilt, or are flat, on purpose."""
+"""preprocess/tars/jpegs.py. Oracle: images that were spoilt, or are flat, on purpose."""
 
 import io
 
@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from small_pairs import jpeg
 
-from preprocess import jpegs
+from preprocess.tars import jpegs
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""preprocess/labels.py. Oracles: the numbers that a label was written from; a parser by regular expressions."""
+"""preprocess/tars/labels.py. Oracles: the numbers that a label was written from; a parser by regular
+expressions.
+"""
 
 import re
 from decimal import Decimal
@@ -8,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.schemas import Reject
-from preprocess.labels import Ids, Label, Rejected, parse_label, parse_name
+from preprocess.tars.labels import Ids, Label, Rejected, parse_label, parse_name
 
 GOOD = [88, 1234, 567, 9, 40.7, -73.9, 12.5, 0.1, -0.9, 0.0, 40.71, -73.91, 14.0, 15.2, 359.0, -3.5, 0.0]
 

@@ -1,4 +1,6 @@
-"""preprocess/merge_and_split.py: its files and its refusals. Oracle: what preprocess/split.py decides."""
+"""preprocess/merge_and_split.py: its files and its refusals. Oracle: what preprocess/split/split_rules.py
+decides.
+"""
 
 import io
 import json
@@ -11,7 +13,8 @@ from PIL import Image
 from common import config, files, parquet, provenance, schemas
 from common.cli import exit_code_of
 from common.errors import StaleArtefact
-from preprocess import merge_and_split, split
+from preprocess import merge_and_split
+from preprocess.split import split_rules
 
 DIM = 8
 MODEL = {"embedding_model.name": "tiny", "embedding_model.pooling": "cls"}
@@ -114,7 +117,7 @@ def test_the_command_writes_what_was_decided(tmp_path, capsys):
     ids = [f"{d:04d}_{p}" for d, p in zip(frame["dataset_id"], frame["patch_id"], strict=True)]
     frame["has_embedding"] = [name not in chain.missing for name in ids]
     images = images_of(frame)
-    expected = split.decide(images, chain.cfg.data, 0)
+    expected = split_rules.decide(images, chain.cfg.data, 0)
     for number, (name, table) in enumerate(splits.items()):
         rows = np.flatnonzero(expected.split == number)
         assert table["patch_id"].to_numpy().tolist() == images.patch_id[rows].tolist()

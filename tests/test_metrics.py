@@ -1,4 +1,4 @@
-"""train/metrics.py. Oracle: a loop over queries that sorts the gallery and walks down the ranking."""
+"""train/evaluation/metrics.py. Oracle: a loop over queries that sorts the gallery and walks down the ranking."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train import metrics
-from train.metrics import PerQuery, retrieval, summarize
+from train.evaluation import metrics
+from train.evaluation.metrics import PerQuery, retrieval, summarize
 
 CPU = torch.device("cpu")
 NO_JUNK = "no junk"

@@ -21,8 +21,10 @@ import xxhash
 from damaged_tars import MARGIN_BYTES, Member, inflated, members_of
 from synthetic import write_dataset
 
-from common import gzip_streams, images, parquet
+from common import parquet
+from common.archives import gzip_streams
 from common.cli import exit_code_of
+from common.imagery import tar_images
 from preprocess import process_tar
 
 TARS = 500  # of each form
@@ -146,7 +148,7 @@ def test_every_image_that_is_used_decodes_and_has_the_bytes_that_its_hash_says(f
     count, folder = 0, results[form].root / "data/intermediates"
     for number in range(TARS):
         rows = results[form].used(number)
-        store = images.Store(results[form].raw_dir(number), folder)
+        store = tar_images.TarImages(results[form].raw_dir(number), folder)
         for row in reversed(rows):  # backwards: of a gzip stream, each from a restart point
             [content] = store.tar(row["tar_file"]).read([row["image_offset"]], [row["image_size"]])
             assert xxhash.xxh3_64_intdigest(content) == row["content_hash"]

@@ -1,4 +1,5 @@
-"""train/storage.py and what study.py keeps in it: a journal whose writers may die, or a PostgreSQL of our own.
+"""train/tuning/study_storage.py and what study.py keeps in it: a journal whose writers may die, or a PostgreSQL of
+our own.
 No trial is lost and none counted twice, and no message holds a password.
 
 Training is a stand-in here, see small_study.py.
@@ -26,7 +27,8 @@ from small_study import flags, load, numbers, open_study, stand_in, work
 
 from common import files
 from common.errors import ConfigError, PipelineError, StaleArtefact
-from train import optuna_worker, study, trials
+from train import optuna_worker
+from train.tuning import shared_study, study_trials
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +45,8 @@ def cfg(merged, tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(trials, "fit", stand_in())
-    monkeypatch.setattr(trials, "load_data", lambda cfg: None)
+    monkeypatch.setattr(study_trials, "fit", stand_in())
+    monkeypatch.setattr(study_trials, "load_data", lambda cfg: None)
 
 
 # -------------------------------------------------------------------------------------------- both, and PostgreSQL
@@ -52,7 +54,7 @@ def quick(monkeypatch):
 
 def worker_process(merged, tmp_path, seconds, storage):
     """A worker in a process of its own."""
-    trials.fit, trials.load_data = stand_in(seconds), lambda cfg: None
+    study_trials.fit, study_trials.load_data = stand_in(seconds), lambda cfg: None
     cfg = load(merged, tmp_path, "training.num_trials=20", f"training.study_storage={storage}")
     work(cfg, open_study(cfg))
 
@@ -92,8 +94,8 @@ def test_three_workers_at_once_one_killed_lose_no_trial_and_count_none_twice(
 ):
     name = "journal" if kind == "journal" else request.getfixturevalue("postgres")
     asked = ("training.num_trials=20", f"training.study_storage={name}")
-    monkeypatch.setattr(study, "STALE_MIN_S", 1.5)  # the workers are forked: it holds for them too
-    monkeypatch.setattr(study, "STALE_UNKNOWN_S", 1.5)
+    monkeypatch.setattr(shared_study, "STALE_MIN_S", 1.5)  # the workers are forked: it holds for them too
+    monkeypatch.setattr(shared_study, "STALE_UNKNOWN_S", 1.5)
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=worker_process, args=(merged, tmp_path, 0.05, name)) for _ in range(3)]
     for worker in workers:
@@ -105,7 +107,7 @@ def test_three_workers_at_once_one_killed_lose_no_trial_and_count_none_twice(
     os.kill(workers[0].pid, signal.SIGKILL)
     for worker in workers:
         worker.join(timeout=60)
-    deadline = time.time() + study.stale_after_s(tuning.trials)
+    deadline = time.time() + shared_study.stale_after_s(tuning.trials)
     while time.time() <= deadline:  # until the killed worker's heartbeat is stale
         time.sleep(0.1)
     last = context.Process(target=worker_process, args=(merged, tmp_path, 0.05, name))
@@ -117,7 +119,7 @@ def test_three_workers_at_once_one_killed_lose_no_trial_and_count_none_twice(
     done = numbers(tuning, TrialState.COMPLETE, TrialState.PRUNED)
     failed = numbers(tuning, TrialState.FAIL)
     assert len(done) == 20
-    assert set(failed) == study.retried(tuning.trials)
+    assert set(failed) == shared_study.retried(tuning.trials)
     assert len({tuning.trials[number].user_attrs["worker"] for number in done}) >= 2  # 3, but for an early kill
     assert len({tuning.trials[number].params["learning_rate"] for number in done}) == 20
 
@@ -129,10 +131,10 @@ def test_a_study_in_postgresql_as_the_commands_see_it(merged, tmp_path, postgres
     url = postgres.replace("/postgres?", "/another?")
     asked = (f"training.study_storage={url}", f"paths.study_dir={tmp_path / 'study'}")
     with pytest.raises(PipelineError, match=r"tuner:\*\*\*@.* holds no study"):
-        study.open_study(load(merged, tmp_path, *asked), made_of(merged, tmp_path), create=False)
+        shared_study.open_study(load(merged, tmp_path, *asked), made_of(merged, tmp_path), create=False)
     assert optuna_worker.main(flags(merged, *asked)) == 0
-    tuning = study.open_study(load(merged, tmp_path, *asked), made_of(merged, tmp_path), create=False)
-    assert study.num_counted(tuning.trials) == 6
+    tuning = shared_study.open_study(load(merged, tmp_path, *asked), made_of(merged, tmp_path), create=False)
+    assert shared_study.num_counted(tuning.trials) == 6
     assert not (tmp_path / "study" / "journal.log").exists()
     with pytest.raises(StaleArtefact, match="steps_per_epoch") as refused:
         open_study(load(merged, tmp_path, *asked, "training.steps_per_epoch=9"))
@@ -155,7 +157,7 @@ def test_a_database_that_goes_away_is_told_without_its_password(merged, tmp_path
 
     with database.connect() as connection:
         connection.execute(sqlalchemy.text("create database leaving"))
-    monkeypatch.setattr(trials, "fit", gone)
+    monkeypatch.setattr(study_trials, "fit", gone)
     url = postgres.replace("/postgres?", "/leaving?")
     with pytest.raises(PipelineError, match=r"tuner:\*\*\*@.* answers no more: ") as told:
         optuna_worker.main(flags(merged, f"training.study_storage={url}", f"paths.study_dir={tmp_path}"))
@@ -163,7 +165,7 @@ def test_a_database_that_goes_away_is_told_without_its_password(merged, tmp_path
 
 
 def made_of(merged, tmp_path):
-    return study.record(load(merged, tmp_path))
+    return shared_study.record(load(merged, tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from small_study import flags, load, numbers, open_study, stand_in, work
 
 from common import cli
 from common.errors import ConfigError, PipelineError, StaleArtefact, Stopped
-from train import optuna_worker, study, study_page, trials
+from train import optuna_worker
+from train.tuning import shared_study, study_page, study_trials
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,8 @@ def cfg(merged, tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(trials, "fit", stand_in())
-    monkeypatch.setattr(trials, "load_data", lambda cfg: None)
+    monkeypatch.setattr(study_trials, "fit", stand_in())
+    monkeypatch.setattr(study_trials, "load_data", lambda cfg: None)
 
 
 # ------------------------------------------------------------------------------------------------------ one worker
@@ -48,8 +49,8 @@ def test_a_trial_is_worth_its_best_epoch_after_the_untrained_one(cfg, quick):
         if trial.state == TrialState.COMPLETE:
             assert trial.user_attrs["best_epoch"] == 2
             assert trial.value == max(trial.intermediate_values.values())  # epoch 0's 0.5 would beat them all
-    best = study.best_trial(tuning)
-    assert best.value == max(trial.value for trial in study.finished_trials(tuning))
+    best = shared_study.best_trial(tuning)
+    assert best.value == max(trial.value for trial in shared_study.finished_trials(tuning))
 
 
 def test_the_same_seed_draws_the_same_settings_and_trials_differ(merged, tmp_path, quick):
@@ -100,12 +101,12 @@ def test_a_trial_that_fails_counts_and_says_why(cfg, quick, monkeypatch):
     def broken(cfg, data, *, on_epoch):
         raise PipelineError("the loss is not finite at step 3")
 
-    monkeypatch.setattr(trials, "fit", broken)
+    monkeypatch.setattr(study_trials, "fit", broken)
     assert work(cfg, tuning).rejected == {"failed": 6}
     assert work(cfg, tuning).rows_in == 0  # else a worker whose trials all fail would never end
-    assert trials.last_error(tuning) == "the loss is not finite at step 3"
+    assert study_trials.last_error(tuning) == "the loss is not finite at step 3"
     with pytest.raises(PipelineError, match="none of the study's 6 trials has finished"):
-        study.best_trial(tuning)
+        shared_study.best_trial(tuning)
 
 
 # ------------------------------------------------------------------------------------------------ workers that die
@@ -113,9 +114,9 @@ def test_a_trial_that_fails_counts_and_says_why(cfg, quick, monkeypatch):
 
 def die_in(tuning, cfg, *, age_s: float, longest_epoch_s: float | None = None) -> optuna.Trial:
     """Leave a running trial whose last heartbeat is `age_s` old."""
-    trial = study.claim(tuning, cfg)
+    trial = shared_study.claim(tuning, cfg)
     if longest_epoch_s is not None:
-        study.beat(trial, longest_epoch_s)
+        shared_study.beat(trial, longest_epoch_s)
     trial.set_user_attr("heartbeat", time.time() - age_s)
     return trial
 
@@ -128,7 +129,7 @@ def test_a_dead_workers_trial_is_tried_again_with_its_settings_and_counted_once(
     assert again.params == dead.params
     assert again.user_attrs["retry_of"] == dead.number
     assert numbers(tuning, TrialState.FAIL) == [dead.number]
-    assert study.num_counted(tuning.trials) == 6
+    assert shared_study.num_counted(tuning.trials) == 6
     assert len(tuning.trials) == 7
 
 
@@ -150,9 +151,9 @@ def test_a_live_workers_trial_is_left_alone(cfg, quick, age_s, longest_epoch_s):
 def test_a_worker_killed_before_its_first_heartbeat_is_found_by_its_start(cfg):
     tuning = open_study(cfg)
     tuning.ask()
-    study.requeue_dead(tuning, time.time() + study.STALE_UNKNOWN_S - 5)
+    shared_study.requeue_dead(tuning, time.time() + shared_study.STALE_UNKNOWN_S - 5)
     assert numbers(tuning, TrialState.RUNNING) == [0]
-    study.requeue_dead(tuning, time.time() + study.STALE_UNKNOWN_S + 5)
+    shared_study.requeue_dead(tuning, time.time() + shared_study.STALE_UNKNOWN_S + 5)
     assert numbers(tuning, TrialState.FAIL) == [0]
 
 
@@ -161,22 +162,22 @@ def test_killed_between_queueing_again_and_failing_queues_only_once(cfg, monkeyp
     dead = die_in(tuning, cfg, age_s=1e6)
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "tell", lambda *_, **__: None)  # the worker gets no further
-        study.requeue_dead(tuning, time.time())
+        shared_study.requeue_dead(tuning, time.time())
     assert numbers(tuning, TrialState.RUNNING) == [dead.number]
-    study.requeue_dead(tuning, time.time())
+    shared_study.requeue_dead(tuning, time.time())
     assert numbers(tuning, TrialState.FAIL) == [dead.number]
     assert len(numbers(tuning, TrialState.WAITING)) == 1
 
 
 def test_a_trial_that_kills_its_workers_is_given_up(cfg, quick):
     tuning = open_study(cfg)
-    for _ in range(study.MAX_ATTEMPTS):
+    for _ in range(shared_study.MAX_ATTEMPTS):
         die_in(tuning, cfg, age_s=1e6)
     work(cfg, tuning)
     chain = numbers(tuning, TrialState.FAIL)
-    assert len(chain) == study.MAX_ATTEMPTS
-    assert study.num_counted(tuning.trials) == 6  # given up, it counts
-    assert len(tuning.trials) == 6 + study.MAX_ATTEMPTS - 1
+    assert len(chain) == shared_study.MAX_ATTEMPTS
+    assert shared_study.num_counted(tuning.trials) == 6  # given up, it counts
+    assert len(tuning.trials) == 6 + shared_study.MAX_ATTEMPTS - 1
 
 
 def test_a_signal_puts_the_trial_back_in_the_queue(cfg, quick, monkeypatch):
@@ -187,7 +188,7 @@ def test_a_signal_puts_the_trial_back_in_the_queue(cfg, quick, monkeypatch):
         raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(trials, "fit", stopped)
+        patch.setattr(study_trials, "fit", stopped)
         with pytest.raises(Stopped):
             work(cfg, tuning)
     assert numbers(tuning, TrialState.WAITING) == [1]
@@ -202,10 +203,10 @@ def test_a_worker_that_was_taken_for_dead_drops_its_result(cfg, quick, monkeypat
     def slow(settings, data, *, on_epoch):
         running = numbers(tuning, TrialState.RUNNING)[0]
         if "retry_of" not in tuning.trials[running].user_attrs:
-            study.requeue_dead(open_study(cfg), time.time() + 1e6)  # what another worker does
+            shared_study.requeue_dead(open_study(cfg), time.time() + 1e6)  # what another worker does
         return real(settings, data, on_epoch=on_epoch)
 
-    monkeypatch.setattr(trials, "fit", slow)
+    monkeypatch.setattr(study_trials, "fit", slow)
     progress = work(cfg, tuning, max_trials=2)
     assert progress.rejected == {"taken_for_dead": 1}
     assert numbers(tuning, TrialState.COMPLETE) == [1]
@@ -216,10 +217,10 @@ def test_a_worker_that_was_taken_for_dead_ends_its_trial_in_peace(cfg, quick, mo
     tuning = open_study(cfg)
 
     def late(settings, data, *, on_epoch):
-        study.requeue_dead(open_study(cfg), time.time() + 1e6)  # what another worker does
+        shared_study.requeue_dead(open_study(cfg), time.time() + 1e6)  # what another worker does
         raise error
 
-    monkeypatch.setattr(trials, "fit", late)
+    monkeypatch.setattr(study_trials, "fit", late)
     if error is Stopped:
         with pytest.raises(Stopped):
             work(cfg, tuning, max_trials=1)
@@ -233,18 +234,18 @@ def test_a_trial_that_ends_while_another_worker_fails_it_disturbs_neither(cfg, m
     dead = die_in(tuning, cfg, age_s=1e6)
     real = tuning.enqueue_trial
     monkeypatch.setattr(tuning, "enqueue_trial", lambda *a, **o: (real(*a, **o), open_study(cfg).tell(0, 0.5)))
-    study.requeue_dead(tuning, time.time())
+    shared_study.requeue_dead(tuning, time.time())
     assert numbers(tuning, TrialState.COMPLETE) == [dead.number]
-    assert study.num_counted(tuning.trials) == 1
+    assert shared_study.num_counted(tuning.trials) == 1
 
 
 def test_settings_that_do_not_fit_one_another_fail_their_trial_alone(merged, tmp_path, quick):
     space = "training.search_space={batch_size={choices=[16]}, bandit_groups={choices=[32]}}"
     cfg = load(merged, tmp_path, space)
-    study.check_search_space(cfg)  # each fits the other's default
+    shared_study.check_search_space(cfg)  # each fits the other's default
     tuning = open_study(cfg)
     assert work(cfg, tuning).rejected == {"failed": 6}
-    assert "bandit_groups (32) exceeds batch_size (16)" in trials.last_error(tuning)
+    assert "bandit_groups (32) exceeds batch_size (16)" in study_trials.last_error(tuning)
 
 
 @pytest.mark.parametrize("flag", ["--trials=0", "--trials=-1", "--minutes=-1"])
@@ -257,8 +258,8 @@ def test_hyperband_prunes_too(merged, tmp_path, quick):
     cfg = load(merged, tmp_path, "training.num_trials=40", "training.trial_epochs=9", "training.pruner=hyperband")
     tuning = open_study(cfg)
     assert work(cfg, tuning).rejected["pruned"] > 0
-    assert {len(trial.intermediate_values) for trial in study.finished_trials(tuning)} == {9}
-    best = study.best_trial(tuning)
+    assert {len(trial.intermediate_values) for trial in shared_study.finished_trials(tuning)} == {9}
+    best = shared_study.best_trial(tuning)
     assert best.value == max(best.intermediate_values.values())
 
 
@@ -280,7 +281,7 @@ def test_a_study_of_other_settings_is_refused_and_overwrite_replaces_it(merged, 
 def test_a_study_of_other_data_is_refused(merged, tmp_path, cfg, quick):
     open_study(cfg)
     journal = cfg.paths.study_dir / "journal.log"
-    ids = study.record(cfg).inputs
+    ids = shared_study.record(cfg).inputs
     journal.write_text(journal.read_text().replace(ids["train.parquet"], "another-merge"))
     with pytest.raises(StaleArtefact, match=r"another train.parquet \(another-merge then"):
         open_study(cfg)
@@ -303,7 +304,7 @@ def test_more_trials_may_be_asked_for_and_another_default_of_a_varied_setting(me
 )
 def test_a_search_space_that_cannot_be_used_is_an_error_at_once(merged, tmp_path, setting, message):
     with pytest.raises(ConfigError, match=message):
-        study.check_search_space(load(merged, tmp_path, setting))
+        shared_study.check_search_space(load(merged, tmp_path, setting))
 
 
 # ----------------------------------------------------------------------------------------------------- the command
@@ -337,7 +338,7 @@ def test_a_worker_whose_trials_all_fail_says_why(merged, tmp_path, monkeypatch, 
     def broken(cfg, data, *, on_epoch):
         raise PipelineError("the loss is not finite at step 3")
 
-    monkeypatch.setattr(trials, "fit", broken)
+    monkeypatch.setattr(study_trials, "fit", broken)
     with pytest.raises(PipelineError, match="every trial so far has failed; the last one: the loss is not finite"):
         optuna_worker.main([*flags(merged, f"paths.study_dir={tmp_path}"), "--trials", "1"])
 
@@ -364,4 +365,4 @@ def test_a_worker_is_named_with_its_slurm_job(monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "41")
     monkeypatch.setenv("SLURM_JOB_ID", "43")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-    assert study.worker_name().endswith(f"process {os.getpid()}, job 41_2")
+    assert shared_study.worker_name().endswith(f"process {os.getpid()}, job 41_2")

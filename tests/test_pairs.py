@@ -1,9 +1,9 @@
-"""preprocess/pairs.py. Oracle: pairs written out by hand, and every file counted."""
+"""preprocess/tars/pairs.py. Oracle: pairs written out by hand, and every file counted."""
 
 import pytest
 from small_pairs import jpeg, label
 
-from preprocess import jpegs, labels, pairs
+from preprocess.tars import jpegs, labels, pairs
 
 A, B = "88_1_1_1", "88_2_1_1"
 

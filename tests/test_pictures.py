@@ -1,4 +1,4 @@
-"""common/pictures.py: sheets. Oracle: pictures of one colour each, found again where they belong."""
+"""common/imagery/pictures.py: sheets. Oracle: pictures of one colour each, found again where they belong."""
 
 import io
 
@@ -7,8 +7,8 @@ from embedding_setup import jpeg, picture
 from image_kinds import claiming, encoded
 from PIL import Image, ImageOps
 
-from common import pictures
-from common.pictures import _CAPTION_PX, _GAP_PX, _TITLE_PX, PX, Line
+from common.imagery import pictures
+from common.imagery.pictures import _CAPTION_PX, _GAP_PX, _TITLE_PX, PX, Line
 
 
 def test_a_small_picture_is_pillows_and_upright():

@@ -25,7 +25,9 @@ from local_backbone import write_local_backbone
 from same_artefacts import assert_same_artefacts
 from synthetic import write_dataset
 
-from common import config, files, geo, images, parquet
+from common import config, files, parquet
+from common.imagery import tar_images
+from common.places import geo
 from slurm import submit
 
 SETTINGS = [
@@ -115,7 +117,7 @@ class Chain:
         return parquet.read(path).to_pandas()
 
     def image(self, row) -> bytes:
-        return images.store(self.cfg.paths).tar(row.tar_file).read([row.image_offset], [row.image_size])[0]
+        return tar_images.of_paths(self.cfg.paths).tar(row.tar_file).read([row.image_offset], [row.image_size])[0]
 
     def all(self, directory: Path) -> pd.DataFrame:
         return pd.concat([self.table(path) for path in sorted(directory.glob("*.parquet"))], ignore_index=True)

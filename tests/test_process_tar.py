@@ -18,7 +18,8 @@ from synthetic import write_dataset
 from common import cli, parquet
 from common.cli import exit_code_of
 from common.errors import StaleArtefact
-from preprocess import jpegs, process_tar, tar_files
+from preprocess import process_tar
+from preprocess.tars import jpegs, tar_files
 
 
 def make_tar(path, files, **options):

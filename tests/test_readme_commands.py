@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from common import images, parquet
+from common import parquet
+from common.imagery import tar_images
 
 pytestmark = pytest.mark.timeout(900)  # the demo, on a busy machine
 STREETS = 4
@@ -104,7 +105,7 @@ class Checkout:
         ).to_pylist()
         (self.folder / "PHOTOS").mkdir()
         for name, row in zip(("a.jpg", "b.jpg", "PHOTOS/c.jpg", "PHOTOS/d.jpg"), rows, strict=False):
-            tar = images.Tar(self.folder / "demo" / f"{STREETS}-streets" / "raw" / row["tar_file"])
+            tar = tar_images.Tar(self.folder / "demo" / f"{STREETS}-streets" / "raw" / row["tar_file"])
             (self.folder / name).write_bytes(tar.read([row["image_offset"]], [row["image_size"]])[0])
         shutil.copytree(data / "merged", self.folder / "TABLES", ignore=shutil.ignore_patterns("*.json", "*.png"))
 

@@ -1,4 +1,6 @@
-"""train/report.py, figures.py and sheets.py: the page's structure, and which pictures stand on the sheets."""
+"""train/report/evaluation_page.py, figures.py and sheets.py: the page's structure, and which pictures stand on the
+sheets.
+"""
 
 import base64
 import io
@@ -15,8 +17,11 @@ import small_merge
 import torch
 from PIL import Image
 
-from common import config, images, pictures
-from train import evaluate, figures, gallery, metrics, report, results, sheets
+from common import config
+from common.imagery import pictures, tar_images
+from train import evaluate
+from train.evaluation import gallery, metrics, metrics_json
+from train.report import evaluation_figures, evaluation_page, query_sheets
 
 
 class Page(HTMLParser):
@@ -59,7 +64,7 @@ def test_the_page_holds_everything_and_asks_for_nothing(page_path):
     assert len(page.all("svg")) == 7  # recall, histogram, five breakdowns; there is no history here
     assert all(svg["role"] == "img" and svg["aria-label"] for svg in page.all("svg"))
     images = page.all("img")
-    assert len(images) >= 3 * sheets.QUERIES_PER_SHEET * 2
+    assert len(images) >= 3 * query_sheets.QUERIES_PER_SHEET * 2
     assert all(image["alt"] and image["src"].startswith("data:image/jpeg;base64,") for image in images)
     for _, attributes in page.elements:
         for name in ("src", "href", "xlink:href"):
@@ -99,13 +104,13 @@ def test_everything_in_the_tables_stands_in_metrics_json(cfg, page_path):
 
 
 def numbers_of(tree) -> set[float]:
-    return {value for value in results.flat(tree).values() if isinstance(value, (int, float))}
+    return {value for value in metrics_json.flat(tree).values() if isinstance(value, (int, float))}
 
 
 def test_pictures_are_read_by_offset_and_made_small(cfg):
     rows = gallery.load([cfg.paths.merged_dir / "test.parquet"], 25.0).table
-    [picture] = pictures.read(images.store(cfg.paths), rows.slice(7, 1))
-    small = Image.open(io.BytesIO(base64.b64decode(sheets.data_uri(picture).partition(",")[2])))
+    [picture] = pictures.read(tar_images.of_paths(cfg.paths), rows.slice(7, 1))
+    small = Image.open(io.BytesIO(base64.b64decode(query_sheets.data_uri(picture).partition(",")[2])))
     row = rows.to_pylist()[7]
     with open(cfg.paths.raw_dir / row["tar_file"], "rb") as tar:
         tar.seek(row["image_offset"])
@@ -117,8 +122,8 @@ def test_pictures_are_read_by_offset_and_made_small(cfg):
 def test_the_largest_pictures_leave_the_page_below_ten_megabytes(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (640, 640, 3), np.uint8).repeat(2, 0).repeat(2, 1)
     Image.fromarray(noise).save(tmp_path / "noise.jpg", "JPEG", quality=95)
-    largest = len(sheets.data_uri(pictures.small((tmp_path / "noise.jpg").read_bytes())))
-    most = 3 * sheets.QUERIES_PER_SHEET * (1 + sheets.COUNTED_RESULTS + sheets.SHOWN_JUNK + 1)
+    largest = len(query_sheets.data_uri(pictures.small((tmp_path / "noise.jpg").read_bytes())))
+    most = 3 * query_sheets.QUERIES_PER_SHEET * (1 + query_sheets.COUNTED_RESULTS + query_sheets.SHOWN_JUNK + 1)
     assert most * largest < 8_000_000  # the rest, a dozen figures and tables, takes less than one
 
 
@@ -129,7 +134,7 @@ def test_a_missing_tar_or_bytes_that_are_no_image_leave_a_gap_that_the_page_tell
         "image_offset": [0, 0, 90],
         "image_size": [10, 100, 20],
     }
-    assert pictures.read(images.Store(tmp_path, tmp_path / "index"), pa.table(rows)) == [None] * 3
+    assert pictures.read(tar_images.TarImages(tmp_path, tmp_path / "index"), pa.table(rows)) == [None] * 3
     shutil.copytree(cfg.paths.root, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "data" / "raw")
     flags = ["--set", f"paths.root={tmp_path / 'copy'}", "--set", "training.bootstrap_samples=20", "--overwrite"]
@@ -147,7 +152,7 @@ def per_query(ranks) -> metrics.PerQuery:
 
 def test_sheets_show_a_building_once_best_by_what_was_gained_worst_by_rank():
     trained, raw = per_query([1, 1, 1, 0, 90, 80, 7]), per_query([1, 50, 40, 0, 2, 2, 9])
-    chosen = sheets.choose(trained, raw, np.array([0, 1, 1, 2, 3, 3, 4]), seed=0)
+    chosen = query_sheets.choose(trained, raw, np.array([0, 1, 1, 2, 3, 3, 4]), seed=0)
     assert chosen["best"].tolist() == [1, 0, 6, 5]  # 2 is of the building of 1; 3 has no match
     assert chosen["worst"].tolist() == [4, 6, 0, 2]
     assert sorted(chosen["random"]) in ([0, a, b, 6] for a in (1, 2) for b in (4, 5))
@@ -158,7 +163,7 @@ def test_results_leave_the_query_out_and_do_not_count_junk(cfg):
     n = len(rows.embeddings)
     angles = torch.arange(n) * torch.pi / (2 * n)  # row i is most like rows i + 1, i + 2, ...
     vectors = torch.stack([angles.cos(), angles.sin()], dim=1)
-    found = sheets.first_results(vectors, rows, 0)
+    found = query_sheets.first_results(vectors, rows, 0)
     # three views a building; buildings 0 and 1 are twins, 2 and 3 further off
     expected = [
         (1, "match"),
@@ -176,43 +181,43 @@ def test_the_best_match_comes_last_where_the_first_results_are_all_wrong(cfg):
     angles = torch.arange(len(rows.embeddings)) * 0.001
     angles[1], angles[2] = 2.0, 1.5  # the two matches of row 0 are what is least like it
     vectors = torch.stack([angles.cos(), angles.sin()], dim=1)
-    found = sheets.first_results(vectors, rows, 0)
+    found = query_sheets.first_results(vectors, rows, 0)
     assert [(row, kind) for row, _, kind in found][-2:] == [(10, "wrong"), (2, "match")]
 
 
 def test_distances_are_told_within_one_dataset_alone():
     here = {"dataset_id": 88, "target_lat": 40.0, "target_lon": -74.0}
-    assert sheets._distance(here, here | {"target_lat": 40.001}) == "111 m"
-    assert sheets._distance(here, here | {"dataset_id": 89, "target_lat": 48.0}) == "another dataset"
+    assert query_sheets._distance(here, here | {"target_lat": 40.001}) == "111 m"
+    assert query_sheets._distance(here, here | {"dataset_id": 89, "target_lat": 48.0}) == "another dataset"
 
 
 def test_figures_take_the_pages_colour_and_are_reproducible():
     history = pd.DataFrame({"epoch": [0, 1, 2], "loss": [np.nan, 0.2, 0.1], "val_map_at_r": [0.3, 0.31, 0.32]})
     shares = history.assign(share_band_0=[np.nan, 0.4, 0.5], share_random=[np.nan, 0.6, 0.5])
-    for draw, table in ((figures.training_curves, history), (figures.band_shares, shares)):
+    for draw, table in ((evaluation_figures.training_curves, history), (evaluation_figures.band_shares, shares)):
         markup = draw(table)
         assert "currentColor" in markup
         assert "#0a0b0c" not in markup
         assert markup == draw(table)
-    assert figures.band_shares(shares.assign(share_random=np.nan)) is None
+    assert evaluation_figures.band_shares(shares.assign(share_random=np.nan)) is None
 
 
 def test_figures_of_a_long_training_stay_small():
     epochs = 2_000
     rows = pd.DataFrame({"epoch": np.arange(epochs), "loss": 0.1, "val_map_at_r": 0.3})
     rows = rows.assign(**{f"share_{arm}": 1 / 8 for arm in [*(f"band_{b}" for b in range(7)), "random"]})
-    assert len(figures.band_shares(rows)) + len(figures.training_curves(rows)) < 200_000
+    assert len(evaluation_figures.band_shares(rows)) + len(evaluation_figures.training_curves(rows)) < 200_000
 
 
 def test_a_dollar_in_the_name_of_a_file_is_no_formula():
-    markup = figures.recall_curve({"k": [1, 10], "methods": {"a$_b$<c>": [0.1, 0.2]}})
+    markup = evaluation_figures.recall_curve({"k": [1, 10], "methods": {"a$_b$<c>": [0.1, 0.2]}})
     assert "a$_b$&lt;c&gt;" in markup
 
 
 def test_numbers_as_people_write_them():
-    assert report.percent({"value": 0.4831, "low": None, "high": None}) == "48.3"
-    assert report.percent({"value": -0.0001, "low": -0.012, "high": 0.0034}, "+") == "+0.0 [-1.2, +0.3]"
-    assert results.flat({"a": {"b": 1, "c": [{"d": 2}]}, "e": 3}) == {"a.b": 1, "a.c.0.d": 2, "e": 3}
+    assert evaluation_page.percent({"value": 0.4831, "low": None, "high": None}) == "48.3"
+    assert evaluation_page.percent({"value": -0.0001, "low": -0.012, "high": 0.0034}, "+") == "+0.0 [-1.2, +0.3]"
+    assert metrics_json.flat({"a": {"b": 1, "c": [{"d": 2}]}, "e": 3}) == {"a.b": 1, "a.c.0.d": 2, "e": 3}
 
 
 def test_a_file_of_many_datasets_shows_the_largest_and_stays_small():
@@ -221,10 +226,12 @@ def test_a_file_of_many_datasets_shows_the_largest_and_stays_small():
         {"class": f"{n:04d}", "queries": n, "matches": n, "cells": 30, "methods": {"raw": figure} if n else {}}
         for n in range(500)
     ]
-    markup = figures.breakdown({"meaning": "", "classes": classes}, "dataset")
+    markup = evaluation_figures.breakdown({"meaning": "", "classes": classes}, "dataset")
     assert "0499" in markup
     assert "0487" not in markup  # the thirteenth
     for entry in classes[:-1]:
         entry["queries"], entry["methods"] = 7, {"raw": figure}
-    assert "0499: 499" in figures.breakdown({"meaning": "", "classes": classes}, "dataset")  # the others are equal
+    assert "0499: 499" in evaluation_figures.breakdown(
+        {"meaning": "", "classes": classes}, "dataset"
+    )  # the others are equal
     assert len(markup) < 100_000

@@ -15,7 +15,8 @@ import pytest
 import small_merge
 
 from common import config, files, provenance
-from train import evaluate, history
+from train import evaluate
+from train.fitting import history
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""train/results.py: the schema of metrics.json refuses what does not fit it, and says where."""
+"""train/evaluation/metrics_json.py: the schema of metrics.json refuses what does not fit it, and says where."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from invented_metrics import FIGURE, FOUND
 
 from common.errors import PipelineError
-from train import results
+from train.evaluation import metrics_json
 
 
 def changed(key: str, value):
@@ -25,8 +25,8 @@ def changed(key: str, value):
 
 def test_what_fits_is_written_and_read_back(tmp_path):
     path = tmp_path / "metrics.json"
-    path.write_text(results.to_json(FOUND))
-    assert results.read(path) == FOUND
+    path.write_text(metrics_json.to_json(FOUND))
+    assert metrics_json.read(path) == FOUND
 
 
 @pytest.mark.parametrize(
@@ -49,12 +49,12 @@ def test_what_does_not_fit_is_refused_with_its_place(tmp_path, key, value, where
     path = tmp_path / "metrics.json"
     path.write_text(json.dumps(changed(key, value)))
     with pytest.raises(PipelineError, match=where):
-        results.read(path)
+        metrics_json.read(path)
 
 
 def test_infinity_is_not_written():
     with pytest.raises(ValueError, match="finite"):
-        results.to_json(changed("methods.raw.map@r.value", float("inf")))
+        metrics_json.to_json(changed("methods.raw.map@r.value", float("inf")))
 
 
 MANY = {"edges": [-1.0, 0.0, 1.0], "matches": [4_000, 6_000], "non_matches": [9_000, 1_000]}
@@ -84,7 +84,7 @@ def test_figures_that_differ_by_rounding_are_alike(tmp_path, key, value, alike):
     place[last] = value
     for name, found in (("one", one), ("other", other)):
         (tmp_path / name).write_text(json.dumps(found))
-    text, same = results.check(tmp_path / "one", tmp_path / "other")
+    text, same = metrics_json.check(tmp_path / "one", tmp_path / "other")
     assert same == alike
     assert f"{0 if alike else 1} of 95 figures" in text
     assert ("run: default, other" in text) == (key == "subject.run")
@@ -93,7 +93,7 @@ def test_figures_that_differ_by_rounding_are_alike(tmp_path, key, value, alike):
 
 def test_a_file_that_is_absent_or_cut_off_is_told(tmp_path):
     with pytest.raises(PipelineError, match=r"gone.json does not exist: run train.evaluate.py first"):
-        results.read(tmp_path / "gone.json")
-    (tmp_path / "cut.json").write_text(results.to_json(FOUND)[:100])
+        metrics_json.read(tmp_path / "gone.json")
+    (tmp_path / "cut.json").write_text(metrics_json.to_json(FOUND)[:100])
     with pytest.raises(PipelineError, match=r"cut.json is damaged"):
-        results.read(tmp_path / "cut.json")
+        metrics_json.read(tmp_path / "cut.json")

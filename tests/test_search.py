@@ -1,4 +1,6 @@
-"""difficulty/search.py. Oracle: brute force in float64, and layouts small enough to see the answer."""
+"""difficulty/search/exact_search.py. Oracle: brute force in float64, and layouts small enough to see the
+answer.
+"""
 
 import os
 import subprocess
@@ -10,11 +12,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common.zones import make_zones
-from difficulty import search
-from difficulty.gallery import Gallery
-from difficulty.search import exact_neighbors
-from difficulty.tree import balltree_neighbors, build, recall
+from common.places.zones import make_zones
+from difficulty.search import exact_search
+from difficulty.search.balltree import balltree_neighbors, build, recall
+from difficulty.search.exact_search import exact_neighbors
+from difficulty.search.search_vectors import SearchVectors
 
 CPU = torch.device("cpu")
 METRES = 1 / 111_195  # degrees of latitude
@@ -93,15 +95,15 @@ def test_bfloat16_numbers_compared_by_their_bits_reach_what_they_reach_as_number
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
     every, floor = every[~every.isnan()], torch.tensor(floors).bfloat16()
     expected = every.float()[None, :] >= floor.float()[:, None]
-    assert torch.equal(search._reaching(every[None, :], floor[:, None]), expected)
-    assert torch.equal(search._reaching(every[:, None], floor), expected.T)
+    assert torch.equal(exact_search._reaching(every[None, :], floor[:, None]), expected)
+    assert torch.equal(exact_search._reaching(every[:, None], floor), expected.T)
 
 
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("bfloat16", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_brute_force_in_every_tile_size(kind, bfloat16, masked, monkeypatch):
-    monkeypatch.setattr(search, "fast_bfloat16", lambda device: bfloat16)
+    monkeypatch.setattr(exact_search, "fast_bfloat16", lambda device: bfloat16)
     rng = np.random.default_rng(0)
     n, k = 260, 20
     embeddings = KINDS[kind](rng, n, 24).astype(np.float16 if masked else np.float32)
@@ -118,9 +120,9 @@ def test_equals_brute_force_in_every_tile_size(kind, bfloat16, masked, monkeypat
 @pytest.mark.parametrize("bfloat16", [True, False])
 @pytest.mark.parametrize("kind", ["duplicated", "parallel", "constant"])
 def test_hits_that_are_too_many_to_be_listed_are_counted_for_lines_and_columns(kind, bfloat16, monkeypatch):
-    monkeypatch.setattr(search, "fast_bfloat16", lambda device: bfloat16)
-    monkeypatch.setitem(search._TILE, "cpu", (200, 64))  # columns with more lines than candidates are kept
-    hits_of, unlisted = search._Collected._hits, set()
+    monkeypatch.setattr(exact_search, "fast_bfloat16", lambda device: bfloat16)
+    monkeypatch.setitem(exact_search._TILE, "cpu", (200, 64))  # columns with more lines than candidates are kept
+    hits_of, unlisted = exact_search._Collected._hits, set()
 
     def hits(self, mine, scores, across):
         found = hits_of(self, mine, scores, across)
@@ -129,7 +131,7 @@ def test_hits_that_are_too_many_to_be_listed_are_counted_for_lines_and_columns(k
             unlisted.add(across)
         return found
 
-    monkeypatch.setattr(search._Collected, "_hits", hits)
+    monkeypatch.setattr(exact_search._Collected, "_hits", hits)
     embeddings = KINDS[kind](np.random.default_rng(4), 500, 24).astype(np.float16)
     zones = zones_at(np.arange(500) * 100)
     np.testing.assert_array_equal(neighbors(embeddings, zones, 2)[0], brute_force(embeddings, zones, 2)[0])
@@ -140,7 +142,7 @@ def test_hits_that_are_too_many_to_be_listed_are_counted_for_lines_and_columns(k
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_score_is_as_near_to_the_cosine_as_the_gallery_says(kind):
     embeddings = torch.from_numpy(KINDS[kind](np.random.default_rng(5), 600, 96).astype(np.float16))
-    gallery = Gallery(embeddings, torch.bfloat16, CPU)
+    gallery = SearchVectors(embeddings, torch.bfloat16, CPU)
     scores = gallery.scores(gallery.queries(torch.arange(600)), 0, 600).double()
     unit = torch.nn.functional.normalize(embeddings.double(), dim=1)
     exact = unit @ unit.T
@@ -156,12 +158,12 @@ def test_a_score_is_as_near_to_the_cosine_as_the_gallery_says(kind):
 @pytest.mark.parametrize("bfloat16", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_first_floors_that_are_guessed_change_nothing_be_they_right_or_wrong(kind, bfloat16, monkeypatch):
-    monkeypatch.setattr(search, "fast_bfloat16", lambda device: bfloat16)
+    monkeypatch.setattr(exact_search, "fast_bfloat16", lambda device: bfloat16)
     embeddings = KINDS[kind](np.random.default_rng(7), 600, 48).astype(np.float16)
     buildings = np.arange(600) // 3
     zones = zones_at(np.random.default_rng(8).uniform(0, 9_000, 200)[buildings], buildings)
     expected, _ = brute_force(embeddings, zones, 20)
-    guessed, guess = [], search._guess_floors
+    guessed, guess = [], exact_search._guess_floors
 
     def guess_well_or_badly(found, *others):
         guess(found, *others)
@@ -169,16 +171,16 @@ def test_first_floors_that_are_guessed_change_nothing_be_they_right_or_wrong(kin
         found.guess[::2] += 0.2  # too high: these are found to have fewer than k, and searched again
         found.floor[::2] += 0.2
 
-    monkeypatch.setattr(search, "_guess_floors", guess_well_or_badly)
-    monkeypatch.setitem(search._TILE, "cpu", (64, 64))
+    monkeypatch.setattr(exact_search, "_guess_floors", guess_well_or_badly)
+    monkeypatch.setitem(exact_search._TILE, "cpu", (64, 64))
     np.testing.assert_array_equal(neighbors(embeddings, zones, 20)[0], expected)
     assert len(guessed) == 1
     assert guessed[0] > -1
 
 
 def test_a_sample_of_fewer_rows_than_a_floor_is_guessed_from_guesses_none(monkeypatch):
-    monkeypatch.setattr(search, "fast_bfloat16", lambda device: True)
-    monkeypatch.setitem(search._TILE, "cpu", (16, 8))
+    monkeypatch.setattr(exact_search, "fast_bfloat16", lambda device: True)
+    monkeypatch.setitem(exact_search._TILE, "cpu", (16, 8))
     embeddings = KINDS["random"](np.random.default_rng(9), 300, 16).astype(np.float16)
     zones = zones_at(np.arange(300) * 100)
     rows, _ = neighbors(embeddings, zones, k=250)  # of 8 rows, the 42nd best is asked for
@@ -186,7 +188,7 @@ def test_a_sample_of_fewer_rows_than_a_floor_is_guessed_from_guesses_none(monkey
 
 
 def test_candidates_of_one_round_are_gone_before_the_next(monkeypatch):
-    held, collect = [], search._collect
+    held, collect = [], exact_search._collect
 
     def collect_when_all_are_gone(*arguments):
         assert not any(earlier() for earlier in held)  # else twice the candidates' half of the memory is held
@@ -194,7 +196,7 @@ def test_candidates_of_one_round_are_gone_before_the_next(monkeypatch):
         held.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(search, "_collect", collect_when_all_are_gone)
+    monkeypatch.setattr(exact_search, "_collect", collect_when_all_are_gone)
     embeddings = KINDS["clustered"](np.random.default_rng(0), 300, 16).astype(np.float16)
     neighbors(embeddings, zones_at(np.arange(300) * 100), k=20, memory_mb=0.05)
     assert len(held) > 3
@@ -202,16 +204,16 @@ def test_candidates_of_one_round_are_gone_before_the_next(monkeypatch):
 
 def test_products_in_bfloat16_are_summed_in_float32_on_cuda():
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True  # torch's default
-    Gallery(torch.ones(2, 2), torch.bfloat16, CPU)
+    SearchVectors(torch.ones(2, 2), torch.bfloat16, CPU)
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 
 
 def test_vectors_that_lean_one_way_need_no_second_search():
     rng = np.random.default_rng(6)
-    gallery = Gallery(torch.from_numpy(rng.normal(size=(4_000, 256)) + 2.0).half(), torch.bfloat16, CPU)
+    gallery = SearchVectors(torch.from_numpy(rng.normal(size=(4_000, 256)) + 2.0).half(), torch.bfloat16, CPU)
     anchors = np.arange(0, 4_000, 8)
-    zones, size, told = zones_at(np.arange(4_000) * 100), search.Sizes(512, 512, 512, 512), []
-    collected = search._collect(gallery, zones, anchors, 20, size, True, told.append)
+    zones, size, told = zones_at(np.arange(4_000) * 100), exact_search.Sizes(512, 512, 512, 512), []
+    collected = exact_search._collect(gallery, zones, anchors, 20, size, True, told.append)
     assert collected.crowded.float().mean() < 0.05  # with the mean in them nearly all have too many candidates
 
 
@@ -241,7 +243,7 @@ def test_more_neighbours_asked_for_than_there_are_and_a_single_image():
 @pytest.mark.parametrize("memory_mb", [16, 100, 1024])
 @pytest.mark.parametrize("dim", [64, 768, 4096])
 def test_tiles_keep_within_the_memory(dim, memory_mb):
-    anchors, gallery, settled, together = search.tile_sizes(dim, 150, memory_mb, CPU)
+    anchors, gallery, settled, together = exact_search.tile_sizes(dim, 150, memory_mb, CPU)
     held = 8 * anchors * (gallery + dim) + 8 * gallery * dim
     held += settled * (40 * 4 * 150 + 16 * dim) + 8 * together * 4 * 150
     assert held <= memory_mb * 2**20 * 7 / 8  # an eighth is for what candidates are compared with
@@ -312,7 +314,7 @@ def test_recall_counts_only_what_there_is_to_find():
 
 @pytest.mark.parametrize("dtypes", ["float32", "bfloat16"])
 def test_progress_counts_each_anchor_once_also_those_that_are_searched_again(monkeypatch, dtypes):
-    monkeypatch.setattr(search, "fast_bfloat16", lambda device: dtypes == "bfloat16")
+    monkeypatch.setattr(exact_search, "fast_bfloat16", lambda device: dtypes == "bfloat16")
     copies = np.repeat(np.random.default_rng(0).normal(size=(4, 16)), 50, axis=0)  # all of them are crowded
     told, vectors = [], torch.from_numpy(copies.astype(np.float16))
     options = {"k": 3, "rows": np.arange(200), "memory_mb": 64, "device": CPU}

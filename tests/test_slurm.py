@@ -23,7 +23,7 @@ from slurm_place import Place, over, wait_for
 
 from common import config
 from slurm import submit
-from train import study
+from train.tuning import shared_study
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the whole chain
 
@@ -234,12 +234,12 @@ def test_three_optuna_workers_share_a_study_and_its_best_trial_is_trained(place)
     assert report["steps"]["optuna_worker"]["progress"] == {"done": 4, "total": 4, "unit": "trials"}
     assert report["steps"]["train"]["state"] == "done"
     cfg = config.load(place.config, [f"paths.root={root}"])
-    tuning = study.open_study(cfg, study.record(cfg), create=False)
+    tuning = shared_study.open_study(cfg, shared_study.record(cfg), create=False)
     workers = {trial.user_attrs["worker"] for trial in tuning.trials}
     assert len(tuning.trials) == 4
     assert all("job " in worker for worker in workers)
     chosen = config.load(root / "checkpoints" / "default" / "config.toml", [])
-    best = study.best_trial(tuning)
+    best = shared_study.best_trial(tuning)
     assert {key: getattr(chosen.training, key) for key in best.params} == best.params
     assert "nothing to do" in place.submit(root, *flags)
 
@@ -249,7 +249,7 @@ def test_a_stage_is_submitted_by_hand_from_another_directory(place, tmp_path):
     shutil.copy(place.config, tmp_path)  # a relative path is one of the user's directory
     flags = ["--config", "config.toml", "--set", f"paths.root={root}", "--set", "training.epochs=2"]
     resources = ["--parsable", "--mem=1G", "--cpus-per-task=2"]  # the node is smaller than the wrapper asks for
-    job = place.run("sbatch", *resources, ROOT / "slurm" / "train.sbatch", *flags, cwd=tmp_path).strip()
+    job = place.run("sbatch", *resources, ROOT / "slurm" / "stages" / "train.sbatch", *flags, cwd=tmp_path).strip()
     place.wait_for_jobs(job)
     (log,) = tmp_path.glob("train-*.log")
     assert "epoch 2: " in log.read_text()
@@ -263,7 +263,7 @@ def test_an_array_is_submitted_by_hand_from_a_path_with_spaces_and_each_task_tak
     shutil.copytree(ROOT, repository, ignore=shutil.ignore_patterns(*others))
     resources = ["--parsable", "--array=0-1", "--mem=1G", "--cpus-per-task=1"]
     flags = ["--num-shards=2", "--config", place.config, "--set", f"paths.root={root}"]
-    wrapper = Path("slurm") / "compute_fingerprints.sbatch"
+    wrapper = Path("slurm") / "stages" / "compute_fingerprints.sbatch"
     job = place.run("sbatch", *resources, wrapper, *flags, cwd=repository).strip()
     place.wait_for_jobs(job)
     logs = [path.read_text() for path in repository.glob("compute_fingerprints-*.log")]

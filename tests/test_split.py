@@ -1,4 +1,6 @@
-"""preprocess/split.py, and the cells of common/geo.py. Oracle: layouts that one can see, and what may not leak."""
+"""preprocess/split/split_rules.py, and the cells of common/places/geo.py. Oracle: layouts that one can see, and
+what may not leak.
+"""
 
 import itertools
 
@@ -7,8 +9,8 @@ import pandas as pd
 import pytest
 from invented_city import METRE, city, data, images_of
 
-from common import geo
-from preprocess import split
+from common.places import geo
+from preprocess.split import split_rules
 
 
 def test_cells_near_are_those_whose_square_is_within_the_radius():
@@ -31,30 +33,35 @@ def test_cells_near_are_those_whose_square_is_within_the_radius():
 
 
 def test_cells_go_to_the_split_that_is_furthest_below_its_ratio():
-    cells, found = split.assign_cells(np.arange(1000), np.full(1000, 7), (0.8, 0.1, 0.1), seed=0)
+    cells, found = split_rules.assign_cells(np.arange(1000), np.full(1000, 7), (0.8, 0.1, 0.1), seed=0)
     assert np.bincount(found).tolist() == [800, 100, 100]
     assert cells.tolist() == list(range(1000))
-    again = split.assign_cells(np.arange(1000), np.full(1000, 7), (0.8, 0.1, 0.1), seed=0)[1]
-    other = split.assign_cells(np.arange(1000), np.full(1000, 7), (0.8, 0.1, 0.1), seed=1)[1]
+    again = split_rules.assign_cells(np.arange(1000), np.full(1000, 7), (0.8, 0.1, 0.1), seed=0)[1]
+    other = split_rules.assign_cells(np.arange(1000), np.full(1000, 7), (0.8, 0.1, 0.1), seed=1)[1]
     assert np.array_equal(found, again)
     assert not np.array_equal(found, other)
-    assert split.assign_cells(np.arange(9), np.ones(9), (0.5, 0.0, 0.5), seed=0)[1].tolist().count(split.VAL) == 0
+    assert (
+        split_rules.assign_cells(np.arange(9), np.ones(9), (0.5, 0.0, 0.5), seed=0)[1]
+        .tolist()
+        .count(split_rules.VAL)
+        == 0
+    )
 
 
 def test_buildings_are_split_by_their_images():
     sizes = np.random.default_rng(0).integers(0, 8, 10_000)
-    found = split.assign_buildings(sizes, (0.8, 0.1, 0.1), seed=0)
+    found = split_rules.assign_buildings(sizes, (0.8, 0.1, 0.1), seed=0)
     shares = np.bincount(found, sizes) / sizes.sum()
     assert np.allclose(shares, [0.8, 0.1, 0.1], atol=1e-3)
 
 
 def test_a_shared_panorama_stays_in_the_last_split():
-    T, V, E = split.TRAIN, split.VAL, split.TEST
+    T, V, E = split_rules.TRAIN, split_rules.VAL, split_rules.TEST
     splits, dataset, view = np.array([T, V, T, V, E, T, E]), [1, 1, 1, 1, 1, 1, 2], [1, 1, 2, 3, 3, 4, 4]
-    drop = split.shared_with_later_split(splits, np.array(dataset), np.array(view))
+    drop = split_rules.shared_with_later_split(splits, np.array(dataset), np.array(view))
     assert drop.tolist() == [True, False, False, True, False, False, False]  # view 4 is another in dataset 2
-    assert split.count_in_two_splits(splits, np.array(dataset), np.array(view)) == 2
-    assert split.count_in_two_splits(splits[~drop], np.array(dataset)[~drop], np.array(view)[~drop]) == 0
+    assert split_rules.count_in_two_splits(splits, np.array(dataset), np.array(view)) == 2
+    assert split_rules.count_in_two_splits(splits[~drop], np.array(dataset)[~drop], np.array(view)[~drop]) == 0
 
 
 @pytest.mark.parametrize("split_by", ["geo", "building"])
@@ -62,7 +69,7 @@ def test_a_shared_panorama_stays_in_the_last_split():
 def test_nothing_leaks_and_every_drop_is_counted(seed, split_by):
     settings = data(split_cell_m=250, split_by=split_by)
     images = images_of(city(seed))
-    found = split.decide(images, settings, seed)
+    found = split_rules.decide(images, settings, seed)
     frame = pd.DataFrame({"split": found.split, "building": found.building, "cell": found.cell})
     for name in ("dataset_id", "street_view_id", "content_hash", "target_lat", "target_lon"):
         frame[name] = getattr(images, name)
@@ -88,9 +95,9 @@ def test_nothing_leaks_and_every_drop_is_counted(seed, split_by):
 
 def test_the_split_does_not_depend_on_the_order_of_the_tar_and_does_on_the_seed():
     frame = city()
-    first = split.decide(images_of(frame), data(split_cell_m=250), 0)
-    again = split.decide(images_of(frame.sample(frac=1, random_state=9)), data(split_cell_m=250), 0)
-    other = split.decide(images_of(frame), data(split_cell_m=250), 1)
+    first = split_rules.decide(images_of(frame), data(split_cell_m=250), 0)
+    again = split_rules.decide(images_of(frame.sample(frac=1, random_state=9)), data(split_cell_m=250), 0)
+    other = split_rules.decide(images_of(frame), data(split_cell_m=250), 1)
     assert np.array_equal(first.split, again.split)
     assert not np.array_equal(first.split, other.split)
 
@@ -99,12 +106,12 @@ def test_the_split_does_not_depend_on_the_order_of_the_tar_and_does_on_the_seed(
 def test_images_of_which_none_is_left_before_the_split_are_all_counted(split_by):
     frame = city(buildings=20)
     frame["has_embedding"] = False
-    decision = split.decide(images_of(frame), data(split_by=split_by), seed=0)
-    assert (decision.split == split.NONE).all()
+    decision = split_rules.decide(images_of(frame), data(split_by=split_by), seed=0)
+    assert (decision.split == split_rules.NONE).all()
     assert {reason: n for reason, n in decision.dropped.items() if n} == {"embedding_missing": len(frame)}
 
 
 def test_no_images_are_split_into_nothing():
-    found = split.decide(images_of(city().head(0)), data(), 0)
+    found = split_rules.decide(images_of(city().head(0)), data(), 0)
     assert len(found.split) == 0
     assert sum(found.dropped.values()) == 0

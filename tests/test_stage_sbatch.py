@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from common import config
 
-SHELL_FILES = sorted([*ROOT.glob("slurm/*.sbatch"), ROOT / "slurm" / "env.sh", ROOT / ".ci" / "run"])
+SHELL_FILES = sorted([*ROOT.glob("slurm/**/*.sbatch"), ROOT / "slurm" / "env.sh", ROOT / ".ci" / "run"])
 
 
 @pytest.fixture
@@ -92,9 +92,9 @@ def test_what_goes_wrong_in_env_sh_is_in_the_log_after_its_start(wrapped):
 def test_the_wrappers_ask_for_what_config_toml_says():
     cfg = config.load()
     stages = [name for name, value in cfg.slurm if isinstance(value, config.SlurmStage)]
-    assert {path.stem for path in ROOT.glob("slurm/*.sbatch")} == {*stages, "stage"}
+    assert {path.stem for path in ROOT.glob("slurm/stages/*.sbatch")} == set(stages)
     for name in stages:
-        lines = (ROOT / "slurm" / f"{name}.sbatch").read_text().splitlines()
+        lines = (ROOT / "slurm" / "stages" / f"{name}.sbatch").read_text().splitlines()
         resources = getattr(cfg.slurm, name)
         assert len(lines) == 3
         flags = set(shlex.split(lines[1])[1:])
@@ -107,7 +107,7 @@ def test_the_wrappers_ask_for_what_config_toml_says():
         }
         (script,) = [path.relative_to(ROOT) for path in ROOT.glob(f"*/{name}.py")]
         assert lines[2].endswith(f'"$root" {cfg.slurm.max_requeues} {script} "$@"')
-        assert f"/slurm/{name}[.]sbatch" in lines[2]
+        assert f"/slurm/stages/{name}[.]sbatch" in lines[2]
 
 
 def test_shell_files_are_short_and_pass_shellcheck():

@@ -89,7 +89,7 @@ def test_a_log_is_read_from_its_last_start_on(tmp_path):
 )
 def test_what_became_of_a_task(cfg, tmp_path, job, text, expected):
     step = submit.chain(cfg)[0]
-    job = job and runs.Job("7_0", "process_tar", *job)
+    job = job and runs.SlurmJob("7_0", "process_tar", *job)
     log = log_of(tmp_path, text) if text else fates.read_log(tmp_path / "none.log")
     assert fates.fate(step, 0, job, log, cfg) == expected
 

@@ -29,7 +29,7 @@ def test_every_step_needs_only_steps_before_it_and_has_resources_a_target_and_a_
             assert set(step.needs) <= seen
             assert getattr(cfg.slurm, step.resources).time
             assert (ROOT / step.script).exists()
-            assert (ROOT / "slurm" / f"{step.resources}.sbatch").exists()
+            assert (ROOT / "slurm" / "stages" / f"{step.resources}.sbatch").exists()
             assert artefacts.target_of(step.name, cfg).is_relative_to(cfg.paths.root)
             seen.add(step.name)
 

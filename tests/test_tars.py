@@ -1,4 +1,4 @@
-"""common/tars.py. Oracle: Python's tarfile, on tars that tarfile wrote in each of its formats."""
+"""common/archives/tars.py. Oracle: Python's tarfile, on tars that tarfile wrote in each of its formats."""
 
 import io
 import os
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from common import tar_headers, tars
+from common.archives import tar_headers, tars
 from common.errors import PipelineError
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]

@@ -1,4 +1,5 @@
-"""train/train.py and train/fit.py: a real short run, what it learns, draws, tells and records. Oracles: the
+"""train/train.py and train/fitting/fit.py: a real short run, what it learns, draws, tells and records. Oracles:
+the
 whitening that it starts from, and its own steps as a spy sees them.
 """
 
@@ -17,11 +18,12 @@ from short_training import flags, settings, train
 
 from common import config, parquet
 from common.errors import PipelineError, StaleArtefact
-from train import fit, history, model
-from train.bandit import DiscountedUcb, arms_of_step
 from train.datasets import Sampler, load_data
-from train.history import draw
+from train.evaluation import heads
+from train.fitting import fit, history
+from train.fitting.history import draw
 from train.loss import Loss
+from train.sampling.bandit import DiscountedUcb, arms_of_step
 from train.train import main
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -46,13 +48,13 @@ def test_epoch_0_is_the_whitening_and_the_best_epoch_is_never_worse(root, data, 
     assert result.best_value == result.history["val_map_at_r"].max()
     assert result.best_epoch == result.history["val_map_at_r"].argmax()
     assert len(result.history) == 5
-    saved = model.load_checkpoint(tmp_path / "run" / "checkpoint_best.pt")
+    saved = heads.load_checkpoint(tmp_path / "run" / "checkpoint_best.pt")
     assert saved["epoch"] == result.best_epoch
     assert saved["metrics"]["map@r"] == result.best_value
     assert saved["metrics"]["whitening"] == whitening["validation"]
     assert saved["metrics"]["whitening_shrinkage"] == whitening["shrinkage"]
     assert saved["embedding_model"] == MODEL
-    again = data.validation.of_head(model.head_of(saved))
+    again = data.validation.of_head(heads.head_of(saved))
     assert again["map@r"] == pytest.approx(result.best_value, abs=1e-6)
     baseline = saved["baselines"]["whitening"]
     linear = data.validation.of_linear(baseline["mean"], baseline["projection"])
@@ -126,7 +128,7 @@ def test_the_loss_sees_what_the_bandit_chose(root, data, tmp_path, monkeypatch):
         config.load(None, settings(root, *more)), data
     ).head  # which that learning rate leaves as it is
     for step, (arms, batch, vectors) in enumerate(zip(chosen, drawn, seen, strict=True)):
-        torch.testing.assert_close(vectors, model.embed(head, rows.embeddings[batch.rows], CPU), atol=1e-5, rtol=0)
+        torch.testing.assert_close(vectors, heads.embed(head, rows.embeddings[batch.rows], CPU), atol=1e-5, rtol=0)
         for i, arm in enumerate(np.repeat(arms, 8)):  # 8 groups of 8 anchors
             anchor, negative = int(batch.anchors[i]), int(batch.negatives[i])
             first, last = rows.band_offsets[anchor][arm : arm + 2].tolist() if arm < 5 else (0, 0)
@@ -171,7 +173,7 @@ def test_the_loss_contrasts_no_rows_of_one_building_or_within_its_ignore_zone(ro
 def test_infonce_learns_its_temperature(root, data, tmp_path):
     more = ("training.loss=infonce", "training.epochs=1")
     train(root, data, tmp_path, *more)
-    learned = model.load_checkpoint(tmp_path / "checkpoint_last.pt")["resume"]["loss"]["log_temperature"]
+    learned = heads.load_checkpoint(tmp_path / "checkpoint_last.pt")["resume"]["loss"]["log_temperature"]
     assert learned != fit.start(config.load(None, settings(root, *more)), data).loss.log_temperature
 
 
@@ -213,7 +215,7 @@ def test_another_seed_draws_other_triplets(root, data):
 def test_the_seed_of_the_split_draws_no_triplets_and_both_are_recorded(root, data, tmp_path):
     runs = [train(root, data, tmp_path / str(seed), "training.epochs=1", f"global.seed={seed}") for seed in (1, 2)]
     assert runs[0].history["loss"][1] == runs[1].history["loss"][1]
-    config_of = model.load_checkpoint(tmp_path / "2" / "checkpoint_last.pt")["config"]
+    config_of = heads.load_checkpoint(tmp_path / "2" / "checkpoint_last.pt")["config"]
     assert (config_of["global.seed"], config_of["training.seed"]) == (2, 0)
     with pytest.raises(StaleArtefact, match=r"training\.seed = 0; this run says 5"):
         train(root, data, tmp_path / "2", "training.epochs=1", "global.seed=2", "training.seed=5")
@@ -255,7 +257,7 @@ def test_the_command_trains_says_so_and_has_nothing_to_do_the_second_time(root, 
     with pytest.raises(StaleArtefact, match=r"training\.margin = 0\.1; this run says 0\.2"):
         main(flags(root, *paths, "training.margin=0.2"))
     assert main([*flags(root, *paths, "training.margin=0.2"), "--overwrite"]) == 0
-    assert model.load_checkpoint(run / "checkpoint_best.pt")["config"]["training.margin"] == 0.2
+    assert heads.load_checkpoint(run / "checkpoint_best.pt")["config"]["training.margin"] == 0.2
 
 
 def test_missing_and_damaged_files_are_named(root, tmp_path):

@@ -1,4 +1,5 @@
-"""train/fit.py, checkpoints.py and remine.py: a real short run stopped, killed and resumed, with bands mined anew;
+"""train/fitting/fit.py, checkpoints.py and remine.py: a real short run stopped, killed and resumed, with bands
+mined anew;
 and the curves that it leaves. Oracle: the undisturbed run.
 """
 
@@ -18,10 +19,11 @@ from short_training import flags, settings
 
 from common import cli, config, parquet
 from common.errors import Stopped
-from train import checkpoints, model, remine
-from train.bandit import DiscountedUcb
 from train.datasets import load_data, relations
-from train.history import draw
+from train.evaluation import heads
+from train.fitting import checkpoints, remine
+from train.fitting.history import draw
+from train.sampling.bandit import DiscountedUcb
 from train.train import main
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -48,7 +50,7 @@ def train(root, data, run_dir=None, *more, **options):
 
 def assert_same_checkpoints(ours, theirs):
     """Equal in everything but the times, of the epochs and of writing, and the commit (one may come meanwhile)."""
-    ours, theirs = (model.load_checkpoint(path / "checkpoint_last.pt") for path in (ours, theirs))
+    ours, theirs = (heads.load_checkpoint(path / "checkpoint_last.pt") for path in (ours, theirs))
     for saved in (ours, theirs):
         for name in ("created", "git_commit"):
             saved["provenance"].pop(name)
@@ -89,8 +91,8 @@ def remined(root, data, tmp_path_factory):
 def test_bands_are_mined_in_the_heads_space(root, data):
     cfg = config.load(None, settings(root))
     head = train(root, data).best["head"]
-    rows = remine.mine(cfg, data.train, model.head_of(head_checkpoint(cfg, data, head)), head)
-    vectors = model.embed(model.head_of(head_checkpoint(cfg, data, head)), data.train.embeddings, CPU)
+    rows = remine.mine(cfg, data.train, heads.head_of(head_checkpoint(cfg, data, head)), head)
+    vectors = heads.embed(heads.head_of(head_checkpoint(cfg, data, head)), data.train.embeddings, CPU)
     vectors = vectors.half().double().numpy()
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     _, negative = relations(data.train, *[torch.arange(len(vectors))] * 2)
@@ -207,7 +209,7 @@ def test_stopped_by_sigusr2_three_times_exits_with_85_and_ends_bit_identical(roo
     steps = []
     for epoch in (0, 1, 3):
         stop_train(stopped, root, at=epoch)
-        steps.append(model.load_checkpoint(stopped / "default" / "checkpoint_last.pt")["resume"]["step"])
+        steps.append(heads.load_checkpoint(stopped / "default" / "checkpoint_last.pt")["resume"]["step"])
     assert 0 < steps[0] <= 150 < steps[1] <= 300 < 450 < steps[2] <= 600
     for folder in (stopped, undisturbed):
         assert main(flags(root, *LONGER, f"paths.checkpoints_dir={folder}")) == 0

@@ -1,4 +1,6 @@
-"""train/whitening.py. Oracle: every pair of a building written out, scipy's generalised eigenproblem, sklearn."""
+"""train/fitting/whitening.py. Oracle: every pair of a building written out, scipy's generalised eigenproblem,
+sklearn.
+"""
 
 import itertools
 
@@ -8,7 +10,7 @@ from scipy import linalg
 from sklearn.decomposition import PCA
 
 from common.errors import PipelineError
-from train import whitening
+from train.fitting import whitening
 
 
 def buildings(rng, count=40, dim=6, noise=0.3):

@@ -1,12 +1,12 @@
-"""common/zones.py. Oracle: every pair of rows compared by distance."""
+"""common/places/zones.py. Oracle: every pair of rows compared by distance."""
 
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from common import geo
-from common.zones import make_zones, number_buildings, ranges
+from common.places import geo
+from common.places.zones import make_zones, number_buildings, ranges
 
 METRES = 1 / geo.METRES_PER_DEGREE
 

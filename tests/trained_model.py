@@ -11,7 +11,7 @@ from invented_metrics import FIGURES, FOUND
 from common import config, parquet, provenance, schemas
 from generate import generate_embeddings
 from publish.projection_head import ProjectionHead
-from train import results
+from train.evaluation import metrics_json
 
 JPEGS = photographs(7)
 NOTHING = {key: {"value": 0.0, "low": 0.0, "high": 0.0} for key in FIGURES}
@@ -70,7 +70,7 @@ def write_metrics(cfg: config.Config, checkpoint_id: str = "run-1") -> dict:
     }
     path = cfg.paths.evaluation_dir / "metrics.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(results.to_json(metrics))
+    path.write_text(metrics_json.to_json(metrics))
     return metrics
 
 

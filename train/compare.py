@@ -36,9 +36,11 @@ def main(argv=None) -> int:
     if args.seeds < 1:
         raise ConfigError("--seeds takes a number of runs, 1 or more")
     from common import config, files, parquet, provenance
-    from train import checkpoints, comparison, datasets, gallery
-    from train.fit import fit
-    from train.study import with_training
+    from train import datasets
+    from train.evaluation import comparison, gallery
+    from train.fitting import checkpoints
+    from train.fitting.fit import fit
+    from train.tuning.shared_study import with_training
 
     # settings, and what is there already
     inputs = datasets.input_ids(cfg) | {"test.parquet": provenance.identity(cfg.paths.merged_dir / "test.parquet")}

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import devices, geo, parquet, provenance
+from common import devices, parquet, provenance
 from common.config import Config
 from common.errors import PipelineError, StaleArtefact
-from common.zones import Zones, make_zones, number_buildings
-from difficulty import parts
-from train.validation import Validation, baselines
+from common.places import geo
+from common.places.zones import Zones, make_zones, number_buildings
+from difficulty.search import search_parts
+from train.evaluation.validation import Validation, baselines
 
 _COLUMNS = ["dataset_id", "target_id", "street_view_id", "target_lat", "target_lon"]
 
@@ -326,6 +327,6 @@ def _inputs(cfg: Config) -> tuple[dict[str, Path], dict[str, provenance.Provenan
             f"{paths['val']} and {paths['train'].name} are of two merges: val {reasons[0]}\n"
             "run preprocess/merge_and_split.py again with --overwrite"
         )
-    made = parts.result(cfg)[1]
+    made = search_parts.result(cfg)[1]
     parquet.refuse_stale(paths["difficulty"], known["difficulty"], made, "compute_visual_neighbors")
     return paths, known

@@ -39,17 +39,22 @@ def main(argv=None) -> int:
     if args.check:
         return check(*(locate(cfg, path) for path in args.check))
     from common import devices, files
-    from train import gallery, protocol, report, results, tasks
+    from train.evaluation import evaluation_task, gallery, metrics_json, protocol
+    from train.report import evaluation_page
 
     # what there is, and whether it belongs together
     compare = [locate(cfg, path) for path in args.compare]
-    task = tasks.of_file(cfg, locate(cfg, args.embeddings)) if args.embeddings else tasks.of_run(cfg, compare)
+    task = (
+        evaluation_task.of_file(cfg, locate(cfg, args.embeddings))
+        if args.embeddings
+        else evaluation_task.of_run(cfg, compare)
+    )
     metrics_path, report_path = task.folder / "metrics.json", task.folder / "report.html"
-    if tasks.is_done(metrics_path, task.made, args.overwrite) and report_path.exists():
-        print(report.table(results.read(metrics_path)))
+    if evaluation_task.is_done(metrics_path, task.made, args.overwrite) and report_path.exists():
+        print(evaluation_page.table(metrics_json.read(metrics_path)))
         return cli.nothing_to_do("evaluate", f"{metrics_path} and {report_path}")
     leakage = None if args.embeddings else gallery.refuse_leaks(cfg.paths.merged_dir)
-    background = report.Background(None, {}) if args.embeddings else report.read_background(cfg)
+    background = evaluation_page.Background(None, {}) if args.embeddings else evaluation_page.read_background(cfg)
 
     # rank, average
     rows = gallery.load(task.paths, cfg.data.ignore_radius_m)
@@ -65,13 +70,13 @@ def main(argv=None) -> int:
     }
 
     # save: metrics.json says that the report beside it is there, and of the same figures
-    found["provenance"] = tasks.finish(task.made, found)
-    text = results.to_json(found)
-    page = report.render(cfg, found, background, rows, vectors, per_query)
+    found["provenance"] = evaluation_task.finish(task.made, found)
+    text = metrics_json.to_json(found)
+    page = evaluation_page.render(cfg, found, background, rows, vectors, per_query)
     metrics_path.unlink(missing_ok=True)
     files.write_text(report_path, page)
     files.write_text(metrics_path, text)
-    print(report.table(found))
+    print(evaluation_page.table(found))
     print(f"report: {report_path}")
     return progress.summary()
 
@@ -82,9 +87,9 @@ def locate(cfg, path: Path) -> Path:
 
 
 def check(first: Path, second: Path) -> int:
-    from train import results
+    from train.evaluation import metrics_json
 
-    text, same = results.check(first, second)
+    text, same = metrics_json.check(first, second)
     print(text)
     return 0 if same else 1
 

@@ -24,14 +24,17 @@ def main(argv=None) -> int:
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
     from common import config, files
-    from train import checkpoints, datasets, model, study, train
+    from train import datasets, train
+    from train.evaluation import heads
+    from train.fitting import checkpoints
+    from train.tuning import shared_study
 
-    tuning = study.open_study(cfg, study.record(cfg), create=False)
-    trial = study.best_trial(tuning, args.trial)
-    unfinished = cfg.training.num_trials - study.num_counted(tuning.trials) + study.num_open(tuning)
+    tuning = shared_study.open_study(cfg, shared_study.record(cfg), create=False)
+    trial = shared_study.best_trial(tuning, args.trial)
+    unfinished = cfg.training.num_trials - shared_study.num_counted(tuning.trials) + shared_study.num_open(tuning)
     if unfinished > 0:
         print(f"fetch_best_and_train: {unfinished:,} trials of the study are still to come")
-    chosen = study.with_training(cfg, **trial.params, study_storage="journal")  # no password into the file
+    chosen = shared_study.with_training(cfg, **trial.params, study_storage="journal")  # no password into the file
 
     run_dir = cfg.paths.checkpoints_dir / cfg.training.run
     if not args.overwrite:  # before config.toml is written beside a checkpoint of other settings
@@ -45,7 +48,7 @@ def main(argv=None) -> int:
         files.write_bytes(settings_path, settings)
     train.main(["--config", str(settings_path), *["--overwrite"][: args.overwrite]])
 
-    reached = model.load_checkpoint(run_dir / "checkpoint_best.pt")["metrics"]["map@r"]
+    reached = heads.load_checkpoint(run_dir / "checkpoint_best.pt")["metrics"]["map@r"]
     print(
         f"fetch_best_and_train: validation mAP@R {reached:.4f}, {reached - trial.value:+.4f} from the "
         f"{trial.value:.4f} of trial {trial.number} ({cfg.training.trial_epochs} epochs); {settings_path}"

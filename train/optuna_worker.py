@@ -34,25 +34,25 @@ def main(argv=None) -> int:
         raise ConfigError("--trials takes a number of trials, 1 or more")
     if args.minutes is not None and args.minutes < 0:
         raise ConfigError("--minutes takes a number of minutes, 0 or more")
-    from train import storage, study, study_page, trials
+    from train.tuning import shared_study, study_page, study_storage, study_trials
 
-    study.check_search_space(cfg)
-    tuning = study.open_study(cfg, study.record(cfg), create=True, overwrite=args.overwrite)
+    shared_study.check_search_space(cfg)
+    tuning = shared_study.open_study(cfg, shared_study.record(cfg), create=True, overwrite=args.overwrite)
     page_path = cfg.paths.study_dir / "study.html"
-    if study.is_full(tuning, cfg):
+    if shared_study.is_full(tuning, cfg):
         study_page.write(page_path, tuning)  # the last worker may have been killed before it did
         return cli.nothing_to_do("optuna_worker", f"{cfg.training.num_trials} trials")
 
     progress = cli.Progress("optuna_worker", "trial", args.trials, cfg.logging.progress_interval_s)
-    with storage.loss_told(cfg), progress:
-        trials.work(cfg, tuning, progress, args.trials, args.minutes)
+    with study_storage.loss_told(cfg), progress:
+        study_trials.work(cfg, tuning, progress, args.trials, args.minutes)
     study_page.write(page_path, tuning)
-    if study.finished_trials(tuning):
-        best = study.best_trial(tuning)
+    if shared_study.finished_trials(tuning):
+        best = shared_study.best_trial(tuning)
         note = f"best so far: trial {best.number}, validation mAP@R {best.value:.4f}; {page_path}"
         return progress.summary(note)
     if progress.rejected["failed"]:
-        raise PipelineError(f"every trial so far has failed; the last one: {trials.last_error(tuning)}")
+        raise PipelineError(f"every trial so far has failed; the last one: {study_trials.last_error(tuning)}")
     return progress.summary("no trial has finished yet")
 
 

@@ -27,8 +27,9 @@ log = logging.getLogger("pipeline")
 def main(argv=None) -> int:
     args = cli.parser(__doc__).parse_args(argv)
     cfg = cli.load_config(args)
-    from train import checkpoints, datasets
-    from train.fit import fit
+    from train import datasets
+    from train.fitting import checkpoints
+    from train.fitting.fit import fit
 
     run_dir = cfg.paths.checkpoints_dir / cfg.training.run
     best = run_dir / "checkpoint_best.pt"

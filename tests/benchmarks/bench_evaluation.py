@@ -20,8 +20,9 @@ import timing  # before what lies in the repository: it puts that on the path
 import torch
 from small_merge import MODEL, write_checkpoint
 
-from common import config, geo, parquet, provenance, schemas, zones
-from train import metrics
+from common import config, parquet, provenance, schemas
+from common.places import geo, zones
+from train.evaluation import metrics
 
 ROWS, DIM, SAMPLE = 50_000, 256, 200
 METRES_APART = 12  # buildings along a street: the ignore zone of 25 m holds two on either side

@@ -13,8 +13,8 @@ from PIL import Image
 from synthetic import write_dataset
 from threadpoolctl import threadpool_limits
 
-from common import tars
-from preprocess import fingerprints
+from common.archives import tars
+from preprocess.duplicates import fingerprints
 
 
 def some_jpegs() -> list[bytes]:

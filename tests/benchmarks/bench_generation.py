@@ -44,8 +44,10 @@ from synthetic import write_dataset
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoImageProcessor, AutoModel, Dinov2Config
 
-from common import cli, config, devices, images, parts
-from common.decoding import decode
+from common import cli, config, devices
+from common.archives import tar_parts
+from common.imagery import tar_images
+from common.imagery.decoding import decode
 from generate import backbone, embedding_parts, loop
 from generate.pixels import read_preprocessing
 from preprocess import process_tar
@@ -89,11 +91,13 @@ def settings(root: Path, model: Path, *more: str) -> config.Config:
     return config.load(None, [f"paths.root={root}", f"embedding_model.name={model}", *more])
 
 
-def run_loop(cfg: config.Config, todo: list[parts.Part], forward, preprocessing, device: torch.device) -> None:
+def run_loop(
+    cfg: config.Config, todo: list[tar_parts.TarPart], forward, preprocessing, device: torch.device
+) -> None:
     """All that the stage does for these parts, from the tar to the Parquet files."""
     with cli.Progress("benchmark", "image", interval_s=3600) as progress:
         for result in loop.embed(
-            embedding_parts.jobs(todo, images.store(cfg.paths)),
+            embedding_parts.jobs(todo, tar_images.of_paths(cfg.paths)),
             forward,
             preprocessing,
             device,
@@ -105,11 +109,11 @@ def run_loop(cfg: config.Config, todo: list[parts.Part], forward, preprocessing,
             assert not failure, failure
 
 
-def parts_of(cfg: config.Config, images: int) -> list[parts.Part]:
+def parts_of(cfg: config.Config, images: int) -> list[tar_parts.TarPart]:
     """One part of the first `images` images."""
     tar = next(cfg.paths.raw_dir.glob("*.tar"))
-    (part,) = parts.of_tar(cfg, tar, cfg.paths.embeddings_dir, "generate_embeddings", {"model": "benchmark"})
-    return [parts.Part(part.tar, part.source, 0, min(images, part.count), part.target, part.made)]
+    (part,) = tar_parts.of_tar(cfg, tar, cfg.paths.embeddings_dir, "generate_embeddings", {"model": "benchmark"})
+    return [tar_parts.TarPart(part.tar, part.source, 0, min(images, part.count), part.target, part.made)]
 
 
 def against_the_model(cfg: config.Config, device: torch.device, images: int, rounds: int) -> dict:
@@ -132,7 +136,7 @@ def against_the_model(cfg: config.Config, device: torch.device, images: int, rou
     return timing.seconds(ways, rounds)
 
 
-class Repeated(parts.Part):
+class Repeated(tar_parts.TarPart):
     """A part of a tar's rows over and over: what a part costs once is for thousands of images, not for 300."""
 
     def rows(self) -> pa.Table:
@@ -147,7 +151,7 @@ def almost_free(cfg: config.Config, folder: Path, rounds: int = 5) -> tuple[dict
     todo = [Repeated(part.tar, part.source, 0, FREE_IMAGES, part.target, part.made)]
     count, threads = FREE_IMAGES, cfg.infrastructure.threads
     rows, preprocessing = todo[0].rows(), read_preprocessing(Path(cfg.embedding_model.name))
-    encoded = images.Tar(todo[0].tar).reader(rows)
+    encoded = tar_images.Tar(todo[0].tar).reader(rows)
     files = extracted(todo[0].tar, rows, folder)
     processor = AutoImageProcessor.from_pretrained(cfg.embedding_model.name)
     loader = DataLoader(Files(files, processor), batch_size=64, num_workers=threads, persistent_workers=True)
@@ -189,7 +193,7 @@ def extracted(tar: Path, rows, folder: Path) -> list[Path]:
     """The images as files, as `tar -x` leaves them."""
     folder.mkdir()
     files = []
-    read = images.Tar(tar).reader(rows)
+    read = tar_images.Tar(tar).reader(rows)
     for row, path in enumerate(rows["image_path"].to_pylist()):
         files.append(folder / Path(path).name)
         files[-1].write_bytes(read(row, row + 1)[0])
@@ -198,10 +202,10 @@ def extracted(tar: Path, rows, folder: Path) -> list[Path]:
 
 def on_cuda(root: Path, device: torch.device) -> list[timing.Ratio]:
     """ViT-B/14 and L/14 in bfloat16: the loop's share of the bare forward, and of the card's peak."""
-    from publish import sizes
+    from publish.inference import model_sizes
 
     card = torch.cuda.get_device_name(device)
-    peak = next((tflops for name, (tflops, _) in sizes.GPUS.items() if name.split()[0] in card), None)
+    peak = next((tflops for name, (tflops, _) in model_sizes.GPUS.items() if name.split()[0] in card), None)
     ratios = []
     for size in ("B", "L"):
         cfg = settings(root, write_vit(root / size, size))
@@ -210,7 +214,9 @@ def on_cuda(root: Path, device: torch.device) -> list[timing.Ratio]:
         what = f"ViT-{size}/14 at {PX} px, bfloat16, {count:,} images, {card}"
         ratios.append(timing.ratio(what, taken, "loop", "bare forward", items=count, unit="images/s"))
         if peak:
-            at_peak = [count * sizes.estimate(cfg, 1, PX)["flops_per_image"] / (peak * 1e12)] * len(taken["loop"])
+            at_peak = [count * model_sizes.estimate(cfg, 1, PX)["flops_per_image"] / (peak * 1e12)] * len(
+                taken["loop"]
+            )
             name = f"{peak} TFLOP/s"
             ratios.append(timing.ratio(what, {**taken, name: at_peak}, "loop", name, items=count, unit="images/s"))
     return ratios

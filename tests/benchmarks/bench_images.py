@@ -21,7 +21,8 @@ import street_tar
 import timing  # puts the repository's root on sys.path
 from damaged_tars import write_gzip
 
-from common import config, images, parquet
+from common import config, parquet
+from common.imagery import tar_images
 
 IMAGES = 60_000  # 2 GB of them
 RANDOM, RANDOM_S = 100, 5
@@ -36,7 +37,8 @@ def allowed_mb(tar_bytes: int, threads: int) -> float:
 
 def process(root: Path) -> None:
     """process_tar.py on one tar; prints how much memory it took beyond that of a process that has begun."""
-    from preprocess import process_tar, tar_files  # noqa: F401  (imported before memory is looked at)
+    from preprocess import process_tar
+    from preprocess.tars import tar_files  # noqa: F401  (imported before memory is looked at)
 
     def held_mb(kind: str) -> float:
         return int(re.search(kind + r":\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
@@ -46,7 +48,7 @@ def process(root: Path) -> None:
     print(json.dumps(held_mb("VmHWM") - before))
 
 
-def read_in_order(store: images.Store, rows: pa.Table) -> None:
+def read_in_order(store: tar_images.TarImages, rows: pa.Table) -> None:
     for start in range(0, rows.num_rows, BATCH):
         store.read(rows.slice(start, BATCH))
 
@@ -58,16 +60,16 @@ def measure_reading(paths: config.Paths, plain_dir: Path, rows: pa.Table, tar_gb
     in_order = some.sort_by("image_offset")
 
     def without_index(rows: pa.Table) -> list[bytes]:
-        return images.Tar(tar, points=[]).reader(rows)(0, rows.num_rows)
+        return tar_images.Tar(tar, points=[]).reader(rows)(0, rows.num_rows)
 
-    assert images.store(paths).read(some) == images.Store(plain_dir, plain_dir).read(some)
+    assert tar_images.of_paths(paths).read(some) == tar_images.TarImages(plain_dir, plain_dir).read(some)
     ways = {
-        "random": lambda: images.store(paths).read(some),
+        "random": lambda: tar_images.of_paths(paths).read(some),
         "one pass": lambda: without_index(in_order),
-        "middle": lambda: images.store(paths).read(middle),
+        "middle": lambda: tar_images.of_paths(paths).read(middle),
         "inflating all before it": lambda: without_index(middle),
-        "gzip": lambda: read_in_order(images.store(paths), rows),
-        "the plain tar": lambda: read_in_order(images.Store(plain_dir, plain_dir), rows),
+        "gzip": lambda: read_in_order(tar_images.of_paths(paths), rows),
+        "the plain tar": lambda: read_in_order(tar_images.TarImages(plain_dir, plain_dir), rows),
     }
     taken = timing.seconds(ways, rounds=3, warm_up=False)
     what = f"read {RANDOM} random images of a gzip tar of {tar_gb}"
@@ -106,7 +108,7 @@ def measure() -> list[timing.Ratio]:
         tar_bytes = packed.stat().st_size
         tar_gb = f"{tar_bytes / 1e9:.1f} GB"
         ratios = measure_reading(paths, plain_dir, rows, tar_gb)
-        share = images.index_of(paths.intermediates_dir, packed).stat().st_size / tar_bytes
+        share = tar_images.index_of(paths.intermediates_dir, packed).stat().st_size / tar_bytes
     mb = allowed_mb(tar_bytes, cfg.infrastructure.threads)
     return [
         *ratios,

@@ -16,9 +16,9 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.neighbors import BallTree
 
-from common.zones import Zones, make_zones
-from difficulty.search import exact_neighbors
-from difficulty.tree import recall
+from common.places.zones import Zones, make_zones
+from difficulty.search.balltree import recall
+from difficulty.search.exact_search import exact_neighbors
 
 DIM, K, RADIUS_M, MEMORY_MB = 768, 150, 25.0, 1024
 TREE_DIM, TREE_QUERIES = 32, 500  # the peer's PCA; the queries that its time is carried on from

@@ -17,9 +17,10 @@ import timing  # puts the repository's root on sys.path
 from damaged_tars import write_gzip
 from PIL import Image
 
-from common import images, provenance
-from preprocess import tar_files
-from preprocess.labels import parse_label
+from common import provenance
+from common.imagery import tar_images
+from preprocess.tars import tar_files
+from preprocess.tars.labels import parse_label
 
 IMAGES = 6_000  # the dataset's tars hold some ten thousands: what a tar costs by itself must not show
 BATCH = 32
@@ -34,7 +35,7 @@ def process(tar: Path, folder: Path, threads: int) -> None:
     counts = tar_files.account(tar, files, pairs)
     assert counts["images"] == IMAGES
     tar_files.write_rejects(folder / "rejects.parquet", pairs, made, counts)
-    images.write_restart_points(folder / "index.parquet", files.restart_points, made)
+    tar_images.write_restart_points(folder / "index.parquet", files.restart_points, made)
     tar_files.write_intermediates(folder / "rows.parquet", pairs, tar.name, made, counts, files.damages)
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import timing  # puts the repository's root on sys.path
 
-from common import config, geo, parquet, provenance, schemas
+from common import config, parquet, provenance, schemas
+from common.places import geo
 
 FULL = "--full" in sys.argv
 MERGED, MERGED_S, MERGED_GB = 2_000_000, 180, 2
@@ -89,7 +90,7 @@ def merge(root: Path, _: int) -> None:
 
 
 def duplicates(_: Path, n: int) -> None:
-    from preprocess import duplicates as rules
+    from preprocess.duplicates import duplicate_rules as rules
 
     rng = np.random.default_rng(0)
     equal = int(EQUAL * n / HASHED)

@@ -1,4 +1,5 @@
-"""Listing a tar's members, with their sizes and where their bytes lie: common/tars.py against Python's tarfile.
+"""Listing a tar's members, with their sizes and where their bytes lie: common/archives/tars.py against Python's
+tarfile.
 
 The tar's images are holes in a sparse file, of the size that the dataset's have: neither way reads them.
 
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import timing  # puts the repository's root on sys.path
 
-from common import tars
+from common.archives import tars
 
 PAIRS = 20_000
 IMAGE_BYTES, LABEL_BYTES = 35_000, 230

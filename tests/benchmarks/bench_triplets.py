@@ -22,9 +22,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from common import config
-from difficulty.search import fast_bfloat16
+from difficulty.search.exact_search import fast_bfloat16
 from publish.projection_head import ProjectionHead
-from train import bandit, datasets, fit
+from train import datasets
+from train.fitting import fit
+from train.sampling import bandit
 
 ROWS, DIM, VIEWS, PANORAMAS = 100_000, 768, 4, 30_000
 STEPS, ROUNDS = 16, 5

@@ -1,7 +1,8 @@
 """What the full dataset costs, on paper: rates and fitted growth of this machine, carried on to 25 million images.
 
 Nothing here has been run at that size. Rates are those of results.json, and grow as growth.json says; hours on a
-GPU are estimates from its data sheet (publish/sizes.py), and for neighbours and evaluation of the products alone.
+GPU are estimates from its data sheet (publish/inference/model_sizes.py), and for neighbours and evaluation of the
+products alone.
 
 Reads    tests/benchmarks/results.json, growth.json and demo.json (make bench writes them)
 Writes   tests/benchmarks/full_dataset.json, from which README.md's table is made
@@ -19,7 +20,7 @@ from local_backbone import write_preprocessor
 from transformers import Dinov2Config, DINOv3ViTConfig
 
 from common import config, files
-from publish import sizes
+from publish.inference import model_sizes
 
 HERE = Path(__file__).resolve().parent
 IMAGES = 25_000_000
@@ -57,7 +58,7 @@ def of_backbone(vit, results: dict, growth: dict) -> dict:
         vit.save_pretrained(folder)
         write_preprocessor(Path(folder), "dinov2", 224)
         cfg = config.load(None, [f"embedding_model.name={folder}", "embedding_model.pooling=cls"])
-        found = sizes.estimate(cfg, IMAGES, 224)
+        found = model_sizes.estimate(cfg, IMAGES, 224)
     dim, gpu = found["embedding_dim"], found["gpus"][GPU]
     train_images = round(IMAGES * cfg.data.train_ratio)
     embedding_bytes = IMAGES * dim * 2
@@ -67,7 +68,7 @@ def of_backbone(vit, results: dict, growth: dict) -> dict:
     )
     training = cfg.training
     triplets = training.epochs * training.steps_per_epoch * training.batch_size
-    products = 2 * train_images**2 * dim / (sizes.GPUS[GPU][0] * 1e12 * PRODUCT_SHARE)
+    products = 2 * train_images**2 * dim / (model_sizes.GPUS[GPU][0] * 1e12 * PRODUCT_SHARE)
     return {
         "dim": dim,
         "gpu_images_per_s": gpu["images_per_second"],
@@ -99,7 +100,11 @@ def main() -> int:
         "core_hours_process_tar": IMAGES / ours(results, "process_tar on gzip") / 3600,
         "core_hours_fingerprints": IMAGES / ours(results, "pHash") / 3600,
         "days_evaluation_here": grown(growth, "evaluation, 256-d", test_images) / 24,
-        "gpu_hours_evaluation": 2 * test_images**2 * 256 / (sizes.GPUS[GPU][0] * 1e12 * PRODUCT_SHARE) / 3600,
+        "gpu_hours_evaluation": 2
+        * test_images**2
+        * 256
+        / (model_sizes.GPUS[GPU][0] * 1e12 * PRODUCT_SHARE)
+        / 3600,
         "gb_metadata": IMAGES * (per_image["intermediates"] + per_image["fingerprints"]) / 1e9,
         "gb_difficulty": train_images * neighbor_bytes / 1e9,
         "embedding_files": IMAGES // cfg.data.rows_per_part,

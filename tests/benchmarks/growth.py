@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 from scipy.optimize import nnls
 
 from common import config, files
-from common.zones import make_zones
-from difficulty.search import exact_neighbors
-from preprocess.split import Images, decide
-from train import metrics
+from common.places.zones import make_zones
+from difficulty.search.exact_search import exact_neighbors
+from preprocess.split.split_rules import Images, decide
+from train.evaluation import metrics
 
 HERE = Path(__file__).resolve().parent
 DIM, OUTPUT_DIM, K = 768, 256, 150

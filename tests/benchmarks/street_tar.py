@@ -10,7 +10,7 @@ from pathlib import Path
 import timing  # noqa: F401  (puts the repository's root and tests/ on sys.path)
 from synthetic import write_dataset
 
-from common import tars
+from common.archives import tars
 
 
 def write(path: Path, images: int) -> None:

@@ -1,0 +1,87 @@
+"""Small pictures of images that lie in tars, and sheets of them, for a person to look at."""
+
+import contextlib
+import io
+import math
+from itertools import accumulate
+from typing import NamedTuple
+
+import pyarrow as pa
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from common.errors import PipelineError
+from common.imagery import decoding
+from common.imagery.tar_images import TarImages
+
+PX = 160  # height and width of a small picture
+_FONT_PX, _GAP_PX, _TITLE_PX, _CAPTION_PX = 13, 8, 24, 20  # of a sheet
+
+
+def small(content: bytes) -> Image.Image | None:
+    """An image, PX x PX; None if `content` is not one."""
+    try:
+        image = Image.fromarray(decoding.decode(content, min_px=PX))
+    except decoding.Undecodable:
+        return None
+    return image.resize((PX, PX), Image.Resampling.LANCZOS)
+
+
+def read(store: TarImages, rows: pa.Table) -> list[Image.Image | None]:
+    """The same of images in tars, by tar_file, image_offset and image_size of their rows; None for one whose tar
+    is missing, or does not hold an image there.
+    """
+    columns = (rows[name].to_pylist() for name in ("tar_file", "image_offset", "image_size"))
+    places = list(zip(*columns, strict=True))
+    found: list[Image.Image | None] = [None] * len(places)
+    for row in sorted(range(len(places)), key=places.__getitem__):  # tar by tar, each from front to back
+        name, offset, size = places[row]
+        with contextlib.suppress(PipelineError):
+            found[row] = small(store.tar(name).read([offset], [size])[0])
+    return found
+
+
+class Line(NamedTuple):
+    """A line of a sheet: its title, and pictures with what stands under each; without pictures only the title."""
+
+    title: str
+    pictures: list[Image.Image]
+    captions: list[str]
+
+
+def absent() -> Image.Image:
+    """What stands in a sheet for an image that cannot be read."""
+    tile = Image.new("RGB", (PX, PX), "#dddddd")
+    font = ImageFont.load_default(_FONT_PX)
+    ImageDraw.Draw(tile).text((PX // 2, PX // 2), "cannot be read", "black", font, anchor="mm")
+    return tile
+
+
+def sheet(lines: list[Line]) -> bytes:
+    """A PNG of lines of pictures, none of them made larger or smaller."""
+    columns = max(len(line.pictures) for line in lines)
+    width = max((image.width for line in lines for image in line.pictures), default=PX)
+    height = max((image.height for line in lines for image in line.pictures), default=PX)
+    across, down = width + _GAP_PX, _TITLE_PX + height + _CAPTION_PX
+    font = ImageFont.load_default(_FONT_PX)
+    widest = max(columns * across, *(math.ceil(font.getlength(line.title)) + _GAP_PX for line in lines))
+    bottoms = list(accumulate(down if line.pictures else _TITLE_PX for line in lines))
+    page = Image.new("RGB", (_GAP_PX + widest, _GAP_PX + bottoms[-1]), "white")
+    pen = ImageDraw.Draw(page)
+    for line, above in zip(lines, [0, *bottoms], strict=False):
+        top = above + _TITLE_PX
+        pen.text((_GAP_PX, top - 4), line.title, "black", font, anchor="ld")
+        for place, (image, caption) in enumerate(zip(line.pictures, line.captions, strict=True)):
+            left = _GAP_PX + place * across
+            page.paste(image, (left, top))
+            pen.text((left + image.width // 2, top + image.height + 2), caption, "black", font, anchor="ma")
+    picture = io.BytesIO()
+    page.save(picture, "PNG")
+    return picture.getvalue()
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG that is the same in every run."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})
+    return picture.getvalue()

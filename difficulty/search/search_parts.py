@@ -1,0 +1,173 @@
+"""The parts of a neighbour search, runs of rows of merged/train with a file each, and their gathering."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common import cli, devices, files, parquet, provenance, schemas
+from common.config import Config, values
+from common.errors import PipelineError
+from common.imagery import tar_images
+from common.places import zones
+from common.provenance import Provenance
+from difficulty import bands
+from difficulty.report import band_report
+
+log = logging.getLogger("pipeline")
+RECALL_SAMPLE = 256  # anchors of a part that an approximate search is compared with the exact one on
+LOW_RECALL = 0.95
+
+
+@dataclass(frozen=True)
+class SearchPart:
+    """Rows start..stop of merged/train as anchors, and the file for their neighbours."""
+
+    start: int
+    stop: int
+    target: Path
+    made: Provenance
+
+
+def train_path(cfg: Config) -> Path:
+    return parquet.require(cfg.paths.merged_dir / "train.parquet", "preprocess/merge_and_split.py")
+
+
+def result(cfg: Config) -> tuple[Path, Provenance]:
+    """The stage's artefact and its record."""
+    keys = (*_search_keys(cfg), "data.band_percentiles", "data.band_reference_rank")
+    made = provenance.record("compute_visual_neighbors", values(cfg, *keys), [train_path(cfg)])
+    return cfg.paths.difficulty_dir / "difficulty_metadata.parquet", made
+
+
+def list_parts(cfg: Config) -> list[SearchPart]:
+    """All parts, in order: part p holds the rows p * rows_per_part to (p + 1) * rows_per_part."""
+    size, total = cfg.data.rows_per_part, parquet.num_rows(train_path(cfg))
+    keys = (*_search_keys(cfg), "data.rows_per_part")
+    made = provenance.record("compute_visual_neighbors, a part", values(cfg, *keys), [train_path(cfg)])
+    folder = files.beside(cfg.paths.difficulty_dir, "parts")
+    return [
+        SearchPart(start, min(start + size, total), folder / f"{number:05d}.parquet", made)
+        for number, start in enumerate(range(0, total, size))
+    ]
+
+
+def _search_keys(cfg: Config) -> tuple[str, ...]:
+    keys = ("data.neighbors", "data.ignore_radius_m", "data.search")
+    return (*keys, "data.balltree_dim") if cfg.data.search == "balltree" else keys
+
+
+def write(cfg: Config, todo: list[SearchPart], on_anchors: Callable[[int], object]) -> None:
+    """Search the neighbours of each part's anchors and write its file. `on_anchors` is told how many more anchors
+    have been compared. Raises Stopped on a signal."""
+    from difficulty.search import exact_search  # torch: gathering alone does without
+
+    path = train_path(cfg)
+    device = devices.pick(cfg.infrastructure.device)
+    embeddings = devices.place(parquet.read_matrix(path, "embedding"), device)
+    columns = parquet.read(path, ["dataset_id", "target_id", "target_lat", "target_lon"])
+    dataset, target, lat, lon = (column.to_numpy() for column in columns.columns)
+    near = zones.make_zones(zones.number_buildings(dataset, target), lat, lon, cfg.data.ignore_radius_m)
+    options = {"k": cfg.data.neighbors, "memory_mb": cfg.infrastructure.search_memory_mb}
+
+    def exact(rows: np.ndarray, told=lambda count: None):
+        return exact_search.exact_neighbors(embeddings, near, rows=rows, device=device, on_anchors=told, **options)
+
+    ball = None
+    if cfg.data.search == "balltree":
+        from difficulty.search import balltree  # scikit-learn takes seconds to import
+
+        ball = balltree.build(embeddings, cfg.data.balltree_dim)
+    sizes = exact_search.tile_sizes(embeddings.shape[1], cfg.data.neighbors, options["memory_mb"], device)
+    for group in groups(todo, len(embeddings), sizes.together if ball is None else 0):
+        rows = np.concatenate([np.arange(part.start, part.stop) for part in group])
+        recall = 1.0
+        if ball is None:
+            found, similarities = exact(rows, on_anchors)
+        else:
+            found, similarities = balltree.balltree_neighbors(ball, embeddings, near, rows=rows, **options)
+            sample = np.unique(np.linspace(0, len(rows) - 1, RECALL_SAMPLE).astype(np.int64))
+            recall = balltree.recall(found[sample], exact(rows[sample])[0])
+            on_anchors(len(rows))
+        for part in group:
+            mine = slice(*np.searchsorted(rows, [part.start, part.stop]))
+            with parquet.writer(part.target, schemas.difficulty_part(cfg.data.neighbors), part.made) as out:
+                out.append({"neighbor_rows": found[mine], "neighbor_similarities": similarities[mine]})
+                out.facts = {"recall": recall}
+            cli.check_stop()
+
+
+def groups(todo: list[SearchPart], total: int, together: int) -> Iterator[list[SearchPart]]:
+    """The parts in runs that are searched at once, each of up to `together` rows, where that saves an eighth of
+    the products or more (see search.py); else one by one, so that a killed job loses little."""
+    group: list[SearchPart] = []
+    most = together if together * 4 > total else 0
+    for part in todo:
+        if group and part.stop - group[0].start > most:
+            yield group
+            group = []
+        group.append(part)
+    if group:
+        yield group
+
+
+def refuse_missing(parts: list[SearchPart]) -> None:
+    """Raise PipelineError unless every part is there and of one search."""
+    missing = [part for part in parts if not parquet.is_done(part.target, part.made, overwrite=False)]
+    if missing:
+        raise PipelineError(
+            f"{len(missing)} of {len(parts)} parts are missing, the first is {missing[0].target}\n"
+            "run the shards of difficulty/compute_visual_neighbors.py that make them, then --finish again"
+        )
+
+
+def gather(cfg: Config, parts: list[SearchPart]) -> list[dict]:
+    """Calibrate the bands over all parts, stream the artefact, and report on the bands; returns their table."""
+    counts = bands.histogram(np.empty(0))
+    for _, _, _, ratio in _read_parts(cfg, parts):
+        counts += bands.histogram(ratio)
+    if not np.any(counts):
+        raise PipelineError(
+            f"no image of {train_path(cfg)} has a neighbour outside its building and ignore zone\n"
+            "lower data.ignore_radius_m, or use more of the map"
+        )
+    edges = bands.edges_of(counts, cfg.data.band_percentiles)
+    ids = parquet.read(train_path(cfg), ["streetview_image_id", "building_id"])
+    report = band_report.Report(train_path(cfg), counts, edges)
+    recalls = [parquet.read_provenance(part.target).facts["recall"] for part in parts]
+    recall = float(np.average(recalls, weights=[part.stop - part.start for part in parts]))
+    path, made = result(cfg)
+    with parquet.writer(path, schemas.difficulty(cfg.data.neighbors, cfg.data.num_bands), made) as out:
+        for part, rows, similarities, ratio in _read_parts(cfg, parts):
+            offsets = bands.offsets(ratio, edges)
+            report.add(part.start, rows, similarities, offsets)
+            columns = {name: ids[name].slice(part.start, len(rows)) for name in ids.column_names}
+            columns |= {"neighbor_rows": rows, "neighbor_similarities": similarities.astype(np.float16)}
+            out.append({**columns, "band_offsets": offsets})
+        out.facts = {
+            "k": cfg.data.neighbors,
+            "search": cfg.data.search,
+            "recall": recall,
+            "band_edges": edges.tolist(),
+            "bands": report.table.rows(),
+            "merged_id": made.inputs[train_path(cfg).name],
+        }
+        report.write(files.beside(path.parent, "report"), tar_images.of_paths(cfg.paths))
+    if recall < LOW_RECALL:
+        log.warning(
+            'data.search = "%s" found %.1f %% of the true neighbours; "exact" finds all',
+            cfg.data.search,
+            100 * recall,
+        )
+    return report.table.rows()
+
+
+def _read_parts(cfg: Config, parts: list[SearchPart]) -> Iterator[tuple]:
+    """(part, rows (n, k) int32, similarities (n, k) float32, ratios (n, k) float32) of each part."""
+    for part in parts:
+        columns = parquet.read(part.target)
+        rows = parquet.to_matrix(columns["neighbor_rows"])
+        similarities = parquet.to_matrix(columns["neighbor_similarities"])
+        yield part, rows, similarities, bands.ratios(similarities, rows, cfg.data.band_reference_rank)

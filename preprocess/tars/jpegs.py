@@ -1,0 +1,31 @@
+"""Images checked without decoding all their pixels: whole or broken, blank or not, and how large."""
+
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from common.imagery import decoding
+from common.schemas import Reject, Rejected
+
+# In grey levels, between the darkest and the brightest 8 x 8 block. One flat colour gives 0 at every quality;
+# a photograph of fog or of a white wall more than 10.
+BLANK_RANGE = 3
+
+
+class Jpeg(NamedTuple):
+    width: int  # px, of the upright picture
+    height: int
+    content_hash: int  # xxh3-64 of the file's bytes
+
+
+def inspect(content: bytes | memoryview) -> Jpeg | Rejected:
+    """Size and hash of an image, or why it is rejected: JPEG_BLANK, or as `decoding` says."""
+    try:
+        width, height, grey = decoding.survey(content)
+    except decoding.Undecodable as error:
+        return error.why
+    # two pixels of nearly every photograph differ by more: there the others need not be looked at
+    if abs(grey.item(0) - grey.item(-1)) <= BLANK_RANGE and int(grey.max()) - int(grey.min()) <= BLANK_RANGE:
+        return Rejected(Reject.JPEG_BLANK, f"grey level {int(np.median(grey))} everywhere")
+    return Jpeg(width, height, xxhash.xxh3_64_intdigest(content))

@@ -1,0 +1,162 @@
+"""The published folder: what goes in, whether it belongs together, and its appearance as a whole."""
+
+import contextlib
+import glob
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from common import files, parquet
+from common.config import Config, EmbeddingModel, is_folder
+from common.errors import PipelineError, StaleArtefact
+from common.provenance import Provenance
+from generate import backbone, model_files
+from generate.pixels import Preprocessing
+from publish.configuration_spatial_embeddings import SpatialEmbeddingsConfig
+from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
+from train.evaluation.heads import head_of
+
+MAX_SHARD_SIZE = "5GB"  # of the weights: larger files are slow to fetch, and to resume
+
+
+def refuse_mixture(test: Path, checkpoint_path: Path, checkpoint: dict, metrics_path: Path, metrics: dict) -> None:
+    """Raises StaleArtefact unless the metrics are of this checkpoint and of the test split that is there."""
+    evaluated = metrics["provenance"]["inputs"]
+    there = {
+        checkpoint_path.name: (checkpoint_path, checkpoint["provenance"]["id"]),
+        test.name: (test, parquet.read_provenance(test).id),
+    }
+    for name, (path, known) in there.items():
+        if evaluated.get(name) != known:
+            raise StaleArtefact(
+                f"{metrics_path} tells of another {name} ({evaluated.get(name)}) than {path} ({known})\n"
+                "run train/evaluate.py again"
+            )
+
+
+def backbone_settings(cfg: Config, checkpoint_path: Path, checkpoint: dict) -> EmbeddingModel:
+    """The config's backbone in the dtype of the embeddings that the head was trained on.
+
+    Raises StaleArtefact if those are of another backbone.
+    """
+    trained_on, settings = checkpoint["embedding_model"], cfg.embedding_model
+    dtype = trained_on["dtype"] if settings.dtype == "auto" else settings.dtype
+    known = model_files.identity(settings, dtype)
+    ours = {key.removeprefix("embedding_model."): value for key, value in known.items()}
+    if not is_folder(settings.name):  # the checkpoint has the commit that a branch or a tag stood for
+        commit = model_files.locate(settings.name, settings.revision).name
+        ours["revision"] = trained_on.get("revision") if trained_on.get("revision") == commit else ours["revision"]
+    different = [key for key, value in ours.items() if trained_on.get(key) != value]
+    if different:
+        raise StaleArtefact(
+            f"{checkpoint_path} was trained on embeddings with {_told(trained_on, different)}; "
+            f"the settings say {_told(ours, different)}\n"
+            "set [embedding_model] back to that, or train on embeddings of the other"
+        )
+    return settings.model_copy(update={"dtype": dtype})
+
+
+def _told(model: dict, keys: list[str]) -> str:
+    return ", ".join(f"{key} = {json.dumps(model.get(key))}" for key in keys)
+
+
+def write_model(folder: Path, settings: EmbeddingModel, checkpoint_path: Path, checkpoint: dict) -> Preprocessing:
+    """Weights, configuration and code into `folder`, as save_pretrained has them, and the preprocessing."""
+    loaded = backbone.load(settings, settings.dtype, torch.device("cpu"))
+    if loaded.dim != checkpoint["input_dim"]:
+        raise PipelineError(
+            f"{checkpoint_path} has a head for {checkpoint['input_dim']} dimensions, but {settings.name} gives "
+            f"{loaded.dim} with pooling = {settings.pooling}"
+        )
+    loaded.model.config._name_or_path = loaded.name  # no path of this machine in the published files
+    sizes = {key: checkpoint[key] for key in ("input_dim", "hidden_dim", "output_dim", "dropout")}
+    config = SpatialEmbeddingsConfig(loaded.model.config, settings.pooling, **sizes)
+    with torch.device("meta"):  # only the frame: the weights are there already
+        model = SpatialEmbeddingsModel(config)
+    model.backbone, model.head = loaded.model, head_of(checkpoint)
+    loaded.model.config.dtype = loaded.model.dtype  # the backbone's configuration in `config`
+    try:
+        model.eval().save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    except SafetensorError as error:  # the disk is full, for instance
+        raise PipelineError(
+            f"the weights cannot be written to {folder}: {error}\nmake room there, and run it again"
+        ) from None
+    for weights in folder.glob("*.safetensors"):  # made readable by their owner alone
+        shutil.copymode(folder / "config.json", weights)
+    shutil.copy(loaded.folder / "preprocessor_config.json", folder)
+    return loaded.preprocessing
+
+
+def is_done(folder: Path, made: Provenance, overwrite: bool) -> bool:
+    """Whether the folder holds what a run that records `made` would write.
+
+    Raises StaleArtefact if it holds another model, PipelineError if it is not ours to replace.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    try:
+        there = Provenance.from_json((folder / "provenance.json").read_text())
+    except (OSError, ValueError, TypeError):
+        raise PipelineError(
+            f"{folder} was not written by this stage (it has no provenance.json), so it is not replaced\n"
+            "move it away, or set paths.published_dir to another folder"
+        ) from None
+    if overwrite:
+        return False
+    parquet.refuse_stale(folder, there, made, "the whole folder is replaced")
+    return True
+
+
+def write_provenance(folder: Path, made: Provenance, facts: dict) -> None:
+    """provenance.json, whose id is a digest of the model's files."""
+    finished = made.finished(model_files.weights_digest(folder), {}, facts)
+    (folder / "provenance.json").write_text(json.dumps(finished.to_dict(), indent=1) + "\n")
+
+
+def remove_dead_folders(path: Path) -> None:
+    """Remove what runs that died while they wrote `path` have left beside it: folders that nobody locks."""
+    for other in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(other) as is_locked:
+            if is_locked:
+                shutil.rmtree(other)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` that replaces it when the block ends well, and vanishes when it does not.
+
+    It is locked while it is written: see `remove_dead_folders`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:12]}")
+    folder.mkdir()
+    with _locked(folder):
+        try:
+            yield folder
+            for written in (*folder.iterdir(), folder):
+                files.fsync(written)
+            former = folder.with_name(folder.name + "-former")
+            if path.exists():
+                path.rename(former)
+            folder.rename(path)
+            files.fsync(path.parent)
+            shutil.rmtree(former, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Holds the folder's lock; False where there are no locks. Raises BlockingIOError if another holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield files.lock(descriptor, wait=False)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,77 @@
+"""What an evaluation is of, a run on the test split or a file by itself, and whether it is there already."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import config, parquet, provenance
+from common.config import Config
+from common.provenance import Provenance, digest_of
+from train.evaluation import gallery, heads, methods, metrics_json
+from train.evaluation.methods import Method
+
+SETTINGS = ("global.seed", "data.ignore_radius_m", "training.bootstrap_samples")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated, and where that is told."""
+
+    folder: Path
+    made: Provenance
+    paths: list[Path]  # files of rows, the queries' first
+    methods: list[Method]
+    subject: dict
+
+
+def of_run(cfg: Config, compare: list[Path]) -> Evaluation:
+    """The config's run on the test split, beside what is compared with it."""
+    run_dir = cfg.paths.checkpoints_dir / cfg.training.run
+    path = run_dir / "checkpoint_best.pt"
+    checkpoint = heads.load_checkpoint(path)
+    known = gallery.read_records(cfg.paths.merged_dir)
+    gallery.refuse_foreign_head(
+        path, checkpoint["provenance"]["inputs"], checkpoint["embedding_model"], cfg.paths.merged_dir, known
+    )
+    own = methods.of_checkpoint(checkpoint)
+    further = methods.compared(compare, cfg.paths.merged_dir, known, [method.name for method in own])
+    inputs = {f"{split}.parquet": of_split.id for split, of_split in known.items()}
+    inputs |= {path.name: checkpoint["provenance"]["id"], **{method.name: method.id for method in further}}
+    history = run_dir / "history.parquet"  # the report draws it
+    inputs |= {history.name: provenance.identity(history)} if history.exists() else {}
+    settings = config.values(cfg, *SETTINGS, "training.gallery", "training.run")
+    subject = {
+        "run": cfg.training.run,
+        "epoch": checkpoint["epoch"],
+        "split_by": known["test"].config.get("data.split_by"),
+        "embedding_model": checkpoint["embedding_model"],
+        "config_hash": checkpoint["provenance"]["config_hash"],
+        "config": checkpoint["config"],
+    }
+    folder = cfg.paths.evaluation_dir / "compared" if compare else cfg.paths.evaluation_dir
+    made = provenance.record("evaluate", settings, inputs)
+    return Evaluation(folder, made, gallery.files_of(cfg), [*own, *further], subject)
+
+
+def of_file(cfg: Config, path: Path) -> Evaluation:
+    """A file of any model's vectors, by itself."""
+    gallery.refuse_missing_columns(path)
+    method = methods.of_file(path)
+    made = provenance.record("evaluate", config.values(cfg, *SETTINGS), {path.name: method.id})
+    return Evaluation(cfg.paths.evaluation_dir / path.stem, made, [path], [method], {"file": str(path)})
+
+
+def is_done(path: Path, made: Provenance, overwrite: bool) -> bool:
+    """Whether metrics.json is there, of these inputs and settings. Raises StaleArtefact if of others."""
+    if overwrite or not path.exists():
+        return False
+    there = Provenance(**metrics_json.read(path)["provenance"])
+    parquet.refuse_stale(path, there, made, f"{there.rows.get('in', 0):,} queries")
+    return True
+
+
+def finish(made: Provenance, found: dict) -> dict:
+    """The record as it stands in metrics.json; its id is a digest of the figures."""
+    counts = found["counts"]
+    rows = {"in": counts["queries"] + counts["queries_without_match"], "out": counts["queries"]}
+    return made.finished(digest_of(json.dumps(found)), rows).to_dict()

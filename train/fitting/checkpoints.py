@@ -1,0 +1,136 @@
+"""What a run leaves in its folder: checkpoints to evaluate, to publish and to go on from, and its history."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import files, parquet, provenance
+from common.config import Config, values
+from common.provenance import Provenance, digest_of
+from train.evaluation import heads
+from train.fitting import history
+
+NOT_OF_A_RUN = (
+    "run",
+    "gallery",
+    "bootstrap_samples",
+    "num_trials",
+    "trial_epochs",
+    "search_space",
+    "study_storage",
+    "pruner",
+)
+NAMES = ("checkpoint_best.pt", "checkpoint_last.pt", "history.parquet", "curves.png", "bad_batch.pt")
+
+
+def record(cfg: Config, inputs: dict[str, str]) -> Provenance:
+    """The record of a run: every setting that its head depends on, and the ids of what it reads."""
+    config = values(cfg, "global.seed", "data.ignore_radius_m", "training_model", "training")
+    if cfg.training.remine_epochs:
+        config |= values(cfg, "data.band_percentiles", "data.band_reference_rank")
+    config = {key: value for key, value in config.items() if key.removeprefix("training.") not in NOT_OF_A_RUN}
+    return provenance.record("train", config, inputs)
+
+
+def existing(run_dir: Path, made: Provenance) -> dict | None:
+    """checkpoint_last.pt, or None; a lone checkpoint_best.pt cannot be continued, and is made again.
+
+    Raises StaleArtefact if what is there is of other settings or inputs than `made`.
+    """
+    for name in ("checkpoint_last.pt", "checkpoint_best.pt"):
+        path = run_dir / name
+        if path.exists():
+            saved = heads.load_checkpoint(path)
+            parquet.refuse_stale(path, Provenance(**saved["provenance"]), made, f"{saved['epoch']} epochs")
+            return saved if "resume" in saved else None
+    return None
+
+
+def restore(run, saved: dict) -> None:
+    """Put a fresh `fit.Run` where `saved` left off."""
+    state = saved["resume"]
+    run.head.load_state_dict(saved["head"])
+    run.loss.load_state_dict(state["loss"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.bandit.load_state_dict(state["bandit"])
+    run.sums, run.mined_with = np.array(state["sums"]), state["mined_with"]
+    run.arms = None if state["arms"] is None else np.array(state["arms"])
+    run.step, run.history, run.timings, run.best = (state[key] for key in ("step", "history", "timings", "best"))
+
+
+def write(path: Path, content: dict) -> None:
+    """Save a dict of tensors and plain values, atomically."""
+    buffer = io.BytesIO()  # writing to a full disk, torch.save hides the error behind one of its own
+    torch.save(content, buffer)
+    with files.atomic(path) as file:
+        file.write(buffer.getbuffer())
+
+
+class RunFolder:
+    """The folder of a run; without one nothing is written."""
+
+    def __init__(self, cfg: Config, data, made: Provenance, run_dir: Path | None):
+        self.cfg, self.data, self.made, self.run_dir = cfg, data, made, run_dir
+
+    def clear(self) -> None:
+        """Remove what an earlier run left."""
+        if self.run_dir is not None:
+            for name in NAMES:
+                (self.run_dir / name).unlink(missing_ok=True)
+
+    def best(self, run) -> dict:
+        """The content of checkpoint_best.pt."""
+        return self._checkpoint(**run.best)
+
+    def save(self, run, finished: bool) -> None:
+        """Write everything, checkpoint_last.pt as the last: a run goes on from it, and what else is there may be
+        newer but is then written again."""
+        if self.run_dir is None:
+            return
+        frame = history.frame(run.history, run.timings)
+        history.write(self.run_dir / "history.parquet", frame, self.made)
+        if finished:
+            history.draw(self.run_dir / "curves.png", frame)
+        write(self.run_dir / "checkpoint_best.pt", self.best(run))
+        state = {name: tensor.detach().cpu() for name, tensor in run.head.state_dict().items()}
+        row = run.history[-1]
+        metrics = {"map@r": row["val_map_at_r"], "recall@1": row["val_recall_at_1"]}
+        last = self._checkpoint(row["epoch"], metrics, state)
+        last["resume"] = {
+            "step": run.step,
+            "loss": run.loss.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "bandit": run.bandit.state_dict(),
+            "sums": run.sums.tolist(),
+            "mined_with": run.mined_with,
+            "arms": None if run.arms is None else run.arms.tolist(),
+            "history": run.history,
+            "timings": run.timings,
+            "best": run.best,
+            "finished": finished,
+        }
+        write(self.run_dir / "checkpoint_last.pt", last)
+
+    def _checkpoint(self, epoch: int, metrics: dict, head: dict[str, torch.Tensor]) -> dict:
+        settings, whitening = self.cfg.training_model, self.data.baselines["whitening"]
+        content = [name.encode() + tensor.numpy().tobytes() for name, tensor in sorted(head.items())]
+        finished = self.made.finished(digest_of(*content), {"epochs": epoch})
+        return {
+            "head": head,
+            "input_dim": self.data.train.embeddings.shape[1],
+            "hidden_dim": settings.hidden_dim,
+            "output_dim": settings.output_dim,
+            "dropout": settings.dropout,
+            "epoch": epoch,
+            "metrics": {
+                **metrics,
+                "whitening": whitening["validation"],
+                "whitening_shrinkage": whitening["shrinkage"],
+            },
+            "config": self.made.config,
+            "embedding_model": self.data.embedding_model,
+            "baselines": self.data.baselines,
+            "provenance": finished.to_dict(),
+        }

@@ -1,0 +1,288 @@
+"""One training run: from loaded data to the best checkpoint. Used by train.py and by every Optuna trial."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from common import cli
+from common.config import Config
+from common.devices import resolve_dtype
+from common.errors import PipelineError
+from publish.projection_head import ProjectionHead
+from train.datasets import Batch, TrainingData, TrainRows, relations, step_seed
+from train.fitting import checkpoints, history, remine, tracking
+from train.fitting.dropout import replace_dropout
+from train.loss import Loss
+from train.sampling.bandit import DiscountedUcb, arms_of_step
+from train.sampling.feed import Feed, reading
+
+log = logging.getLogger("pipeline")
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a run came to."""
+
+    best_value: float  # validation mAP@R
+    best_epoch: int  # 0: the head as it was before training, which is the whitening
+    best: dict  # the checkpoint of that epoch: what checkpoint_best.pt holds
+    history: pd.DataFrame  # a row per epoch, from epoch 0
+
+
+@dataclass
+class Run:
+    """Everything that training changes. `checkpoints` saves it as one dict and restores it from that."""
+
+    head: ProjectionHead
+    loss: Loss
+    optimizer: torch.optim.Optimizer
+    bandit: DiscountedUcb
+    sums: np.ndarray  # of the epoch in hand: loss, steps, and by arm the triplets and the semi-hard ones
+    history: list[dict]  # a row per finished epoch, without the timings
+    timings: list[dict]  # of each row: kept apart, since no two runs have the same
+    best: dict  # "epoch", "metrics" and "head" of the best epoch
+    mined_with: dict | None = None  # weights of the head that made the bands in use; None: those of difficulty
+    arms: np.ndarray | None = None  # (G,): chosen already for the step in hand
+    step: int = 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in hand; 0 is the validation before training."""
+        return len(self.history)
+
+
+def fit(
+    cfg: Config,
+    data: TrainingData,
+    *,
+    run_dir: Path | None = None,
+    on_epoch: Callable[[int, float], None] | None = None,
+    resume: bool = True,
+    progress: cli.Progress | None = None,
+) -> FitResult:
+    """Train a head on `data` (see `datasets.load_data`) with the settings of `cfg`.
+
+    With a `run_dir` it keeps checkpoint_{best,last}.pt, history.parquet and curves.png there and, if `resume`,
+    goes on from a checkpoint_last.pt of the same settings and inputs (StaleArtefact if of others); without
+    `resume` it removes them first. `on_epoch(epoch, val_map_at_r)` is called after each epoch, epoch 0 (before
+    training) included, and may raise to end the run. On SIGTERM or SIGUSR2 it saves after the step in hand and
+    raises Stopped. `progress` counts triplets.
+    """
+    made = checkpoints.record(cfg, data.inputs)
+    store = checkpoints.RunFolder(cfg, data, made, run_dir)
+    run = start(cfg, data)
+    if not resume:
+        store.clear()
+    saved = checkpoints.existing(run_dir, made) if run_dir else None
+    finished = False
+    if saved is not None:
+        checkpoints.restore(run, saved)
+        finished = saved["resume"]["finished"]
+        store.save(run, finished)  # a file that was deleted meanwhile is there again
+        log.info("%s %s", run_dir, "is finished" if finished else f"goes on from step {run.step:,}")
+    if not finished:
+        with tracking.session(cfg, run_dir, made) as tracker:
+            train(cfg, data, run, store, tracker, on_epoch, progress)
+            tracker.finish(store.best(run))
+    frame = history.frame(run.history, run.timings)
+    return FitResult(run.best["metrics"]["map@r"], run.best["epoch"], store.best(run), frame)
+
+
+def train(
+    cfg: Config,
+    data: TrainingData,
+    run: Run,
+    store: checkpoints.RunFolder,
+    tracker: tracking.Tracker,
+    on_epoch: Callable[[int, float], None] | None,
+    progress: cli.Progress | None,
+) -> None:
+    """The epochs that are left of a run; see `fit`."""
+    training, finished = cfg.training, False
+    feed = make_feed(cfg, rows_in_use(cfg, data, run))
+    while not finished:
+        began, first_step = time.monotonic(), run.step
+        while run.step < run.epoch * training.steps_per_epoch:
+            train_step(cfg, data, run, feed, store.run_dir)
+            if progress:
+                progress.add(training.batch_size)
+            if cli.stop_requested():
+                store.save(run, finished=False)
+                cli.check_stop()
+        finish_epoch(cfg, data, run, time.monotonic() - began, run.step - first_step)
+        epoch = run.epoch - 1
+        finished = epoch >= training.epochs or epoch - run.best["epoch"] >= training.patience
+        due = training.remine_epochs and epoch and epoch % training.remine_epochs == 0 and not finished
+        if due:
+            run.mined_with = weights_of(run.head)
+        store.save(run, finished)
+        tracker.epoch({**run.history[-1], **run.timings[-1]})
+        if on_epoch:
+            on_epoch(epoch, run.history[-1]["val_map_at_r"])
+        if due:
+            feed = make_feed(cfg, rows_in_use(cfg, data, run))
+
+
+def start(cfg: Config, data: TrainingData) -> Run:
+    """A run before its first step: the head is the whitening (or random), the bandit knows nothing."""
+    settings, training = cfg.training_model, cfg.training
+    torch.manual_seed(step_seed(training.seed, 0, purpose=3))
+    input_dim = data.train.embeddings.shape[1]
+    head = ProjectionHead(input_dim, settings.hidden_dim, settings.output_dim, settings.dropout)
+    if data.device.type == "cpu":
+        replace_dropout(head.mlp)
+    whitening = data.baselines["whitening"]
+    with torch.no_grad():
+        head.mean.copy_(whitening["mean"])
+        if settings.init == "whitening":  # its scale is free; this one gives outputs of the size of the MLP's
+            head.linear.weight.copy_(whitening["projection"] / whitening["spread"])
+    loss = Loss(training.loss, training.margin, training.temperature, mines=training.sampler == "semi_hard")
+    head.to(data.device)
+    loss.to(data.device)
+    available = arms_of(data.train)
+    return Run(
+        head=head,
+        loss=loss,
+        optimizer=make_optimizer(cfg, head, loss),
+        bandit=DiscountedUcb(available, training.bandit_exploration, training.bandit_discount),
+        sums=np.zeros(2 + 2 * len(available)),
+        history=[],
+        timings=[],
+        best={},
+    )
+
+
+def arms_of(rows: TrainRows) -> np.ndarray:
+    """Which arms (B + 1,) have something to draw: bands that are not empty for all, and random."""
+    sizes = rows.band_offsets.int().diff(dim=1)
+    return np.append((sizes > 0).any(dim=0).cpu().numpy(), True)
+
+
+def rows_in_use(cfg: Config, data: TrainingData, run: Run) -> TrainRows:
+    """The rows with the bands of difficulty/, or with those in the space of the head with the weights
+    `run.mined_with`; the bandit knows them."""
+    if run.mined_with is None:
+        return data.train
+    rows = remine.mine(cfg, data.train, run.head, run.mined_with)
+    run.bandit.available = arms_of(rows)
+    return rows
+
+
+def make_feed(cfg: Config, rows: TrainRows) -> Feed:
+    return Feed(rows, cfg.training.batch_size, cfg.training.bandit_groups, cfg.training.seed)
+
+
+def weights_of(head: ProjectionHead) -> dict[str, torch.Tensor]:
+    """A copy of the head's state, on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in head.state_dict().items()}
+
+
+def make_optimizer(cfg: Config, head: ProjectionHead, loss: Loss) -> torch.optim.AdamW:
+    """AdamW with a learning rate per part of the head; only matrices decay."""
+    training = cfg.training
+    matrices = [p for p in head.mlp.parameters() if p.ndim > 1]
+    vectors = [p for p in head.mlp.parameters() if p.ndim <= 1]
+    groups = [
+        (matrices, 1.0, training.weight_decay),
+        (vectors, 1.0, 0.0),
+        ([head.linear.weight], training.whitening_lr_factor, training.weight_decay),
+        ([head.gain, *loss.parameters()], training.gain_lr_factor, 0.0),
+    ]
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "lr": 0.0, "full_lr": factor * training.learning_rate, "weight_decay": decay}
+            for parameters, factor, decay in groups
+        ],
+        fused=True,  # one pass over the weights
+    )
+
+
+def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> float:
+    """A linear warm-up, then half a cosine down to 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+
+
+def train_step(cfg: Config, data: TrainingData, run: Run, feed: Feed, run_dir: Path | None) -> None:
+    """Forward, loss, backward, step, and the next batch (see `Feed`); what the step brought goes into `run.sums`
+    and to the bandit."""
+    training = cfg.training
+    if feed.is_empty:  # the first step of an epoch, or of this process
+        draw(cfg, run, feed)
+    (batch, embeddings), run.arms = feed.take(), None
+    torch.manual_seed(step_seed(training.seed, run.step, purpose=2))  # of the dropout
+    # not compiled: that takes a minute, and leaves the products as they are, on the CPU most of a step
+    with autocast(training.dtype, data.device):
+        vectors = run.head.train()(embeddings)
+    related = batch.rows[: len(batch.rows) if run.loss.contrasts_all else training.batch_size]
+    masks = relations(data.train, related, batch.rows) if run.loss.needs_relations else None
+    loss, semi_hard = run.loss(vectors, masks)
+    drawn = torch.bincount(batch.arms, minlength=len(run.bandit.available))
+    worth = torch.bincount(batch.arms, weights=semi_hard.double(), minlength=len(drawn))
+    read_brought = reading(torch.cat([loss.detach().double()[None], drawn.double(), worth]))
+
+    total_steps = training.epochs * training.steps_per_epoch
+    factor = learning_rate_factor(run.step, training.warmup_steps, total_steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = factor * group["full_lr"]
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(run.head.parameters(), training.grad_clip)
+    run.optimizer.step()
+
+    brought = read_brought()  # waits for the forward pass alone
+    if not np.isfinite(brought[0]):
+        _refuse_not_finite(run.step, batch, run_dir)
+    credit, reward = np.split(brought[1:], 2)
+    if training.sampler == "ucb":
+        group_size = training.batch_size / training.bandit_groups
+        run.bandit.update(credit / group_size, reward / group_size)
+    run.sums += np.concatenate([brought[:1], [1], credit, reward])
+    run.step += 1
+    if run.step % training.steps_per_epoch:  # after an epoch there may be other bands
+        draw(cfg, run, feed)
+
+
+def draw(cfg: Config, run: Run, feed: Feed) -> None:
+    """Let the bandit choose, unless it has (a stopped run keeps what it chose), and draw the step in hand."""
+    if run.arms is None:
+        run.arms = arms_of_step(cfg.training.sampler, run.bandit, run.step, cfg.training.bandit_groups)
+    feed.draw(run.step, run.arms)
+
+
+def autocast(dtype: str, device: torch.device) -> torch.autocast:
+    """The context of the forward pass by `training.dtype`; normalisation and loss stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=resolve_dtype(dtype, device) == "bfloat16")
+
+
+def finish_epoch(cfg: Config, data: TrainingData, run: Run, seconds: float, steps: int) -> None:
+    """Validate, add the epoch's row to the history, keep the head if it is the best.
+
+    `steps` in `seconds`: what this process did of the epoch.
+    """
+    metrics = data.validation.of_head(run.head)
+    value, epoch = metrics["map@r"], run.epoch
+    run.history.append(history.row(epoch, metrics, run.sums))
+    rate = steps * cfg.training.batch_size / seconds if steps else float("nan")
+    run.timings.append({"seconds": seconds, "triplets_per_second": rate})
+    run.sums = np.zeros_like(run.sums)
+    if not run.best or value > run.best["metrics"]["map@r"]:
+        run.best = {"epoch": epoch, "metrics": metrics, "head": weights_of(run.head)}
+    log.info("%s", history.as_line(run.history[-1], run.timings[-1], run.best["epoch"]))
+
+
+def _refuse_not_finite(step: int, batch: Batch, run_dir: Path | None) -> None:
+    where = ""
+    if run_dir:
+        path = run_dir / "bad_batch.pt"
+        checkpoints.write(path, {"step": step, "rows": batch.rows.cpu(), "arms": batch.arms.cpu()})
+        where = f"; the rows of its batch (anchors, positives, negatives of merged/train) are in {path}"
+    raise PipelineError(f"the loss is not finite at step {step:,}{where}\nlower training.learning_rate")

@@ -1,0 +1,59 @@
+"""Bands of difficulty mined anew while training: in the space of the head as it is, not the backbone's.
+
+The search and the bands are those of difficulty/ (always the exact search). They are a function of the head, so a
+run that is continued keeps the head that it last mined with, and mines again with that.
+Memory: N x output_dim x 4 bytes more (see difficulty/search/exact_search.py), and the new bands beside the old
+while they are
+made (N x k x 8, with the similarities).
+"""
+
+import copy
+import dataclasses
+import logging
+
+import numpy as np
+import torch
+
+from common import devices
+from common.config import Config
+from difficulty import bands
+from difficulty.search import exact_search
+from publish.projection_head import ProjectionHead
+from train.datasets import TrainRows
+from train.evaluation import heads
+
+log = logging.getLogger("pipeline")
+
+
+def mine(cfg: Config, rows: TrainRows, head: ProjectionHead, state: dict[str, torch.Tensor]) -> TrainRows:
+    """`rows` with the neighbours and the bands in the space of `head` with the weights `state`.
+    Raises Stopped on a signal."""
+    head = copy.deepcopy(head)
+    head.load_state_dict(state)
+    vectors = devices.place(heads.embed(head, rows.embeddings, rows.device).half().cpu().numpy(), rows.device)
+    n, k = rows.neighbor_rows.shape
+    neighbors, ratios = np.empty((n, k), np.int32), np.empty((n, k), np.float32)
+    memory_mb = cfg.infrastructure.search_memory_mb
+    together = exact_search.tile_sizes(vectors.shape[1], k, memory_mb, rows.device).together
+    for start in range(0, n, together):
+        block = slice(start, min(start + together, n))
+        found, similarities = exact_search.exact_neighbors(
+            vectors,
+            rows.zones,
+            k=k,
+            rows=np.arange(block.start, block.stop),
+            memory_mb=memory_mb,
+            device=rows.device,
+        )
+        neighbors[block] = found
+        ratios[block] = bands.ratios(similarities, found, cfg.data.band_reference_rank)
+    edges = bands.edges_of(bands.histogram(ratios), cfg.data.band_percentiles)
+    before = rows.neighbor_rows[:, 0].cpu().numpy()
+    log.info(
+        "bands mined anew: %.0f %% of the nearest neighbours are others", 100 * (before != neighbors[:, 0]).mean()
+    )
+    return dataclasses.replace(
+        rows,
+        neighbor_rows=devices.place(neighbors, rows.device),
+        band_offsets=devices.place(bands.offsets(ratios, edges), rows.device),
+    )

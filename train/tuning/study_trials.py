@@ -1,0 +1,94 @@
+"""A worker's trials, one after the other, on data that is loaded once."""
+
+import logging
+import time
+
+import optuna
+import torch
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
+
+from common import cli
+from common.config import Config
+from common.errors import PipelineError, Stopped
+from train.datasets import TrainingData, load_data
+from train.fitting.fit import fit
+from train.tuning import shared_study, study_storage
+
+log = logging.getLogger("pipeline")
+
+
+def work(
+    cfg: Config,
+    tuning: optuna.Study,
+    progress: cli.Progress,
+    max_trials: int | None = None,
+    minutes: float | None = None,
+) -> None:
+    """Run trials until the study is full, or `max_trials` were run, or none may begin after so many minutes."""
+    started = time.monotonic()
+    data = load_data(cfg)
+    while max_trials is None or progress.rows_in < max_trials:
+        cli.check_stop()
+        if minutes is not None and time.monotonic() - started >= 60 * minutes:
+            return
+        trial = shared_study.claim(tuning, cfg)
+        if trial is None:
+            return
+        outcome = run(cfg, data, tuning, trial)
+        progress.add(1, int(outcome == "finished"), {} if outcome == "finished" else {outcome: 1})
+
+
+def run(cfg: Config, data: TrainingData, tuning: optuna.Study, trial: optuna.Trial) -> str:
+    """Train with a trial's settings and tell the study; what became of it. On a signal the trial is queued again
+    and Stopped raised."""
+    told = ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+                     for key, value in trial.params.items())  # fmt: skip
+    log.info("trial %s: %s", trial.number, told)
+    try:
+        return _outcome(cfg, data, tuning, trial)
+    except UpdateFinishedTrialError:  # the heartbeat came too late
+        log.warning("trial %s was taken for dead meanwhile; its result is dropped", trial.number)
+        return "taken_for_dead"
+    except (Stopped, KeyboardInterrupt):
+        with study_storage.locked(cfg):
+            shared_study.requeue(tuning, trial, trial.user_attrs.get("attempts", 0))
+        raise
+
+
+def _outcome(cfg: Config, data: TrainingData, tuning: optuna.Study, trial: optuna.Trial) -> str:
+    """What becomes of a trial that is neither stopped nor taken for dead."""
+    longest_s, last = 0.0, time.monotonic()
+
+    def on_epoch(epoch: int, val_map_at_r: float) -> None:
+        nonlocal longest_s, last
+        now = time.monotonic()
+        if epoch:
+            longest_s = max(longest_s, now - last)
+            trial.report(val_map_at_r, epoch)  # epoch 0, the whitening, is the same for all
+        last = now
+        shared_study.beat(trial, longest_s)
+        if 0 < epoch < cfg.training.trial_epochs and trial.should_prune():
+            raise optuna.TrialPruned
+
+    try:
+        settings = shared_study.with_training(cfg, **trial.params, epochs=cfg.training.trial_epochs)
+        trained = fit(settings, data, on_epoch=on_epoch).history.iloc[1:]
+    except optuna.TrialPruned:
+        tuning.tell(trial, state=TrialState.PRUNED)
+        return "pruned"
+    except (PipelineError, torch.OutOfMemoryError) as error:
+        log.warning("trial %s failed: %s", trial.number, error)
+        trial.set_user_attr("error", str(error))
+        tuning.tell(trial, state=TrialState.FAIL)
+        return "failed"
+    best = trained.loc[trained["val_map_at_r"].idxmax()]
+    trial.set_user_attr("best_epoch", int(best["epoch"]))
+    tuning.tell(trial, float(best["val_map_at_r"]))
+    return "finished"
+
+
+def last_error(tuning: optuna.Study) -> str:
+    """What the last failed trial said."""
+    errors = [trial.user_attrs["error"] for trial in tuning.trials if "error" in trial.user_attrs]
+    return errors[-1] if errors else "unknown"
