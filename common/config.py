@@ -1,257 +1,22 @@
-"""The configuration: config.toml read strictly into frozen models, one per section.
+"""The configuration: config.toml read strictly into the models of common/sections.py.
 
 config.toml is the only place with defaults: a key that it lacks is an error, and so is one that is not known
 here. `--set section.key=value` overrides; the value is TOML (0.2, true, [1, 2]) or else a plain string.
 """
 
-import difflib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import tomli
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from common.errors import ConfigError
+from common.sections import Config, Paths, Training, suggestion
 
 DEFAULT_PATH = Path(__file__).resolve().parents[1] / "config.toml"
-
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Ratio = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """A section of config.toml: its keys, with types and ranges. What a key means stands in config.toml."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Global(Section):
-    seed: Count
-
-
-class Paths(Section):
-    """Directories. After `load` all of them are absolute."""
-
-    root: Path
-    raw_dir: Path
-    intermediates_dir: Path
-    fingerprints_dir: Path
-    embeddings_dir: Path
-    merged_dir: Path
-    difficulty_dir: Path
-    summary_dir: Path
-    study_dir: Path
-    evaluation_dir: Path
-    published_dir: Path
-    checkpoints_dir: Path
-    logs_dir: Path
-
-
-class EmbeddingModel(Section):
-    name: str
-    revision: str
-    pooling: Literal["cls", "mean", "cls_mean"]
-    dtype: Literal["auto", "float32", "bfloat16"]
-
-
-class Data(Section):
-    """From tars to bands. Radii, cells and buffers are in metres."""
-
-    max_reject_share: Ratio
-    rows_per_part: Positive
-    fingerprint: Literal["fast", "exact"]
-    dedup_max_hamming: Annotated[int, Field(ge=0, le=64)]
-    ignore_radius_m: NonNegative
-    split_by: Literal["geo", "building"]
-    split_cell_m: Annotated[float, Field(ge=1)]
-    split_buffer_m: NonNegative
-    train_ratio: Ratio
-    val_ratio: Ratio
-    test_ratio: Ratio
-    neighbors: Annotated[int, Field(ge=1, le=255)]
-    search: Literal["exact", "balltree"]
-    balltree_dim: Positive
-    band_percentiles: list[Annotated[float, Field(gt=0, lt=100)]]
-    band_reference_rank: Positive
-
-    @property
-    def num_bands(self) -> int:
-        return len(self.band_percentiles) + 1
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Data":
-        total = self.train_ratio + self.val_ratio + self.test_ratio
-        if abs(total - 1) > 1e-6:
-            raise ValueError(f"train_ratio + val_ratio + test_ratio must be 1, not {total:g}")
-        if not self.band_percentiles or sorted(set(self.band_percentiles)) != self.band_percentiles:
-            raise ValueError("band_percentiles must be one or more increasing numbers")
-        return self
-
-
-class TrainingModel(Section):
-    hidden_dim: Positive
-    output_dim: Positive
-    dropout: Annotated[float, Field(ge=0, lt=1)]
-    init: Literal["whitening", "random"]
-    whitening_shrinkage: Annotated[list[PositiveFloat], Field(min_length=1)]
-
-
-class Choices(Section):
-    """A categorical dimension of the search space."""
-
-    choices: Annotated[list[str | int | float | bool], Field(min_length=1)]
-
-
-Range = tuple[float, float] | tuple[float, float, Literal["log"]]
-
-
-class Training(Section):
-    run: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-    seed: Count
-    epochs: Positive
-    steps_per_epoch: Positive
-    batch_size: Annotated[int, Field(ge=2)]
-    sampler: Literal["ucb", "uniform", "hard_random", "semi_hard"]
-    loss: Literal["triplet", "infonce", "multi_similarity"]
-    margin: Annotated[float, Field(gt=0, le=2)]
-    temperature: PositiveFloat
-    dtype: Literal["auto", "float32", "bfloat16"]
-    bandit_groups: Positive
-    bandit_exploration: NonNegative
-    bandit_discount: Annotated[float, Field(gt=0, le=1)]
-    learning_rate: PositiveFloat
-    whitening_lr_factor: NonNegative
-    gain_lr_factor: NonNegative
-    weight_decay: NonNegative
-    warmup_steps: Count
-    grad_clip: PositiveFloat
-    remine_epochs: Count
-    patience: Positive
-    sample_buildings: Literal["all"] | Positive
-    val_max_queries: Positive
-    gallery: Literal["test", "all"]
-    bootstrap_samples: Annotated[int, Field(ge=10)]
-    num_trials: Positive
-    trial_epochs: Positive
-    study_storage: str
-    pruner: Literal["median", "hyperband"]
-    search_space: dict[str, Range | Choices]
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Training":
-        if self.bandit_groups > self.batch_size:
-            raise ValueError(f"bandit_groups ({self.bandit_groups}) exceeds batch_size ({self.batch_size})")
-        return self
-
-    @field_validator("search_space")
-    @classmethod
-    def _known_and_ordered(cls, space: dict[str, Any]) -> dict[str, Any]:
-        # what is fixed for all trials of a study: its data, its measure, its size
-        fixed = {"run", "seed", "epochs", "sample_buildings", "val_max_queries", "gallery", "bootstrap_samples"}
-        fixed |= {"num_trials", "trial_epochs", "study_storage", "pruner", "search_space"}
-        tunable = set(cls.model_fields) - fixed
-        for key, dimension in space.items():
-            if key in fixed:
-                raise ValueError(f"{key} is the same for all trials and cannot be varied")
-            if key not in tunable:
-                raise ValueError(f"{key} is not a setting of [training]{_suggestion(key, tunable)}")
-            if isinstance(dimension, tuple) and dimension[0] >= dimension[1]:
-                raise ValueError(f"{key}: the lower end {dimension[0]} is not below {dimension[1]}")
-            if isinstance(dimension, tuple) and dimension[2:] and dimension[0] <= 0:
-                raise ValueError(f'{key}: the lower end of a range with "log" must be above 0')
-        return space
-
-
-class Infrastructure(Section):
-    """What makes it fast but changes no value."""
-
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
-    workers: Count
-    embedding_batch_size: Literal["auto"] | Positive
-    compile: bool
-    search_memory_mb: Annotated[int, Field(ge=16)]
-
-    @property
-    def threads(self) -> int:
-        """`workers`, or the cores that this process may use if that is 0."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return self.workers or cores
-
-
-class Logging(Section):
-    level: Literal["debug", "info", "warning"]
-    progress_interval_s: PositiveFloat
-    wandb_mode: Literal["disabled", "offline", "online"]
-    wandb_project: str
-
-
-class SlurmStage(Section):
-    """Resources of one stage's jobs."""
-
-    time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d{1,2}){0,2}$")]
-    sbatch: list[str]
-
-    @property
-    def time_s(self) -> int:
-        """The time limit in seconds. As sbatch reads it: minutes, m:s, h:m:s, days-h, days-h:m or days-h:m:s."""
-        days, dash, rest = self.time.rpartition("-")
-        parts = [int(part) for part in rest.split(":")]
-        hours, minutes, seconds = ((*parts, 0, 0) if dash or len(parts) == 3 else (0, *parts, 0))[:3]
-        return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-class SlurmArray(SlurmStage):
-    throttle: Count
-
-
-class Slurm(Section):
-    num_shards: Positive
-    difficulty_shards: Positive
-    max_requeues: Count
-    signal_before_s: Count
-    sbatch: list[str]
-    process_tar: SlurmArray
-    compute_fingerprints: SlurmArray
-    generate_embeddings: SlurmArray
-    merge_and_split: SlurmStage
-    summarize_ids: SlurmStage
-    compute_visual_neighbors: SlurmArray
-    optuna_worker: SlurmArray
-    fetch_best_and_train: SlurmStage
-    train: SlurmStage
-    evaluate: SlurmStage
-    convert_to_hf: SlurmStage
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Slurm":
-        for name, stage in self:
-            if isinstance(stage, SlurmStage) and stage.time_s <= self.signal_before_s:
-                raise ValueError(
-                    f"{name}.time = {stage.time} is not longer than signal_before_s = {self.signal_before_s}: "
-                    "the job would be told to stop as it starts"
-                )
-        return self
-
-
-class Config(Section):
-    """The whole of config.toml; `global` is a Python keyword, hence `global_`."""
-
-    global_: Global = Field(alias="global")
-    paths: Paths
-    embedding_model: EmbeddingModel
-    data: Data
-    training_model: TrainingModel
-    training: Training
-    infrastructure: Infrastructure
-    logging: Logging
-    slurm: Slurm
 
 
 def load(path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -286,6 +51,26 @@ def values(cfg: Config, *keys: str) -> dict[str, Any]:
         names = [name] if name else plain[section]
         chosen.update({f"{section}.{n}": plain[section][n] for n in names})
     return chosen
+
+
+def entry(table: dict[str, Any], setting: str, name: str, file: str) -> Any:
+    """What a table of choices holds under the name that a setting gives. `file`: where the table stands.
+
+    Raises ConfigError for a name that common/sections.py allows but the table lacks.
+    """
+    if name not in table:
+        raise ConfigError(f"{setting} = {json.dumps(name)}: {file} has no such entry, only {', '.join(table)}")
+    return table[name]
+
+
+def with_training(cfg: Config, **changes) -> Config:
+    """`cfg` with these keys of [training] changed, checked as those of a file. Raises ConfigError."""
+    try:
+        training = Training.model_validate({**cfg.training.model_dump(), **changes})
+    except ValidationError as error:
+        mistakes = "; ".join(mistake["msg"] for mistake in error.errors())
+        raise ConfigError(f"[training] cannot be used with {changes}: {mistakes}") from None
+    return cfg.model_copy(update={"training": training})
 
 
 def to_toml(cfg: Config) -> str:
@@ -339,10 +124,10 @@ def _apply(tree: dict, override: str) -> None:
     node = tree
     for section in sections:
         if not isinstance(node.get(section), dict):
-            raise ConfigError(f"--set {dotted}: there is no section {section}{_suggestion(section, node)}")
+            raise ConfigError(f"--set {dotted}: there is no section {section}{suggestion(section, node)}")
         node = node[section]
     if key not in node and "search_space" not in sections:
-        raise ConfigError(f"--set {dotted}: [{'.'.join(sections)}] has no key {key}{_suggestion(key, node)}")
+        raise ConfigError(f"--set {dotted}: [{'.'.join(sections)}] has no key {key}{_where(key, sections)}")
     value = _toml_value(text.strip())
     is_text = _is_text(sections, key) and not isinstance(value, str)
     node[key] = text.strip() if is_text else value  # a run may be called 2024, a time limit is 04:00:00
@@ -361,9 +146,10 @@ def _is_text(sections: list[str], key: str) -> bool:
     return key in fields and fields[key].annotation in (str, Path)
 
 
-def _suggestion(name: str, known) -> str:
-    nearest = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
+def _where(key: str, sections: list[str]) -> str:
+    """What an unknown key of a section may have been meant to be."""
+    homes = [name for name in _fields_of([]) if key in _fields_of([name])]
+    return f"; it belongs to [{homes[0]}]" if homes else suggestion(key, _fields_of(sections))
 
 
 def _is_usable(tree: dict) -> bool:
@@ -384,9 +170,9 @@ def _explain(error: ValidationError) -> list[str]:
         if sections[1:2] == ["search_space"]:  # told once, not for each form that a dimension may have
             name = [*sections, key][2]
             form = '[low, high], [low, high, "log"] or { choices = [...] }'
-            lines.append(f"[training.search_space] {name} must be {form}")
+            lines.append(f"[tuning.search_space] {name} must be {form}")
         elif mistake["type"] == "extra_forbidden":
-            lines.append(f"{where} is not a known key{_suggestion(key, _fields_of(sections))}")
+            lines.append(f"{where} is not a known key{_where(key, sections)}")
         elif mistake["type"] == "missing":
             lines.append(f"{where} is missing")
         else:

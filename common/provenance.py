@@ -27,6 +27,11 @@ _LIBRARIES = (
 )
 
 
+_MOVED_SETTINGS = {  # from [training], to what section
+    **dict.fromkeys(("gallery", "bootstrap_samples"), "evaluation"),
+    **dict.fromkeys(("trial_epochs", "pruner", "search_space"), "tuning"),
+}
+_FORMER_VALUES = {"training.mining": "none"}  # of settings that records lack which are older than they
 _PROBED_BYTES = 2**16  # of each end of a file that is not ours
 
 
@@ -92,6 +97,7 @@ def record(stage: str, config: dict, inputs: list[Path] | dict) -> Provenance:
 
 def differences(there: Provenance, now: Provenance) -> list[str]:
     """Why a file made as `there` is not what `now` would make; empty if it is."""
+    there = replace(there, config=_by_todays_names(there.config))
     reasons = []
     if there.stage != now.stage:
         reasons.append(f"was made by {there.stage}, not by {now.stage}")
@@ -119,6 +125,13 @@ def digest_of(*parts: bytes | str) -> str:
         digest.update(part.encode() if isinstance(part, str) else part)
         digest.update(b"\0")
     return digest.hexdigest()
+
+
+def _by_todays_names(recorded: dict) -> dict:
+    """The settings of a record that an older version may have written."""
+    moved = {f"training.{key}": f"{section}.{key}" for key, section in _MOVED_SETTINGS.items()}
+    todays = {moved.get(key, key): value for key, value in recorded.items()}
+    return {**(_FORMER_VALUES if "training.sampler" in todays else {}), **todays}
 
 
 def _differs(name: str, there: Provenance, now: Provenance) -> bool:

@@ -13,14 +13,15 @@ from safetensors import SafetensorError
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from common.config import EmbeddingModel, Infrastructure, is_folder
+from common import config
+from common.config import is_folder
 from common.errors import PipelineError
 from common.parquet import first_line
+from common.sections import EmbeddingModel, Infrastructure
 from generate import model_files
 from generate.pixels import Preprocessing, read_preprocessing
-from publish.modeling_spatial_embeddings import n_prefix_tokens, pool, width
+from publish.modeling_spatial_embeddings import FAMILIES, POOLINGS, embedding_dim, pool
 
-FAMILIES = ("dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 disable_progress_bar()  # a bar per file of weights, in the logs of a cluster
@@ -42,7 +43,7 @@ class Backbone:
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) float32 -> pooled output, (N, dim) float32, not normalised."""
         hidden = self.model(pixel_values.to(self.model.dtype)).last_hidden_state  # (N, tokens, width)
-        return pool(hidden, n_prefix_tokens(self.model.config), self.pooling)
+        return pool(hidden, self.model.config, self.pooling)
 
     def facts(self) -> dict:
         """What the embeddings' provenance tells besides the settings."""
@@ -62,18 +63,23 @@ def load(settings: EmbeddingModel, dtype: str, device: torch.device) -> Backbone
     Raises PipelineError, with what to do, if it cannot be had or is not of a known family.
     """
     folder = model_files.locate(settings.name, settings.revision)
-    family = model_files.read_json(folder / "config.json").get("model_type")
-    if family not in FAMILIES:
-        raise PipelineError(
-            f"{settings.name} is a model of type {family}, which is not supported\n"
-            f"set embedding_model.name to one of: {', '.join(FAMILIES)}"
-        )
+    check(settings, model_files.read_json(folder / "config.json").get("model_type"))
     preprocessing = read_preprocessing(folder)
     model = load_weights(AutoModel, folder, dtype)
-    dim = width(model.config) * (2 if settings.pooling == "cls_mean" else 1)
+    dim = embedding_dim(model.config, settings.pooling)
     commit = None if is_folder(settings.name) else folder.name  # the cache keeps a snapshot under its commit
     name = folder.name if commit is None else settings.name
     return Backbone(name, model.eval().to(device), preprocessing, settings.pooling, dim, folder, commit)
+
+
+def check(settings: EmbeddingModel, model_type: str | None) -> None:
+    """Raise PipelineError unless a model of this type can be read and pooled as the settings say."""
+    if model_type not in FAMILIES:
+        raise PipelineError(
+            f"{settings.name} is a model of type {model_type}, which is not supported\n"
+            f"set embedding_model.name to one of: {', '.join(FAMILIES)}"
+        )
+    config.entry(POOLINGS, "embedding_model.pooling", settings.pooling, "publish/modeling_spatial_embeddings.py")
 
 
 def load_weights(model_class, folder: Path, dtype: str) -> PreTrainedModel:

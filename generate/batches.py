@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from common.config import Infrastructure
 from common.errors import PipelineError
+from common.sections import Infrastructure
 
 CPU_IMAGES = 8  # "auto" there: larger batches are no faster, and 5 MB of pixels stay near the cores
 LARGEST = 512  # "auto" on CUDA: a ViT-B/14 at 224 pixels is 130,000 tokens then, more than fills any card

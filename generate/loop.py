@@ -22,10 +22,10 @@ import torch
 from common import cli, parquet
 from common.archives import tars
 from common.cli import Progress
-from common.config import Infrastructure
 from common.imagery import tar_images
 from common.imagery.decoding import Undecodable, decode
 from common.schemas import Reject, Rejected, count_reasons
+from common.sections import Infrastructure
 from generate import batches
 from generate.pixels import Preprocessing
 

@@ -8,10 +8,11 @@ import json
 import sys
 from pathlib import Path
 
-from common.config import EmbeddingModel, is_folder
+from common.config import is_folder
 from common.errors import PipelineError
 from common.parquet import first_line
 from common.provenance import digest_of
+from common.sections import EmbeddingModel
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 MIB = 2**20

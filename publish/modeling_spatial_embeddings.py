@@ -1,8 +1,11 @@
 """The published model: a frozen vision backbone, pooling, and the projection head.
 
 Hugging Face copies this file beside the weights with the two that it imports, and nothing else of this repository.
-The pooling has its one definition here, which generation imports; the head is in projection_head.py.
+Backbone families and poolings have their one definition here; the head is in projection_head.py.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
@@ -13,29 +16,48 @@ from .configuration_spatial_embeddings import SpatialEmbeddingsConfig
 from .projection_head import ProjectionHead
 
 
-def n_prefix_tokens(backbone_config: PretrainedConfig) -> int:
-    """Tokens before the patch tokens: CLS (DINOv3 ConvNeXt puts its pooled map there) and any registers."""
-    return 1 + getattr(backbone_config, "num_register_tokens", 0)
+class Family(NamedTuple):
+    """How to read the output of a kind of backbone, by its configuration."""
+
+    num_prefix_tokens: Callable[[PretrainedConfig], int]  # before the patch tokens; the first of them is CLS
+    hidden_size: Callable[[PretrainedConfig], int]  # of a token
 
 
-def width(backbone_config: PretrainedConfig) -> int:
-    """Numbers in one token of a backbone's output."""
-    sizes = getattr(backbone_config, "hidden_sizes", None)  # ConvNeXt: one per stage
-    return sizes[-1] if sizes else backbone_config.hidden_size
+# by model_type; DINOv3 ConvNeXt puts its pooled map where a ViT has CLS, and has a size per stage
+FAMILIES = {
+    "dinov2": Family(lambda config: 1, lambda config: config.hidden_size),
+    "dinov2_with_registers": Family(lambda c: 1 + c.num_register_tokens, lambda config: config.hidden_size),
+    "dinov3_vit": Family(lambda config: 1 + config.num_register_tokens, lambda config: config.hidden_size),
+    "dinov3_convnext": Family(lambda config: 1, lambda config: config.hidden_sizes[-1]),
+}
 
 
-def pool(last_hidden_state: torch.Tensor, n_prefix_tokens: int, pooling: str) -> torch.Tensor:
-    """One vector per image from its tokens: (N, tokens, width) -> (N, width, or twice that) float32.
+class Pooling(NamedTuple):
+    """How tokens become one vector per image."""
 
-    "cls": the first token, which DINOv2 and DINOv3 train to stand for the image. "mean": of the patch tokens,
-    without CLS and registers; closer to the local layout. "cls_mean": both, concatenated, as DINOv2's linear
-    probes have it (Oquab et al. 2024, appendix B.3).
-    """
-    cls = last_hidden_state[:, 0].float()
-    if pooling == "cls":
-        return cls
-    mean = last_hidden_state[:, n_prefix_tokens:].float().mean(dim=1)
-    return mean if pooling == "mean" else torch.cat([cls, mean], dim=-1)
+    pool: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # CLS (N, width), patches (N, P, width) -> (N, dim)
+    num_tokens: int  # dim / width
+
+
+# "cls": the token that DINOv2 and DINOv3 train to stand for the image. "mean": of the patch tokens; closer to the
+# local layout. "cls_mean": both, as DINOv2's linear probes have it (Oquab et al. 2024, appendix B.3)
+POOLINGS = {
+    "cls": Pooling(lambda cls, patches: cls, 1),
+    "mean": Pooling(lambda cls, patches: patches.mean(dim=1), 1),
+    "cls_mean": Pooling(lambda cls, patches: torch.cat([cls, patches.mean(dim=1)], dim=-1), 2),
+}
+
+
+def embedding_dim(backbone_config: PretrainedConfig, pooling: str) -> int:
+    """Dimensions of a pooled embedding."""
+    return POOLINGS[pooling].num_tokens * FAMILIES[backbone_config.model_type].hidden_size(backbone_config)
+
+
+def pool(last_hidden_state: torch.Tensor, backbone_config: PretrainedConfig, pooling: str) -> torch.Tensor:
+    """One vector per image, (N, dim) float32, from its tokens (N, tokens, width)."""
+    num_prefix_tokens = FAMILIES[backbone_config.model_type].num_prefix_tokens(backbone_config)
+    patches = last_hidden_state[:, num_prefix_tokens:].float()
+    return POOLINGS[pooling].pool(last_hidden_state[:, 0].float(), patches)
 
 
 class SpatialEmbeddingsModel(PreTrainedModel):
@@ -55,6 +77,8 @@ class SpatialEmbeddingsModel(PreTrainedModel):
 
     def __init__(self, config: SpatialEmbeddingsConfig):
         super().__init__(config)
+        if config.pooling not in POOLINGS:
+            raise ValueError(f"there is no pooling {config.pooling}; those are {', '.join(POOLINGS)}")
         # the dtype that is being loaded, not the one that the backbone's configuration was saved with
         self.backbone = AutoModel.from_config(config.backbone_config, dtype=torch.get_default_dtype())
         self.head = ProjectionHead(config.input_dim, config.hidden_dim, config.output_dim, config.dropout)
@@ -64,7 +88,7 @@ class SpatialEmbeddingsModel(PreTrainedModel):
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         output = self.backbone(pixel_values.to(self.backbone.dtype), **kwargs)
         hidden = output.last_hidden_state  # (N, tokens, width)
-        pooled = pool(hidden, n_prefix_tokens(self.config.backbone_config), self.config.pooling)
+        pooled = pool(hidden, self.config.backbone_config, self.config.pooling)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden,
             pooler_output=self.head(pooled),

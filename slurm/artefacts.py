@@ -16,10 +16,10 @@ from pathlib import Path
 
 from common import config, parquet, provenance, schemas
 from common.archives import tar_parts, tars
-from common.config import Config
 from common.errors import PipelineError
 from common.files import beside
 from common.provenance import Provenance
+from common.sections import Config
 from generate.model_files import weights_digest
 
 _weights_digest = functools.cache(weights_digest)
@@ -95,15 +95,15 @@ def of_task(step, task: int, cfg: Config) -> list[Artefact] | None:
 
 def trials(cfg: Config) -> tuple[int, int]:
     """How many trials the study has that need no worker any more, of how many."""
-    if cfg.training.study_storage == "journal" and not (cfg.paths.study_dir / "journal.log").exists():
-        return 0, cfg.training.num_trials
+    if cfg.tuning.study_storage == "journal" and not (cfg.paths.study_dir / "journal.log").exists():
+        return 0, cfg.tuning.num_trials
     from train.tuning import shared_study
 
     try:
         tuning = shared_study.open_study(cfg, shared_study.record(cfg), create=False)
     except PipelineError:  # of other data or settings: the worker says so
-        return 0, cfg.training.num_trials
-    return shared_study.num_counted(tuning.trials) - shared_study.num_open(tuning), cfg.training.num_trials
+        return 0, cfg.tuning.num_trials
+    return shared_study.num_counted(tuning.trials) - shared_study.num_open(tuning), cfg.tuning.num_trials
 
 
 def epochs(cfg: Config) -> tuple[int, int]:
@@ -227,13 +227,13 @@ def _run_dir(cfg: Config) -> Path:
 
 def _with_best_trial(cfg: Config) -> Config | None:
     """The settings with which fetch_best_and_train trains; None if the study is not there or not of `cfg`."""
-    if cfg.training.study_storage == "journal" and not (cfg.paths.study_dir / "journal.log").exists():
+    if cfg.tuning.study_storage == "journal" and not (cfg.paths.study_dir / "journal.log").exists():
         return None
     from train.tuning import shared_study
 
     try:
         tuning = shared_study.open_study(cfg, shared_study.record(cfg), create=False)
-        return shared_study.with_training(cfg, **shared_study.best_trial(tuning).params)
+        return config.with_training(cfg, **shared_study.best_trial(tuning).params)
     except PipelineError:
         return None
 

@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 
 from common import config, files
-from common.config import Config
 from common.errors import PipelineError
+from common.sections import Config
 from slurm import artefacts, runs
 from slurm.runs import ROOT
 
@@ -111,7 +111,7 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
 def freeze(cfg: Config, path: Path) -> None:
     """Write all settings; for nobody else to read where the URL of the study's database has a password."""
     mask = os.umask(0)
-    os.umask(mask | 0o077 if PASSWORD.search(cfg.training.study_storage) else mask)
+    os.umask(mask | 0o077 if PASSWORD.search(cfg.tuning.study_storage) else mask)
     try:
         files.write_text(path, config.to_toml(cfg))
     finally:

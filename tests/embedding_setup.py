@@ -10,7 +10,7 @@ import xxhash
 from local_backbone import write_tiny_backbone
 from PIL import Image, ImageFilter
 
-from common import config, parquet, provenance, schemas
+from common import config, parquet, provenance, schemas, sections
 from common.archives import tars
 
 SIZES = [(640, 640), (300, 700), (700, 300), (33, 20), (91, 91)]  # width, height: square, tall, wide, tiny, odd
@@ -44,7 +44,7 @@ def write_tar(path: Path, jpegs: list[bytes]) -> None:
             tar.addfile(info, io.BytesIO(content))
 
 
-def write_intermediates(cfg: config.Config) -> None:
+def write_intermediates(cfg: sections.Config) -> None:
     """The intermediates of every tar as process_tar has them, with zeros where nothing here reads a column."""
     for tar in sorted(cfg.paths.raw_dir.glob("*.tar")):
         members = list(tars.walk(tar, contents=True))
@@ -86,7 +86,7 @@ class Setup:
         write_intermediates(self.cfg)
 
     @property
-    def cfg(self) -> config.Config:
+    def cfg(self) -> sections.Config:
         return config.load(None, self.overrides)
 
     @property

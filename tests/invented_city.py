@@ -3,14 +3,14 @@
 import numpy as np
 import pandas as pd
 
-from common import config
+from common import config, sections
 from common.places import geo
 from preprocess.split import split_rules
 
 METRE = 1 / geo.METRES_PER_DEGREE  # in degrees of latitude
 
 
-def data(**changes) -> config.Data:
+def data(**changes) -> sections.Data:
     return config.load(None, [f"data.{key}={value}" for key, value in changes.items()]).data
 
 

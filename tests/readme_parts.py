@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import tomli
 
-from common import config, files, schemas
+from common import config, files, schemas, sections
 from train.evaluation import comparison
 
 README = ROOT / "README.md"
@@ -49,11 +49,11 @@ def settings() -> str:
         ]
         parts.append(f"**`[{section}]`**\n\n{table(['key', 'default', 'meaning', 'values'], rows)}")
     space, stages = (
-        tree["training"]["search_space"],
+        tree["tuning"]["search_space"],
         {k: v for k, v in tree["slurm"].items() if isinstance(v, dict)},
     )
     rows = [[f"`{key}`", f"`{as_toml(choices)}`"] for key, choices in space.items()]
-    parts.append(f"**`[training.search_space]`**\n\n{table(['what Optuna varies', 'from, to; or choices'], rows)}")
+    parts.append(f"**`[tuning.search_space]`**\n\n{table(['what Optuna varies', 'from, to; or choices'], rows)}")
     keys = ["time", "sbatch", "throttle"]
     rows = [
         [f"`{stage}`", *(f"`{as_toml(values[key])}`" if key in values else "" for key in keys)]
@@ -89,7 +89,7 @@ def as_toml(value) -> str:
 
 def allowed(section: str, key: str) -> str:
     """What the model accepts: choices, or the type with its bounds."""
-    model = next(f.annotation for name, f in config.Config.model_fields.items() if (f.alias or name) == section)
+    model = next(f.annotation for name, f in sections.Config.model_fields.items() if (f.alias or name) == section)
     field = model.model_fields[key]
     return " or ".join(dict.fromkeys(kind(field.annotation, field.metadata)))
 

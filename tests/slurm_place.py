@@ -16,7 +16,7 @@ from local_backbone import write_local_backbone
 from one_node_slurm import OneNodeSlurm
 from synthetic import write_dataset
 
-from common import config
+from common import config, sections
 
 PATIENCE_S = 240  # for what should take seconds on an idle machine
 SETTINGS = [
@@ -34,9 +34,9 @@ SETTINGS = [
     "training.steps_per_epoch=5",
     "training.batch_size=64",
     "training.warmup_steps=2",
-    "training.num_trials=4",
-    "training.trial_epochs=2",
-    "training.bootstrap_samples=100",
+    "tuning.num_trials=4",
+    "tuning.trial_epochs=2",
+    "evaluation.bootstrap_samples=100",
     "infrastructure.embedding_batch_size=16",
     "infrastructure.workers=1",
     "slurm.num_shards=2",  # three tars: the first shard takes two
@@ -69,7 +69,7 @@ class Place:
         self.environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), self.environment["PATH"]])
         write_dataset(folder / "raw", streets=12, cities=3, image_px=112, facades_per_street=5)
         write_local_backbone(folder / "backbone")
-        names = [name for name, value in config.load().slurm if isinstance(value, config.SlurmStage)]
+        names = [name for name, value in config.load().slurm if isinstance(value, sections.SlurmStage)]
         stages = [f'slurm.{name}.sbatch=["--mem=1G"]' for name in names]
         stages += [f'slurm.{stage}.sbatch=["--mem=1G", "--gres=gpu:1"]' for stage in GPU_STAGES]
         paths = [f"paths.root={folder / 'local'}", f"paths.raw_dir={folder / 'raw'}"]

@@ -15,7 +15,7 @@ def write(tmp_path):
 
 def run(cfg, *extra) -> int:
     """The command, on the merge of `cfg`."""
-    flags = [f"paths.root={cfg.paths.root}", f"training.bootstrap_samples={cfg.training.bootstrap_samples}"]
+    flags = [f"paths.root={cfg.paths.root}", f"evaluation.bootstrap_samples={cfg.evaluation.bootstrap_samples}"]
     return evaluate.main([part for flag in flags for part in ("--set", flag)] + list(extra))
 
 

@@ -13,9 +13,9 @@ from difficulty import compute_visual_neighbors
 from train.tuning import shared_study, study_trials
 
 SMALL = (
-    *("training.trial_epochs=2", "training.epochs=3", "training.steps_per_epoch=4", "training.batch_size=32"),
+    *("tuning.trial_epochs=2", "training.epochs=3", "training.steps_per_epoch=4", "training.batch_size=32"),
     *("training_model.output_dim=16", "training_model.hidden_dim=16", "data.neighbors=20"),
-    *("training.warmup_steps=1", "training.num_trials=6"),
+    *("training.warmup_steps=1", "tuning.num_trials=6"),
 )
 
 

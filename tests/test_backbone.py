@@ -13,13 +13,14 @@ from embedding_setup import SIZES, jpeg, picture
 from huggingface_hub import errors as hub_errors
 from local_backbone import FAMILIES, IMAGENET_MEAN, IMAGENET_STD, write_tiny_backbone
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel, Dinov2Config, Dinov2WithRegistersConfig
 
-from common.config import EmbeddingModel
 from common.errors import PipelineError
 from common.imagery.decoding import decode
+from common.sections import EmbeddingModel
 from generate import backbone, model_files, pixels
-from publish.modeling_spatial_embeddings import n_prefix_tokens, pool
+from publish.modeling_spatial_embeddings import FAMILIES as READINGS
+from publish.modeling_spatial_embeddings import pool
 
 CPU = torch.device("cpu")
 
@@ -33,14 +34,16 @@ def settings(name, pooling: str = "cls", revision: str = "main") -> EmbeddingMod
 
 def test_mean_leaves_cls_and_registers_out():
     tokens = torch.tensor([[[1.0, 0], [90, 90], [2, 4], [4, 8]]])  # CLS, a register, two patches
-    assert pool(tokens, 2, "cls").tolist() == [[1, 0]]
-    assert pool(tokens, 2, "mean").tolist() == [[3, 6]]  # with the register it would be 32, 34
-    assert pool(tokens, 2, "cls_mean").tolist() == [[1, 0, 3, 6]]
+    config = Dinov2WithRegistersConfig(hidden_size=6, num_register_tokens=1)
+    assert pool(tokens, config, "cls").tolist() == [[1, 0]]
+    assert pool(tokens, config, "mean").tolist() == [[3, 6]]  # with the register it would be 32, 34
+    assert pool(tokens, config, "cls_mean").tolist() == [[1, 0, 3, 6]]
 
 
 def test_pooling_is_done_in_float32():
     tokens = torch.cat([torch.zeros(1, 1, 1), torch.tensor([[[256.0], [1.0], [1.0], [1.0]]])], dim=1)
-    assert pool(tokens.bfloat16(), 1, "mean").item() == 64.75  # bfloat16 has no number between 64.5 and 65
+    # bfloat16 has no number between 64.5 and 65
+    assert pool(tokens.bfloat16(), Dinov2Config(hidden_size=6), "mean").item() == 64.75
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -55,7 +58,7 @@ def test_output_equals_auto_model(family, pooling, tmp_path):
     prefix = {"dinov2": 1, "dinov2_with_registers": 5, "dinov3_vit": 5, "dinov3_convnext": 1}[family]
     cls, mean = hidden[:, 0], hidden[:, prefix:].mean(dim=1)
     expected = {"cls": cls, "mean": mean, "cls_mean": torch.cat([cls, mean], dim=1)}[pooling]
-    assert n_prefix_tokens(plain.config) == prefix
+    assert READINGS[plain.config.model_type].num_prefix_tokens(plain.config) == prefix
     assert torch.equal(ours(x), expected)
     assert ours.dim == expected.shape[1]
     assert ours.facts()["dim"] == ours.dim

@@ -11,7 +11,7 @@ from common import cli, config
 from common.errors import ConfigError, PipelineError, StaleArtefact
 from difficulty import compute_visual_neighbors
 from train import compare
-from train.evaluation import comparison, evaluation_task, gallery, protocol
+from train.evaluation import comparison, evaluation_task, gallery, heads, protocol
 from train.fitting import history
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -19,7 +19,7 @@ SMALL = (
     *("training.epochs=2", "training.steps_per_epoch=25", "training.batch_size=128", "training.warmup_steps=1"),
     "training.learning_rate=1e-2",
     *("training_model.output_dim=16", "training_model.hidden_dim=16", "data.neighbors=20"),
-    "training.bootstrap_samples=50",
+    "evaluation.bootstrap_samples=50",
 )
 
 
@@ -45,9 +45,11 @@ def read(root):
 
 def test_every_sampler_and_loss_has_a_run_of_each_seed_and_its_files(root):
     found = read(root)
-    assert len({(row["sampler"], row["loss"]) for row in found["combinations"]}) == 12
+    assert len({(row["sampler"], row["loss"], row["mining"]) for row in found["combinations"]}) == 13
     runs = {path.name for path in (root / "checkpoints" / "compare").iterdir()}
-    assert runs == {f"{row['sampler']}-{row['loss']}-0" for row in found["combinations"]}
+    mining = {"none": "", "semi_hard": "-semi_hard"}
+    names = {f"{row['sampler']}-{row['loss']}{mining[row['mining']]}-0" for row in found["combinations"]}
+    assert runs == names
     markdown = (root / "data" / "evaluation" / "comparison.md").read_text()
     assert markdown.strip() == comparison.as_markdown(found)
     assert (root / "data" / "evaluation" / "comparison.png").stat().st_size > 0
@@ -98,8 +100,8 @@ def two(monkeypatch):
 
 def test_more_seeds_are_other_runs_and_those_there_are_kept(root, tmp_path, two):
     before = {path: path.stat().st_mtime_ns for path in (root / "checkpoints").rglob("checkpoint_best.pt")}
-    heads = flags(root, f"paths.evaluation_dir={tmp_path}")
-    assert compare.main([*heads, "--seeds", "2"]) == 0
+    arguments = flags(root, f"paths.evaluation_dir={tmp_path}")
+    assert compare.main([*arguments, "--seeds", "2"]) == 0
     runs = [root / "checkpoints" / "compare" / f"ucb-triplet-{seed}" for seed in (0, 1)]
     checkpoints = [heads.load_checkpoint(run / "checkpoint_last.pt") for run in runs]
     assert [checkpoint["config"]["training.seed"] for checkpoint in checkpoints] == [0, 1]
@@ -110,14 +112,14 @@ def test_more_seeds_are_other_runs_and_those_there_are_kept(root, tmp_path, two)
 
 
 def test_shards_share_the_runs_and_the_command_without_them_makes_the_table(root, tmp_path, capsys, two):
-    heads, runs = flags(root, f"paths.checkpoints_dir={tmp_path}", f"paths.evaluation_dir={tmp_path}"), {}
+    arguments, runs = flags(root, f"paths.checkpoints_dir={tmp_path}", f"paths.evaluation_dir={tmp_path}"), {}
     for shard in range(2):
-        assert compare.main([*heads, "--seeds", "1", "--shard", str(shard), "--num-shards", "2"]) == 0
+        assert compare.main([*arguments, "--seeds", "1", "--shard", str(shard), "--num-shards", "2"]) == 0
         assert "1 runs in, 1 out" in capsys.readouterr().out
         assert not (tmp_path / "comparison.json").exists()
         runs[shard] = list(tmp_path.rglob("history.parquet"))
     assert (len(runs[0]), len(runs[1])) == (1, 2)
-    assert compare.main([*heads, "--seeds", "1"]) == 0
+    assert compare.main([*arguments, "--seeds", "1"]) == 0
     of_two, of_all = (json.loads((folder / "comparison.json").read_text())["combinations"]
                       for folder in (tmp_path, root / "data" / "evaluation"))  # fmt: skip
     assert of_two == [row for row in of_all if row in of_two]

@@ -86,11 +86,11 @@ def test_set_overrides_with_toml_values_and_plain_strings():
         ("data.train_ratio=0.5", "what --set says cannot be used:\n"),
         ("data.train_ratio=0.5", "must be 1"),
         ("training.bandit_groups=100000", "exceeds batch_size"),
-        ("training.search_space.marginn=[0, 1]", "did you mean margin?"),
-        ("training.search_space.bandit_exploration=[0, 2, 'log']", "must be above 0"),  # Optuna has no such range
-        ("training.search_space.margin=[0.5, 0.1]", "margin: the lower end 0.5 is not below 0.1"),
-        ("training.search_space.run=['a', 'b']", "[training.search_space] run must be [low, high]"),
-        ("training.search_space.seed=[0, 9]", "seed is the same for all trials"),
+        ("tuning.search_space.marginn=[0, 1]", "did you mean margin?"),
+        ("tuning.search_space.bandit_exploration=[0, 2, 'log']", "must be above 0"),  # Optuna has no such range
+        ("tuning.search_space.margin=[0.5, 0.1]", "margin: the lower end 0.5 is not below 0.1"),
+        ("tuning.search_space.run=['a', 'b']", "[tuning.search_space] run must be [low, high]"),
+        ("tuning.search_space.seed=[0, 9]", "seed is the same for all trials"),
         ("embedding_model.name=./nowhere", "there is no folder"),
         ("data.split_cell_m=inf", "[data] split_cell_m: Input should be a finite number"),
     ],
@@ -112,9 +112,9 @@ def test_mistakes_of_a_file_are_the_files_whatever_the_command_line_says(write_c
 @pytest.mark.parametrize("value", ["0.3", "[1]", "{choices=[]}", "['a', 'b']", "{choises=[1]}"])
 def test_a_dimension_of_the_search_space_that_cannot_be_read_is_told_once_with_its_forms(value):
     with pytest.raises(ConfigError) as caught:
-        config.load(None, [f"training.search_space.margin={value}"])
+        config.load(None, [f"tuning.search_space.margin={value}"])
     [_, line] = str(caught.value).splitlines()  # not once for each form, in pydantic's words
-    assert line == '[training.search_space] margin must be [low, high], [low, high, "log"] or { choices = [...] }'
+    assert line == '[tuning.search_space] margin must be [low, high], [low, high, "log"] or { choices = [...] }'
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):

@@ -171,7 +171,7 @@ def test_the_folder_holds_what_a_user_needs_and_no_path_of_this_machine(trained)
     assert settings["backbone_config"]["model_type"] == "dinov2"
     assert set(settings["auto_map"]) == {"AutoConfig", "AutoModel"}
     for name in ("configuration_spatial_embeddings.py", "modeling_spatial_embeddings.py", "projection_head.py"):
-        assert (folder / name).read_bytes() == Path(published_folder.__file__).with_name(name).read_bytes()
+        assert (folder / name).read_bytes() == (ROOT / "publish" / name).read_bytes()
 
 
 def test_the_card_holds_the_measured_figures_with_their_intervals(trained):
@@ -275,7 +275,7 @@ def test_a_hub_that_does_not_answer_or_a_wrong_name_is_a_clear_error(repo, messa
 
 
 def test_a_network_that_is_not_there_is_a_clear_error_too(trained):
-    code = "import sys; from publish import push; from common import cli; "
+    code = "import sys; from publish.hub import push; from common import cli; "
     code += "cli.run(lambda: push.push(sys.argv[1], 'me/buildings'))"
     command = [sys.executable, "-c", code, str(trained.cfg.paths.published_dir)]
     online = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x", "HF_ENDPOINT": "http://127.0.0.1:9"}
@@ -325,7 +325,7 @@ def test_every_family_is_saved_in_the_dtype_of_its_embeddings_and_gives_the_same
     assert model.backbone.dtype == getattr(torch, dtype)
     assert model.head.linear.weight.dtype == torch.float32
     rows = parquet.read(done.cfg.paths.merged_dir / "test.parquet")
-    images = [parity.decode(encoded) for encoded in parity.store(done.cfg.paths).read(rows)]
+    images = [parity.decode(encoded) for encoded in parity.of_paths(done.cfg.paths).read(rows)]
     with torch.inference_mode():
         vectors = model(preprocessing(images, torch.device("cpu"))).pooler_output.numpy()
     assert (1 - cosines(vectors, done.vectors()) < 1e-3).all()

@@ -208,7 +208,7 @@ def test_a_png_is_checked_by_its_checksums():
 _CLAIMS = """
 import json, resource, sys, warnings
 warnings.simplefilter("always")
-from common import decoding, pictures
+from common.imagery import decoding, pictures
 from image_kinds import claiming, encoded, kinds
 from embedding_setup import picture
 

@@ -14,7 +14,7 @@ from conftest import ROOT
 STAGES = sorted(
     str(path.relative_to(ROOT))
     for folder in ("preprocess", "generate", "difficulty", "train", "publish", "slurm")
-    for path in (ROOT / folder).glob("*.py")
+    for path in (ROOT / folder).rglob("*.py")
     if "__main__" in path.read_text()
 )
 # Without .pth files (-S) an editable installation is not seen; its dependencies are.

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.usefixtures("no_figures")
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory):
     """A configuration with a merge, pictures and a checkpoint; not to be changed by a test."""
-    cfg = config.load(None, [f"paths.root={tmp_path_factory.mktemp('evaluate')}", "training.bootstrap_samples=60"])
+    root = tmp_path_factory.mktemp("evaluate")
+    cfg = config.load(None, [f"paths.root={root}", "evaluation.bootstrap_samples=60"])
     small_merge.write_merge(cfg)
     small_merge.write_checkpoint(cfg, seed=1)
     return cfg
@@ -200,8 +201,8 @@ def test_it_prints_the_table_and_a_second_run_does_nothing(merged, evaluated, ca
     assert "nothing to do" in second
     assert first.splitlines()[:8] == second.splitlines()[:8]
     assert path.stat().st_mtime_ns == before
-    with pytest.raises(StaleArtefact, match=r"training.bootstrap_samples = 60; this run says 61"):
-        run(merged, "--set", "training.bootstrap_samples=61")
+    with pytest.raises(StaleArtefact, match=r"evaluation.bootstrap_samples = 60; this run says 61"):
+        run(merged, "--set", "evaluation.bootstrap_samples=61")
 
 
 def test_a_run_killed_before_metrics_json_is_done_again_with_the_same_figures(merged, evaluated):
@@ -220,7 +221,7 @@ def test_figures_of_other_settings_are_not_redone_because_the_report_was_deleted
     assert run(cfg) == 0
     (cfg.paths.evaluation_dir / "report.html").unlink()
     with pytest.raises(StaleArtefact, match=r"this run says 7"):
-        run(cfg, "--set", "training.bootstrap_samples=1000", "--set", "global.seed=7")
+        run(cfg, "--set", "evaluation.bootstrap_samples=1000", "--set", "global.seed=7")
     assert run(cfg) == 0
     assert (cfg.paths.evaluation_dir / "report.html").exists()
 

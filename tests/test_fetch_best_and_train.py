@@ -12,9 +12,9 @@ from train.tuning import shared_study
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 SMALL = (
-    *("training.trial_epochs=2", "training.epochs=3", "training.steps_per_epoch=6", "training.batch_size=32"),
+    *("tuning.trial_epochs=2", "training.epochs=3", "training.steps_per_epoch=6", "training.batch_size=32"),
     *("training_model.output_dim=16", "training_model.hidden_dim=16", "data.neighbors=20"),
-    *("training.warmup_steps=1", "training.num_trials=3", "training.bootstrap_samples=20"),
+    *("training.warmup_steps=1", "tuning.num_trials=3", "evaluation.bootstrap_samples=20"),
 )
 
 
@@ -105,7 +105,7 @@ def test_a_run_of_other_settings_is_refused_and_keeps_its_file(root):
 
 
 def test_trials_that_are_still_to_come_are_told(root, capsys):
-    assert fetch_best_and_train.main(flags(root, "training.num_trials=10")) == 0
+    assert fetch_best_and_train.main(flags(root, "tuning.num_trials=10")) == 0
     assert "7 trials of the study are still to come" in capsys.readouterr().out
 
 
@@ -116,6 +116,6 @@ def test_without_a_study_it_says_what_makes_one(root, tmp_path):
 
 def test_a_configuration_survives_being_written_and_read(root, tmp_path):
     odd = ("logging.wandb_project='a \"quoted\" \\ é'", "slurm.sbatch=['--x=1', '--y']")
-    cfg = load(root, *odd, "training.search_space.loss={choices=['triplet', 'infonce']}")
+    cfg = load(root, *odd, "tuning.search_space.loss={choices=['triplet', 'infonce']}")
     (tmp_path / "config.toml").write_text(config.to_toml(cfg), encoding="utf-8")
     assert config.load(tmp_path / "config.toml") == cfg

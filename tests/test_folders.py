@@ -19,7 +19,7 @@ from local_backbone import write_local_backbone
 from synthetic import write_dataset
 from trained_model import write_checkpoint
 
-from common import config, parquet
+from common import config, parquet, sections
 from common.errors import PipelineError
 from difficulty import compute_visual_neighbors
 from generate import generate_embeddings
@@ -74,7 +74,7 @@ def flags(root: Path) -> list[str]:
     return [word for setting in settings for word in ("--set", setting)]
 
 
-def write_model(cfg: config.Config) -> Path:
+def write_model(cfg: sections.Config) -> Path:
     """A published folder with a random head."""
     write_checkpoint(cfg)
     path, folder = cfg.paths.checkpoints_dir / "default" / "checkpoint_best.pt", cfg.paths.root / "published"

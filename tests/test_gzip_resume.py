@@ -107,9 +107,11 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 folder, flags = Path(sys.argv[2]), sys.argv[3:]
 import imagehash, scipy.fft, threadpoolctl, torch, transformers
-from common import gzip_streams, images
+from common.archives import gzip_streams
+from common.imagery import tar_images
 from generate import backbone, embedding_parts, loop  # once, here: each run below is a fork of this process
-from preprocess import fingerprints, geometry, tar_files
+from preprocess.duplicates import fingerprints
+from preprocess.tars import label_geometry, tar_files
 gzip_streams.SPACING_BYTES, gzip_streams.READ_BYTES, gzip_streams._SEARCHED_BYTES = 5_000, 10_000, 8_000
 rng = random.Random(0)
 

@@ -148,8 +148,9 @@ def test_multi_similarity_mines_only_among_pairs_that_may_be_contrasted(seed):
     assert_same_with_gradients(ours, LIBRARY_MULTI_SIMILARITY(raw, indices_tuple=pairs), raw)
 
 
-@pytest.mark.parametrize("name", ["triplet", "infonce", "multi_similarity"])
-@pytest.mark.parametrize("mines", [False, True])
+@pytest.mark.parametrize(
+    ("name", "mines"), [("triplet", False), ("triplet", True), ("infonce", False), ("multi_similarity", False)]
+)
 def test_every_loss_is_finite_and_pulls_when_nothing_may_be_contrasted_across_triplets(name, mines):
     raw, _, positive, negative = random_batch(1)
     negative = negative & False
@@ -159,3 +160,8 @@ def test_every_loss_is_finite_and_pulls_when_nothing_may_be_contrasted_across_tr
     assert torch.isfinite(gradient).all()
     assert torch.isfinite(value)
     assert semi_hard.shape == (24,)
+
+
+def test_mining_without_triplets_is_refused():
+    with pytest.raises(ValueError, match="infonce does not use the negatives"):
+        loss.Loss("infonce", 0.1, 0.1, mines=True)

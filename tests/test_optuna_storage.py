@@ -55,7 +55,7 @@ def quick(monkeypatch):
 def worker_process(merged, tmp_path, seconds, storage):
     """A worker in a process of its own."""
     study_trials.fit, study_trials.load_data = stand_in(seconds), lambda cfg: None
-    cfg = load(merged, tmp_path, "training.num_trials=20", f"training.study_storage={storage}")
+    cfg = load(merged, tmp_path, "tuning.num_trials=20", f"tuning.study_storage={storage}")
     work(cfg, open_study(cfg))
 
 
@@ -93,7 +93,7 @@ def test_three_workers_at_once_one_killed_lose_no_trial_and_count_none_twice(
     merged, tmp_path, monkeypatch, kind, request
 ):
     name = "journal" if kind == "journal" else request.getfixturevalue("postgres")
-    asked = ("training.num_trials=20", f"training.study_storage={name}")
+    asked = ("tuning.num_trials=20", f"tuning.study_storage={name}")
     monkeypatch.setattr(shared_study, "STALE_MIN_S", 1.5)  # the workers are forked: it holds for them too
     monkeypatch.setattr(shared_study, "STALE_UNKNOWN_S", 1.5)
     context = multiprocessing.get_context("fork")
@@ -129,7 +129,7 @@ def test_a_study_in_postgresql_as_the_commands_see_it(merged, tmp_path, postgres
     with database.connect() as connection:
         connection.execute(sqlalchemy.text("create database another"))
     url = postgres.replace("/postgres?", "/another?")
-    asked = (f"training.study_storage={url}", f"paths.study_dir={tmp_path / 'study'}")
+    asked = (f"tuning.study_storage={url}", f"paths.study_dir={tmp_path / 'study'}")
     with pytest.raises(PipelineError, match=r"tuner:\*\*\*@.* holds no study"):
         shared_study.open_study(load(merged, tmp_path, *asked), made_of(merged, tmp_path), create=False)
     assert optuna_worker.main(flags(merged, *asked)) == 0
@@ -160,7 +160,7 @@ def test_a_database_that_goes_away_is_told_without_its_password(merged, tmp_path
     monkeypatch.setattr(study_trials, "fit", gone)
     url = postgres.replace("/postgres?", "/leaving?")
     with pytest.raises(PipelineError, match=r"tuner:\*\*\*@.* answers no more: ") as told:
-        optuna_worker.main(flags(merged, f"training.study_storage={url}", f"paths.study_dir={tmp_path}"))
+        optuna_worker.main(flags(merged, f"tuning.study_storage={url}", f"paths.study_dir={tmp_path}"))
     assert "secret" not in str(told.value)
 
 
@@ -178,14 +178,14 @@ def made_of(merged, tmp_path):
 )
 def test_a_storage_that_cannot_be_used_is_told_without_its_password(merged, tmp_path, url, error, message):
     with pytest.raises(error, match=message) as told:
-        open_study(load(merged, tmp_path, f"training.study_storage={url}"))
+        open_study(load(merged, tmp_path, f"tuning.study_storage={url}"))
     assert "secret" not in str(told.value)
 
 
 def test_without_its_driver_postgresql_is_told(merged, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg2", None)  # importing it is an ImportError then
     with pytest.raises(ConfigError, match=r"pip install 'embedding-pipeline\[postgres\]'"):
-        open_study(load(merged, tmp_path, "training.study_storage=postgresql://u@host/x"))
+        open_study(load(merged, tmp_path, "tuning.study_storage=postgresql://u@host/x"))
 
 
 # ----------------------------------------------------------------------------------------------------- the journal
@@ -195,7 +195,8 @@ def test_without_its_driver_postgresql_is_told(merged, tmp_path, monkeypatch):
 def test_a_writer_that_dies_with_the_journals_lock_keeps_nobody_waiting(cfg, quick):
     tuning = open_study(cfg)
     journal = cfg.paths.study_dir / "journal.log"
-    code = f"import os, signal; from train.storage import JournalLock; JournalLock({str(journal)!r}).acquire()"
+    code = "import os, signal; from train.tuning.study_storage import JournalLock; "
+    code += f"JournalLock({str(journal)!r}).acquire()"
     killed = subprocess.run([sys.executable, "-c", code + "; os.kill(os.getpid(), signal.SIGKILL)"], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
     assert work(cfg, tuning, max_trials=1).rows_in == 1

@@ -65,7 +65,7 @@ def test_the_same_seed_draws_the_same_settings_and_trials_differ(merged, tmp_pat
 
 
 def test_a_trial_that_falls_behind_is_pruned_in_training(merged, tmp_path, quick):
-    cfg = load(merged, tmp_path, "training.num_trials=40", "training.trial_epochs=4")
+    cfg = load(merged, tmp_path, "tuning.num_trials=40", "tuning.trial_epochs=4")
     tuning = open_study(cfg)
     progress = work(cfg, tuning)
     pruned = tuning.get_trials(states=(TrialState.PRUNED,))
@@ -75,9 +75,7 @@ def test_a_trial_that_falls_behind_is_pruned_in_training(merged, tmp_path, quick
 
 
 def test_whole_numbers_choices_and_scales_are_drawn_as_the_search_space_says(merged, tmp_path, quick):
-    space = (
-        "training.search_space={batch_size=[32, 64], sampler={choices=['ucb']}, temperature=[0.01, 1.0, 'log']}"
-    )
+    space = "tuning.search_space={batch_size=[32, 64], sampler={choices=['ucb']}, temperature=[0.01, 1.0, 'log']}"
     cfg = load(merged, tmp_path, space)
     tuning = open_study(cfg)
     work(cfg, tuning)
@@ -240,7 +238,7 @@ def test_a_trial_that_ends_while_another_worker_fails_it_disturbs_neither(cfg, m
 
 
 def test_settings_that_do_not_fit_one_another_fail_their_trial_alone(merged, tmp_path, quick):
-    space = "training.search_space={batch_size={choices=[16]}, bandit_groups={choices=[32]}}"
+    space = "tuning.search_space={batch_size={choices=[16]}, bandit_groups={choices=[32]}}"
     cfg = load(merged, tmp_path, space)
     shared_study.check_search_space(cfg)  # each fits the other's default
     tuning = open_study(cfg)
@@ -255,7 +253,7 @@ def test_limits_that_mean_nothing_are_refused(merged, flag):
 
 
 def test_hyperband_prunes_too(merged, tmp_path, quick):
-    cfg = load(merged, tmp_path, "training.num_trials=40", "training.trial_epochs=9", "training.pruner=hyperband")
+    cfg = load(merged, tmp_path, "tuning.num_trials=40", "tuning.trial_epochs=9", "tuning.pruner=hyperband")
     tuning = open_study(cfg)
     assert work(cfg, tuning).rejected["pruned"] > 0
     assert {len(trial.intermediate_values) for trial in shared_study.finished_trials(tuning)} == {9}
@@ -271,7 +269,7 @@ def test_a_study_of_other_settings_is_refused_and_overwrite_replaces_it(merged, 
     other = load(merged, tmp_path, "training.steps_per_epoch=9")
     with pytest.raises(StaleArtefact, match=r"training.steps_per_epoch = 4; this run says 9"):
         open_study(other)
-    varied = load(merged, tmp_path, "training.search_space.margin=[0.1, 0.2]")
+    varied = load(merged, tmp_path, "tuning.search_space.margin=[0.1, 0.2]")
     with pytest.raises(StaleArtefact, match="search_space"):
         open_study(varied)
     assert len(open_study(cfg, overwrite=True).trials) == 1  # one that matches is joined, not begun again
@@ -289,17 +287,17 @@ def test_a_study_of_other_data_is_refused(merged, tmp_path, cfg, quick):
 
 def test_more_trials_may_be_asked_for_and_another_default_of_a_varied_setting(merged, tmp_path, cfg, quick):
     work(cfg, open_study(cfg))
-    more = load(merged, tmp_path, "training.num_trials=8", "training.margin=0.3")
+    more = load(merged, tmp_path, "tuning.num_trials=8", "training.margin=0.3")
     assert work(more, open_study(more)).rows_in == 2
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("training.search_space.margin=[0.1, 9]", "less than or equal to 2"),
-        ("training.search_space.loss={choices=['tripletz']}", "triplet"),
-        ("training.search_space.epochs=[1, 9]", "epochs is the same for all trials"),
-        ("training.search_space.marginn=[0.1, 0.2]", "did you mean margin"),
+        ("tuning.search_space.margin=[0.1, 9]", "less than or equal to 2"),
+        ("tuning.search_space.loss={choices=['tripletz']}", "triplet"),
+        ("tuning.search_space.epochs=[1, 9]", "epochs is the same for all trials"),
+        ("tuning.search_space.marginn=[0.1, 0.2]", "did you mean margin"),
     ],
 )
 def test_a_search_space_that_cannot_be_used_is_an_error_at_once(merged, tmp_path, setting, message):
@@ -311,8 +309,8 @@ def test_a_search_space_that_cannot_be_used_is_an_error_at_once(merged, tmp_path
 
 
 def test_the_command_trains_fills_the_study_and_writes_its_page(merged, tmp_path, capsys):
-    space = "training.search_space={learning_rate=[0.005, 0.05], margin=[0.1, 0.5]}"
-    arguments = flags(merged, f"paths.study_dir={tmp_path}", "training.num_trials=3", space)
+    space = "tuning.search_space={learning_rate=[0.005, 0.05], margin=[0.1, 0.5]}"
+    arguments = flags(merged, f"paths.study_dir={tmp_path}", "tuning.num_trials=3", space)
     assert optuna_worker.main([*arguments, "--trials", "2"]) == 0
     assert "2 trials in" in capsys.readouterr().out
     assert optuna_worker.main(arguments) == 0

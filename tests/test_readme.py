@@ -7,7 +7,7 @@ import pytest
 import readme_parts
 from conftest import ROOT
 
-from common import config
+from common import sections
 
 TEXT = (ROOT / "README.md").read_text()
 STAGES = ("preprocess", "generate", "difficulty", "train", "publish", "slurm")
@@ -31,16 +31,16 @@ def test_every_make_target_that_is_named_is_in_the_makefile():
 def test_every_setting_that_is_named_is_one():
     settings = set(re.findall(r"`(?:--set )?([a-z_]+\.[a-z_0-9]+)(?:=[^`]*)?`", TEXT))
     settings |= set(re.findall(r"--set ([a-z_]+\.[a-z_0-9]+)=", TEXT))
-    sections = {(field.alias or name): field.annotation for name, field in config.Config.model_fields.items()}
-    unknown = [s for s in settings if s.split(".")[0] in sections
-               and s.split(".")[1] not in sections[s.split(".")[0]].model_fields]  # fmt: skip
+    models = {(field.alias or name): field.annotation for name, field in sections.Config.model_fields.items()}
+    unknown = [s for s in settings if s.split(".")[0] in models
+               and s.split(".")[1] not in models[s.split(".")[0]].model_fields]  # fmt: skip
     assert len(settings) >= 10
     assert not unknown
 
 
 def texts_of_the_code() -> set[str]:
     """Every piece of text in the pipeline's code; an f-string is one for each stretch between its values."""
-    paths = [path for folder in ("common", *STAGES) for path in (ROOT / folder).glob("*.py")]
+    paths = [path for folder in ("common", *STAGES) for path in (ROOT / folder).rglob("*.py")]
     nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
     return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 

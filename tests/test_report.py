@@ -52,7 +52,7 @@ def cfg(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page_path(cfg):
-    evaluate.main(["--set", f"paths.root={cfg.paths.root}", "--set", "training.bootstrap_samples=20"])
+    evaluate.main(["--set", f"paths.root={cfg.paths.root}", "--set", "evaluation.bootstrap_samples=20"])
     return cfg.paths.evaluation_dir / "report.html"
 
 
@@ -137,7 +137,7 @@ def test_a_missing_tar_or_bytes_that_are_no_image_leave_a_gap_that_the_page_tell
     assert pictures.read(tar_images.TarImages(tmp_path, tmp_path / "index"), pa.table(rows)) == [None] * 3
     shutil.copytree(cfg.paths.root, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "data" / "raw")
-    flags = ["--set", f"paths.root={tmp_path / 'copy'}", "--set", "training.bootstrap_samples=20", "--overwrite"]
+    flags = ["--set", f"paths.root={tmp_path / 'copy'}", "--set", "evaluation.bootstrap_samples=20", "--overwrite"]
     assert evaluate.main(flags) == 0
     page = Page((tmp_path / "copy" / "data" / "evaluation" / "report.html").read_text())
     assert not page.all("img")

@@ -77,7 +77,7 @@ def report(tmp_path_factory):
     split_report = {"rows_in": 600, "dropped": {"duplicates": 60}, "provenance": {"inputs": {"0088-0": "e0"}}}
     report = files.beside(cfg.paths.merged_dir, "report") / "split_report.json"
     files.write_text(report, json.dumps(split_report))
-    evaluate.main(["--set", f"paths.root={cfg.paths.root}", "--set", "training.bootstrap_samples=20"])
+    evaluate.main(["--set", f"paths.root={cfg.paths.root}", "--set", "evaluation.bootstrap_samples=20"])
     return cfg.paths.evaluation_dir / "report.html"
 
 

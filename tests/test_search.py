@@ -254,8 +254,8 @@ PEAK = """
 import re, sys
 from pathlib import Path
 import numpy as np, torch
-from common.zones import make_zones
-from difficulty.search import exact_neighbors
+from common.places.zones import make_zones
+from difficulty.search.exact_search import exact_neighbors
 
 def held_mb(kind):
     return int(re.search(kind + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024

@@ -8,7 +8,7 @@ import pytest
 import tomli
 from conftest import ROOT
 
-from common import config
+from common import config, sections
 from slurm import submit
 
 FOLDERS = ("common", "preprocess", "generate", "difficulty", "train", "publish", "slurm")
@@ -18,8 +18,8 @@ SECTIONS = [name for name in TREE if name != "slurm"]
 
 def sources():
     """Every module of the pipeline but the models of the configuration themselves."""
-    paths = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
-    return {path: ast.parse(path.read_text()) for path in paths if path.name != "config.py"}
+    paths = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    return {path: ast.parse(path.read_text()) for path in paths if path.name != "sections.py"}
 
 
 def names_read(tree: ast.AST) -> set[str]:
@@ -49,8 +49,8 @@ def test_every_setting_is_read_by_some_stage(section, read):
 
 def test_every_setting_of_a_stages_jobs_is_read():
     read = names_read(ast.parse((ROOT / "slurm" / "jobs.py").read_text()))
-    assert set(config.SlurmArray.model_fields) <= read
-    arrays = {name for name, value in config.load().slurm if isinstance(value, config.SlurmArray)}
+    assert set(sections.SlurmArray.model_fields) <= read
+    arrays = {name for name, value in config.load().slurm if isinstance(value, sections.SlurmArray)}
     many = config.load(None, ["slurm.difficulty_shards=2"])
     assert arrays == {step.resources for step in submit.chain(many, tune=2) if step.tasks > 1}
 
@@ -63,7 +63,7 @@ def test_every_setting_that_is_read_is_in_config_toml():
                 continue
             owner, section = node.value.value, node.value.attr.rstrip("_")
             if isinstance(owner, ast.Name) and owner.id == "cfg" and section in TREE:
-                model = config.Config.model_fields[node.value.attr].annotation
+                model = sections.Config.model_fields[node.value.attr].annotation
                 if not hasattr(model, node.attr) and node.attr not in TREE[section]:
                     unknown.append(f"{path.relative_to(ROOT)}:{node.lineno} cfg.{section}.{node.attr}")
     assert not unknown

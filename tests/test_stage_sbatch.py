@@ -10,7 +10,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-from common import config
+from common import config, sections
 
 SHELL_FILES = sorted([*ROOT.glob("slurm/**/*.sbatch"), ROOT / "slurm" / "env.sh", ROOT / ".ci" / "run"])
 
@@ -91,7 +91,7 @@ def test_what_goes_wrong_in_env_sh_is_in_the_log_after_its_start(wrapped):
 
 def test_the_wrappers_ask_for_what_config_toml_says():
     cfg = config.load()
-    stages = [name for name, value in cfg.slurm if isinstance(value, config.SlurmStage)]
+    stages = [name for name, value in cfg.slurm if isinstance(value, sections.SlurmStage)]
     assert {path.stem for path in ROOT.glob("slurm/stages/*.sbatch")} == set(stages)
     for name in stages:
         lines = (ROOT / "slurm" / "stages" / f"{name}.sbatch").read_text().splitlines()

@@ -23,7 +23,8 @@ from train.evaluation import heads
 from train.fitting import fit, history
 from train.fitting.history import draw
 from train.loss import Loss
-from train.sampling.bandit import DiscountedUcb, arms_of_step
+from train.sampling.bandit import DiscountedUcb
+from train.sampling.samplers import arms_of_step
 from train.train import main
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -63,14 +64,14 @@ def test_epoch_0_is_the_whitening_and_the_best_epoch_is_never_worse(root, data, 
 
 
 @pytest.mark.parametrize("loss", ["triplet", "infonce", "multi_similarity"])
-@pytest.mark.parametrize("sampler", ["uniform", "hard_random", "semi_hard"])
+@pytest.mark.parametrize("sampler", ["uniform", "hard_random", "random"])
 def test_every_loss_trains_with_every_sampler(root, data, loss, sampler):
     more = (f"training.loss={loss}", f"training.sampler={sampler}", "training.epochs=1")
     history = train(root, data, None, *more).history
     assert np.isfinite(history["loss"][1])
     shares = history.filter(like="share_").loc[1]
     assert shares.sum() == pytest.approx(1)
-    assert (shares["share_random"] == 1) == (sampler == "semi_hard")
+    assert (shares["share_random"] == 1) == (sampler == "random")
     if sampler == "hard_random":
         assert shares["share_random"] == 0.5
 

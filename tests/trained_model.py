@@ -8,7 +8,7 @@ import torch
 from embedding_setup import Setup, photographs
 from invented_metrics import FIGURES, FOUND
 
-from common import config, parquet, provenance, schemas
+from common import config, parquet, provenance, schemas, sections
 from generate import generate_embeddings
 from publish.projection_head import ProjectionHead
 from train.evaluation import metrics_json
@@ -17,7 +17,7 @@ JPEGS = photographs(7)
 NOTHING = {key: {"value": 0.0, "low": 0.0, "high": 0.0} for key in FIGURES}
 
 
-def write_merged(cfg: config.Config) -> None:
+def write_merged(cfg: sections.Config) -> None:
     """All embeddings as each of the three splits, as merge_and_split has them."""
     parts = sorted(cfg.paths.embeddings_dir.glob("*.parquet"))
     rows = pa.concat_tables([parquet.read(path) for path in parts])
@@ -29,7 +29,7 @@ def write_merged(cfg: config.Config) -> None:
             out.append(rows)
 
 
-def write_checkpoint(cfg: config.Config, **changes) -> ProjectionHead:
+def write_checkpoint(cfg: sections.Config, **changes) -> ProjectionHead:
     """A random head for the embeddings, as train.py saves it."""
     part = next(cfg.paths.embeddings_dir.glob("*.parquet"))
     made = parquet.read_provenance(part)
@@ -58,7 +58,7 @@ def write_checkpoint(cfg: config.Config, **changes) -> ProjectionHead:
     return head
 
 
-def write_metrics(cfg: config.Config, checkpoint_id: str = "run-1") -> dict:
+def write_metrics(cfg: sections.Config, checkpoint_id: str = "run-1") -> dict:
     """metrics.json as evaluate.py writes it, with invented figures."""
     test = parquet.read_provenance(cfg.paths.merged_dir / "test.parquet").id
     made = provenance.record("evaluate", {}, {"checkpoint_best.pt": checkpoint_id, "test.parquet": test})

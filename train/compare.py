@@ -6,7 +6,8 @@ come from the evaluation's bootstrap over cells of the map, paired for the diffe
 figures would move on other streets, not with other seeds: `by_seed` in the JSON has those.
 
 Reads    data/merged/{train,val,test}.parquet, data/difficulty/difficulty_metadata.parquet
-Writes   checkpoints/compare/<sampler>-<loss>-<seed>/, as train.py; a run that is there already is not repeated;
+Writes   checkpoints/compare/<sampler>-<loss>[-<mining>]-<seed>/, as train.py; a run that is there already is not
+         repeated;
          data/evaluation/comparison.{json,md,png}
 Command  python train/compare.py [--seeds 3] [--set training.epochs=8]
 Time     that of the runs, see train.py. On the CPU shards at once with OMP_NUM_THREADS=1 take the least (small
@@ -40,14 +41,13 @@ def main(argv=None) -> int:
     from train.evaluation import comparison, gallery
     from train.fitting import checkpoints
     from train.fitting.fit import fit
-    from train.tuning.shared_study import with_training
 
     # settings, and what is there already
     inputs = datasets.input_ids(cfg) | {"test.parquet": provenance.identity(cfg.paths.merged_dir / "test.parquet")}
     shared = checkpoints.record(cfg, inputs).config
-    varied = ("training.sampler", "training.loss", "training.seed")
+    varied = ("training.sampler", "training.loss", "training.mining", "training.seed")
     shared = {key: value for key, value in shared.items() if key not in varied}
-    shared |= config.values(cfg, "training.gallery", "training.bootstrap_samples")
+    shared |= config.values(cfg, "evaluation.gallery", "evaluation.bootstrap_samples")
     made = provenance.record("compare", {**shared, "seeds": args.seeds}, inputs)
     target = cfg.paths.evaluation_dir / "comparison.json"
     if target.exists() and not args.overwrite:
@@ -63,12 +63,13 @@ def main(argv=None) -> int:
     runs = runs[args.shard :: args.num_shards]
     with cli.Progress("compare", "run", len(runs), cfg.logging.progress_interval_s) as progress:
         for combination, seed in runs:
-            settings = with_training(cfg, **combination._asdict(), seed=seed)
-            run_dir = cfg.paths.checkpoints_dir / "compare" / f"{combination.sampler}-{combination.loss}-{seed}"
+            settings = config.with_training(cfg, **combination._asdict(), seed=seed)
+            name = "-".join(filter(lambda part: part != "none", combination))
+            run_dir = cfg.paths.checkpoints_dir / "compare" / f"{name}-{seed}"
             result = fit(settings, data, run_dir=run_dir, resume=not args.overwrite)
             best[combination, seed] = result.best
             log.info("%s, %s, seed %d: validation mAP@R %.4f, epoch %d",
-                     *combination, seed, result.best_value, result.best_epoch)  # fmt: skip
+                     combination, combination.loss, seed, result.best_value, result.best_epoch)  # fmt: skip
             progress.add(1)
     if args.num_shards > 1:
         return progress.summary("without --shard it makes the table, once all of them are done")

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from common import devices, parquet, provenance
-from common.config import Config
 from common.errors import PipelineError, StaleArtefact
 from common.places import geo
 from common.places.zones import Zones, make_zones, number_buildings
+from common.sections import Config
 from difficulty.search import search_parts
 from train.evaluation.validation import Validation, baselines
 

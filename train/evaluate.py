@@ -1,6 +1,6 @@
 """How well the trained head finds the same building on streets it never saw, beside what was there before it.
 
-Every image of the test split is a query; the rest of the split (training.gallery = "all": train and val too) is
+Every image of the test split is a query; the rest of the split (evaluation.gallery = "all": train and val too) is
 what it is looked for in. Four methods: the raw backbone, PCA, learned whitening, the trained head. 95 % intervals
 come from a bootstrap over cells of the map; below 20, counted by how evenly they are filled, there are none.
 
@@ -13,7 +13,7 @@ Reads    data/merged/{test,train,val}.parquet, checkpoints/<run>/{checkpoint_bes
          for the report's pictures, by offset, data/raw/<tar>.tar (may be gone)
 Writes   data/evaluation/{report.html,metrics.json}; with --compare in compared/ below that, with --embeddings in a
          folder with the file's name
-Command  python train/evaluate.py [--set training.gallery=all] [--compare checkpoints/other data/published]
+Command  python train/evaluate.py [--set evaluation.gallery=all] [--compare checkpoints/other data/published]
 Memory   gallery rows x (D x 2 + 150) bytes on the host and x D x 4 on the device (768-d, 2.5 M rows: 4 and 8 GB),
          plus 32 bytes for each match and method, and search_memory_mb on each; before that, to look for leaks,
          about 100 bytes for each row of all splits
@@ -65,7 +65,7 @@ def main(argv=None) -> int:
     found |= {
         "subject": task.subject,
         "told": {method.name: method.told for method in task.methods},
-        "gallery": "file" if args.embeddings else cfg.training.gallery,
+        "gallery": "file" if args.embeddings else cfg.evaluation.gallery,
         "leakage": leakage,
     }
 

@@ -2,7 +2,7 @@
 
 Leaves the same files as train.py, and the settings used beside them: train.py --config that file repeats the run.
 
-Reads    the study (data/study/journal.log, or training.study_storage), and what train.py reads
+Reads    the study (data/study/journal.log, or tuning.study_storage), and what train.py reads
 Writes   checkpoints/<run>/config.toml, and what train.py writes
 Command  python train/fetch_best_and_train.py [--trial 17] [--set training.run=tuned]
 Memory   as train.py
@@ -31,10 +31,12 @@ def main(argv=None) -> int:
 
     tuning = shared_study.open_study(cfg, shared_study.record(cfg), create=False)
     trial = shared_study.best_trial(tuning, args.trial)
-    unfinished = cfg.training.num_trials - shared_study.num_counted(tuning.trials) + shared_study.num_open(tuning)
+    unfinished = cfg.tuning.num_trials - shared_study.num_counted(tuning.trials) + shared_study.num_open(tuning)
     if unfinished > 0:
         print(f"fetch_best_and_train: {unfinished:,} trials of the study are still to come")
-    chosen = shared_study.with_training(cfg, **trial.params, study_storage="journal")  # no password into the file
+    chosen = config.with_training(cfg, **trial.params)
+    without_password = chosen.tuning.model_copy(update={"study_storage": "journal"})
+    chosen = chosen.model_copy(update={"tuning": without_password})
 
     run_dir = cfg.paths.checkpoints_dir / cfg.training.run
     if not args.overwrite:  # before config.toml is written beside a checkpoint of other settings
@@ -51,7 +53,7 @@ def main(argv=None) -> int:
     reached = heads.load_checkpoint(run_dir / "checkpoint_best.pt")["metrics"]["map@r"]
     print(
         f"fetch_best_and_train: validation mAP@R {reached:.4f}, {reached - trial.value:+.4f} from the "
-        f"{trial.value:.4f} of trial {trial.number} ({cfg.training.trial_epochs} epochs); {settings_path}"
+        f"{trial.value:.4f} of trial {trial.number} ({cfg.tuning.trial_epochs} epochs); {settings_path}"
     )
     return 0
 

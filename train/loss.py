@@ -5,10 +5,14 @@ they take masks that leave out an anchor's own building and its ignore zone.
 """
 
 import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from common import config
 
 SMALLEST_TEMPERATURE = 0.01
 ALPHA, BETA, BASE, EPSILON = 2.0, 50.0, 0.5, 0.1  # of multi_similarity, as in its paper
@@ -75,24 +79,67 @@ def multi_similarity(similarities: torch.Tensor, positive: torch.Tensor, negativ
     return (pull.log1p() / ALPHA + push.log1p() / BETA).mean()
 
 
+class Contrast(NamedTuple):
+    """What a loss may use of a batch of A triplets; R = 3A rows: anchors, positives, negatives."""
+
+    vectors: torch.Tensor  # (R, d) unit vectors
+    s_ap: torch.Tensor  # (A,) cosine of anchor and positive
+    s_an: torch.Tensor  # (A,) cosine of anchor and negative, mined where training.mining says so
+    positive: torch.Tensor | None  # (R, R) bool, or (A, R) of the anchors: which pairs of rows are of one building
+    negative: torch.Tensor | None  # the same: which may be contrasted
+
+
+class Objective(NamedTuple):
+    """A loss: what it computes, and what it needs."""
+
+    compute: Callable[[Contrast, "Loss"], torch.Tensor]
+    relations: Literal["none", "anchors", "all"]  # pairs of rows that it wants `positive` and `negative` of
+    learns_temperature: bool = False
+    uses_triplets: bool = False  # the negative of each triplet alone: then a better one can be mined
+
+
+def _info_nce(batch: Contrast, loss: "Loss") -> torch.Tensor:
+    anchors, positives, negatives = batch.vectors.chunk(3)
+    n = len(anchors)
+    assert batch.negative is not None
+    return info_nce(anchors, positives, negatives, batch.negative[:n, n:], loss.log_temperature)
+
+
+def _multi_similarity(batch: Contrast, loss: "Loss") -> torch.Tensor:
+    assert batch.positive is not None
+    assert batch.negative is not None
+    return multi_similarity(batch.vectors @ batch.vectors.T, batch.positive, batch.negative)
+
+
+LOSSES = {
+    "triplet": Objective(lambda b, loss: triplet(b.s_ap, b.s_an, loss.margin), "none", uses_triplets=True),
+    "infonce": Objective(_info_nce, "anchors", learns_temperature=True),
+    "multi_similarity": Objective(_multi_similarity, "all"),
+}
+
+
 class Loss(nn.Module):
     """The loss that the settings name, with what it learns itself (the temperature)."""
 
     def __init__(self, name: str, margin: float, temperature: float, mines: bool):
         super().__init__()
-        self.name, self.margin, self.mines = name, margin, mines
-        if name == "infonce":
+        self.objective: Objective = config.entry(LOSSES, "training.loss", name, "train/loss.py")
+        self.margin: float = margin
+        self.mines = mines
+        if mines and not self.objective.uses_triplets:
+            raise ValueError(f"{name} does not use the negatives that would be mined")
+        if self.objective.learns_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
 
     @property
     def needs_relations(self) -> bool:
-        """Whether it contrasts rows across triplets, and so needs `negative` and `positive`."""
-        return self.mines or self.name != "triplet"
+        """Whether it compares rows across triplets, and so needs `negative` and `positive`."""
+        return self.mines or self.objective.relations != "none"
 
     @property
     def contrasts_all(self) -> bool:
         """Whether it needs them of all rows, and not of the anchors alone."""
-        return self.name == "multi_similarity"
+        return self.objective.relations == "all"
 
     def forward(
         self, vectors: torch.Tensor, masks: tuple[torch.Tensor, torch.Tensor] | None
@@ -103,18 +150,10 @@ class Loss(nn.Module):
         `contrasts_all`; None if it needs no relations.
         """
         anchors, positives, negatives = vectors.chunk(3)
-        n = len(anchors)
         s_ap, s_an = (anchors * positives).sum(dim=1), (anchors * negatives).sum(dim=1)
-        if masks is None:
-            assert not self.needs_relations
-            return triplet(s_ap, s_an, self.margin), semi_hard(s_ap, s_an, self.margin).detach()
-        positive, negative = masks
+        positive, negative = masks or (None, None)
         if self.mines:
-            s_an = mine_semi_hard(s_ap, anchors @ vectors.T, negative[:n])
-        if self.name == "triplet":
-            loss = triplet(s_ap, s_an, self.margin)
-        elif self.name == "infonce":
-            loss = info_nce(anchors, positives, negatives, negative[:n, n:], self.log_temperature)
-        else:
-            loss = multi_similarity(vectors @ vectors.T, positive, negative)
+            assert negative is not None
+            s_an = mine_semi_hard(s_ap, anchors @ vectors.T, negative[: len(anchors)])
+        loss = self.objective.compute(Contrast(vectors, s_ap, s_an, positive, negative), self)
         return loss, semi_hard(s_ap, s_an, self.margin).detach()

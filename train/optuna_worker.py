@@ -1,13 +1,13 @@
-"""Tries settings of [training.search_space] until the study has training.num_trials trials, over all workers.
+"""Tries settings of [tuning.search_space] until the study has tuning.num_trials trials, over all workers.
 
 Start as many workers as there are GPUs: they share the study, a journal on a shared disk or a PostgreSQL database.
-A trial trains for training.trial_epochs epochs and is worth its best validation mAP@R after one of them (the
-untrained head does not count). With training.pruner = "median", after five trials, one whose best falls behind the
+A trial trains for tuning.trial_epochs epochs and is worth its best validation mAP@R after one of them (the
+untrained head does not count). With tuning.pruner = "median", after five trials, one whose best falls behind the
 median of the others' at the same epoch, from the second on, is pruned; "hyperband" gives many trials few epochs
 and few trials all. What a killed worker was at is tried again by another.
 
 Reads    data/merged/{train,val}.parquet, data/difficulty/difficulty_metadata.parquet: once, for all trials
-Writes   data/study/journal.log (or training.study_storage);
+Writes   data/study/journal.log (or tuning.study_storage);
          data/study/study.html: history, importances and slices of the study
 Command  python train/optuna_worker.py [--trials 10] [--minutes 600]
 Memory   as train.py
@@ -41,7 +41,7 @@ def main(argv=None) -> int:
     page_path = cfg.paths.study_dir / "study.html"
     if shared_study.is_full(tuning, cfg):
         study_page.write(page_path, tuning)  # the last worker may have been killed before it did
-        return cli.nothing_to_do("optuna_worker", f"{cfg.training.num_trials} trials")
+        return cli.nothing_to_do("optuna_worker", f"{cfg.tuning.num_trials} trials")
 
     progress = cli.Progress("optuna_worker", "trial", args.trials, cfg.logging.progress_interval_s)
     with study_storage.loss_told(cfg), progress:

@@ -12,9 +12,10 @@ import pyarrow as pa
 
 from common import files, parquet, provenance, schemas
 from common.archives import tars
-from common.config import Config, values
+from common.config import values
 from common.errors import StaleArtefact
 from common.provenance import Provenance
+from common.sections import Config
 
 
 @dataclass(frozen=True)

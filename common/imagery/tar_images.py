@@ -23,9 +23,9 @@ from common import files, parquet, provenance, schemas
 from common.archives import gzip_streams, tars
 from common.archives.restart_points import RestartPoint
 from common.archives.tar_blocks import window
-from common.config import Paths
 from common.errors import PipelineError
 from common.provenance import Provenance
+from common.sections import Paths
 
 log = logging.getLogger("pipeline")
 _POINTS_AT_A_TIME = 250  # written as a row group of 8 MB, which takes five times as much memory meanwhile

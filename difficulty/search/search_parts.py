@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from common import cli, devices, files, parquet, provenance, schemas
-from common.config import Config, values
+from common.config import values
 from common.errors import PipelineError
 from common.imagery import tar_images
 from common.places import zones
 from common.provenance import Provenance
+from common.sections import Config
 from difficulty import bands
 from difficulty.report import band_report
 

@@ -13,9 +13,9 @@ import pyarrow as pa
 from common import parquet, schemas
 from common.archives import tar_parts, tars
 from common.cli import Progress
-from common.config import Config
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance
+from common.sections import Config
 from preprocess.split.split_rules import Decision, Images
 
 _FROM_INTERMEDIATES = ("dataset_id", "target_id", "patch_id", "street_view_id", "target_lat", "target_lon")

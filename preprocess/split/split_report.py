@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 
-from common.config import Data
 from common.errors import PipelineError
 from common.imagery import pictures
 from common.schemas import SPLITS
+from common.sections import Data
 from preprocess.split import cell_maps
 from preprocess.split.split_rules import Decision, Images, count_in_two_splits
 

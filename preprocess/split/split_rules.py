@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.config import Data
 from common.places import geo
 from common.places.zones import number_buildings
 from common.schemas import SPLITS
+from common.sections import Data
 from preprocess.duplicates import duplicate_rules
 
 TRAIN, VAL, TEST, NONE = 0, 1, 2, -1  # numbers of SPLITS

@@ -5,7 +5,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from common import parquet, schemas
-from common.config import Config, is_folder
+from common.config import is_folder
+from common.sections import Config
 from generate.pixels import Preprocessing
 
 TEMPLATE = Path(__file__).with_name("model_card.md")

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from common import parquet
-from common.config import Config
 from common.errors import PipelineError
 from common.imagery.decoding import Undecodable, decode
 from common.imagery.tar_images import of_paths
+from common.sections import Config
 from generate.pixels import Preprocessing
 from train.evaluation.heads import head_of
 

@@ -13,9 +13,10 @@ import torch
 from safetensors import SafetensorError
 
 from common import files, parquet
-from common.config import Config, EmbeddingModel, is_folder
+from common.config import is_folder
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance
+from common.sections import Config, EmbeddingModel
 from generate import backbone, model_files
 from generate.pixels import Preprocessing
 from publish.configuration_spatial_embeddings import SpatialEmbeddingsConfig

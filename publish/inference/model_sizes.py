@@ -5,12 +5,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from common.config import Config
-from common.errors import PipelineError
+from common.sections import Config
 from generate import backbone, model_files
 from generate.pixels import read_preprocessing
 from publish.configuration_spatial_embeddings import SpatialEmbeddingsConfig
-from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel, width
+from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel, embedding_dim
 
 BYTES = {"float32": 4, "bfloat16": 2}
 BATCHES = (1, 64, 256)
@@ -34,12 +33,9 @@ def estimate(cfg: Config, num_images: int, image_size: int | None) -> dict:
     settings = cfg.embedding_model
     folder = model_files.locate(settings.name, settings.revision, weights=False)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if config.model_type not in backbone.FAMILIES:
-        raise PipelineError(
-            f"{settings.name} is a model of type {config.model_type}; supported are {', '.join(backbone.FAMILIES)}"
-        )
+    backbone.check(settings, config.model_type)
     height, wide = (image_size, image_size) if image_size else read_preprocessing(folder).image_size
-    dim = width(config) * (2 if settings.pooling == "cls_mean" else 1)
+    dim = embedding_dim(config, settings.pooling)
     head = {"hidden_dim": cfg.training_model.hidden_dim, "output_dim": min(cfg.training_model.output_dim, dim)}
     with torch.device("meta"):
         model = SpatialEmbeddingsModel(SpatialEmbeddingsConfig(config, settings.pooling, dim, **head)).eval()
@@ -97,7 +93,7 @@ def as_text(found: dict) -> str:
     share = found["assumed_share_of_peak"]
     lines += [f"at {share:.0%} of the card's peak, if images are decoded fast enough: 1,000 images/s a CPU core"]
     lines += [
-        "(peaks: NVIDIA's data sheets, dense bfloat16; share: timm's published rates of DINOv3, see sizes.py)"
+        "(peaks: NVIDIA's data sheets, dense bfloat16; share: timm's published rates of DINOv3, see this module)"
     ]
     return "\n".join(lines)
 

@@ -13,9 +13,9 @@ from PIL import Image, ImageOps
 
 from common import files
 from common.cli import Progress
-from common.config import Infrastructure
 from common.errors import PipelineError
 from common.imagery.decoding import Undecodable, decode
+from common.sections import Infrastructure
 from generate import loop
 from preprocess.tars.labels import parse_name
 from publish.inference.image_sources import ImageSource

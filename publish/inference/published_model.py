@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from common.config import Config
 from common.errors import PipelineError
+from common.sections import Config
 from generate import backbone, model_files
 from generate.pixels import Preprocessing, read_preprocessing
 from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel

@@ -13,11 +13,11 @@ import torch
 
 from common import cli, parquet, provenance, schemas
 from common.cli import Progress
-from common.config import Infrastructure
 from common.errors import PipelineError
 from common.imagery.tar_images import TarImages
 from common.provenance import Provenance, digest_of
 from common.schemas import Rejected, count_reasons
+from common.sections import Infrastructure
 from generate import embedding_parts, loop
 from publish.inference.published_model import Published
 

@@ -44,7 +44,7 @@ from synthetic import write_dataset
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoImageProcessor, AutoModel, Dinov2Config
 
-from common import cli, config, devices
+from common import cli, config, devices, sections
 from common.archives import tar_parts
 from common.imagery import tar_images
 from common.imagery.decoding import decode
@@ -87,12 +87,12 @@ def write_vit(folder: Path, size: str) -> Path:
     return folder
 
 
-def settings(root: Path, model: Path, *more: str) -> config.Config:
+def settings(root: Path, model: Path, *more: str) -> sections.Config:
     return config.load(None, [f"paths.root={root}", f"embedding_model.name={model}", *more])
 
 
 def run_loop(
-    cfg: config.Config, todo: list[tar_parts.TarPart], forward, preprocessing, device: torch.device
+    cfg: sections.Config, todo: list[tar_parts.TarPart], forward, preprocessing, device: torch.device
 ) -> None:
     """All that the stage does for these parts, from the tar to the Parquet files."""
     with cli.Progress("benchmark", "image", interval_s=3600) as progress:
@@ -109,14 +109,14 @@ def run_loop(
             assert not failure, failure
 
 
-def parts_of(cfg: config.Config, images: int) -> list[tar_parts.TarPart]:
+def parts_of(cfg: sections.Config, images: int) -> list[tar_parts.TarPart]:
     """One part of the first `images` images."""
     tar = next(cfg.paths.raw_dir.glob("*.tar"))
     (part,) = tar_parts.of_tar(cfg, tar, cfg.paths.embeddings_dir, "generate_embeddings", {"model": "benchmark"})
     return [tar_parts.TarPart(part.tar, part.source, 0, min(images, part.count), part.target, part.made)]
 
 
-def against_the_model(cfg: config.Config, device: torch.device, images: int, rounds: int) -> dict:
+def against_the_model(cfg: sections.Config, device: torch.device, images: int, rounds: int) -> dict:
     """Seconds of the loop, and of the same model on as many tensors that lie on its device."""
     model = backbone.load(cfg.embedding_model, devices.resolve_dtype("auto", device), device)
     todo = parts_of(cfg, images)
@@ -145,7 +145,7 @@ class Repeated(tar_parts.TarPart):
         return pa.concat_tables([there] * times).slice(0, self.count).combine_chunks()
 
 
-def almost_free(cfg: config.Config, folder: Path, rounds: int = 5) -> tuple[dict, int]:
+def almost_free(cfg: sections.Config, folder: Path, rounds: int = 5) -> tuple[dict, int]:
     """(seconds of each way with a "model" that takes a few pixels, number of images)."""
     (part,) = parts_of(cfg, 10**6)
     todo = [Repeated(part.tar, part.source, 0, FREE_IMAGES, part.target, part.made)]

@@ -21,7 +21,7 @@ import street_tar
 import timing  # puts the repository's root on sys.path
 from damaged_tars import write_gzip
 
-from common import config, parquet
+from common import config, parquet, sections
 from common.imagery import tar_images
 
 IMAGES = 60_000  # 2 GB of them
@@ -53,7 +53,7 @@ def read_in_order(store: tar_images.TarImages, rows: pa.Table) -> None:
         store.read(rows.slice(start, BATCH))
 
 
-def measure_reading(paths: config.Paths, plain_dir: Path, rows: pa.Table, tar_gb: str) -> list[timing.Ratio]:
+def measure_reading(paths: sections.Paths, plain_dir: Path, rows: pa.Table, tar_gb: str) -> list[timing.Ratio]:
     chosen = np.random.default_rng(0).choice(rows.num_rows, RANDOM, replace=False)
     some, middle = rows.take(chosen), rows.slice(rows.num_rows // 2, 1)
     tar = paths.raw_dir / rows["tar_file"][0].as_py()

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import timing  # puts the repository's root on sys.path
 
-from common import config, parquet, provenance, schemas
+from common import config, parquet, provenance, schemas, sections
 from common.places import geo
 
 FULL = "--full" in sys.argv
@@ -41,7 +41,7 @@ def places(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return building, lat, (street // 500 * 2_000 + along * 12) / geo.METRES_PER_DEGREE / 0.7
 
 
-def write_tar_files(cfg: config.Config, number: int, rows: slice, columns: dict) -> None:
+def write_tar_files(cfg: sections.Config, number: int, rows: slice, columns: dict) -> None:
     """Intermediates, fingerprints and embeddings of one tar, as the stages before the merge leave them."""
     stem, n = f"{number:04d}", rows.stop - rows.start
     tar = cfg.paths.raw_dir / f"{stem}.tar"

@@ -21,19 +21,19 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from common import config
+from common import config, sections
 from difficulty.search.exact_search import fast_bfloat16
 from publish.projection_head import ProjectionHead
 from train import datasets
 from train.fitting import fit
-from train.sampling import bandit
+from train.sampling import samplers
 
 ROWS, DIM, VIEWS, PANORAMAS = 100_000, 768, 4, 30_000
 STEPS, ROUNDS = 16, 5
 SETTINGS = ["training.loss=triplet", "training_model.hidden_dim=512", "training_model.output_dim=256"]
 
 
-def make_data(cfg: config.Config) -> tuple[datasets.TrainingData, dict[str, np.ndarray]]:
+def make_data(cfg: sections.Config) -> tuple[datasets.TrainingData, dict[str, np.ndarray]]:
     """Random embeddings and neighbours of buildings 40 m apart, as training holds them and as arrays."""
     rng = np.random.default_rng(0)
     building = np.arange(ROWS) // VIEWS
@@ -64,7 +64,7 @@ def make_data(cfg: config.Config) -> tuple[datasets.TrainingData, dict[str, np.n
 class Ours:
     """The steps of a run, as `fit.fit` takes them."""
 
-    def __init__(self, cfg: config.Config, data: datasets.TrainingData):
+    def __init__(self, cfg: sections.Config, data: datasets.TrainingData):
         self.cfg, self.data, self.run = cfg, data, fit.start(cfg, data)
         self.feed = fit.make_feed(cfg, data.train)
 
@@ -76,14 +76,14 @@ class Ours:
         """What `train` does before the gather of the embeddings."""
         training = self.cfg.training
         for step in range(STEPS):
-            arms = bandit.arms_of_step("ucb", self.run.bandit, step, training.bandit_groups)
+            arms = samplers.arms_of_step("ucb", self.run.bandit, step, training.bandit_groups)
             self.feed.sampler.draw(step, arms)
 
 
 class Triplets(Dataset):
     """One triplet at a time, out of lists and dicts."""
 
-    def __init__(self, cfg: config.Config, arrays: dict[str, np.ndarray]):
+    def __init__(self, cfg: sections.Config, arrays: dict[str, np.ndarray]):
         self.embeddings = torch.from_numpy(arrays["embeddings"]).float()
         building_of_row, offsets = arrays["building_of_row"], arrays["offsets"][0].astype(int)
         names = np.array([f"0088_{number}" for number in range(building_of_row[-1] + 1)], object)
@@ -128,7 +128,7 @@ class Triplets(Dataset):
 class Theirs:
     """The same head trained on what a DataLoader brings."""
 
-    def __init__(self, cfg: config.Config, arrays: dict[str, np.ndarray], workers: int):
+    def __init__(self, cfg: sections.Config, arrays: dict[str, np.ndarray], workers: int):
         model = cfg.training_model
         self.margin = cfg.training.margin
         self.head = ProjectionHead(DIM, model.hidden_dim, model.output_dim, model.dropout).train()

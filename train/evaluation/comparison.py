@@ -2,18 +2,20 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 from common import cli
-from common.config import Config, Training
 from common.errors import PipelineError
 from common.imagery import pictures
+from common.sections import Config
 from train.evaluation import bootstrap, gallery, methods, metrics, protocol
+from train.loss import LOSSES
 from train.report.evaluation_page import percent
+from train.sampling.samplers import SAMPLERS
 
 FIGURES = ("map@r", "recall@1")
 CONTROL = "hard_random"  # half the hardest band, half random: the plain way that a sampler has to beat
@@ -24,12 +26,22 @@ class Combination(NamedTuple):
 
     sampler: str
     loss: str
+    mining: str = "none"
+
+    def __str__(self) -> str:
+        return f"{self.sampler} + {self.mining}" if self.mining != "none" else self.sampler
 
 
 def combinations() -> list[Combination]:
-    """All that the settings allow."""
-    samplers, losses = (get_args(Training.model_fields[name].annotation) for name in ("sampler", "loss"))
-    return [Combination(sampler, loss) for loss in losses for sampler in samplers]
+    """Every sampler with every loss, and semi-hard mining among random rows where the loss allows it."""
+    return [
+        combination
+        for loss, objective in LOSSES.items()
+        for combination in (
+            *(Combination(sampler, loss) for sampler in SAMPLERS),
+            *([Combination("random", loss, "semi_hard")] if objective.uses_triplets else []),
+        )
+    ]
 
 
 def read(path: Path) -> dict:
@@ -52,7 +64,7 @@ def judge(cfg: Config, best: dict[tuple[Combination, int], dict], device: torch.
             for run, checkpoint in best.items()
         }  # each (queries with a match, figures)
     cells, cell_of_query = np.unique(rows.column("cell_id")[: rows.num_queries][asked], return_inverse=True)
-    weights = bootstrap.draw_weights(len(cells), cfg.training.bootstrap_samples, cfg.global_.seed)
+    weights = bootstrap.draw_weights(len(cells), cfg.evaluation.bootstrap_samples, cfg.global_.seed)
 
     def estimate(of_queries: np.ndarray) -> np.ndarray:  # (1 + draws, figures)
         return bootstrap.means(of_queries, cell_of_query, weights)
@@ -105,12 +117,16 @@ def as_markdown(found: dict) -> str:
     for row in found["combinations"]:
         figures, control = row["figures"], row["minus_control"]["map@r"]
         lines.append(
-            f"| {row['loss']} | {row['sampler']} | {percent(figures['map@r'])} | {percent(figures['recall@1'])} "
+            f"| {row['loss']} | {_name_of(row)} | {percent(figures['map@r'])} | {percent(figures['recall@1'])} "
             f"| {_difference(row['minus_whitening']['map@r'])} "
             f"| {'' if row['sampler'] == CONTROL else _difference(control)} "
             f"| {', '.join(map(str, row['best_epochs']))} |"
         )
     return "\n".join(lines)
+
+
+def _name_of(row: dict) -> str:
+    return str(Combination(row["sampler"], row["loss"], row.get("mining", "none")))
 
 
 def _difference(figure: dict) -> str:
@@ -136,6 +152,6 @@ def draw(found: dict) -> bytes:
         seeds = [100 * (value - base) for value in row["by_seed"]["map@r"]]
         axes.plot(seeds, [place] * len(seeds), "|", color="black", markersize=9)
     axes.axvline(0, color="grey", linewidth=1)
-    axes.set_yticks(range(len(rows)), [f"{row['loss']}, {row['sampler']}" for row in rows])
+    axes.set_yticks(range(len(rows)), [f"{row['loss']}, {_name_of(row)}" for row in rows])
     axes.set_xlabel("mAP@R - learned whitening's, points\ndot: mean, line: 95 %, strokes: single seeds")
     return pictures.png(figure)

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import config, parquet, provenance
-from common.config import Config
 from common.provenance import Provenance, digest_of
+from common.sections import Config
 from train.evaluation import gallery, heads, methods, metrics_json
 from train.evaluation.methods import Method
 
-SETTINGS = ("global.seed", "data.ignore_radius_m", "training.bootstrap_samples")
+SETTINGS = ("global.seed", "data.ignore_radius_m", "evaluation.bootstrap_samples")
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationTask:
     """What is evaluated, and where that is told."""
 
     folder: Path
@@ -24,7 +24,7 @@ class Evaluation:
     subject: dict
 
 
-def of_run(cfg: Config, compare: list[Path]) -> Evaluation:
+def of_run(cfg: Config, compare: list[Path]) -> EvaluationTask:
     """The config's run on the test split, beside what is compared with it."""
     run_dir = cfg.paths.checkpoints_dir / cfg.training.run
     path = run_dir / "checkpoint_best.pt"
@@ -39,7 +39,7 @@ def of_run(cfg: Config, compare: list[Path]) -> Evaluation:
     inputs |= {path.name: checkpoint["provenance"]["id"], **{method.name: method.id for method in further}}
     history = run_dir / "history.parquet"  # the report draws it
     inputs |= {history.name: provenance.identity(history)} if history.exists() else {}
-    settings = config.values(cfg, *SETTINGS, "training.gallery", "training.run")
+    settings = config.values(cfg, *SETTINGS, "evaluation.gallery", "training.run")
     subject = {
         "run": cfg.training.run,
         "epoch": checkpoint["epoch"],
@@ -50,15 +50,15 @@ def of_run(cfg: Config, compare: list[Path]) -> Evaluation:
     }
     folder = cfg.paths.evaluation_dir / "compared" if compare else cfg.paths.evaluation_dir
     made = provenance.record("evaluate", settings, inputs)
-    return Evaluation(folder, made, gallery.files_of(cfg), [*own, *further], subject)
+    return EvaluationTask(folder, made, gallery.files_of(cfg), [*own, *further], subject)
 
 
-def of_file(cfg: Config, path: Path) -> Evaluation:
+def of_file(cfg: Config, path: Path) -> EvaluationTask:
     """A file of any model's vectors, by itself."""
     gallery.refuse_missing_columns(path)
     method = methods.of_file(path)
     made = provenance.record("evaluate", config.values(cfg, *SETTINGS), {path.name: method.id})
-    return Evaluation(cfg.paths.evaluation_dir / path.stem, made, [path], [method], {"file": str(path)})
+    return EvaluationTask(cfg.paths.evaluation_dir / path.stem, made, [path], [method], {"file": str(path)})
 
 
 def is_done(path: Path, made: Provenance, overwrite: bool) -> bool:

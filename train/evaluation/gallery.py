@@ -13,10 +13,10 @@ import pandas as pd
 import pyarrow as pa
 
 from common import parquet, provenance, schemas
-from common.config import Config
 from common.errors import PipelineError, StaleArtefact
 from common.places import zones
 from common.provenance import Provenance
+from common.sections import Config
 
 TEST_FIRST = ("test", "train", "val")
 COLUMNS = (
@@ -40,8 +40,8 @@ class Gallery:
 
 
 def files_of(cfg: Config) -> list[Path]:
-    """The files of the splits that are ranked by training.gallery, test's first."""
-    names = TEST_FIRST if cfg.training.gallery == "all" else TEST_FIRST[:1]
+    """The files of the splits that are ranked by evaluation.gallery, test's first."""
+    names = TEST_FIRST if cfg.evaluation.gallery == "all" else TEST_FIRST[:1]
     return [cfg.paths.merged_dir / f"{name}.parquet" for name in names]
 
 

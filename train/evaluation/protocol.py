@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from common import cli
-from common.config import Config
 from common.errors import PipelineError
 from common.places import geo
+from common.sections import Config
 from train.evaluation import bootstrap, breakdowns, metrics
 from train.evaluation.gallery import Gallery
 from train.evaluation.methods import Method
@@ -100,7 +100,7 @@ def figures(
     cell_id = gallery.column("cell_id")[: gallery.num_queries]
     cells = np.unique(cell_id[asked])  # the others have no say in the draws
     num_cells, cell_of_query = len(cells), np.searchsorted(cells, cell_id)
-    weights = bootstrap.draw_weights(num_cells, cfg.training.bootstrap_samples, seed)
+    weights = bootstrap.draw_weights(num_cells, cfg.evaluation.bootstrap_samples, seed)
     answered = {name: of_method.select(asked) for name, of_method in per_query.items()}
     estimates = {name: estimates_of(answers, cell_of_query[asked], weights) for name, answers in answered.items()}
     others = [name for name in matches if name not in ("raw", "pca", "whitening", "trained")]

@@ -7,21 +7,12 @@ import numpy as np
 import torch
 
 from common import files, parquet, provenance
-from common.config import Config, values
+from common.config import values
 from common.provenance import Provenance, digest_of
+from common.sections import Config
 from train.evaluation import heads
 from train.fitting import history
 
-NOT_OF_A_RUN = (
-    "run",
-    "gallery",
-    "bootstrap_samples",
-    "num_trials",
-    "trial_epochs",
-    "search_space",
-    "study_storage",
-    "pruner",
-)
 NAMES = ("checkpoint_best.pt", "checkpoint_last.pt", "history.parquet", "curves.png", "bad_batch.pt")
 
 
@@ -30,7 +21,7 @@ def record(cfg: Config, inputs: dict[str, str]) -> Provenance:
     config = values(cfg, "global.seed", "data.ignore_radius_m", "training_model", "training")
     if cfg.training.remine_epochs:
         config |= values(cfg, "data.band_percentiles", "data.band_reference_rank")
-    config = {key: value for key, value in config.items() if key.removeprefix("training.") not in NOT_OF_A_RUN}
+    del config["training.run"]  # its name alone: a run may be renamed
     return provenance.record("train", config, inputs)
 
 

@@ -12,15 +12,16 @@ import pandas as pd
 import torch
 
 from common import cli
-from common.config import Config
 from common.devices import resolve_dtype
 from common.errors import PipelineError
+from common.sections import Config
 from publish.projection_head import ProjectionHead
 from train.datasets import Batch, TrainingData, TrainRows, relations, step_seed
 from train.fitting import checkpoints, history, remine, tracking
 from train.fitting.dropout import replace_dropout
 from train.loss import Loss
-from train.sampling.bandit import DiscountedUcb, arms_of_step
+from train.sampling import samplers
+from train.sampling.bandit import DiscountedUcb
 from train.sampling.feed import Feed, reading
 
 log = logging.getLogger("pipeline")
@@ -143,7 +144,7 @@ def start(cfg: Config, data: TrainingData) -> Run:
         head.mean.copy_(whitening["mean"])
         if settings.init == "whitening":  # its scale is free; this one gives outputs of the size of the MLP's
             head.linear.weight.copy_(whitening["projection"] / whitening["spread"])
-    loss = Loss(training.loss, training.margin, training.temperature, mines=training.sampler == "semi_hard")
+    loss = Loss(training.loss, training.margin, training.temperature, training.mining == "semi_hard")
     head.to(data.device)
     loss.to(data.device)
     available = arms_of(data.train)
@@ -242,7 +243,7 @@ def train_step(cfg: Config, data: TrainingData, run: Run, feed: Feed, run_dir: P
     if not np.isfinite(brought[0]):
         _refuse_not_finite(run.step, batch, run_dir)
     credit, reward = np.split(brought[1:], 2)
-    if training.sampler == "ucb":
+    if samplers.of_name(training.sampler).learns:
         group_size = training.batch_size / training.bandit_groups
         run.bandit.update(credit / group_size, reward / group_size)
     run.sums += np.concatenate([brought[:1], [1], credit, reward])
@@ -254,7 +255,7 @@ def train_step(cfg: Config, data: TrainingData, run: Run, feed: Feed, run_dir: P
 def draw(cfg: Config, run: Run, feed: Feed) -> None:
     """Let the bandit choose, unless it has (a stopped run keeps what it chose), and draw the step in hand."""
     if run.arms is None:
-        run.arms = arms_of_step(cfg.training.sampler, run.bandit, run.step, cfg.training.bandit_groups)
+        run.arms = samplers.arms_of_step(cfg.training.sampler, run.bandit, run.step, cfg.training.bandit_groups)
     feed.draw(run.step, run.arms)
 
 

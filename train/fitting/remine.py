@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from common import devices
-from common.config import Config
+from common.sections import Config
 from difficulty import bands
 from difficulty.search import exact_search
 from publish.projection_head import ProjectionHead

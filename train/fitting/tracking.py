@@ -5,10 +5,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.config import Config
 from common.errors import PipelineError
 from common.parquet import first_line
 from common.provenance import Provenance, digest_of
+from common.sections import Config
 
 
 class Tracker:

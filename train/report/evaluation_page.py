@@ -9,9 +9,9 @@ import pandas as pd
 import torch
 
 from common import files, parquet
-from common.config import Config
 from common.errors import PipelineError
 from common.imagery import tar_images
+from common.sections import Config
 from train.evaluation import bootstrap, protocol
 from train.evaluation.gallery import Gallery
 from train.evaluation.metrics import RECALL_AT, PerQuery

@@ -53,21 +53,3 @@ class DiscountedUcb:
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         for name, values in state.items():
             setattr(self, name, np.array(values))
-
-
-def arms_of_step(sampler: str, bandit: DiscountedUcb, step: int, groups: int) -> np.ndarray:
-    """The arm (groups,) of each group of a step by `training.sampler`; the last arm is `random`.
-
-    "uniform" takes the available arms in turn, "hard_random" band 0 and random in turn; "semi_hard" draws at
-    random, and the loss then picks among the batch.
-    """
-    turn = step * groups + np.arange(groups)
-    last = len(bandit.available) - 1
-    if sampler == "ucb":
-        return bandit.choose(groups)
-    if sampler == "uniform":
-        available = np.flatnonzero(bandit.available)
-        return available[turn % len(available)]
-    if sampler == "hard_random":
-        return np.where(turn % 2 == 0, 0, last)
-    return np.full(groups, last)

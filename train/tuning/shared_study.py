@@ -17,12 +17,11 @@ from pathlib import Path
 import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
-from pydantic import ValidationError
 
-from common import parquet, provenance
-from common.config import Choices, Config, Training
-from common.errors import ConfigError, PipelineError
+from common import config, parquet, provenance
+from common.errors import PipelineError
 from common.provenance import Provenance
+from common.sections import Choices, Config
 from train import datasets
 from train.fitting import checkpoints
 from train.tuning import study_storage
@@ -44,17 +43,15 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 def record(cfg: Config) -> Provenance:
     """What a study depends on: the inputs and a trial's settings; for those that vary, the search space."""
     inputs = datasets.input_ids(cfg)
-    config = checkpoints.record(cfg, inputs).config
-    varied = {"training.epochs", *(f"training.{key}" for key in cfg.training.search_space)}
-    config = {key: value for key, value in config.items() if key not in varied}
-    config["training.trial_epochs"] = cfg.training.trial_epochs
-    config["training.pruner"] = cfg.training.pruner
-    config["training.search_space"] = cfg.training.model_dump(mode="json")["search_space"]
-    return provenance.record("optuna_worker", config, inputs)
+    settings = checkpoints.record(cfg, inputs).config
+    varied = {"training.epochs", *(f"training.{key}" for key in cfg.tuning.search_space)}
+    settings = {key: value for key, value in settings.items() if key not in varied}
+    settings |= config.values(cfg, "tuning.trial_epochs", "tuning.pruner", "tuning.search_space")
+    return provenance.record("optuna_worker", settings, inputs)
 
 
 def open_study(cfg: Config, made: Provenance, *, create: bool, overwrite: bool = False) -> optuna.Study:
-    """The study that training.study_storage keeps. Raises StaleArtefact if it was made on other data or settings
+    """The study that tuning.study_storage keeps. Raises StaleArtefact if it was made on other data or settings
     than `made` says (`overwrite` replaces it then), PipelineError if there is none and `create` is False."""
     name = study_storage.name_of(cfg)
     if not create and isinstance(name, Path) and not name.exists():
@@ -80,10 +77,10 @@ def open_study(cfg: Config, made: Provenance, *, create: bool, overwrite: bool =
 
 
 def pruner_of(cfg: Config) -> optuna.pruners.BasePruner:
-    """What ends trials that fall behind, by training.pruner; both see the validation mAP@R of each epoch."""
-    if cfg.training.pruner == "median":
+    """What ends trials that fall behind, by tuning.pruner; both see the validation mAP@R of each epoch."""
+    if cfg.tuning.pruner == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
-    return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=cfg.training.trial_epochs)
+    return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=cfg.tuning.trial_epochs)
 
 
 def _existing_study(opened: BaseStorage) -> optuna.Study | None:
@@ -97,19 +94,19 @@ def _existing_study(opened: BaseStorage) -> optuna.Study | None:
 
 
 def claim(study: optuna.Study, cfg: Config) -> optuna.Trial | None:
-    """The next trial, its parameters drawn, for this worker to run; None if there are training.num_trials.
+    """The next trial, its parameters drawn, for this worker to run; None if there are tuning.num_trials.
 
     Trials of dead workers come back first, and again under a new number.
     """
     with study_storage.locked(cfg):
         requeue_dead(study, time.time())
         trials = study.get_trials(deepcopy=False)
-        if not _has_work(trials, cfg.training.num_trials):
+        if not _has_work(trials, cfg.tuning.num_trials):
             return None
         # a seed for each trial: workers that share one would all draw the same
         study.sampler = optuna.samplers.TPESampler(seed=cfg.training.seed + len(trials), constant_liar=True)
         trial = study.ask()
-        for key, dimension in cfg.training.search_space.items():
+        for key, dimension in cfg.tuning.search_space.items():
             suggest(trial, key, dimension, isinstance(getattr(cfg.training, key), int))
         trial.set_user_attr("worker", worker_name())
         trial.set_user_attr("heartbeat", time.time())
@@ -120,7 +117,7 @@ def is_full(study: optuna.Study, cfg: Config) -> bool:
     """Whether there is no trial left for a worker that starts now."""
     with study_storage.locked(cfg):
         requeue_dead(study, time.time())
-        return not _has_work(study.get_trials(deepcopy=False), cfg.training.num_trials)
+        return not _has_work(study.get_trials(deepcopy=False), cfg.tuning.num_trials)
 
 
 def _has_work(trials: list[FrozenTrial], num_trials: int) -> bool:
@@ -128,7 +125,7 @@ def _has_work(trials: list[FrozenTrial], num_trials: int) -> bool:
 
 
 def suggest(trial: optuna.Trial, key: str, dimension: tuple | Choices, whole: bool) -> None:
-    """Draw one setting: `dimension` as in training.search_space, `whole` for one that is an integer."""
+    """Draw one setting: `dimension` as in tuning.search_space, `whole` for one that is an integer."""
     if isinstance(dimension, Choices):
         trial.suggest_categorical(key, dimension.choices)
         return
@@ -172,7 +169,7 @@ def retried(trials: list[FrozenTrial]) -> set[int]:
 
 
 def num_counted(trials: list[FrozenTrial]) -> int:
-    """How many of training.num_trials are finished, failed for good, running or queued."""
+    """How many of tuning.num_trials are finished, failed for good, running or queued."""
     again = retried(trials)
     return sum(trial.number not in again for trial in trials)
 
@@ -223,18 +220,8 @@ def best_trial(study: optuna.Study, number: int | None = None) -> FrozenTrial:
 # ------------------------------------------------------------------------------------- settings of a trial
 
 
-def with_training(cfg: Config, **changes) -> Config:
-    """`cfg` with these keys of [training] changed, checked as those of a file. Raises ConfigError."""
-    try:
-        training = Training.model_validate({**cfg.training.model_dump(), **changes})
-    except ValidationError as error:
-        told = "; ".join(mistake["msg"] for mistake in error.errors())
-        raise ConfigError(f"[training] cannot be used with {changes}: {told}") from None
-    return cfg.model_copy(update={"training": training})
-
-
 def check_search_space(cfg: Config) -> None:
     """Raise ConfigError if an end of a range, or a choice, is not a valid value of its setting."""
-    for key, dimension in cfg.training.search_space.items():
+    for key, dimension in cfg.tuning.search_space.items():
         for value in dimension.choices if isinstance(dimension, Choices) else dimension[:2]:
-            with_training(cfg, **{key: value})
+            config.with_training(cfg, **{key: value})

@@ -17,23 +17,23 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import ArgumentError, OperationalError
 
 from common import files
-from common.config import Config
 from common.errors import ConfigError, PipelineError
 from common.parquet import first_line
+from common.sections import Config
 
 ADVISORY_LOCK = 0x656D62  # a number of our own among a database's advisory locks
 
 
 def name_of(cfg: Config) -> Path | str:
     """The journal's path, or the database's URL without its password."""
-    if cfg.training.study_storage == "journal":
+    if cfg.tuning.study_storage == "journal":
         return cfg.paths.study_dir / "journal.log"
     return _url(cfg).render_as_string(hide_password=True)
 
 
 def open_storage(cfg: Config) -> JournalStorage | RDBStorage:
-    """What `training.study_storage` names, made where there is none. Call it with the lock."""
-    if cfg.training.study_storage == "journal":
+    """What `tuning.study_storage` names, made where there is none. Call it with the lock."""
+    if cfg.tuning.study_storage == "journal":
         path = cfg.paths.study_dir / "journal.log"
         lock = JournalLock(path)
         backend = JournalFileBackend(str(path), lock)  # type: ignore[arg-type] # a lock's base class is private
@@ -51,7 +51,7 @@ def open_storage(cfg: Config) -> JournalStorage | RDBStorage:
 def locked(cfg: Config) -> Iterator[None]:
     """Hold the study's lock: of all workers, on whatever node, one at a time."""
     cfg.paths.study_dir.mkdir(parents=True, exist_ok=True)
-    if cfg.training.study_storage == "journal":
+    if cfg.tuning.study_storage == "journal":
         with open(cfg.paths.study_dir / "lock", "ab") as file:
             _lock(file)
             yield
@@ -65,7 +65,7 @@ def _lock(file: BinaryIO) -> None:
     if not files.lock(file, wait=True):
         raise PipelineError(
             f"{file.name} cannot be locked: its file system has no locks, and the workers of a study need one\n"
-            "set paths.study_dir to a folder of another disk, or training.study_storage to a PostgreSQL database"
+            "set paths.study_dir to a folder of another disk, or tuning.study_storage to a PostgreSQL database"
         )
 
 
@@ -90,7 +90,7 @@ def _connection(cfg: Config) -> Iterator[sqlalchemy.Connection]:
         connection = engine.connect()
     except ImportError:
         raise ConfigError(
-            "training.study_storage: PostgreSQL needs its driver: pip install 'embedding-pipeline[postgres]'"
+            "tuning.study_storage: PostgreSQL needs its driver: pip install 'embedding-pipeline[postgres]'"
         ) from None
     except OperationalError as error:  # its first line names host, port and user, not the password
         raise PipelineError(f"{name_of(cfg)} does not answer: {first_line(error.orig or error)}") from None
@@ -100,11 +100,11 @@ def _connection(cfg: Config) -> Iterator[sqlalchemy.Connection]:
 
 def _url(cfg: Config) -> sqlalchemy.URL:
     try:
-        url = sqlalchemy.make_url(cfg.training.study_storage)
+        url = sqlalchemy.make_url(cfg.tuning.study_storage)
     except ArgumentError:
         url = None
     if url is None or url.get_backend_name() != "postgresql":  # not told: there may be a password in it
-        raise ConfigError('training.study_storage must be "journal" or a URL that begins with postgresql://')
+        raise ConfigError('tuning.study_storage must be "journal" or a URL that begins with postgresql://')
     return url.set(drivername="postgresql+psycopg2")
 
 

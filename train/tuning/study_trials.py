@@ -8,9 +8,9 @@ import torch
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from common import cli
-from common.config import Config
+from common import cli, config
 from common.errors import PipelineError, Stopped
+from common.sections import Config
 from train.datasets import TrainingData, load_data
 from train.fitting.fit import fit
 from train.tuning import shared_study, study_storage
@@ -68,11 +68,11 @@ def _outcome(cfg: Config, data: TrainingData, tuning: optuna.Study, trial: optun
             trial.report(val_map_at_r, epoch)  # epoch 0, the whitening, is the same for all
         last = now
         shared_study.beat(trial, longest_s)
-        if 0 < epoch < cfg.training.trial_epochs and trial.should_prune():
+        if 0 < epoch < cfg.tuning.trial_epochs and trial.should_prune():
             raise optuna.TrialPruned
 
     try:
-        settings = shared_study.with_training(cfg, **trial.params, epochs=cfg.training.trial_epochs)
+        settings = config.with_training(cfg, **trial.params, epochs=cfg.tuning.trial_epochs)
         trained = fit(settings, data, on_epoch=on_epoch).history.iloc[1:]
     except optuna.TrialPruned:
         tuning.tell(trial, state=TrialState.PRUNED)

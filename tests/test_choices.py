@@ -1,0 +1,60 @@
+"""The tables behind settings that name a choice: each name that config.toml allows has an entry, and no other."""
+
+from typing import get_args
+
+import pytest
+from conftest import ROOT
+
+from common import config, sections
+from common.errors import ConfigError
+from generate import backbone
+from publish import modeling_spatial_embeddings
+from train import loss
+from train.sampling import samplers
+
+TABLES = {
+    ("training", "sampler"): samplers.SAMPLERS,
+    ("training", "loss"): loss.LOSSES,
+    ("embedding_model", "pooling"): modeling_spatial_embeddings.POOLINGS,
+}
+
+
+@pytest.mark.parametrize(("section", "key"), TABLES)
+def test_every_name_that_is_allowed_has_an_entry(section, key):
+    model = sections.Config.model_fields[section].annotation
+    assert set(get_args(model.model_fields[key].annotation)) == set(TABLES[section, key])
+
+
+@pytest.mark.parametrize("name", [name for name, objective in loss.LOSSES.items() if not objective.uses_triplets])
+def test_mining_is_refused_with_a_loss_that_does_not_use_the_negative_of_a_triplet(name):
+    with pytest.raises(ConfigError, match=f'mining = "semi_hard" picks the negative .* loss = "{name}"'):
+        config.load(None, [f"training.loss={name}", "training.sampler=random", "training.mining=semi_hard"])
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_mining_is_refused_with_the_samplers_that_learn_from_what_it_replaces(sampler):
+    settings = ["training.loss=triplet", f"training.sampler={sampler}", "training.mining=semi_hard"]
+    if samplers.SAMPLERS[sampler].learns:
+        with pytest.raises(ConfigError, match="learns from the negatives"):
+            config.load(None, settings)
+    else:
+        assert config.load(None, settings).training.mining == "semi_hard"
+
+
+def test_a_name_without_an_entry_is_an_error_that_says_where_it_goes():
+    with pytest.raises(
+        ConfigError, match=r'training.loss = "circle": train/loss.py has no such entry, only triplet'
+    ):
+        loss.Loss("circle", 0.1, 0.1, mines=False)
+    with pytest.raises(ConfigError, match=r'"hardest": train/sampling/samplers.py has no such entry, only ucb'):
+        samplers.arms_of_step("hardest", None, 0, 4)
+    settings = config.load().embedding_model.model_copy(update={"pooling": "gem"})
+    with pytest.raises(
+        ConfigError, match=r'"gem": publish/modeling_spatial_embeddings.py has no such entry, only'
+    ):
+        backbone.check(settings, "dinov2")
+
+
+def test_a_sampler_and_the_table_of_files_name_files_that_exist():
+    for path in ("train/loss.py", "train/sampling/samplers.py", "publish/modeling_spatial_embeddings.py"):
+        assert (ROOT / path).exists()
