@@ -63,6 +63,10 @@ class Provenance:
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
 
+    def without(self, keys: set[str]) -> "Provenance":
+        """This record without some of its settings."""
+        return replace(self, config={key: value for key, value in self.config.items() if key not in keys})
+
     def to_dict(self) -> dict:
         return asdict(self)
 
@@ -75,24 +79,24 @@ class Provenance:
 
 
 def identity(path: Path) -> str:
-    """What `path` is known by: the id in its record for a Parquet file of ours, else its size and a digest of its
-    two ends. (A gzip stream ends with a checksum of all of it.)
+    """What a file that is not ours, such as a tar, is known by: its size and a digest of its two ends. (A gzip
+    stream ends with a checksum of all of it.)
     """
-    if path.suffix == ".parquet":
-        from common import parquet
+    status = path.stat()
+    return _identity(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
-        return parquet.read_provenance(path).id
-    size = path.stat().st_size
+
+@functools.cache  # each part of a tar asks
+def _identity(path: Path, size: int, mtime_ns: int, inode: int) -> str:
     with open(path, "rb", buffering=0) as file:
         start = file.read(_PROBED_BYTES)
         file.seek(max(0, size - _PROBED_BYTES))
         return f"{size} bytes, {digest_of(start, file.read(_PROBED_BYTES))[:16]}"
 
 
-def record(stage: str, config: dict, inputs: list[Path] | dict) -> Provenance:
-    """The record of a file that `stage` is about to make. `config`: see `config.values`."""
-    known = inputs if isinstance(inputs, dict) else {path.name: identity(path) for path in inputs}
-    return Provenance(stage=stage, config=json.loads(json.dumps(config)), inputs=known)
+def record(stage: str, config: dict, inputs: dict[str, str]) -> Provenance:
+    """The record of a file that `stage` is about to make. `config`: see `config.values`; `inputs`: name -> id."""
+    return Provenance(stage=stage, config=json.loads(json.dumps(config)), inputs=inputs)
 
 
 def differences(there: Provenance, now: Provenance) -> list[str]:

@@ -17,14 +17,81 @@ Time     2 N^2 D floating-point operations: 6 M x 768 are 5.5e16, minutes on a l
 
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import cli
+from common import cli, files, stages
 
 log = logging.getLogger("pipeline")
+SEARCH = ("data.neighbors", "data.ignore_radius_m", "data.search")  # settings
+
+
+def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
+    from difficulty.search import search_parts
+
+    record = STAGE.record(cfg, stages.ids([search_parts.train_path(cfg)]))
+    yield stages.Output(cfg.paths.difficulty_dir / "difficulty_metadata.parquet", record)
+
+
+def outputs_of_parts(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
+    """The parts of a shard; once they are gathered, only what they were gathered into."""
+    gathered = STAGE.outputs_of(cfg)
+    if gathered and STAGE.is_current(gathered[0]):
+        yield from gathered
+        return
+    yield from (stages.Output(part.target, part.made) for part in of_shard(list_parts(cfg), task, num_tasks))
+
+
+def of_shard(parts: list, shard: int, num_shards: int) -> list:
+    first, last = (len(parts) * number // num_shards for number in (shard, shard + 1))
+    return parts[first:last]
+
+
+def list_parts(cfg) -> list:
+    """All parts of the search, in order: part p holds the rows p * rows_per_part to (p + 1) * rows_per_part."""
+    from common import parquet
+    from difficulty.search import search_parts
+
+    train, size = search_parts.train_path(cfg), cfg.data.rows_per_part
+    record, total = PARTS.record(cfg, stages.ids([train])), parquet.num_rows(train)
+    return [
+        search_parts.SearchPart(
+            start, min(start + size, total), PARTS.folder(cfg) / f"{number:05d}.parquet", record
+        )
+        for number, start in enumerate(range(0, total, size))
+    ]
+
+
+def recorded(*settings: str):
+    """What a record holds of these settings and of those of the search."""
+
+    def values(cfg) -> dict:
+        from common import config
+
+        balltree = ["data.balltree_dim"] if cfg.data.search == "balltree" else []
+        return config.values(cfg, *SEARCH, *balltree, *settings)
+
+    return values
+
+
+_BANDS = ("data.band_percentiles", "data.band_reference_rank")
+STAGE = stages.Stage(
+    "compute_visual_neighbors",
+    lambda cfg: cfg.paths.difficulty_dir,
+    outputs,
+    settings=(*SEARCH, "data.balltree_dim", *_BANDS),
+    recorded=recorded(*_BANDS),
+)
+PARTS = stages.Stage(
+    "compute_visual_neighbors, a part",
+    lambda cfg: files.beside(cfg.paths.difficulty_dir, "parts"),
+    outputs_of_parts,
+    settings=(*SEARCH, "data.balltree_dim", "data.rows_per_part"),
+    recorded=recorded("data.rows_per_part"),
+)
 
 
 def main(argv=None) -> int:
@@ -32,19 +99,18 @@ def main(argv=None) -> int:
     arguments.add_argument("--finish", action="store_true", help="only gather the parts that the shards have made")
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
-    from common import files, parquet
+    from common import parquet
     from difficulty.report import band_table
     from difficulty.search import search_parts
 
     files.refuse_leftovers(cfg.paths.difficulty_dir, "parts", "parts/*.parquet")
     files.refuse_leftovers(cfg.paths.difficulty_dir, "report", "bands.*", "band_pairs.png")
-    target, made = search_parts.result(cfg)
-    if parquet.is_done(target, made, args.overwrite):
-        return cli.nothing_to_do("compute_visual_neighbors", target.name)
+    (output,) = outputs(cfg, 0, 1)
+    if parquet.is_done(output.path, output.record, args.overwrite):
+        return cli.nothing_to_do("compute_visual_neighbors", output.path.name)
 
-    every = search_parts.list_parts(cfg)
-    first, last = (len(every) * shard // args.num_shards for shard in (args.shard, args.shard + 1))
-    mine = [] if args.finish else every[first:last]
+    every = list_parts(cfg)
+    mine = [] if args.finish else of_shard(every, args.shard, args.num_shards)
     todo = [part for part in mine if not parquet.is_done(part.target, part.made, args.overwrite)]
     images = sum(part.stop - part.start for part in todo)
     with cli.Progress("compute_visual_neighbors", "image", images, cfg.logging.progress_interval_s) as progress:
@@ -56,10 +122,10 @@ def main(argv=None) -> int:
         return progress.summary(f"{len(todo):,} parts; when all shards are done, run --finish")
 
     search_parts.refuse_missing(every)
-    table = search_parts.gather(cfg, every)
+    table = search_parts.gather(cfg, every, output)
     log.info("%s", band_table.as_text(table))
     joined = f" joins {len(every):,} parts" if len(every) > 1 else ""
-    return progress.summary(f"{target}{joined}")
+    return progress.summary(f"{output.path}{joined}")
 
 
 if __name__ == "__main__":

@@ -15,13 +15,39 @@ Time     set by the backbone: see publish/estimate_model_size.py. A stop signal 
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import cli
+from common import cli, stages
 from common.errors import PipelineError
+
+
+def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
+    from common.archives import tar_parts
+
+    return tar_parts.outputs(cfg, STAGE, task, num_tasks)
+
+
+def recorded(cfg) -> dict:
+    """A model's folder is known by its files, so that it may be moved."""
+    from common import config
+    from generate import model_files
+
+    identity = model_files.identity(cfg.embedding_model, cfg.embedding_model.dtype)
+    return {**identity, **config.values(cfg, "data.rows_per_part")}
+
+
+STAGE = stages.Stage(
+    "generate_embeddings",
+    lambda cfg: cfg.paths.embeddings_dir,
+    outputs,
+    settings=("embedding_model", "data.rows_per_part"),
+    recorded=recorded,
+    auto=("embedding_model.dtype",),
+)
 
 
 def main(argv=None) -> int:
@@ -30,15 +56,14 @@ def main(argv=None) -> int:
     from common import devices, files
     from common.archives import tar_parts
     from common.imagery import tar_images
-    from generate import embedding_parts, loop, model_files
+    from generate import embedding_parts, loop
 
     files.refuse_leftovers(cfg.paths.embeddings_dir, "rejects", "rejects/*.parquet")
     device = devices.pick(cfg.infrastructure.device)
     dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
-    identity = model_files.identity(cfg.embedding_model, dtype)
-
-    folder, task = cfg.paths.embeddings_dir, (args.shard, args.num_shards)
-    todo, num_parts = tar_parts.missing(cfg, folder, "generate_embeddings", identity, *task, args.overwrite)
+    settings = cfg.embedding_model.model_copy(update={"dtype": dtype})
+    cfg = cfg.model_copy(update={"embedding_model": settings})
+    todo, num_parts = tar_parts.missing(cfg, STAGE, args.shard, args.num_shards, args.overwrite)
     if not todo:
         return cli.nothing_to_do("generate_embeddings", f"{num_parts:,} files")
 

@@ -10,13 +10,28 @@ Time     about 1,000 images of 640 x 640 pixels a second and core; 200 with data
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import cli
+from common import cli, stages
 from common.errors import PipelineError
+
+
+def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
+    from common.archives import tar_parts
+
+    return tar_parts.outputs(cfg, STAGE, task, num_tasks)
+
+
+STAGE = stages.Stage(
+    "compute_fingerprints",
+    lambda cfg: cfg.paths.fingerprints_dir,
+    outputs,
+    settings=("data.fingerprint", "data.rows_per_part"),
+)
 
 
 def main(argv=None) -> int:
@@ -26,15 +41,12 @@ def main(argv=None) -> int:
 
     from threadpoolctl import threadpool_limits
 
-    from common import config
     from common.archives import tar_parts
     from common.imagery import tar_images
     from preprocess.duplicates import fingerprints
 
-    folder, task = cfg.paths.fingerprints_dir, (args.shard, args.num_shards)
-    fingerprints.refuse_whole_tars(folder)
-    settings = config.values(cfg, "data.fingerprint")
-    todo, num_parts = tar_parts.missing(cfg, folder, "compute_fingerprints", settings, *task, args.overwrite)
+    fingerprints.refuse_whole_tars(cfg.paths.fingerprints_dir)
+    todo, num_parts = tar_parts.missing(cfg, STAGE, args.shard, args.num_shards, args.overwrite)
     if not todo:
         return cli.nothing_to_do("compute_fingerprints", f"{num_parts:,} files")
 

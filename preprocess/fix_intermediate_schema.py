@@ -78,7 +78,7 @@ def provenance_of(path: Path, tar: Path):
         return parquet.read_provenance(path), False
     if not tar.exists():
         raise Unfixable(f"does not say what it was made from, and {tar} does not exist")
-    return provenance.record("process_tar", {}, [tar]), True
+    return provenance.record("process_tar", {}, {tar.name: provenance.identity(tar)}), True
 
 
 def write(path: Path, fixed, made, foreign: bool, changes: list[str]) -> None:

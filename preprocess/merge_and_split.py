@@ -18,26 +18,45 @@ Time     the disk's: each embedding is read once and written once
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import cli
+from common import cli, stages
 from common.errors import PipelineError
 
-SETTINGS = (
-    *("global.seed", "data.dedup_max_hamming", "data.ignore_radius_m"),
-    *("data.split_by", "data.split_cell_m", "data.split_buffer_m"),
-    *("data.train_ratio", "data.val_ratio", "data.test_ratio"),
-)
 REPORT = ("split_report.json", "split_map.png", "duplicates.png")
+
+
+def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
+    from common import files, schemas
+    from common.archives import tars
+    from preprocess.split import merge_files
+
+    record = STAGE.record(cfg, merge_files.find(cfg, tars.of_shard(cfg.paths.raw_dir, 0, 1)).ids)
+    for split in schemas.SPLITS:
+        yield stages.Output(cfg.paths.merged_dir / f"{split}.parquet", record)
+    yield stages.Output(files.beside(cfg.paths.merged_dir, "report") / REPORT[0], record)
+
+
+STAGE = stages.Stage(
+    "merge_and_split",
+    lambda cfg: cfg.paths.merged_dir,
+    outputs,
+    settings=(
+        *("global.seed", "data.dedup_max_hamming", "data.ignore_radius_m"),
+        *("data.split_by", "data.split_cell_m", "data.split_buffer_m"),
+        *("data.train_ratio", "data.val_ratio", "data.test_ratio"),
+    ),
+)
 
 
 def main(argv=None) -> int:
     args = cli.parser(__doc__).parse_args(argv)
     cfg = cli.load_config(args)
-    from common import config, files, parquet, provenance, schemas
+    from common import files, parquet, provenance, schemas
     from common.archives import tars
     from common.imagery.tar_images import of_paths
     from preprocess.duplicates import duplicate_sheet
@@ -45,7 +64,7 @@ def main(argv=None) -> int:
 
     files.refuse_leftovers(cfg.paths.merged_dir, "report", *REPORT)
     sources = merge_files.find(cfg, tars.of_shard(cfg.paths.raw_dir, 0, 1))
-    made = provenance.record("merge_and_split", config.values(cfg, *SETTINGS), sources.ids)
+    made = STAGE.record(cfg, sources.ids)
     targets = [cfg.paths.merged_dir / f"{name}.parquet" for name in schemas.SPLITS]
     report_path, map_path, sheet_path = (files.beside(cfg.paths.merged_dir, "report") / name for name in REPORT)
     done = [parquet.is_done(target, made, args.overwrite) for target in targets]

@@ -20,13 +20,33 @@ Time     the decoder's: about 2,000 images of 640 x 640 pixels a second and core
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import cli
+from common import cli, stages
 from common.errors import PipelineError
+
+
+def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
+    from common.archives import tars
+
+    for share in tars.shares(cfg.paths.raw_dir, task, num_tasks):
+        if share.piece == 0:  # of several tasks that share a tar in later stages, the first reads it
+            yield output_of(cfg, share.tar)
+
+
+def output_of(cfg, tar: Path) -> stages.Output:
+    """A tar's intermediates, which are written last: where they are, rejects and index are, too."""
+    from common.archives import tars
+
+    path = cfg.paths.intermediates_dir / f"{tars.stem(tar)}.parquet"
+    return stages.Output(path, STAGE.record(cfg, stages.ids([tar])))
+
+
+STAGE = stages.Stage("process_tar", lambda cfg: cfg.paths.intermediates_dir, outputs)
 
 
 def main(argv=None) -> int:
@@ -39,7 +59,7 @@ def main(argv=None) -> int:
 
     refuse_leftovers(cfg.paths.intermediates_dir, "rejects", "rejects/*.parquet")
     listing = tars.of_shard(cfg.paths.raw_dir, args.shard, args.num_shards)
-    todo = missing(listing, cfg.paths.intermediates_dir, args.overwrite)
+    todo = missing(cfg, listing, args.overwrite)
     if not todo:
         return cli.nothing_to_do("process_tar", f"{len(listing):,} tars")
 
@@ -91,19 +111,17 @@ def main(argv=None) -> int:
     return 0
 
 
-def missing(listing: list[Path], folder: Path, overwrite: bool) -> list[tuple]:
+def missing(cfg, listing: list[Path], overwrite: bool) -> list[tuple]:
     """(tar, its intermediates, its rejects, their record) of the tars that are not done."""
-    from common import parquet, provenance
-    from common.archives import tars
+    from common import parquet
     from common.files import beside
 
     todo = []
     for tar in listing:
-        made = provenance.record("process_tar", {}, [tar])
-        target = folder / f"{tars.stem(tar)}.parquet"
-        rejects = beside(folder, "rejects") / target.name
-        if not (parquet.is_done(target, made, overwrite) and parquet.is_done(rejects, made, overwrite)):
-            todo.append((tar, target, rejects, made))
+        output = output_of(cfg, tar)
+        rejects = beside(output.path.parent, "rejects") / output.path.name
+        if not all(parquet.is_done(path, output.record, overwrite) for path in (output.path, rejects)):
+            todo.append((tar, output.path, rejects, output.record))
     return todo
 
 

@@ -10,13 +10,30 @@ Memory   about 150 bytes for each image of the largest file: 3 GB for 20 M image
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import cli
+from common import cli, stages
 from common.errors import PipelineError
+
+
+def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
+    from common import files, schemas
+
+    sources = find_sources(cfg.paths)
+    record = STAGE.record(cfg, {f"{path.parent.name}/{path.name}": stages.identity(path) for path, _ in sources})
+    folder = cfg.paths.summary_dir
+    # a folder of its own before the merge: what was counted then must not stand in the way of counting its splits
+    if sources[0][1] not in schemas.SPLITS:
+        folder = files.beside(folder, "intermediates")
+    yield stages.Output(folder / "summary.parquet", record)
+    yield stages.Output(files.beside(folder, "report") / "summary.json", record)
+
+
+STAGE = stages.Stage("summarize_ids", lambda cfg: cfg.paths.summary_dir, outputs, settings=("data.split_cell_m",))
 
 
 def main(argv=None) -> int:
@@ -27,21 +44,15 @@ def main(argv=None) -> int:
     import numpy as np
     import pandas as pd
 
-    from common import config, files, parquet, provenance, schemas
+    from common import files, parquet, schemas
     from preprocess.summary import id_summary
 
     sources = find_sources(cfg.paths)
-    ids = {f"{path.parent.name}/{path.name}": provenance.identity(path) for path, _ in sources}
-    made = provenance.record("summarize_ids", config.values(cfg, "data.split_cell_m"), ids)
-    folder = cfg.paths.summary_dir
-    files.refuse_leftovers(folder, "report", "*.json", "*.html", "summary_intermediates.parquet")
-    # a folder of its own before the merge: what was counted then must not stand in the way of counting its splits
-    if sources[0][1] not in schemas.SPLITS:
-        folder = files.beside(folder, "intermediates")
-    table = folder / "summary.parquet"
-    page, totals = (files.beside(folder, "report") / f"summary.{kind}" for kind in ("html", "json"))
+    files.refuse_leftovers(cfg.paths.summary_dir, "report", "*.json", "*.html", "summary_intermediates.parquet")
+    table, totals = (output.path for output in outputs(cfg, 0, 1))
+    made, page = next(outputs(cfg, 0, 1)).record, totals.with_suffix(".html")
     if parquet.is_done(table, made, args.overwrite) and page.exists() and totals.exists():
-        return cli.nothing_to_do("summarize_ids", f"{folder}")
+        return cli.nothing_to_do("summarize_ids", f"{table.parent}")
 
     rows, places = [], []
     spread: dict[str, dict[str, np.ndarray]] = {}

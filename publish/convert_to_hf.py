@@ -11,13 +11,26 @@ Memory   the backbone in that dtype (7B parameters in bfloat16: 13 GB), once her
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import cli
+from common import cli, stages
 from common.errors import ConfigError
+
+
+def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
+    from train import run_record
+
+    metrics_path = cfg.paths.evaluation_dir / "metrics.json"
+    checkpoint_id = run_record.evaluated_ids(cfg)[run_record.BEST]
+    ids = {run_record.BEST: checkpoint_id, metrics_path.name: stages.identity(metrics_path)}
+    yield stages.Output(cfg.paths.published_dir / "provenance.json", STAGE.record(cfg, ids))
+
+
+STAGE = stages.Stage("convert_to_hf", lambda cfg: cfg.paths.published_dir, outputs, settings=("training.run",))
 
 
 def main(argv=None) -> int:
@@ -42,7 +55,7 @@ def main(argv=None) -> int:
 
 def convert(cfg, overwrite: bool) -> None:
     """Write the published folder, unless it is there."""
-    from common import config, devices, provenance
+    from common import devices
     from publish.hub import model_card, parity, published_folder
     from train.evaluation import heads, metrics_json
 
@@ -57,7 +70,7 @@ def convert(cfg, overwrite: bool) -> None:
         checkpoint_path.name: checkpoint["provenance"]["id"],
         metrics_path.name: metrics["provenance"]["id"],
     }
-    made = provenance.record("convert_to_hf", config.values(cfg, "training.run"), inputs)
+    made = STAGE.record(cfg, inputs)
     published_folder.remove_dead_folders(cfg.paths.published_dir)
     if published_folder.is_done(cfg.paths.published_dir, made, overwrite):
         cli.nothing_to_do("convert_to_hf", str(cfg.paths.published_dir))

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import cli
-from slurm import artefacts
 
 TAIL_BYTES = 16_384
 HELD_STATES = ("REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
@@ -90,8 +89,8 @@ def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
     """State and reason of a task that was submitted. `job`: what the queue knows of it, or None."""
     if job and job.is_live:
         return wait_of(job) if job.state in NOT_STARTED else ("running", BUSY.get(job.state, ""))
-    is_worker = step.name == "optuna_worker"  # which leaves no file of its own
-    if artefacts.is_done(step, number, cfg) or (is_worker and log.exit_code == 0):
+    leaves_files = step.stage.outputs is not None  # an Optuna worker does not
+    if step.is_done(cfg, number) or (not leaves_files and log.exit_code == 0):
         return "done", ""
     if job and job.state in ENDS:
         return "failed", remedy(ENDS[job.state], step)
@@ -146,14 +145,15 @@ def tasks_of(step, entry: dict, jobs: dict, cfg) -> list[JobTask]:
 
 def progress_of(step, tasks: list[JobTask], cfg, now_s: float) -> dict:
     """How far a step is: done, total, unit, and per_hour and seconds_left where it runs and has got somewhere."""
-    if step.name in ("train", "optuna_worker"):
-        done, total = artefacts.epochs(cfg) if step.name == "train" else artefacts.trials(cfg)
-        return {"done": done, "total": total, "unit": "epochs" if step.name == "train" else "trials"}
-    made = [artefacts.of_task(step, number, cfg) for number in range(step.tasks)]
-    every = [artefact for files in made if files is not None for artefact in files]
-    finished = [artefact.path for artefact in every if artefact.is_done(cfg)]
-    known = None not in made
-    progress = {"done": len(finished), "total": len(every) if known else None, "unit": "files"}
+    stage = step.stage
+    if stage.progress:
+        done, total, unit = stage.progress(cfg)
+        return {"done": done, "total": total, "unit": unit}
+    by_task = [stage.outputs_of(cfg, number, step.tasks) for number in range(step.tasks)]
+    known = None not in by_task
+    outputs = [output for outputs in by_task for output in outputs or ()]
+    finished = [output.path for output in outputs if stage.is_current(output)]
+    progress = {"done": len(finished), "total": len(outputs) if known else None, "unit": "files"}
     starts = [task.log.first_start_s for task in tasks if task.log.first_start_s]
     if not starts or not any(task.state == "running" for task in tasks):
         return progress
@@ -161,4 +161,4 @@ def progress_of(step, tasks: list[JobTask], cfg, now_s: float) -> dict:
     per_s = sum(path.stat().st_mtime >= began for path in finished) / max(now_s - began, 1)
     if not per_s or not known:
         return progress
-    return {**progress, "per_hour": 3600 * per_s, "seconds_left": (len(every) - len(finished)) / per_s}
+    return {**progress, "per_hour": 3600 * per_s, "seconds_left": (len(outputs) - len(finished)) / per_s}

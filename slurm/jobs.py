@@ -13,7 +13,7 @@ from pathlib import Path
 from common import config, files
 from common.errors import PipelineError
 from common.sections import Config
-from slurm import artefacts, runs
+from slurm import chain, runs
 from slurm.runs import ROOT
 
 PASSWORD = re.compile("://[^/@]*:[^/@]*@")  # in a URL
@@ -95,15 +95,16 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
             "lower slurm.num_shards, slurm.difficulty_shards or --tune; a shard may take any number of tars"
         )
     with runs.lock(cfg.paths.logs_dir):
-        reads = {str(artefacts.target_of(name, cfg)) for step in left for name in step.needs}
-        writes = {str(artefacts.target_of(step.name, cfg)) for step in left}
+        entries = {step.name: entry_of(step, todo[step.name], cfg, args.tune) for step in left}
+        reads = {path for entry in entries.values() for path in entry["reads"]}
+        writes = {entry["target"] for entry in entries.values()}
         runs.refuse_busy(cfg.paths.logs_dir, reads, writes)
         folder = runs.create(cfg.paths.logs_dir)
         freeze(cfg, folder / "config.toml")
         record = {"owner": os.getuid(), "tune": args.tune}
         record |= {"config": args.config and str(args.config.resolve()), "set": args.set}
         record |= {"continue_with": continuation(args), "done_before": [s.name for s in steps if s not in left]}
-        record["steps"] = {step.name: entry_of(step, todo[step.name], cfg, folder) for step in left}
+        record["steps"] = {step.name: {**entries[step.name], "log": str(log_of(step, folder))} for step in left}
         runs.save(folder, record)
         return submit_rest(folder, record, left, cfg, {})
 
@@ -118,16 +119,15 @@ def freeze(cfg: Config, path: Path) -> None:
         os.umask(mask)
 
 
-def entry_of(step, tasks: list[int], cfg: Config, folder: Path) -> dict:
+def entry_of(step, tasks: list[int], cfg: Config, tune: int) -> dict:
     """A step in the record of a run, before it is submitted."""
     return {
         "job": None,  # its id, once submitted
         "tasks": tasks,
         "of": step.tasks,
         "needs": step.needs,
-        "reads": [str(artefacts.target_of(name, cfg)) for name in step.needs],
-        "target": str(artefacts.target_of(step.name, cfg)),
-        "log": str(log_of(step, folder)),
+        "reads": [chain.folder_of(name, cfg, tune) for name in step.needs],
+        "target": str(step.stage.folder(cfg)),
         "command": [],
     }
 
@@ -166,9 +166,9 @@ def sbatch(command: list[str]) -> str:
     return made[1]
 
 
-def continue_run(name: str, args: argparse.Namespace, logs_dir: Path, chain) -> int:
+def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
     """Submit the steps of a run that were not submitted, with the settings that it was submitted with, but the
-    resources of today: they may be what sbatch refused. `chain`: the steps of a config, and of --tune."""
+    resources of today: they may be what sbatch refused."""
     folder = runs.find(logs_dir, name)
     with runs.lock(folder.parents[1]):
         record = runs.load(folder)
@@ -177,9 +177,9 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path, chain) -> 
         today = config.load(record["config"] and Path(record["config"]), [*record["set"], *args.set]).slurm
         cut = {name: getattr(cfg.slurm, name) for name in ("num_shards", "difficulty_shards")}
         cfg = cfg.model_copy(update={"slurm": today.model_copy(update=cut)})
-        steps = [step for step in chain(cfg, record["tune"]) if step.name in record["steps"]]
+        steps = [step for step in chain.steps_of(cfg, record["tune"]) if step.name in record["steps"]]
         live = runs.live_steps(record, runs.queue(record["owner"]))
-        left = artefacts.missing(steps, cfg)
+        left = chain.missing(steps, cfg)
         for name, job in runs.job_ids(record).items():
             if name not in live and left[name]:
                 log = record["steps"][name]["log"]

@@ -37,11 +37,11 @@ STATES = ("failed", "running", "waiting", "not submitted", "cancelled", "done") 
 def report(folder: Path) -> dict:
     """All that is known of a run, as --json prints it."""
     from common import config
-    from slurm import fates, runs, submit
+    from slurm import chain, fates, runs
 
     record = runs.load(folder)
     jobs, cfg = runs.queue(record["owner"]), config.load(folder / "config.toml")
-    steps = {step.name: step for step in submit.chain(cfg, record["tune"])}
+    steps = {step.name: step for step in chain.steps_of(cfg, record["tune"])}
     told: dict[str, dict] = {
         name: {"name": name, "job": None, "state": "done", "why": "before this run", "tasks": {}, "progress": {}}
         for name in record["done_before"]

@@ -109,7 +109,7 @@ def clients(tmp_path, monkeypatch):
 @pytest.fixture
 def submitted(cfg, clients, tmp_path):
     """Submit the whole chain of `cfg` to a fake sbatch, which notes its environment; the folder of the run."""
-    from slurm import jobs, runs, submit
+    from slurm import chain, jobs, runs, submit
 
     def submit_all() -> Path:
         clients(
@@ -117,7 +117,7 @@ def submitted(cfg, clients, tmp_path):
             squeue="true",
             scontrol="echo 'MaxArraySize = 1001'",
         )
-        steps = submit.chain(cfg)
+        steps = chain.steps_of(cfg)
         todo = {step.name: list(range(step.tasks)) for step in steps}
         assert jobs.submit(steps, todo, cfg, submit.parse([])) == 0
         return runs.find(cfg.paths.logs_dir, None)

@@ -10,7 +10,7 @@ import xxhash
 from local_backbone import write_tiny_backbone
 from PIL import Image, ImageFilter
 
-from common import config, parquet, provenance, schemas, sections
+from common import config, parquet, provenance, schemas, sections, stages
 from common.archives import tars
 
 SIZES = [(640, 640), (300, 700), (700, 300), (33, 20), (91, 91)]  # width, height: square, tall, wide, tiny, odd
@@ -61,7 +61,9 @@ def write_intermediates(cfg: sections.Config) -> None:
         rows |= {"image_offset": [m.offset for m in members], "image_size": [m.size for m in members]}
         rows |= {"content_hash": np.array([xxhash.xxh3_64_intdigest(m.content) for m in members], np.uint64)}
         target = cfg.paths.intermediates_dir / f"{tar.stem}.parquet"
-        with parquet.writer(target, schemas.INTERMEDIATES, provenance.record("process_tar", {}, [tar])) as out:
+        with parquet.writer(
+            target, schemas.INTERMEDIATES, provenance.record("process_tar", {}, stages.ids([tar]))
+        ) as out:
             table = pa.table({name: pa.array(column) for name, column in rows.items()})
             out.append(table.cast(schemas.INTERMEDIATES))
 

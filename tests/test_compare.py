@@ -10,7 +10,7 @@ import torch
 from common import cli, config
 from common.errors import ConfigError, PipelineError, StaleArtefact
 from difficulty import compute_visual_neighbors
-from train import compare
+from train import compare, evaluate
 from train.evaluation import comparison, evaluation_task, gallery, heads, protocol
 from train.fitting import history
 
@@ -58,7 +58,7 @@ def test_every_sampler_and_loss_has_a_run_of_each_seed_and_its_files(root):
 def test_figures_and_intervals_equal_those_of_the_evaluation(root):
     where = (f"paths.checkpoints_dir={root / 'checkpoints' / 'compare'}", "training.run=ucb-infonce-0")
     cfg = config.load(None, [f"paths.root={root}", *SMALL, *where])
-    task = evaluation_task.of_run(cfg, [])
+    task = evaluation_task.of_run(cfg, [], evaluate.STAGE)
     rows = gallery.load(task.paths, cfg.data.ignore_radius_m)
     with cli.Progress("test", "ranking") as quiet:
         theirs, _, _ = protocol.evaluate(cfg, rows, task.methods, torch.device("cpu"), quiet)
@@ -106,7 +106,7 @@ def test_more_seeds_are_other_runs_and_those_there_are_kept(root, tmp_path, two)
     checkpoints = [heads.load_checkpoint(run / "checkpoint_last.pt") for run in runs]
     assert [checkpoint["config"]["training.seed"] for checkpoint in checkpoints] == [0, 1]
     assert not np.array_equal(*(checkpoint["head"]["linear.weight"] for checkpoint in checkpoints))
-    assert len(before) == 12
+    assert len(before) == 13
     found = json.loads((tmp_path / "comparison.json").read_text())
     assert [len(row["by_seed"]["map@r"]) for row in found["combinations"]] == [2, 2]
 

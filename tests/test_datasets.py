@@ -10,7 +10,7 @@ from common.errors import PipelineError, StaleArtefact
 from common.places import geo
 from common.places.zones import make_zones
 from difficulty import compute_visual_neighbors
-from train import datasets
+from train import datasets, run_record
 from train.datasets import Sampler, make_rows, negatives_of, positives_of, random_rows, relations, restrict
 
 CPU = torch.device("cpu")
@@ -189,7 +189,7 @@ def test_loading_takes_a_seeded_sample_of_queries_and_of_buildings(settings):
     data = datasets.load_data(cfg)
     assert len(data.validation.query_rows) == 50
     assert data.embedding_model == MODEL
-    assert data.inputs == datasets.input_ids(cfg)
+    assert data.inputs == run_record.input_ids(cfg)
     whitening = data.baselines["whitening"]
     tried = whitening["map@r_by_shrinkage"]
     assert set(tried) == set(cfg.training_model.whitening_shrinkage)
@@ -211,18 +211,18 @@ def test_loading_takes_a_seeded_sample_of_queries_and_of_buildings(settings):
 
 def test_difficulty_of_another_merge_or_of_other_settings_is_refused(settings, tmp_path):
     with pytest.raises(StaleArtefact, match=r"difficulty_metadata\.parquet was made with data\.neighbors = 20"):
-        datasets.input_ids(config.load(None, [*settings, "data.neighbors=30"]))
+        run_record.input_ids(config.load(None, [*settings, "data.neighbors=30"]))
     write_merge(tmp_path / "data" / "merged", seed=1)
     with pytest.raises(StaleArtefact, match=r"made from another train\.parquet"):
-        datasets.input_ids(config.load(None, settings))
+        run_record.input_ids(config.load(None, settings))
 
 
 def test_splits_of_two_merges_are_refused_and_an_empty_one_is_told(settings, tmp_path):
     other = tmp_path / "other"
     write_merge(other, seed=1)
     (other / "val.parquet").rename(tmp_path / "data" / "merged" / "val.parquet")
-    with pytest.raises(StaleArtefact, match=r"val\.parquet and train\.parquet are of two merges: val .*seed"):
-        datasets.input_ids(config.load(None, settings))
+    with pytest.raises(StaleArtefact, match=r"val\.parquet and train\.parquet come from different merge runs: val .*seed"):
+        run_record.input_ids(config.load(None, settings))
     write_merge(tmp_path / "data" / "merged", streets=(12, 0, 6))
     with pytest.raises(PipelineError, match=r"val\.parquet has no rows: check data\.train_ratio"):
         datasets.load_data(config.load(None, settings))

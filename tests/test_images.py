@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import xxhash
 
-from common import parquet, provenance, schemas
+from common import parquet, provenance, schemas, stages
 from common.archives import gzip_streams
 from common.imagery import tar_images
 
@@ -78,7 +78,7 @@ def test_images_that_are_others_than_their_rows_say_are_refused(tmp_path):
 def test_a_tar_that_is_not_the_one_of_the_intermediates_is_refused_without_hashes_too(tmp_path, mode):
     tar = tmp_path / "raw/0088.tar"
     rows = write_tar(tar, contents_of(20, 3_000), mode)
-    made = provenance.record("process_tar", {}, [tar])
+    made = provenance.record("process_tar", {}, stages.ids([tar]))
     with parquet.writer(tmp_path / "intermediates/0088.parquet", schemas.INTERMEDIATES, made):
         pass
     places = rows.drop(["content_hash"])

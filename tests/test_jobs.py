@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from common import config
 from common.errors import PipelineError
-from slurm import fates, jobs, runs, status, submit
+from slurm import chain, fates, jobs, runs, status, submit
 
 
 def everything(steps) -> dict[str, list[int]]:
@@ -23,7 +23,7 @@ def sbatch_line(step, cfg, tasks=None, dependency="") -> list[str]:
 
 
 def test_shard_i_waits_for_shard_i_only_where_that_is_enough(cfg):
-    steps = submit.chain(cfg)
+    steps = chain.steps_of(cfg)
     ids = {step.name: str(number) for number, step in enumerate(steps, 1)}
     waits = {step.name: jobs.dependency_of(step, everything(steps), ids) for step in steps}
     assert waits["process_tar"] == ""
@@ -33,14 +33,14 @@ def test_shard_i_waits_for_shard_i_only_where_that_is_enough(cfg):
 
 
 def test_arrays_of_different_shards_are_not_paired(cfg):
-    embeddings = next(step for step in submit.chain(cfg) if step.name == "generate_embeddings")
+    embeddings = next(step for step in chain.steps_of(cfg) if step.name == "generate_embeddings")
     for theirs, ours, expected in [([1, 3], [1, 3], "aftercorr:7"), ([1], [1, 3], "afterok:7")]:
         todo = {"process_tar": theirs, "generate_embeddings": ours}
         assert jobs.dependency_of(embeddings, todo, {"process_tar": "7"}) == expected
 
 
 def test_an_array_holds_the_shards_that_are_left_and_is_throttled(cfg):
-    steps = {step.name: step for step in submit.chain(cfg, tune=3)}
+    steps = {step.name: step for step in chain.steps_of(cfg, tune=3)}
     command = sbatch_line(steps["generate_embeddings"], cfg, [0, 1, 3], "aftercorr:7")
     assert "--array=0-1,3%4" in command
     assert "--dependency=aftercorr:7" in command
@@ -54,7 +54,7 @@ def test_an_array_holds_the_shards_that_are_left_and_is_throttled(cfg):
 def test_users_flags_do_not_hide_jobs_and_logs_from_status(cfg):
     flags = ["--job-name=mine", "--output=/dev/null", "--array=0-99", "--time=1:00:00"]
     cfg = cfg.model_copy(update={"slurm": cfg.slurm.model_copy(update={"sbatch": flags})})
-    line = sbatch_line(submit.chain(cfg)[0], cfg)
+    line = sbatch_line(chain.steps_of(cfg)[0], cfg)
     last = {word.partition("=")[0]: word for word in line}
     assert last["--job-name"] == "--job-name=process_tar"
     assert last["--output"].endswith("process_tar-%a.log")
@@ -77,8 +77,8 @@ def test_a_password_in_the_settings_is_for_its_owner_alone(cfg, tmp_path):
         ("postgresql://me@host/db", False),
         ("postgresql://me:x@host/db", True),
     ]:
-        tuned = cfg.training.model_copy(update={"study_storage": url})
-        jobs.freeze(cfg.model_copy(update={"training": tuned}), tmp_path / "config.toml")
+        tuned = cfg.tuning.model_copy(update={"study_storage": url})
+        jobs.freeze(cfg.model_copy(update={"tuning": tuned}), tmp_path / "config.toml")
         mode = (tmp_path / "config.toml").stat().st_mode & 0o777
         assert (mode == 0o600) == private
 
@@ -218,7 +218,7 @@ def test_a_reused_job_id_is_not_taken_for_the_runs_own(cfg, tmp_path):
     queue = {"7": runs.SlurmJob("7", "another", "RUNNING", ""), "8": runs.SlurmJob("8", "evaluate", "PENDING", "")}
     assert runs.live_steps(record, queue) == {"evaluate": "8"}
     entry = {"job": "7", "tasks": [0], "of": 1, "log": str(tmp_path / "none.log")}
-    step = next(step for step in submit.chain(cfg) if step.name == "train")
+    step = next(step for step in chain.steps_of(cfg) if step.name == "train")
     (task,) = fates.tasks_of(step, entry, queue, cfg)
     assert task.state == "cancelled"  # not running, as the other job 7 is
 
@@ -235,14 +235,14 @@ def test_a_record_is_found_by_name_by_path_and_as_the_newest(tmp_path):
 def test_clients_without_a_cluster_are_told_as_that_and_local_is_offered(cfg, clients):
     fatal = "echo 'scontrol: fatal: Could not establish a configuration source' >&2; exit 1"
     clients(sbatch="true", scontrol=fatal)
-    steps = submit.chain(cfg)
+    steps = chain.steps_of(cfg)
     with pytest.raises(PipelineError, match=r"^scontrol finds no cluster: .*\n.*--local$"):
         jobs.submit(steps, everything(steps), cfg, submit.parse([]))
 
 
 def test_without_slurm_it_says_so_and_offers_local(monkeypatch, cfg, tmp_path):
     monkeypatch.setattr(jobs.shutil, "which", lambda _: None)
-    steps = submit.chain(cfg)
+    steps = chain.steps_of(cfg)
     with pytest.raises(PipelineError, match="--local"):
         jobs.submit(steps, everything(steps), cfg, submit.parse([]))
     monkeypatch.setenv("PATH", str(tmp_path))

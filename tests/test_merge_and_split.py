@@ -10,7 +10,7 @@ import pytest
 from invented_city import city, images_of
 from PIL import Image
 
-from common import config, files, parquet, provenance, schemas
+from common import config, files, parquet, provenance, schemas, stages
 from common.cli import exit_code_of
 from common.errors import StaleArtefact
 from preprocess import merge_and_split
@@ -37,9 +37,11 @@ class Chain:
         name = f"{tar.stem}.parquet"
         table = self.intermediates(rows, tar.name)
         source = self.cfg.paths.intermediates_dir / name
-        with parquet.writer(source, schemas.INTERMEDIATES, provenance.record("process_tar", {}, [tar])) as out:
+        with parquet.writer(
+            source, schemas.INTERMEDIATES, provenance.record("process_tar", {}, stages.ids([tar]))
+        ) as out:
             out.append(table)
-        made = provenance.record("compute_fingerprints", {}, [source])
+        made = provenance.record("compute_fingerprints", {}, stages.ids([source]))
         for number in range(-(-len(rows) // 500)):
             path = self.cfg.paths.fingerprints_dir / f"{tar.stem}-{number}.parquet"
             with parquet.writer(path, schemas.FINGERPRINTS, made) as out:
@@ -61,7 +63,7 @@ class Chain:
     def write_part(self, source, number, model=MODEL, dim=DIM):
         rows = parquet.read(source).slice(500 * number, 500)
         rows = rows.filter([id not in self.missing for id in rows["streetview_image_id"].to_pylist()])
-        made = provenance.record("generate_embeddings", model, [source])
+        made = provenance.record("generate_embeddings", model, stages.ids([source]))
         path = self.cfg.paths.embeddings_dir / f"{source.stem}-{number}.parquet"
         with parquet.writer(path, schemas.embeddings(dim), made) as out:
             patch = rows["patch_id"].to_numpy()

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from common import files, parquet, provenance, schemas
+from common import files, parquet, provenance, schemas, stages
 from common.errors import PipelineError, StaleArtefact
 
 SCHEMA = pa.schema([("name", pa.string()), ("vector", schemas.vector(pa.float16(), 3))])
@@ -60,7 +60,7 @@ def test_the_id_follows_the_rows_and_not_the_clock(tmp_path):
 def test_the_footer_tells_stage_settings_inputs_and_counts(tmp_path):
     write(tmp_path / "in.parquet")
     (tmp_path / "0088.tar").write_bytes(b"12345")
-    inputs = [tmp_path / "in.parquet", tmp_path / "0088.tar"]
+    inputs = stages.ids([tmp_path / "in.parquet", tmp_path / "0088.tar"])
     write(tmp_path / "a.parquet", inputs=inputs)
     made = parquet.read_provenance(tmp_path / "a.parquet")
     assert made.inputs == {

@@ -28,7 +28,7 @@ from synthetic import write_dataset
 from common import config, files, parquet
 from common.imagery import tar_images
 from common.places import geo
-from slurm import submit
+from slurm.chain import steps_of
 
 SETTINGS = [
     "embedding_model.pooling=mean",
@@ -50,7 +50,7 @@ SETTINGS = [
 
 
 pytestmark = pytest.mark.timeout(900)  # every stage three times over, on a busy machine
-STEPS = {step.name: step.script for step in submit.chain(config.load())}
+STEPS = {step.name: step.script for step in steps_of(config.load())}
 
 
 def settings(root: Path) -> list[str]:

@@ -9,7 +9,7 @@ import tomli
 from conftest import ROOT
 
 from common import config, sections
-from slurm import submit
+from slurm import chain
 
 FOLDERS = ("common", "preprocess", "generate", "difficulty", "train", "publish", "slurm")
 TREE = tomli.loads(config.DEFAULT_PATH.read_text())
@@ -52,7 +52,7 @@ def test_every_setting_of_a_stages_jobs_is_read():
     assert set(sections.SlurmArray.model_fields) <= read
     arrays = {name for name, value in config.load().slurm if isinstance(value, sections.SlurmArray)}
     many = config.load(None, ["slurm.difficulty_shards=2"])
-    assert arrays == {step.resources for step in submit.chain(many, tune=2) if step.tasks > 1}
+    assert arrays == {step.resources for step in chain.steps_of(many, tune=2) if step.tasks > 1}
 
 
 def test_every_setting_that_is_read_is_in_config_toml():

@@ -22,7 +22,7 @@ from same_artefacts import assert_same_artefacts
 from slurm_place import Place, over, wait_for
 
 from common import config
-from slurm import submit
+from slurm import chain
 from train.tuning import shared_study
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the whole chain
@@ -38,7 +38,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slurm")
     with OneNodeSlurm(folder / "cluster", cpus=6) as cluster:
         place = Place(folder, cluster)
-        for step in submit.chain(config.load(place.config)):
+        for step in chain.steps_of(config.load(place.config)):
             if step.name != "neighbor_parts":  # one task finds them all, and joins them
                 done = warm.run(step.script, "--config", place.config, "--set", f"paths.root={place.local}")
                 assert done.returncode == 0, done.stderr

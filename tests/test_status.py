@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from common.errors import PipelineError
-from slurm import fates, runs, status, submit
+from slurm import chain, fates, runs, status
 
 MEMORY = "out of memory: raise slurm.process_tar.sbatch (--mem)"
 
@@ -88,7 +88,7 @@ def test_a_log_is_read_from_its_last_start_on(tmp_path):
     ],
 )
 def test_what_became_of_a_task(cfg, tmp_path, job, text, expected):
-    step = submit.chain(cfg)[0]
+    step = chain.steps_of(cfg)[0]
     job = job and runs.SlurmJob("7_0", "process_tar", *job)
     log = log_of(tmp_path, text) if text else fates.read_log(tmp_path / "none.log")
     assert fates.fate(step, 0, job, log, cfg) == expected

@@ -1,18 +1,22 @@
-"""slurm/submit.py, slurm/artefacts.py, slurm/local.py: the graph, what is left of it, and the chain run here."""
+"""slurm/submit.py, chain.py and local.py: the graph, what is left of it, and the chain run here."""
 
 import re
 import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
+import short_training
 from conftest import ROOT
 
-from common import cli, config
+from common import cli, config, parquet, schemas
 from common.errors import ConfigError, PipelineError
-from common.provenance import Provenance
-from generate import model_files
-from slurm import artefacts, local, prefetch, submit
+from common.stages import Output
+from generate import generate_embeddings
+from slurm import chain, local, prefetch, submit
+from train import train
+from train.fitting import history
 
 
 def everything(steps) -> dict[str, list[int]]:
@@ -23,41 +27,35 @@ def everything(steps) -> dict[str, list[int]]:
 
 
 def test_every_step_needs_only_steps_before_it_and_has_resources_a_target_and_a_wrapper(cfg):
-    for steps in (submit.chain(cfg), submit.chain(cfg, tune=3)):
+    for steps in (chain.steps_of(cfg), chain.steps_of(cfg, tune=3)):
         seen = set()
         for step in steps:
             assert set(step.needs) <= seen
             assert getattr(cfg.slurm, step.resources).time
             assert (ROOT / step.script).exists()
             assert (ROOT / "slurm" / "stages" / f"{step.resources}.sbatch").exists()
-            assert artefacts.target_of(step.name, cfg).is_relative_to(cfg.paths.root)
+            assert step.stage.folder(cfg).is_relative_to(cfg.paths.root)
             seen.add(step.name)
 
 
 def test_a_neighbour_search_in_parts_is_gathered_by_one_task(tmp_path):
     cfg = config.load(None, [f"paths.root={tmp_path}", "slurm.difficulty_shards=5"])
-    steps = {step.name: step for step in submit.chain(cfg)}
+    steps = {step.name: step for step in chain.steps_of(cfg)}
     assert steps["neighbor_parts"].tasks == 5
     assert steps["compute_visual_neighbors"].needs == ("merge_and_split", "neighbor_parts")
     assert steps["compute_visual_neighbors"].arguments == ("--num-shards", "5", "--finish")
-    only = submit.select(list(steps.values()), "compute_visual_neighbors", "compute_visual_neighbors")
+    only = chain.select(list(steps.values()), "compute_visual_neighbors", "compute_visual_neighbors")
     assert [step.name for step in only] == ["neighbor_parts", "compute_visual_neighbors"]
 
 
-def test_a_step_whose_files_nobody_knows_is_not_taken_for_done(cfg):
-    step = submit.Step("mine", "preprocess.process_tar")
-    with pytest.raises(NotImplementedError, match=r"artefacts\.py does not know what mine makes"):
-        artefacts.is_done(step, 0, cfg)
-
-
 def test_select_takes_both_ends_and_refuses_what_is_not_there(cfg):
-    steps = submit.chain(cfg)
-    names = [step.name for step in submit.select(steps, "merge_and_split", "train")]
+    steps = chain.steps_of(cfg)
+    names = [step.name for step in chain.select(steps, "merge_and_split", "train")]
     assert names == ["merge_and_split", "summarize_ids", "compute_visual_neighbors", "train"]
     with pytest.raises(ConfigError, match="there is no stage trian; the stages are process_tar"):
-        submit.select(steps, "trian", None)
+        chain.select(steps, "trian", None)
     with pytest.raises(ConfigError, match="comes after"):
-        submit.select(steps, "train", "process_tar")
+        chain.select(steps, "train", "process_tar")
 
 
 @pytest.mark.parametrize(
@@ -83,16 +81,14 @@ def test_unusable_arguments_say_so(arguments, message):
 def test_what_depends_on_something_left_is_left_too(cfg, monkeypatch):
     done = {("process_tar", 0), ("process_tar", 2), ("process_tar", 3), ("compute_fingerprints", 1)}
     done |= {("generate_embeddings", task) for task in range(4)}
-    monkeypatch.setattr(artefacts, "is_done", lambda step, task, _: (step.name, task) in done)
-    steps = submit.chain(cfg)
-    left = artefacts.missing(steps, cfg)
+    monkeypatch.setattr(chain.Step, "is_done", lambda step, _, task: (step.name, task) in done)
+    steps = chain.steps_of(cfg)
+    left = chain.missing(steps, cfg)
     assert left["process_tar"] == [1]
     assert left["compute_fingerprints"] == [0, 1, 2, 3]  # 1 is there, but its input is made anew
     assert left["generate_embeddings"] == [1]
     assert left["merge_and_split"] == [0]
-    assert artefacts.missing(steps[2:3], cfg) == {
-        "generate_embeddings": []
-    }  # --only: no step before it is looked at
+    assert chain.missing(steps[2:3], cfg) == {"generate_embeddings": []}  # --only: no step before it is looked at
 
 
 def test_a_file_is_done_if_its_settings_and_inputs_are_the_same(cfg, tmp_path):
@@ -101,74 +97,72 @@ def test_a_file_is_done_if_its_settings_and_inputs_are_the_same(cfg, tmp_path):
 
     flags = ["--set", f"paths.root={tmp_path}"]
     write_dataset(cfg.paths.raw_dir, streets=1, cities=1, image_px=96)
-    steps = submit.chain(cfg)[:2]
-    assert artefacts.missing(steps, cfg)["process_tar"] == [0]  # shards 1 to 3 have no tar
+    steps = chain.steps_of(cfg)[:2]
+    assert chain.missing(steps, cfg)["process_tar"] == [0]  # shards 1 to 3 have no tar
     for step in steps:
         subprocess.run(local.local_command(step, flags), check=True, capture_output=True)
-    assert artefacts.missing(steps, cfg) == {"process_tar": [], "compute_fingerprints": []}
+    assert chain.missing(steps, cfg) == {"process_tar": [], "compute_fingerprints": []}
 
     exact = config.load(None, [*flags[1:], "slurm.num_shards=4", "data.fingerprint=exact"])
-    assert artefacts.missing(steps, exact) == {"process_tar": [], "compute_fingerprints": [0]}
+    assert chain.missing(steps, exact) == {"process_tar": [], "compute_fingerprints": [0]}
     fingerprints = cfg.paths.fingerprints_dir / "0088-0.parquet"
     whole = fingerprints.read_bytes()
     fingerprints.write_bytes(whole[:100])
-    assert artefacts.missing(steps, cfg)["compute_fingerprints"] == [0]
+    assert chain.missing(steps, cfg)["compute_fingerprints"] == [0]
     fingerprints.write_bytes(whole)
     with (cfg.paths.raw_dir / "0088.tar").open("ab") as tar:
         tar.write(bytes(512))
     # the other three have no work now; how many parts the new tar has is known when it has been processed
-    assert artefacts.missing(steps, cfg) == {"process_tar": [0], "compute_fingerprints": [0, 1, 2, 3]}
+    assert chain.missing(steps, cfg) == {"process_tar": [0], "compute_fingerprints": [0, 1, 2, 3]}
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_checkpoints_record_is_read_without_torch(tmp_path, finished):
-    import torch
-
-    head = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
-    optimizer = torch.optim.AdamW(head.parameters())
-    head(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    made = Provenance("train", {"training.seed": 1}, {"train.parquet": "a"})
-    resume = {"finished": finished, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-    content = {"head": head.state_dict(), "resume": resume, "provenance": made.to_dict()}
-    path = tmp_path / "checkpoint_last.pt"
-    torch.save(content, path)
-    assert artefacts.record_of(path) == made
-    assert artefacts._is_finished(path) == finished
-    whole = path.read_bytes()
-    for number, damaged in enumerate((whole[:-100], b"PK", b"")):
-        other = tmp_path / f"{number}.pt"
-        other.write_bytes(damaged)
-        with pytest.raises(ValueError, match="is no checkpoint"):
-            artefacts.record_of(other)
+def test_a_run_is_done_when_its_history_says_so_and_is_judged_without_torch(tmp_path, finished):
+    short_training.write_merge(tmp_path)
+    settings = short_training.settings(tmp_path)
+    (output,) = train.outputs(config.load(None, settings), 0, 1)
+    epoch = pd.DataFrame({name: [0.0] for name in schemas.history(5).names})
+    history.write(output.path, epoch, output.record, {"finished": finished, "best_checkpoint": "abc"})
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from common import config
+from train.train import STAGE
+print(STAGE.is_done(config.load(None, {settings!r})), "torch" in sys.modules, "matplotlib" in sys.modules)
+"""
+    judged = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert judged.split() == [str(finished), "False", "False"]
+    assert not train.STAGE.is_done(config.load(None, [*settings, "training.margin=0.3"]))
 
 
 def test_other_weights_in_a_folder_of_the_same_name_are_noticed_and_a_moved_folder_is_not(tmp_path):
     """What was embedded with the old ones would count as done, and no stage would be asked."""
     for folder, content in [("old", b"1"), ("moved", b"1"), ("swapped", b"2")]:
         (tmp_path / folder / "backbone").mkdir(parents=True)
+        (tmp_path / folder / "backbone" / "config.json").write_text("{}")
         (tmp_path / folder / "backbone" / "model.safetensors").write_bytes(content)
-    digest = model_files.weights_digest(tmp_path / "old" / "backbone")
-    record = {
-        "embedding_model.name": "backbone",
-        "embedding_model.weights": digest,
-        "embedding_model.pooling": "cls",
-    }
-    there = Provenance("generate_embeddings", record, inputs={})
+    path, stage = tmp_path / "0088-0.parquet", generate_embeddings.STAGE
+
+    def output(folder: str, dtype: str = "auto") -> Output:
+        settings = [f"embedding_model.name={tmp_path / folder / 'backbone'}", f"embedding_model.dtype={dtype}"]
+        return Output(path, stage.record(config.load(None, settings), {"0088.tar": "1 byte"}))
+
+    with parquet.writer(path, schemas.FINGERPRINTS, output("old", "bfloat16").record):
+        pass
     for folder, same in [("old", True), ("moved", True), ("swapped", False)]:
-        cfg = config.load(None, [f"embedding_model.name={tmp_path / folder / 'backbone'}"])
-        assert artefacts._same_settings(there, cfg) == same
+        assert stage.is_current(output(folder)) == same  # "auto": the compute node decided
+    assert not stage.is_current(output("old", "float32"))
 
 
 def test_without_tars_everything_is_left(cfg):
-    assert all(artefacts.missing(submit.chain(cfg, tune=2), cfg).values())
+    assert all(chain.missing(chain.steps_of(cfg, tune=2), cfg).values())
 
 
 def test_dry_run_needs_no_slurm_and_prints_every_command(run_script, tmp_path):
     result = run_script("slurm/submit.py", "--dry-run", "--set", f"paths.root={tmp_path}", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     scripts = re.findall(r"stage\.sbatch \S+ \d+ (\S+)", result.stdout)
-    assert scripts == [step.script for step in submit.chain(config.load())]
+    assert scripts == [step.script for step in chain.steps_of(config.load())]
     assert "process_tar                16 of 16 tasks to do (0-15)" in result.stdout
     assert "after process_tar, compute_fingerprints, generate_embeddings" in result.stdout
     assert result.stdout.count(f"--config {tmp_path}/logs/runs/TIME/config.toml") == len(scripts)
@@ -215,7 +209,7 @@ def test_a_local_run_stops_at_the_stage_that_fails_with_its_exit_code(run_script
 
 
 def test_jobs_cut_what_goes_by_tars_and_the_others_wait_for_all_of_it(cfg, tmp_path):
-    steps = submit.chain(cfg, tune=3)
+    steps = chain.steps_of(cfg, tune=3)
     commands = local.commands(steps, everything(steps), ["--set", "a.b=1"], jobs=2)
     names = [step.name for step, _ in commands]
     assert [names.count(name) for name in ("process_tar", "merge_and_split", "optuna_worker")] == [2, 1, 2]
@@ -236,7 +230,7 @@ def test_jobs_cut_what_goes_by_tars_and_the_others_wait_for_all_of_it(cfg, tmp_p
 
 
 def test_after_a_failure_nothing_new_is_started(cfg, tmp_path):
-    steps = submit.chain(cfg)
+    steps = chain.steps_of(cfg)
     commands = [(step, ["sh", "-c", "exit 3" if step.name == "summarize_ids" else "true"]) for step in steps]
     commands[-1] = (steps[-1], ["touch", str(tmp_path / "started")])
     for at_once in (1, 3):
@@ -292,8 +286,8 @@ def test_sigterm_reaches_the_stage_that_runs_and_ends_the_chain_with_85(tmp_path
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from common import cli, config
-from slurm import local, submit
-steps = submit.chain(config.load())[:2]
+from slurm import chain, local
+steps = chain.steps_of(config.load())[:2]
 says = "trap 'echo told > {tmp_path}/told; exit 85' TERM; touch {tmp_path}/runs; while :; do sleep 0.05; done"
 commands = [(steps[0], ["bash", "-c", says]), (steps[1], ["touch", "{tmp_path}/next"])]
 cli.run(lambda: local.run(commands, 1))

@@ -7,9 +7,9 @@ import pytest
 from conftest import ROOT
 
 from common import cli, config
-from slurm import submit
+from slurm import chain
 
-STAGES = {step.name: step.module.replace(".", "/") + ".py" for step in submit.chain(config.load())}
+STAGES = {step.name: step.module.replace(".", "/") + ".py" for step in chain.steps_of(config.load())}
 ALL = {
     **STAGES,
     "fetch_best_and_train": "train/fetch_best_and_train.py",

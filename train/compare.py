@@ -23,7 +23,7 @@ from pathlib import Path
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import cli
+from common import cli, stages
 from common.errors import ConfigError
 
 log = logging.getLogger("pipeline")
@@ -37,14 +37,13 @@ def main(argv=None) -> int:
     if args.seeds < 1:
         raise ConfigError("--seeds takes a number of runs, 1 or more")
     from common import config, files, parquet, provenance
-    from train import datasets
+    from train import datasets, run_record
     from train.evaluation import comparison, gallery
-    from train.fitting import checkpoints
     from train.fitting.fit import fit
 
     # settings, and what is there already
-    inputs = datasets.input_ids(cfg) | {"test.parquet": provenance.identity(cfg.paths.merged_dir / "test.parquet")}
-    shared = checkpoints.record(cfg, inputs).config
+    inputs = run_record.input_ids(cfg) | stages.ids([cfg.paths.merged_dir / "test.parquet"])
+    shared = run_record.record(cfg, inputs).config
     varied = ("training.sampler", "training.loss", "training.mining", "training.seed")
     shared = {key: value for key, value in shared.items() if key not in varied}
     shared |= config.values(cfg, "evaluation.gallery", "evaluation.bootstrap_samples")

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import devices, parquet, provenance
-from common.errors import PipelineError, StaleArtefact
+from common import devices, parquet
+from common.errors import PipelineError
 from common.places import geo
 from common.places.zones import Zones, make_zones, number_buildings
 from common.sections import Config
-from difficulty.search import search_parts
+from train import run_record
 from train.evaluation.validation import Validation, baselines
 
 _COLUMNS = ["dataset_id", "target_id", "street_view_id", "target_lat", "target_lon"]
@@ -76,15 +76,9 @@ class Batch:
         return torch.cat([self.anchors, self.positives, self.negatives])
 
 
-def input_ids(cfg: Config) -> dict[str, str]:
-    """File name -> id of what a run reads. Raises StaleArtefact if the files do not belong together."""
-    paths, known = _inputs(cfg)
-    return {path.name: known[name].id for name, path in paths.items()}
-
-
 def load_data(cfg: Config) -> TrainingData:
     """merged/train, merged/val and the difficulty, checked to belong together, on the device that trains."""
-    paths, known = _inputs(cfg)
+    paths, records = run_record.inputs(cfg)
     device = devices.pick(cfg.infrastructure.device)
     embeddings = parquet.read_matrix(paths["train"], "embedding")
     columns = _read_columns(paths["train"])
@@ -109,8 +103,8 @@ def load_data(cfg: Config) -> TrainingData:
         train=make_rows(embeddings, neighbors, offsets, buildings, columns, cfg.data.ignore_radius_m, device),
         validation=validation,
         baselines=baselines(embeddings, buildings, output_dim, shrinkages, validation),
-        embedding_model=known["train"].facts["embedding_model"],
-        inputs=input_ids(cfg),
+        embedding_model=records["train"].facts["embedding_model"],
+        inputs={path.name: records[name].id for name, path in paths.items()},
         device=device,
     )
 
@@ -309,24 +303,3 @@ def _read_columns(path: Path) -> dict[str, np.ndarray]:
     if not table.num_rows:
         raise PipelineError(f"{path} has no rows: check data.train_ratio and data.val_ratio, and merge again")
     return {name: table[name].to_numpy() for name in _COLUMNS}
-
-
-def _inputs(cfg: Config) -> tuple[dict[str, Path], dict[str, provenance.Provenance]]:
-    """Paths and records of "train", "val" and "difficulty"; StaleArtefact unless of one merge and this config."""
-    paths = {split: cfg.paths.merged_dir / f"{split}.parquet" for split in ("train", "val")}
-    paths["difficulty"] = cfg.paths.difficulty_dir / "difficulty_metadata.parquet"
-    for name, path in paths.items():
-        stage = (
-            "difficulty/compute_visual_neighbors.py" if name == "difficulty" else "preprocess/merge_and_split.py"
-        )
-        parquet.require(path, stage)
-    known = {name: parquet.read_provenance(path) for name, path in paths.items()}
-    reasons = provenance.differences(known["val"], known["train"])
-    if reasons:
-        raise StaleArtefact(
-            f"{paths['val']} and {paths['train'].name} are of two merges: val {reasons[0]}\n"
-            "run preprocess/merge_and_split.py again with --overwrite"
-        )
-    made = search_parts.result(cfg)[1]
-    parquet.refuse_stale(paths["difficulty"], known["difficulty"], made, "compute_visual_neighbors")
-    return paths, known

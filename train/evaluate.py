@@ -20,12 +20,28 @@ Memory   gallery rows x (D x 2 + 150) bytes on the host and x D x 4 on the devic
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import cli
+from common import cli, stages
+
+
+def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
+    from train import run_record
+
+    record = STAGE.record(cfg, run_record.evaluated_ids(cfg))
+    yield stages.Output(cfg.paths.evaluation_dir / "metrics.json", record)
+
+
+STAGE = stages.Stage(
+    "evaluate",
+    lambda cfg: cfg.paths.evaluation_dir,
+    outputs,
+    settings=("global.seed", "data.ignore_radius_m", "evaluation", "training.run"),
+)
 
 
 def main(argv=None) -> int:
@@ -47,7 +63,7 @@ def main(argv=None) -> int:
     task = (
         evaluation_task.of_file(cfg, locate(cfg, args.embeddings))
         if args.embeddings
-        else evaluation_task.of_run(cfg, compare)
+        else evaluation_task.of_run(cfg, compare, STAGE)
     )
     metrics_path, report_path = task.folder / "metrics.json", task.folder / "report.html"
     if evaluation_task.is_done(metrics_path, task.made, args.overwrite) and report_path.exists():

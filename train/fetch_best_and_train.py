@@ -8,14 +8,31 @@ Command  python train/fetch_best_and_train.py [--trial 17] [--set training.run=t
 Memory   as train.py
 """
 
+import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import cli
-from common.errors import StaleArtefact
+from common import cli, stages
+from common.errors import PipelineError, StaleArtefact
+from train import train
+
+
+def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
+    if cfg.tuning.study_storage == "journal" and not (cfg.paths.study_dir / "journal.log").exists():
+        raise PipelineError("there is no study yet")
+    from common import config
+    from train.tuning import shared_study
+
+    study = shared_study.open_study(cfg, shared_study.record(cfg), create=False)
+    best = config.with_training(cfg, **shared_study.best_trial(study).params)
+    return train.outputs(best, task, num_tasks)
+
+
+STAGE = dataclasses.replace(train.STAGE, outputs=outputs)
 
 
 def main(argv=None) -> int:
@@ -24,7 +41,7 @@ def main(argv=None) -> int:
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
     from common import config, files
-    from train import datasets, train
+    from train import run_record
     from train.evaluation import heads
     from train.fitting import checkpoints
     from train.tuning import shared_study
@@ -40,7 +57,7 @@ def main(argv=None) -> int:
 
     run_dir = cfg.paths.checkpoints_dir / cfg.training.run
     if not args.overwrite:  # before config.toml is written beside a checkpoint of other settings
-        made = checkpoints.record(chosen, datasets.input_ids(chosen))
+        made = run_record.record(chosen, run_record.input_ids(chosen))
         try:
             checkpoints.existing(run_dir, made)
         except StaleArtefact as error:

@@ -20,8 +20,31 @@ from pathlib import Path
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import cli
+from common import cli, stages
 from common.errors import ConfigError, PipelineError
+
+
+def progress(cfg) -> tuple[int, int, str]:
+    """How many of the study's trials need a worker no more, of how many."""
+    if cfg.tuning.study_storage == "journal" and not (cfg.paths.study_dir / "journal.log").exists():
+        return 0, cfg.tuning.num_trials, "trials"
+    from train.tuning import shared_study
+
+    try:
+        study = shared_study.open_study(cfg, shared_study.record(cfg), create=False)
+    except PipelineError:  # of other data or settings: the worker says so
+        return 0, cfg.tuning.num_trials, "trials"
+    done = shared_study.num_counted(study.trials) - shared_study.num_open(study)
+    return done, cfg.tuning.num_trials, "trials"
+
+
+STAGE = stages.Stage(
+    "optuna_worker",
+    lambda cfg: cfg.paths.study_dir,
+    outputs=None,
+    settings=("tuning.trial_epochs", "tuning.pruner", "tuning.search_space"),
+    progress=progress,
+)
 
 
 def main(argv=None) -> int:

@@ -14,29 +14,58 @@ Time     two passes, forward and back to the weights, of 2 D (h + output_dim) fl
 
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import cli
+from common import cli, stages
 
 log = logging.getLogger("pipeline")
+
+
+def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
+    from train import run_record
+
+    record = run_record.record(cfg, run_record.input_ids(cfg))
+    yield stages.Output(run_record.run_dir(cfg) / run_record.HISTORY, record)  # says whether the run has finished
+
+
+def progress(cfg) -> tuple[int, int, str]:
+    """How many epochs are over, of at most how many."""
+    from common import parquet
+    from common.errors import PipelineError
+    from train import run_record
+
+    try:
+        rows = parquet.num_rows(run_record.run_dir(cfg) / run_record.HISTORY)
+    except PipelineError:
+        rows = 1
+    return rows - 1, cfg.training.epochs, "epochs"  # the first row is of before training
+
+
+STAGE = stages.Stage(
+    "train",
+    lambda cfg: cfg.paths.checkpoints_dir / cfg.training.run,
+    outputs,
+    settings=("training", "training_model", "global.seed", "data.ignore_radius_m"),
+    progress=progress,
+)
 
 
 def main(argv=None) -> int:
     args = cli.parser(__doc__).parse_args(argv)
     cfg = cli.load_config(args)
-    from train import datasets
+    from train import datasets, run_record
     from train.fitting import checkpoints
     from train.fitting.fit import fit
 
-    run_dir = cfg.paths.checkpoints_dir / cfg.training.run
-    best = run_dir / "checkpoint_best.pt"
+    run_dir = run_record.run_dir(cfg)
+    best = run_dir / run_record.BEST
     if not args.overwrite:
-        made = checkpoints.record(cfg, datasets.input_ids(cfg))
-        saved = checkpoints.existing(run_dir, made)
-        if saved is not None and saved["resume"]["finished"] and best.exists():
+        saved = checkpoints.existing(run_dir, run_record.record(cfg, run_record.input_ids(cfg)))
+        if saved is not None and STAGE.is_done(cfg) and best.exists():
             return cli.nothing_to_do(
                 "train", f"{best} (validation mAP@R {saved['resume']['best']['metrics']['map@r']:.4f})"
             )

@@ -5,17 +5,18 @@ take parts of one tar.
 """
 
 import glob
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 
-from common import files, parquet, provenance, schemas
+from common import files, parquet, provenance, schemas, stages
 from common.archives import tars
-from common.config import values
 from common.errors import StaleArtefact
 from common.provenance import Provenance
 from common.sections import Config
+from common.stages import Output, Stage
 
 
 @dataclass(frozen=True)
@@ -34,33 +35,41 @@ class TarPart:
         return parquet.read(self.source, schemas.INTERMEDIATES.names).slice(self.start, self.count)
 
 
-def of_tar(cfg: Config, tar: Path, folder: Path, stage: str, settings: dict) -> list[TarPart]:
-    """A tar's parts in `folder`, made by `stage`; one part without rows if the tar has no valid image."""
+def of_tar(cfg: Config, stage: Stage, tar: Path, settings: dict) -> list[TarPart]:
+    """A tar's parts as `stage` makes them; one part without rows if the tar has no valid image. `settings`: what
+    the stage records.
+    """
     source = cfg.paths.intermediates_dir / f"{tars.stem(tar)}.parquet"
     parquet.require(source, "preprocess/process_tar.py")
     size, num_rows = cfg.data.rows_per_part, parquet.num_rows(source)
-    made = provenance.record(stage, {**settings, **values(cfg, "data.rows_per_part")}, [tar, source])
+    made = provenance.record(stage.name, settings, stages.ids([tar, source]))
     return [
         TarPart(tar, source, number * size, min(size, num_rows - number * size), path, made)
-        for number, path in enumerate(targets(folder, tar, count(num_rows, size)))
+        for number, path in enumerate(targets(stage.folder(cfg), tar, count(num_rows, size)))
     ]
 
 
-def missing(
-    cfg: Config, folder: Path, stage: str, settings: dict, shard: int, num_shards: int, overwrite: bool
-) -> tuple[list[TarPart], int]:
+def outputs(cfg: Config, stage: Stage, task: int, num_tasks: int) -> Iterator[Output]:
+    """The files of a task of a stage that works by parts."""
+    settings = stage.recorded_settings(cfg)
+    for share in tars.shares(cfg.paths.raw_dir, task, num_tasks):
+        whole = of_tar(cfg, stage, share.tar, settings)
+        yield from (Output(whole[number].target, whole[number].made) for number in share.of(len(whole)))
+
+
+def missing(cfg: Config, stage: Stage, shard: int, num_shards: int, overwrite: bool) -> tuple[list[TarPart], int]:
     """The parts that a task has to make, and how many of its parts there are in all.
 
     Raises StaleArtefact for files in `folder` that are of something else, or of another division; to `overwrite`
     the former are made again and the latter removed.
     """
-    todo, total = [], 0
+    todo, total, settings = [], 0, stage.recorded_settings(cfg)
     for share in tars.shares(cfg.paths.raw_dir, shard, num_shards):
-        whole = of_tar(cfg, share.tar, folder, stage, settings)
+        whole = of_tar(cfg, stage, share.tar, settings)
         own = [whole[number] for number in share.of(len(whole))]
         todo += [part for part in own if not parquet.is_done(part.target, part.made, overwrite)]
         total += len(own)
-        refuse_surplus(folder, tars.stem(share.tar), len(whole), overwrite)
+        refuse_surplus(stage.folder(cfg), tars.stem(share.tar), len(whole), overwrite)
     return todo, total
 
 

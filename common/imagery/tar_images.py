@@ -163,7 +163,7 @@ def index_of(intermediates_dir: Path, tar: Path) -> Path:
 
 def restart_points(tar: Path, index: Path) -> list[RestartPoint]:
     """The restart points of a gzip tar, from its index; where that is absent or another tar's, it is made anew."""
-    made = provenance.record("process_tar", {}, [tar])
+    made = provenance.record("process_tar", {}, {tar.name: provenance.identity(tar)})
     try:
         if not provenance.differences(parquet.read_provenance(index), made):
             tables = parquet.batches(index, schemas.RESTART_POINTS.names, _POINTS_AT_A_TIME)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common import cli, devices, files, parquet, provenance, schemas
-from common.config import values
+from common import cli, devices, files, parquet, schemas
 from common.errors import PipelineError
 from common.imagery import tar_images
 from common.places import zones
 from common.provenance import Provenance
 from common.sections import Config
+from common.stages import Output
 from difficulty import bands
 from difficulty.report import band_report
 
@@ -34,30 +34,6 @@ class SearchPart:
 
 def train_path(cfg: Config) -> Path:
     return parquet.require(cfg.paths.merged_dir / "train.parquet", "preprocess/merge_and_split.py")
-
-
-def result(cfg: Config) -> tuple[Path, Provenance]:
-    """The stage's artefact and its record."""
-    keys = (*_search_keys(cfg), "data.band_percentiles", "data.band_reference_rank")
-    made = provenance.record("compute_visual_neighbors", values(cfg, *keys), [train_path(cfg)])
-    return cfg.paths.difficulty_dir / "difficulty_metadata.parquet", made
-
-
-def list_parts(cfg: Config) -> list[SearchPart]:
-    """All parts, in order: part p holds the rows p * rows_per_part to (p + 1) * rows_per_part."""
-    size, total = cfg.data.rows_per_part, parquet.num_rows(train_path(cfg))
-    keys = (*_search_keys(cfg), "data.rows_per_part")
-    made = provenance.record("compute_visual_neighbors, a part", values(cfg, *keys), [train_path(cfg)])
-    folder = files.beside(cfg.paths.difficulty_dir, "parts")
-    return [
-        SearchPart(start, min(start + size, total), folder / f"{number:05d}.parquet", made)
-        for number, start in enumerate(range(0, total, size))
-    ]
-
-
-def _search_keys(cfg: Config) -> tuple[str, ...]:
-    keys = ("data.neighbors", "data.ignore_radius_m", "data.search")
-    return (*keys, "data.balltree_dim") if cfg.data.search == "balltree" else keys
 
 
 def write(cfg: Config, todo: list[SearchPart], on_anchors: Callable[[int], object]) -> None:
@@ -124,7 +100,7 @@ def refuse_missing(parts: list[SearchPart]) -> None:
         )
 
 
-def gather(cfg: Config, parts: list[SearchPart]) -> list[dict]:
+def gather(cfg: Config, parts: list[SearchPart], output: Output) -> list[dict]:
     """Calibrate the bands over all parts, stream the artefact, and report on the bands; returns their table."""
     counts = bands.histogram(np.empty(0))
     for _, _, _, ratio in _read_parts(cfg, parts):
@@ -139,7 +115,7 @@ def gather(cfg: Config, parts: list[SearchPart]) -> list[dict]:
     report = band_report.Report(train_path(cfg), counts, edges)
     recalls = [parquet.read_provenance(part.target).facts["recall"] for part in parts]
     recall = float(np.average(recalls, weights=[part.stop - part.start for part in parts]))
-    path, made = result(cfg)
+    path, made = output.path, output.record
     with parquet.writer(path, schemas.difficulty(cfg.data.neighbors, cfg.data.num_bands), made) as out:
         for part, rows, similarities, ratio in _read_parts(cfg, parts):
             offsets = bands.offsets(ratio, edges)

@@ -48,7 +48,7 @@ from common import cli, config, devices, sections
 from common.archives import tar_parts
 from common.imagery import tar_images
 from common.imagery.decoding import decode
-from generate import backbone, embedding_parts, loop
+from generate import backbone, embedding_parts, generate_embeddings, loop
 from generate.pixels import read_preprocessing
 from preprocess import process_tar
 
@@ -112,7 +112,7 @@ def run_loop(
 def parts_of(cfg: sections.Config, images: int) -> list[tar_parts.TarPart]:
     """One part of the first `images` images."""
     tar = next(cfg.paths.raw_dir.glob("*.tar"))
-    (part,) = tar_parts.of_tar(cfg, tar, cfg.paths.embeddings_dir, "generate_embeddings", {"model": "benchmark"})
+    (part,) = tar_parts.of_tar(cfg, generate_embeddings.STAGE, tar, {"model": "benchmark"})
     return [tar_parts.TarPart(part.tar, part.source, 0, min(images, part.count), part.target, part.made)]
 
 

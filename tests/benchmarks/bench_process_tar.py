@@ -17,7 +17,7 @@ import timing  # puts the repository's root on sys.path
 from damaged_tars import write_gzip
 from PIL import Image
 
-from common import provenance
+from common import provenance, stages
 from common.imagery import tar_images
 from preprocess.tars import tar_files
 from preprocess.tars.labels import parse_label
@@ -28,7 +28,7 @@ BATCH = 32
 
 def process(tar: Path, folder: Path, threads: int) -> None:
     """What process_tar.py does with one tar, without the start of Python."""
-    made = provenance.record("process_tar", {}, [tar])
+    made = provenance.record("process_tar", {}, stages.ids([tar]))
     with tar_files.Readers(threads) as readers:
         files = readers.read(tar, on_images=lambda count, at: None)
     pairs = tar_files.pair(files, tar_files.dataset_of(tar, files))

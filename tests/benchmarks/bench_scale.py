@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import timing  # puts the repository's root on sys.path
 
-from common import config, parquet, provenance, schemas, sections
+from common import config, parquet, provenance, schemas, sections, stages
 from common.places import geo
 
 FULL = "--full" in sys.argv
@@ -55,10 +55,12 @@ def write_tar_files(cfg: sections.Config, number: int, rows: slice, columns: dic
         if field.name not in table:
             table[field.name] = np.zeros(n, field.type.to_pandas_dtype())
     source = cfg.paths.intermediates_dir / f"{stem}.parquet"
-    with parquet.writer(source, schemas.INTERMEDIATES, provenance.record("process_tar", {}, [tar])) as out:
+    with parquet.writer(
+        source, schemas.INTERMEDIATES, provenance.record("process_tar", {}, stages.ids([tar]))
+    ) as out:
         out.append({name: table[name] for name in schemas.INTERMEDIATES.names})
-    hashed = provenance.record("compute_fingerprints", {}, [source])
-    embedded = provenance.record("generate_embeddings", {"embedding_model.name": "made-up"}, [source])
+    hashed = provenance.record("compute_fingerprints", {}, stages.ids([source]))
+    embedded = provenance.record("generate_embeddings", {"embedding_model.name": "made-up"}, stages.ids([source]))
     for part, start in enumerate(range(0, n, cfg.data.rows_per_part)):
         chosen = parquet.read(source).slice(start, cfg.data.rows_per_part)
         there = {name: chosen[name] for name in chosen.column_names}

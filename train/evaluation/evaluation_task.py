@@ -7,6 +7,8 @@ from pathlib import Path
 from common import config, parquet, provenance
 from common.provenance import Provenance, digest_of
 from common.sections import Config
+from common.stages import Stage
+from train import run_record
 from train.evaluation import gallery, heads, methods, metrics_json
 from train.evaluation.methods import Method
 
@@ -24,10 +26,9 @@ class EvaluationTask:
     subject: dict
 
 
-def of_run(cfg: Config, compare: list[Path]) -> EvaluationTask:
+def of_run(cfg: Config, compare: list[Path], stage: Stage) -> EvaluationTask:
     """The config's run on the test split, beside what is compared with it."""
-    run_dir = cfg.paths.checkpoints_dir / cfg.training.run
-    path = run_dir / "checkpoint_best.pt"
+    path = run_record.run_dir(cfg) / run_record.BEST
     checkpoint = heads.load_checkpoint(path)
     known = gallery.read_records(cfg.paths.merged_dir)
     gallery.refuse_foreign_head(
@@ -35,11 +36,8 @@ def of_run(cfg: Config, compare: list[Path]) -> EvaluationTask:
     )
     own = methods.of_checkpoint(checkpoint)
     further = methods.compared(compare, cfg.paths.merged_dir, known, [method.name for method in own])
-    inputs = {f"{split}.parquet": of_split.id for split, of_split in known.items()}
-    inputs |= {path.name: checkpoint["provenance"]["id"], **{method.name: method.id for method in further}}
-    history = run_dir / "history.parquet"  # the report draws it
-    inputs |= {history.name: provenance.identity(history)} if history.exists() else {}
-    settings = config.values(cfg, *SETTINGS, "evaluation.gallery", "training.run")
+    inputs = run_record.evaluated_ids(cfg, checkpoint["provenance"]["id"])
+    inputs |= {method.name: method.id for method in further}
     subject = {
         "run": cfg.training.run,
         "epoch": checkpoint["epoch"],
@@ -49,8 +47,7 @@ def of_run(cfg: Config, compare: list[Path]) -> EvaluationTask:
         "config": checkpoint["config"],
     }
     folder = cfg.paths.evaluation_dir / "compared" if compare else cfg.paths.evaluation_dir
-    made = provenance.record("evaluate", settings, inputs)
-    return EvaluationTask(folder, made, gallery.files_of(cfg), [*own, *further], subject)
+    return EvaluationTask(folder, stage.record(cfg, inputs), gallery.files_of(cfg), [*own, *further], subject)
 
 
 def of_file(cfg: Config, path: Path) -> EvaluationTask:

@@ -6,23 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import files, parquet, provenance
-from common.config import values
+from common import files, parquet
 from common.provenance import Provenance, digest_of
 from common.sections import Config
+from train import run_record
 from train.evaluation import heads
 from train.fitting import history
 
-NAMES = ("checkpoint_best.pt", "checkpoint_last.pt", "history.parquet", "curves.png", "bad_batch.pt")
-
-
-def record(cfg: Config, inputs: dict[str, str]) -> Provenance:
-    """The record of a run: every setting that its head depends on, and the ids of what it reads."""
-    config = values(cfg, "global.seed", "data.ignore_radius_m", "training_model", "training")
-    if cfg.training.remine_epochs:
-        config |= values(cfg, "data.band_percentiles", "data.band_reference_rank")
-    del config["training.run"]  # its name alone: a run may be renamed
-    return provenance.record("train", config, inputs)
+NAMES = (run_record.BEST, run_record.LAST, run_record.HISTORY, "curves.png", "bad_batch.pt")
 
 
 def existing(run_dir: Path, made: Provenance) -> dict | None:
@@ -30,7 +21,7 @@ def existing(run_dir: Path, made: Provenance) -> dict | None:
 
     Raises StaleArtefact if what is there is of other settings or inputs than `made`.
     """
-    for name in ("checkpoint_last.pt", "checkpoint_best.pt"):
+    for name in (run_record.LAST, run_record.BEST):
         path = run_dir / name
         if path.exists():
             saved = heads.load_checkpoint(path)
@@ -76,15 +67,14 @@ class RunFolder:
         return self._checkpoint(**run.best)
 
     def save(self, run, finished: bool) -> None:
-        """Write everything, checkpoint_last.pt as the last: a run goes on from it, and what else is there may be
-        newer but is then written again."""
+        """Write everything. A run goes on from checkpoint_last.pt, and writes what is older or newer than that
+        again; the history comes last, for its record says whether all is whole."""
         if self.run_dir is None:
             return
-        frame = history.frame(run.history, run.timings)
-        history.write(self.run_dir / "history.parquet", frame, self.made)
+        frame, best = history.frame(run.history, run.timings), self.best(run)
         if finished:
             history.draw(self.run_dir / "curves.png", frame)
-        write(self.run_dir / "checkpoint_best.pt", self.best(run))
+        write(self.run_dir / run_record.BEST, best)
         state = {name: tensor.detach().cpu() for name, tensor in run.head.state_dict().items()}
         row = run.history[-1]
         metrics = {"map@r": row["val_map_at_r"], "recall@1": row["val_recall_at_1"]}
@@ -102,7 +92,9 @@ class RunFolder:
             "best": run.best,
             "finished": finished,
         }
-        write(self.run_dir / "checkpoint_last.pt", last)
+        write(self.run_dir / run_record.LAST, last)
+        facts = {"finished": finished, "best_checkpoint": best["provenance"]["id"]}
+        history.write(self.run_dir / run_record.HISTORY, frame, self.made, facts)
 
     def _checkpoint(self, epoch: int, metrics: dict, head: dict[str, torch.Tensor]) -> dict:
         settings, whitening = self.cfg.training_model, self.data.baselines["whitening"]

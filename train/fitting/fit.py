@@ -16,6 +16,7 @@ from common.devices import resolve_dtype
 from common.errors import PipelineError
 from common.sections import Config
 from publish.projection_head import ProjectionHead
+from train import run_record
 from train.datasets import Batch, TrainingData, TrainRows, relations, step_seed
 from train.fitting import checkpoints, history, remine, tracking
 from train.fitting.dropout import replace_dropout
@@ -76,7 +77,7 @@ def fit(
     training) included, and may raise to end the run. On SIGTERM or SIGUSR2 it saves after the step in hand and
     raises Stopped. `progress` counts triplets.
     """
-    made = checkpoints.record(cfg, data.inputs)
+    made = run_record.record(cfg, data.inputs)
     store = checkpoints.RunFolder(cfg, data, made, run_dir)
     run = start(cfg, data)
     if not resume:

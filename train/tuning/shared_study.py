@@ -22,8 +22,7 @@ from common import config, parquet, provenance
 from common.errors import PipelineError
 from common.provenance import Provenance
 from common.sections import Choices, Config
-from train import datasets
-from train.fitting import checkpoints
+from train import run_record
 from train.tuning import study_storage
 
 STUDY_NAME = "tuning"
@@ -42,8 +41,8 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 
 def record(cfg: Config) -> Provenance:
     """What a study depends on: the inputs and a trial's settings; for those that vary, the search space."""
-    inputs = datasets.input_ids(cfg)
-    settings = checkpoints.record(cfg, inputs).config
+    inputs = run_record.input_ids(cfg)
+    settings = run_record.record(cfg, inputs).config
     varied = {"training.epochs", *(f"training.{key}" for key in cfg.tuning.search_space)}
     settings = {key: value for key, value in settings.items() if key not in varied}
     settings |= config.values(cfg, "tuning.trial_epochs", "tuning.pruner", "tuning.search_space")

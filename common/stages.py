@@ -1,0 +1,100 @@
+"""A stage of the chain, declared once: what it writes, from what, with which settings, and how much of it is done.
+
+Each stage's script holds its declaration, `STAGE`. The script asks it what is left to do, and so do
+slurm/submit.py, slurm/status.py and the tables of the documentation. Imports nothing heavy: `--help` answers at
+once.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common import provenance
+from common.errors import PipelineError
+from common.provenance import Provenance
+
+if TYPE_CHECKING:
+    from common.sections import Config
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file of a stage, and the record that a run with these settings and inputs gives it."""
+
+    path: Path
+    record: Provenance
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. Its work divides into tasks: task i of n of a job array is shard i."""
+
+    name: str
+    folder: Callable[["Config"], Path]  # what it writes to: two runs must not write the same one at once
+    # of task i of n; raises PipelineError or OSError as long as its inputs are missing
+    outputs: Callable[["Config", int, int], Iterable[Output]] | None
+    settings: tuple[str, ...] = ()  # "section.key" or "section": another value makes another file
+    recorded: Callable[["Config"], dict] | None = None  # what records hold of them; None: all of them, as they are
+    auto: tuple[str, ...] = ()  # of those, the ones whose "auto" is decided by the machine that runs the stage
+    progress: Callable[["Config"], tuple[int, int, str]] | None = None  # (done, total, unit), where not by files
+
+    def record(self, cfg: "Config", inputs: dict[str, str]) -> Provenance:
+        """The record of a file that this stage makes of `inputs`: name -> identity."""
+        return provenance.record(self.name, self.recorded_settings(cfg), inputs)
+
+    def recorded_settings(self, cfg: "Config") -> dict:
+        from common import config
+
+        return self.recorded(cfg) if self.recorded else config.values(cfg, *self.settings)
+
+    def outputs_of(self, cfg: "Config", task: int = 0, num_tasks: int = 1) -> list[Output] | None:
+        """The files of a task; None where they cannot be listed yet, before the inputs are there."""
+        try:
+            return list(self.outputs(cfg, task, num_tasks)) if self.outputs else []
+        except (OSError, PipelineError):
+            return None
+
+    def is_done(self, cfg: "Config", task: int = 0, num_tasks: int = 1) -> bool:
+        """Whether a task has nothing left to do."""
+        if self.outputs is None:
+            assert self.progress is not None
+            done, total, _ = self.progress(cfg)
+            return done >= total
+        outputs = self.outputs_of(cfg, task, num_tasks)
+        return outputs is not None and all(self.is_current(output) for output in outputs)
+
+    def is_current(self, output: Output) -> bool:
+        """Whether a file exists, is whole, and was made with these settings from these inputs."""
+        try:
+            existing = record_of(output.path)
+        except (OSError, ValueError, TypeError, KeyError, PipelineError):
+            return False  # absent, damaged, or another program's: the stage itself reports which
+        undecided = {key for key in self.auto if output.record.config.get(key) == "auto"}
+        return existing.facts.get("finished", True) and not provenance.differences(
+            existing.without(undecided), output.record.without(undecided)
+        )
+
+
+def ids(paths: Iterable[Path]) -> dict[str, str]:
+    """File name -> identity, for a record."""
+    return {path.name: identity(path) for path in paths}
+
+
+def identity(path: Path) -> str:
+    """What a file is known by in the records of what is made from it: its id, if a stage of ours wrote it."""
+    return record_of(path).id if path.suffix in (".parquet", ".json") else provenance.identity(path)
+
+
+def record_of(path: Path) -> Provenance:
+    """The record in a Parquet file's footer or in a JSON file.
+
+    Raises OSError, PipelineError, ValueError, TypeError or KeyError if there is none.
+    """
+    if path.suffix == ".parquet":
+        from common import parquet
+
+        return parquet.read_provenance(path)
+    content = json.loads(path.read_text())
+    return Provenance(**content.get("provenance", content))

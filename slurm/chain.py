@@ -1,0 +1,136 @@
+"""The chain: its steps, what each needs, and what is left of it, down to single shards.
+
+A step is a stage (see common/stages.py) with the number of tasks that its work is cut into.
+"""
+
+import importlib
+from dataclasses import dataclass
+
+from common.errors import ConfigError
+from common.stages import Stage
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of the chain: a command, how many tasks it is cut into, and what must be done before it."""
+
+    name: str
+    module: str
+    needs: tuple[str, ...] = ()  # all steps whose files it reads
+    tasks: int = 1  # more than 1: a job array whose task i takes shard i
+    shards_match: bool = False  # shard i needs only shard i of what it needs: aftercorr instead of afterok
+    arguments: tuple[str, ...] = ()
+    declaration: str = "STAGE"  # its name in the module
+
+    @property
+    def resources(self) -> str:
+        """The table of [slurm] with this step's resources: its module's own name."""
+        return self.module.split(".")[-1]
+
+    @property
+    def script(self) -> str:
+        return self.module.replace(".", "/") + ".py"
+
+    @property
+    def stage(self) -> Stage:
+        return getattr(importlib.import_module(self.module), self.declaration)
+
+    def is_done(self, cfg, task: int) -> bool:
+        """Whether a task has nothing left to do."""
+        return self.stage.is_done(cfg, task, self.tasks)
+
+
+def steps_of(cfg, tune: int = 0) -> list[Step]:
+    """The steps in an order in which they can run. `tune`: how many Optuna workers choose the settings first."""
+    shards, difficulty_shards = cfg.slurm.num_shards, cfg.slurm.difficulty_shards
+    by_tar = ("--num-shards", str(shards))
+    merge, neighbors = "merge_and_split", "difficulty.compute_visual_neighbors"
+
+    steps = [
+        Step("process_tar", "preprocess.process_tar", (), shards, arguments=by_tar),
+        Step("compute_fingerprints", "preprocess.compute_fingerprints", ("process_tar",), shards, True, by_tar),
+        Step("generate_embeddings", "generate.generate_embeddings", ("process_tar",), shards, True, by_tar),
+        Step(merge, "preprocess.merge_and_split", ("process_tar", "compute_fingerprints", "generate_embeddings")),
+        Step("summarize_ids", "preprocess.summarize_ids", (merge,)),
+    ]
+    if difficulty_shards > 1:
+        by_anchor = ("--num-shards", str(difficulty_shards))
+        gather = (*by_anchor, "--finish")
+        steps += [
+            Step("neighbor_parts", neighbors, (merge,), difficulty_shards, False, by_anchor, "PARTS"),
+            Step("compute_visual_neighbors", neighbors, (merge, "neighbor_parts"), arguments=gather),
+        ]
+    else:
+        steps += [Step("compute_visual_neighbors", neighbors, (merge,))]
+    trained_on = (merge, "compute_visual_neighbors")
+    if tune:
+        steps += [
+            Step("optuna_worker", "train.optuna_worker", trained_on, tune),
+            Step("train", "train.fetch_best_and_train", (*trained_on, "optuna_worker")),
+        ]
+    else:
+        steps += [Step("train", "train.train", trained_on)]
+    return [
+        *steps,
+        Step("evaluate", "train.evaluate", (merge, "train")),
+        Step("convert_to_hf", "publish.convert_to_hf", (merge, "train", "evaluate")),
+    ]
+
+
+def select(steps: list[Step], first: str | None, last: str | None) -> list[Step]:
+    """The steps from `first` to `last`, both included. Raises ConfigError for a name that is not a step's.
+
+    A search that is cut into parts begins with these.
+    """
+    names = [step.name for step in steps]
+    for name in (first, last):
+        if name is not None and name not in names:
+            tune = " (optuna_worker: with --tune N)" if "optuna_worker" not in names else ""
+            raise ConfigError(f"there is no stage {name}; the stages are {', '.join(names)}{tune}")
+    if first == "compute_visual_neighbors" and "neighbor_parts" in names:
+        first = "neighbor_parts"
+    begin = names.index(first) if first else 0
+    end = names.index(last) if last else len(names) - 1
+    if begin > end:
+        raise ConfigError(f"--from {first} comes after --to {last}")
+    return steps[begin : end + 1]
+
+
+def folder_of(name: str, cfg, tune: int = 0) -> str:
+    """The folder that the step of this name writes."""
+    return str(next(step for step in steps_of(cfg, tune) if step.name == name).stage.folder(cfg))
+
+
+def missing(steps: list[Step], cfg) -> dict[str, list[int]]:
+    """Step -> its tasks that have something to do, among `steps` in the order of the chain.
+
+    A task whose input is about to be made has something to do, whatever is there: its stage looks again.
+    """
+    todo: dict[str, list[int]] = {}
+    for step in steps:
+        needed = [todo[name] for name in step.needs if todo.get(name)]
+        if needed and not step.shards_match:
+            todo[step.name] = list(range(step.tasks))
+            continue
+        again = {task for tasks in needed for task in tasks}
+        period = num_tars(cfg) or step.tasks  # of the tasks that take the same tars
+        todo[step.name] = [
+            task
+            for task in range(step.tasks)
+            if task in again or task % period in again or not step.is_done(cfg, task)
+        ]
+    return todo
+
+
+def num_busy(step: Step, cfg) -> int | None:
+    """How many tasks of a step have something to make, or had; None where that is not known yet."""
+    outputs = [step.stage.outputs_of(cfg, task, step.tasks) for task in range(step.tasks)]
+    return None if None in outputs else sum(map(bool, outputs))
+
+
+def num_tars(cfg) -> int:
+    """0 before there are any. Raises PipelineError for a folder that process_tar.py would refuse."""
+    from common.archives import tars
+
+    raw_dir = cfg.paths.raw_dir
+    return len(tars.of_shard(raw_dir, 0, 1)) if raw_dir.is_dir() and any(raw_dir.iterdir()) else 0
