@@ -12,7 +12,7 @@ from common.stages import Stage
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of the chain: a command, how many tasks it is cut into, and what must be done before it."""
+    """One step: a command, the number of tasks that it is cut into, and the steps that must be done before it."""
 
     name: str
     module: str
@@ -20,7 +20,7 @@ class Step:
     tasks: int = 1  # more than 1: a job array whose task i takes shard i
     shards_match: bool = False  # shard i needs only shard i of what it needs: aftercorr instead of afterok
     arguments: tuple[str, ...] = ()
-    declaration: str = "STAGE"  # its name in the module
+    declaration: str = "STAGE"  # the stage's name in the module
 
     @property
     def resources(self) -> str:
@@ -41,7 +41,7 @@ class Step:
 
 
 def steps_of(cfg, tune: int = 0) -> list[Step]:
-    """The steps in an order in which they can run. `tune`: how many Optuna workers choose the settings first."""
+    """The steps in the order in which they run. `tune`: how many Optuna workers choose the settings first."""
     shards, difficulty_shards = cfg.slurm.num_shards, cfg.slurm.difficulty_shards
     by_tar = ("--num-shards", str(shards))
     merge, neighbors = "merge_and_split", "difficulty.compute_visual_neighbors"
@@ -78,14 +78,14 @@ def steps_of(cfg, tune: int = 0) -> list[Step]:
 
 
 def select(steps: list[Step], first: str | None, last: str | None) -> list[Step]:
-    """The steps from `first` to `last`, both included. Raises ConfigError for a name that is not a step's.
+    """The steps from `first` to `last`, both included. Raises ConfigError for an unknown name.
 
-    A search that is cut into parts begins with these.
+    A neighbour search that is cut into parts starts with the parts.
     """
     names = [step.name for step in steps]
     for name in (first, last):
         if name is not None and name not in names:
-            tune = " (optuna_worker: with --tune N)" if "optuna_worker" not in names else ""
+            tune = " (optuna_worker needs --tune N)" if "optuna_worker" not in names else ""
             raise ConfigError(f"there is no stage {name}; the stages are {', '.join(names)}{tune}")
     if first == "compute_visual_neighbors" and "neighbor_parts" in names:
         first = "neighbor_parts"
@@ -102,9 +102,9 @@ def folder_of(name: str, cfg, tune: int = 0) -> str:
 
 
 def missing(steps: list[Step], cfg) -> dict[str, list[int]]:
-    """Step -> its tasks that have something to do, among `steps` in the order of the chain.
+    """Step -> its unfinished tasks, among `steps` in the order of the chain.
 
-    A task whose input is about to be made has something to do, whatever is there: its stage looks again.
+    A task whose input is about to be rewritten counts as unfinished: its stage decides when it runs.
     """
     todo: dict[str, list[int]] = {}
     for step in steps:
@@ -112,24 +112,24 @@ def missing(steps: list[Step], cfg) -> dict[str, list[int]]:
         if needed and not step.shards_match:
             todo[step.name] = list(range(step.tasks))
             continue
-        again = {task for tasks in needed for task in tasks}
-        period = num_tars(cfg) or step.tasks  # of the tasks that take the same tars
+        rewritten = {task for tasks in needed for task in tasks}
+        period = num_tars(cfg) or step.tasks  # tasks so far apart take the same tar
         todo[step.name] = [
             task
             for task in range(step.tasks)
-            if task in again or task % period in again or not step.is_done(cfg, task)
+            if task in rewritten or task % period in rewritten or not step.is_done(cfg, task)
         ]
     return todo
 
 
 def num_busy(step: Step, cfg) -> int | None:
-    """How many tasks of a step have something to make, or had; None where that is not known yet."""
+    """How many tasks of a step have any output, done or not; None if that is not known yet."""
     outputs = [step.stage.outputs_of(cfg, task, step.tasks) for task in range(step.tasks)]
     return None if None in outputs else sum(map(bool, outputs))
 
 
 def num_tars(cfg) -> int:
-    """0 before there are any. Raises PipelineError for a folder that process_tar.py would refuse."""
+    """The number of tars, 0 without a folder. Raises PipelineError for one that process_tar.py refuses."""
     from common.archives import tars
 
     raw_dir = cfg.paths.raw_dir

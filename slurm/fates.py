@@ -1,4 +1,4 @@
-"""The tasks of a run: what became of each, from what Slurm's queue knows of its job, its log and its files."""
+"""The state of each task of a run, from its job in Slurm's queue, its log and its files."""
 
 import re
 from dataclasses import dataclass
@@ -12,42 +12,42 @@ NOT_STARTED = ("PENDING", "REQUEUED", "REQUEUE_FED", *HELD_STATES)
 BUSY = {
     "SUSPENDED": "suspended",
     "STOPPED": "suspended",
-    "CONFIGURING": "its node boots",
+    "CONFIGURING": "its node is booting",
     "COMPLETING": "is ending",
 }
 WAITS = {
-    "None": "",  # nobody has looked at it yet
+    "None": "",  # not considered yet
     "Resources": "for free resources",
     "Priority": "for the jobs before it",
-    "JobArrayTaskLimit": "for others of its array (throttle)",
-    "BeginTime": "was queued again, starts shortly",
-    "PartitionTimeLimit": "for ever: its time is more than the partition's",
-    "PartitionNodeLimit": "for ever: it wants more than the partition has",
-    "BadConstraints": "for ever: no node is as it wants it",
+    "JobArrayTaskLimit": "for other tasks of its array (throttle)",
+    "BeginTime": "requeued, starts shortly",
+    "PartitionTimeLimit": "forever: its time limit exceeds the partition's",
+    "PartitionNodeLimit": "forever: it needs more nodes than the partition has",
+    "BadConstraints": "forever: no node satisfies its constraints",
 }
 ENDS = {
     "BOOT_FAIL": "its node did not boot",
-    "DEADLINE": "its deadline",
+    "DEADLINE": "deadline reached",
     "NODE_FAIL": "its node failed",
     "OUT_OF_MEMORY": "out of memory",
     "PREEMPTED": "preempted",
     "TIMEOUT": "time limit",
 }
-STOPPED = "stopped with all saved, and not queued again (slurm.max_requeues)"
+STOPPED = "stopped with everything saved, and not requeued (slurm.max_requeues)"
 HELD = re.compile("JobHeld|JobHold|held")  # JobHeldUser, JobHoldMaxRequeue, launch failed requeued held, ...
-# slurmstepd's words in a log, where Slurm has forgotten the job
+# what slurmstepd writes to a log, for jobs that Slurm has forgotten
 OUT_OF_MEMORY = re.compile("oom.kill", re.IGNORECASE)
 KILLED = re.compile(r"CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))? \*\*\*")
 
 
 @dataclass(frozen=True)
 class Log:
-    """What the log of a task says, from its last start on."""
+    """The log of a task, from its last start on."""
 
     path: Path
-    first_start_s: float | None = None  # seconds since 1970, of the first start; None: it has not started
-    exit_code: int | None = None  # None: it has not ended, or was killed
-    killed: str = ""  # what slurmstepd says of that, in lower case
+    first_start_s: float | None = None  # Unix time of the first start; None: not started
+    exit_code: int | None = None  # None: still running, or killed
+    killed: str = ""  # the reason that slurmstepd gives, in lower case
     lines: tuple[str, ...] = ()
 
 
@@ -63,7 +63,7 @@ class JobTask:
 
 
 def read_log(path: Path) -> Log:
-    """The beginning and the end of a log; long ones are not read whole."""
+    """Read a log; of a long one the beginning and the end."""
     try:
         with path.open("rb") as file:
             head = file.read(TAIL_BYTES).decode(errors="replace")
@@ -86,7 +86,7 @@ def read_log(path: Path) -> Log:
 
 
 def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
-    """State and reason of a task that was submitted. `job`: what the queue knows of it, or None."""
+    """State and reason of a submitted task. `job`: its entry in the queue, or None."""
     if job and job.is_live:
         return wait_of(job) if job.state in NOT_STARTED else ("running", BUSY.get(job.state, ""))
     leaves_files = step.stage.outputs is not None  # an Optuna worker does not
@@ -96,32 +96,32 @@ def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
         return "failed", remedy(ENDS[job.state], step)
     if log.first_start_s is None:
         if job and job.state == "FAILED":
-            return "failed", f"before it could write its log ({job.reason}): do compute nodes see the folder?"
+            return "failed", f"before it could write its log ({job.reason}): can compute nodes see the folder?"
         failed_before = job and job.reason == "DependencyNeverSatisfied"
-        return "cancelled", "what it needs has failed" if failed_before else "before it started"
+        return "cancelled", "a step that it needs failed" if failed_before else "before it started"
     if any(OUT_OF_MEMORY.search(line) for line in log.lines):
         return "failed", remedy("out of memory", step)
     if log.killed == "job requeue":
-        return "cancelled", "before it started again"
+        return "cancelled", "before it restarted"
     if log.killed == "cancelled" or (job and job.state == "CANCELLED"):
-        return "cancelled", "while it ran"
+        return "cancelled", "while running"
     if log.killed:
         return "failed", remedy(log.killed, step)
     if log.exit_code is None:
         return "failed", "killed"
     if log.exit_code == 0:
-        return "failed", "it ended well, but its files are gone or of other settings"
+        return "failed", "it succeeded, but its files are missing or have other settings"
     return "failed", STOPPED if log.exit_code == cli.EXIT_STOPPED else f"exit code {log.exit_code}"
 
 
 def remedy(end: str, step) -> str:
-    """What has ended a job, and the setting that gives it more of that."""
+    """Why a job ended, and the setting that raises that limit."""
     settings = {"time limit": "time", "out of memory": "sbatch (--mem)"}
     return f"{end}: raise slurm.{step.resources}.{settings[end]}" if end in settings else end
 
 
 def wait_of(job) -> tuple[str, str]:
-    """State and reason of a job that has not started, or that is to start again."""
+    """State and reason of a job that has not started, or is about to restart."""
     if HELD.search(job.reason) or job.state in HELD_STATES:
         return "waiting", f"held ({job.reason}): scontrol release {job.id.partition('_')[0]}"
     return "waiting", WAITS.get(job.reason, job.reason)
@@ -137,14 +137,14 @@ def tasks_of(step, entry: dict, jobs: dict, cfg) -> list[JobTask]:
             continue
         job_id = f"{entry['job']}_{number}" if entry["of"] > 1 else entry["job"]
         job = jobs.get(job_id)
-        if job and job.name != step.name:  # a cluster that was set up anew counts from 1 again
+        if job and job.name != step.name:  # a reinstalled cluster counts from 1 again
             job = None
         tasks.append(JobTask(number, job_id, *fate(step, number, job, log, cfg), log))
     return tasks
 
 
 def progress_of(step, tasks: list[JobTask], cfg, now_s: float) -> dict:
-    """How far a step is: done, total, unit, and per_hour and seconds_left where it runs and has got somewhere."""
+    """Progress of a step: done, total, unit; and per_hour and seconds_left once it has finished something."""
     stage = step.stage
     if stage.progress:
         done, total, unit = stage.progress(cfg)

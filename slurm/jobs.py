@@ -1,7 +1,7 @@
-"""The steps of the chain as jobs of Slurm: their sbatch command lines and dependencies, and their submission.
+"""The steps of the chain as Slurm jobs: their sbatch command lines, dependencies and submission.
 
-A job must do what was submitted, however long it waits and however often it is queued again: its settings are
-those of logs/runs/<time>/config.toml, which is written once. Editing the user's file changes later runs alone.
+A job does what was submitted, however long it waits and however often it is requeued: it reads its settings from
+logs/runs/<time>/config.toml, which is written once. Editing the user's file affects later runs only.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def sbatch_command(step, tasks: list[int], cfg: Config, folder: Path, dependency
     resources = getattr(cfg.slurm, step.resources)
     command = ["sbatch", "--parsable", f"--time={resources.time}", "--requeue"]
     command += [f"--signal=USR2@{cfg.slurm.signal_before_s}", *cfg.slurm.sbatch, *resources.sbatch]
-    # what follows wins over the user's flags: status.py and the next submit.py find jobs and logs by it
+    # these override the user's flags: status.py and the next submit.py find jobs and logs by them
     command += [f"--job-name={step.name}", f"--chdir={ROOT}", f"--output={log_of(step, folder)}"]
     command += ["--open-mode=append", "--kill-on-invalid-dep=yes"]
     if step.tasks > 1:
@@ -40,12 +40,12 @@ def sbatch_command(step, tasks: list[int], cfg: Config, folder: Path, dependency
 
 
 def log_of(step, folder: Path) -> Path:
-    """The log of a step; of an array's task where Slurm puts the task's number for %a."""
+    """The log of a step; Slurm replaces %a by the number of an array's task."""
     return folder / (f"{step.name}-%a.log" if step.tasks > 1 else f"{step.name}.log")
 
 
 def ranges(tasks: list[int]) -> str:
-    """Increasing numbers as sbatch writes them: "0-3,7"."""
+    """Increasing numbers in sbatch's notation: "0-3,7"."""
     spans: list[list[int]] = []
     for task in tasks:
         if spans and spans[-1][1] == task - 1:
@@ -56,10 +56,10 @@ def ranges(tasks: list[int]) -> str:
 
 
 def dependency_of(step, todo: dict[str, list[int]], job_ids: dict[str, str]) -> str:
-    """What Slurm must wait for before it starts `step`, given the job ids of the steps that it may wait for.
+    """The --dependency of `step`, given the job ids of the steps that it may wait for.
 
-    aftercorr pairs tasks by their number. What it does with a number that the other array has not is not
-    documented: it is used where both have the same.
+    aftercorr pairs tasks by number. How it treats a number that the other array lacks is undocumented, so it is
+    used only between arrays of the same numbers.
     """
     needs = [name for name in step.needs if name in job_ids]
     if not needs:
@@ -69,7 +69,7 @@ def dependency_of(step, todo: dict[str, list[int]], job_ids: dict[str, str]) -> 
 
 
 def planned(steps: list, todo: dict[str, list[int]], cfg: Config) -> list[list[str]]:
-    """The sbatch command lines of what is left, with the steps' names for the job ids."""
+    """The sbatch command lines of the steps that are left, with step names in place of job ids."""
     folder, left = cfg.paths.logs_dir / "runs" / "TIME", [step for step in steps if todo[step.name]]
     job_ids = {step.name: f"${step.name}" for step in left}
     return [
@@ -81,9 +81,9 @@ def planned(steps: list, todo: dict[str, list[int]], cfg: Config) -> list[list[s
 
 
 def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.Namespace) -> int:
-    """Submit the tasks that are left, with their dependencies, as a new run."""
+    """Submit the remaining tasks, with their dependencies, as a new run."""
     if shutil.which("sbatch") is None:
-        raise PipelineError(f"there is no sbatch here: {runs.WITHOUT_CLUSTER}")
+        raise PipelineError(f"sbatch not found: {runs.WITHOUT_CLUSTER}")
     left = [step for step in steps if todo[step.name]]
     if not left:
         print(f"nothing to do: {', '.join(step.name for step in steps)} done")
@@ -91,7 +91,7 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
     widest, limit = max(step.tasks for step in left), runs.max_array_size()
     if widest > limit:
         raise PipelineError(
-            f"an array of {widest} tasks is too wide: this cluster takes {limit} (MaxArraySize)\n"
+            f"an array of {widest} tasks is too large: this cluster allows {limit} (MaxArraySize)\n"
             "lower slurm.num_shards, slurm.difficulty_shards or --tune; a shard may take any number of tars"
         )
     with runs.lock(cfg.paths.logs_dir):
@@ -110,7 +110,7 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
 
 
 def freeze(cfg: Config, path: Path) -> None:
-    """Write all settings; for nobody else to read where the URL of the study's database has a password."""
+    """Write all settings, readable by the owner only if the URL of the study's database has a password."""
     mask = os.umask(0)
     os.umask(mask | 0o077 if PASSWORD.search(cfg.tuning.study_storage) else mask)
     try:
@@ -133,7 +133,7 @@ def entry_of(step, tasks: list[int], cfg: Config, tune: int) -> dict:
 
 
 def submit_rest(folder: Path, record: dict, steps: list, cfg: Config, job_ids: dict[str, str]) -> int:
-    """Submit the steps of a record that have no job yet; `job_ids`: of those whose jobs they may wait for."""
+    """Submit the steps of a record that have no job yet. `job_ids`: of the steps that they may wait for."""
     todo = {name: entry["tasks"] for name, entry in record["steps"].items()}
     for step in steps:
         entry = record["steps"][step.name]
@@ -147,28 +147,28 @@ def submit_rest(folder: Path, record: dict, steps: list, cfg: Config, job_ids: d
             run = runs.handle(folder, record)
             raise PipelineError(
                 f"{step.name} was not submitted: {error}\n"
-                f"mend that, then submit the rest with slurm/submit.py --continue {run},\n"
-                f"or end what is submitted with --cancel {run}"
+                f"fix this, then submit the rest with slurm/submit.py --continue {run},\n"
+                f"or cancel the submitted jobs with --cancel {run}"
             ) from None
         runs.save(folder, record)
         shards = f", shards {ranges(entry['tasks'])} of {step.tasks}" if step.tasks > 1 else ""
         print(f"{step.name:26} job {job_ids[step.name]}{shards}", flush=True)
-    print(f"run {folder.name}: logs in {folder}; slurm/status.py tells how it goes")
+    print(f"run {folder.name}: logs in {folder}; follow it with slurm/status.py")
     return 0
 
 
 def sbatch(command: list[str]) -> str:
-    """The id of the job that sbatch makes. What it says besides, of a site's rules for instance, is passed on."""
+    """Run sbatch; returns the job id. Its other output, such as a site's notices, goes to stderr."""
     answer = runs.ask(*command, show_warnings=True)
-    made = re.search(r"^(\d+)(;.*)?$", answer, re.MULTILINE)  # with several clusters: id;cluster
-    if made is None:
-        raise PipelineError(f"sbatch names no job: {answer.strip()}")
-    return made[1]
+    match = re.search(r"^(\d+)(;.*)?$", answer, re.MULTILINE)  # with several clusters: id;cluster
+    if match is None:
+        raise PipelineError(f"sbatch printed no job id: {answer.strip()}")
+    return match[1]
 
 
 def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
-    """Submit the steps of a run that were not submitted, with the settings that it was submitted with, but the
-    resources of today: they may be what sbatch refused."""
+    """Submit the rest of an interrupted submission with its settings, but with today's resources: they may be what
+    sbatch refused."""
     folder = runs.find(logs_dir, name)
     with runs.lock(folder.parents[1]):
         record = runs.load(folder)
@@ -184,7 +184,7 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
             if name not in live and left[name]:
                 log = record["steps"][name]["log"]
                 raise PipelineError(
-                    f"{name} (job {job}) of that run has ended without finishing: see {log}\n"
+                    f"{name} (job {job}) of that run ended unfinished: see {log}\n"
                     f"slurm/submit.py --cancel {runs.handle(folder, record)}, then submit again"
                 )
         rest = [record["steps"][step.name] for step in steps if not record["steps"][step.name]["job"]]
@@ -194,12 +194,12 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
 
 
 def settings_flags(args: argparse.Namespace) -> list[str]:
-    """--config and --set, as they were given."""
+    """The --config and --set flags of this call."""
     flags = ["--config", str(args.config.resolve())] if args.config else []
     return [*flags, *(word for override in args.set for word in ("--set", override))]
 
 
 def continuation(args: argparse.Namespace) -> list[str]:
-    """The arguments with which submit.py goes on where this run leaves off."""
+    """The arguments with which submit.py continues this run."""
     selection = {"--only": args.only, "--from": args.first, "--to": args.last, "--tune": args.tune or None}
     return [*settings_flags(args), *(str(x) for flag, x in selection.items() if x is not None for x in (flag, x))]

@@ -1,4 +1,4 @@
-"""The chain on this machine, as `submit.py --local` runs it, and the fetching of the backbone on a login node."""
+"""Running the chain on this machine (`submit.py --local`), and fetching the backbone on a login node."""
 
 import contextlib
 import os
@@ -18,26 +18,26 @@ from slurm.runs import ROOT
 
 
 def local_command(step, shared: list[str]) -> list[str]:
-    """The command line that does all of a step's work here: the same as the job's, without the shards."""
+    """The command line that does all of a step's work here: the job's without its shards."""
     return [sys.executable, str(ROOT / step.script), *shared]
 
 
 def commands(steps: list, todo: dict[str, list[int]], shared: list[str], jobs: int) -> list[tuple]:
-    """(step, its command line) of all that is left; steps that can be cut are cut into `jobs` commands."""
-    found = []
+    """(step, command line) of everything that is left; steps that divide are cut into `jobs` commands."""
+    commands = []
     for step in steps:
         whole = local_command(step, shared)
         if not todo[step.name]:
             continue
         if step.arguments and jobs > 1:  # by tars
-            found += [(step, [*whole, "--num-shards", str(jobs), "--shard", str(i)]) for i in range(jobs)]
+            commands += [(step, [*whole, "--num-shards", str(jobs), "--shard", str(i)]) for i in range(jobs)]
         else:  # more than one task: Optuna's workers
-            found += [(step, whole)] * min(step.tasks if not step.arguments else 1, jobs)
-    return found
+            commands += [(step, whole)] * min(step.tasks if not step.arguments else 1, jobs)
+    return commands
 
 
 def run_chain(steps: list, commands: list[tuple], cfg, jobs: int) -> int:
-    """Run the commands, and say where the results are if the chain has reached its end."""
+    """Run the commands, and print where the results are if the chain is complete."""
     if not commands:
         print(f"nothing to do: {', '.join(step.name for step in steps)} done")
     code = run(commands, jobs)
@@ -47,10 +47,10 @@ def run_chain(steps: list, commands: list[tuple], cfg, jobs: int) -> int:
 
 
 def run(commands: list[tuple], jobs: int) -> int:
-    """Run the commands here, `jobs` at once, each after what it needs; stops where one fails, with its exit code.
+    """Run the commands here, `jobs` at once, each after those it needs; stops when one fails, with its exit code.
 
-    One at a time they talk to the terminal; otherwise what each has said is printed at its end. SIGTERM is passed
-    on to those that run, and ends the chain with 85.
+    One at a time they write to the terminal; several at once have their output printed when they end. SIGTERM is
+    passed on to running commands and ends the chain with exit code 85.
     """
     running: list[RunningCommand] = []
     waiting, code = list(enumerate(commands, 1)), 0
@@ -66,25 +66,25 @@ def run(commands: list[tuple], jobs: int) -> int:
             time.sleep(0.02)
             for task in [task for task in running if task.process.poll() is not None]:
                 running.remove(task)
-                _tell_output(task)
+                _print_output(task)
                 if task.process.returncode and not code and not stopped:
                     code = task.process.returncode
                     stop = f"the chain stopped at {task.step} (exit code {code})"
-                    print(f"{stop}: mend that, and the same command continues there", file=sys.stderr)
-                    print(f"that stage by itself: {shlex.join(task.command)}", file=sys.stderr)
+                    print(f"{stop}: fix this and rerun the same command, which continues there", file=sys.stderr)
+                    print(f"to rerun that stage alone: {shlex.join(task.command)}", file=sys.stderr)
     if stopped:
         raise Stopped
     return code if code >= 0 else 1
 
 
 class RunningCommand(NamedTuple):
-    """A command that runs."""
+    """A running command."""
 
     title: str
     step: str  # its name
     command: list[str]
     process: subprocess.Popen
-    output: BinaryIO | None  # what it says, where several run at once
+    output: BinaryIO | None  # captured if several run at once
 
 
 def _start(title: str, step, command: list[str], jobs: int) -> RunningCommand:
@@ -92,12 +92,12 @@ def _start(title: str, step, command: list[str], jobs: int) -> RunningCommand:
         return RunningCommand(title, step.name, command, subprocess.Popen(command, cwd=ROOT), None)
     threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
-    output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `_tell_output`
+    output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `_print_output`
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
     return RunningCommand(title, step.name, command, process, output)
 
 
-def _tell_output(task: RunningCommand) -> None:
+def _print_output(task: RunningCommand) -> None:
     if task.output is not None:
         with task.output:
             task.output.seek(0)
@@ -107,7 +107,7 @@ def _tell_output(task: RunningCommand) -> None:
 
 @contextlib.contextmanager
 def _passed_on(running: list[RunningCommand]) -> Iterator[list[int]]:
-    """Pass SIGTERM on to what runs; a list that holds it once it has come."""
+    """Pass SIGTERM on to the running commands; yields a list that holds it once it has arrived."""
     received: list[int] = []
 
     def pass_on(number, _frame) -> None:
@@ -123,7 +123,7 @@ def _passed_on(running: list[RunningCommand]) -> Iterator[list[int]]:
 
 
 def print_results(cfg) -> None:
-    """Where the results of a finished chain lie."""
+    """Print where the results of a finished chain are."""
     results = {
         "report": cfg.paths.evaluation_dir / "report.html",
         "figures": cfg.paths.evaluation_dir / "metrics.json",
@@ -135,22 +135,22 @@ def print_results(cfg) -> None:
 
 
 def prefetch(cfg, shared: list[str]) -> int:
-    """Fetch the backbone into the cache of the jobs; then look whether it is found there without a network, here
-    and, where there is Slurm, on a compute node."""
+    """Fetch the backbone into the jobs' cache; then check that it is found there without a network, here and, if
+    there is Slurm, on a compute node."""
     stage = cfg.slurm.generate_embeddings
     in_environment = ["bash", "-c", 'root=$0; source "$root/slurm/env.sh"; "$@"', str(ROOT)]
     look = ["python", f"{ROOT}/slurm/prefetch.py", *shared]
     node = ["srun", "--job-name=prefetch", "--ntasks=1", "--time=10", *cfg.slurm.sbatch, *stage.sbatch]
     attempts = [
-        ("fetching, with the network", [*in_environment, "env", "HF_HUB_OFFLINE=0", *look]),
-        ("looking, as the jobs do, without it", [*in_environment, *look]),
-        ("looking from a compute node, as soon as one is free", [*node, *in_environment, *look]),
+        ("fetching the backbone", [*in_environment, "env", "HF_HUB_OFFLINE=0", *look]),
+        ("checking that it is found without a network, as jobs do", [*in_environment, *look]),
+        ("checking from a compute node, as soon as one is free", [*node, *in_environment, *look]),
     ]
     for what, command in attempts if shutil.which("srun") else attempts[:2]:
         print(f"{what}:", flush=True)
         code = subprocess.run(command, cwd=ROOT, env=runs.environment()).returncode
         if code:
-            advice = "HF_HOME in slurm/env.sh must name a folder that compute nodes see, too"
+            advice = "HF_HOME in slurm/env.sh must name a folder that compute nodes can see"
             print(f"the jobs would not find the backbone; {advice}", file=sys.stderr)
             return code if code > 0 else 1
     return 0

@@ -1,6 +1,6 @@
-"""Look for the backbone's files as generate_embeddings does; fetch them where there is a network.
+"""Locate the backbone's files as generate_embeddings does, and fetch them where there is a network.
 
-`python slurm/submit.py --prefetch` runs this in the environment of the jobs (slurm/env.sh): with the network, then
+`python slurm/submit.py --prefetch` runs this in the jobs' environment (slurm/env.sh): first with the network, then
 without it, then on a compute node.
 
 Reads    embedding_model.name and .revision; the hub, unless HF_HUB_OFFLINE=1
@@ -40,9 +40,9 @@ def main(argv=None) -> int:
 
 
 def check_weights(folder: Path) -> int:
-    """The size of a model's weights. Raises PipelineError unless all files are there and whole.
+    """The size of a model's weights in bytes. Raises PipelineError unless all files exist and are complete.
 
-    Headers are compared with the files' sizes; nothing is loaded: the model may be too large for a login node.
+    Compares headers with file sizes and loads nothing: the model may be too large for a login node.
     """
     import json
 

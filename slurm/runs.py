@@ -1,9 +1,9 @@
-"""Runs that were submitted: their records, logs/runs/<time>/run.json, and what Slurm's queue says of their jobs.
+"""Submitted runs: their records, logs/runs/<time>/run.json, and the state of their jobs in Slurm's queue.
 
-A record holds every step of the run from the start, with its job's id as soon as there is one, so that a submit
-that dies half-way can be continued or cancelled; and whose jobs they are, since others may share the folder. Slurm
-forgets a job minutes after its end, and accounting is not everywhere: what became of it then is told by its log
-and its files (see status.py).
+A record lists every step from the start and gets each job's id as soon as it is submitted, so that an interrupted
+submission can be continued or cancelled; it names the owner, since several users may share the folder. Slurm
+forgets a job minutes after it ends, and not every cluster has accounting: the log and the files then show how it
+ended (see status.py).
 """
 
 import contextlib
@@ -22,17 +22,17 @@ from common.errors import PipelineError
 ROOT = Path(__file__).resolve().parents[1]
 ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
 WITHOUT_CLUSTER = "run this on a login node,\nor run the chain here with slurm/submit.py --local"
-LOG_WIDTH = 4096  # characters of a path, as squeue is asked for it
+LOG_WIDTH = 4096  # characters of a path that squeue is asked for
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A job, or a task of an array, as squeue tells of it."""
+    """A job, or a task of an array, as squeue lists it."""
 
     id: str  # "12", or "12_3" for task 3 of an array
     name: str
     state: str  # such as "PENDING"
-    reason: str  # why it waits, or why it ended
+    reason: str  # why it is waiting, or why it ended
 
     @property
     def is_live(self) -> bool:
@@ -40,10 +40,10 @@ class SlurmJob:
 
 
 def environment() -> dict[str, str]:
-    """The environment for Slurm's clients: without what describes the job that this runs in, if it runs in one.
+    """The environment for Slurm's clients, without the variables of the job that this process may itself run in.
 
-    sbatch hands the variables of an interactive job on to the jobs that it makes, where srun takes them for its
-    options: another job's number of tasks, its memory per core, the number of its array's task.
+    sbatch passes those of an interactive job on to new jobs, where srun takes them as options: another job's
+    number of tasks, memory per core or array index.
     """
     inside_a_job = "SLURM_JOB_ID" in os.environ
     kept = ("SLURM_CONF", "SLURM_CLUSTERS")
@@ -55,57 +55,57 @@ def environment() -> dict[str, str]:
 
 
 def ask(*command: str, show_warnings: bool = False) -> str:
-    """What a client of Slurm answers. Raises PipelineError if it does not."""
+    """The output of one of Slurm's clients. Raises PipelineError if it fails."""
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, env=environment())
+        result = subprocess.run(command, capture_output=True, text=True, env=environment())
     except FileNotFoundError:
         raise PipelineError(f"there is no {command[0]} here: {WITHOUT_CLUSTER}") from None
-    if answer.returncode:
-        told = answer.stderr.strip() or answer.stdout.strip()
-        if "configuration source" in told:  # Slurm's programs are installed, but belong to no cluster
+    if result.returncode:
+        message = result.stderr.strip() or result.stdout.strip()
+        if "configuration source" in message:  # Slurm is installed, but not part of a cluster
             raise PipelineError(f"{command[0]} finds no cluster: {WITHOUT_CLUSTER}")
-        raise PipelineError(f"{command[0]} says: {told}")
+        raise PipelineError(f"{command[0]} failed: {message}")
     if show_warnings:
-        sys.stderr.write(answer.stderr)
-    return answer.stdout
+        sys.stderr.write(result.stderr)
+    return result.stdout
 
 
 def queue(owner: int) -> dict[str, SlurmJob]:
-    """Job id -> job, of all jobs of a user (by number) that Slurm still knows, a task of an array each."""
+    """Job id -> job, of all jobs and array tasks of a user (by uid) that Slurm still knows."""
     flags = [f"--user={owner}", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r"]
     lines = ask("squeue", *flags).splitlines()
     return {job.id: job for job in (SlurmJob(*line.strip().split("|", 3)) for line in lines)}
 
 
 def live_steps(record: dict, jobs: dict[str, SlurmJob]) -> dict[str, str]:
-    """Step -> job id, of a run's steps that wait or run. By name, too: a cluster may begin its ids anew."""
+    """Step -> job id, of a run's waiting and running steps. Names must match, too: a cluster may restart its ids."""
     live = {(job.id.partition("_")[0], job.name) for job in jobs.values() if job.is_live}
     return {name: job for name, job in job_ids(record).items() if (job, name) in live}
 
 
 @contextlib.contextmanager
 def lock(logs_dir: Path) -> Iterator[None]:
-    """Only one submit at a time: two would find the same things missing, and both submit them. (Where the file
-    system has no locks nothing holds them apart.)"""
+    """Allow one submission at a time: two would find the same work missing, and both submit it. (A file system
+    without locks cannot prevent that.)"""
     logs_dir.mkdir(parents=True, exist_ok=True)
     with open(logs_dir / ".submit.lock", "ab") as file:
         try:
             files.lock(file, wait=False)
         except BlockingIOError:
             raise PipelineError(
-                f"another slurm/submit.py is at work in {logs_dir / 'runs'}: wait until it has ended"
+                f"another slurm/submit.py is running in {logs_dir / 'runs'}: wait until it has finished"
             ) from None
         yield
 
 
 def create(logs_dir: Path) -> Path:
-    """A new run's folder. It must be there before its jobs start, or they fail without a log."""
+    """A new run's folder. It must exist before its jobs start, or they fail without a log."""
     while True:
         folder = logs_dir / "runs" / time.strftime("%Y%m%d-%H%M%S")
         try:
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:  # another submit in this second
+        except FileExistsError:  # another submission in this second
             time.sleep(0.2)
 
 
@@ -122,37 +122,37 @@ def load(folder: Path) -> dict:
 
 def find(logs_dir: Path, name: str | None) -> Path:
     """The folder of a run, by its name or path; the newest one without a name. Raises PipelineError."""
-    known = folders(logs_dir)
+    runs = folders(logs_dir)
     if name is None:
-        if not known:
-            raise PipelineError(f"{logs_dir / 'runs'} holds no run: submit one with slurm/submit.py")
-        return known[-1]
+        if not runs:
+            raise PipelineError(f"there are no runs in {logs_dir / 'runs'}: submit one with slurm/submit.py")
+        return runs[-1]
     for folder in (logs_dir / "runs" / name, Path(name)):
         if (folder / "run.json").exists():
             return folder.resolve()
-    newest = f"; the newest is {known[-1].name}" if known else ""
+    newest = f"; the newest is {runs[-1].name}" if runs else ""
     raise PipelineError(f"there is no run {name} in {logs_dir / 'runs'}{newest}")
 
 
 def handle(folder: Path, record: dict) -> str:
-    """What names a run on the command line: its path where the logs may lie elsewhere than by config.toml."""
+    """What names a run on the command line: its path if config.toml alone may not lead to its logs."""
     return str(folder) if record["config"] or record["set"] else folder.name
 
 
 def folders(logs_dir: Path) -> list[Path]:
-    """All runs, the oldest first."""
+    """All runs, oldest first."""
     return sorted(path.parent for path in logs_dir.glob("runs/*/run.json"))
 
 
 def job_ids(record: dict) -> dict[str, str]:
-    """Step -> job id, of what was submitted."""
+    """Step -> job id, of the submitted steps."""
     return {name: entry["job"] for name, entry in record["steps"].items() if entry["job"]}
 
 
 def adopt(folder: Path, record: dict) -> None:
-    """Enter jobs of this run that are in the queue but not in its record: submit died between the two.
+    """Record jobs of this run that are queued but not in its record, because the submission died in between.
 
-    They are known by their names and by the folder of their logs, whose names Slurm may write out or not.
+    They are recognised by their names and by the folder of their logs, in whose names Slurm may expand %a or not.
     """
     flags = [f"--user={record['owner']}", "--noheader", f"--Format=ArrayJobID:20,Name:40,STDOUT:{LOG_WIDTH}"]
     for line in ask("squeue", *flags).splitlines():
@@ -164,8 +164,8 @@ def adopt(folder: Path, record: dict) -> None:
 
 
 def refuse_busy(logs_dir: Path, reads: set[str], writes: set[str], but: Path | None = None) -> None:
-    """Raise PipelineError if a job of another run than `but`, waiting or running, is in the way of these folders:
-    if it writes one of them, or reads one that is to be written."""
+    """Raise PipelineError if a live job of another run than `but` writes one of these folders, or reads one that is
+    to be written."""
     queues: dict[int, dict[str, SlurmJob]] = {}
     for folder in folders(logs_dir):
         if but is not None and folder.resolve() == but.resolve():
@@ -184,13 +184,13 @@ def refuse_busy(logs_dir: Path, reads: set[str], writes: set[str], but: Path | N
             run = handle(folder, record)
             advice = f"submit the rest of it with --continue {run}, or" if halted else "wait for it, or"
             raise PipelineError(
-                f"run {folder.name} is still at it: {', '.join(busy)} in the queue\n"
+                f"run {folder.name} is still running: {', '.join(busy)} in the queue\n"
                 f"{advice} end it with slurm/submit.py --cancel {run}"
             )
 
 
 def cancel(folder: Path) -> int:
-    """Cancel what is left of a run in the queue; how many jobs that were."""
+    """Cancel a run's jobs that are still in the queue; returns how many."""
     record = load(folder)
     adopt(folder, record)
     live = live_steps(record, queue(record["owner"]))
@@ -200,15 +200,15 @@ def cancel(folder: Path) -> int:
 
 
 def max_array_size() -> int:
-    """The cluster's MaxArraySize: the largest index of an array is one less."""
+    """The cluster's MaxArraySize, one more than the largest array index."""
     for line in ask("scontrol", "show", "config").splitlines():
         key, _, value = line.partition("=")
         if key.strip() == "MaxArraySize":
             return int(value)
-    raise PipelineError("scontrol show config names no MaxArraySize")
+    raise PipelineError("scontrol show config does not list MaxArraySize")
 
 
 def command_line(program: Path, arguments: list[str]) -> list[str]:
-    """The words that start `program` from here, by the shortest path to it."""
+    """The command that starts `program` from the current directory, by the shorter of its two paths."""
     here = Path(os.path.relpath(program))
     return ["python", str(program if here.parts[0] == ".." else here), *arguments]

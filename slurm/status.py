@@ -1,17 +1,17 @@
-"""How a submitted run goes: what is done, runs, waits and why, has failed and why, and what continues it.
+"""Report on a submitted run: what is done, running or waiting, what failed and why, and how to continue.
 
-Three sources: the record of the run (its jobs), the queue of Slurm (what lives), the artefacts (what is done).
-Slurm forgets a job minutes after its end; then its log tells what became of it. Exit code 1: something has failed,
-or was cancelled, or was never submitted.
+Three sources: the run's record (its jobs), Slurm's queue (live jobs), and the artefacts (finished work). Slurm
+forgets a job minutes after it ends; from then on its log says how it ended. Exit code 1: some task failed, was
+cancelled, or was never submitted.
 
-Reads    logs/runs/<time>/{run.json,config.toml,*.log}, squeue, the artefacts' records
-Command  python slurm/status.py [RUN] [--watch] [--json]       RUN: the newest in logs/runs
+Reads    logs/runs/<time>/{run.json,config.toml,*.log}, squeue, the records in the artefacts
+Command  python slurm/status.py [RUN] [--watch] [--json]       RUN: by default the newest in logs/runs
 
 --json: run, folder; steps, in the order of the chain, each with name, job, state ("failed", "running", "waiting",
-"not submitted", "cancelled" or "done"), why, tasks (state -> how many) and progress (done, total, unit; per_hour,
-seconds_left while it runs); failures, each with step, task, job, why, log and last_lines; live: something waits or
-runs; failed: something has failed, was cancelled or was not submitted; continue, continue_submission and cancel:
-command lines.
+"not submitted", "cancelled" or "done"), why, tasks (state -> count) and progress (done, total, unit; per_hour and
+seconds_left while it runs); failures, each with step, task, job, why, log and last_lines; live: some job is
+waiting or running; failed: some task failed, was cancelled or was not submitted; continue, continue_submission and
+cancel: command lines.
 """
 
 import argparse
@@ -31,18 +31,19 @@ from common.errors import PipelineError
 
 WATCH_EVERY_S = 10
 SHOWN_FAILURES, SHOWN_LINES = 3, 12
-STATES = ("failed", "running", "waiting", "not submitted", "cancelled", "done")  # a step is what is first of these
+# a step is in the first of these states that any of its tasks is in
+STATES = ("failed", "running", "waiting", "not submitted", "cancelled", "done")
 
 
 def report(folder: Path) -> dict:
-    """All that is known of a run, as --json prints it."""
+    """Everything about a run, as --json prints it."""
     from common import config
     from slurm import chain, fates, runs
 
     record = runs.load(folder)
     jobs, cfg = runs.queue(record["owner"]), config.load(folder / "config.toml")
     steps = {step.name: step for step in chain.steps_of(cfg, record["tune"])}
-    told: dict[str, dict] = {
+    summaries: dict[str, dict] = {
         name: {"name": name, "job": None, "state": "done", "why": "before this run", "tasks": {}, "progress": {}}
         for name in record["done_before"]
     }
@@ -53,8 +54,8 @@ def report(folder: Path) -> dict:
         counts = {state: sum(task.state == state for task in tasks) for state in STATES}
         state = next(state for state in STATES if counts[state])
         counts["done"] += entry["of"] - len(tasks)
-        unfinished = [need for need in entry["needs"] if need in told and told[need]["state"] != "done"]
-        told[name] = {
+        unfinished = [need for need in entry["needs"] if need in summaries and summaries[need]["state"] != "done"]
+        summaries[name] = {
             "name": name,
             "job": entry["job"],
             "state": state,
@@ -64,11 +65,11 @@ def report(folder: Path) -> dict:
         }
         failures += [failure_of(name, entry, task) for task in tasks if task.state == "failed"]
     program, run = runs.ROOT / "slurm" / "submit.py", runs.handle(folder, record)
-    present = {state for step in told.values() for state in step["tasks"]}
+    present = {state for step in summaries.values() for state in step["tasks"]}
     return {
         "run": folder.name,
         "folder": str(folder),
-        "steps": [told[name] for name in steps if name in told],
+        "steps": [summaries[name] for name in steps if name in summaries],
         "failures": failures,
         "live": not present.isdisjoint(("running", "waiting")),
         "failed": not present.isdisjoint(("failed", "cancelled", "not submitted")),
@@ -79,7 +80,7 @@ def report(folder: Path) -> dict:
 
 
 def failure_of(name: str, entry: dict, task) -> dict:
-    """A task that has failed, as --json prints it. `task`: see fates.py."""
+    """A failed task, as --json prints it. `task`: see fates.py."""
     return {
         "step": name,
         "task": task.number if entry["of"] > 1 else None,
@@ -91,7 +92,7 @@ def failure_of(name: str, entry: dict, task) -> dict:
 
 
 def why(state: str, tasks: list, unfinished: list[str]) -> str:
-    """Why a step is in its state: of its first task in it; what the latest line of its log says, while it runs."""
+    """Why a step is in its state, by its first task in that state; while it runs, the last line of its log."""
     first = next(task for task in tasks if task.state == state)
     if state == "waiting" and first.why == "Dependency":
         return f"for {', '.join(unfinished)}"
@@ -101,14 +102,14 @@ def why(state: str, tasks: list, unfinished: list[str]) -> str:
 
 
 def row_of(step: dict) -> tuple[str, ...]:
-    """A line of the table; what matters least stands last, where a narrow terminal cuts it off."""
+    """A line of the table, the least important column last, where a narrow terminal cuts it off."""
     counts, progress = step["tasks"], step["progress"]
     total = sum(counts.values())
     tasks, notes = "", [step["why"]]
     if total > 1:
         tasks = f"{counts.get('done', 0)} of {total}"
-        told = [f"{counts[state]} {state}" for state in ("failed", "running", "waiting") if state in counts]
-        notes = [", ".join(told) if len(told) > 1 or step["state"] == "running" else "", step["why"]]
+        live = [f"{counts[state]} {state}" for state in ("failed", "running", "waiting") if state in counts]
+        notes = [", ".join(live) if len(live) > 1 or step["state"] == "running" else "", step["why"]]
     files = ""
     if progress:
         of = f" of {progress['total']:,}" if progress["total"] is not None else ""
@@ -119,7 +120,7 @@ def row_of(step: dict) -> tuple[str, ...]:
 
 
 def as_text(run: dict, width: int | None = None) -> str:
-    """The report as a person reads it; lines of the table are cut off at `width` characters."""
+    """The report as text, the lines of its table cut off at `width` characters."""
     rows = [("stage", "state", "tasks", "progress", "left", "rate", ""), *map(row_of, run["steps"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -133,29 +134,29 @@ def as_text(run: dict, width: int | None = None) -> str:
         lines += ["", f"{failure['step']}{shard} (job {failure['job']}) failed: {failure['why']}"]
         lines += [*(f"  | {line}" for line in failure["last_lines"]), f"  log: {failure['log']}"]
     if len(run["failures"]) > SHOWN_FAILURES:
-        lines += ["", f"and {len(run['failures']) - SHOWN_FAILURES} more tasks have failed: see --json"]
+        lines += ["", f"and {len(run['failures']) - SHOWN_FAILURES} more tasks failed: see --json"]
     return "\n".join([*lines, *advice(run)])
 
 
 def advice(run: dict) -> list[str]:
-    """What to do now, as command lines; nothing where all goes well."""
+    """Command lines that continue a run where something failed."""
     if not run["failed"]:
         return []
     halted = any(step["tasks"].get("not submitted") for step in run["steps"])
     if halted and not run["failures"]:
-        return ["", f"the submission broke off; submit the rest:  {run['continue_submission']}"]
+        return ["", f"the submission was interrupted; submit the rest:  {run['continue_submission']}"]
     if run["live"]:
-        wait = f"when what still runs has ended, or after  {run['cancel']}"
+        wait = f"once the running jobs have ended, or after  {run['cancel']}"
         return ["", wait, f"continue with:  {run['continue']}"]
-    return ["", f"when that is mended, continue with:  {run['continue']}"]
+    return ["", f"once that is fixed, continue with:  {run['continue']}"]
 
 
 def main(argv=None) -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.config_flags(arguments)
-    arguments.add_argument("run", nargs="?", metavar="RUN", help="its name or folder (the newest)")
-    arguments.add_argument("--watch", action="store_true", help="again and again, until nothing is in the queue")
-    arguments.add_argument("--json", action="store_true", help="for programs; with --watch a line each time")
+    arguments.add_argument("run", nargs="?", metavar="RUN", help="its name or folder (default: the newest)")
+    arguments.add_argument("--watch", action="store_true", help="refresh until no job is left in the queue")
+    arguments.add_argument("--json", action="store_true", help="for programs; with --watch one line per refresh")
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
     from slurm import runs
@@ -167,17 +168,17 @@ def main(argv=None) -> int:
         return int(run["failed"])
     try:
         return watch(folder, args.json)
-    except KeyboardInterrupt:  # the way to leave it: the jobs go on
+    except KeyboardInterrupt:  # this only ends the watching: the jobs go on
         return 130
 
 
 def watch(folder: Path, as_json: bool) -> int:
-    """Print the report again and again, on a terminal in place of the last; until nothing is in the queue."""
+    """Print the report every WATCH_EVERY_S, on a terminal in place, until no job is left in the queue."""
     while True:
         try:
             run = report(folder)
         except PipelineError as error:
-            print(f"{error}; trying again", file=sys.stderr)  # the controller restarts, for instance
+            print(f"{error}; retrying", file=sys.stderr)  # the controller is restarting, for instance
         else:
             print(json.dumps(run) if as_json else on_screen(run, *terminal()), flush=True)
             if not run["live"]:
@@ -186,21 +187,21 @@ def watch(folder: Path, as_json: bool) -> int:
 
 
 def on_screen(run: dict, width: int | None, height: int) -> str:
-    """The report as --watch shows it: on a terminal from its top, no higher than it while anything lives."""
+    """The report as --watch shows it: on a terminal from the top, no taller than it while any job is live."""
     if width is None:
         return f"{time.strftime('%H:%M:%S')} {as_text(run)}\n"
     lines = [
-        f"{time.strftime('%H:%M:%S')}, every {WATCH_EVERY_S} s, Ctrl-C ends it",
+        f"{time.strftime('%H:%M:%S')}, refreshed every {WATCH_EVERY_S} s, Ctrl-C to leave",
         *as_text(run, width).splitlines(),
     ]
-    if run["live"]:  # the last one stays whole
-        more = ["... (more without --watch)"] if len(lines) >= height else []
+    if run["live"]:  # the final report stays whole
+        more = ["... (run without --watch to see the rest)"] if len(lines) >= height else []
         lines = [line[:width] for line in lines[: height - 1 - len(more)]] + more
     return "\n".join(["\033[H\033[J" + lines[0], *lines[1:]])
 
 
 def terminal() -> tuple[int | None, int]:
-    """Columns and lines of the terminal; (None, 0) where the output goes elsewhere."""
+    """Columns and lines of the terminal; (None, 0) if the output is not one."""
     columns, lines = shutil.get_terminal_size()
     return (columns, lines) if sys.stdout.isatty() else (None, 0)
 

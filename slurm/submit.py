@@ -1,14 +1,14 @@
-"""The whole chain: what depends on what, and how it is run, on Slurm or here.
+"""Run the whole chain, on Slurm or on this machine.
 
-Reads    config.toml; the records in the artefacts: what is done is left out, down to single shards
-Writes   through the stages: everything; itself: logs/runs/<time>/{run.json,config.toml} (jobs, their settings)
-Command  python slurm/submit.py              submit what is missing to Slurm (slurm/status.py tells how it goes)
+Reads    config.toml; the records in the artefacts: finished work is skipped, down to single shards
+Writes   logs/runs/<time>/{run.json,config.toml}: the jobs and their settings; everything else through the stages
+Command  python slurm/submit.py              submit what is missing to Slurm (follow it with slurm/status.py)
          python slurm/submit.py --dry-run    print the graph, what is left, and the command lines
-         python slurm/submit.py --local      the same stages in order, on this machine [--jobs N at once]
+         python slurm/submit.py --local      run the same stages in order on this machine [--jobs N at once]
          [--from STAGE] [--to STAGE] [--only STAGE] [--tune N] [--config PATH] [--set section.key=value]
-         python slurm/submit.py --local --from merge_and_split --overwrite    with tars or settings that are new
+         python slurm/submit.py --local --from merge_and_split --overwrite    after adding tars or settings
          python slurm/submit.py --prefetch   fetch the backbone for compute nodes without a network
-         python slurm/submit.py --cancel RUN, or --continue RUN where a submission broke off
+         python slurm/submit.py --cancel RUN, or --continue RUN after an interrupted submission
 """
 
 import argparse
@@ -24,7 +24,7 @@ from common.errors import ConfigError
 
 
 def work_notes(steps: list, cfg) -> dict[str, str]:
-    """Step -> how many of its tasks have no work, in words, where that is so or may be."""
+    """Step -> a note on how many of its tasks have no work, if any do or may."""
     from slurm import chain
 
     notes = {}
@@ -39,7 +39,7 @@ def work_notes(steps: list, cfg) -> dict[str, str]:
 
 
 def print_plan(steps: list, todo: dict[str, list[int]], commands: list[list[str]], notes: dict[str, str]) -> None:
-    """The chain as text, a line per step with what is left of it and what it waits for; then the command lines."""
+    """Print a line per step, with what is left of it and what it waits for; then the command lines."""
     from slurm import jobs
 
     for step in steps:
@@ -61,38 +61,34 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.config_flags(arguments)
     arguments.add_argument("--dry-run", action="store_true", help="print the graph, what is left, the commands")
-    arguments.add_argument("--from", dest="first", metavar="STAGE", help="begin with this stage")
-    arguments.add_argument("--to", dest="last", metavar="STAGE", help="end with this stage")
-    arguments.add_argument("--only", metavar="STAGE", help="this stage alone")
+    arguments.add_argument("--from", dest="first", metavar="STAGE", help="start at this stage")
+    arguments.add_argument("--to", dest="last", metavar="STAGE", help="stop after this stage")
+    arguments.add_argument("--only", metavar="STAGE", help="run only this stage")
     arguments.add_argument(
-        "--overwrite", action="store_true", help="with --local and --from or --only: make that again"
+        "--overwrite", action="store_true", help="with --local and --from or --only: redo those stages"
     )
-    arguments.add_argument("--tune", type=int, default=0, metavar="N", help="N Optuna workers first")
-    arguments.add_argument("--jobs", type=int, default=1, metavar="N", help="with --local: so many at once (1)")
+    arguments.add_argument("--tune", type=int, default=0, metavar="N", help="tune first, with N Optuna workers")
+    arguments.add_argument("--jobs", type=int, default=1, metavar="N", help="with --local: commands at once (1)")
     where = arguments.add_mutually_exclusive_group()
-    where.add_argument("--local", action="store_true", help="run the stages here, in order")
+    where.add_argument("--local", action="store_true", help="run the stages on this machine")
     where.add_argument(
-        "--prefetch", action="store_true", help="fetch the backbone, and look for it as the jobs do"
+        "--prefetch", action="store_true", help="fetch the backbone, and check that jobs will find it"
     )
-    where.add_argument("--continue", dest="rest", metavar="RUN", help="submit the rest of a run")
-    where.add_argument("--cancel", metavar="RUN", help="end a run: logs/runs/RUN")
+    where.add_argument("--continue", dest="rest", metavar="RUN", help="finish an interrupted submission")
+    where.add_argument("--cancel", metavar="RUN", help="cancel the run in logs/runs/RUN")
     args = arguments.parse_args(argv)
     if args.tune < 0:
-        raise ConfigError("--tune takes a number of workers, 1 or more")
+        raise ConfigError("--tune must be 1 or more")
     if args.jobs < 1 or (args.jobs > 1 and not args.local):
-        raise ConfigError(
-            "--jobs takes a number, 1 or more, and belongs to --local; Slurm's is slurm.<stage>.throttle"
-        )
+        raise ConfigError("--jobs must be 1 or more and belongs to --local; for Slurm set slurm.<stage>.throttle")
     if args.overwrite and not (args.only or args.first):
-        raise ConfigError(
-            "--overwrite makes stages again: say from which one on with --from, or which with --only"
-        )
+        raise ConfigError("--overwrite needs --from STAGE or --only STAGE: which stages to redo")
     if args.dry_run and (args.prefetch or args.rest or args.cancel):
-        raise ConfigError("--dry-run shows what would be submitted, or run with --local: nothing else has one")
+        raise ConfigError("--dry-run does not apply to --prefetch, --continue or --cancel")
     if (args.prefetch or args.rest or args.cancel) and (args.only or args.first or args.last or args.tune):
-        raise ConfigError("--only, --from, --to and --tune choose what is submitted: leave them out here")
+        raise ConfigError("--only, --from, --to and --tune do not apply to --prefetch, --continue or --cancel")
     if args.only and (args.first or args.last):
-        raise ConfigError("--only names one stage: leave out --from and --to")
+        raise ConfigError("--only cannot be combined with --from or --to")
     return args
 
 
@@ -110,12 +106,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"run {folder.name}: {runs.cancel(folder)} jobs cancelled")
         return 0
 
-    if args.local:  # the neighbour search is cut for job arrays only: here one process has all cores
+    if args.local:  # one process with all cores: the neighbour search is cut for job arrays only
         cfg = cfg.model_copy(update={"slurm": cfg.slurm.model_copy(update={"difficulty_shards": 1})})
     steps = chain.select(chain.steps_of(cfg, args.tune), args.only or args.first, args.only or args.last)
-    if args.overwrite and not args.local:  # a job that is requeued would begin again and again
+    if args.overwrite and not args.local:  # a requeued job would start over each time
         folders = " ".join(str(step.stage.folder(cfg)) for step in steps)
-        raise ConfigError(f"--overwrite belongs to --local; on Slurm remove what is to be made again:\n{folders}")
+        raise ConfigError(f"--overwrite works with --local only; on Slurm, remove what to redo:\n{folders}")
     todo = {step.name: list(range(step.tasks)) for step in steps} if args.overwrite else chain.missing(steps, cfg)
     if args.local:
         flags = [*jobs.settings_flags(args), *["--overwrite"][: args.overwrite]]
