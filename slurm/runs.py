@@ -78,7 +78,7 @@ def queue(owner: int) -> dict[str, SlurmJob]:
 
 
 def live_steps(record: dict, jobs: dict[str, SlurmJob]) -> dict[str, str]:
-    """Step -> job id, of a run's waiting and running steps. Names must match, too: a cluster may restart its ids."""
+    """Step -> job id, of a run's live steps. Names must match, too: a cluster may restart its ids."""
     live = {(job.id.partition("_")[0], job.name) for job in jobs.values() if job.is_live}
     return {name: job for name, job in job_ids(record).items() if (job, name) in live}
 
@@ -164,8 +164,8 @@ def adopt(folder: Path, record: dict) -> None:
 
 
 def refuse_busy(logs_dir: Path, reads: set[str], writes: set[str], but: Path | None = None) -> None:
-    """Raise PipelineError if a live job of another run than `but` writes one of these folders, or reads one that is
-    to be written."""
+    """Raise PipelineError if a live job of another run than `but` writes one of these folders, or reads one of
+    those to be written."""
     queues: dict[int, dict[str, SlurmJob]] = {}
     for folder in folders(logs_dir):
         if but is not None and folder.resolve() == but.resolve():

@@ -96,7 +96,7 @@ def test_nothing_of_an_interactive_job_is_handed_on(submitted, tmp_path, monkeyp
 
 
 def test_two_submits_at_once_do_not_submit_twice(submitted, cfg):
-    with runs.lock(cfg.paths.logs_dir), pytest.raises(PipelineError, match=r"another slurm/submit\.py is at work"):
+    with runs.lock(cfg.paths.logs_dir), pytest.raises(PipelineError, match=r"another slurm/submit\.py is running"):
         submitted()
     submitted()
 
@@ -164,7 +164,7 @@ def test_a_job_is_known_by_its_log_where_submit_died_before_it_wrote_its_id(subm
 def test_the_id_is_found_in_what_sbatch_answers(clients, capfd, answer, job):
     clients(sbatch=f"echo 'lua: use --qos=low' >&2; printf '{answer}\\n'")
     if job is None:
-        with pytest.raises(PipelineError, match="sbatch names no job: quota"):
+        with pytest.raises(PipelineError, match="sbatch printed no job id: quota"):
             jobs.sbatch(["sbatch"])
     else:
         assert jobs.sbatch(["sbatch"]) == job
@@ -181,7 +181,7 @@ def test_what_sbatch_refused_is_mended_and_the_rest_submitted_with_the_same_sett
         squeue="true",
         scontrol="echo 'MaxArraySize = 1001'",
     )
-    with pytest.raises(PipelineError, match=r"process_tar was not submitted: sbatch says: Invalid account"):
+    with pytest.raises(PipelineError, match=r"process_tar was not submitted: sbatch failed: Invalid account"):
         submit.main(["--config", str(settings)])
     folder = runs.find(tmp_path / "logs", None)
     assert not runs.job_ids(runs.load(folder))
@@ -208,7 +208,7 @@ def test_the_rest_of_a_run_is_not_submitted_beside_another_that_writes_the_same(
     job = runs.load(other)["steps"]["merge_and_split"]["job"]
     clients(squeue=f"case $* in *--Format*) ;; *) echo '{job}|merge_and_split|RUNNING|None';; esac")
     flags = ["--set", f"paths.root={cfg.paths.root}"]
-    with pytest.raises(PipelineError, match=f"run {other.name} is still at it: merge_and_split in the queue"):
+    with pytest.raises(PipelineError, match=f"run {other.name} is still running: merge_and_split in the queue"):
         submit.main([*flags, "--continue", broken.name])
 
 

@@ -178,7 +178,7 @@ def test_a_submission_that_breaks_off_is_continued_and_a_run_is_cancelled(place,
     flags = ("--set", 'slurm.sbatch=["--hold"]', "--to", "merge_and_split")
     environment = {**place.environment, "PATH": f"{tmp_path}:{place.environment['PATH']}"}
     told = place.submit(root, *flags, code=1, env=environment)
-    assert "generate_embeddings was not submitted: sbatch says: no luck" in told
+    assert "generate_embeddings was not submitted: sbatch failed: no luck" in told
     (folder,) = (root / "logs" / "runs").iterdir()
     assert folder.name in told
     first = place.jobs(root)
@@ -206,7 +206,7 @@ def test_a_submission_that_breaks_off_is_continued_and_a_run_is_cancelled(place,
 def test_an_array_wider_than_the_cluster_takes_is_refused_before_anything_is_submitted(place):
     root = place.folder / "wide"
     told = place.submit(root, "--set", "slurm.num_shards=102", code=1)
-    assert "an array of 102 tasks is too wide: this cluster takes 101 (MaxArraySize)" in told
+    assert "an array of 102 tasks is too large: this cluster allows 101 (MaxArraySize)" in told
     assert not root.exists()
 
 

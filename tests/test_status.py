@@ -41,7 +41,7 @@ def test_a_log_is_read_from_its_last_start_on(tmp_path):
     [
         (("PENDING", "Dependency"), "", ("waiting", "Dependency")),
         (("RUNNING", "None"), "-- 1 job 7 starts on a\n", ("running", "")),
-        (("CANCELLED", "DependencyNeverSatisfied"), "", ("cancelled", "what it needs has failed")),
+        (("CANCELLED", "DependencyNeverSatisfied"), "", ("cancelled", "a step that it needs failed")),
         (
             ("TIMEOUT", "TimeLimit"),
             "-- 1 job 7 starts on a\n",
@@ -55,7 +55,7 @@ def test_a_log_is_read_from_its_last_start_on(tmp_path):
             ("waiting", "held (launch failed requeued held): scontrol release 7"),
         ),
         (("PENDING", "QOSUsageThreshold"), "", ("waiting", "QOSUsageThreshold")),  # not held
-        (("PENDING", "PartitionTimeLimit"), "", ("waiting", "for ever: its time is more than the partition's")),
+        (("PENDING", "PartitionTimeLimit"), "", ("waiting", "forever: its time limit exceeds the partition's")),
         (("NODE_FAIL", "NodeDown"), "", ("failed", "its node failed")),
         (("BOOT_FAIL", "None"), "", ("failed", "its node did not boot")),
         (("PREEMPTED", "None"), "-- 1 job 7 starts on a\n", ("failed", "preempted")),
@@ -63,7 +63,7 @@ def test_a_log_is_read_from_its_last_start_on(tmp_path):
         (
             ("FAILED", "JobLaunchFailure"),
             "",
-            ("failed", "before it could write its log (JobLaunchFailure): do compute nodes see the folder?"),
+            ("failed", "before it could write its log (JobLaunchFailure): can compute nodes see the folder?"),
         ),
         (
             None,
@@ -74,13 +74,13 @@ def test_a_log_is_read_from_its_last_start_on(tmp_path):
         (
             None,
             "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 85\n",
-            ("failed", "stopped with all saved, and not queued again (slurm.max_requeues)"),
+            ("failed", "stopped with everything saved, and not requeued (slurm.max_requeues)"),
         ),
         (
             ("CANCELLED", "None"),
             "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 85\n"
             "slurmstepd: error: *** JOB 7 ON a CANCELLED AT 2026-01-01T00:00:00 DUE TO JOB REQUEUE ***\n",
-            ("cancelled", "before it started again"),
+            ("cancelled", "before it restarted"),
         ),
         (None, "", ("cancelled", "before it started")),  # Slurm has forgotten the job: the log alone tells
         (None, "-- 1 job 7 starts on a\n", ("failed", "killed")),
@@ -138,12 +138,16 @@ def test_watch_shows_no_more_than_the_terminal_holds_while_something_lives():
     assert screen.startswith("\033[H\033[J")
     assert len(screen.splitlines()) == 7
     assert max(map(len, status.on_screen(REPORT, 80, 50).splitlines()[1:])) == 80
-    assert screen.endswith("... (more without --watch)")
+    assert screen.endswith("... (run without --watch to see the rest)")
     assert REPORT["continue"] in status.on_screen(REPORT | {"live": False}, 80, 8)  # the last one stays
 
 
 def test_watch_goes_on_while_the_controller_restarts_and_ends_with_the_last_job(monkeypatch, capsys, tmp_path):
-    answers = [PipelineError("squeue says: Unable to contact slurm controller"), REPORT, REPORT | {"live": False}]
+    answers = [
+        PipelineError("squeue failed: Unable to contact slurm controller"),
+        REPORT,
+        REPORT | {"live": False},
+    ]
 
     def report(_):
         answer = answers.pop(0)
@@ -156,7 +160,7 @@ def test_watch_goes_on_while_the_controller_restarts_and_ends_with_the_last_job(
     assert status.watch(tmp_path, as_json=True) == 1
     told = capsys.readouterr()
     assert [json.loads(line)["live"] for line in told.out.splitlines()] == [True, False]  # a line each time
-    assert "Unable to contact slurm controller; trying again" in told.err
+    assert "Unable to contact slurm controller; retrying" in told.err
 
 
 def test_ctrl_c_ends_watch_on_a_terminal_quietly(submitted, cfg, clients):
@@ -188,7 +192,10 @@ def test_ctrl_c_ends_watch_on_a_terminal_quietly(submitted, cfg, clients):
 
 
 def test_status_names_a_run_that_is_not_there(run_script, tmp_path):
-    for arguments, message in [((), "holds no run"), (("20260101-000000",), "there is no run 20260101-000000")]:
+    for arguments, message in [
+        ((), "there are no runs"),
+        (("20260101-000000",), "there is no run 20260101-000000"),
+    ]:
         result = run_script("slurm/status.py", *arguments, "--set", f"paths.root={tmp_path}")
         assert result.returncode == 1
         assert message in result.stderr

@@ -61,13 +61,13 @@ def test_select_takes_both_ends_and_refuses_what_is_not_there(cfg):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tune", "-1"], "number of workers"),
+        (["--tune", "-1"], "--tune must be 1"),
         (["--jobs", "2"], "belongs to --local"),
-        (["--dry-run", "--cancel", "20260101-000000"], "nothing else has one"),
-        (["--only", "train", "--to", "train"], "leave out --from and --to"),
-        (["--cancel", "20260101-000000", "--only", "train"], "choose what is submitted"),
-        (["--continue", "20260101-000000", "--to", "evaluate"], "choose what is submitted"),
-        (["--prefetch", "--tune", "3"], "choose what is submitted"),
+        (["--dry-run", "--cancel", "20260101-000000"], "--dry-run does not apply"),
+        (["--only", "train", "--to", "train"], "cannot be combined with --from"),
+        (["--cancel", "20260101-000000", "--only", "train"], "do not apply to"),
+        (["--continue", "20260101-000000", "--to", "evaluate"], "do not apply to"),
+        (["--prefetch", "--tune", "3"], "do not apply to"),
     ],
 )
 def test_unusable_arguments_say_so(arguments, message):
