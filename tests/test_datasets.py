@@ -165,7 +165,7 @@ def test_restriction_renumbers_neighbours_and_shrinks_their_bands():
 
 
 def test_buildings_of_one_image_and_a_zone_that_holds_everything_are_errors():
-    with pytest.raises(PipelineError, match="one image"):
+    with pytest.raises(PipelineError, match="single image"):
         rows_of([2, 1], [0, 1000])
     with pytest.raises(PipelineError, match="ignore_radius_m"):
         rows_of([2, 2], [0, 10])

@@ -1,8 +1,8 @@
-"""What training reads, and the drawing of whole batches of triplets by index arithmetic on the device.
+"""The training data, and sampling of whole batches of triplets by index arithmetic on the device.
 
 Memory: a row of train takes D x 2 bytes for its embedding, k x 4 for its neighbours, and about 90 for the rest
-(120 where targets stand 4 m apart). 6 M rows, 768-d, k = 150: 9.2, 3.6 and 0.5 GB; on the device as far as it
-fits, else on the host with a gather per batch. `training.sample_buildings` trains on a part.
+(120 where targets are 4 m apart). 6 M rows, 768-d, k = 150: 9.2, 3.6 and 0.5 GB; on the device if it fits, else on
+the host with a gather per batch. `training.sample_buildings` trains on a subset.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _COLUMNS = ["dataset_id", "target_id", "street_view_id", "target_lat", "target_l
 
 @dataclass(frozen=True)
 class TrainRows:
-    """The N rows that triplets are drawn from, as tensors. Buildings are runs of rows, with two rows at least."""
+    """The N rows that triplets are drawn from, as tensors. A building is a run of two or more rows."""
 
     embeddings: torch.Tensor  # (N, D) float16, raw
     neighbor_rows: torch.Tensor  # (N, k) int32, -1 where there are fewer
@@ -37,7 +37,7 @@ class TrainRows:
     zone_sizes: torch.Tensor
     outside: torch.Tensor  # (M, 2) int64
     xyz_m: torch.Tensor  # (N, 3) float64: targets, see geo.to_xyz_m
-    zones: Zones  # on the host: what a search leaves out
+    zones: Zones  # on the host, for re-mining
     radius_m: float
 
     @property
@@ -51,19 +51,19 @@ class TrainRows:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Everything that a run reads; loaded once for any number of runs."""
+    """The data of a run; loaded once for any number of runs."""
 
     train: TrainRows
     validation: Validation
     baselines: dict[str, dict]  # see `validation.baselines`
-    embedding_model: dict  # as merged/train names it
+    embedding_model: dict  # as recorded in merged/train
     inputs: dict[str, str]  # file name -> id
     device: torch.device
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A triplets as rows of train, and the arm that each negative is credited to (B: random)."""
+    """A triplets, as rows of train, and the arm that each negative is credited to (B: random)."""
 
     anchors: torch.Tensor
     positives: torch.Tensor
@@ -77,7 +77,7 @@ class Batch:
 
 
 def load_data(cfg: Config) -> TrainingData:
-    """merged/train, merged/val and the difficulty, checked to belong together, on the device that trains."""
+    """Load merged/train, merged/val and difficulty, checked to belong together, to the training device."""
     paths, records = run_record.inputs(cfg)
     device = devices.pick(cfg.infrastructure.device)
     embeddings = parquet.read_matrix(paths["train"], "embedding")
@@ -110,7 +110,7 @@ def load_data(cfg: Config) -> TrainingData:
 
 
 def sample_of_buildings(building_of_row: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """The rows, ascending, of `count` buildings drawn at random (of all, if there are fewer)."""
+    """The rows, ascending, of `count` buildings drawn at random, or of all if there are fewer."""
     total = int(building_of_row[-1]) + 1
     chosen = np.zeros(total, bool)
     chosen[np.random.default_rng(seed).permutation(total)[:count]] = True
@@ -118,8 +118,8 @@ def sample_of_buildings(building_of_row: np.ndarray, count: int, seed: int) -> n
 
 
 def restrict(neighbors: np.ndarray, offsets: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbours and band offsets among the rows `kept`, renumbered; the others leave their bands."""
-    new_row = np.full(len(neighbors) + 1, -1, np.int32)  # the last entry: what -1 stands for stays -1
+    """Neighbours and band offsets restricted to the rows `kept`, and renumbered."""
+    new_row = np.full(len(neighbors) + 1, -1, np.int32)  # the last entry keeps -1 at -1
     new_row[kept] = np.arange(len(kept))
     neighbors, offsets = new_row[neighbors[kept]], offsets[kept]
     remain = np.cumsum(neighbors >= 0, axis=1)
@@ -138,19 +138,19 @@ def make_rows(
     radius_m: float,
     device: torch.device,
 ) -> TrainRows:
-    """The tables that batches are drawn with. Raises PipelineError where a building can have no triplet."""
+    """Build the tables that batches are drawn with. Raises PipelineError if a building can have no triplet."""
     zones = make_zones(building_of_row, columns["target_lat"], columns["target_lon"], radius_m)
     starts, n = zones.starts, len(building_of_row)
     sizes = np.diff(starts)
     if sizes.min() < 2:
         raise PipelineError(
-            "merged/train holds a building with one image: run preprocess/merge_and_split.py again"
+            "merged/train holds a building with a single image: rerun merge_and_split.py with --overwrite"
         )
     panorama = columns["street_view_id"]
     by_panorama = np.lexsort((np.arange(n), panorama, building_of_row))
     place = np.empty(n, np.int64)
     place[by_panorama] = np.arange(n)
-    first = np.ones(n, bool)  # of each run of one panorama in by_panorama
+    first = np.ones(n, bool)  # row of a panorama in by_panorama
     first[1:] = np.diff(building_of_row[by_panorama]) != 0
     first[1:] |= np.diff(panorama[by_panorama]) != 0
     runs = np.append(np.flatnonzero(first), n)
@@ -166,7 +166,7 @@ def make_rows(
     zone_rows = np.diff(zone_sizes[zones.indptr])
     if (zone_rows >= n).any():
         raise PipelineError(
-            f"the ignore zone of a building holds all {n:,} training images, so it can have no negatives\n"
+            f"the ignore zone of a building covers all {n:,} training images, which leaves no negatives for it\n"
             "lower data.ignore_radius_m, or use more of the map"
         )
     on_device = {
@@ -190,25 +190,25 @@ def make_rows(
 
 
 def gather(table: torch.Tensor, *places: torch.Tensor) -> torch.Tensor:
-    """table[places], rows or rows and columns, on the device of the places, wherever the table is."""
+    """table[places] on the device of `places`, wherever the table is."""
     return table[tuple(place.to(table.device) for place in places)].to(places[0].device)
 
 
 def step_seed(seed: int, step: int, purpose: int) -> int:
-    """A seed for one step: what a step draws depends on nothing before it, so a resumed run draws the same."""
+    """A seed for one step. Steps draw independently of one another, so a resumed run draws the same."""
     return int(np.random.SeedSequence([seed, purpose, step]).generate_state(1, np.uint64)[0] >> 1)
 
 
 class Sampler:
-    """Draws the batch of any step. Every building is an anchor's once per pass over a random order of them all."""
+    """Draws the batch of any step. Each pass visits all buildings once, in random order, one anchor each."""
 
     def __init__(self, rows: TrainRows, batch_size: int, groups: int, seed: int):
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.group_of_anchor = torch.arange(batch_size, device=rows.device) * groups // batch_size
-        self._orders: dict[int, torch.Tensor] = {}  # of the passes that the last batch touched
+        self._orders: dict[int, torch.Tensor] = {}  # of the passes that the last batch is from
 
     def draw(self, step: int, arms: np.ndarray) -> Batch:
-        """The triplets of a step, given the arm (G,) of each group of anchors (see `negatives_of`)."""
+        """The triplets of a step, given the arm (G,) of each group of anchors; see `negatives_of`."""
         rows, n = self.rows, self.batch_size
         generator = torch.Generator(rows.device).manual_seed(step_seed(self.seed, step, 0))
         u = torch.rand((4, n), generator=generator, dtype=torch.float64, device=rows.device)
@@ -232,10 +232,10 @@ class Sampler:
 
 
 def positives_of(rows: TrainRows, anchors: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """An image of each anchor's building from another panorama, if there is one, else another image of it;
-    `u` (A,) uniform in [0, 1) chooses. `rows.positives` says where the building's images begin in `by_panorama`,
-    how many of them can be a row's positives, where those that cannot (its own panorama, or itself) begin, and how
-    many they are."""
+    """An image of each anchor's building from another panorama if possible, else any other image of it, chosen by
+    `u` (A,), uniform in [0, 1). Columns of `rows.positives`: where the building starts in `by_panorama`, how many
+    of its images are candidates, where the excluded ones (same panorama, or the row itself) start, and their
+    number."""
     first, count, skip_at, skip = rows.positives[anchors].unbind(dim=1)
     place = first + (u * count).long()
     return rows.by_panorama[place + skip * (place >= skip_at)]
@@ -244,13 +244,14 @@ def positives_of(rows: TrainRows, anchors: torch.Tensor, u: torch.Tensor) -> tor
 def negatives_of(
     rows: TrainRows, anchors: torch.Tensor, arms: torch.Tensor, u: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(a negative of each anchor, the arm it is credited to). Arm b < B is band b of the anchor's neighbours, or
-    its nearest band that is not empty (the harder of two); arm B, or an anchor without neighbours, is `random`.
+    """(a negative of each anchor, the arm that it is credited to). Arm b < B draws from band b of the anchor's
+    neighbours, or from the nearest non-empty band (the harder of two); arm B, and anchors without neighbours, draw
+    at random.
     """
     offsets = gather(rows.band_offsets, anchors).long()  # (A, B + 1)
     sizes = offsets[:, 1:] - offsets[:, :-1]
     bands = torch.arange(rows.num_bands, device=anchors.device)
-    away = (4 * bands + 1 - 4 * arms[:, None]).abs()  # of two bands beside the arm's, the harder is less far
+    away = (4 * bands + 1 - 4 * arms[:, None]).abs()  # of two equally near bands, the harder is nearer
     band = torch.where(sizes > 0, away, torch.iinfo(torch.int64).max).argmin(dim=1)
     is_random = (arms == rows.num_bands) | (offsets[:, -1] == 0)
     size = sizes.gather(1, band[:, None]).squeeze(1)
@@ -261,13 +262,13 @@ def negatives_of(
 
 
 def random_rows(rows: TrainRows, anchors: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """A row outside each anchor's building and ignore zone, all equally likely; `u` (A,) uniform chooses.
+    """A row outside each anchor's building and ignore zone, uniformly, chosen by `u` (A,), uniform in [0, 1).
 
-    The zone of building b is a sorted list of runs of rows. Run j, which starts at S_j, has E_j rows of the runs
-    before it: S_j - E_j counts the allowed rows before the run. The allowed row number r lies behind the runs with
-    S_j - E_j <= r. `zone_keys` are b * (N + 1) + S_j - E_j, ascending over all buildings, and one search in them
-    serves the whole batch. `zone_sizes` counts the rows of all runs, of all buildings, before each run; `outside`
-    holds the allowed rows of each building, and the rows of all runs before its first.
+    The zone of building b is a sorted list of runs of rows. Run j starts at S_j, after E_j rows of earlier runs,
+    so S_j - E_j allowed rows precede it, and the allowed row number r comes after all runs with S_j - E_j <= r.
+    `zone_keys` are b * (N + 1) + S_j - E_j, ascending over all buildings: one search serves the whole batch.
+    `zone_sizes` counts the rows of all buildings' runs before each run; `outside` holds each building's number of
+    allowed rows, and the rows of all runs before its first.
     """
     building = rows.building_of_row[anchors]
     count, before = rows.outside[building].unbind(dim=1)
@@ -278,8 +279,8 @@ def random_rows(rows: TrainRows, anchors: torch.Tensor, u: torch.Tensor) -> torc
 
 
 def relations(rows: TrainRows, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(positive, negative), each (len(first), len(second)) bool, of rows of train: pairs of one building that are
-    not one image, and pairs of two buildings beyond each other's ignore zone."""
+    """(positive, negative), each (len(first), len(second)) bool, for rows of train: pairs of different images of
+    one building, and pairs of buildings outside each other's ignore zone."""
     (one, xyz_m), (other, other_xyz_m) = ((rows.building_of_row[r], rows.xyz_m[r]) for r in (first, second))
     same = one[:, None] == other[None, :]
     far = torch.cdist(xyz_m, other_xyz_m, compute_mode="donot_use_mm_for_euclid_dist") > rows.radius_m
@@ -301,5 +302,5 @@ def _load_validation(cfg: Config, path: Path, device: torch.device) -> Validatio
 def _read_columns(path: Path) -> dict[str, np.ndarray]:
     table = parquet.read(path, _COLUMNS)
     if not table.num_rows:
-        raise PipelineError(f"{path} has no rows: check data.train_ratio and data.val_ratio, and merge again")
+        raise PipelineError(f"{path} has no rows: check data.train_ratio and data.val_ratio, then merge again")
     return {name: table[name].to_numpy() for name in _COLUMNS}

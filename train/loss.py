@@ -1,7 +1,7 @@
 """Losses on batches of triplets of unit vectors: anchors, positives and negatives, each (A, d) float32.
 
-Similarities are cosines (large is close). Which other rows of a batch are negatives is not for the losses to know:
-they take masks that leave out an anchor's own building and its ignore zone.
+Similarities are cosines (large is close). Masks say which other rows of a batch are negatives: neither of an
+anchor's own building nor in its ignore zone.
 """
 
 import math
@@ -25,14 +25,14 @@ def triplet(s_ap: torch.Tensor, s_an: torch.Tensor, margin: float) -> torch.Tens
 
 
 def semi_hard(s_ap: torch.Tensor, s_an: torch.Tensor, margin: float) -> torch.Tensor:
-    """Which triplets are semi-hard: the negative is farther than the positive, by less than the margin."""
+    """Which triplets are semi-hard: the negative is less similar than the positive, by less than the margin."""
     gap = s_ap - s_an
     return (gap > 0) & (gap < margin)
 
 
 def mine_semi_hard(s_ap: torch.Tensor, similarities: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
     """The similarity (A,) of each anchor's negative among (A, R) candidates: the most similar one that is less
-    similar than the positive, or the least similar one where there is none such (FaceNet, Schroff et al. 2015)."""
+    similar than the positive, or the least similar one if there is none (FaceNet, Schroff et al. 2015)."""
     beyond = negative & (similarities < s_ap[:, None])
     outside = similarities.masked_fill(~beyond, -torch.inf).max(dim=1).values
     inside = similarities.masked_fill(~negative, torch.inf).min(dim=1).values
@@ -93,7 +93,7 @@ class Objective(NamedTuple):
     """A loss: what it computes, and what it needs."""
 
     compute: Callable[[Contrast, "Loss"], torch.Tensor]
-    relations: Literal["none", "anchors", "all"]  # pairs of rows that it wants `positive` and `negative` of
+    relations: Literal["none", "anchors", "all"]  # for which rows it needs `positive` and `negative`
     learns_temperature: bool = False
     uses_triplets: bool = False  # the negative of each triplet alone: then a better one can be mined
 
@@ -119,7 +119,7 @@ LOSSES = {
 
 
 class Loss(nn.Module):
-    """The loss that the settings name, with what it learns itself (the temperature)."""
+    """The loss that the settings name, with its own parameter (the temperature)."""
 
     def __init__(self, name: str, margin: float, temperature: float, mines: bool):
         super().__init__()
@@ -133,12 +133,12 @@ class Loss(nn.Module):
 
     @property
     def needs_relations(self) -> bool:
-        """Whether it compares rows across triplets, and so needs `negative` and `positive`."""
+        """Whether it compares rows across triplets, and so needs masks."""
         return self.mines or self.objective.relations != "none"
 
     @property
     def contrasts_all(self) -> bool:
-        """Whether it needs them of all rows, and not of the anchors alone."""
+        """Whether it needs masks for all rows, not only for the anchors."""
         return self.objective.relations == "all"
 
     def forward(

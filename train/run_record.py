@@ -1,6 +1,6 @@
-"""What a training run is known by: its inputs, and the record that its files carry.
+"""The inputs of a training run, and the record that its files carry.
 
-Imports neither torch nor Optuna: slurm/submit.py asks for records, too.
+Imports neither torch nor Optuna: slurm/submit.py needs records, too.
 """
 
 from pathlib import Path

@@ -1,15 +1,15 @@
-"""Trains the projection head, which makes a building's embedding of a backbone's.
+"""Train the projection head, which turns a backbone's embeddings into building embeddings.
 
 Reads    data/merged/{train,val}.parquet, data/difficulty/difficulty_metadata.parquet
-Writes   checkpoints/<run>/checkpoint_best.pt: the head of highest validation mAP@R; the linear baseline that it
-         starts from counts as epoch 0
-         checkpoints/<run>/checkpoint_last.pt: what a stopped run goes on from
-         checkpoints/<run>/{history.parquet,curves.png}: the epochs as a table and as a picture
+Writes   checkpoints/<run>/checkpoint_best.pt: the head with the highest validation mAP@R; the linear baseline that
+         training starts from is epoch 0
+         checkpoints/<run>/checkpoint_last.pt: where a stopped run resumes
+         checkpoints/<run>/{history.parquet,curves.png}: a row per epoch, and the training curves
 Command  python train/train.py [--set training.run=NAME] [--set training.loss=infonce]
-Memory   per training image D x 2 + k x 4 + 90 bytes (6 M, 768-d, k = 150: 13 GB), on the GPU as far as it fits;
-         less with training.sample_buildings; validation: see search_memory_mb
-Time     two passes, forward and back to the weights, of 2 D (h + output_dim) floating-point operations per image
-         of a batch; then validation, with each epoch
+Memory   D x 2 + k x 4 + 90 bytes per training image (6 M, 768-d, k = 150: 13 GB), on the GPU if it fits; less with
+         training.sample_buildings; validation: see search_memory_mb
+Time     per image of a batch 2 D (h + output_dim) floating-point operations forward and as many backward; plus
+         validation after each epoch
 """
 
 import logging
@@ -29,11 +29,11 @@ def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
     from train import run_record
 
     record = run_record.record(cfg, run_record.input_ids(cfg))
-    yield stages.Output(run_record.run_dir(cfg) / run_record.HISTORY, record)  # says whether the run has finished
+    yield stages.Output(run_record.run_dir(cfg) / run_record.HISTORY, record)  # says whether the run is complete
 
 
 def progress(cfg) -> tuple[int, int, str]:
-    """How many epochs are over, of at most how many."""
+    """Finished epochs, and the most that there can be."""
     from common import parquet
     from common.errors import PipelineError
     from train import run_record
@@ -42,7 +42,7 @@ def progress(cfg) -> tuple[int, int, str]:
         rows = parquet.num_rows(run_record.run_dir(cfg) / run_record.HISTORY)
     except PipelineError:
         rows = 1
-    return rows - 1, cfg.training.epochs, "epochs"  # the first row is of before training
+    return rows - 1, cfg.training.epochs, "epochs"  # the first row is from before training
 
 
 STAGE = stages.Stage(

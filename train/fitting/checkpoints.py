@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: checkpoints to evaluate, to publish and to go on from, and its history."""
+"""The files of a run: checkpoints to evaluate, publish and resume from, and its history."""
 
 import io
 from pathlib import Path
@@ -17,9 +17,9 @@ NAMES = (run_record.BEST, run_record.LAST, run_record.HISTORY, "curves.png", "ba
 
 
 def existing(run_dir: Path, made: Provenance) -> dict | None:
-    """checkpoint_last.pt, or None; a lone checkpoint_best.pt cannot be continued, and is made again.
+    """The content of checkpoint_last.pt, or None; a lone checkpoint_best.pt cannot be resumed, and is replaced.
 
-    Raises StaleArtefact if what is there is of other settings or inputs than `made`.
+    Raises StaleArtefact if either was made with other settings or inputs than `made`.
     """
     for name in (run_record.LAST, run_record.BEST):
         path = run_dir / name
@@ -31,7 +31,7 @@ def existing(run_dir: Path, made: Provenance) -> dict | None:
 
 
 def restore(run, saved: dict) -> None:
-    """Put a fresh `fit.Run` where `saved` left off."""
+    """Restore a fresh `fit.Run` from a checkpoint."""
     state = saved["resume"]
     run.head.load_state_dict(saved["head"])
     run.loss.load_state_dict(state["loss"])
@@ -44,20 +44,20 @@ def restore(run, saved: dict) -> None:
 
 def write(path: Path, content: dict) -> None:
     """Save a dict of tensors and plain values, atomically."""
-    buffer = io.BytesIO()  # writing to a full disk, torch.save hides the error behind one of its own
+    buffer = io.BytesIO()  # on a full disk, torch.save would replace the error by one of its own
     torch.save(content, buffer)
     with files.atomic(path) as file:
         file.write(buffer.getbuffer())
 
 
 class RunFolder:
-    """The folder of a run; without one nothing is written."""
+    """The folder of a run; nothing is written if it has none."""
 
     def __init__(self, cfg: Config, data, made: Provenance, run_dir: Path | None):
         self.cfg, self.data, self.made, self.run_dir = cfg, data, made, run_dir
 
     def clear(self) -> None:
-        """Remove what an earlier run left."""
+        """Remove the files of an earlier run."""
         if self.run_dir is not None:
             for name in NAMES:
                 (self.run_dir / name).unlink(missing_ok=True)
@@ -67,8 +67,8 @@ class RunFolder:
         return self._checkpoint(**run.best)
 
     def save(self, run, finished: bool) -> None:
-        """Write everything. A run goes on from checkpoint_last.pt, and writes what is older or newer than that
-        again; the history comes last, for its record says whether all is whole."""
+        """Write everything. A run resumes from checkpoint_last.pt and rewrites the rest; the history comes last,
+        since its record says whether the run is complete."""
         if self.run_dir is None:
             return
         frame, best = history.frame(run.history, run.timings), self.best(run)

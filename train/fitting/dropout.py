@@ -1,4 +1,4 @@
-"""Dropout for training on a CPU, where PyTorch's takes a fifth of a step: it draws its mask number by number."""
+"""Dropout for training on a CPU, where PyTorch's takes a fifth of a step: it draws its mask element by element."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ _LEVELS = 2**16
 
 
 class CpuDropout(nn.Module):
-    """As nn.Dropout, with the probability rounded to 1/65,536: four elements of a mask from one random number."""
+    """nn.Dropout with the probability rounded to 1/65,536: one random number gives four elements of the mask."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -23,7 +23,7 @@ class CpuDropout(nn.Module):
 
 
 def replace_dropout(layers: nn.Sequential) -> None:
-    """Put a CpuDropout in the place of each nn.Dropout."""
+    """Replace each nn.Dropout by a CpuDropout."""
     for place, layer in enumerate(layers):
         if isinstance(layer, nn.Dropout):
             layers[place] = CpuDropout(layer.p)

@@ -1,4 +1,4 @@
-"""One training run: from loaded data to the best checkpoint. Used by train.py and by every Optuna trial."""
+"""One training run, from loaded data to the best checkpoint: of train.py, and of every Optuna trial."""
 
 import logging
 import math
@@ -30,33 +30,33 @@ log = logging.getLogger("pipeline")
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a run came to."""
+    """The outcome of a run."""
 
     best_value: float  # validation mAP@R
-    best_epoch: int  # 0: the head as it was before training, which is the whitening
-    best: dict  # the checkpoint of that epoch: what checkpoint_best.pt holds
+    best_epoch: int  # 0: before training, when the head is the whitening
+    best: dict  # the content of checkpoint_best.pt
     history: pd.DataFrame  # a row per epoch, from epoch 0
 
 
 @dataclass
 class Run:
-    """Everything that training changes. `checkpoints` saves it as one dict and restores it from that."""
+    """Everything that training changes. checkpoints.py saves it as one dict, and restores it."""
 
     head: ProjectionHead
     loss: Loss
     optimizer: torch.optim.Optimizer
     bandit: DiscountedUcb
-    sums: np.ndarray  # of the epoch in hand: loss, steps, and by arm the triplets and the semi-hard ones
+    sums: np.ndarray  # of the current epoch: loss, steps, then triplets by arm and semi-hard triplets by arm
     history: list[dict]  # a row per finished epoch, without the timings
-    timings: list[dict]  # of each row: kept apart, since no two runs have the same
+    timings: list[dict]  # by row; apart, because they differ between identical runs
     best: dict  # "epoch", "metrics" and "head" of the best epoch
-    mined_with: dict | None = None  # weights of the head that made the bands in use; None: those of difficulty
-    arms: np.ndarray | None = None  # (G,): chosen already for the step in hand
+    mined_with: dict | None = None  # weights of the head that mined the bands; None: the backbone's bands
+    arms: np.ndarray | None = None  # (G,): already chosen for the current step
     step: int = 0
 
     @property
     def epoch(self) -> int:
-        """The epoch in hand; 0 is the validation before training."""
+        """The current epoch; 0 is the validation before training."""
         return len(self.history)
 
 
@@ -71,11 +71,11 @@ def fit(
 ) -> FitResult:
     """Train a head on `data` (see `datasets.load_data`) with the settings of `cfg`.
 
-    With a `run_dir` it keeps checkpoint_{best,last}.pt, history.parquet and curves.png there and, if `resume`,
-    goes on from a checkpoint_last.pt of the same settings and inputs (StaleArtefact if of others); without
-    `resume` it removes them first. `on_epoch(epoch, val_map_at_r)` is called after each epoch, epoch 0 (before
-    training) included, and may raise to end the run. On SIGTERM or SIGUSR2 it saves after the step in hand and
-    raises Stopped. `progress` counts triplets.
+    With a `run_dir` it keeps checkpoint_{best,last}.pt, history.parquet and curves.png there; if `resume`, it
+    continues from a checkpoint_last.pt of the same settings and inputs (StaleArtefact if of others), else it
+    removes them first. `on_epoch(epoch, val_map_at_r)` is called after each epoch, including epoch 0 (before
+    training), and may raise to end the run. On SIGTERM or SIGUSR2 it saves after the current step and raises
+    Stopped. `progress` counts triplets.
     """
     made = run_record.record(cfg, data.inputs)
     store = checkpoints.RunFolder(cfg, data, made, run_dir)
@@ -87,8 +87,8 @@ def fit(
     if saved is not None:
         checkpoints.restore(run, saved)
         finished = saved["resume"]["finished"]
-        store.save(run, finished)  # a file that was deleted meanwhile is there again
-        log.info("%s %s", run_dir, "is finished" if finished else f"goes on from step {run.step:,}")
+        store.save(run, finished)  # restores files deleted in the meantime
+        log.info("%s %s", run_dir, "is finished" if finished else f"resumes at step {run.step:,}")
     if not finished:
         with tracking.session(cfg, run_dir, made) as tracker:
             train(cfg, data, run, store, tracker, on_epoch, progress)
@@ -106,7 +106,7 @@ def train(
     on_epoch: Callable[[int, float], None] | None,
     progress: cli.Progress | None,
 ) -> None:
-    """The epochs that are left of a run; see `fit`."""
+    """Run the remaining epochs; see `fit`."""
     training, finished = cfg.training, False
     feed = make_feed(cfg, rows_in_use(cfg, data, run))
     while not finished:
@@ -133,7 +133,7 @@ def train(
 
 
 def start(cfg: Config, data: TrainingData) -> Run:
-    """A run before its first step: the head is the whitening (or random), the bandit knows nothing."""
+    """A run before its first step: the head is the whitening, or random, and the bandit has seen nothing."""
     settings, training = cfg.training_model, cfg.training
     torch.manual_seed(step_seed(training.seed, 0, purpose=3))
     input_dim = data.train.embeddings.shape[1]
@@ -143,7 +143,7 @@ def start(cfg: Config, data: TrainingData) -> Run:
     whitening = data.baselines["whitening"]
     with torch.no_grad():
         head.mean.copy_(whitening["mean"])
-        if settings.init == "whitening":  # its scale is free; this one gives outputs of the size of the MLP's
+        if settings.init == "whitening":  # any scale gives the same head; this one matches the MLP's outputs
             head.linear.weight.copy_(whitening["projection"] / whitening["spread"])
     loss = Loss(training.loss, training.margin, training.temperature, training.mining == "semi_hard")
     head.to(data.device)
@@ -162,14 +162,14 @@ def start(cfg: Config, data: TrainingData) -> Run:
 
 
 def arms_of(rows: TrainRows) -> np.ndarray:
-    """Which arms (B + 1,) have something to draw: bands that are not empty for all, and random."""
+    """Which arms (B + 1,) can be drawn from: bands that some anchor has, and random."""
     sizes = rows.band_offsets.int().diff(dim=1)
     return np.append((sizes > 0).any(dim=0).cpu().numpy(), True)
 
 
 def rows_in_use(cfg: Config, data: TrainingData, run: Run) -> TrainRows:
-    """The rows with the bands of difficulty/, or with those in the space of the head with the weights
-    `run.mined_with`; the bandit knows them."""
+    """The training rows with the backbone's bands, or with those mined in the space of the head with the weights
+    `run.mined_with`; updates the arms that the bandit may choose."""
     if run.mined_with is None:
         return data.train
     rows = remine.mine(cfg, data.train, run.head, run.mined_with)
@@ -187,7 +187,7 @@ def weights_of(head: ProjectionHead) -> dict[str, torch.Tensor]:
 
 
 def make_optimizer(cfg: Config, head: ProjectionHead, loss: Loss) -> torch.optim.AdamW:
-    """AdamW with a learning rate per part of the head; only matrices decay."""
+    """AdamW with a learning rate per part of the head; weight decay for matrices only."""
     training = cfg.training
     matrices = [p for p in head.mlp.parameters() if p.ndim > 1]
     vectors = [p for p in head.mlp.parameters() if p.ndim <= 1]
@@ -207,29 +207,29 @@ def make_optimizer(cfg: Config, head: ProjectionHead, loss: Loss) -> torch.optim
 
 
 def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> float:
-    """A linear warm-up, then half a cosine down to 0."""
+    """Linear warm-up, then cosine decay to 0."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
 
 
 def train_step(cfg: Config, data: TrainingData, run: Run, feed: Feed, run_dir: Path | None) -> None:
-    """Forward, loss, backward, step, and the next batch (see `Feed`); what the step brought goes into `run.sums`
-    and to the bandit."""
+    """Forward, loss, backward, optimiser step, and the next batch (see `Feed`). The step's loss and rewards go
+    into `run.sums` and to the bandit."""
     training = cfg.training
     if feed.is_empty:  # the first step of an epoch, or of this process
         draw(cfg, run, feed)
     (batch, embeddings), run.arms = feed.take(), None
     torch.manual_seed(step_seed(training.seed, run.step, purpose=2))  # of the dropout
-    # not compiled: that takes a minute, and leaves the products as they are, on the CPU most of a step
+    # not compiled: that takes a minute and does not speed up matrix products, most of a step on the CPU
     with autocast(training.dtype, data.device):
         vectors = run.head.train()(embeddings)
     related = batch.rows[: len(batch.rows) if run.loss.contrasts_all else training.batch_size]
     masks = relations(data.train, related, batch.rows) if run.loss.needs_relations else None
     loss, semi_hard = run.loss(vectors, masks)
     drawn = torch.bincount(batch.arms, minlength=len(run.bandit.available))
-    worth = torch.bincount(batch.arms, weights=semi_hard.double(), minlength=len(drawn))
-    read_brought = reading(torch.cat([loss.detach().double()[None], drawn.double(), worth]))
+    semi_hard_by_arm = torch.bincount(batch.arms, weights=semi_hard.double(), minlength=len(drawn))
+    read_stats = reading(torch.cat([loss.detach().double()[None], drawn.double(), semi_hard_by_arm]))
 
     total_steps = training.epochs * training.steps_per_epoch
     factor = learning_rate_factor(run.step, training.warmup_steps, total_steps)
@@ -240,35 +240,35 @@ def train_step(cfg: Config, data: TrainingData, run: Run, feed: Feed, run_dir: P
     torch.nn.utils.clip_grad_norm_(run.head.parameters(), training.grad_clip)
     run.optimizer.step()
 
-    brought = read_brought()  # waits for the forward pass alone
-    if not np.isfinite(brought[0]):
+    stats = read_stats()  # waits for the forward pass only
+    if not np.isfinite(stats[0]):
         _refuse_not_finite(run.step, batch, run_dir)
-    credit, reward = np.split(brought[1:], 2)
+    credit, reward = np.split(stats[1:], 2)
     if samplers.of_name(training.sampler).learns:
         group_size = training.batch_size / training.bandit_groups
         run.bandit.update(credit / group_size, reward / group_size)
-    run.sums += np.concatenate([brought[:1], [1], credit, reward])
+    run.sums += np.concatenate([stats[:1], [1], credit, reward])
     run.step += 1
-    if run.step % training.steps_per_epoch:  # after an epoch there may be other bands
+    if run.step % training.steps_per_epoch:  # the bands may change after an epoch
         draw(cfg, run, feed)
 
 
 def draw(cfg: Config, run: Run, feed: Feed) -> None:
-    """Let the bandit choose, unless it has (a stopped run keeps what it chose), and draw the step in hand."""
+    """Choose arms, unless a resumed run has done so already, and draw the batch of the current step."""
     if run.arms is None:
         run.arms = samplers.arms_of_step(cfg.training.sampler, run.bandit, run.step, cfg.training.bandit_groups)
     feed.draw(run.step, run.arms)
 
 
 def autocast(dtype: str, device: torch.device) -> torch.autocast:
-    """The context of the forward pass by `training.dtype`; normalisation and loss stay in float32."""
+    """The autocast context of `training.dtype` for the forward pass; normalisation and loss stay in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=resolve_dtype(dtype, device) == "bfloat16")
 
 
 def finish_epoch(cfg: Config, data: TrainingData, run: Run, seconds: float, steps: int) -> None:
-    """Validate, add the epoch's row to the history, keep the head if it is the best.
+    """Validate, add a row to the history, and keep the head if it is the best so far.
 
-    `steps` in `seconds`: what this process did of the epoch.
+    `steps`, `seconds`: this process's share of the epoch.
     """
     metrics = data.validation.of_head(run.head)
     value, epoch = metrics["map@r"], run.epoch

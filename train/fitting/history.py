@@ -1,4 +1,4 @@
-"""The epochs of a run: as a table, as a line of the log, as a picture."""
+"""The epochs of a run: as a table, as a log line, as curves."""
 
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from common.provenance import Provenance
 
 
 def row(epoch: int, metrics: dict[str, float], sums: np.ndarray) -> dict[str, float]:
-    """An epoch's row, without its timings. `sums`: see `fit.Run`; of an epoch without steps the means are NaN."""
+    """The row of an epoch, without its timings. `sums`: see `fit.Run`; the means of an epoch without steps are
+    NaN."""
     loss, steps, *by_arm = sums
     triplets, semi_hard = np.split(np.array(by_arm), 2)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -1,10 +1,9 @@
-"""Bands of difficulty mined anew while training: in the space of the head as it is, not the backbone's.
+"""Bands of difficulty re-mined during training, in the space of the current head instead of the backbone's.
 
-The search and the bands are those of difficulty/ (always the exact search). They are a function of the head, so a
-run that is continued keeps the head that it last mined with, and mines again with that.
-Memory: N x output_dim x 4 bytes more (see difficulty/search/exact_search.py), and the new bands beside the old
-while they are
-made (N x k x 8, with the similarities).
+Search (always exact) and bands are those of difficulty/. They are a function of the head, so a resumed run keeps
+the head that it last mined with, and mines again with that. Memory: N x output_dim x 4 bytes more (see
+difficulty/search/exact_search.py), and the new bands beside the old while they are made (N x k x 8, with the
+similarities).
 """
 
 import copy
@@ -50,7 +49,7 @@ def mine(cfg: Config, rows: TrainRows, head: ProjectionHead, state: dict[str, to
     edges = bands.edges_of(bands.histogram(ratios), cfg.data.band_percentiles)
     before = rows.neighbor_rows[:, 0].cpu().numpy()
     log.info(
-        "bands mined anew: %.0f %% of the nearest neighbours are others", 100 * (before != neighbors[:, 0]).mean()
+        "bands re-mined: %.0f %% of the nearest neighbours have changed", 100 * (before != neighbors[:, 0]).mean()
     )
     return dataclasses.replace(
         rows,

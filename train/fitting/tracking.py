@@ -1,4 +1,4 @@
-"""Weights & Biases, if `logging.wandb_mode` says so: the epochs of a run as they come, and what it came to."""
+"""Weights & Biases, if `logging.wandb_mode` says so: a run's epochs as they finish, and its results."""
 
 import contextlib
 import json
@@ -12,19 +12,19 @@ from common.sections import Config
 
 
 class Tracker:
-    """A run as wandb sees it; without one (None) nothing happens."""
+    """A wandb run; does nothing without one (None)."""
 
     def __init__(self, run, run_dir: Path | None):
         self.run, self.run_dir = run, run_dir
 
     def epoch(self, row: dict) -> None:
-        """Add a row of the history to the curves."""
+        """Log a row of the history."""
         if self.run is not None:
             self.run.log(row, step=row["epoch"])
 
     def finish(self, best: dict) -> None:
-        """The best epoch's figures (`metrics` of checkpoint_best.pt) as the summary, and as an artefact with the
-        history, the settings and the picture of the curves, which lie in the run's folder."""
+        """Log the best epoch's metrics (of checkpoint_best.pt) as the summary, and as an artefact with the
+        history, the settings and the curves of the run's folder."""
         if self.run is None or self.run_dir is None:
             return
         import wandb
@@ -43,7 +43,7 @@ class Tracker:
 
 @contextlib.contextmanager
 def session(cfg: Config, run_dir: Path | None, made: Provenance) -> Iterator[Tracker]:
-    """The Tracker of a run. One that is continued has the same id there, too."""
+    """The Tracker of a run. A resumed run keeps its id."""
     if cfg.logging.wandb_mode == "disabled" or run_dir is None:
         yield Tracker(None, None)
         return
@@ -62,7 +62,7 @@ def session(cfg: Config, run_dir: Path | None, made: Provenance) -> Iterator[Tra
         )
     except wandb.errors.Error as error:
         raise PipelineError(
-            f'wandb cannot start: {first_line(error)}\nmend that, or set logging.wandb_mode to "offline"'
+            f'wandb cannot start: {first_line(error)}\nfix this, or set logging.wandb_mode to "offline"'
         ) from None
     with run:
         yield Tracker(run, run_dir)

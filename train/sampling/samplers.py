@@ -15,7 +15,9 @@ from train.sampling.bandit import DiscountedUcb
 class ArmChoice(NamedTuple):
     """A way to choose arms."""
 
-    choose: Callable[[DiscountedUcb, np.ndarray], np.ndarray]  # of the groups (G,), numbered through all steps
+    choose: Callable[
+        [DiscountedUcb, np.ndarray], np.ndarray
+    ]  # by number of group, (G,), counted through all steps
     learns: bool = False  # whether the bandit is told the rewards
 
 
