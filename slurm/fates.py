@@ -150,15 +150,15 @@ def progress_of(step, tasks: list[JobTask], cfg, now_s: float) -> dict:
         done, total, unit = stage.progress(cfg)
         return {"done": done, "total": total, "unit": unit}
     by_task = [stage.outputs_of(cfg, number, step.tasks) for number in range(step.tasks)]
-    known = None not in by_task
+    countable = None not in by_task
     outputs = [output for outputs in by_task for output in outputs or ()]
     finished = [output.path for output in outputs if stage.is_current(output)]
-    progress = {"done": len(finished), "total": len(outputs) if known else None, "unit": "files"}
+    progress = {"done": len(finished), "total": len(outputs) if countable else None, "unit": "files"}
     starts = [task.log.first_start_s for task in tasks if task.log.first_start_s]
     if not starts or not any(task.state == "running" for task in tasks):
         return progress
     began = min(starts)
     per_s = sum(path.stat().st_mtime >= began for path in finished) / max(now_s - began, 1)
-    if not per_s or not known:
+    if not per_s or not countable:
         return progress
     return {**progress, "per_hour": 3600 * per_s, "seconds_left": (len(outputs) - len(finished)) / per_s}

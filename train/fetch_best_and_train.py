@@ -57,9 +57,9 @@ def main(argv=None) -> int:
 
     run_dir = cfg.paths.checkpoints_dir / cfg.training.run
     if not args.overwrite:  # before config.toml is written beside a checkpoint of other settings
-        made = run_record.record(chosen, run_record.input_ids(chosen))
+        record = run_record.record(chosen, run_record.input_ids(chosen))
         try:
-            checkpoints.existing(run_dir, made)
+            checkpoints.existing(run_dir, record)
         except StaleArtefact as error:
             raise StaleArtefact(f"{error}\nor name this run another way: --set training.run=tuned") from None
     settings_path, settings = run_dir / "config.toml", config.to_toml(chosen).encode()

@@ -16,16 +16,16 @@ from train.fitting import history
 NAMES = (run_record.BEST, run_record.LAST, run_record.HISTORY, "curves.png", "bad_batch.pt")
 
 
-def existing(run_dir: Path, made: Provenance) -> dict | None:
+def existing(run_dir: Path, record: Provenance) -> dict | None:
     """The content of checkpoint_last.pt, or None; a lone checkpoint_best.pt cannot be resumed, and is replaced.
 
-    Raises StaleArtefact if either was made with other settings or inputs than `made`.
+    Raises StaleArtefact if either was made with other settings or inputs than `record`.
     """
     for name in (run_record.LAST, run_record.BEST):
         path = run_dir / name
         if path.exists():
             saved = heads.load_checkpoint(path)
-            parquet.refuse_stale(path, Provenance(**saved["provenance"]), made, f"{saved['epoch']} epochs")
+            parquet.refuse_stale(path, Provenance(**saved["provenance"]), record, f"{saved['epoch']} epochs")
             return saved if "resume" in saved else None
     return None
 
@@ -53,8 +53,8 @@ def write(path: Path, content: dict) -> None:
 class RunFolder:
     """The folder of a run; nothing is written if it has none."""
 
-    def __init__(self, cfg: Config, data, made: Provenance, run_dir: Path | None):
-        self.cfg, self.data, self.made, self.run_dir = cfg, data, made, run_dir
+    def __init__(self, cfg: Config, data, record: Provenance, run_dir: Path | None):
+        self.cfg, self.data, self.record, self.run_dir = cfg, data, record, run_dir
 
     def clear(self) -> None:
         """Remove the files of an earlier run."""
@@ -94,12 +94,12 @@ class RunFolder:
         }
         write(self.run_dir / run_record.LAST, last)
         facts = {"finished": finished, "best_checkpoint": best["provenance"]["id"]}
-        history.write(self.run_dir / run_record.HISTORY, frame, self.made, facts)
+        history.write(self.run_dir / run_record.HISTORY, frame, self.record, facts)
 
     def _checkpoint(self, epoch: int, metrics: dict, head: dict[str, torch.Tensor]) -> dict:
         settings, whitening = self.cfg.training_model, self.data.baselines["whitening"]
         content = [name.encode() + tensor.numpy().tobytes() for name, tensor in sorted(head.items())]
-        finished = self.made.finished(digest_of(*content), {"epochs": epoch})
+        finished = self.record.finished(digest_of(*content), {"epochs": epoch})
         return {
             "head": head,
             "input_dim": self.data.train.embeddings.shape[1],
@@ -112,7 +112,7 @@ class RunFolder:
                 "whitening": whitening["validation"],
                 "whitening_shrinkage": whitening["shrinkage"],
             },
-            "config": self.made.config,
+            "config": self.record.config,
             "embedding_model": self.data.embedding_model,
             "baselines": self.data.baselines,
             "provenance": finished.to_dict(),

@@ -77,12 +77,12 @@ def fit(
     training), and may raise to end the run. On SIGTERM or SIGUSR2 it saves after the current step and raises
     Stopped. `progress` counts triplets.
     """
-    made = run_record.record(cfg, data.inputs)
-    store = checkpoints.RunFolder(cfg, data, made, run_dir)
+    record = run_record.record(cfg, data.inputs)
+    store = checkpoints.RunFolder(cfg, data, record, run_dir)
     run = start(cfg, data)
     if not resume:
         store.clear()
-    saved = checkpoints.existing(run_dir, made) if run_dir else None
+    saved = checkpoints.existing(run_dir, record) if run_dir else None
     finished = False
     if saved is not None:
         checkpoints.restore(run, saved)
@@ -90,7 +90,7 @@ def fit(
         store.save(run, finished)  # restores files deleted in the meantime
         log.info("%s %s", run_dir, "is finished" if finished else f"resumes at step {run.step:,}")
     if not finished:
-        with tracking.session(cfg, run_dir, made) as tracker:
+        with tracking.session(cfg, run_dir, record) as tracker:
             train(cfg, data, run, store, tracker, on_epoch, progress)
             tracker.finish(store.best(run))
     frame = history.frame(run.history, run.timings)

@@ -33,9 +33,9 @@ def frame(rows: list[dict], timings: list[dict]) -> pd.DataFrame:
     return pd.DataFrame([{**row, **times} for row, times in zip(rows, timings, strict=True)])
 
 
-def write(path: Path, table: pd.DataFrame, made: Provenance, facts: dict | None = None) -> None:
+def write(path: Path, table: pd.DataFrame, record: Provenance, facts: dict | None = None) -> None:
     bands = sum(name.startswith("share_band_") for name in table.columns)
-    with parquet.writer(path, schemas.history(bands), made) as out:
+    with parquet.writer(path, schemas.history(bands), record) as out:
         out.append({name: table[name].to_numpy() for name in table.columns})
         out.facts = facts or {}
 

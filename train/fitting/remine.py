@@ -36,7 +36,7 @@ def mine(cfg: Config, rows: TrainRows, head: ProjectionHead, state: dict[str, to
     together = exact_search.tile_sizes(vectors.shape[1], k, memory_mb, rows.device).together
     for start in range(0, n, together):
         block = slice(start, min(start + together, n))
-        found, similarities = exact_search.exact_neighbors(
+        nearest, similarities = exact_search.exact_neighbors(
             vectors,
             rows.zones,
             k=k,
@@ -44,8 +44,8 @@ def mine(cfg: Config, rows: TrainRows, head: ProjectionHead, state: dict[str, to
             memory_mb=memory_mb,
             device=rows.device,
         )
-        neighbors[block] = found
-        ratios[block] = bands.ratios(similarities, found, cfg.data.band_reference_rank)
+        neighbors[block] = nearest
+        ratios[block] = bands.ratios(similarities, nearest, cfg.data.band_reference_rank)
     edges = bands.edges_of(bands.histogram(ratios), cfg.data.band_percentiles)
     before = rows.neighbor_rows[:, 0].cpu().numpy()
     log.info(

@@ -42,7 +42,7 @@ class Tracker:
 
 
 @contextlib.contextmanager
-def session(cfg: Config, run_dir: Path | None, made: Provenance) -> Iterator[Tracker]:
+def session(cfg: Config, run_dir: Path | None, record: Provenance) -> Iterator[Tracker]:
     """The Tracker of a run. A resumed run keeps its id."""
     if cfg.logging.wandb_mode == "disabled" or run_dir is None:
         yield Tracker(None, None)
@@ -54,11 +54,11 @@ def session(cfg: Config, run_dir: Path | None, made: Provenance) -> Iterator[Tra
         run = wandb.init(
             project=cfg.logging.wandb_project,
             name=run_dir.name,
-            id=digest_of(str(run_dir), made.to_json())[:16],
+            id=digest_of(str(run_dir), record.to_json())[:16],
             resume="allow" if cfg.logging.wandb_mode == "online" else None,
             dir=cfg.paths.logs_dir,
             mode=cfg.logging.wandb_mode,
-            config=made.config,
+            config=record.config,
         )
     except wandb.errors.Error as error:
         raise PipelineError(
