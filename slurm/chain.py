@@ -6,7 +6,7 @@ A step is a stage (see common/stages.py) with the number of tasks that its work 
 import importlib
 from dataclasses import dataclass
 
-from common.errors import ConfigError
+from common.errors import ConfigError, PipelineError
 from common.stages import Stage
 
 
@@ -33,7 +33,21 @@ class Step:
 
     @property
     def stage(self) -> Stage:
-        return getattr(importlib.import_module(self.module), self.declaration)
+        """The stage's declaration. Raises PipelineError if its script has none, or does not exist."""
+        try:
+            return getattr(importlib.import_module(self.module), self.declaration)
+        except ModuleNotFoundError as error:
+            if error.name != self.module:
+                raise
+            raise PipelineError(f"{self.script} does not exist, but slurm/chain.py lists it") from None
+        except AttributeError:
+            raise PipelineError(f"{self.script} has no {self.declaration}: see CONTRIBUTING.md") from None
+
+    def resources_in(self, cfg):
+        """The stage's table of [slurm]. Raises ConfigError if there is none."""
+        if not hasattr(cfg.slurm, self.resources):
+            raise ConfigError(f"there is no [slurm.{self.resources}], with the resources of {self.script}")
+        return getattr(cfg.slurm, self.resources)
 
     def is_done(self, cfg, task: int) -> bool:
         """Whether a task has nothing left to do."""

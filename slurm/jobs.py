@@ -24,7 +24,7 @@ def sbatch_command(step, tasks: list[int], cfg: Config, folder: Path, dependency
 
     `dependency`: such as "afterok:12:13", or empty.
     """
-    resources = getattr(cfg.slurm, step.resources)
+    resources = step.resources_in(cfg)
     command = ["sbatch", "--parsable", f"--time={resources.time}", "--requeue"]
     command += [f"--signal=USR2@{cfg.slurm.signal_before_s}", *cfg.slurm.sbatch, *resources.sbatch]
     # these override the user's flags: status.py and the next submit.py find jobs and logs by them

@@ -31,7 +31,7 @@ def test_every_step_needs_only_steps_before_it_and_has_resources_a_target_and_a_
         seen = set()
         for step in steps:
             assert set(step.needs) <= seen
-            assert getattr(cfg.slurm, step.resources).time
+            assert step.resources_in(cfg).time
             assert (ROOT / step.script).exists()
             assert (ROOT / "slurm" / "stages" / f"{step.resources}.sbatch").exists()
             assert step.stage.folder(cfg).is_relative_to(cfg.paths.root)
@@ -46,6 +46,17 @@ def test_a_neighbour_search_in_parts_is_gathered_by_one_task(tmp_path):
     assert steps["compute_visual_neighbors"].arguments == ("--num-shards", "5", "--finish")
     only = chain.select(list(steps.values()), "compute_visual_neighbors", "compute_visual_neighbors")
     assert [step.name for step in only] == ["neighbor_parts", "compute_visual_neighbors"]
+
+
+def test_a_stage_that_is_half_added_is_an_error_that_says_what_is_missing(cfg):
+    with pytest.raises(PipelineError, match=r"preprocess/mine\.py does not exist, but slurm/chain\.py lists it"):
+        chain.Step("mine", "preprocess.mine").is_done(cfg, 0)
+    with pytest.raises(PipelineError, match=r"preprocess/process_tar\.py has no MINE: see CONTRIBUTING\.md"):
+        chain.Step("mine", "preprocess.process_tar", declaration="MINE").is_done(cfg, 0)
+    with pytest.raises(
+        ConfigError, match=r"there is no \[slurm\.mine\], with the resources of preprocess/mine\.py"
+    ):
+        chain.Step("mine", "preprocess.mine").resources_in(cfg)
 
 
 def test_select_takes_both_ends_and_refuses_what_is_not_there(cfg):
