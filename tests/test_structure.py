@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-# From the bottom to the top: a module imports from its own line and from lines above it. The published model's files
-# are at the bottom, though they lie in publish/: Hugging Face copies them beside the weights.
+# From the bottom to the top: a module imports from its own line and from those above it. The published model's
+# files are at the bottom although they lie in publish/: Hugging Face copies them beside the weights.
 LAYERS = [
     ("common", "common.archives", "common.imagery", "common.places"),
     (
