@@ -106,7 +106,7 @@ def test_more_seeds_are_other_runs_and_those_there_are_kept(root, tmp_path, two)
     checkpoints = [heads.load_checkpoint(run / "checkpoint_last.pt") for run in runs]
     assert [checkpoint["config"]["training.seed"] for checkpoint in checkpoints] == [0, 1]
     assert not np.array_equal(*(checkpoint["head"]["linear.weight"] for checkpoint in checkpoints))
-    assert len(before) == 12
+    assert len(before) == 13
     found = json.loads((tmp_path / "comparison.json").read_text())
     assert [len(row["by_seed"]["map@r"]) for row in found["combinations"]] == [2, 2]
 
@@ -128,7 +128,7 @@ def test_shards_share_the_runs_and_the_command_without_them_makes_the_table(root
 
 def test_a_damaged_table_is_named(root, tmp_path):
     (tmp_path / "comparison.json").write_text("{")
-    with pytest.raises(PipelineError, match=r"comparison\.json is damaged .*compare again"):
+    with pytest.raises(PipelineError, match=r"comparison\.json is damaged .*rerun train/compare.py"):
         compare.main([*flags(root, f"paths.evaluation_dir={tmp_path}"), "--seeds", "1"])
 
 

@@ -145,7 +145,7 @@ def test_a_class_is_not_won_by_the_easy_matches_of_another():
     # query 0 has an easy match (row 1, nothing ahead of it) and a hard one (row 2, 7 wrong rows ahead)
     matches = metrics.Matches(1, np.array([0, 0]), np.array([1, 2]), np.array([0, 7]), np.ones(2, np.float32))
     split = breakdowns.Breakdown("", ["easy", "hard", "none"], np.array([0, 1]))
-    easy, hard, none = breakdowns.figures(split, {"m": matches}, np.zeros(1, int), np.ones((1, 1)))["classes"]
+    easy, hard, none = protocol.by_class(split, {"m": matches}, np.zeros(1, int), np.ones((1, 1)))["classes"]
     assert easy["methods"]["m"]["recall@5"]["value"] == 1
     assert hard["methods"]["m"]["recall@5"]["value"] == 0  # 1 if the easy match stayed a positive
     assert none["methods"] == {}

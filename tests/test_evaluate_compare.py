@@ -83,10 +83,10 @@ def test_what_cannot_be_compared_is_told(own, tmp_path):
         "streetview_image_id": ["0088_40000", *columns["test"]["streetview_image_id"][:-1]],
     }
     for path, message in (
-        (other_vectors(tmp_path / "few.parquet", few), "no vector of image 0088_40050, and of 9 more"),
+        (other_vectors(tmp_path / "few.parquet", few), "no vector of image 0088_40050 and 9 more"),
         (other_vectors(tmp_path / "twice.parquet", twice), "twice.parquet holds image 0088_40000 twice"),
         (tmp_path / "gone.pt", "gone.pt does not exist"),
-        (cfg.paths.root, "neither a run's folder nor one that publish/convert_to_hf.py wrote"),
+        (cfg.paths.root, "neither a run's folder nor one written by publish/convert_to_hf.py"),
     ):
         with pytest.raises(PipelineError, match=message):
             run(cfg, "--compare", str(path))
@@ -135,23 +135,25 @@ def test_a_file_that_cannot_be_judged_says_why(own, tmp_path):
         "image 0088_40002 holds NaN": lambda frame: frame.assign(
             embedding=[*frame["embedding"][:2], np.full(24, np.inf, np.float16), *frame["embedding"][3:]]
         ),
-        "image 0088_40000 has no embedding": lambda frame: frame.assign(embedding=[None, *frame["embedding"][1:]]),
-        "do not stand together": lambda frame: frame.sample(frac=1, random_state=0),
-        "column heading has rows that are empty": lambda frame: frame.assign(heading=np.nan),
+        "embedding of image 0088_40000 is missing": lambda frame: frame.assign(
+            embedding=[None, *frame["embedding"][1:]]
+        ),
+        "building 0088_.* are not contiguous": lambda frame: frame.sample(frac=1, random_state=0),
+        "column heading has empty or non-finite values": lambda frame: frame.assign(heading=np.nan),
         "no query has a match": lambda frame: frame.iloc[::3],
         "has no rows": lambda frame: frame.iloc[:0],
-        "embedding holds double, not lists": lambda frame: frame.assign(embedding=1.0),
-        "embedding holds list<element: string>, not": lambda frame: frame.assign(embedding=[["1"]] * len(frame)),
+        "embedding is double, not lists": lambda frame: frame.assign(embedding=1.0),
+        "embedding is list<element: string>, not": lambda frame: frame.assign(embedding=[["1"]] * len(frame)),
         "embeddings have no dimensions": lambda frame: frame.assign(embedding=[np.zeros(0)] * len(frame)),
-        "column heading holds .*string, not float": lambda frame: frame.assign(heading="north"),
-        "column target_id holds double, not int64": lambda frame: frame.assign(target_id=frame["target_id"] + 0.5),
+        "column heading is .*string, not float": lambda frame: frame.assign(heading="north"),
+        "column target_id is double, not int64": lambda frame: frame.assign(target_id=frame["target_id"] + 0.5),
     }
     for message, spoil in wrong.items():
         spoil(pd.DataFrame({name: list(column) for name, column in test.items()})).to_parquet(path)
         with pytest.raises(PipelineError, match=message):
             run(cfg, "--embeddings", str(path))
     for gone in (tmp_path / "gone.parquet", tmp_path):
-        with pytest.raises(PipelineError, match=rf"{gone} does not exist, or is no file"):
+        with pytest.raises(PipelineError, match=rf"{gone} does not exist or is not a file"):
             run(cfg, "--embeddings", str(gone))
 
 

@@ -17,7 +17,8 @@ from common.places import geo
 from common.places.zones import Zones, make_zones, number_buildings
 from common.sections import Config
 from difficulty.search import search_parts
-from train.evaluation.validation import Validation, baselines
+from train.evaluation.validation import Validation
+from train.fitting import baselines
 
 _COLUMNS = ["dataset_id", "target_id", "street_view_id", "target_lat", "target_lon"]
 
@@ -55,7 +56,7 @@ class TrainingData:
 
     train: TrainRows
     validation: Validation
-    baselines: dict[str, dict]  # see `validation.baselines`
+    baselines: dict[str, dict]  # see `baselines.fit`
     embedding_model: dict  # as merged/train names it
     inputs: dict[str, str]  # file name -> id
     device: torch.device
@@ -108,7 +109,7 @@ def load_data(cfg: Config) -> TrainingData:
     return TrainingData(
         train=make_rows(embeddings, neighbors, offsets, buildings, columns, cfg.data.ignore_radius_m, device),
         validation=validation,
-        baselines=baselines(embeddings, buildings, output_dim, shrinkages, validation),
+        baselines=baselines.fit(embeddings, buildings, output_dim, shrinkages, validation),
         embedding_model=known["train"].facts["embedding_model"],
         inputs=input_ids(cfg),
         device=device,
