@@ -6,8 +6,8 @@ bootstrap over cells of the map; there are none below 20 cells, counted by how e
 
 --compare adds rows: other checkpoints (or folders of runs), published folders, Parquet files with another model's
 vectors of the same images. --embeddings evaluates a file with the columns of merged/test.parquet by itself.
---check shows how two metrics.json differ: exit code 1 if a figure in both differs by more than 0.001 (0.1 percentage
-points: other machines round differently).
+--check shows how two metrics.json differ: exit code 1 if a figure in both differs by more than 0.001 (0.1
+percentage points: other machines round differently).
 
 Reads    data/merged/{test,train,val}.parquet, checkpoints/<run>/{checkpoint_best.pt,history.parquet};
          for the report's pictures, by offset, data/raw/<tar>.tar (optional)

@@ -51,18 +51,19 @@ def read(path: Path) -> dict:
 def judge(cfg: Config, best: dict[tuple[Combination, int], dict], device: torch.device) -> dict:
     """The figures of all combinations on the test split. `best`: the checkpoint of each (combination, seed)."""
     rows = gallery.load(gallery.files_of(cfg), cfg.data.ignore_radius_m)
-    whitening = methods.of_checkpoint(next(iter(best.values())))[-2]
-    heads = {run: methods.of_checkpoint(checkpoint)[-1] for run, checkpoint in best.items()}
-    total = rows.num_queries * (1 + len(best))
-    per_query = {}
+    compared: dict = {run: methods.of_checkpoint(checkpoint)[-1] for run, checkpoint in best.items()}
+    compared["whitening"] = methods.of_checkpoint(next(iter(best.values())))[-2]  # the same for all runs
+    total = rows.num_queries * len(compared)
+    values = {}  # of each query with a match, (n, figures)
     with cli.Progress("compare", "ranking", total, cfg.logging.progress_interval_s) as progress:
-        for name, method in {"whitening": whitening, **heads}.items():
-            vectors = method.vectors(rows, device)
-            matches = protocol.rank(vectors, rows, cfg.infrastructure.search_memory_mb, progress)
-            per_query[name] = metrics.per_query(matches)
-    has_match = per_query["whitening"].has_match  # the same for all methods
-    values = {name: protocol.query_values(of.select(has_match), FIGURES) for name, of in per_query.items()}
-    cells, cell = np.unique(rows.column("cell_id")[: rows.num_queries][has_match], return_inverse=True)
+        for name, method in compared.items():
+            matches = protocol.rank(
+                method.vectors(rows, device), rows, cfg.infrastructure.search_memory_mb, progress
+            )
+            queries = metrics.per_query(matches)
+            values[name] = protocol.query_values(queries, FIGURES)
+    cell_ids = rows.column("cell_id")[: rows.num_queries][queries.has_match]  # the same for all methods
+    cells, cell = np.unique(cell_ids, return_inverse=True)
     weights = bootstrap.draw_weights(len(cells), cfg.evaluation.bootstrap_samples, cfg.global_.seed)
     base = bootstrap.means(values["whitening"], cell, weights)
     seeds = sorted({seed for _, seed in best})

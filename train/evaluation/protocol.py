@@ -2,8 +2,8 @@
 
 A match is another image of the query's building. Rows of other buildings in the ignore zone are junk: removed from
 the ranking. So are, in a breakdown, matches of other classes: easy matches cannot hide hard ones (as in the easy,
-medium and hard protocols of Radenovic et al. 2018, "Revisiting Oxford and Paris"). Queries without a match are left
-out. Metrics are computed per query, then averaged over bootstrap draws of map cells.
+medium and hard protocols of Radenovic et al. 2018, "Revisiting Oxford and Paris"). Queries without a match are
+left out. Metrics are computed per query, then averaged over bootstrap draws of map cells.
 
 Memory, on the device: G x D x 4 bytes for the vectors of one method (D: of the backbone for "raw", of the head for
 the others) and of the one shown in the report, plus tiles of scores within search_memory_mb; on the host the same
@@ -103,12 +103,13 @@ def figures(
     cells = np.unique(cell_id[has_match])  # only these are drawn
     cell_of_query = np.searchsorted(cells, cell_id)
     weights = bootstrap.draw_weights(len(cells), cfg.evaluation.bootstrap_samples, seed)
-    answered = {name: of_method.select(has_match) for name, of_method in per_query.items()}
     cell = cell_of_query[has_match]
-    estimates = {}  # (1 + draws, METRICS) of each method
-    for name, queries in answered.items():
+    estimates, recall_curves = {}, {}  # of each method: (1 + draws, METRICS); (CURVE_K,)
+    for name, queries in per_query.items():
+        ranks = queries.best_rank[has_match]
         means = bootstrap.means(query_values(queries, METRICS[:-1]), cell, weights)
-        estimates[name] = np.column_stack([means, bootstrap.medians(queries.best_rank, cell, weights)])
+        estimates[name] = np.column_stack([means, bootstrap.medians(ranks, cell, weights)])
+        recall_curves[name] = (np.searchsorted(np.sort(ranks), CURVE_K, side="right") / len(ranks)).tolist()
     compared = [name for name in matches if name not in ("raw", "pca", "whitening", "trained")]
     pairs = [*DIFFERENCES, *(("trained", name) for name in compared)]
     return {
@@ -119,13 +120,7 @@ def figures(
             for a, b in pairs
             if a in estimates and b in estimates
         },
-        "recall_curve": {
-            "k": CURVE_K.tolist(),
-            "methods": {
-                name: (np.searchsorted(np.sort(queries.best_rank), CURVE_K, side="right") / len(cell)).tolist()
-                for name, queries in answered.items()
-            },
-        },
+        "recall_curve": {"k": CURVE_K.tolist(), "methods": recall_curves},
         "breakdowns": {
             name: by_class(breakdown, matches, cell_of_query, weights)
             for name, breakdown in breakdowns.of(gallery, matches[shown]).items()
@@ -146,9 +141,10 @@ def figures(
 
 
 def query_values(per_query: PerQuery, names: tuple[str, ...]) -> np.ndarray:
-    """What each query, all with a match, adds to the mean of each named metric: (Q, len(names)) float64."""
-    columns = {f"recall@{k}": per_query.best_rank <= k for k in RECALL_AT}
-    columns["map@r"] = per_query.average_precision_at_r
+    """What each of n queries with a match adds to the mean of each named metric: (n, len(names)) float64."""
+    answered = per_query.select(per_query.has_match)
+    columns = {f"recall@{k}": answered.best_rank <= k for k in RECALL_AT}
+    columns["map@r"] = answered.average_precision_at_r
     return np.stack([columns[name] for name in names], axis=1).astype(np.float64)
 
 
@@ -170,7 +166,7 @@ def by_class(
         cell = cell_of_query[has_match]
         by_method = {}
         for method, queries in per_query.items() if len(cell) else ():
-            values = query_values(queries.select(has_match), MAIN_METRICS)
+            values = query_values(queries, MAIN_METRICS)
             by_method[method] = intervals(bootstrap.means(values, cell, weights), MAIN_METRICS, cell)
         counts = {"queries": len(cell), "matches": int(which.sum()), "cells": len(np.unique(cell))}
         classes.append({"class": label, **counts, "methods": by_method})
