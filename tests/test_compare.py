@@ -64,7 +64,7 @@ def test_figures_and_intervals_equal_those_of_the_evaluation(root):
         theirs, _, _ = protocol.evaluate(cfg, rows, task.methods, torch.device("cpu"), quiet)
     found = read(root)
     ours = next(r for r in found["combinations"] if (r["sampler"], r["loss"]) == ("ucb", "infonce"))
-    assert ours["best_epochs"] != [0]  # else it would be the whitening, and no difference told
+    assert ours["best_epochs"] != [0]  # else it would be the whitening, and no difference tested
     for name in comparison.FIGURES:
         for end in ("value", "low", "high"):
             assert found["whitening"][name][end] == pytest.approx(theirs["methods"]["whitening"][name][end])

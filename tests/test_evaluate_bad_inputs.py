@@ -1,4 +1,4 @@
-"""train/evaluate.py on splits and checkpoints that are odd or do not belong together: what it tells of each."""
+"""train/evaluate.py on unusual splits and checkpoints, or ones that do not match: what it reports for each."""
 
 import json
 import zipfile
@@ -150,7 +150,7 @@ def test_a_checkpoint_whose_inside_is_broken_is_refused(own):
         run(cfg)
 
 
-def test_a_head_that_gives_nan_is_told(own):
+def test_a_head_that_yields_nan_is_refused(own):
     cfg, _, path = own
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["head"]["gain"] = torch.full_like(checkpoint["head"]["gain"], torch.nan)
@@ -159,7 +159,7 @@ def test_a_head_that_gives_nan_is_told(own):
         run(cfg)
 
 
-def test_a_checkpoint_that_is_not_there_says_what_makes_it(tmp_path):
+def test_a_missing_checkpoint_names_the_script_that_writes_it(tmp_path):
     with pytest.raises(PipelineError, match=r"run train/train.py first"):
         run(config.load(None, [f"paths.root={tmp_path}"]))
 

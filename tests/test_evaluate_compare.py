@@ -74,7 +74,7 @@ def test_checkpoints_published_folders_and_files_are_further_rows(own, tmp_path)
     assert "the published model in" in page
 
 
-def test_what_cannot_be_compared_is_told(own, tmp_path):
+def test_what_cannot_be_compared_is_refused(own, tmp_path):
     cfg, columns, first = own
     folder = published(cfg, tmp_path / "model", first)
     few = {name: column[:50] for name, column in columns["test"].items()}
@@ -99,7 +99,7 @@ def test_what_cannot_be_compared_is_told(own, tmp_path):
         run(cfg, "--compare", str(folder))
 
 
-def test_a_file_of_vectors_is_judged_by_the_same_protocol(own, tmp_path):
+def test_a_file_of_vectors_is_evaluated_by_the_same_protocol(own, tmp_path):
     cfg, columns, _ = own
     assert run(cfg) == 0
     path = tmp_path / "theirs.parquet"
@@ -124,7 +124,7 @@ def test_a_split_by_itself_is_known_by_its_record(own, tmp_path):
     assert found["counts"]["queries"] == 60
 
 
-def test_a_file_that_cannot_be_judged_says_why(own, tmp_path):
+def test_a_file_that_cannot_be_evaluated_is_refused_with_the_reason(own, tmp_path):
     cfg, columns, _ = own
     test, path = columns["test"], tmp_path / "theirs.parquet"
     wrong = {

@@ -65,8 +65,8 @@ def main(argv=None) -> int:
     device = devices.pick(cfg.infrastructure.device)
     total = rows.num_queries * len(task.methods)
     with cli.Progress("evaluate", "ranking", total, cfg.logging.progress_interval_s) as progress:
-        found, vectors, per_query = protocol.evaluate(cfg, rows, task.methods, device, progress)
-    found |= {
+        results, vectors, per_query = protocol.evaluate(cfg, rows, task.methods, device, progress)
+    results |= {
         "subject": task.subject,
         "descriptions": {method.name: method.description for method in task.methods},
         "gallery": "file" if args.embeddings else cfg.evaluation.gallery,
@@ -74,13 +74,13 @@ def main(argv=None) -> int:
     }
 
     # save: metrics.json comes last, and vouches for the report beside it
-    found["provenance"] = evaluation_task.finish(task.made, found)
-    text = metrics_json.to_json(found)
-    page = evaluation_page.render(cfg, found, background, rows, vectors, per_query)
+    results["provenance"] = evaluation_task.finish(task.made, results)
+    text = metrics_json.to_json(results)
+    page = evaluation_page.render(cfg, results, background, rows, vectors, per_query)
     metrics_path.unlink(missing_ok=True)
     files.write_text(report_path, page)
     files.write_text(metrics_path, text)
-    print(evaluation_page.table(found))
+    print(evaluation_page.table(results))
     print(f"report: {report_path}")
     return progress.summary()
 

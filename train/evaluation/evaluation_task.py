@@ -68,8 +68,8 @@ def is_done(path: Path, made: Provenance, overwrite: bool) -> bool:
     return True
 
 
-def finish(made: Provenance, found: dict) -> dict:
+def finish(made: Provenance, results: dict) -> dict:
     """The record for metrics.json; its id is a digest of the figures."""
-    counts = found["counts"]
+    counts = results["counts"]
     rows = {"in": counts["queries"] + counts["queries_without_match"], "out": counts["queries"]}
-    return made.finished(digest_of(json.dumps(found)), rows).to_dict()
+    return made.finished(digest_of(json.dumps(results)), rows).to_dict()

@@ -141,9 +141,8 @@ def _matrix(path: Path, batch: pa.Table, dim: int | None) -> np.ndarray:
 
 def read_records(merged_dir: Path) -> dict[Path, Provenance]:
     """The record of each split, test first. Raises StaleArtefact unless one merge run wrote them all."""
-    records = {
-        path: parquet.read_provenance(path) for path in (merged_dir / f"{name}.parquet" for name in TEST_FIRST)
-    }
+    paths = [merged_dir / f"{name}.parquet" for name in TEST_FIRST]
+    records = {path: parquet.read_provenance(path) for path in paths}
     (_, of_test), *others = records.items()
     for path, record in others:
         reasons = provenance.differences(record, of_test)

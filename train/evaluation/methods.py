@@ -33,18 +33,11 @@ class Method:
 
 def of_checkpoint(checkpoint: dict) -> list[Method]:
     """The trained head last, after the baselines that were fitted on train and saved with it."""
-
-    def linear(name: str):
-        baseline = checkpoint["baselines"][name]
-        return lambda gallery, device: heads.project(
-            gallery.embeddings, baseline["mean"], baseline["projection"], device
-        )
-
-    run = checkpoint["provenance"]["id"]
+    run, baselines = checkpoint["provenance"]["id"], checkpoint["baselines"]
     return [
         Method("raw", "the backbone's embeddings as they are", run, _raw),
-        Method("pca", "principal components, fitted on train", run, linear("pca")),
-        Method("whitening", "learned whitening, fitted on train", run, linear("whitening")),
+        Method("pca", "principal components, fitted on train", run, _linear(baselines["pca"])),
+        Method("whitening", "learned whitening, fitted on train", run, _linear(baselines["whitening"])),
         Method("trained", f"the trained head, epoch {checkpoint['epoch']}", run, _head(checkpoint)),
     ]
 
@@ -97,6 +90,11 @@ def _raw(gallery: Gallery, device: torch.device) -> torch.Tensor:
     # a copy, since float32 on the host would share the gallery's memory
     vectors = torch.from_numpy(gallery.embeddings).to(device, torch.float32, copy=True)
     return F.normalize(vectors, dim=1, out=vectors)  # in place: no second copy
+
+
+def _linear(baseline: dict):
+    mean, projection = baseline["mean"], baseline["projection"]
+    return lambda gallery, device: heads.project(gallery.embeddings, mean, projection, device)
 
 
 def _head(checkpoint: dict):

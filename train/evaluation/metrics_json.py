@@ -112,10 +112,10 @@ class Results(_Strict):
     provenance: Annotated[dict[str, Any], AfterValidator(_refuse_other_records)]  # see common/provenance.py
 
 
-def to_json(found: dict) -> str:
-    """The text of metrics.json. Raises ValueError if `found` does not fit the schema."""
-    Results.model_validate(found)
-    return json.dumps(found, indent=1, allow_nan=False) + "\n"
+def to_json(results: dict) -> str:
+    """The text of metrics.json. Raises ValueError if `results` does not fit the schema."""
+    Results.model_validate(results)
+    return json.dumps(results, indent=1, allow_nan=False) + "\n"
 
 
 def read(path: Path) -> dict:
@@ -127,13 +127,9 @@ def read(path: Path) -> dict:
         raise PipelineError(f"{path} does not exist: run train/evaluate.py first") from None
     except ValidationError as error:
         problem = error.errors()[0]
-        if problem["type"] == "json_invalid":
-            raise PipelineError(
-                f"{path} is damaged ({problem['msg']}): delete it, then rerun train/evaluate.py"
-            ) from None
         where = ".".join(map(str, problem["loc"])) or "all of it"
         raise PipelineError(
-            f"{path} does not have the format of this version ({where}: {problem['msg']})\n"
+            f"{path} is damaged or from another version ({where}: {problem['msg']})\n"
             "rerun train/evaluate.py --overwrite"
         ) from None
     return json.loads(content)
@@ -143,13 +139,13 @@ def check(first: Path, second: Path) -> tuple[str, bool]:
     """How two metrics.json differ, as text, and whether all figures in both are about equal."""
     one, other = read(first), read(second)
     a, b = (
-        {**flat(found["subject"]), **found["provenance"]["config"], **found["provenance"]["inputs"]}
-        for found in (one, other)
+        {**flat(file["subject"]), **file["provenance"]["config"], **file["provenance"]["inputs"]}
+        for file in (one, other)
     )
     lines = [f"{key}: {a.get(key)}, {b.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)]
     lines.append(f"{'%, first, second':<22}" + "".join(f"{TITLES[key]:<24}" for key in MAIN_METRICS))
     for method in [name for name in one["methods"] if name in other["methods"]]:
-        pairs = [[100 * found["methods"][method][key]["value"] for found in (one, other)] for key in MAIN_METRICS]
+        pairs = [[100 * file["methods"][method][key]["value"] for file in (one, other)] for key in MAIN_METRICS]
         lines.append(f"{method:<22}" + "".join(f"{f'{x:.1f}, {y:.1f} ({y - x:+.2f})':<24}" for x, y in pairs))
     a, b = _figures(one), _figures(other)
     shared = [key for key in a if key in b]
@@ -162,15 +158,15 @@ def check(first: Path, second: Path) -> tuple[str, bool]:
     return "\n".join(line.rstrip() for line in lines), not different
 
 
-def _figures(found: dict) -> dict:
+def _figures(results: dict) -> dict:
     """All figures by dotted key; histograms as cumulative shares, which barely change if a pair changes bins."""
-    histograms = found["similarity_histograms"]
+    histograms = results["similarity_histograms"]
     shares = {
         name: (np.cumsum(histograms[name]) / max(1, sum(histograms[name]))).tolist()
         for name in ("matches", "non_matches")
     }
-    figures = {key: value for key, value in found.items() if key not in ("subject", "descriptions", "provenance")}
-    return flat({**figures, "similarity_histograms": {**histograms, **shares}})
+    figures = {**results, "similarity_histograms": {**histograms, **shares}}
+    return flat({key: figures[key] for key in figures if key not in ("subject", "descriptions", "provenance")})
 
 
 def _alike(a, b) -> bool:
