@@ -1,18 +1,24 @@
 """A metrics.json with invented figures, as train/evaluate.py writes it."""
 
-from train.evaluation import metrics_json
+from train.evaluation import metric_names, metrics_json
 
 FIGURE = {"value": 0.5, "low": 0.4, "high": 0.6}
 FIGURES = {  # a tenth less and more, as the ends of the interval
     key: {"value": value, "low": value - 0.1, "high": value + 0.1}
-    for key, value in zip(metrics_json.METRICS, (0.25, 0.5, 0.75, 0.875, 0.9, 0.125, 4.0), strict=True)
+    for key, value in zip(metric_names.METRICS, (0.25, 0.5, 0.75, 0.875, 0.9, 0.125, 4.0), strict=True)
 }
-CLASS = {"class": "0-30", "queries": 2, "matches": 3, "cells": 1, "methods": {"raw": {"recall@1": FIGURE}}}
+CLASS = {
+    "class": "0-30",
+    "queries": 2,
+    "matches": 3,
+    "cells": 1,
+    "methods": {"raw": dict.fromkeys(metric_names.MAIN_METRICS, FIGURE)},
+}
 FOUND = {
     "format": metrics_json.FORMAT,
     "subject": {"run": "default"},
     "methods": {"raw": FIGURES, "trained": FIGURES},
-    "told": {"raw": "as they are", "trained": "the head"},
+    "descriptions": {"raw": "as they are", "trained": "the head"},
     "differences": {"trained-raw": FIGURES},
     "recall_curve": {"k": [1, 2], "methods": {"raw": [0.5, 0.6]}},
     "breakdowns": {"views": {"meaning": "images of the building", "classes": [CLASS]}},

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import tomli
 
 from common import config, files, schemas, sections
-from train.evaluation import comparison
+from train.report import comparison
 
 README = ROOT / "README.md"
 MEASURED = ROOT / "tests" / "benchmarks"

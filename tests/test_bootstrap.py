@@ -52,7 +52,7 @@ def test_cells_of_uneven_size_count_less():
     assert bootstrap.effective_cells(np.empty(0, int)) == 0
 
 
-TRIALS = 4000  # then the standard error of a coverage is 0.35 points: 93 or 97 % is told apart from 95
+TRIALS = 4000  # then the standard error of a coverage is 0.35 points: enough to tell 93 or 97 % from 95
 
 
 @pytest.mark.parametrize("num_cells", [20, 60, 200])
@@ -71,7 +71,7 @@ def test_intervals_cover_the_truth_95_times_in_100(num_cells):
 def test_intervals_of_a_share_cover_the_truth_with_cells_of_very_unequal_size():
     rng = np.random.default_rng(8)
     weights = bootstrap.draw_weights(64, 1000, seed=0)
-    covered, told = 0, 0
+    covered, intervals = 0, 0
     for _ in range(TRIALS):
         sizes = np.ceil(rng.lognormal(3, 1, 64)).astype(int)  # the largest holds 10 % of the images or more
         found = rng.binomial(sizes, rng.beta(4, 2, 64))  # a cell's images are alike hard; 2/3 are found on average
@@ -80,10 +80,10 @@ def test_intervals_of_a_share_cover_the_truth_with_cells_of_very_unequal_size():
         estimates = bootstrap.means(values[:, None].astype(float), cells, weights)[:, 0]
         interval = bootstrap.interval(estimates, bootstrap.effective_cells(cells))
         if interval["low"] is not None:  # else there were too few cells, counted by their size
-            told += 1
+            intervals += 1
             covered += interval["low"] <= 2 / 3 <= interval["high"]
-    assert told > TRIALS / 2
-    assert 0.93 <= covered / told <= 0.97
+    assert intervals > TRIALS / 2
+    assert 0.93 <= covered / intervals <= 0.97
 
 
 def test_the_paired_interval_of_a_difference_is_narrower_than_the_unpaired_one():

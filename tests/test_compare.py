@@ -11,8 +11,9 @@ from common import cli, config
 from common.errors import ConfigError, PipelineError, StaleArtefact
 from difficulty import compute_visual_neighbors
 from train import compare, evaluate
-from train.evaluation import comparison, evaluation_task, gallery, heads, protocol
+from train.evaluation import evaluation_task, gallery, heads, protocol
 from train.fitting import history
+from train.report import comparison
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 SMALL = (
@@ -64,7 +65,7 @@ def test_figures_and_intervals_equal_those_of_the_evaluation(root):
         theirs, _, _ = protocol.evaluate(cfg, rows, task.methods, torch.device("cpu"), quiet)
     found = read(root)
     ours = next(r for r in found["combinations"] if (r["sampler"], r["loss"]) == ("ucb", "infonce"))
-    assert ours["best_epochs"] != [0]  # else it would be the whitening, and no difference told
+    assert ours["best_epochs"] != [0]  # else it would be the whitening, and no difference tested
     for name in comparison.FIGURES:
         for end in ("value", "low", "high"):
             assert found["whitening"][name][end] == pytest.approx(theirs["methods"]["whitening"][name][end])
@@ -128,7 +129,7 @@ def test_shards_share_the_runs_and_the_command_without_them_makes_the_table(root
 
 def test_a_damaged_table_is_named(root, tmp_path):
     (tmp_path / "comparison.json").write_text("{")
-    with pytest.raises(PipelineError, match=r"comparison\.json is damaged .*compare again"):
+    with pytest.raises(PipelineError, match=r"comparison\.json is damaged .*rerun train/compare.py"):
         compare.main([*flags(root, f"paths.evaluation_dir={tmp_path}"), "--seeds", "1"])
 
 

@@ -103,7 +103,7 @@ def test_figures_equal_loops_over_queries_and_pairs(merged, splits):
             for name, label in slow_classes(rows, query, match).items():
                 by_class.setdefault((name, label), {}).setdefault(query, []).append(rank)
     found, expected = figures["methods"]["trained"], slow_figures(all_ranks)
-    assert 0.05 < found["recall@1"]["value"] < 0.95  # else this test would tell little
+    assert 0.05 < found["recall@1"]["value"] < 0.95  # else this test would prove little
     for key, value in expected.items():
         assert found[key]["value"] == pytest.approx(value, abs=1e-9)
     firsts = np.array([min(ranks) for ranks in all_ranks])
@@ -112,18 +112,18 @@ def test_figures_equal_loops_over_queries_and_pairs(merged, splits):
         assert found[f"recall@{k}"]["value"] == pytest.approx(np.mean(firsts <= k), abs=1e-9)
     curve = figures["recall_curve"]
     assert curve["methods"]["trained"] == pytest.approx([np.mean(firsts <= k) for k in curve["k"]])
-    told = {
+    classes = {
         (name, entry["class"]): entry
         for name, breakdown in figures["breakdowns"].items()
         for entry in breakdown["classes"]
         if entry["queries"]
     }
-    assert told.keys() == by_class.keys()
+    assert classes.keys() == by_class.keys()
     for key, ranks_of_query in by_class.items():
-        assert told[key]["queries"] == len(ranks_of_query)
-        assert told[key]["matches"] == sum(map(len, ranks_of_query.values()))
+        assert classes[key]["queries"] == len(ranks_of_query)
+        assert classes[key]["matches"] == sum(map(len, ranks_of_query.values()))
         for figure, value in slow_figures(list(ranks_of_query.values())).items():
-            assert told[key]["methods"]["trained"][figure]["value"] == pytest.approx(value, abs=1e-9)
+            assert classes[key]["methods"]["trained"][figure]["value"] == pytest.approx(value, abs=1e-9)
     assert sum(figures["similarity_histograms"]["matches"]) == sum(map(len, all_ranks))
 
 
@@ -145,7 +145,7 @@ def test_a_class_is_not_won_by_the_easy_matches_of_another():
     # query 0 has an easy match (row 1, nothing ahead of it) and a hard one (row 2, 7 wrong rows ahead)
     matches = metrics.Matches(1, np.array([0, 0]), np.array([1, 2]), np.array([0, 7]), np.ones(2, np.float32))
     split = breakdowns.Breakdown("", ["easy", "hard", "none"], np.array([0, 1]))
-    easy, hard, none = breakdowns.figures(split, {"m": matches}, np.zeros(1, int), np.ones((1, 1)))["classes"]
+    easy, hard, none = protocol.by_class(split, {"m": matches}, np.zeros(1, int), np.ones((1, 1)))["classes"]
     assert easy["methods"]["m"]["recall@5"]["value"] == 1
     assert hard["methods"]["m"]["recall@5"]["value"] == 0  # 1 if the easy match stayed a positive
     assert none["methods"] == {}
@@ -264,7 +264,7 @@ def test_a_split_of_buildings_does_not_claim_streets_that_training_never_saw(own
         assert ("it may have seen others of their streets" in page) == seen
 
 
-def test_a_damaged_report_of_the_split_is_told_before_anything_is_ranked(own, monkeypatch):
+def test_a_damaged_split_report_is_refused_before_anything_is_ranked(own, monkeypatch):
     cfg, *_ = own
     files.write_text(files.beside(cfg.paths.merged_dir, "report") / "split_report.json", '{"kept": ')
     monkeypatch.setattr(protocol, "evaluate", None)  # calling it would be a TypeError
@@ -280,7 +280,7 @@ def test_evaluating_changes_no_embedding(merged):
     np.testing.assert_array_equal(single.embeddings, before)  # float32 on the host: the same memory, if not copied
 
 
-def test_check_tells_whether_two_files_have_the_same_figures(merged, evaluated, tmp_path, capsys):
+def test_check_compares_the_figures_of_two_files(merged, evaluated, tmp_path, capsys):
     path = merged.paths.evaluation_dir / "metrics.json"
     other = tmp_path / "other.json"
     found = json.loads(path.read_text())
@@ -299,10 +299,10 @@ def test_check_tells_whether_two_files_have_the_same_figures(merged, evaluated, 
     found["provenance"]["config"]["global.seed"] = 7
     other.write_text(json.dumps(found))
     assert evaluate.main(["--check", str(path), str(other)]) == 1
-    told = capsys.readouterr().out
-    assert "global.seed: 0, 7" in told
-    assert "(+2.00)" in told
-    assert "methods.trained.recall@1.value" in told
+    printed = capsys.readouterr().out
+    assert "global.seed: 0, 7" in printed
+    assert "(+2.00)" in printed
+    assert "methods.trained.recall@1.value" in printed
 
 
 def test_the_same_head_under_another_runs_name_gets_a_report_of_its_own(own):

@@ -1,4 +1,4 @@
-"""train/evaluate.py on splits and checkpoints that are odd or do not belong together: what it tells of each."""
+"""train/evaluate.py on unusual splits and checkpoints, or ones that do not match: what it reports for each."""
 
 import json
 import zipfile
@@ -96,7 +96,7 @@ def test_a_building_or_panorama_of_test_in_train_is_refused_by_name(own, column,
     columns["train"][column][:3] = columns["test"][column][0]
     small_merge.write_split(cfg, "train", columns["train"])
     small_merge.write_checkpoint(cfg)
-    with pytest.raises(PipelineError, match=f"{message} stands in both test.parquet and train.parquet"):
+    with pytest.raises(PipelineError, match=f"{message} is in both test.parquet and train.parquet"):
         run(cfg)
 
 
@@ -105,7 +105,7 @@ def test_a_panorama_in_train_and_val_is_refused_too(own):
     columns["val"]["street_view_id"][5] = columns["train"]["street_view_id"][1]
     small_merge.write_split(cfg, "val", columns["val"])
     small_merge.write_checkpoint(cfg)
-    with pytest.raises(PipelineError, match=r"panorama 0088_1 stands in both train.parquet and val.parquet"):
+    with pytest.raises(PipelineError, match=r"panorama 0088_1 is in both train.parquet and val.parquet"):
         run(cfg)
 
 
@@ -136,7 +136,9 @@ def test_embeddings_of_another_model_are_refused_naming_both(own):
 def test_a_checkpoint_of_another_program_is_refused(own, content):
     cfg, _, path = own
     torch.save(content, path)
-    with pytest.raises(PipelineError, match=r"checkpoint_best.pt is no checkpoint of train/train.py"):
+    with pytest.raises(
+        PipelineError, match=r"checkpoint_best.pt is not a checkpoint of this version of train/train.py"
+    ):
         run(cfg)
 
 
@@ -144,20 +146,20 @@ def test_a_checkpoint_whose_inside_is_broken_is_refused(own):
     cfg, _, path = own
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/version", "3")
-    with pytest.raises(PipelineError, match=r"checkpoint_best.pt is damaged \(.*\): delete it and train again"):
+    with pytest.raises(PipelineError, match=r"checkpoint_best.pt is damaged \(.*\): delete it and retrain"):
         run(cfg)
 
 
-def test_a_head_that_gives_nan_is_told(own):
+def test_a_head_that_yields_nan_is_refused(own):
     cfg, _, path = own
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["head"]["gain"] = torch.full_like(checkpoint["head"]["gain"], torch.nan)
     torch.save(checkpoint, path)
-    with pytest.raises(PipelineError, match=r"trained .* gives vectors that are not finite"):
+    with pytest.raises(PipelineError, match=r"trained .* yields vectors that are not finite"):
         run(cfg)
 
 
-def test_a_checkpoint_that_is_not_there_says_what_makes_it(tmp_path):
+def test_a_missing_checkpoint_names_the_script_that_writes_it(tmp_path):
     with pytest.raises(PipelineError, match=r"run train/train.py first"):
         run(config.load(None, [f"paths.root={tmp_path}"]))
 

@@ -74,7 +74,7 @@ def test_checkpoints_published_folders_and_files_are_further_rows(own, tmp_path)
     assert "the published model in" in page
 
 
-def test_what_cannot_be_compared_is_told(own, tmp_path):
+def test_what_cannot_be_compared_is_refused(own, tmp_path):
     cfg, columns, first = own
     folder = published(cfg, tmp_path / "model", first)
     few = {name: column[:50] for name, column in columns["test"].items()}
@@ -83,10 +83,10 @@ def test_what_cannot_be_compared_is_told(own, tmp_path):
         "streetview_image_id": ["0088_40000", *columns["test"]["streetview_image_id"][:-1]],
     }
     for path, message in (
-        (other_vectors(tmp_path / "few.parquet", few), "no vector of image 0088_40050, and of 9 more"),
+        (other_vectors(tmp_path / "few.parquet", few), "no vector of image 0088_40050 and 9 more"),
         (other_vectors(tmp_path / "twice.parquet", twice), "twice.parquet holds image 0088_40000 twice"),
         (tmp_path / "gone.pt", "gone.pt does not exist"),
-        (cfg.paths.root, "neither a run's folder nor one that publish/convert_to_hf.py wrote"),
+        (cfg.paths.root, "neither a run's folder nor one written by publish/convert_to_hf.py"),
     ):
         with pytest.raises(PipelineError, match=message):
             run(cfg, "--compare", str(path))
@@ -99,7 +99,7 @@ def test_what_cannot_be_compared_is_told(own, tmp_path):
         run(cfg, "--compare", str(folder))
 
 
-def test_a_file_of_vectors_is_judged_by_the_same_protocol(own, tmp_path):
+def test_a_file_of_vectors_is_evaluated_by_the_same_protocol(own, tmp_path):
     cfg, columns, _ = own
     assert run(cfg) == 0
     path = tmp_path / "theirs.parquet"
@@ -124,7 +124,7 @@ def test_a_split_by_itself_is_known_by_its_record(own, tmp_path):
     assert found["counts"]["queries"] == 60
 
 
-def test_a_file_that_cannot_be_judged_says_why(own, tmp_path):
+def test_a_file_that_cannot_be_evaluated_is_refused_with_the_reason(own, tmp_path):
     cfg, columns, _ = own
     test, path = columns["test"], tmp_path / "theirs.parquet"
     wrong = {
@@ -135,23 +135,25 @@ def test_a_file_that_cannot_be_judged_says_why(own, tmp_path):
         "image 0088_40002 holds NaN": lambda frame: frame.assign(
             embedding=[*frame["embedding"][:2], np.full(24, np.inf, np.float16), *frame["embedding"][3:]]
         ),
-        "image 0088_40000 has no embedding": lambda frame: frame.assign(embedding=[None, *frame["embedding"][1:]]),
-        "do not stand together": lambda frame: frame.sample(frac=1, random_state=0),
-        "column heading has rows that are empty": lambda frame: frame.assign(heading=np.nan),
+        "embedding of image 0088_40000 is missing": lambda frame: frame.assign(
+            embedding=[None, *frame["embedding"][1:]]
+        ),
+        "building 0088_.* are not contiguous": lambda frame: frame.sample(frac=1, random_state=0),
+        "column heading has empty or non-finite values": lambda frame: frame.assign(heading=np.nan),
         "no query has a match": lambda frame: frame.iloc[::3],
         "has no rows": lambda frame: frame.iloc[:0],
-        "embedding holds double, not lists": lambda frame: frame.assign(embedding=1.0),
-        "embedding holds list<element: string>, not": lambda frame: frame.assign(embedding=[["1"]] * len(frame)),
+        "embedding is double, not lists": lambda frame: frame.assign(embedding=1.0),
+        "embedding is list<element: string>, not": lambda frame: frame.assign(embedding=[["1"]] * len(frame)),
         "embeddings have no dimensions": lambda frame: frame.assign(embedding=[np.zeros(0)] * len(frame)),
-        "column heading holds .*string, not float": lambda frame: frame.assign(heading="north"),
-        "column target_id holds double, not int64": lambda frame: frame.assign(target_id=frame["target_id"] + 0.5),
+        "column heading is .*string, not float": lambda frame: frame.assign(heading="north"),
+        "column target_id is double, not int64": lambda frame: frame.assign(target_id=frame["target_id"] + 0.5),
     }
     for message, spoil in wrong.items():
         spoil(pd.DataFrame({name: list(column) for name, column in test.items()})).to_parquet(path)
         with pytest.raises(PipelineError, match=message):
             run(cfg, "--embeddings", str(path))
     for gone in (tmp_path / "gone.parquet", tmp_path):
-        with pytest.raises(PipelineError, match=rf"{gone} does not exist, or is no file"):
+        with pytest.raises(PipelineError, match=rf"{gone} does not exist or is not a file"):
             run(cfg, "--embeddings", str(gone))
 
 

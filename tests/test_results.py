@@ -15,7 +15,7 @@ def changed(key: str, value):
     *parents, last = key.split(".")
     place = found
     for parent in parents:
-        place = place[parent]
+        place = place[int(parent) if isinstance(place, list) else parent]
     if value is None:
         del place[last]
     else:
@@ -33,16 +33,17 @@ def test_what_fits_is_written_and_read_back(tmp_path):
     ("key", "value", "where"),
     [
         ("format", 0, "format"),
-        ("methods.raw.map@r", None, "raw must have the figures"),
-        ("methods.raw.recall@2", FIGURE, "raw must have the figures"),
+        ("methods.raw.map@r", None, r"methods.raw.map@r: .*required"),
+        ("methods.raw.recall@2", FIGURE, r"methods.raw.recall@2: .*not permitted"),
+        ("breakdowns.views.classes.0.methods.raw.recall@10", FIGURE, r"classes.0.methods.raw.recall@10"),
         ("methods.raw.map@r.value", "0.5", "methods.raw.map@r.value"),
         ("counts.queries", -1, "counts.queries"),
         ("counts.queries", None, "counts.queries"),
         ("leakage.buildings.in_two_splits", 3, "leakage.buildings.in_two_splits"),
         ("surplus", 1, "surplus"),
         ("gallery", "train", "gallery"),
-        ("provenance.config", None, "provenance: .*no record of .*config"),
-        ("provenance.surplus", 1, "provenance: .*no record of .*surplus"),
+        ("provenance.config", None, "provenance: .*not a record of .*config"),
+        ("provenance.surplus", 1, "provenance: .*not a record of .*surplus"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_place(tmp_path, key, value, where):
@@ -50,6 +51,19 @@ def test_what_does_not_fit_is_refused_with_its_place(tmp_path, key, value, where
     path.write_text(json.dumps(changed(key, value)))
     with pytest.raises(PipelineError, match=where):
         metrics_json.read(path)
+
+
+def test_a_file_of_another_format_is_refused_by_name_with_the_way_out(tmp_path):
+    found = json.loads(json.dumps(FOUND)) | {
+        "format": 1,
+        "told": FOUND["descriptions"],
+    }  # as the first format had it
+    del found["descriptions"]
+    (tmp_path / "metrics.json").write_text(json.dumps(found))
+    with pytest.raises(
+        PipelineError, match=r"metrics\.json .*\(format: .*\)\nrerun train/evaluate.py --overwrite"
+    ):
+        metrics_json.read(tmp_path / "metrics.json")
 
 
 def test_infinity_is_not_written():
@@ -69,8 +83,8 @@ MANY = {"edges": [-1.0, 0.0, 1.0], "matches": [4_000, 6_000], "non_matches": [9_
         ("counts.matches", 3, False),
         ("similarity_histograms.matches", [4_001, 5_999], True),  # a pair at the edge of its bin
         ("similarity_histograms.matches", [4_100, 5_900], False),  # 1 % of them
-        ("subject.run", "other", True),  # told, but no figure
-        ("told.raw", "other words", True),
+        ("subject.run", "other", True),  # reported, but not a figure
+        ("descriptions.raw", "other words", True),
         ("provenance.inputs", {"test.parquet": "other"}, True),
     ],
 )
@@ -86,12 +100,12 @@ def test_figures_that_differ_by_rounding_are_alike(tmp_path, key, value, alike):
         (tmp_path / name).write_text(json.dumps(found))
     text, same = metrics_json.check(tmp_path / "one", tmp_path / "other")
     assert same == alike
-    assert f"{0 if alike else 1} of 95 figures" in text
+    assert f"{0 if alike else 1} of 101 figures" in text
     assert ("run: default, other" in text) == (key == "subject.run")
     assert ("test.parquet: None, other" in text) == (key == "provenance.inputs")
 
 
-def test_a_file_that_is_absent_or_cut_off_is_told(tmp_path):
+def test_a_missing_or_truncated_file_is_named(tmp_path):
     with pytest.raises(PipelineError, match=r"gone.json does not exist: run train.evaluate.py first"):
         metrics_json.read(tmp_path / "gone.json")
     (tmp_path / "cut.json").write_text(metrics_json.to_json(FOUND)[:100])

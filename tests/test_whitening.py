@@ -1,4 +1,4 @@
-"""train/fitting/whitening.py. Oracle: every pair of a building written out, scipy's generalised eigenproblem,
+"""train/whitening.py. Oracle: every pair of a building written out, scipy's generalised eigenproblem,
 sklearn.
 """
 
@@ -10,7 +10,7 @@ from scipy import linalg
 from sklearn.decomposition import PCA
 
 from common.errors import PipelineError
-from train.fitting import whitening
+from train import whitening
 
 
 def buildings(rng, count=40, dim=6, noise=0.3):

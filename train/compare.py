@@ -1,18 +1,15 @@
 """Every sampler with every loss, over several training seeds: which beats learned whitening, and by how much?
 
-All runs have the same data, steps and validation; each is judged at its best epoch on validation, which may be
-epoch 0, the whitening. A query's figures are averaged over the seeds, then over the queries; the 95 % intervals
-come from the evaluation's bootstrap over cells of the map, paired for the differences. They tell how far the
-figures would move on other streets, not with other seeds: `by_seed` in the JSON has those.
+All runs share data, steps and validation; each is evaluated at its best epoch on validation, which may be epoch 0,
+the whitening. Figures are averaged over the seeds, then over the queries; the 95 % intervals are those of
+evaluate.py, paired for differences. They cover the choice of streets, not of seeds: see `by_seed` in the JSON.
 
 Reads    data/merged/{train,val,test}.parquet, data/difficulty/difficulty_metadata.parquet
-Writes   checkpoints/compare/<sampler>-<loss>[-<mining>]-<seed>/, as train.py; a run that is there already is not
-         repeated;
+Writes   checkpoints/compare/<sampler>-<loss>[-<mining>]-<seed>/, as train.py (existing runs are not repeated);
          data/evaluation/comparison.{json,md,png}
 Command  python train/compare.py [--seeds 3] [--set training.epochs=8]
-Time     that of the runs, see train.py. On the CPU shards at once with OMP_NUM_THREADS=1 take the least (small
-         products gain little from a second thread): a shard trains its part of the runs, and the command without
-         shards then makes the table
+Time     that of the runs, see train.py. Fastest on CPU: parallel shards with OMP_NUM_THREADS=1, each training its
+         share of the runs, then the command without shards for the table
 """
 
 import json
@@ -35,13 +32,14 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     cfg = cli.load_config(args)
     if args.seeds < 1:
-        raise ConfigError("--seeds takes a number of runs, 1 or more")
+        raise ConfigError("--seeds must be 1 or more")
     from common import config, files, parquet, provenance
     from train import datasets, run_record
-    from train.evaluation import comparison, gallery
+    from train.evaluation import gallery
     from train.fitting.fit import fit
+    from train.report import comparison
 
-    # settings, and what is there already
+    # settings, and what exists already
     inputs = run_record.input_ids(cfg) | stages.ids([cfg.paths.merged_dir / "test.parquet"])
     shared = run_record.record(cfg, inputs).config
     varied = ("training.sampler", "training.loss", "training.mining", "training.seed")
@@ -67,19 +65,18 @@ def main(argv=None) -> int:
             run_dir = cfg.paths.checkpoints_dir / "compare" / f"{name}-{seed}"
             result = fit(settings, data, run_dir=run_dir, resume=not args.overwrite)
             best[combination, seed] = result.best
-            log.info("%s, %s, seed %d: validation mAP@R %.4f, epoch %d",
-                     combination, combination.loss, seed, result.best_value, result.best_epoch)  # fmt: skip
+            log.info("%s: validation mAP@R %.4f, epoch %d", run_dir.name, result.best_value, result.best_epoch)
             progress.add(1)
     if args.num_shards > 1:
-        return progress.summary("without --shard it makes the table, once all of them are done")
+        return progress.summary("once all shards are done, run without --shard for the table")
 
-    # judge, write
-    found = comparison.judge(cfg, best, data.device)
-    found["provenance"] = made.finished(provenance.digest_of(json.dumps(found)), {"in": len(runs)}).to_dict()
-    files.write_text(target.with_suffix(".md"), comparison.as_markdown(found) + "\n")
-    files.write_bytes(target.with_suffix(".png"), comparison.draw(found))
-    files.write_text(target, json.dumps(found, indent=1) + "\n")
-    print(comparison.as_markdown(found))
+    # evaluate, save
+    results = comparison.judge(cfg, best, data.device)
+    results["provenance"] = made.finished(provenance.digest_of(json.dumps(results)), {"in": len(runs)}).to_dict()
+    files.write_text(target.with_suffix(".md"), comparison.as_markdown(results) + "\n")
+    files.write_bytes(target.with_suffix(".png"), comparison.draw(results))
+    files.write_text(target, json.dumps(results, indent=1) + "\n")
+    print(comparison.as_markdown(results))
     return progress.summary(str(target))
 
 

@@ -16,8 +16,8 @@ from common.errors import PipelineError
 from common.places import geo
 from common.places.zones import Zones, make_zones, number_buildings
 from common.sections import Config
-from train import run_record
-from train.evaluation.validation import Validation, baselines
+from train import baselines, run_record
+from train.evaluation.validation import Validation
 
 _COLUMNS = ["dataset_id", "target_id", "street_view_id", "target_lat", "target_lon"]
 
@@ -55,7 +55,7 @@ class TrainingData:
 
     train: TrainRows
     validation: Validation
-    baselines: dict[str, dict]  # see `validation.baselines`
+    baselines: dict[str, dict]  # see `baselines.fit`
     embedding_model: dict  # as recorded in merged/train
     inputs: dict[str, str]  # file name -> id
     device: torch.device
@@ -102,7 +102,7 @@ def load_data(cfg: Config) -> TrainingData:
     return TrainingData(
         train=make_rows(embeddings, neighbors, offsets, buildings, columns, cfg.data.ignore_radius_m, device),
         validation=validation,
-        baselines=baselines(embeddings, buildings, output_dim, shrinkages, validation),
+        baselines=baselines.fit(embeddings, buildings, output_dim, shrinkages, validation),
         embedding_model=records["train"].facts["embedding_model"],
         inputs={path.name: records[name].id for name, path in paths.items()},
         device=device,

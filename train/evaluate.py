@@ -1,16 +1,16 @@
-"""How well the trained head finds the same building on streets it never saw, beside what was there before it.
+"""How well the trained head retrieves images of the same building on streets it never saw, against baselines.
 
 Every image of the test split is a query; the rest of the split (evaluation.gallery = "all": train and val too) is
-what it is looked for in. Four methods: the raw backbone, PCA, learned whitening, the trained head. 95 % intervals
-come from a bootstrap over cells of the map; below 20, counted by how evenly they are filled, there are none.
+the gallery. Four methods: the raw backbone, PCA, learned whitening, the trained head. 95 % intervals come from a
+bootstrap over cells of the map; there are none below 20 cells, counted by how evenly they are filled.
 
 --compare adds rows: other checkpoints (or folders of runs), published folders, Parquet files with another model's
-vectors of the same images. --embeddings judges a file with the columns of merged/test.parquet by itself, in the
-same way. --check says how two metrics.json differ: exit code 1 if a figure that both have does, by 0.001 or more
-(0.1 percentage points; other machines round otherwise).
+vectors of the same images. --embeddings evaluates a file with the columns of merged/test.parquet by itself.
+--check shows how two metrics.json differ: exit code 1 if a figure in both differs by more than 0.001 (0.1
+percentage points: other machines round differently).
 
 Reads    data/merged/{test,train,val}.parquet, checkpoints/<run>/{checkpoint_best.pt,history.parquet};
-         for the report's pictures, by offset, data/raw/<tar>.tar (may be gone)
+         for the report's pictures, by offset, data/raw/<tar>.tar (optional)
 Writes   data/evaluation/{report.html,metrics.json}; with --compare in compared/ below that, with --embeddings in a
          folder with the file's name
 Command  python train/evaluate.py [--set evaluation.gallery=all] [--compare checkpoints/other data/published]
@@ -48,17 +48,21 @@ def main(argv=None) -> int:
     parser = cli.parser(__doc__)
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--compare", type=Path, nargs="+", default=[], metavar="PATH", help="further rows")
-    other.add_argument("--embeddings", type=Path, metavar="FILE", help="judge this file instead")
+    other.add_argument("--embeddings", type=Path, metavar="FILE", help="evaluate this file instead")
     other.add_argument("--check", type=Path, nargs=2, metavar="METRICS", help="compare two metrics.json")
     args = parser.parse_args(argv)
     cfg = cli.load_config(args)
+    from train.evaluation import metrics_json
+
     if args.check:
-        return check(*(locate(cfg, path) for path in args.check))
+        text, same = metrics_json.check(*(locate(cfg, path) for path in args.check))
+        print(text)
+        return 0 if same else 1
     from common import devices, files
-    from train.evaluation import evaluation_task, gallery, metrics_json, protocol
+    from train.evaluation import evaluation_task, gallery, protocol
     from train.report import evaluation_page
 
-    # what there is, and whether it belongs together
+    # what exists, and whether it belongs together
     compare = [locate(cfg, path) for path in args.compare]
     task = (
         evaluation_task.of_file(cfg, locate(cfg, args.embeddings))
@@ -77,37 +81,29 @@ def main(argv=None) -> int:
     device = devices.pick(cfg.infrastructure.device)
     total = rows.num_queries * len(task.methods)
     with cli.Progress("evaluate", "ranking", total, cfg.logging.progress_interval_s) as progress:
-        found, vectors, per_query = protocol.evaluate(cfg, rows, task.methods, device, progress)
-    found |= {
+        results, vectors, per_query = protocol.evaluate(cfg, rows, task.methods, device, progress)
+    results |= {
         "subject": task.subject,
-        "told": {method.name: method.told for method in task.methods},
+        "descriptions": {method.name: method.description for method in task.methods},
         "gallery": "file" if args.embeddings else cfg.evaluation.gallery,
         "leakage": leakage,
     }
 
-    # save: metrics.json says that the report beside it is there, and of the same figures
-    found["provenance"] = evaluation_task.finish(task.made, found)
-    text = metrics_json.to_json(found)
-    page = evaluation_page.render(cfg, found, background, rows, vectors, per_query)
+    # save: metrics.json comes last, and vouches for the report beside it
+    results["provenance"] = evaluation_task.finish(task.made, results)
+    text = metrics_json.to_json(results)
+    page = evaluation_page.render(cfg, results, background, rows, vectors, per_query)
     metrics_path.unlink(missing_ok=True)
     files.write_text(report_path, page)
     files.write_text(metrics_path, text)
-    print(evaluation_page.table(found))
+    print(evaluation_page.table(results))
     print(f"report: {report_path}")
     return progress.summary()
 
 
 def locate(cfg, path: Path) -> Path:
-    """A path of the command line: from here, or else from paths.root, as those of config.toml."""
-    return path if path.exists() or not (cfg.paths.root / path).exists() else cfg.paths.root / path
-
-
-def check(first: Path, second: Path) -> int:
-    from train.evaluation import metrics_json
-
-    text, same = metrics_json.check(first, second)
-    print(text)
-    return 0 if same else 1
+    """A path of the command line: relative to here if it exists, else to paths.root."""
+    return path if path.exists() else cfg.paths.root / path
 
 
 if __name__ == "__main__":

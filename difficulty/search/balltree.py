@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from common.places.zones import Zones
 from difficulty.search import cosines
 from difficulty.search.exact_search import NO_ROW, NO_SIMILARITY, Neighbors
-from train.fitting import whitening
+from train import whitening
 
 _BLOCK_ROWS = 8_192  # converted at a time
 _QUERIES = 1_024  # anchors asked of the tree at a time

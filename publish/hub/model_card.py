@@ -8,17 +8,9 @@ from common import parquet, schemas
 from common.config import is_folder
 from common.sections import Config
 from generate.pixels import Preprocessing
+from train.evaluation.metric_names import TITLES
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
-METRICS = {
-    "recall@1": "Recall@1",
-    "recall@5": "Recall@5",
-    "recall@10": "Recall@10",
-    "recall@100": "Recall@100",
-    "recall@1000": "Recall@1000",
-    "map@r": "mAP@R",
-    "median_rank": "median rank",
-}
 METHODS = {"raw": "raw backbone", "pca": "PCA", "whitening": "learned whitening", "trained": "this model"}
 _LICENCES = {  # of the backbone's weights: prefix of its name on the hub -> fields of the card
     "facebook/dinov2": {"license": "apache-2.0"},
@@ -61,13 +53,13 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
             if key.startswith("training.") and not isinstance(value, dict)
         },
         metrics=metrics,
-        titles=list(METRICS.values()),
+        titles=list(TITLES.values()),
         table=[
-            (METHODS.get(method, method), [told(values[key], key) for key in METRICS])
+            (METHODS.get(method, method), [told(values[key], key) for key in TITLES])
             for method, values in metrics["methods"].items()
         ]
         + [
-            (f"{METHODS.get(a, a)} - {METHODS.get(b, b)}", [told(values[key], key, "+") for key in METRICS])
+            (f"{METHODS.get(a, a)} - {METHODS.get(b, b)}", [told(values[key], key, "+") for key in TITLES])
             for (a, b), values in differences(metrics)
         ],
     )
@@ -88,7 +80,7 @@ def licence(backbone: str) -> dict[str, str]:
 def results(metrics: dict) -> list[EvalResult]:
     """The trained head's figures for the card's model-index, with their 95 % intervals where there are any."""
     found = []
-    for key, title in METRICS.items():
+    for key, title in TITLES.items():
         figure = metrics["methods"]["trained"][key]
         interval = {name: figure[name] for name in ("low", "high") if figure[name] is not None}
         found.append(

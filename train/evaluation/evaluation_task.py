@@ -1,4 +1,4 @@
-"""What an evaluation is of, a run on the test split or a file by itself, and whether it is there already."""
+"""What an evaluation covers, a run on the test split or a file of vectors, and whether it is done already."""
 
 import json
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ SETTINGS = ("global.seed", "data.ignore_radius_m", "evaluation.bootstrap_samples
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """What is evaluated, and where that is told."""
+    """What is evaluated, and where the results go."""
 
     folder: Path
     made: Provenance
@@ -27,27 +27,25 @@ class EvaluationTask:
 
 
 def of_run(cfg: Config, compare: list[Path], stage: Stage) -> EvaluationTask:
-    """The config's run on the test split, beside what is compared with it."""
+    """The config's run on the test split, beside what --compare names. `stage`: the evaluation's declaration."""
     path = run_record.run_dir(cfg) / run_record.BEST
     checkpoint = heads.load_checkpoint(path)
-    known = gallery.read_records(cfg.paths.merged_dir)
-    gallery.refuse_foreign_head(
-        path, checkpoint["provenance"]["inputs"], checkpoint["embedding_model"], cfg.paths.merged_dir, known
-    )
+    records = gallery.read_records(cfg.paths.merged_dir)
     own = methods.of_checkpoint(checkpoint)
-    further = methods.compared(compare, cfg.paths.merged_dir, known, [method.name for method in own])
+    gallery.refuse_foreign_head(path, checkpoint["provenance"]["inputs"], checkpoint["embedding_model"], records)
+    compared = methods.compared(compare, records, [method.name for method in own])
     inputs = run_record.evaluated_ids(cfg, checkpoint["provenance"]["id"])
-    inputs |= {method.name: method.id for method in further}
+    inputs |= {method.name: method.id for method in compared}
     subject = {
         "run": cfg.training.run,
         "epoch": checkpoint["epoch"],
-        "split_by": known["test"].config.get("data.split_by"),
+        "split_by": records[cfg.paths.merged_dir / "test.parquet"].config.get("data.split_by"),
         "embedding_model": checkpoint["embedding_model"],
         "config_hash": checkpoint["provenance"]["config_hash"],
         "config": checkpoint["config"],
     }
     folder = cfg.paths.evaluation_dir / "compared" if compare else cfg.paths.evaluation_dir
-    return EvaluationTask(folder, stage.record(cfg, inputs), gallery.files_of(cfg), [*own, *further], subject)
+    return EvaluationTask(folder, stage.record(cfg, inputs), gallery.files_of(cfg), [*own, *compared], subject)
 
 
 def of_file(cfg: Config, path: Path) -> EvaluationTask:
@@ -59,7 +57,7 @@ def of_file(cfg: Config, path: Path) -> EvaluationTask:
 
 
 def is_done(path: Path, made: Provenance, overwrite: bool) -> bool:
-    """Whether metrics.json is there, of these inputs and settings. Raises StaleArtefact if of others."""
+    """Whether metrics.json exists, of these inputs and settings. Raises StaleArtefact if it is of others."""
     if overwrite or not path.exists():
         return False
     there = Provenance(**metrics_json.read(path)["provenance"])
@@ -67,8 +65,8 @@ def is_done(path: Path, made: Provenance, overwrite: bool) -> bool:
     return True
 
 
-def finish(made: Provenance, found: dict) -> dict:
-    """The record as it stands in metrics.json; its id is a digest of the figures."""
-    counts = found["counts"]
+def finish(made: Provenance, results: dict) -> dict:
+    """The record for metrics.json; its id is a digest of the figures."""
+    counts = results["counts"]
     rows = {"in": counts["queries"] + counts["queries_without_match"], "out": counts["queries"]}
-    return made.finished(digest_of(json.dumps(found)), rows).to_dict()
+    return made.finished(digest_of(json.dumps(results)), rows).to_dict()

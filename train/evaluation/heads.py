@@ -1,7 +1,8 @@
-"""The projection head out of a checkpoint, and whole sets of embeddings through a head or a linear baseline."""
+"""The projection head of a checkpoint, and embeddings through a head or a linear baseline."""
 
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +21,22 @@ def load_checkpoint(path: Path) -> dict:
     """The dict that train.py saved (see `checkpoints.RunFolder`), on the CPU. Raises PipelineError."""
     if not path.exists():
         raise PipelineError(f"{path} does not exist: run train/train.py first")
-    if not zipfile.is_zipfile(path):  # the end is missing, or it never was a checkpoint
-        raise PipelineError(f"{path} is damaged: delete it and train again")
+    if not zipfile.is_zipfile(path):  # truncated, or never a checkpoint
+        raise PipelineError(f"{path} is damaged: delete it and retrain")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except RuntimeError as error:
-        raise PipelineError(f"{path} is damaged ({first_line(error)}): delete it and train again") from None
+        raise PipelineError(f"{path} is damaged ({first_line(error)}): delete it and retrain") from None
     except pickle.UnpicklingError:  # it holds more than tensors and plain values
         content = None
     if not isinstance(content, dict) or not content.keys() >= _KEYS:
-        raise PipelineError(f"{path} is no checkpoint of train/train.py, or one of another version")
+        raise PipelineError(f"{path} is not a checkpoint of this version of train/train.py")
     return content
 
 
 def head_of(checkpoint: dict) -> ProjectionHead:
-    """The head that a checkpoint holds, in evaluation mode, float32, on the CPU."""
-    sizes = {key: checkpoint[key] for key in ("input_dim", "hidden_dim", "output_dim", "dropout")}
-    head = ProjectionHead(**sizes)
+    """The head of a checkpoint, in evaluation mode, float32, on the CPU."""
+    head = ProjectionHead(**{key: checkpoint[key] for key in ("input_dim", "hidden_dim", "output_dim", "dropout")})
     head.load_state_dict(checkpoint["head"])
     return head.eval()
 
@@ -46,9 +46,9 @@ def embed(head: ProjectionHead, embeddings: np.ndarray | torch.Tensor, device: t
     training = head.training
     head.to(device).eval()
     with torch.no_grad():
-        parts = [head(block) for block in _blocks(embeddings, device)]
+        vectors = _by_blocks(head, embeddings, device)
     head.train(training)
-    return torch.cat(parts)
+    return vectors
 
 
 def project(
@@ -56,12 +56,11 @@ def project(
 ) -> torch.Tensor:
     """(N, d) float32 unit vectors, on the device: normalize(projection (normalize(x) - mean)) of raw (N, D) x."""
     centre, matrix = (torch.as_tensor(m, dtype=torch.float32, device=device) for m in (mean, projection))
-    parts = []
-    for block in _blocks(embeddings, device):
-        parts.append(F.normalize((F.normalize(block, dim=1) - centre) @ matrix.T, dim=1))
-    return torch.cat(parts)
+    return _by_blocks(
+        lambda x: F.normalize((F.normalize(x, dim=1) - centre) @ matrix.T, dim=1), embeddings, device
+    )
 
 
-def _blocks(embeddings: np.ndarray | torch.Tensor, device: torch.device):
-    for start in range(0, len(embeddings), EMBED_ROWS):
-        yield torch.as_tensor(embeddings[start : start + EMBED_ROWS]).to(device).float()
+def _by_blocks(function: Callable, embeddings: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
+    blocks = torch.as_tensor(embeddings).split(EMBED_ROWS)
+    return torch.cat([function(block.to(device).float()) for block in blocks])

@@ -1,4 +1,4 @@
-"""What an evaluation compares: each way to a vector per image, its name, and whether it belongs here."""
+"""What an evaluation compares: the ways to one vector per image, with their names, and which are refused."""
 
 import functools
 import hashlib
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import safe_open
+from torch.nn import functional as F
 
 from common import parquet
 from common.errors import PipelineError
@@ -25,26 +26,19 @@ class Method:
     """A row of the table."""
 
     name: str
-    told: str  # what it is, in a few words
-    id: str  # what its vectors are made with
+    description: str
+    id: str  # of the checkpoint or file that its vectors come from
     vectors: Callable[[Gallery, torch.device], torch.Tensor]  # (G, d) float32 unit vectors, on the device
 
 
 def of_checkpoint(checkpoint: dict) -> list[Method]:
-    """The trained head, and what was there before it: fitted on train only, and stored beside the head."""
-
-    def linear(name: str):
-        baseline = checkpoint["baselines"][name]
-        return lambda gallery, device: heads.project(
-            gallery.embeddings, baseline["mean"], baseline["projection"], device
-        )
-
-    known = checkpoint["provenance"]["id"]
+    """The trained head last, after the baselines that were fitted on train and saved with it."""
+    run, baselines = checkpoint["provenance"]["id"], checkpoint["baselines"]
     return [
-        Method("raw", "the backbone's embeddings as they are", known, _raw),
-        Method("pca", "principal components, fitted on train", known, linear("pca")),
-        Method("whitening", "learned whitening, fitted on train", known, linear("whitening")),
-        Method("trained", f"the trained head, epoch {checkpoint['epoch']}", known, _head(checkpoint)),
+        Method("raw", "the backbone's embeddings as they are", run, _raw),
+        Method("pca", "principal components, fitted on train", run, _linear(baselines["pca"])),
+        Method("whitening", "learned whitening, fitted on train", run, _linear(baselines["whitening"])),
+        Method("trained", f"the trained head, epoch {checkpoint['epoch']}", run, _head(checkpoint)),
     ]
 
 
@@ -53,14 +47,12 @@ def of_file(path: Path) -> Method:
     return Method("raw", f"the vectors of {path.name} as they are", identity(path), _raw)
 
 
-def compared(
-    paths: list[Path], merged_dir: Path, known: dict[str, Provenance], taken: Iterable[str]
-) -> list[Method]:
-    """What --compare names: checkpoints, folders that publish/convert_to_hf.py wrote, and Parquet files with other
-    vectors of the same images. `known`: the records of the splits in `merged_dir`; `taken`: names given already.
+def compared(paths: list[Path], records: dict[Path, Provenance], taken: Iterable[str]) -> list[Method]:
+    """What --compare names: checkpoints, folders written by publish/convert_to_hf.py, and Parquet files with other
+    vectors of the same images. `records`: see `gallery.read_records`; `taken`: names of other methods.
 
-    Raises PipelineError where one cannot be read, StaleArtefact where a head was trained on other images (test's
-    could be among them) or on embeddings of another model.
+    Raises PipelineError if one cannot be read, StaleArtefact if a head was trained on another merge (it may have
+    seen the test images) or on embeddings of another model.
     """
     methods, taken = [], set(taken)
     for path in paths:
@@ -68,24 +60,23 @@ def compared(
         name = _free_name(path, taken)
         taken.add(name)
         if path.is_dir():
-            methods.append(_published(path, name, merged_dir, known))
+            methods.append(_published(path, name, records))
         elif path.suffix == ".parquet":
             galleries.refuse_missing_columns(path, ["streetview_image_id"])
-            told = f"the vectors of {path.name}"
-            methods.append(Method(name, told, identity(path), functools.partial(_aligned, path)))
+            vectors = functools.partial(_aligned, path)
+            methods.append(Method(name, f"the vectors of {path.name}", identity(path), vectors))
         else:
             checkpoint = heads.load_checkpoint(path)
-            galleries.refuse_foreign_head(
-                path, checkpoint["provenance"]["inputs"], checkpoint["embedding_model"], merged_dir, known
-            )
-            told = f"the head of {path}, epoch {checkpoint['epoch']}"
-            methods.append(Method(name, told, checkpoint["provenance"]["id"], _head(checkpoint)))
+            record, model = checkpoint["provenance"], checkpoint["embedding_model"]
+            galleries.refuse_foreign_head(path, record["inputs"], model, records)
+            description = f"the head of {path}, epoch {checkpoint['epoch']}"
+            methods.append(Method(name, description, record["id"], _head(checkpoint)))
     return methods
 
 
 def identity(path: Path) -> str:
-    """What a file of vectors is known by: the id in its footer, or, where another program wrote it, a digest of
-    its bytes (two models' files of the same images may be of one size)."""
+    """The id in the footer of a file of vectors, or, if another program wrote it, a digest of its bytes (files of
+    the same images by two models may have the same size)."""
     if parquet.has_provenance(path):
         return parquet.read_provenance(path).id
     digest = hashlib.blake2b(digest_size=16)
@@ -96,33 +87,34 @@ def identity(path: Path) -> str:
 
 
 def _raw(gallery: Gallery, device: torch.device) -> torch.Tensor:
-    # a copy, for `_unit`: float32 on the host would be the gallery's own
-    return _unit(torch.from_numpy(gallery.embeddings).to(device, torch.float32, copy=True))
+    # a copy, since float32 on the host would share the gallery's memory
+    vectors = torch.from_numpy(gallery.embeddings).to(device, torch.float32, copy=True)
+    return F.normalize(vectors, dim=1, out=vectors)  # in place: no second copy
 
 
-def _unit(vectors: torch.Tensor) -> torch.Tensor:
-    return vectors.div_(vectors.norm(dim=1, keepdim=True).clamp_min_(1e-12))  # in place: no second copy
+def _linear(baseline: dict):
+    mean, projection = baseline["mean"], baseline["projection"]
+    return lambda gallery, device: heads.project(gallery.embeddings, mean, projection, device)
 
 
-def _head(sizes_and_weights: dict):
-    return lambda gallery, device: heads.embed(heads.head_of(sizes_and_weights), gallery.embeddings, device)
+def _head(checkpoint: dict):
+    return lambda gallery, device: heads.embed(heads.head_of(checkpoint), gallery.embeddings, device)
 
 
 def _free_name(path: Path, taken: set[str]) -> str:
-    """The run of a checkpoint, the name of a folder or file; with the folders above it where that is taken."""
+    """The run of a checkpoint, else the name of the folder or file; if taken, preceded by its parent folders."""
     path = path.resolve()
-    if path.name == "checkpoint_best.pt":
-        path = path.parent
+    path = path.parent if path.name == "checkpoint_best.pt" else path
     parts = (path if path.is_dir() else path.with_suffix("")).parts
-    names = ("/".join(parts[-length:]) for length in range(1, len(parts)))
-    name = next((name for name in names if name not in taken), None)
-    if name is None:
-        raise PipelineError(f"--compare names {path} twice")
-    return name
+    for start in range(len(parts) - 1, 0, -1):
+        name = "/".join(parts[start:])
+        if name not in taken:
+            return name
+    raise PipelineError(f"--compare names {path} twice")
 
 
-def _published(folder: Path, name: str, merged_dir: Path, known: dict[str, Provenance]) -> Method:
-    """The head of a published folder; its backbone is not run: the embeddings are there."""
+def _published(folder: Path, name: str, records: dict[Path, Provenance]) -> Method:
+    """The head of a published folder; its backbone is not needed."""
     try:
         config = json.loads((folder / "config.json").read_text())
         record = Provenance.from_json((folder / "provenance.json").read_text())
@@ -130,32 +122,31 @@ def _published(folder: Path, name: str, merged_dir: Path, known: dict[str, Prove
         weights: dict[str, torch.Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as tensors:
-                own = [key for key in tensors.keys() if key.startswith("head.")]  # noqa: SIM118 - not a dict
-                weights |= {key.removeprefix("head."): tensors.get_tensor(key) for key in own}
-        sizes = {key: config[key] for key in ("input_dim", "hidden_dim", "output_dim", "dropout")}
-        head = {**sizes, "head": weights}
-        heads.head_of(head)
+                keys = [key for key in tensors.keys() if key.startswith("head.")]  # noqa: SIM118 - not a dict
+                weights |= {key.removeprefix("head."): tensors.get_tensor(key) for key in keys}
+        checkpoint = {**config, "head": weights}
+        heads.head_of(checkpoint)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise PipelineError(
-            f"{folder} is neither a run's folder nor one that publish/convert_to_hf.py wrote "
+            f"{folder} is neither a run's folder nor one written by publish/convert_to_hf.py "
             f"({parquet.first_line(error)})"
         ) from None
-    galleries.refuse_foreign_head(folder, trained_on["inputs"], trained_on["embedding_model"], merged_dir, known)
-    return Method(name, f"the published model in {folder}", record.id, _head(head))
+    galleries.refuse_foreign_head(folder, trained_on["inputs"], trained_on["embedding_model"], records)
+    return Method(name, f"the published model in {folder}", record.id, _head(checkpoint))
 
 
 def _aligned(path: Path, gallery: Gallery, device: torch.device) -> torch.Tensor:
-    """The vectors of the gallery's images out of a file that holds them in any order."""
+    """The vectors of the gallery's images, from a file that holds them in any order."""
     images = pd.Index(parquet.read(path, ["streetview_image_id"])["streetview_image_id"].to_pandas())
-    rows = images.get_indexer(gallery.table["streetview_image_id"].to_pandas()) if images.is_unique else None
-    if rows is None:
+    if not images.is_unique:
         raise PipelineError(f"{path} holds image {images[images.duplicated()][0]} twice")
+    rows = images.get_indexer(gallery.table["streetview_image_id"].to_pandas())
     missing = np.flatnonzero(rows < 0)
     if len(missing):
-        image = gallery.table["streetview_image_id"][int(missing[0])].as_py()
+        image = gallery.table["streetview_image_id"][int(missing[0])]
         raise PipelineError(
-            f"{path} has no vector of image {image}, and of {len(missing) - 1:,} more that are evaluated\n"
+            f"{path} has no vector of image {image} and {len(missing) - 1:,} more that are evaluated\n"
             "compare vectors of the same images, or evaluate that file by itself with --embeddings"
         )
-    vectors = galleries.read_vectors(path)
-    return _unit(torch.from_numpy(vectors[rows]).to(device).float())
+    vectors = torch.from_numpy(galleries.read_vectors(path)[rows]).to(device).float()
+    return F.normalize(vectors, dim=1, out=vectors)

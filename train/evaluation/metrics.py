@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from common.places.zones import Csr, ranges
+from train.evaluation.metric_names import METRICS, RECALL_AT
 
-RECALL_AT = (1, 5, 10, 100, 1000)
 _TILE_BYTES = 6  # per score: itself (4), a comparison (1), and sums of those
 _LARGEST_TILE = {"cpu": (1024, 4096), "cuda": (4096, 32_768)}  # (queries, gallery): on the CPU it fits its cache
 _LANES = 1024  # the gallery rows of a tile are a multiple of this; see `_count`
@@ -124,11 +124,11 @@ def concatenate(parts: list[Matches]) -> Matches:
 
 
 def summarize(per_query: PerQuery) -> dict[str, float]:
-    """Means over the queries that have a match: "recall@1", ..., "map@r", "median_rank". NaN if there are none."""
+    """METRICS over the queries that have a match. NaN if there are none."""
     which = per_query.has_match
     rank, precision = per_query.best_rank[which], per_query.average_precision_at_r[which]
     if not len(rank):
-        return dict.fromkeys([*(f"recall@{k}" for k in RECALL_AT), "map@r", "median_rank"], float("nan"))
+        return dict.fromkeys(METRICS, float("nan"))
     summary = {f"recall@{k}": float(np.mean(rank <= k)) for k in RECALL_AT}
     return {**summary, "map@r": float(np.mean(precision)), "median_rank": float(np.median(rank))}
 

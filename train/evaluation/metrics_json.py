@@ -1,20 +1,28 @@
-"""metrics.json: its schema, reading and writing it, and what two of them say of one another."""
+"""metrics.json: its schema, how it is read and written, and how two of them differ."""
 
-import itertools
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from common.errors import PipelineError
 from common.provenance import Provenance
+from train.evaluation.metric_names import MAIN_METRICS, METRICS, TITLES
 
-FORMAT = 1  # raised when keys of metrics.json change their names or meanings
-METRICS = ("recall@1", "recall@5", "recall@10", "recall@100", "recall@1000", "map@r", "median_rank")
-_CHECKED = ("recall@1", "recall@5", "map@r")
-TOLERANCE = 0.001  # a tenth of a percentage point: what another machine's rounding does not reach
+FORMAT = 2  # raised when keys of metrics.json change their names or meanings
+TOLERANCE = 0.001  # a tenth of a percentage point: more than the rounding of another machine
 Count = Annotated[int, Field(ge=0)]
+
+
+def _refuse_other_records(record: dict) -> dict:
+    try:
+        Provenance(**record)
+    except TypeError as error:
+        raise ValueError(f"not a record of this version: {error}") from None
+    return record
 
 
 class _Strict(BaseModel):
@@ -29,14 +37,22 @@ class Figure(_Strict):
     high: float | None
 
 
+class Figures(create_model("", __base__=_Strict, **dict.fromkeys(METRICS, (Figure, ...)))):  # type: ignore[misc]
+    """METRICS of a method."""
+
+
+class MainFigures(create_model("", __base__=_Strict, **dict.fromkeys(MAIN_METRICS, (Figure, ...)))):  # type: ignore[misc]
+    """MAIN_METRICS of a method in a class of matches."""
+
+
 class Class(_Strict):
-    """One class of a breakdown; without figures where no query has a match of it."""
+    """One class of a breakdown; without methods where no query has a match of it."""
 
     label: str = Field(alias="class")
     queries: Count
     matches: Count
     cells: Count
-    methods: dict[str, dict[Literal["recall@1", "recall@5", "map@r"], Figure]]
+    methods: dict[str, MainFigures]
 
 
 class BreakdownFigures(_Strict):
@@ -45,7 +61,7 @@ class BreakdownFigures(_Strict):
 
 
 class Histograms(_Strict):
-    """Pairs by cosine: edges of the bins, and how many pairs lie in each."""
+    """Numbers of pairs by cosine, and the edges of the bins."""
 
     edges: list[float]
     matches: list[Count]
@@ -67,7 +83,7 @@ class Counts(_Strict):
 
 
 class Proof(_Strict):
-    """How many were compared, by split, and how many stand in two of them."""
+    """How many were compared, by split, and how many are in two of them."""
 
     test: Count
     train: Count
@@ -80,9 +96,9 @@ class Results(_Strict):
 
     format: int = Field(ge=FORMAT, le=FORMAT)
     subject: dict[str, Any]  # what was evaluated: the run and its backbone, or a file
-    methods: dict[str, dict[str, Figure]]  # method -> METRICS
-    told: dict[str, str]  # method -> what it is
-    differences: dict[str, dict[str, Figure]]  # "trained-raw" -> METRICS, paired
+    methods: dict[str, Figures]
+    descriptions: dict[str, str]  # of each method
+    differences: dict[str, Figures]  # "trained-raw" and others, paired
     recall_curve: RecallCurve
     breakdowns: dict[
         Literal["heading_difference_deg", "camera_distance_m", "target_height_m", "views", "dataset"],
@@ -92,94 +108,71 @@ class Results(_Strict):
     ignore_radius_m: float
     gallery: Literal["test", "all", "file"]
     counts: Counts
-    leakage: dict[Literal["buildings", "panoramas"], Proof] | None  # null where there are no splits
-    provenance: dict[str, Any]  # see common/provenance.py
-
-    @field_validator("methods", "differences")
-    @classmethod
-    def _complete(cls, found: dict) -> dict:
-        for name, figures in found.items():
-            if tuple(figures) != METRICS:
-                raise ValueError(f"{name} must have the figures {', '.join(METRICS)}")
-        return found
-
-    @field_validator("provenance")
-    @classmethod
-    def _is_record(cls, found: dict) -> dict:
-        try:
-            Provenance(**found)
-        except TypeError as error:
-            raise ValueError(f"is no record of this version: {error}") from None
-        return found
+    leakage: dict[Literal["buildings", "panoramas"], Proof] | None  # null for a file, which has no splits
+    provenance: Annotated[dict[str, Any], AfterValidator(_refuse_other_records)]  # see common/provenance.py
 
 
-def to_json(found: dict) -> str:
-    """The text of metrics.json; `found` fits the schema."""
-    Results.model_validate(found)
-    return json.dumps(found, indent=1, allow_nan=False) + "\n"
+def to_json(results: dict) -> str:
+    """The text of metrics.json. Raises ValueError if `results` does not fit the schema."""
+    Results.model_validate(results)
+    return json.dumps(results, indent=1, allow_nan=False) + "\n"
 
 
 def read(path: Path) -> dict:
-    """metrics.json as a dict. Raises PipelineError if it is absent, damaged or of another form."""
+    """metrics.json as a dict. Raises PipelineError if it is missing, damaged or of another version."""
     try:
-        found = json.loads(path.read_text())
-        Results.model_validate(found)
+        content = path.read_bytes()
+        Results.model_validate_json(content)
     except FileNotFoundError:
         raise PipelineError(f"{path} does not exist: run train/evaluate.py first") from None
-    except OSError as error:
-        raise PipelineError(f"cannot read {path}: {error.strerror}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "all of it"
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "all of it"
         raise PipelineError(
-            f"{path} is not a metrics.json of this version ({where}: {first['msg']})\n"
-            "evaluate again with --overwrite"
+            f"{path} is damaged or from another version ({where}: {problem['msg']})\n"
+            "rerun train/evaluate.py --overwrite"
         ) from None
-    except ValueError as error:
-        raise PipelineError(f"{path} is damaged ({error}): delete it and evaluate again") from None
-    return found
+    return json.loads(content)
 
 
 def check(first: Path, second: Path) -> tuple[str, bool]:
-    """What two metrics.json say of one another, as text, and whether all figures that both have are alike."""
+    """How two metrics.json differ, as text, and whether all figures in both are about equal."""
     one, other = read(first), read(second)
-    lines = []
-    for a, b in (
-        (flat(one["subject"]), flat(other["subject"])),
-        *((one["provenance"][what], other["provenance"][what]) for what in ("config", "inputs")),
-    ):
-        lines += [f"{key}: {a.get(key)}, {b.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)]
-    lines.append(f"{'%, first, second':<22}" + "".join(f"{key:<24}" for key in _CHECKED))
+    a, b = (
+        {**flat(file["subject"]), **file["provenance"]["config"], **file["provenance"]["inputs"]}
+        for file in (one, other)
+    )
+    lines = [f"{key}: {a.get(key)}, {b.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)]
+    lines.append(f"{'%, first, second':<22}" + "".join(f"{TITLES[key]:<24}" for key in MAIN_METRICS))
     for method in [name for name in one["methods"] if name in other["methods"]]:
-        pairs = [[100 * found["methods"][method][key]["value"] for found in (one, other)] for key in _CHECKED]
-        lines.append(f"{method:<22}" + "".join(f"{f'{a:.1f}, {b:.1f} ({b - a:+.2f})':<24}" for a, b in pairs))
-    leaves = [flat(_comparable(found)) for found in (one, other)]
-    shared = [key for key in leaves[0] if key in leaves[1]]
-    different = [key for key in shared if not _alike(leaves[0][key], leaves[1][key])]
-    lines.append(f"{len(different):,} of {len(shared):,} figures that both have differ")
-    lines += [f"  {key}: {leaves[0][key]}, {leaves[1][key]}" for key in different[:5]]
-    for path, found, without in ((first, leaves[0], leaves[1]), (second, leaves[1], leaves[0])):
-        only = [key for key in found if key not in without]
+        pairs = [[100 * file["methods"][method][key]["value"] for file in (one, other)] for key in MAIN_METRICS]
+        lines.append(f"{method:<22}" + "".join(f"{f'{x:.1f}, {y:.1f} ({y - x:+.2f})':<24}" for x, y in pairs))
+    a, b = _figures(one), _figures(other)
+    shared = [key for key in a if key in b]
+    different = [key for key in shared if not _alike(a[key], b[key])]
+    lines.append(f"{len(different):,} of {len(shared):,} figures in both files differ")
+    lines += [f"  {key}: {a[key]}, {b[key]}" for key in different[:5]]
+    for path, only in ((first, [key for key in a if key not in b]), (second, [key for key in b if key not in a])):
         if only:
             lines.append(f"only in {path}: {len(only):,} figures, the first is {only[0]}")
     return "\n".join(line.rstrip() for line in lines), not different
 
 
-def _comparable(found: dict) -> dict:
-    """The figures alone; histograms as cumulative shares, which move little where a pair changes its bin."""
-    histograms = dict(found["similarity_histograms"])
-    for name in ("matches", "non_matches"):
-        total = max(1, sum(histograms[name]))
-        histograms[name] = [count / total for count in itertools.accumulate(histograms[name])]
-    figures = {key: of_key for key, of_key in found.items() if key not in ("subject", "told", "provenance")}
-    return {**figures, "similarity_histograms": histograms}
+def _figures(results: dict) -> dict:
+    """All figures by dotted key; histograms as cumulative shares, which barely change if a pair changes bins."""
+    histograms = results["similarity_histograms"]
+    shares = {
+        name: (np.cumsum(histograms[name]) / max(1, sum(histograms[name]))).tolist()
+        for name in ("matches", "non_matches")
+    }
+    figures = {**results, "similarity_histograms": {**histograms, **shares}}
+    return flat({key: figures[key] for key in figures if key not in ("subject", "descriptions", "provenance")})
 
 
 def _alike(a, b) -> bool:
-    """Whether two leaves are equal, or, where both are no whole numbers, about equal."""
-    if isinstance(a, float) and isinstance(b, float):
-        return abs(a - b) < TOLERANCE * max(1.0, abs(a), abs(b))
-    return a == b
+    """Whether two values are equal; fractions about equal."""
+    both_fractions = isinstance(a, float) and isinstance(b, float)
+    return math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE) if both_fractions else a == b
 
 
 def flat(tree: dict | list, prefix: str = "") -> dict:

@@ -1,12 +1,13 @@
-"""The evaluation's arithmetic: every image of test asks the gallery for its building, by each method.
+"""The evaluation protocol: every test image queries the gallery for its building, once per method.
 
-A match has the query's building. Rows of other buildings in the ignore zone are junk: removed from the ranking.
-The gallery is ranked once per method; per-query values come first and are averaged last, over draws of cells of
-the map (see train/evaluation/bootstrap.py).
+A match is another image of the query's building. Rows of other buildings in the ignore zone are junk: removed from
+the ranking. So are, in a breakdown, matches of other classes: easy matches cannot hide hard ones (as in the easy,
+medium and hard protocols of Radenovic et al. 2018, "Revisiting Oxford and Paris"). Queries without a match are
+left out. Metrics are computed per query, then averaged over bootstrap draws of map cells.
 
 Memory, on the device: G x D x 4 bytes for the vectors of one method (D: of the backbone for "raw", of the head for
-the others) and of the one that the report shows, and tiles of scores within search_memory_mb; on the host as much
-for lists of junk.
+the others) and of the one shown in the report, plus tiles of scores within search_memory_mb; on the host the same
+amount for lists of junk.
 """
 
 import numpy as np
@@ -17,8 +18,10 @@ from common.errors import PipelineError
 from common.places import geo
 from common.sections import Config
 from train.evaluation import bootstrap, breakdowns, metrics
+from train.evaluation.breakdowns import Breakdown
 from train.evaluation.gallery import Gallery
 from train.evaluation.methods import Method
+from train.evaluation.metric_names import MAIN_METRICS, METRICS, RECALL_AT
 from train.evaluation.metrics import Matches, PerQuery
 from train.evaluation.metrics_json import FORMAT
 
@@ -33,23 +36,22 @@ _LISTED_BYTES = 64  # for a row in a query's zone, while its tile is ranked
 def evaluate(
     cfg: Config, gallery: Gallery, methods: list[Method], device: torch.device, progress: cli.Progress
 ) -> tuple[dict, torch.Tensor, dict[str, PerQuery]]:
-    """(The figures of metrics.json, the vectors of the method that the report shows, `PerQuery` of each method.)
+    """(The figures of metrics.json, the vectors of the method shown in the report, `PerQuery` of each method.)
 
-    Raises PipelineError if no query has a match, or a method gives NaN.
+    Raises PipelineError if no query has a match, or a method yields NaN.
     """
     shown = shown_of([method.name for method in methods])
-    found, vectors = {}, torch.empty(0)
-    for method in sorted(methods, key=lambda method: method.name == shown):
-        del vectors  # of the method before: not two at a time
-        vectors = method.vectors(gallery, device)  # those of `shown` come last, and are kept
+    unordered, vectors = {}, torch.empty(0)
+    for method in sorted(methods, key=lambda method: method.name == shown):  # `shown` last: its vectors are kept
+        del vectors  # of the previous method: never two at a time
+        vectors = method.vectors(gallery, device)
         if not torch.isfinite(vectors.sum()):  # unlike isfinite of all, it needs no memory
-            raise PipelineError(f"{method.name} ({method.told}) gives vectors that are not finite")
-        found[method.name] = rank(vectors, gallery, cfg.infrastructure.search_memory_mb, progress)
-    matches = {method.name: found[method.name] for method in methods}
+            raise PipelineError(f"{method.name} ({method.description}) yields vectors that are not finite")
+        unordered[method.name] = rank(vectors, gallery, cfg.infrastructure.search_memory_mb, progress)
+    matches = {method.name: unordered[method.name] for method in methods}
     per_query = {name: metrics.per_query(of_method) for name, of_method in matches.items()}
-    asked = per_query[shown].has_match  # the same for all methods
-    if not asked.any():
-        raise PipelineError("no query has a match: no building has two images that are evaluated")
+    if not per_query[shown].has_match.any():
+        raise PipelineError("no query has a match: no building has two evaluated images")
     return figures(cfg, gallery, matches, per_query, vectors), vectors, per_query
 
 
@@ -59,7 +61,7 @@ def shown_of(names: list[str]) -> str:
 
 
 def rank(vectors: torch.Tensor, gallery: Gallery, memory_mb: int, progress: cli.Progress) -> Matches:
-    """Where each query's matches stand in the rest of the gallery."""
+    """The ranks of each query's matches in the rest of the gallery."""
     building, parts = gallery.zones.building_of_row, []
     for rows in _query_blocks(gallery, memory_mb):
         part = metrics.find_matches(
@@ -78,8 +80,8 @@ def rank(vectors: torch.Tensor, gallery: Gallery, memory_mb: int, progress: cli.
 
 
 def _query_blocks(gallery: Gallery, memory_mb: int) -> list[np.ndarray]:
-    """The queries in runs of at most _QUERY_BLOCK, and of no more than have their junk listed in `memory_mb` (one
-    more, where a zone reaches over the limit)."""
+    """The queries in runs of at most _QUERY_BLOCK whose lists of junk fit in `memory_mb` (the last query of a run
+    may exceed it)."""
     zones, queries = gallery.zones, np.arange(gallery.num_queries)
     rows_of_zone = np.add.reduceat(np.diff(zones.starts)[zones.buildings], zones.indptr[:-1])
     listed = np.cumsum(rows_of_zone[zones.building_of_row[queries]]) * _LISTED_BYTES
@@ -94,36 +96,33 @@ def figures(
     per_query: dict[str, PerQuery],
     vectors: torch.Tensor,
 ) -> dict:
-    """What metrics.json says of the methods; see train/evaluation/metrics_json.py."""
+    """The figures of metrics.json; see train/evaluation/metrics_json.py."""
     seed, shown = cfg.global_.seed, shown_of(list(matches))
-    asked = per_query[shown].has_match
+    has_match = per_query[shown].has_match  # the same for all methods
     cell_id = gallery.column("cell_id")[: gallery.num_queries]
-    cells = np.unique(cell_id[asked])  # the others have no say in the draws
-    num_cells, cell_of_query = len(cells), np.searchsorted(cells, cell_id)
-    weights = bootstrap.draw_weights(num_cells, cfg.evaluation.bootstrap_samples, seed)
-    answered = {name: of_method.select(asked) for name, of_method in per_query.items()}
-    estimates = {name: estimates_of(answers, cell_of_query[asked], weights) for name, answers in answered.items()}
-    others = [name for name in matches if name not in ("raw", "pca", "whitening", "trained")]
-    pairs = [*DIFFERENCES, *(("trained", name) for name in others)]
-    effective_cells = bootstrap.effective_cells(cell_of_query[asked])
-
-    def intervals(values: dict) -> dict:
-        return {key: bootstrap.interval(of_key, effective_cells) for key, of_key in values.items()}
-
+    cells = np.unique(cell_id[has_match])  # only these are drawn
+    cell_of_query = np.searchsorted(cells, cell_id)
+    weights = bootstrap.draw_weights(len(cells), cfg.evaluation.bootstrap_samples, seed)
+    cell = cell_of_query[has_match]
+    estimates, recall_curves = {}, {}  # of each method: (1 + draws, METRICS); (CURVE_K,)
+    for name, queries in per_query.items():
+        ranks = queries.best_rank[has_match]
+        means = bootstrap.means(query_values(queries, METRICS[:-1]), cell, weights)
+        estimates[name] = np.column_stack([means, bootstrap.medians(ranks, cell, weights)])
+        recall_curves[name] = (np.searchsorted(np.sort(ranks), CURVE_K, side="right") / len(ranks)).tolist()
+    compared = [name for name in matches if name not in ("raw", "pca", "whitening", "trained")]
+    pairs = [*DIFFERENCES, *(("trained", name) for name in compared)]
     return {
         "format": FORMAT,
-        "methods": {name: intervals(of_method) for name, of_method in estimates.items()},
+        "methods": {name: intervals(of_method, METRICS, cell) for name, of_method in estimates.items()},
         "differences": {
-            f"{a}-{b}": intervals({key: estimates[a][key] - values for key, values in estimates[b].items()})
+            f"{a}-{b}": intervals(estimates[a] - estimates[b], METRICS, cell)
             for a, b in pairs
             if a in estimates and b in estimates
         },
-        "recall_curve": {
-            "k": CURVE_K.tolist(),
-            "methods": {name: _recall_curve(answers.best_rank) for name, answers in answered.items()},
-        },
+        "recall_curve": {"k": CURVE_K.tolist(), "methods": recall_curves},
         "breakdowns": {
-            name: breakdowns.figures(breakdown, matches, cell_of_query, weights)
+            name: by_class(breakdown, matches, cell_of_query, weights)
             for name, breakdown in breakdowns.of(gallery, matches[shown]).items()
         },
         "similarity_histograms": similarity_histograms(
@@ -131,48 +130,63 @@ def figures(
         ),
         "ignore_radius_m": cfg.data.ignore_radius_m,
         "counts": {
-            "queries": int(asked.sum()),
-            "queries_without_match": int((~asked).sum()),
+            "queries": int(has_match.sum()),
+            "queries_without_match": int((~has_match).sum()),
             "gallery": len(gallery.embeddings),
-            "buildings": len(np.unique(gallery.zones.building_of_row[: gallery.num_queries][asked])),
-            "cells": num_cells,
+            "buildings": len(np.unique(gallery.zones.building_of_row[: gallery.num_queries][has_match])),
+            "cells": len(cells),
             "matches": len(matches[shown].query),
         },
     }
 
 
-def estimates_of(per_query: PerQuery, cell_of_query: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Each figure in each draw, (1 + draws,), the data's own first. All queries must have a match."""
-    rank = per_query.best_rank
-    values = np.stack([*(rank <= k for k in metrics.RECALL_AT), per_query.average_precision_at_r], axis=1)
-    names = [*(f"recall@{k}" for k in metrics.RECALL_AT), "map@r"]
-    means = bootstrap.means(values.astype(np.float64), cell_of_query, weights)
-    return {
-        **dict(zip(names, means.T, strict=True)),
-        "median_rank": bootstrap.medians(rank, cell_of_query, weights),
-    }
+def query_values(per_query: PerQuery, names: tuple[str, ...]) -> np.ndarray:
+    """What each of n queries with a match adds to the mean of each named metric: (n, len(names)) float64."""
+    answered = per_query.select(per_query.has_match)
+    columns = {f"recall@{k}": answered.best_rank <= k for k in RECALL_AT}
+    columns["map@r"] = answered.average_precision_at_r
+    return np.stack([columns[name] for name in names], axis=1).astype(np.float64)
 
 
-def _recall_curve(best_rank: np.ndarray) -> list[float]:
-    return (np.searchsorted(np.sort(best_rank), CURVE_K, side="right") / len(best_rank)).tolist()
+def intervals(estimates: np.ndarray, names: tuple[str, ...], cell_of_query: np.ndarray) -> dict[str, dict]:
+    """The named metrics with their intervals, from estimates (1 + draws, len(names)), the data's own first."""
+    cells = bootstrap.effective_cells(cell_of_query)
+    return {name: bootstrap.interval(column, cells) for name, column in zip(names, estimates.T, strict=True)}
+
+
+def by_class(
+    breakdown: Breakdown, matches: dict[str, Matches], cell_of_query: np.ndarray, weights: np.ndarray
+) -> dict:
+    """MAIN_METRICS of each method in each class. `matches`: of each method, the same pairs."""
+    classes = []
+    for number, label in enumerate(breakdown.labels):
+        which = breakdown.class_of_match == number
+        per_query = {method: metrics.per_query(of_method.select(which)) for method, of_method in matches.items()}
+        has_match = next(iter(per_query.values())).has_match
+        cell = cell_of_query[has_match]
+        by_method = {}
+        for method, queries in per_query.items() if len(cell) else ():
+            values = query_values(queries, MAIN_METRICS)
+            by_method[method] = intervals(bootstrap.means(values, cell, weights), MAIN_METRICS, cell)
+        counts = {"queries": len(cell), "matches": int(which.sum()), "cells": len(np.unique(cell))}
+        classes.append({"class": label, **counts, "methods": by_method})
+    return {"meaning": breakdown.meaning, "classes": classes}
 
 
 def similarity_histograms(
     vectors: torch.Tensor, gallery: Gallery, scores_of_matches: np.ndarray, ignore_radius_m: float, seed: int
 ) -> dict:
-    """How many of the matches, and of random pairs that are neither matches nor junk, have which cosine."""
+    """Cosines of the matches, and of random pairs that are neither matches nor junk, counted by bin."""
     rng = np.random.default_rng(seed)
-    random = np.stack([rng.integers(0, n, RANDOM_PAIRS) for n in (gallery.num_queries, len(vectors))], axis=1)
-    lat, lon = gallery.column("target_lat")[random], gallery.column("target_lon")[random]
-    apart = geo.distance_m(lat[:, 0], lon[:, 0], lat[:, 1], lon[:, 1]) > ignore_radius_m  # no match is: 0 m
-    cosines = [np.empty(0, np.float32)]
-    for block in np.array_split(random[apart], 64):  # 200,000 pairs of 768-d at once would take 1.2 GB
-        left, right = (
-            vectors[torch.from_numpy(rows).to(vectors.device)] for rows in np.ascontiguousarray(block.T)
-        )
-        cosines.append((left * right).sum(dim=1).cpu().numpy())
+    pairs = np.stack([rng.integers(0, n, RANDOM_PAIRS) for n in (gallery.num_queries, len(vectors))])  # (2, n)
+    lat, lon = gallery.column("target_lat")[pairs], gallery.column("target_lon")[pairs]
+    apart = geo.distance_m(lat[0], lon[0], lat[1], lon[1]) > ignore_radius_m  # matches are 0 m apart
+    blocks = (
+        torch.from_numpy(pairs[:, apart]).to(vectors.device).split(4_096, dim=1)
+    )  # all at once: 1.2 GB at 768-d
+    cosines = torch.cat([(vectors[queries] * vectors[rows]).sum(dim=1) for queries, rows in blocks])
     counts = {
         name: np.histogram(values.clip(-1, 1), HISTOGRAM_EDGES)[0].tolist()
-        for name, values in (("matches", scores_of_matches), ("non_matches", np.concatenate(cosines)))
+        for name, values in (("matches", scores_of_matches), ("non_matches", cosines.cpu().numpy()))
     }
     return {"edges": HISTOGRAM_EDGES.tolist(), **counts}

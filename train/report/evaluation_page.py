@@ -14,18 +14,14 @@ from common.imagery import tar_images
 from common.sections import Config
 from train.evaluation import bootstrap, protocol
 from train.evaluation.gallery import Gallery
-from train.evaluation.metrics import RECALL_AT, PerQuery
+from train.evaluation.metric_names import MAIN_METRICS, RECALL_AT, TITLES
+from train.evaluation.metrics import PerQuery
 from train.evaluation.metrics_json import flat
 from train.report import evaluation_figures, query_sheets
 
 _TEMPLATE = "report.html"
-TITLES = {
-    **{f"recall@{k}": f"Recall@{k}" for k in RECALL_AT},
-    "map@r": "mAP@R",
-}
 # a phone shows the first two or three columns
 _COLUMNS = ("recall@1", "map@r", *(f"recall@{k}" for k in RECALL_AT[1:]))
-_PRINTED = ("recall@1", "recall@5", "map@r")
 _XLABELS = {
     "heading_difference_deg": "angle between headings, degrees",
     "camera_distance_m": "horizontal distance to the target, metres (the farther camera)",
@@ -127,12 +123,14 @@ def table(figures: dict) -> str:
         lines.append(f"{counts['queries_without_match']:,} more queries have no match and are left out")
     names = [*figures["methods"], *(f"{pair}  " for pair in figures["differences"])]  # with " - " in place of "-"
     width = 1 + max(map(len, names))
-    lines.append(f"{'%':<{width}}" + "".join(f"{TITLES[key]:<22}" for key in _PRINTED).rstrip())
+    lines.append(f"{'%':<{width}}" + "".join(f"{TITLES[key]:<22}" for key in MAIN_METRICS).rstrip())
     for method, found in figures["methods"].items():
-        lines.append(f"{method:<{width}}" + "".join(f"{percent(found[key]):<22}" for key in _PRINTED).rstrip())
+        lines.append(f"{method:<{width}}" + "".join(f"{percent(found[key]):<22}" for key in MAIN_METRICS).rstrip())
     for pair, found in figures["differences"].items():
         name = " - ".join(pair.split("-", 1))
-        lines.append(f"{name:<{width}}" + "".join(f"{percent(found[key], '+'):<22}" for key in _PRINTED).rstrip())
+        lines.append(
+            f"{name:<{width}}" + "".join(f"{percent(found[key], '+'):<22}" for key in MAIN_METRICS).rstrip()
+        )
     if not has_intervals(figures):
         lines.append(f"no intervals: the queries lie in fewer than {bootstrap.MIN_CELLS} evenly filled cells")
     return "\n".join(lines)

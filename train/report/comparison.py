@@ -1,4 +1,4 @@
-"""What a comparison of samplers and losses came to: its figures on the test split, as a table and as a picture."""
+"""A comparison of samplers and losses: their figures on the test split, as a table and as a picture."""
 
 import json
 from pathlib import Path
@@ -13,12 +13,13 @@ from common.errors import PipelineError
 from common.imagery import pictures
 from common.sections import Config
 from train.evaluation import bootstrap, gallery, methods, metrics, protocol
+from train.evaluation.metric_names import TITLES
 from train.loss import LOSSES
 from train.report.evaluation_page import percent
 from train.sampling.samplers import SAMPLERS
 
 FIGURES = ("map@r", "recall@1")
-CONTROL = "hard_random"  # half the hardest band, half random: the plain way that a sampler has to beat
+CONTROL = "hard_random"  # half the hardest band, half random: the simple sampler that the others have to beat
 
 
 class Combination(NamedTuple):
@@ -28,20 +29,15 @@ class Combination(NamedTuple):
     loss: str
     mining: str = "none"
 
-    def __str__(self) -> str:
-        return f"{self.sampler} + {self.mining}" if self.mining != "none" else self.sampler
-
 
 def combinations() -> list[Combination]:
     """Every sampler with every loss, and semi-hard mining among random rows where the loss allows it."""
-    return [
-        combination
-        for loss, objective in LOSSES.items()
-        for combination in (
-            *(Combination(sampler, loss) for sampler in SAMPLERS),
-            *([Combination("random", loss, "semi_hard")] if objective.uses_triplets else []),
-        )
-    ]
+    found = []
+    for loss, objective in LOSSES.items():
+        found += [Combination(sampler, loss) for sampler in SAMPLERS]
+        if objective.uses_triplets:
+            found.append(Combination("random", loss, "semi_hard"))
+    return found
 
 
 def read(path: Path) -> dict:
@@ -49,72 +45,61 @@ def read(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise PipelineError(f"{path} is damaged ({error}): delete it and compare again") from None
+        raise PipelineError(f"{path} is damaged ({error}): delete it and rerun train/compare.py") from None
 
 
 def judge(cfg: Config, best: dict[tuple[Combination, int], dict], device: torch.device) -> dict:
     """The figures of all combinations on the test split. `best`: the checkpoint of each (combination, seed)."""
     rows = gallery.load(gallery.files_of(cfg), cfg.data.ignore_radius_m)
-    whitening, _ = methods.of_checkpoint(next(iter(best.values())))[-2:]
-    total = rows.num_queries * (1 + len(best))
+    compared: dict = {run: methods.of_checkpoint(checkpoint)[-1] for run, checkpoint in best.items()}
+    compared["whitening"] = methods.of_checkpoint(next(iter(best.values())))[-2]  # the same for all runs
+    total = rows.num_queries * len(compared)
+    values = {}  # of each query with a match, (n, figures)
     with cli.Progress("compare", "ranking", total, cfg.logging.progress_interval_s) as progress:
-        base, asked = values_of(cfg, whitening, rows, device, progress)
-        values = {
-            run: values_of(cfg, methods.of_checkpoint(checkpoint)[-1], rows, device, progress)[0]
-            for run, checkpoint in best.items()
-        }  # each (queries with a match, figures)
-    cells, cell_of_query = np.unique(rows.column("cell_id")[: rows.num_queries][asked], return_inverse=True)
+        for name, method in compared.items():
+            matches = protocol.rank(
+                method.vectors(rows, device), rows, cfg.infrastructure.search_memory_mb, progress
+            )
+            queries = metrics.per_query(matches)
+            values[name] = protocol.query_values(queries, FIGURES)
+    cell_ids = rows.column("cell_id")[: rows.num_queries][queries.has_match]  # the same for all methods
+    cells, cell = np.unique(cell_ids, return_inverse=True)
     weights = bootstrap.draw_weights(len(cells), cfg.evaluation.bootstrap_samples, cfg.global_.seed)
-
-    def estimate(of_queries: np.ndarray) -> np.ndarray:  # (1 + draws, figures)
-        return bootstrap.means(of_queries, cell_of_query, weights)
-
-    effective_cells = bootstrap.effective_cells(cell_of_query)
-
-    def intervals(estimates: np.ndarray) -> dict:
-        return {name: bootstrap.interval(estimates[:, i], effective_cells) for i, name in enumerate(FIGURES)}
-
-    compared = list(dict.fromkeys(combination for combination, _ in best))
+    base = bootstrap.means(values["whitening"], cell, weights)
     seeds = sorted({seed for _, seed in best})
-    estimates = {c: estimate(np.mean([values[c, seed] for seed in seeds], axis=0)) for c in compared}
+    estimates = {
+        combination: bootstrap.means(np.mean([values[combination, seed] for seed in seeds], axis=0), cell, weights)
+        for combination in dict.fromkeys(combination for combination, _ in best)
+    }  # (1 + draws, figures)
     return {
-        "counts": {"queries": int(asked.sum()), "cells": len(cells), "seeds": len(seeds)},
-        "whitening": intervals(estimate(base)),
+        "counts": {"queries": len(cell), "cells": len(cells), "seeds": len(seeds)},
+        "whitening": protocol.intervals(base, FIGURES, cell),
         "combinations": [
             {
                 **c._asdict(),
-                "figures": intervals(estimates[c]),
-                "minus_whitening": intervals(estimates[c] - estimate(base)),
-                "minus_control": intervals(estimates[c] - estimates[Combination(CONTROL, c.loss)]),
+                "figures": protocol.intervals(of_c, FIGURES, cell),
+                "minus_whitening": protocol.intervals(of_c - base, FIGURES, cell),
+                "minus_control": protocol.intervals(of_c - estimates[Combination(CONTROL, c.loss)], FIGURES, cell),
                 "by_seed": {n: [float(values[c, s][:, i].mean()) for s in seeds] for i, n in enumerate(FIGURES)},
                 "best_epochs": [best[c, seed]["epoch"] for seed in seeds],
             }
-            for c in compared
+            for c, of_c in estimates.items()
         ],
-    }  # fmt: skip
+    }
 
 
-def values_of(
-    cfg: Config, method: methods.Method, rows: gallery.Gallery, device: torch.device, progress: cli.Progress
-) -> tuple[np.ndarray, np.ndarray]:
-    """(The figures of each query with a match, (n, len(FIGURES)) float64; which queries have one, (Q,) bool)."""
-    vectors = method.vectors(rows, device)
-    per_query = metrics.per_query(protocol.rank(vectors, rows, cfg.infrastructure.search_memory_mb, progress))
-    answered = per_query.select(per_query.has_match)
-    return np.stack([answered.average_precision_at_r, answered.best_rank <= 1], axis=1), per_query.has_match
-
-
-def as_markdown(found: dict) -> str:
+def as_markdown(comparison: dict) -> str:
     """The table, a row per combination; differences whose interval excludes 0 are bold."""
-    counts, base = found["counts"], found["whitening"]
+    counts, base = comparison["counts"], comparison["whitening"]
+    main, recall = (TITLES[name] for name in FIGURES)
     lines = [
         f"{counts['queries']:,} queries in {counts['cells']} cells, {counts['seeds']} seeds; %, 95 % intervals.",
         "",
-        "| loss | sampler | mAP@R | Recall@1 | mAP@R - whitening | mAP@R - hard_random | best epochs |",
+        f"| loss | sampler | {main} | {recall} | {main} - whitening | {main} - {CONTROL} | best epochs |",
         "|---|---|---|---|---|---|---|",
         f"| | learned whitening | {percent(base['map@r'])} | {percent(base['recall@1'])} | | | |",
     ]
-    for row in found["combinations"]:
+    for row in comparison["combinations"]:
         figures, control = row["figures"], row["minus_control"]["map@r"]
         lines.append(
             f"| {row['loss']} | {_name_of(row)} | {percent(figures['map@r'])} | {percent(figures['recall@1'])} "
@@ -126,11 +111,12 @@ def as_markdown(found: dict) -> str:
 
 
 def _name_of(row: dict) -> str:
-    return str(Combination(row["sampler"], row["loss"], row.get("mining", "none")))
+    mining = row.get("mining", "none")  # older files have none
+    return row["sampler"] if mining == "none" else f"{row['sampler']} + {mining}"
 
 
 def _difference(figure: dict) -> str:
-    """With -0.0, unlike `percent`: it tells on which side of 0 an interval ends."""
+    """With -0.0, unlike `percent`: it shows on which side of 0 an interval ends."""
     value, low, high = figure["value"], figure["low"], figure["high"]
     if low is None:
         return f"{100 * value:+.1f}"
@@ -138,10 +124,10 @@ def _difference(figure: dict) -> str:
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
-def draw(found: dict) -> bytes:
-    """What each combination adds to learned whitening, with its interval, and the single seeds: a PNG."""
-    rows = found["combinations"][::-1]
-    base = found["whitening"]["map@r"]["value"]
+def draw(comparison: dict) -> bytes:
+    """The gain of each combination over learned whitening, with its interval and the single seeds, as a PNG."""
+    rows = comparison["combinations"][::-1]
+    base = comparison["whitening"]["map@r"]["value"]
     figure = Figure(figsize=(7, 0.35 * len(rows) + 1.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(rows):
@@ -153,5 +139,7 @@ def draw(found: dict) -> bytes:
         axes.plot(seeds, [place] * len(seeds), "|", color="black", markersize=9)
     axes.axvline(0, color="grey", linewidth=1)
     axes.set_yticks(range(len(rows)), [f"{row['loss']}, {_name_of(row)}" for row in rows])
-    axes.set_xlabel("mAP@R - learned whitening's, points\ndot: mean, line: 95 %, strokes: single seeds")
+    axes.set_xlabel(
+        "mAP@R minus learned whitening's, points\ndot: mean, line: 95 % interval, strokes: single seeds"
+    )
     return pictures.png(figure)
