@@ -31,7 +31,7 @@ _MOVED_SETTINGS = {  # from [training], to what section
     **dict.fromkeys(("gallery", "bootstrap_samples"), "evaluation"),
     **dict.fromkeys(("trial_epochs", "pruner", "search_space"), "tuning"),
 }
-_FORMER_VALUES = {"training.mining": "none"}  # of settings that records lack which are older than they
+_FORMER_VALUES = {"training.mining": "none"}  # of settings that are newer than some records
 _PROBED_BYTES = 2**16  # of each end of a file that is not ours
 
 
@@ -106,7 +106,7 @@ def differences(there: Provenance, now: Provenance) -> list[str]:
     if there.stage != now.stage:
         reasons.append(f"was made by {there.stage}, not by {now.stage}")
     for key in sorted({*there.config, *now.config}):
-        old, new = there.config.get(key), now.config.get(key)
+        old, new = there.config.get(key, _FORMER_VALUES.get(key)), now.config.get(key)
         if old != new:
             reasons.append(f"was made with {key} = {json.dumps(old)}; this run says {json.dumps(new)}")
     changed = [name for name in sorted({*there.inputs, *now.inputs}) if _differs(name, there, now)]
@@ -134,8 +134,7 @@ def digest_of(*parts: bytes | str) -> str:
 def _by_todays_names(recorded: dict) -> dict:
     """The settings of a record that an older version may have written."""
     moved = {f"training.{key}": f"{section}.{key}" for key, section in _MOVED_SETTINGS.items()}
-    todays = {moved.get(key, key): value for key, value in recorded.items()}
-    return {**(_FORMER_VALUES if "training.sampler" in todays else {}), **todays}
+    return {moved.get(key, key): value for key, value in recorded.items()}
 
 
 def _differs(name: str, there: Provenance, now: Provenance) -> bool:

@@ -7,7 +7,7 @@ once.
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ class Output:
 
     path: Path
     record: Provenance
+    facts: dict = field(default_factory=dict)  # that the record of a finished file has, besides
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Stage:
         except (OSError, ValueError, TypeError, KeyError, PipelineError):
             return False  # absent, damaged, or another program's: the stage itself reports which
         undecided = {key for key in self.auto if output.record.config.get(key) == "auto"}
-        return existing.facts.get("finished", True) and not provenance.differences(
+        is_finished = all(existing.facts.get(name) == value for name, value in output.facts.items())
+        return is_finished and not provenance.differences(
             existing.without(undecided), output.record.without(undecided)
         )
 

@@ -255,3 +255,17 @@ def test_a_matrix_of_many_row_groups_is_read_in_order_and_what_is_not_finite_is_
         write(tmp_path / "a.parquet", {"vector": matrix}, schema=schema)
         with pytest.raises(PipelineError, match=r"a\.parquet: vector of row 777 holds NaN, infinity"):
             parquet.read_matrix(tmp_path / "a.parquet", "vector")
+
+
+def test_records_of_older_versions_are_read_by_todays_names_of_settings():
+    older = provenance.record("evaluate", {"training.gallery": "test", "training.run": "default"}, {})
+    todays = {"evaluation.gallery": "test", "training.run": "default"}
+    assert not provenance.differences(older, provenance.record("evaluate", todays, {}))
+    other = provenance.record("evaluate", todays | {"evaluation.gallery": "all"}, {})
+    assert provenance.differences(older, other) == [
+        'was made with evaluation.gallery = "test"; this run says "all"'
+    ]
+    older = provenance.record("train", {"training.sampler": "ucb"}, {})  # before there was training.mining
+    for mining, same in (("none", True), ("semi_hard", False)):
+        now = provenance.record("train", {"training.sampler": "ucb", "training.mining": mining}, {})
+        assert (provenance.differences(older, now) == []) == same

@@ -142,6 +142,8 @@ print(STAGE.is_done(config.load(None, {settings!r})), "torch" in sys.modules, "m
     judged = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert judged.split() == [str(finished), "False", "False"]
     assert not train.STAGE.is_done(config.load(None, [*settings, "training.margin=0.3"]))
+    history.write(output.path, epoch, output.record)  # as older versions did, of finished runs and of others
+    assert not train.STAGE.is_done(config.load(None, settings))
 
 
 def test_other_weights_in_a_folder_of_the_same_name_are_noticed_and_a_moved_folder_is_not(tmp_path):

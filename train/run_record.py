@@ -6,7 +6,7 @@ Imports neither torch nor Optuna: slurm/submit.py needs records, too.
 from pathlib import Path
 
 from common import config, parquet, provenance
-from common.errors import StaleArtefact
+from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance
 from common.sections import Config
 from difficulty import compute_visual_neighbors
@@ -61,7 +61,9 @@ def evaluated_ids(cfg: Config, checkpoint_id: str | None = None) -> dict[str, st
     ids = {name: _id(cfg.paths.merged_dir / name) for name in names}
     history = run_dir(cfg) / HISTORY  # the report draws it
     if checkpoint_id is None:
-        checkpoint_id = parquet.read_provenance(history).facts["best_checkpoint"]
+        checkpoint_id = parquet.read_provenance(history).facts.get("best_checkpoint")
+        if checkpoint_id is None:
+            raise PipelineError(f"{history} does not name a checkpoint: an older version wrote it; rerun train.py")
     return {**ids, BEST: checkpoint_id, **({HISTORY: _id(history)} if history.exists() else {})}
 
 

@@ -29,7 +29,7 @@ def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
     from train import run_record
 
     record = run_record.record(cfg, run_record.input_ids(cfg))
-    yield stages.Output(run_record.run_dir(cfg) / run_record.HISTORY, record)  # says whether the run is complete
+    yield stages.Output(run_record.run_dir(cfg) / run_record.HISTORY, record, {"finished": True})
 
 
 def progress(cfg) -> tuple[int, int, str]:
