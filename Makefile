@@ -30,7 +30,7 @@ COMPARED_RAW = $(DEMO)/compared/raw
 COMPARED_ROOT = $(DEMO)/compared/$(notdir $(BACKBONE))
 COMPARED_SETTINGS = $(DEMO_SETTINGS) --set paths.root=$(COMPARED_ROOT) --set training.epochs=40 --set training.patience=40
 
-.PHONY: help install demo compare test unit lint style types bench readme clean
+.PHONY: help install demo compare test unit lint style types bench docs clean
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
@@ -56,13 +56,13 @@ $(DEMO_RAW)/.complete: $(VENV)
 $(DEMO)/backbone/config.json: $(VENV)
 	@$(RUN) tests/local_backbone.py --out $(DEMO)/backbone
 
-compare: $(VENV) $(COMPARED_RAW)/.complete $(LOCAL_BACKBONE)  ## every sampler with every loss, on streets of their own: the README's table
+compare: $(VENV) $(COMPARED_RAW)/.complete $(LOCAL_BACKBONE)  ## every sampler with every loss, on streets of their own: the table of docs/comparison.md
 	@$(RUN) slurm/submit.py --local --to compute_visual_neighbors $(COMPARED_SETTINGS)
 	@for shard in 0 1; do \
 	    OMP_NUM_THREADS=1 $(RUN) train/compare.py --shard $$shard --num-shards 2 $(COMPARED_SETTINGS) & done; wait
 	@$(RUN) train/compare.py $(COMPARED_SETTINGS)
 	@cp $(COMPARED_ROOT)/data/evaluation/comparison.json tests/benchmarks/
-	@$(RUN) tests/readme_parts.py
+	@$(RUN) tests/generated_docs.py
 
 $(COMPARED_RAW)/.complete: $(VENV)
 	@$(RUN) tests/synthetic.py --out $(COMPARED_RAW) --streets 300 --cities 4 --seed 7 --processes 2
@@ -83,12 +83,12 @@ style: $(VENV)
 types: $(VENV)
 	.venv/bin/mypy
 
-bench: $(VENV)  ## time everything against its baselines, and write the README's table
+bench: $(VENV)  ## time everything against its baselines, and write the table of docs/benchmarks.md
 	@$(RUN) -c 'import faiss' 2>/dev/null || $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) 'faiss-cpu>=1.8'
 	$(RUN) tests/benchmarks/run_all.py
 
-readme: $(VENV)  ## write the README's tables that are made from the code
-	$(RUN) tests/readme_parts.py
+docs: $(VENV)  ## write the generated parts of README.md and docs/*.md
+	$(RUN) tests/generated_docs.py
 
 clean:  ## remove what the demo and the tests made
 	rm -rf demo .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
