@@ -1,7 +1,8 @@
-"""The changes that CONTRIBUTING.md shows as ```diff blocks: read, and applied to a copy of the repository.
+"""The changes that CONTRIBUTING.md shows: read, and made in a copy of the repository.
 
-A block names its file in a line `--- path`. Its hunks are separated by lines `@@`; in a hunk, lines begin with a
-blank (context), with + or with -, as in any diff. The old lines of a hunk must occur in the file exactly once.
+A ```diff block names its file in a line `--- path`. Its hunks are separated by lines `@@`; in a hunk, lines begin
+with a blank (context), with + or with -, as in any diff. The old lines of a hunk must occur in the file once.
+A ```py block is a new file, named after `py`. A ```bash block inside a list is a command of the recipe.
 """
 
 import re
@@ -42,8 +43,22 @@ def apply(change: Change, text: str) -> str:
     return text[: places[0]] + change.new + text[places[0] + len(change.old) :]
 
 
+def new_files(document: str) -> dict[str, str]:
+    """Path -> content of the files that a document adds."""
+    blocks = re.findall(r"^ *```py (\S+)\n(.*?)^ *```", document, re.MULTILINE | re.DOTALL)
+    return {path: textwrap.dedent(content) for path, content in blocks}
+
+
+def commands(document: str) -> list[str]:
+    """The command lines of its recipes."""
+    blocks = re.findall(r"^ +```bash\n(.*?)^ +```", document, re.MULTILINE | re.DOTALL)
+    return [line.strip() for block in blocks for line in block.splitlines()]
+
+
 def apply_all(document: str, root: Path) -> None:
-    """Make all changes of a document in the files below `root`."""
+    """Make all changes of a document in the files below `root`, and add its new files."""
+    for path, content in new_files(document).items():
+        (root / path).write_text(content)
     for change in changes(document):
         path = root / change.path
         path.write_text(apply(change, path.read_text()))

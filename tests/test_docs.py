@@ -16,6 +16,7 @@ from common import config, sections
 from common.errors import PipelineError
 from generate import backbone
 from publish.modeling_spatial_embeddings import POOLINGS
+from slurm import chain
 from train.loss import LOSSES
 from train.sampling.samplers import SAMPLERS
 
@@ -27,8 +28,11 @@ PROJECT = tomli.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def without_new_files(text: str) -> str:
-    """A document without its ```py blocks: they show files that a reader adds."""
-    return re.sub(r"^ *```py\n.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+    """A document without the files that a reader adds, and without their names."""
+    text = re.sub(r"^ *```py .*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+    for path in documented_changes.new_files(CONTRIBUTING):
+        text = re.sub(rf"\S*{Path(path).stem.removeprefix('test_')}\S*", "", text)
+    return text
 
 
 # --------------------------------------------------------------------------------------------- generated parts
@@ -151,17 +155,29 @@ FORGOTTEN = {  # what CONTRIBUTING.md says one sees -> a way to see it
     ),
     "sampler without step 2": lambda: config.load(None, ["training.sampler=bands"]),
     "family without step 1": lambda: backbone.check(POOLED, "vit"),
+    "stage without step 5": lambda: chain.select(chain.steps_of(config.load()), "count_views", None),
 }
+
+
+def quoted_by_contributing() -> list[str]:
+    """The messages in its tables of what one sees if one forgets something."""
+    tables = re.findall(r"^\| if you forget .*\n((?:\|.*\n)+)", CONTRIBUTING, re.MULTILINE)
+    cells = [line.split("|")[2] for table in tables for line in table.splitlines()[1:]]
+    return [text for cell in cells for text in re.findall(r"`([^`]+)`", cell) if " " in text]
 
 
 @pytest.mark.parametrize("step", FORGOTTEN)
 def test_a_forgotten_step_gives_an_error_that_contributing_quotes(step):
-    tables = [line for line in CONTRIBUTING.splitlines() if line.startswith("| step")]
-    quoted = [text for line in tables for text in re.findall(r"`([^`]+)`", line.split("|")[2]) if " " in text]
-    assert len(quoted) == len(FORGOTTEN)
     with pytest.raises(PipelineError) as caught:
         FORGOTTEN[step]()
-    assert sum(text in str(caught.value) for text in quoted) == 1
+    assert sum(text in str(caught.value) for text in quoted_by_contributing()) == 1
+
+
+def test_every_message_that_contributing_quotes_has_its_words_in_the_code():
+    words = [line.strip() for text in texts_of_the_code() for line in text.splitlines() if len(line.strip()) >= 8]
+    messages = [text for text in quoted_by_contributing() if not text.startswith("AttributeError")]  # Python's own
+    assert len(messages) > len(FORGOTTEN)
+    assert not [message for message in messages if not any(text in message for text in words)]
 
 
 # ------------------------------------------------------------------------------------------------------ recipes
@@ -169,7 +185,8 @@ def test_a_forgotten_step_gives_an_error_that_contributing_quotes(step):
 
 @pytest.mark.parametrize("change", documented_changes.changes(CONTRIBUTING), ids=str)
 def test_a_change_that_is_shown_applies_to_the_code(change):
-    ast.parse(documented_changes.apply(change, (ROOT / change.path).read_text()))
+    parse = tomli.loads if change.path.endswith(".toml") else ast.parse
+    parse(documented_changes.apply(change, (ROOT / change.path).read_text()))
 
 
 def test_a_change_that_does_not_apply_is_found():

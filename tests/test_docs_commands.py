@@ -162,12 +162,19 @@ def test_the_example_works(checkout, kind, text):
 
 
 def test_the_changes_that_contributing_shows_pass_the_tests_that_they_add(tmp_path):
-    copy = Checkout(tmp_path)
-    documented_changes.apply_all((ROOT / "CONTRIBUTING.md").read_text(), copy.folder)
-    done = copy.run(sys.executable, "tests/generated_docs.py")
-    assert done.returncode == 0, done.stderr[-2000:]
+    copy, document = Checkout(tmp_path), (ROOT / "CONTRIBUTING.md").read_text()
+    documented_changes.apply_all(document, copy.folder)
+    tests = "choices bandit loss backbone docs structure settings stage_sbatch count_views".split()
+    chosen = "choices or take_turns or circle or gem or vit or views or wrappers or settings"
+    for command in (
+        *documented_changes.commands(document),
+        "python tests/generated_docs.py",
+        "ruff check . && ruff format --check .",
+        "python preprocess/count_views.py --help",
+        "python slurm/submit.py --only count_views --dry-run",
+        f"python -m pytest -q -n 0 -k '({chosen} or up_to_date) and not shown' "
+        + " ".join(f"tests/test_{name}.py" for name in tests),
+    ):
+        done = copy.run("bash", "-euc", command)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-2000:]}"
     assert '`"circle"`' in (copy.folder / "docs" / "reference.md").read_text()
-    tests = [f"tests/test_{name}.py" for name in ("choices", "bandit", "loss", "backbone", "docs")]
-    chosen = "(choices or take_turns or circle or gem or vit or up_to_date) and not shown"
-    done = copy.run(sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", chosen, *tests)
-    assert done.returncode == 0, done.stdout[-3000:]
