@@ -222,7 +222,8 @@ def gains() -> str:
 
 def row_name(row: dict) -> str:
     """The sampler of a row of comparison.json, with its mining."""
-    return str(comparison.Combination(row["sampler"], row["loss"], row.get("mining", "none")))
+    mining = row.get("mining", "none")
+    return row["sampler"] if mining == "none" else f"{row['sampler']} + {mining}"
 
 
 def benchmarks() -> str:
