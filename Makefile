@@ -1,4 +1,4 @@
-# `make` lists the targets. Everything runs in .venv, which is made again only when its inputs change.
+# `make` lists the targets. Everything runs in .venv, which is recreated only when its inputs change.
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
@@ -6,7 +6,7 @@ DEMO ?= demo
 BACKBONE ?= $(DEMO)/backbone
 STREETS ?= 80
 
-unexport PYTHONDONTWRITEBYTECODE # else every process compiles the pipeline's modules again
+unexport PYTHONDONTWRITEBYTECODE # otherwise every process recompiles the pipeline's modules
 
 VENV = .venv/.installed
 RUN = .venv/bin/python
@@ -23,28 +23,28 @@ DEMO_SETTINGS = --set paths.root=$(DEMO_ROOT) --set paths.raw_dir=../raw \
     --set training.epochs=10 --set training.steps_per_epoch=20 --set training.warmup_steps=20 \
     --set infrastructure.embedding_batch_size=32
 
-LOCAL_BACKBONE = $(if $(filter $(DEMO)/backbone,$(BACKBONE)),$(DEMO)/backbone/config.json) # made here, if it is the one
+LOCAL_BACKBONE = $(if $(filter $(DEMO)/backbone,$(BACKBONE)),$(DEMO)/backbone/config.json) # built here, unless another one is named
 
-# Streets that nothing was chosen on, enough for 80 cells or more in the test split.
+# Streets on which nothing was chosen, enough for 80 cells or more in the test split.
 COMPARED_RAW = $(DEMO)/compared/raw
 COMPARED_ROOT = $(DEMO)/compared/$(notdir $(BACKBONE))
 COMPARED_SETTINGS = $(DEMO_SETTINGS) --set paths.root=$(COMPARED_ROOT) --set training.epochs=40 --set training.patience=40
 
-.PHONY: help install demo compare test unit lint style types bench readme clean
+.PHONY: help install demo compare test unit lint style types bench docs clean
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-install: $(VENV)  ## make .venv with everything that is needed (CONSTRAINTS= for a torch with CUDA)
+install: $(VENV)  ## create .venv with all dependencies (CONSTRAINTS= for a torch with CUDA)
 
 $(VENV): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	    || { echo "error: Python 3.10 or newer is needed; name one with make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
-	@$(RUN) -W ignore -m compileall -q -j 0 .venv/lib > /dev/null || true # on all cores; what fails is compiled when used
+	@$(RUN) -W ignore -m compileall -q -j 0 .venv/lib > /dev/null || true # on all cores; whatever fails is compiled on first use
 	@touch $@
 
-demo: $(VENV) $(DEMO_RAW)/.complete $(LOCAL_BACKBONE)  ## the whole chain on synthetic streets, here, in minutes
+demo: $(VENV) $(DEMO_RAW)/.complete $(LOCAL_BACKBONE)  ## the whole chain on synthetic streets, on this machine, in minutes
 	@$(RUN) slurm/submit.py --local $(DEMO_SETTINGS)
 	@test $(DEMO_ROOT)/search.png -nt $(DEMO_ROOT)/data/published/provenance.json || $(RUN) publish/demo_usage.py search --out $(DEMO_ROOT)/search.png $(DEMO_SETTINGS)
 	@echo "search   $(abspath $(DEMO_ROOT))/search.png"
@@ -56,22 +56,22 @@ $(DEMO_RAW)/.complete: $(VENV)
 $(DEMO)/backbone/config.json: $(VENV)
 	@$(RUN) tests/local_backbone.py --out $(DEMO)/backbone
 
-compare: $(VENV) $(COMPARED_RAW)/.complete $(LOCAL_BACKBONE)  ## every sampler with every loss, on streets of their own: the README's table
+compare: $(VENV) $(COMPARED_RAW)/.complete $(LOCAL_BACKBONE)  ## every sampler with every loss, on other streets; update docs/comparison.md
 	@$(RUN) slurm/submit.py --local --to compute_visual_neighbors $(COMPARED_SETTINGS)
 	@for shard in 0 1; do \
 	    OMP_NUM_THREADS=1 $(RUN) train/compare.py --shard $$shard --num-shards 2 $(COMPARED_SETTINGS) & done; wait
 	@$(RUN) train/compare.py $(COMPARED_SETTINGS)
 	@cp $(COMPARED_ROOT)/data/evaluation/comparison.json tests/benchmarks/
-	@$(RUN) tests/readme_parts.py
+	@$(RUN) tests/generated_docs.py
 
 $(COMPARED_RAW)/.complete: $(VENV)
 	@$(RUN) tests/synthetic.py --out $(COMPARED_RAW) --streets 300 --cities 4 --seed 7 --processes 2
 	@touch $@
 
-test: style  ## lint and all tests: types are checked while the tests run
+test: style  ## lint and all tests; types are checked while the tests run
 	@$(MAKE) --no-print-directory -j2 types unit || { echo "error: see above: types or tests"; exit 1; }
 
-unit: $(VENV)  ## the tests alone
+unit: $(VENV)  ## the tests only
 	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder -q
 
 lint: style types  ## style, imports, formatting and types
@@ -83,13 +83,13 @@ style: $(VENV)
 types: $(VENV)
 	.venv/bin/mypy
 
-bench: $(VENV)  ## time everything against its baselines, and write the README's table
+bench: $(VENV)  ## time everything against its baselines; update README.md and docs/benchmarks.md
 	@$(RUN) -c 'import faiss' 2>/dev/null || $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) 'faiss-cpu>=1.8'
 	$(RUN) tests/benchmarks/run_all.py
 
-readme: $(VENV)  ## write the README's tables that are made from the code
-	$(RUN) tests/readme_parts.py
+docs: $(VENV)  ## update the generated parts of README.md and docs/*.md
+	$(RUN) tests/generated_docs.py
 
-clean:  ## remove what the demo and the tests made
+clean:  ## remove what the demo and the tests produced
 	rm -rf demo .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """Scripts as processes of their own that find torch and transformers imported: on little data most of their time.
 
 Each is forked from a process that has imported libraries and done nothing else, and then runs the script as
-`python SCRIPT` does. Where the command itself is tested (README, Slurm), that is started instead.
+`python SCRIPT` does. Where the command itself is tested (documentation, Slurm), that is started instead.
 """
 
 import multiprocessing

@@ -37,7 +37,7 @@ def table_in(printed: str) -> str:
 
 
 def facts(folder: Path, printed: str) -> dict:
-    """What README.md and full_dataset.py use of the demo."""
+    """What the documentation and full_dataset.py use of the demo."""
     data = next(folder.glob("*-streets/backbone/data"))
     images = sum(parquet.num_rows(path) for path in (data / "intermediates").glob("*.parquet"))
     sizes = {name: sum(path.stat().st_size for path in (data / name).glob("*.parquet")) for name in ARTEFACTS}

@@ -5,7 +5,7 @@ GPU are estimates from its data sheet (publish/inference/model_sizes.py), and fo
 products alone.
 
 Reads    tests/benchmarks/results.json, growth.json and demo.json (make bench writes them)
-Writes   tests/benchmarks/full_dataset.json, from which README.md's table is made
+Writes   tests/benchmarks/full_dataset.json, from which the table of docs/benchmarks.md is made
 Command  python tests/benchmarks/full_dataset.py
 """
 

@@ -1,8 +1,9 @@
 """All benchmarks, one after the other: every ratio with its baseline, how time grows with the number of images,
-and what the full dataset would cost; in files, and in the README.
+and what the full dataset would cost; in files, and in the documentation.
 
 Reads    tests/benchmarks/bench_*.py, growth.py, full_dataset.py
-Writes   tests/benchmarks/{results,demo,growth,full_dataset}.json, growth.svg, search.png, and README.md's tables
+Writes   tests/benchmarks/{results,demo,growth,full_dataset}.json, growth.svg, search.png, and the tables of
+         README.md and docs/benchmarks.md
 Command  python tests/benchmarks/run_all.py     (make bench)
 """
 
@@ -18,7 +19,7 @@ TOPICS = "tars process_tar images fingerprints storage scale generation neighbor
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import readme_parts
+import generated_docs
 from timing import machine
 
 from common import files
@@ -42,7 +43,7 @@ def main() -> int:
     files.write_text(HERE / "results.json", json.dumps(found, indent=1) + "\n")
     run(HERE / "growth.py")
     run(HERE / "full_dataset.py")
-    files.write_text(readme_parts.README, readme_parts.renewed(readme_parts.README.read_text()))
+    generated_docs.write_all()
     missed = [row["what"] for row in found["ratios"] if row["target"] and row["ratio"] < row["target"]]
     print(f"{len(found['ratios'])} ratios, {len(missed)} below what is wanted: {'; '.join(missed) or 'none'}")
     return 0

@@ -2,7 +2,7 @@
 
 A benchmark is a file bench_<topic>.py with a function `measure()` that returns a list of Ratio, and ends with
 `timing.main(__doc__, measure)`. By hand: `python tests/benchmarks/bench_tars.py [--json PATH]`; all of them, and
-the README's table: `make bench`.
+the table of docs/benchmarks.md: `make bench`.
 """
 
 import argparse

@@ -1,7 +1,9 @@
-"""Every command of README.md, as it stands there, in a fresh copy of the repository.
+"""Every command and Python example of README.md, CONTRIBUTING.md and docs/*.md, as written, in a fresh copy of the
+repository.
 
-`make demo` makes the data, of fewer streets; its settings then become the defaults of the copy's config.toml, and
-all other commands run on that. Left out: what needs a cluster, a GPU or a network, and what runs these tests.
+`make demo` makes the data, with fewer streets; its settings then become the defaults of the copy's config.toml,
+and everything else runs on that, page by page, in order. Left out: what needs a cluster, a GPU or a network, and
+what runs these tests. The changes that CONTRIBUTING.md shows are made in a copy of their own, and tested there.
 """
 
 import os
@@ -11,8 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import documented_changes
 import pytest
 from conftest import ROOT
+from generated_docs import DOCUMENTS
 
 from common import parquet
 from common.imagery import tar_images
@@ -21,6 +25,8 @@ pytestmark = pytest.mark.timeout(900)  # the demo, on a busy machine
 STREETS = 4
 LEFT_OUT = {
     "make test": "it runs this",
+    "make unit": "it runs this",
+    "make lint": "`make test` runs it",
     "make bench": "it takes 20 minutes",
     "make install": "a network",
     "make demo BACKBONE=": "a network",
@@ -33,15 +39,20 @@ LEFT_OUT = {
     "source .venv/bin/activate": "done by the environment here",
 }
 RUNS_ANYWHERE = ("--dry-run", "--local", "--help")
-BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for kind, block in BLOCKS
-    if kind == "bash"
-    for line in re.sub(r"\\\n\s*", "", block).splitlines()
-    if line.strip() and not line.startswith("#")
-]
-PROGRAMS = [block for kind, block in BLOCKS if kind == "python"]
+
+
+def examples(text: str) -> list[tuple[str, str]]:
+    """("bash", a command) and ("python", a program), as they follow one another in a document."""
+    found = []
+    for kind, block in re.findall(r"^```(bash|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        lines = re.sub(r"\\\n\s*", "", block).splitlines()
+        commands = [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+        found += [("python", block)] if kind == "python" else [("bash", command) for command in commands]
+    return found
+
+
+EXAMPLES = {path.name: examples(path.read_text()) for path in DOCUMENTS}
+COMMANDS = [text for page in EXAMPLES.values() for kind, text in page if kind == "bash"]
 
 
 def left_out(command: str) -> bool:
@@ -98,7 +109,7 @@ class Checkout:
         (self.folder / "config.toml").write_text("\n".join(lines))
 
     def put_a_users_own_files_there(self) -> None:
-        """The names that the README uses for what a user has: PHOTOS, TABLES, a.jpg, b.jpg."""
+        """The names that the pages use for a user's own files: PHOTOS, TABLES, a.jpg, b.jpg, facade.jpg."""
         data = self.folder / "demo" / f"{STREETS}-streets" / "backbone" / "data"
         rows = parquet.read(
             data / "merged" / "test.parquet", ["tar_file", "image_offset", "image_size"]
@@ -107,6 +118,8 @@ class Checkout:
         for name, row in zip(("a.jpg", "b.jpg", "PHOTOS/c.jpg", "PHOTOS/d.jpg"), rows, strict=False):
             tar = tar_images.Tar(self.folder / "demo" / f"{STREETS}-streets" / "raw" / row["tar_file"])
             (self.folder / name).write_bytes(tar.read([row["image_offset"]], [row["image_size"]])[0])
+        for folder in (self.folder, data.parent):
+            shutil.copy(self.folder / "a.jpg", folder / "facade.jpg")
         shutil.copytree(data / "merged", self.folder / "TABLES", ignore=shutil.ignore_patterns("*.json", "*.png"))
 
 
@@ -120,24 +133,48 @@ def checkout(tmp_path_factory) -> Checkout:
     return copy
 
 
-def test_the_readme_has_commands_of_each_kind():
+def test_the_pages_have_examples_of_each_kind():
     assert {"make demo", "make test"} <= set(COMMANDS)
     assert any(command.startswith("python train/") for command in COMMANDS)
-    assert len(PROGRAMS) >= 2
+    assert sum(kind == "python" for page in EXAMPLES.values() for kind, _ in page) >= 5
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if not left_out(command)])
-def test_the_command_works(checkout, command):
-    done = checkout.run("bash", "-euc", command)
+def to_run() -> dict[tuple[str, str], str]:
+    """(kind, text) of what can run here -> its name, with the first page that shows it."""
+    names: dict[tuple[str, str], str] = {}
+    for page, found in EXAMPLES.items():
+        for number, (kind, text) in enumerate(found):
+            if kind == "python" or not left_out(text):
+                names.setdefault((kind, text), f"{page}, {f'program {number}' if kind == 'python' else text}")
+    return names
+
+
+@pytest.mark.parametrize(("kind", "text"), to_run(), ids=to_run().values())
+def test_the_example_works(checkout, kind, text):
+    if kind == "bash":
+        done = checkout.run("bash", "-euc", text)
+    else:  # its paths: a user's own and the demo's from the repository's root, the pipeline's from the data's
+        program = text.replace("80-streets", f"{STREETS}-streets")
+        from_root = "demo/" in program or "PHOTOS" in program
+        place = checkout.folder if from_root else checkout.folder / "demo" / f"{STREETS}-streets" / "backbone"
+        done = checkout.run(sys.executable, "-c", program, cwd=place)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("number", range(len(PROGRAMS)))
-def test_the_python_example_works(checkout, number):
-    # the paths of the examples: the demo's from the repository's root, a user's own from where the data lies
-    program = PROGRAMS[number].replace("80-streets", f"{STREETS}-streets")
-    place = checkout.folder if "demo/" in program else checkout.folder / "demo" / f"{STREETS}-streets" / "backbone"
-    if "facade.jpg" in program:
-        shutil.copy(checkout.folder / "a.jpg", place / "facade.jpg")
-    done = checkout.run(sys.executable, "-c", program, cwd=place)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_the_changes_that_contributing_shows_pass_the_tests_that_they_add(tmp_path):
+    copy, document = Checkout(tmp_path), (ROOT / "CONTRIBUTING.md").read_text()
+    documented_changes.apply_all(document, copy.folder)
+    tests = "choices bandit loss backbone docs structure settings stage_sbatch count_views".split()
+    chosen = "choices or take_turns or circle or gem or vit or views or wrappers or settings"
+    for command in (
+        *documented_changes.commands(document),
+        "python tests/generated_docs.py",
+        "ruff check . && ruff format --check .",
+        "python preprocess/count_views.py --help",
+        "python slurm/submit.py --only count_views --dry-run",
+        f"python -m pytest -q -n 0 -k '({chosen} or up_to_date) and not shown' "
+        + " ".join(f"tests/test_{name}.py" for name in tests),
+    ):
+        done = copy.run("bash", "-euc", command)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-2000:]}"
+    assert '`"circle"`' in (copy.folder / "docs" / "reference.md").read_text()

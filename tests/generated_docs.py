@@ -1,0 +1,315 @@
+"""The generated parts of the documentation: settings, columns, reject reasons, and the tables of the demo, the
+comparison and the benchmarks. They come from the code and from measurements, so they cannot go stale.
+
+Reads    config.toml, common/sections.py, common/schemas.py, tests/benchmarks/{demo,results,full_dataset}.json of
+         `make bench`, tests/benchmarks/comparison.json of `make compare`
+Writes   README.md, CONTRIBUTING.md and docs/*.md, between the comments <!-- NAME --> and <!-- end of NAME -->
+Command  python tests/generated_docs.py     (make docs; tests/test_docs.py fails where a document is out of date)
+"""
+
+import json
+import re
+import sys
+import typing
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import tomli
+
+from common import config, files, schemas, sections
+from train.report import comparison
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+MEASURED = ROOT / "tests" / "benchmarks"
+TYPES = {"bool": "bool", "string": "str", "binary": "bytes", "halffloat": "f16", "float": "f32", "double": "f64"}
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def settings() -> str:
+    """A table per section: each key with its default, its comment in config.toml, and the values it accepts."""
+    comments = comments_of(config.DEFAULT_PATH.read_text())
+    tree = tomli.loads(config.DEFAULT_PATH.read_text())
+    parts = []
+    for section, keys in tree.items():
+        rows = [
+            [f"`{key}`", f"`{as_toml(value)}`", comments.get((section, key), ""), allowed(section, key)]
+            for key, value in keys.items()
+            if not isinstance(value, dict)
+        ]
+        parts.append(f"**`[{section}]`**\n\n{table(['key', 'default', 'meaning', 'values'], rows)}")
+    space, stages = (
+        tree["tuning"]["search_space"],
+        {k: v for k, v in tree["slurm"].items() if isinstance(v, dict)},
+    )
+    rows = [[f"`{key}`", f"`{as_toml(choices)}`"] for key, choices in space.items()]
+    parts.append(f"**`[tuning.search_space]`**\n\n{table(['setting', 'range, or choices'], rows)}")
+    keys = ["time", "sbatch", "throttle"]
+    rows = [
+        [f"`{stage}`", *(f"`{as_toml(values[key])}`" if key in values else "" for key in keys)]
+        for stage, values in stages.items()
+    ]
+    parts.append(f"**`[slurm.<stage>]`**\n\n{table(['stage', *(f'`{key}`' for key in keys)], rows)}")
+    return "\n\n".join(parts)
+
+
+def comments_of(text: str) -> dict[tuple[str, str], str]:
+    """{(section, key): the comment on its line, continued on the comment-only lines that follow}."""
+    comments: dict[tuple[str, str], str] = {}
+    section, key = "", ""
+    for line in text.splitlines():
+        heading = re.match(r"\[([\w.]+)\]", line)
+        setting = re.match(r"(\w+) = [^#]*(?:#\s*(.*))?$", line)
+        if heading:
+            section, key = heading[1], ""
+        elif setting:
+            key = setting[1]
+            comments[section, key] = setting[2] or ""
+        elif key and re.match(r"\s+#", line):
+            comments[section, key] += " " + line.strip(" #")
+        else:
+            key = ""
+    return comments
+
+
+def as_toml(value) -> str:
+    """A default as TOML."""
+    return json.dumps(value) if not isinstance(value, float) else f"{value:g}"
+
+
+def allowed(section: str, key: str) -> str:
+    """The values a setting accepts: its choices, or its type with bounds."""
+    model = next(f.annotation for name, f in sections.Config.model_fields.items() if (f.alias or name) == section)
+    field = model.model_fields[key]
+    return " or ".join(dict.fromkeys(kind(field.annotation, field.metadata)))
+
+
+def kind(annotation, metadata) -> list[str]:
+    """A type in words: its alternatives, each with its bounds."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return kind(arguments[0], arguments[1:])
+    if origin is typing.Literal:
+        return [f'`"{choice}"`' for choice in arguments]
+    if origin is list:
+        return [f"list of {' or '.join(kind(arguments[0], ()))}"]
+    if arguments:
+        return [word for argument in arguments for word in kind(argument, metadata)]
+    name = {"Path": "path", "str": "string"}.get(annotation.__name__, annotation.__name__)
+    return [f"{name}{bounds(metadata)}"]
+
+
+def bounds(metadata) -> str:
+    """A field's constraints: " ≥ 0, < 1"."""
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    constraints = [part for item in metadata for part in getattr(item, "metadata", [item])]
+    words = [f"{signs[name]} {getattr(c, name):g}" for c in constraints for name in signs if hasattr(c, name)]
+    return f" {', '.join(words)}" if words else ""
+
+
+# ------------------------------------------------------------------------------------------------- schemas
+
+
+def artefacts() -> str:
+    """A table per Parquet artefact, with the comments of common/schemas.py."""
+    source = (ROOT / "common" / "schemas.py").read_text()
+    notes = dict(re.findall(r'\("(\w+)", [^#\n]*# (.*)', source))
+    common_columns = set(schemas.INTERMEDIATES.names)
+    kept = ", ".join(f"`{name}`" for name in schemas.merged(768).names if name in common_columns)
+    parts = [
+        columns("`intermediates/<tar>.parquet`: one row per valid image", schemas.INTERMEDIATES, notes),
+        columns("`intermediates_rejects/<tar>.parquet`: one row per rejected member", schemas.REJECTS, notes),
+        columns(
+            "`intermediates_index/<tar>.parquet`: one row per point at which decompressing a gzip tar can start",
+            schemas.RESTART_POINTS,
+            notes,
+        ),
+        columns("`fingerprints/<tar>-<part>.parquet`: one row per image", schemas.FINGERPRINTS, notes),
+        columns(
+            "`embeddings/<tar>-<part>.parquet`: one row per image; the columns of the intermediates, and",
+            [field for field in schemas.embeddings(768) if field.name not in common_columns],
+            notes,
+        ),
+        columns(
+            "`merged/{train,val,test}.parquet`: one row per image of a building that has at least two; "
+            f"from the intermediates {kept}, and",
+            [field for field in schemas.merged(768) if field.name not in common_columns],
+            notes,
+        ),
+        columns(
+            "`difficulty/difficulty_metadata.parquet`: one row per row of merged/train",
+            schemas.difficulty(150, 7),
+            notes,
+        ),
+        columns("`summary/summary.parquet`: one row per dataset and split", schemas.SUMMARY, notes),
+        columns(
+            "`checkpoints/<run>/history.parquet`: one row per epoch; a share and a reward for each band",
+            schemas.history(1),
+            notes,
+        ),
+    ]
+    return "\n\n".join(parts)
+
+
+def columns(title: str, fields, notes: dict[str, str]) -> str:
+    """One artefact's table. Vector lengths are those of config.toml's defaults and a 768-d backbone."""
+    rows = [[f"`{field.name}`", short_type(str(field.type)), notes.get(field.name, "")] for field in fields]
+    return f"{title}\n\n{table(['column', 'type', 'unit, meaning'], rows)}"
+
+
+def short_type(name: str) -> str:
+    """ "i32" for int32, "f16[768]" for a fixed-size list of that length."""
+    vector = re.match(r"fixed_size_list<\w+: (\w+) not null>\[(\d+)\]", name)
+    if vector:
+        return f"{short_type(vector[1])}[{vector[2]}]"
+    return TYPES.get(name, re.sub(r"^(u?)int(\d+)$", lambda m: f"{m[1] or 'i'}{m[2]}", name))
+
+
+def rejects() -> str:
+    """The reasons for rejecting a member of a tar: the enum, with its comments."""
+    source = (ROOT / "common" / "schemas.py").read_text()
+    meanings = re.findall(r'^    [A-Z_]+ = "(\w+)"  # (.*)$', source, re.MULTILINE)
+    return table(["reason", "meaning"], [[f"`{reason}`", meaning] for reason, meaning in meanings])
+
+
+# ---------------------------------------------------------------------------------------------- benchmarks
+
+
+def measured(name: str) -> dict:
+    """The content of tests/benchmarks/<name>.json."""
+    return json.loads((MEASURED / f"{name}.json").read_text())
+
+
+def demo() -> str:
+    """The table that `make demo` prints at its end."""
+    return f"```text\n{measured('demo')['table']}\n```"
+
+
+def compared() -> str:
+    """The figures of every loss with every sampler."""
+    return comparison.as_markdown(measured("comparison"))
+
+
+def gains() -> str:
+    """The comparison in brief, a row per loss: its gain over whitening, and how much its samplers differ."""
+    by_loss: dict[str, list[dict]] = {}
+    for row in measured("comparison")["combinations"]:
+        by_loss.setdefault(row["loss"], []).append(row)
+    lines = []
+    for loss, runs in by_loss.items():
+        gain = {row_name(row): 100 * row["minus_whitening"]["map@r"]["value"] for row in runs}
+        control = {row_name(row): 100 * row["minus_control"]["map@r"]["value"] for row in runs}
+        worst, best = min(gain, key=gain.__getitem__), max(gain, key=gain.__getitem__)
+        furthest = max(control, key=lambda name: abs(control[name]))
+        lines.append(
+            [
+                f"`{loss}`",
+                f"{gain[worst]:+.1f} (`{worst}`) to {gain[best]:+.1f} (`{best}`)",
+                f"{control[furthest]:+.1f} (`{furthest}`)",
+            ]
+        )
+    return table(["loss", "mAP@R over whitening, points", f"furthest from `{comparison.CONTROL}`"], lines)
+
+
+def row_name(row: dict) -> str:
+    """The sampler of a row of comparison.json, with its mining."""
+    mining = row.get("mining", "none")
+    return row["sampler"] if mining == "none" else f"{row['sampler']} + {mining}"
+
+
+def benchmarks() -> str:
+    """The results of the last `make bench`, with the machine that ran it."""
+    results = measured("results")
+    rows = [
+        [
+            row["what"],
+            f"{rate(row['ours'])} {row['unit']}",
+            row["baseline"],
+            f"**{row['ratio']:.3g}** ({row['low']:.3g} to {row['high']:.3g})",
+            "" if row["target"] is None else f"{row['target']:g}",
+        ]
+        for row in results["ratios"]
+    ]
+    header = ["benchmark", "this pipeline", "baseline", "ratio (range)", "target"]
+    return f"Measured on {results['machine']}.\n\n{table(header, rows)}"
+
+
+def costs() -> str:
+    """The estimated costs of the full dataset: a column per backbone, then those that do not depend on it."""
+    estimate = measured("full_dataset")
+    backbones = estimate["backbones"]
+
+    def row(what: str, form: str, key: str) -> list[str]:
+        return [what, *(form.format(backbone[key]) for backbone in backbones.values())]
+
+    rows = [
+        row("dimensions", "{:,}", "dim"),
+        row(f"embeddings: images/s on one {estimate['gpu']}", "{:,.0f}", "gpu_images_per_s"),
+        row("embeddings: GPU hours", "{:.1f}", "gpu_hours_embeddings"),
+        row("embeddings: CPU cores that keep that GPU busy", "{:.0f}", "decoding_cores_per_gpu"),
+        row("merge and split: hours", "{:.1f}", "hours_merge"),
+        row("neighbour search: GPU hours", "{:.1f}", "gpu_hours_neighbors"),
+        row("neighbour search: days without a GPU", "{:,.0f}", "days_neighbors_here"),
+        row("training with the defaults: hours", "{:.1f}", "hours_training_here"),
+        row("embeddings on disk, and again in the merged files: GB", "{:,.0f}", "gb_embeddings"),
+        row("training set in memory: GB", "{:,.0f}", "gb_training_in_memory"),
+    ]
+    hours = {name: f"{estimate[f'core_hours_{name}']:.0f}" for name in ("process_tar", "fingerprints")}
+    text = (
+        f"Independent of the backbone: `process_tar.py` takes {hours['process_tar']} core-hours and "
+        f"`compute_fingerprints.py` {hours['fingerprints']}; the evaluation of one method takes "
+        f"{estimate['days_evaluation_here']:.1f} days, or {60 * estimate['gpu_hours_evaluation']:.1f} minutes on "
+        f"one GPU. Metadata take {estimate['gb_metadata']:.0f} GB, neighbours {estimate['gb_difficulty']:.0f} GB. "
+        "Each tar yields three metadata files; fingerprints and embeddings are at least "
+        f"{estimate['embedding_files']:,} files each, since every tar starts a new one."
+    )
+    return "\n\n".join([table([f"{estimate['images']:,} images", *backbones], rows), text])
+
+
+def rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+# ----------------------------------------------------------------------------------------------- documents
+
+PARTS = {
+    "demo": demo,
+    "benchmarks": benchmarks,
+    "costs": costs,
+    "comparison": compared,
+    "gains": gains,
+    "settings": settings,
+    "artefacts": artefacts,
+    "rejects": rejects,
+}
+
+
+def renewed(text: str) -> str:
+    """A document with all its generated parts made afresh."""
+    for name, make in PARTS.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        if begin in text:
+            before, rest = text.split(begin)
+            text = f"{before}{begin}\n\n{make()}\n\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def write_all() -> None:
+    """Renew the generated parts of every document."""
+    for path in DOCUMENTS:
+        text = path.read_text()
+        if renewed(text) != text:
+            files.write_text(path, renewed(text))
+
+
+if __name__ == "__main__":
+    write_all()
