@@ -9,7 +9,9 @@ from common import pages
 
 def test_values_are_escaped_counted_and_required(tmp_path):
     template = tmp_path / "page.html"
-    template.write_text("{% if true %}\n<p>{{ name }} {{ count | number }} {{ share | number }}</p>\n{% endif %}\n")
+    template.write_text(
+        "{% if true %}\n<p>{{ name }} {{ count | number }} {{ share | number }}</p>\n{% endif %}\n"
+    )
     assert pages.render(template, name="<a>", count=12_345, share=0.5) == "<p>&lt;a&gt; 12,345 0.5</p>\n"
     with pytest.raises(jinja2.UndefinedError, match="count"):
         pages.render(template, name="")
