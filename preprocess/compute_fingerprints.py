@@ -32,7 +32,6 @@ def main(argv=None) -> int:
     from preprocess.duplicates import fingerprints
 
     folder, task = cfg.paths.fingerprints_dir, (args.shard, args.num_shards)
-    fingerprints.refuse_whole_tars(folder)
     settings = config.values(cfg, "data.fingerprint")
     todo, num_parts = tar_parts.missing(cfg, folder, "compute_fingerprints", settings, *task, args.overwrite)
     if not todo:
