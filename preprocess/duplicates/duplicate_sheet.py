@@ -3,13 +3,13 @@
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from PIL import Image
 
 from common import parquet
 from common.errors import PipelineError
 from common.imagery import pictures, tar_images
-from preprocess.duplicates.duplicate_rules import sort_groups
 from preprocess.split.merge_files import Sources
 from preprocess.split.split_rules import Decision, Images
 
@@ -42,10 +42,8 @@ def largest_groups(images: Images, decision: Decision) -> list[DuplicateGroup]:
 def _largest(reason: str, key: np.ndarray, decision: Decision) -> list[np.ndarray]:
     """The rows dropped for `reason`, grouped by `key`: the groups with the most rows."""
     rows = np.flatnonzero(decision.why == list(decision.dropped).index(reason))
-    order, starts = sort_groups(key[rows])
-    sizes = np.diff(starts, append=len(rows))
-    largest = np.argsort(-sizes, kind="stable")[:MAX_GROUPS]
-    return [rows[order[starts[g] : starts[g] + sizes[g]]] for g in largest]
+    largest = pd.Series(key[rows]).value_counts().index[:MAX_GROUPS]
+    return [rows[key[rows] == group] for group in largest.to_numpy()]
 
 
 def draw(groups: list[DuplicateGroup], sources: Sources, store: tar_images.TarImages) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from common import parquet, schemas
 from common.archives import tar_parts, tars
@@ -136,28 +137,22 @@ def _only_model(models: dict[Path, dict]) -> dict:
 
 def read_images(sources: Sources) -> Images:
     """The columns that the rules need, of all images, sorted by (dataset_id, target_id, patch_id)."""
-    n = sources.num_rows
-    kinds = {"dataset_id": np.int32, "target_lat": np.float64, "target_lon": np.float64}
-    arrays = {name: np.empty(n, kinds.get(name, np.int64)) for name in _FROM_INTERMEDIATES}
-    arrays.update({name: np.empty(n, np.uint64) for name in ("content_hash", "phash", "dhash")})
-    arrays["has_embedding"] = np.empty(n, bool)
-    end = 0
+    tables = []
     for source in sources.of_tar:
-        start, end = end, end + source.num_rows
         table = parquet.read(source.intermediates, [*_FROM_INTERMEDIATES, "content_hash"])
         hashes = pa.concat_tables(parquet.read(part, ["phash", "dhash"]) for part in source.fingerprints)
-        columns = {name: part[name].to_numpy() for part in (table, hashes) for name in part.column_names}
-        embedded = [parquet.read(part, ["patch_id"])["patch_id"].to_numpy() for part in source.embeddings]
-        columns["has_embedding"] = np.isin(columns["patch_id"], np.concatenate(embedded))
-        order = np.lexsort((columns["patch_id"], columns["target_id"]))
-        for name, column in columns.items():
-            if len(column) != source.num_rows:
-                folder = source.fingerprints[0].parent
-                raise StaleArtefact(
-                    f"{folder} has {len(column):,} rows for the {source.num_rows:,} of {source.intermediates}"
-                )
-            arrays[name][start:end] = column[order]
-    return Images(**arrays)
+        if hashes.num_rows != table.num_rows:
+            folder = source.fingerprints[0].parent
+            raise StaleArtefact(
+                f"{folder} has {hashes.num_rows:,} rows for the {table.num_rows:,} of {source.intermediates}"
+            )
+        embedded = pa.concat_tables(parquet.read(part, ["patch_id"]) for part in source.embeddings)["patch_id"]
+        has_embedding = pc.is_in(table["patch_id"], value_set=embedded)
+        names = [*table.column_names, *hashes.column_names, "has_embedding"]
+        table = pa.table([*table.columns, *hashes.columns, has_embedding], names)
+        tables.append(table.sort_by([("target_id", "ascending"), ("patch_id", "ascending")]))
+    images = pa.concat_tables(tables)
+    return Images(**{name: images[name].to_numpy() for name in images.column_names})
 
 
 def write_splits(

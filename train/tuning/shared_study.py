@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from common import config, parquet, provenance
@@ -93,9 +94,7 @@ def claim(study: optuna.Study, cfg: Config) -> optuna.Trial | None:
         # a seed for each trial: workers that share one would all draw the same
         seed = cfg.training.seed + len(study.get_trials(deepcopy=False))
         study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-        trial = study.ask()
-        for key, dimension in cfg.tuning.search_space.items():
-            _suggest(trial, key, dimension, isinstance(getattr(cfg.training, key), int))
+        trial = study.ask({key: _distribution(cfg, key) for key in cfg.tuning.search_space})
         trial.set_user_attr("worker", worker_name())
         trial.set_user_attr("heartbeat", time.time())
     return trial
@@ -114,16 +113,15 @@ def _has_work(study: optuna.Study, cfg: Config) -> bool:
     return num_counted(trials) < cfg.tuning.num_trials or any(t.state == TrialState.WAITING for t in trials)
 
 
-def _suggest(trial: optuna.Trial, key: str, dimension: tuple | Choices, is_integer: bool) -> None:
-    """Draw one setting. `dimension`: as in tuning.search_space."""
+def _distribution(cfg: Config, key: str) -> BaseDistribution:
+    """What a setting is drawn from, by tuning.search_space."""
+    dimension = cfg.tuning.search_space[key]
     if isinstance(dimension, Choices):
-        trial.suggest_categorical(key, dimension.choices)
-        return
+        return CategoricalDistribution(dimension.choices)
     low, high, *scale = dimension
-    if is_integer:
-        trial.suggest_int(key, int(low), int(high), log=scale == ["log"])
-    else:
-        trial.suggest_float(key, low, high, log=scale == ["log"])
+    if isinstance(getattr(cfg.training, key), int):
+        return IntDistribution(int(low), int(high), log=scale == ["log"])
+    return FloatDistribution(low, high, log=scale == ["log"])
 
 
 def beat(trial: optuna.Trial, longest_epoch_s: float) -> None:
