@@ -41,11 +41,8 @@ def main(argv=None) -> int:
         try:
             fixed, changes = schema_fixes.fix(parquet.read(path), path.stem)
             made, is_foreign = schema_fixes.source_of(path, cfg.paths.raw_dir)
-        except schema_fixes.Unfixable as error:
-            unfixable.append(f"{path} {error}")
-            continue
-        except PipelineError as error:  # it names the file
-            unfixable.append(f"{error}")
+        except (schema_fixes.Unfixable, PipelineError) as error:  # the latter names the file
+            unfixable.append(f"{error}" if isinstance(error, PipelineError) else f"{path} {error}")
             continue
         changes += ["records its tar"] if is_foreign else []
         if not changes:

@@ -6,20 +6,15 @@ Rows are sorted by building and, within one, by patch; of several duplicates the
 import numpy as np
 from scipy.spatial import cKDTree
 
-from common.places.zones import ranges
+from common.places.zones import number_buildings, ranges
 
 _CHUNK_CELLS = 2**21  # hashes compared at a time
 
 
 def sort_groups(*keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sort rows by their keys: (order (N,), starts (G,) of the groups with equal keys), stable within a group."""
-    order = np.lexsort(keys[::-1]) if len(keys) > 1 else np.argsort(keys[0], kind="stable")
-    new = np.zeros(len(order), bool)
-    new[:1] = True
-    for key in keys:
-        ordered = key[order]
-        new[1:] |= ordered[1:] != ordered[:-1]
-    return order, np.flatnonzero(new)
+    order = np.lexsort(keys[::-1])
+    return order, np.flatnonzero(np.diff(number_buildings(*(key[order] for key in keys)), prepend=-1))
 
 
 def is_mixed(values: np.ndarray, order: np.ndarray, starts: np.ndarray) -> np.ndarray:

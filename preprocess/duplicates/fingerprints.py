@@ -93,9 +93,9 @@ def _shrink(content: bytes) -> tuple[np.ndarray, np.ndarray]:
         levels, weights = _sums_of_runs(grey), _weights_of_runs(width)
     else:
         levels, weights = grey.astype(np.float32), _weights(width, _PHASH_SIZE[0], _DHASH_SIZE[0])
-    narrow = _rounded(levels @ weights)  # (height, 32 + 9)
+    narrow = np.clip(np.rint(levels @ weights), 0, 255)  # (height, 32 + 9); the filter overshoots beside edges
     columns, rows = _PHASH_SIZE
-    small = _rounded(_weights(height, rows, _DHASH_SIZE[1]).T @ narrow)  # (32 + 8, 32 + 9)
+    small = np.clip(np.rint(_weights(height, rows, _DHASH_SIZE[1]).T @ narrow), 0, 255)  # (32 + 8, 32 + 9)
     return small[:rows, :columns], small[rows:, columns:]
 
 
@@ -104,11 +104,6 @@ def _sums_of_runs(grey: np.ndarray) -> np.ndarray:
     words = grey.view(np.uint32)
     pairs = (words & 0x00FF00FF) + (words >> 8 & 0x00FF00FF)
     return ((pairs & 0xFFFF) + (pairs >> 16)).astype(np.float32)
-
-
-def _rounded(levels: np.ndarray) -> np.ndarray:
-    """Rounded to grey levels 0..255, which the filter overshoots beside edges."""
-    return np.clip(np.rint(levels), 0, 255)
 
 
 @lru_cache(maxsize=64)

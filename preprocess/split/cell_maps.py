@@ -14,8 +14,8 @@ _MAX_PANELS = 12  # the datasets with the most images
 _COLUMNS = 4
 
 
-def count_cells(dataset_id: np.ndarray, cell: np.ndarray, split: np.ndarray) -> pd.DataFrame:
-    """Images for each (dataset_id, cell, split) that has any. `split`: (N,) names."""
+def count_cells(dataset_id, cell: np.ndarray, split: np.ndarray | str) -> pd.DataFrame:
+    """Images for each (dataset_id, cell, split) that has any. `split`: (N,) names, or the name for all images."""
     frame = pd.DataFrame({"dataset_id": dataset_id, "cell": cell, "split": split})
     return frame.groupby(["dataset_id", "cell", "split"], observed=True).size().reset_index(name="images")
 

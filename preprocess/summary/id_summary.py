@@ -7,20 +7,15 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from common import pages, parquet
-from common.places import geo
+from common import pages
 from preprocess.split import cell_maps
 
+# of the files that are summarised; ids of buildings and panoramas are unique within their dataset
 COLUMNS = ["dataset_id", "target_id", "street_view_id", "target_lat", "target_lon", "heading", "distance"]
 _TEMPLATE = Path(__file__).with_name("summary.html")
 _VIEWS_EDGES = np.append(np.arange(1, 21), np.inf)  # the last bin: 20 views or more
 _DISTANCE_EDGES_M = np.append(np.arange(0.0, 201.0, 5.0), np.inf)
 _HEADING_EDGES_DEG = np.arange(0.0, 361.0, 10.0)
-
-
-def read(path: Path) -> pd.DataFrame:
-    """The columns that are summarised. Ids of buildings and panoramas are unique within their dataset."""
-    return parquet.read(path, COLUMNS).to_pandas()
 
 
 def by_dataset(images: pd.DataFrame, split: str) -> pd.DataFrame:
@@ -45,12 +40,6 @@ def histograms(images: pd.DataFrame) -> dict[str, np.ndarray]:
         "distance": np.histogram(images["distance"], _DISTANCE_EDGES_M)[0],
         "heading": np.histogram(images["heading"] % 360, _HEADING_EDGES_DEG)[0],
     }
-
-
-def cells(images: pd.DataFrame, split: str, cell_m: float) -> pd.DataFrame:
-    """Images by dataset and cell: see cell_maps.count_cells."""
-    ids = geo.cell_ids(images["target_lat"], images["target_lon"], cell_m)
-    return cell_maps.count_cells(images["dataset_id"].to_numpy(), ids, np.full(len(images), split))
 
 
 def totals(rows: pd.DataFrame) -> dict[str, dict[str, int]]:

@@ -12,33 +12,30 @@ from markupsafe import Markup
 
 from common import pages
 
-# told apart by line or marker as well as by colour
-_LOOKS = {
+_LOOKS: dict[str, dict] = {  # of the lines: different in more than colour
     "raw": {"color": "#8c8c8c", "linestyle": ":"},
     "pca": {"color": "#b07ad0", "linestyle": "-."},
     "whitening": {"color": "#e08a1e", "linestyle": "--"},
     "trained": {"color": "#2a86d8", "linestyle": "-"},
 }
 _FURTHER_COLOURS = ("#3a9d4e", "#d4483b", "#12a5a5", "#c2a800", "#d667a8", "#7a5a40")
-_MARKERS = "osD^vP"
+_FURTHER_LOOKS = [
+    {"color": colour, "marker": marker, "markersize": 3, "markevery": 6}
+    for colour, marker in zip(_FURTHER_COLOURS, "osD^vP", strict=True)
+]
 MAX_CLASSES = 12  # bars that fit a figure
 
 
 def _looks(methods: list[str]) -> dict[str, dict]:
     """Keyword arguments of `plot` for each method."""
-    looks: dict[str, dict] = dict(_LOOKS)
-    further = zip(itertools.cycle(_FURTHER_COLOURS), itertools.cycle(_MARKERS))
-    for method in methods:
-        if method not in looks:
-            colour, marker = next(further)
-            looks[method] = {"color": colour, "marker": marker, "markersize": 3, "markevery": 6}
-    return {method: looks[method] for method in methods}
+    further = itertools.cycle(_FURTHER_LOOKS)
+    return {method: _LOOKS.get(method) or next(further) for method in methods}
 
 
 @matplotlib.rc_context(pages.STYLE)
 def recall_curve(curve: dict) -> Markup:
     """Share of the queries whose best match is among the first k, for k up to 1000, by method."""
-    axes = pages.axes("k (results looked at)", "Recall@k, %")
+    axes = pages.axes("k", "Recall@k, %")
     looks = _looks(list(curve["methods"]))
     for number, (method, recall) in enumerate(curve["methods"].items()):
         # the first lines on top: a solid line would hide a dashed one
@@ -87,9 +84,7 @@ def histogram(pairs: dict, method: str) -> Markup:
         label = name.replace("_", "-")
         axes.stairs(shares, pairs["edges"], color=colour, linestyle=line, linewidth=1.4, label=label)
     axes.legend()
-    return pages.svg(
-        axes.figure, "Histograms of the cosine of matching pairs and of random pairs that do not match"
-    )
+    return pages.svg(axes.figure, "Histograms of the cosine of matching pairs and of random non-matching pairs")
 
 
 @matplotlib.rc_context(pages.STYLE)

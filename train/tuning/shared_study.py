@@ -195,8 +195,9 @@ def best_trial(study: optuna.Study, number: int | None = None) -> FrozenTrial:
         raise PipelineError(f"none of the study's {len(study.trials)} trials has finished")
     if number is None:
         return max(finished, key=lambda trial: (trial.value, -trial.number))
-    for trial in finished:
-        if trial.number == number:
-            return trial
-    numbers = ", ".join(str(trial.number) for trial in finished)
-    raise PipelineError(f"--trial {number} is not a finished trial; finished: {numbers}")
+    by_number = {trial.number: trial for trial in finished}
+    if number not in by_number:
+        raise PipelineError(
+            f"--trial {number} is not a finished trial; finished: {', '.join(map(str, by_number))}"
+        )
+    return by_number[number]
