@@ -6,7 +6,7 @@ Rows are sorted by building and, within one, by patch; of several duplicates the
 import numpy as np
 from scipy.spatial import cKDTree
 
-from common.places.zones import number_buildings, ranges
+from common.places.zones import number_buildings
 
 _CHUNK_CELLS = 2**21  # hashes compared at a time
 
@@ -71,27 +71,13 @@ def across_buildings(
     """
     order, starts = sort_groups(content_hash)
     shared = is_mixed(building, order, starts)
-    sizes = np.diff(starts, append=len(order))[shared]
-    rows = order[ranges(starts[shared], starts[shared] + sizes)]
-    group = np.repeat(np.arange(len(sizes)), sizes)
+    ends = np.append(starts[1:], len(order))
     drop = np.zeros(len(building), bool)
-    drop[rows] = _any_far_apart(building_xyz[building[rows]], group, len(sizes), radius_m)[group]
+    for start, end in zip(starts[shared], ends[shared], strict=True):
+        rows = order[start:end]
+        tree = cKDTree(building_xyz[building[rows]])  # 100,000 rows, at one place or at many, cost little
+        drop[rows] = tree.count_neighbors(tree, radius_m) < len(rows) ** 2
     return drop
-
-
-def _any_far_apart(xyz: np.ndarray, group: np.ndarray, num_groups: int, radius_m: float) -> np.ndarray:
-    """(G,) bool: groups with two positions more than `radius_m` apart. `group`: (n,) ascending, 0..G-1."""
-    distinct = np.unique(np.column_stack([group, xyz]), axis=0)  # a bad label's 0/0 may occur 100,000 times
-    group, xyz = distinct[:, 0].astype(np.int64), distinct[:, 1:]
-    starts = np.searchsorted(group, np.arange(num_groups + 1))
-    to_first = np.linalg.norm(xyz - xyz[starts[group]], axis=1)
-    is_far = np.bincount(group, to_first > radius_m, num_groups) > 0
-    # elsewhere two such positions are not the first one, and one of them is more than half the radius from it
-    open_groups = ~is_far & (np.diff(starts) > 2) & (np.bincount(group, to_first > radius_m / 2, num_groups) > 0)
-    for g in np.flatnonzero(open_groups):
-        tree = cKDTree(xyz[starts[g] : starts[g + 1]])
-        is_far[g] = tree.count_neighbors(tree, radius_m) < tree.n**2
-    return is_far
 
 
 def count_lookalikes(building: np.ndarray, content_hash: np.ndarray, phash: np.ndarray, dhash: np.ndarray) -> int:
