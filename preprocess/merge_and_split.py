@@ -59,7 +59,7 @@ def main(argv=None) -> int:
         if any(report["in_two_splits"].values()):
             raise AssertionError(f"the split leaks: {report['in_two_splits']}")
         progress.add(0, 0, {reason: count for reason, count in decision.dropped.items() if count})
-        # an older report must not lie beside new splits: it is deleted first, and the new one is written last
+        # an older report must not remain beside new splits: it is deleted first, and the new one is written last
         report_path.unlink(missing_ok=True)
         sheet_path.unlink(missing_ok=True)
         ids = merge_files.write_splits(sources, images, decision, targets, made, progress)

@@ -37,7 +37,7 @@ def main(argv=None) -> int:
     made = provenance.record("summarize_ids", config.values(cfg, "data.split_cell_m"), ids)
     folder = cfg.paths.summary_dir
     files.refuse_leftovers(folder, "report", "*.json", "*.html", "summary_intermediates.parquet")
-    # a folder of its own before the merge: what was counted then must not stand in the way of counting its splits
+    # a separate folder before the merge, so that its summary does not block that of the splits
     if sources[0][1] not in schemas.SPLITS:
         folder = files.beside(folder, "intermediates")
     table = folder / "summary.parquet"

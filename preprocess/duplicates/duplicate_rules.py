@@ -25,7 +25,7 @@ def is_mixed(values: np.ndarray, order: np.ndarray, starts: np.ndarray) -> np.nd
 
 def within_buildings(building: np.ndarray, phash: np.ndarray, dhash: np.ndarray, max_hamming: int) -> np.ndarray:
     """(N,) int32: for a duplicate the first row of its building that is kept and differs in at most `max_hamming`
-    bits of either hash; -1 for a row that is kept. `building`: (N,) ascending.
+    bits of each hash; -1 for a row that is kept. `building`: (N,) ascending.
 
     Equal hashes are grouped first, so that n copies of an image cost nothing; the n distinct images of a building
     take n^2 / 2 comparisons, made for all buildings of one size at once.

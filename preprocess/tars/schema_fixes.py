@@ -61,19 +61,19 @@ def fix(table: pa.Table, stem: str) -> tuple[pa.Table, list[str]]:
 
 def _derive(columns: Columns, stem: str, num_rows: int) -> Columns:
     """The missing columns that follow from others or from the file's name."""
-    known = dict(columns)
+    complete = dict(columns)
     for name, number in _TEXT_IDS.items():
         if name in columns and not {"dataset_id", number} <= set(columns):
             for part, values in zip(("dataset_id", number), _parse(columns[name]), strict=True):
-                if part not in known and not values.null_count:
-                    known[part] = values.cast(INTERMEDIATES.field(part).type)
-    if "dataset_id" not in known and stem.isdecimal():
-        known["dataset_id"] = pa.chunked_array([pa.repeat(pa.scalar(int(stem), pa.int32()), num_rows)])
+                if part not in complete and not values.null_count:
+                    complete[part] = values.cast(INTERMEDIATES.field(part).type)
+    if "dataset_id" not in complete and stem.isdecimal():
+        complete["dataset_id"] = pa.chunked_array([pa.repeat(pa.scalar(int(stem), pa.int32()), num_rows)])
     for name, number in _TEXT_IDS.items():
-        if name not in known and {"dataset_id", number} <= set(known):
-            known[name] = _text_ids(known["dataset_id"], known[number])
-    known.setdefault("tar_file", pa.chunked_array([pa.repeat(f"{stem}.tar", num_rows)]))
-    return {name: column for name, column in known.items() if name not in columns}
+        if name not in complete and {"dataset_id", number} <= set(complete):
+            complete[name] = _text_ids(complete["dataset_id"], complete[number])
+    complete.setdefault("tar_file", pa.chunked_array([pa.repeat(f"{stem}.tar", num_rows)]))
+    return {name: column for name, column in complete.items() if name not in columns}
 
 
 def _text_ids(dataset: pa.ChunkedArray, number: pa.ChunkedArray) -> pa.ChunkedArray:

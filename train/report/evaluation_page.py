@@ -70,7 +70,7 @@ def render(
     tiles = [tile for rows in sheets.values() for row in rows for tile in row]
     return pages.render(
         _TEMPLATE,
-        found=figures,
+        results=figures,
         subject=figures["subject"],
         shown=shown,
         metrics={key: _TITLES[key] for key in _COLUMNS},
@@ -104,7 +104,7 @@ def table(figures: dict) -> str:
         f"ignore zone {figures['ignore_radius_m']:g} m",
     ]
     if counts["queries_without_match"]:
-        lines.append(f"{counts['queries_without_match']:,} more queries have no match and are left out")
+        lines.append(f"{counts['queries_without_match']:,} more queries have no match and are excluded")
     rows = [(method, "", metrics) for method, metrics in figures["methods"].items()]
     rows += [(pair.replace("-", " - ", 1), "+", metrics) for pair, metrics in figures["differences"].items()]
     width = 1 + max(len(name) for name, _, _ in rows)
