@@ -1,12 +1,11 @@
-"""Perceptual hashes (pHash and dHash, 64 bits each) of every image, to find pictures that are there twice.
+"""Perceptual hashes (pHash and dHash, 64 bits each) of every image, to find duplicates.
 
 Reads    data/intermediates/<tar>.parquet; the JPEGs, by offset, from data/raw/<tar>.tar
 Writes   data/fingerprints/<tar>-<part>.parquet: a row per image, in the order of the intermediates
-Command  python preprocess/compute_fingerprints.py [--shard 3 --num-shards 40]; of more tasks than tars, several
-         share the parts of one
-Memory   64 JPEGs and one picture's pixels per thread, 300 bytes for each image of one tar (135 MB for 450,000),
-         and for gzip tars twice 64 MB and 0.4 % of one (240 MB for 14 GB)
-Time     about 1,000 images of 640 x 640 pixels a second and core; 200 with data.fingerprint = "exact"
+Command  python preprocess/compute_fingerprints.py [--shard 3 --num-shards 40]; more shards than tars are possible
+Memory   64 JPEGs and the pixels of one image per thread, 300 bytes per image of one tar (135 MB for 450,000), and
+         for gzip tars twice 64 MB and 0.4 % of one (240 MB for 14 GB)
+Time     about 1,000 images of 640 x 640 pixels per second and core; 200 with data.fingerprint = "exact"
 """
 
 import sys
@@ -45,15 +44,14 @@ def main(argv=None) -> int:
     from common.imagery import tar_images
     from preprocess.duplicates import fingerprints
 
-    fingerprints.refuse_whole_tars(cfg.paths.fingerprints_dir)
     todo, num_parts = tar_parts.missing(cfg, STAGE, args.shard, args.num_shards, args.overwrite)
     if not todo:
         return cli.nothing_to_do("compute_fingerprints", f"{num_parts:,} files")
 
     store, total = tar_images.of_paths(cfg.paths), sum(part.count for part in todo)
-    failures = []
+    failures = {}
     with (
-        threadpool_limits(1),  # the threads are over images: matrix products with threads of their own stall them
+        threadpool_limits(1),  # one thread per image: multi-threaded matrix products would stall the others
         ThreadPoolExecutor(cfg.infrastructure.threads) as pool,
         cli.Progress("compute_fingerprints", "image", total, cfg.logging.progress_interval_s) as progress,
     ):
@@ -65,9 +63,8 @@ def main(argv=None) -> int:
         for part in todo:
             try:
                 fingerprints.write(part, store, cfg.data.fingerprint, pool, on_images=show)
-            except PipelineError as error:  # of this tar: the others go on
-                if str(error) not in failures:  # as another part's
-                    failures.append(str(error))
+            except PipelineError as error:  # go on with the other tars
+                failures[str(error)] = part  # parts of one tar fail alike
     progress.summary()
     if failures:
         raise PipelineError("\n".join(failures))

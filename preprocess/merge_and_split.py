@@ -1,22 +1,21 @@
 """Drop duplicates, split the map into train, val and test, and write each split's embeddings to one file.
 
-The rules, in this order, each image being counted under the first that drops it: no embedding; the same picture
-twice at a building; one picture, byte for byte, at buildings far apart; within the buffer between two splits; a
-panorama, or a picture, that a later split has too; buildings with fewer than 2 images left.
+An image is dropped, and counted, under the first of these that applies: it has no embedding; its building has a
+near-identical image; the same JPEG belongs to distant buildings; it is in the buffer between two splits; a later
+split has its panorama, or its JPEG; its building has fewer than 2 images left.
 
 Reads    data/intermediates, data/fingerprints and data/embeddings of every tar in data/raw
 Writes   data/merged/{train,val,test}.parquet, sorted by (dataset_id, target_id, patch_id);
          data/merged_report/split_report.json: what was dropped and why, ratios, the proof that nothing leaks;
          data/merged_report/split_map.png: the cells by split;
-         data/merged_report/duplicates.png: the largest groups of duplicates, where there are any and the tars are
-         there
+         data/merged_report/duplicates.png: the largest groups of duplicates, if any and if the tars are available
 Command  python preprocess/merge_and_split.py
-Memory   about 280 bytes for each image; then three times the embeddings of the largest tar, three row groups of 32
-         MB, and as much on its way to the disk: 25 M images of 4096 dimensions, 450,000 to a tar, take 7 GB and
-         11 GB
-Time     the disk's: each embedding is read once and written once
+Memory   about 280 bytes per image, then three times the embeddings of the largest tar and 200 MB of row groups:
+         25 M images with 4096 dimensions, 450,000 per tar, take 7 GB and then 11 GB
+Time     bound by the disk: each embedding is read once and written once
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,8 +58,7 @@ def main(argv=None) -> int:
     from common import files, parquet, provenance, schemas
     from common.archives import tars
     from common.imagery.tar_images import of_paths
-    from preprocess.duplicates import duplicate_sheet
-    from preprocess.split import merge_files, split_report, split_rules
+    from preprocess.split import duplicate_sheet, merge_files, split_report, split_rules
 
     files.refuse_leftovers(cfg.paths.merged_dir, "report", *REPORT)
     sources = merge_files.find(cfg, tars.of_shard(cfg.paths.raw_dir, 0, 1))
@@ -79,7 +77,7 @@ def main(argv=None) -> int:
         if any(report["in_two_splits"].values()):
             raise AssertionError(f"the split leaks: {report['in_two_splits']}")
         progress.add(0, 0, {reason: count for reason, count in decision.dropped.items() if count})
-        # the report of an older merge must not stand beside new splits: it goes first and comes last
+        # an older report must not remain beside new splits: it is deleted first, and the new one is written last
         report_path.unlink(missing_ok=True)
         sheet_path.unlink(missing_ok=True)
         ids = merge_files.write_splits(sources, images, decision, targets, made, progress)
@@ -88,11 +86,11 @@ def main(argv=None) -> int:
         try:
             if groups:
                 files.write_bytes(sheet_path, duplicate_sheet.draw(groups, sources, of_paths(cfg.paths)))
-        except PipelineError as error:  # the tars are not needed for the merge
-            cli.log.warning("no sheet of duplicates: %s", str(error).splitlines()[0])
-        known = made.finished(provenance.digest_of(*ids), {"in": len(images), "out": progress.rows_out})
-        files.write_text(report_path, split_report.to_json(report, known.to_dict()))
-    print(split_report.tell(report))
+        except PipelineError as error:  # the merge itself does not need the tars
+            cli.log.warning("%s not written: %s", sheet_path.name, parquet.first_line(error))
+        record = made.finished(provenance.digest_of(*ids), {"in": len(images), "out": progress.rows_out})
+        files.write_text(report_path, json.dumps({**report, "provenance": record.to_dict()}, indent=2) + "\n")
+    print(split_report.as_text(report))
     return progress.summary()
 
 

@@ -1,10 +1,10 @@
-"""Count buildings, images, views per building and panoramas, by dataset and by split; show how they are spread.
+"""Count buildings, images, views per building and panoramas, by dataset and by split, and show distributions.
 
-Reads    data/merged/{train,val,test}.parquet if they are there, else data/intermediates/*.parquet
+Reads    data/merged/{train,val,test}.parquet if they exist, else data/intermediates/*.parquet
 Writes   data/summary/summary.parquet: a row per split and dataset;
          data/summary_report/summary.json: the same, totals and histograms;
          data/summary_report/summary.html: one page with the figures and a map;
-         the same in data/summary_intermediates and data/summary_intermediates_report, from intermediates
+         from intermediates, the same to data/summary_intermediates and data/summary_intermediates_report
 Command  python preprocess/summarize_ids.py
 Memory   about 150 bytes for each image of the largest file: 3 GB for 20 M images in train
 """
@@ -45,6 +45,8 @@ def main(argv=None) -> int:
     import pandas as pd
 
     from common import files, parquet, schemas
+    from common.places import geo
+    from preprocess.split import cell_maps
     from preprocess.summary import id_summary
 
     sources = find_sources(cfg.paths)
@@ -55,18 +57,19 @@ def main(argv=None) -> int:
         return cli.nothing_to_do("summarize_ids", f"{table.parent}")
 
     rows, places = [], []
-    spread: dict[str, dict[str, np.ndarray]] = {}
+    histograms: dict[str, dict[str, np.ndarray]] = {split: {} for _, split in sources}
     total = sum(parquet.num_rows(path) for path, _ in sources)
     with cli.Progress("summarize_ids", "image", total, cfg.logging.progress_interval_s) as progress:
         for path, split in sources:
-            images = id_summary.read(path)
+            images = parquet.read(path, id_summary.COLUMNS).to_pandas()
             rows.append(id_summary.by_dataset(images, split))
-            places.append(id_summary.cells(images, split, cfg.data.split_cell_m))
-            found = id_summary.histograms(images)
-            spread[split] = {name: counts + spread.get(split, {}).get(name, 0) for name, counts in found.items()}
+            cell = geo.cell_ids(images["target_lat"], images["target_lon"], cfg.data.split_cell_m)
+            places.append(cell_maps.count_cells(images["dataset_id"], cell, split))
+            for name, counts in id_summary.histograms(images).items():
+                histograms[split][name] = histograms[split].get(name, 0) + counts
             progress.add(len(images))
         rows = pd.concat(rows, ignore_index=True)
-        files.write_text(page, id_summary.page(rows, spread, pd.concat(places), cfg.data.split_cell_m))
+        files.write_text(page, id_summary.page(rows, histograms, pd.concat(places), cfg.data.split_cell_m))
         with parquet.writer(table, schemas.SUMMARY, made) as out:
             out.append({name: rows[name].to_numpy() for name in schemas.SUMMARY.names})
             out.rows = {"in": total}
@@ -74,7 +77,8 @@ def main(argv=None) -> int:
             "splits": id_summary.totals(rows),
             "datasets": rows.to_dict("records"),
             "histograms": {
-                split: {name: c.tolist() for name, c in found.items()} for split, found in spread.items()
+                split: {name: counts.tolist() for name, counts in of_split.items()}
+                for split, of_split in histograms.items()
             },
             "provenance": parquet.read_provenance(table).to_dict(),
         }
@@ -83,7 +87,7 @@ def main(argv=None) -> int:
 
 
 def find_sources(paths) -> list[tuple[Path, str]]:
-    """The files to read, each with the split that its images are in."""
+    """The files to read, each with the split of its images."""
     from common import schemas
 
     merged = [(paths.merged_dir / f"{split}.parquet", split) for split in schemas.SPLITS]

@@ -78,9 +78,9 @@ def no_curves(monkeypatch):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Reports have the texts of their figures alone: drawing them takes longer than a small evaluation."""
-    from train.report import evaluation_figures
+    from common import pages
 
-    monkeypatch.setattr(evaluation_figures, "svg", lambda figure, alt: alt)
+    monkeypatch.setattr(pages, "svg", lambda figure, alt: alt)
 
 
 @pytest.fixture

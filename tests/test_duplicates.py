@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from invented_city import city, data, images_of, u64
 
-from preprocess.duplicates import duplicate_rules, duplicate_sheet
-from preprocess.split import split_rules
+from preprocess.duplicates import duplicate_rules
+from preprocess.split import duplicate_sheet, split_rules
 
 ALL = 2**64 - 1
 

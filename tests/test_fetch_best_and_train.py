@@ -90,7 +90,7 @@ def test_a_trial_can_be_named(root, capsys):
     named = flags(root, "training.run=named")
     assert fetch_best_and_train.main([*named, "--trial", str(other.number)]) == 0
     assert checkpoint(root, "named")["config"]["training.margin"] == other.params["margin"]
-    with pytest.raises(PipelineError, match=r"--trial 99 is not a finished trial; those are 0, 1, 2"):
+    with pytest.raises(PipelineError, match=r"--trial 99 is not a finished trial; finished: 0, 1, 2"):
         fetch_best_and_train.main([*named, "--trial", "99"])
 
 

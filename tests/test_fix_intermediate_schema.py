@@ -128,6 +128,11 @@ def test_whole_numbers_that_a_float_holds_exactly_are_taken(right):
     assert fix(table, "0088")[0].equals(right)
 
 
+def test_a_tar_may_be_named_tar_gz(right):
+    table = replaced(right, "tar_file", pa.array(["0088.tar.gz"] * right.num_rows))
+    assert fix(table, "0088") == (table, [])
+
+
 def test_a_file_without_rows_is_fixed(right):
     empty = replaced(right.slice(0, 0), "distance", pa.array([], pa.float64()))
     assert fix(empty, "0088")[0].equals(right.slice(0, 0))

@@ -159,7 +159,7 @@ def test_a_database_that_goes_away_is_told_without_its_password(merged, tmp_path
         connection.execute(sqlalchemy.text("create database leaving"))
     monkeypatch.setattr(study_trials, "fit", gone)
     url = postgres.replace("/postgres?", "/leaving?")
-    with pytest.raises(PipelineError, match=r"tuner:\*\*\*@.* answers no more: ") as told:
+    with pytest.raises(PipelineError, match=r"connection to .*tuner:\*\*\*@.* lost: ") as told:
         optuna_worker.main(flags(merged, f"tuning.study_storage={url}", f"paths.study_dir={tmp_path}"))
     assert "secret" not in str(told.value)
 
@@ -171,7 +171,7 @@ def made_of(merged, tmp_path):
 @pytest.mark.parametrize(
     ("url", "error", "message"),
     [
-        ("postgresql://u:secret@/postgres?host=/nowhere", PipelineError, r"u:\*\*\*@.* does not answer"),
+        ("postgresql://u:secret@/postgres?host=/nowhere", PipelineError, r"cannot connect to .*u:\*\*\*@"),
         ("mysql://u:secret@host/x", ConfigError, "journal"),
         ("journall", ConfigError, "journal"),
     ],
@@ -225,7 +225,7 @@ def test_a_damaged_journal_is_named(cfg, quick):
     work(cfg, open_study(cfg), max_trials=1)
     journal = cfg.paths.study_dir / "journal.log"
     journal.write_text(journal.read_text().replace('{"op_code":4', '{"op_code', 1))
-    with pytest.raises(PipelineError, match=r"journal\.log is damaged .*move it away"):
+    with pytest.raises(PipelineError, match=r"(?s)journal\.log is damaged .*move it away"):
         open_study(cfg)
 
 

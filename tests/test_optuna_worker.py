@@ -329,7 +329,7 @@ def test_a_worker_with_nothing_finished_yet_leaves_well(merged, tmp_path, capsys
     assert optuna_worker.main([*arguments, "--minutes", "0"]) == 0
     assert "no trial has finished yet" in capsys.readouterr().out
     study_page.write(tmp_path / "page.html", open_study(load(merged, tmp_path)))
-    assert "None has finished yet" in (tmp_path / "page.html").read_text()
+    assert "No trial has finished yet" in (tmp_path / "page.html").read_text()
 
 
 def test_a_worker_whose_trials_all_fail_says_why(merged, tmp_path, monkeypatch, quick):

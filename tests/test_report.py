@@ -21,7 +21,7 @@ from common import config
 from common.imagery import pictures, tar_images
 from train import evaluate
 from train.evaluation import gallery, metrics, metrics_json
-from train.report import evaluation_figures, evaluation_page, query_sheets
+from train.report import evaluation_figures, query_sheets
 
 
 class Page(HTMLParser):
@@ -215,8 +215,8 @@ def test_a_dollar_in_the_name_of_a_file_is_no_formula():
 
 
 def test_numbers_as_people_write_them():
-    assert evaluation_page.percent({"value": 0.4831, "low": None, "high": None}) == "48.3"
-    assert evaluation_page.percent({"value": -0.0001, "low": -0.012, "high": 0.0034}, "+") == "+0.0 [-1.2, +0.3]"
+    assert metrics_json.percent({"value": 0.4831, "low": None, "high": None}) == "48.3"
+    assert metrics_json.percent({"value": -0.0001, "low": -0.012, "high": 0.0034}, "+") == "+0.0 [-1.2, +0.3]"
     assert metrics_json.flat({"a": {"b": 1, "c": [{"d": 2}]}, "e": 3}) == {"a.b": 1, "a.c.0.d": 2, "e": 3}
 
 

@@ -86,7 +86,7 @@ def test_the_page_is_whole_and_fits(report, tmp_path, width):
     found, console, asked = look_at(tmp_path, report, width)
     assert console == asked == []
     assert found["wider_by"] == 0
-    titles = ["Results", "Where it is hard", "To look at", "Training", "Nothing leaks", "Settings"]
+    titles = ["Results", "Where it is hard", "Examples", "Training", "Leakage check", "Settings"]
     assert found["headings"] == titles
     assert len(found["figures"]) == 9  # recall, cosines, five breakdowns, training, bands
     assert all(name and shown > 250 for name, shown in found["figures"])

@@ -67,7 +67,7 @@ def main(argv=None) -> int:
         return cli.nothing_to_do("optuna_worker", f"{cfg.tuning.num_trials} trials")
 
     progress = cli.Progress("optuna_worker", "trial", args.trials, cfg.logging.progress_interval_s)
-    with study_storage.loss_told(cfg), progress:
+    with study_storage.reported_connection_errors(cfg), progress:
         study_trials.work(cfg, tuning, progress, args.trials, args.minutes)
     study_page.write(page_path, tuning)
     if shared_study.finished_trials(tuning):

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
-from common import files, parquet
+from common import files, pages, parquet
 from common.imagery import pictures, tar_images
 from common.places import geo
 from difficulty import bands
@@ -20,7 +20,6 @@ log = logging.getLogger("pipeline")
 SAMPLED = 4_096  # anchors that the pairs of the sheet are drawn from
 SHOWN = 5  # pairs of a band
 _LABEL_WIDTH = 0.03  # of an edge's label, along its axis
-_COLOURS = ["#7f0000", "#b30000", "#d7301f", "#ef6548", "#fc8d59", "#8c96c6", "#4c78a8"]  # of bands, hardest first
 
 
 class Report:
@@ -103,7 +102,7 @@ def draw(table: BandCounts, ratio_counts: np.ndarray) -> Figure:
     figure = Figure(figsize=(11, 7.5), dpi=100, layout="constrained")
     (edges, similar), (far, near) = figure.subplots(2, 2)
     names = [f"{b}" for b in range(len(table.pairs))]
-    colours = [_COLOURS[b * (len(_COLOURS) - 1) // max(1, len(names) - 1)] for b in range(len(names))]
+    colours = pages.arm_colours(len(names))[:-1]
     _draw_edges(edges, table.edges, ratio_counts, colours)
 
     for b, counts in enumerate(table.similarities):

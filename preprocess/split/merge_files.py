@@ -1,34 +1,30 @@
-"""The files that are merged: found, checked to belong together, read, and written anew by split."""
+"""The files to merge: listed, checked to belong together, read, and rewritten by split."""
 
 import contextlib
 import itertools
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from common import parquet, schemas
 from common.archives import tar_parts, tars
 from common.cli import Progress
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance
-from common.sections import Config
+from common.sections import Config, Paths
 from preprocess.split.split_rules import Decision, Images
 
 _FROM_INTERMEDIATES = ("dataset_id", "target_id", "patch_id", "street_view_id", "target_lat", "target_lon")
-_MAKERS = {
-    "intermediates": "preprocess/process_tar.py",
-    "fingerprints": "preprocess/compute_fingerprints.py",
-    "embeddings": "generate/generate_embeddings.py",
-}
+_SCRIPTS = {"fingerprints": "preprocess/compute_fingerprints.py", "embeddings": "generate/generate_embeddings.py"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one tar, which are those of one dataset."""
+    """The files of one tar, which holds one dataset."""
 
     dataset_id: int
     intermediates: Path
@@ -49,70 +45,120 @@ class Sources:
 
 
 def find(cfg: Config, listing: list[Path]) -> Sources:
-    """The files of all tars of `listing`. Raises PipelineError if some lack, StaleArtefact if they do not fit."""
+    """The files of all tars of `listing`. Raises PipelineError if some are missing, StaleArtefact if they do not
+    belong together."""
     paths, ids, sources, models = cfg.paths, {}, [], {}
-    names = [f"{tars.stem(tar)}.parquet" for tar in listing]
-    _refuse_without_tar(paths, names)
-    _refuse_missing("intermediates", [paths.intermediates_dir / name for name in names])
     folders = {"fingerprints": paths.fingerprints_dir, "embeddings": paths.embeddings_dir}
-    parts_of = {stage: _parts_by_tar(folder) for stage, folder in folders.items()}
-    for tar, name in zip(listing, names, strict=True):
-        intermediates = paths.intermediates_dir / name
-        made, num_rows = parquet.read_provenance(intermediates), parquet.num_rows(intermediates)
-        ids[f"intermediates/{name}"] = made.id
-        files: dict[str, list[Path]] = {}
+    _refuse_without_tar(paths, [tars.stem(tar) for tar in listing])
+    _require_all(
+        [paths.intermediates_dir / f"{tars.stem(tar)}.parquet" for tar in listing], "preprocess/process_tar.py"
+    )
+    for tar in listing:
+        intermediates = paths.intermediates_dir / f"{tars.stem(tar)}.parquet"
+        record, num_rows = parquet.read_provenance(intermediates), parquet.num_rows(intermediates)
+        ids[f"intermediates/{intermediates.name}"] = record.id
+        num_parts = tar_parts.count(num_rows, cfg.data.rows_per_part)
+        parts = {stage: tar_parts.targets(folder, tar, num_parts) for stage, folder in folders.items()}
         for stage, folder in folders.items():
-            files[stage] = tar_parts.targets(folder, tar, tar_parts.count(num_rows, cfg.data.rows_per_part))
-            existing = parts_of[stage].get(tars.stem(tar), [])
-            _refuse_missing(stage, [path for path in files[stage] if path not in existing])
-            _refuse_surplus(sorted(set(existing) - set(files[stage])), stage, cfg.data.rows_per_part)
-            for path in files[stage]:
-                known = parquet.read_provenance(path)
-                _refuse_others(path, known.inputs.get(name), intermediates, made.id, stage)
-                ids[f"{stage}/{path.name}"] = known.id
+            _require_all(parts[stage], _SCRIPTS[stage])
+            tar_parts.refuse_surplus(folder, tars.stem(tar), num_parts, overwrite=False)
+            for path in parts[stage]:
+                part = parquet.read_provenance(path)
+                used = part.inputs.get(intermediates.name)
+                if used != record.id:
+                    raise StaleArtefact(
+                        f"{path} was made from another {intermediates} ({used} then, {record.id} now)\n"
+                        f"rerun {_SCRIPTS[stage]} with --overwrite"
+                    )
+                ids[f"{stage}/{path.name}"] = part.id
                 if stage == "embeddings":
-                    models[path] = _model(known)
-        sources.append(Source(_dataset_of(intermediates), intermediates, **files, num_rows=num_rows))
+                    models[path] = _model(part)
+        sources.append(Source(_dataset_of(intermediates), intermediates, **parts, num_rows=num_rows))
     sources.sort(key=lambda source: source.dataset_id)
     for one, other in itertools.pairwise(sources):
         if one.dataset_id == other.dataset_id >= 0:
             raise PipelineError(
                 f"{one.intermediates} and {other.intermediates} are both of dataset {one.dataset_id}\n"
-                "keep one tar for each dataset in paths.raw_dir"
+                "keep only one tar per dataset in paths.raw_dir"
             )
-    return Sources(sources, ids, _one_model(models))
+    return Sources(sources, ids, _only_model(models))
+
+
+def _require_all(paths: list[Path], script: str) -> None:
+    missing = [path for path in paths if not path.exists()]
+    if missing:
+        more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
+        raise PipelineError(f"{missing[0]}{more} does not exist: run {script} first")
+
+
+def _refuse_without_tar(paths: Paths, stems: list[str]) -> None:
+    """Raise PipelineError if images would be left out because their tar is no longer in raw_dir."""
+    lost = sorted({path.stem for path in paths.intermediates_dir.glob("*.parquet")} - set(stems))
+    if lost:
+        names = ", ".join(lost[:5]) + (" and more" if len(lost) > 5 else "")
+        raise PipelineError(
+            f"{paths.intermediates_dir} has {names}, but {paths.raw_dir} has no such tar\n"
+            "restore the tars, or delete everything made from them"
+        )
+
+
+def _dataset_of(intermediates: Path) -> int:
+    """The dataset of all rows; -1 if there are none."""
+    datasets = np.unique(parquet.read(intermediates, ["dataset_id"])["dataset_id"].to_numpy())
+    if len(datasets) > 1:
+        raise PipelineError(
+            f"{intermediates} has rows of datasets {', '.join(map(str, datasets[:5]))}; a tar is one dataset\n"
+            "rerun preprocess/process_tar.py with --overwrite"
+        )
+    return int(datasets[0]) if len(datasets) else -1
+
+
+def _model(record: Provenance) -> dict:
+    """The model that made the embeddings, by their record: its settings, and what loading it determined."""
+    settings = {key.partition(".")[2]: value for key, value in record.config.items() if "embedding_model." in key}
+    facts = {key: value for key, value in record.facts.items() if value is not None and key != "model"}
+    return settings | facts
+
+
+def _only_model(models: dict[Path, dict]) -> dict:
+    """The model that all parts share. Raises StaleArtefact with the names of two parts that differ."""
+    (first, model), *others = models.items()
+    for path, other in others:
+        for key in sorted({*model, *other}):
+            if model.get(key) != other.get(key):
+                raise StaleArtefact(
+                    f"{first} was made with {key} = {json.dumps(model.get(key))}, "
+                    f"{path} with {key} = {json.dumps(other.get(key))}\n"
+                    "embeddings of different models cannot be merged: recreate those of one with "
+                    "generate/generate_embeddings.py --overwrite"
+                )
+    return model
 
 
 def read_images(sources: Sources) -> Images:
-    """What decides about all images, sorted by (dataset_id, target_id, patch_id)."""
-    n = sources.num_rows
-    kinds = {"dataset_id": np.int32, "target_lat": np.float64, "target_lon": np.float64}
-    arrays = {name: np.empty(n, kinds.get(name, np.int64)) for name in _FROM_INTERMEDIATES}
-    arrays.update({name: np.empty(n, np.uint64) for name in ("content_hash", "phash", "dhash")})
-    arrays["has_embedding"] = np.empty(n, bool)
-    end = 0
+    """The columns that the rules need, of all images, sorted by (dataset_id, target_id, patch_id)."""
+    tables = []
     for source in sources.of_tar:
-        start, end = end, end + source.num_rows
         table = parquet.read(source.intermediates, [*_FROM_INTERMEDIATES, "content_hash"])
         hashes = pa.concat_tables(parquet.read(part, ["phash", "dhash"]) for part in source.fingerprints)
-        columns = {name: part[name].to_numpy() for part in (table, hashes) for name in part.column_names}
-        embedded = [parquet.read(part, ["patch_id"])["patch_id"].to_numpy() for part in source.embeddings]
-        columns["has_embedding"] = np.isin(columns["patch_id"], np.concatenate(embedded))
-        order = np.lexsort((columns["patch_id"], columns["target_id"]))
-        for name, column in columns.items():
-            if len(column) != source.num_rows:
-                raise StaleArtefact(
-                    f"{source.fingerprints[0].parent} has {len(column):,} rows of {source.intermediates}, not "
-                    f"{source.num_rows:,}"
-                )
-            arrays[name][start:end] = column[order]
-    return Images(**arrays)
+        if hashes.num_rows != table.num_rows:
+            folder = source.fingerprints[0].parent
+            raise StaleArtefact(
+                f"{folder} has {hashes.num_rows:,} rows for the {table.num_rows:,} of {source.intermediates}"
+            )
+        embedded = pa.concat_tables(parquet.read(part, ["patch_id"]) for part in source.embeddings)["patch_id"]
+        has_embedding = pc.is_in(table["patch_id"], value_set=embedded)
+        names = [*table.column_names, *hashes.column_names, "has_embedding"]
+        table = pa.table([*table.columns, *hashes.columns, has_embedding], names)
+        tables.append(table.sort_by([("target_id", "ascending"), ("patch_id", "ascending")]))
+    images = pa.concat_tables(tables)
+    return Images(**{name: images[name].to_numpy() for name in images.column_names})
 
 
 def write_splits(
     sources: Sources, images: Images, decision: Decision, targets: list[Path], made: Provenance, progress: Progress
 ) -> list[str]:
-    """Write all splits in one pass over the embeddings, tar after tar; returns the files' ids."""
+    """Write all splits in one pass over the embeddings, tar by tar; returns the ids of the files."""
     schema = schemas.merged(sources.model["dim"])
     with contextlib.ExitStack() as stack:
         outs = [stack.enter_context(parquet.writer(target, schema, made)) for target in targets]
@@ -135,89 +181,10 @@ def write_splits(
 
 
 def _read_embedded(source: Source, patch_id: np.ndarray) -> tuple[pa.Table, np.ndarray, np.ndarray]:
-    """A tar's embedded images: columns, (n, D) float16, and for each of `patch_id` its row, if there is one."""
+    """A tar's embedded images: columns, (n, D) float16, and for each of `patch_id` its row, if it has one."""
     tables = [parquet.read(part) for part in source.embeddings]
     embeddings = np.concatenate([parquet.to_matrix(table["embedding"]) for table in tables])
     table = pa.concat_tables([table.drop_columns("embedding") for table in tables])
-    there = table["patch_id"].to_numpy()
-    order = np.argsort(there)
-    place = np.searchsorted(there, patch_id, sorter=order)
-    return table, embeddings, order[np.minimum(place, max(len(order) - 1, 0))] if len(order) else place
-
-
-def _parts_by_tar(folder: Path) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
-    for path in folder.glob("*.parquet"):
-        match = re.fullmatch(r"(.+)-\d+", path.stem)
-        if match:
-            found.setdefault(match[1], []).append(path)
-    return found
-
-
-def _dataset_of(intermediates: Path) -> int:
-    """The dataset of all rows; -1 if there are none."""
-    found = np.unique(parquet.read(intermediates, ["dataset_id"])["dataset_id"].to_numpy())
-    if len(found) > 1:
-        raise PipelineError(
-            f"{intermediates} has rows of datasets {', '.join(map(str, found[:5]))}; a tar is one dataset\n"
-            "run preprocess/process_tar.py again with --overwrite"
-        )
-    return int(found[0]) if len(found) else -1
-
-
-def _refuse_without_tar(paths, names: list[str]) -> None:
-    """Raise PipelineError if a tar's images would be left out because it is not in raw_dir any more."""
-    there = sorted(path.name for path in paths.intermediates_dir.glob("*.parquet"))
-    lost = [Path(name).stem for name in there if name not in names]
-    if lost:
-        raise PipelineError(
-            f"{paths.intermediates_dir} has {', '.join(lost[:5])}{' and more' if len(lost) > 5 else ''}, "
-            f"of which {paths.raw_dir} has no tar\n"
-            "put the tars back, or remove what was made from them, so that it is clear what is merged"
-        )
-
-
-def _refuse_missing(stage: str, paths: list[Path]) -> None:
-    missing = [path for path in paths if not path.exists()]
-    if missing:
-        more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
-        raise PipelineError(f"{missing[0]}{more} does not exist: run {_MAKERS[stage]} first")
-
-
-def _refuse_surplus(surplus: list[Path], stage: str, rows_per_part: int) -> None:
-    if surplus:
-        raise StaleArtefact(
-            f"{surplus[0]} is not one of its tar's parts, with data.rows_per_part = {rows_per_part}\n"
-            f"put that setting back, or delete the tar's {stage} and run {_MAKERS[stage]} again"
-        )
-
-
-def _refuse_others(path: Path, made_from: str | None, intermediates: Path, now: str, stage: str) -> None:
-    if made_from != now:
-        raise StaleArtefact(
-            f"{path} was made from another {intermediates} ({made_from} then, {now} now)\n"
-            f"run {_MAKERS[stage]} again with --overwrite"
-        )
-
-
-def _model(known: Provenance) -> dict:
-    """What made the embeddings, as their record names it: settings, and what loading the model found."""
-    settings = {key.partition(".")[2]: value for key, value in known.config.items() if "embedding_model." in key}
-    found = {key: value for key, value in known.facts.items() if value is not None and key != "model"}
-    return settings | found
-
-
-def _one_model(models: dict[Path, dict]) -> dict:
-    """The model that all parts share. Raises StaleArtefact that names two parts that differ."""
-    (first, model), *others = models.items()
-    for path, other in others:
-        different = [key for key in sorted({*model, *other}) if model.get(key) != other.get(key)]
-        if different:
-            key = different[0]
-            raise StaleArtefact(
-                f"{first} was made with {key} = {json.dumps(model.get(key))}, "
-                f"{path} with {key} = {json.dumps(other.get(key))}\n"
-                "embeddings of two models cannot be merged: redo one of them with "
-                "generate/generate_embeddings.py --overwrite"
-            )
-    return model
+    order = np.argsort(table["patch_id"].to_numpy())
+    place = np.searchsorted(table["patch_id"].to_numpy(), patch_id, sorter=order)
+    return table, embeddings, np.append(order, -1)[place]

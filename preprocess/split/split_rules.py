@@ -42,20 +42,19 @@ class Decision:
     split: np.ndarray  # (N,) int8: TRAIN, VAL, TEST or NONE
     building: np.ndarray  # (N,) int32, ascending
     cell: np.ndarray  # (N,) int64, see geo.cell_ids
-    dropped: dict[str, int]  # reason -> images, in the order in which the rules were applied
-    why: np.ndarray  # (N,) int8: which of `dropped` it is, by its place; -1 for an image that is kept
+    dropped: dict[str, int]  # reason -> images, in the order of the rules
+    why: np.ndarray  # (N,) int8: the position of its reason in `dropped`; -1 for an image that is kept
     like: np.ndarray  # (N,) int32: the image of its building that a duplicate is dropped for; -1 for all others
-    lookalikes: int  # images kept though they share both perceptual hashes with another building's
+    lookalikes: int  # images kept although another building has one with the same perceptual hashes
 
 
 def decide(images: Images, data: Data, seed: int) -> Decision:
     """Apply the rules, one after the other; an image is counted under the first that drops it."""
     building = number_buildings(images.dataset_id, images.target_id)
-    firsts = np.flatnonzero(np.diff(building, prepend=-1))  # a building is where its first image says
+    firsts = np.flatnonzero(np.diff(building, prepend=-1))  # the first image of each building gives its position
     lat, lon = images.target_lat[firsts], images.target_lon[firsts]
-    split = np.full(len(images), NONE, np.int8)
-    why = np.full(len(images), -1, np.int8)
-    rows = np.arange(len(images))  # still there
+    split, why = (np.full(len(images), NONE, np.int8) for _ in range(2))
+    rows = np.arange(len(images))  # not dropped yet
     dropped: dict[str, int] = {}
 
     def drop(reason: str, bad: np.ndarray) -> None:
@@ -66,56 +65,55 @@ def decide(images: Images, data: Data, seed: int) -> Decision:
         rows = rows[~bad]
 
     drop("embedding_missing", ~images.has_embedding)
-    hashes = images.phash, images.dhash
-    phash, dhash = (h[rows] for h in hashes)
+    phash, dhash = images.phash[rows], images.dhash[rows]
     near = duplicate_rules.within_buildings(building[rows], phash, dhash, data.dedup_max_hamming)
     like = np.full(len(images), -1, np.int32)
-    like[rows] = np.where(near < 0, -1, rows[near]) if len(rows) else near
+    like[rows] = np.append(rows, -1)[near]  # -1 stays -1
     drop("duplicate_within_building", near >= 0)
     xyz = geo.to_xyz_m(lat, lon)
     equal = duplicate_rules.across_buildings(building[rows], images.content_hash[rows], xyz, data.ignore_radius_m)
     drop("duplicate_across_buildings", equal)
-    lookalikes = duplicate_rules.count_lookalikes(*(c[rows] for c in (building, images.content_hash, *hashes)))
+    lookalikes = duplicate_rules.count_lookalikes(
+        building[rows], images.content_hash[rows], images.phash[rows], images.dhash[rows]
+    )
 
     cell = geo.cell_ids(lat, lon, data.split_cell_m)
     sizes = np.bincount(building[rows], minlength=len(firsts))
     ratios = (data.train_ratio, data.val_ratio, data.test_ratio)
     if data.split_by == "geo":
-        there = sizes > 0
-        cells, split_of_cell = assign_cells(cell[there], sizes[there], ratios, seed)
+        has_images = sizes > 0
+        cells, split_of_cell = assign_cells(cell[has_images], sizes[has_images], ratios, seed)
         split_of_building = np.full(len(firsts), NONE, np.int8)
-        split_of_building[there] = split_of_cell[np.searchsorted(cells, cell[there])]
+        split_of_building[has_images] = split_of_cell[np.searchsorted(cells, cell[has_images])]
         too_near = in_buffer(lat, lon, split_of_building, cells, split_of_cell, data)
     else:
         split_of_building = assign_buildings(sizes, ratios, seed)
         too_near = np.zeros(len(firsts), bool)
     split[rows] = split_of_building[building[rows]]
     drop("buffer", too_near[building[rows]])
-    panorama = images.dataset_id, images.street_view_id
-    drop("panorama", shared_with_later_split(split[rows], *(key[rows] for key in panorama)))
+    panorama = images.dataset_id[rows], images.street_view_id[rows]
+    drop("panorama", shared_with_later_split(split[rows], *panorama))
     drop("picture_in_two_splits", shared_with_later_split(split[rows], images.content_hash[rows]))
-    left = np.bincount(building[rows], minlength=len(firsts))
-    drop("single_view", left[building[rows]] < 2)
+    sizes = np.bincount(building[rows], minlength=len(firsts))
+    drop("single_view", sizes[building[rows]] < 2)
     return Decision(split, building, cell[building], dropped, why, like, lookalikes)
 
 
 def assign_cells(cell: np.ndarray, sizes: np.ndarray, ratios, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The cells, ascending, and the split of each: in random order, each to the split furthest below its ratio.
-
-    `cell`, `sizes`: the cell of each building and its number of images.
-    """
+    """The cells, ascending, and the split of each: in random order, each goes to the split furthest below its
+    ratio. `cell`, `sizes`: the cell of each building and its number of images."""
     cells, inverse = np.unique(cell, return_inverse=True)
     images = np.bincount(inverse, sizes, minlength=len(cells))
-    lacking = images.sum() * np.asarray(ratios)  # images that each split still lacks
+    missing = images.sum() * np.asarray(ratios)  # images that each split still needs
     split = np.zeros(len(cells), np.int8)
     for i in np.random.default_rng(seed).permutation(len(cells)):
-        split[i] = np.argmax(lacking)
-        lacking[split[i]] -= images[i]
+        split[i] = np.argmax(missing)
+        missing[split[i]] -= images[i]
     return cells, split
 
 
 def assign_buildings(sizes: np.ndarray, ratios, seed: int) -> np.ndarray:
-    """A split for each building, at random, in the ratios as counted in images. `sizes`: images of each."""
+    """A random split for each building; the ratios are in images. `sizes`: the number of images of each."""
     order = np.random.default_rng(seed).permutation(len(sizes))
     middle = np.cumsum(sizes[order]) - sizes[order] / 2
     split = np.empty(len(sizes), np.int8)
@@ -124,17 +122,10 @@ def assign_buildings(sizes: np.ndarray, ratios, seed: int) -> np.ndarray:
 
 
 def in_buffer(
-    lat: np.ndarray,
-    lon: np.ndarray,
-    split: np.ndarray,
-    cells: np.ndarray,
-    split_of_cell: np.ndarray,
-    data: Data,
+    lat: np.ndarray, lon: np.ndarray, split: np.ndarray, cells: np.ndarray, split_of_cell: np.ndarray, data: Data
 ) -> np.ndarray:
-    """(M,) bool: train's buildings within the buffer of a cell of val or test, val's within that of one of test.
-
-    `cells`: those with a split, ascending.
-    """
+    """(M,) bool: train buildings within the buffer around a val or test cell, and val buildings within that around
+    a test cell. `split`: of each building; `cells`: those that have a split, ascending."""
     near = np.zeros((len(lat), len(SPLITS)), bool)
     for candidate in geo.cells_near(lat, lon, data.split_cell_m, data.split_buffer_m):
         place = np.minimum(np.searchsorted(cells, candidate), max(len(cells) - 1, 0))
@@ -144,19 +135,14 @@ def in_buffer(
 
 
 def shared_with_later_split(split: np.ndarray, *keys: np.ndarray) -> np.ndarray:
-    """(N,) bool: train's rows whose keys stand in val or test too, and val's whose keys stand in test."""
+    """(N,) bool: train rows whose keys are in val or test too, and val rows whose keys are in test."""
     order, starts = duplicate_rules.sort_groups(*keys)
-    drop = np.zeros(len(split), bool)
-    if len(starts):
-        last = np.maximum.reduceat(split[order], starts)  # train < val < test
-        drop[order] = split[order] < np.repeat(last, np.diff(starts, append=len(order)))
+    last = np.maximum.reduceat(split[order], starts)  # train < val < test
+    drop = np.empty(len(split), bool)
+    drop[order] = split[order] < np.repeat(last, np.diff(starts, append=len(order)))
     return drop
 
 
 def count_in_two_splits(split: np.ndarray, *keys: np.ndarray) -> int:
-    """How many keys (buildings, panoramas, pictures) stand in more than one split."""
-    order, starts = duplicate_rules.sort_groups(*keys)
-    if not len(starts):
-        return 0
-    ordered = split[order]
-    return int(np.sum(np.minimum.reduceat(ordered, starts) < np.maximum.reduceat(ordered, starts)))
+    """How many keys (buildings, panoramas, pictures) are in more than one split."""
+    return int(duplicate_rules.is_mixed(split, *duplicate_rules.sort_groups(*keys)).sum())

@@ -1,16 +1,24 @@
-"""Intermediates of an older or foreign writer, brought to today's columns and types.
+"""Intermediates of an older or foreign writer, brought to the current columns and types.
 
-Nothing is guessed: what would lose a digit, or contradicts the rest of the file, is Unfixable.
+Nothing is guessed: a change that would lose a digit, or a file that contradicts itself, is Unfixable.
 """
+
+import glob
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common.schemas import INTERMEDIATES
+from common import files, parquet, provenance, stages
+from common.archives import tars
+from common.provenance import Provenance
+from common.schemas import INTERMEDIATES, REJECTS
 
 _TEXT_IDS = {"building_id": "target_id", "streetview_image_id": "patch_id"}  # "<dataset>_<number>"
 _TEXT_ID = r"^(?:(?P<dataset>\d{1,9})_)?(?P<number>\d{1,18})$"
-_EXACT = {pa.float16(): 2**11, pa.float32(): 2**24, pa.float64(): 2**53}  # up to here a float is a whole number
+_EXACT = {pa.float16(): 2**11, pa.float32(): 2**24, pa.float64(): 2**53}  # larger whole numbers may be rounded
+
+Columns = dict[str, pa.ChunkedArray]
 
 
 class Unfixable(Exception):
@@ -18,59 +26,54 @@ class Unfixable(Exception):
 
 
 def fix(table: pa.Table, stem: str) -> tuple[pa.Table, list[str]]:
-    """The table in the schema of the intermediates, and what was changed for that; nothing if it was right.
+    """The table in the schema of the intermediates, and what had to change for that; nothing if it was right.
 
-    `stem`: of the file's name, that of its tar. Raises Unfixable.
+    `stem`: the name of the file, and of its tar, without a suffix. Raises Unfixable.
     """
-    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
-    if twice:
-        raise Unfixable(f"has {', '.join(twice)} more than once")
-    changes, columns = [], {}
-    extra = [name for name in table.column_names if name not in INTERMEDIATES.names]
-    if extra:
-        changes.append(f"drops {', '.join(extra)}")
-    for field in INTERMEDIATES:
-        if field.name in table.column_names:
-            column = table[field.name]
-            columns[field.name] = _cast(column, field)
-            if column.type != field.type:
-                changes.append(f"{field.name} from {column.type} to {field.type}")
-    for name in _add_what_follows(columns, stem, table.num_rows):
-        changes.append(f"adds {name}")
-    missing = [field.name for field in INTERMEDIATES if field.name not in columns]
+    names = table.column_names
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise Unfixable(f"has {', '.join(repeated)} more than once")
+    columns = {field.name: _cast(table[field.name], field) for field in INTERMEDIATES if field.name in names}
+    casts = {name: (table[name].type, column.type) for name, column in columns.items()}
+    changes = [f"{name} from {old} to {new}" for name, (old, new) in casts.items() if old != new]
+    extra = [name for name in names if name not in columns]
+    changes += [f"drops {', '.join(extra)}"] if extra else []
+    derived = _derive(columns, stem, table.num_rows)
+    changes += [f"adds {name}" for name in sorted(derived)]
+    columns |= derived
+    missing = [name for name in INTERMEDIATES.names if name not in columns]
     if missing:
         raise Unfixable(f"lacks {', '.join(missing)}")
     for name, number in _TEXT_IDS.items():
         ids = _text_ids(columns["dataset_id"], columns[number])
         if ids != columns[name]:
-            _refuse_contradiction(name, columns[name], ids)
+            _refuse_contradiction(columns, name, ids)
             changes.append(f"writes {name} as in {ids[0].as_py()}")
             columns[name] = ids
-    _refuse_another_tar(columns, stem)
-    _refuse_twice(columns["patch_id"])
-    if table.column_names != INTERMEDIATES.names and not changes:
-        changes.append("puts the columns in order")
+    _refuse_wrong_rows(columns, stem)
+    if names != INTERMEDIATES.names and not changes:
+        changes.append("reorders the columns")
     if b"pandas" in (table.schema.metadata or {}):
         changes.append("drops pandas' metadata")
     return pa.Table.from_arrays([columns[name] for name in INTERMEDIATES.names], schema=INTERMEDIATES), changes
 
 
-def _add_what_follows(columns: dict[str, pa.ChunkedArray], stem: str, num_rows: int) -> list[str]:
-    """Add the missing columns that others, or the file's name, determine; returns their names."""
-    before = set(columns)
+def _derive(columns: Columns, stem: str, num_rows: int) -> Columns:
+    """The missing columns that follow from others or from the file's name."""
+    complete = dict(columns)
     for name, number in _TEXT_IDS.items():
         if name in columns and not {"dataset_id", number} <= set(columns):
-            for part, text in _parts(columns[name]).items():
-                found = number if part == "number" else "dataset_id"
-                if found not in columns and not text.null_count:
-                    columns[found] = text.cast(INTERMEDIATES.field(found).type)
-    if "dataset_id" not in columns and stem.isascii() and stem.isdigit():
-        columns["dataset_id"] = pa.chunked_array([pa.repeat(pa.scalar(int(stem), pa.int32()), num_rows)])
+            for part, values in zip(("dataset_id", number), _parse(columns[name]), strict=True):
+                if part not in complete and not values.null_count:
+                    complete[part] = values.cast(INTERMEDIATES.field(part).type)
+    if "dataset_id" not in complete and stem.isdecimal():
+        complete["dataset_id"] = pa.chunked_array([pa.repeat(pa.scalar(int(stem), pa.int32()), num_rows)])
     for name, number in _TEXT_IDS.items():
-        if name not in columns and {"dataset_id", number} <= set(columns):
-            columns[name] = _text_ids(columns["dataset_id"], columns[number])
-    columns.setdefault("tar_file", pa.chunked_array([pa.repeat(f"{stem}.tar", num_rows)]))
-    return sorted(set(columns) - before)
+        if name not in complete and {"dataset_id", number} <= set(complete):
+            complete[name] = _text_ids(complete["dataset_id"], complete[number])
+    complete.setdefault("tar_file", pa.chunked_array([pa.repeat(f"{stem}.tar", num_rows)]))
+    return {name: column for name, column in complete.items() if name not in columns}
 
 
 def _text_ids(dataset: pa.ChunkedArray, number: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -79,53 +82,47 @@ def _text_ids(dataset: pa.ChunkedArray, number: pa.ChunkedArray) -> pa.ChunkedAr
     return pc.binary_join_element_wise(dataset, number.cast(pa.string()), "_")
 
 
-def _parts(ids: pa.ChunkedArray) -> dict[str, pa.ChunkedArray]:
-    """The dataset and the number of ids with these two in any notation, or the number alone; else null."""
+def _parse(ids: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """Dataset and number, int64, of ids in any notation; null where an id does not have them."""
     parts = pc.extract_regex(ids, _TEXT_ID)
     dataset, number = (pc.struct_field(parts, name) for name in ("dataset", "number"))
-    return {"dataset": pc.if_else(pc.equal(dataset, ""), None, dataset), "number": number}
+    return pc.if_else(pc.equal(dataset, ""), None, dataset).cast(pa.int64()), number.cast(pa.int64())
 
 
-def _refuse_contradiction(name: str, there: pa.ChunkedArray, ids: pa.ChunkedArray) -> None:
-    """Raise Unfixable unless ids differ in their notation alone. `ids`: those that follow from the numbers."""
-    says, follows = _parts(there), _parts(ids)
-    same = pc.equal(says["number"].cast(pa.int64()), follows["number"].cast(pa.int64()))
-    of_dataset = pc.equal(says["dataset"].cast(pa.int64()), follows["dataset"].cast(pa.int64()))
-    same = pc.and_kleene(pc.fill_null(same, False), pc.fill_null(of_dataset, True))
+def _refuse_contradiction(columns: Columns, name: str, ids: pa.ChunkedArray) -> None:
+    """Raise Unfixable unless a column of ids differs from the right `ids` only in notation."""
+    dataset, number = _parse(columns[name])
+    same = pc.fill_null(pc.equal(number, columns[_TEXT_IDS[name]]), False)
+    same = pc.and_(same, pc.fill_null(pc.equal(dataset, columns["dataset_id"]), True))
     row = pc.index(same, False).as_py()
     if row >= 0:
-        raise Unfixable(
-            f"has {name} {there[row].as_py()} in row {row:,}, whose numbers make it {ids[row].as_py()}"
-        )
+        raise Unfixable(f"has {name} {columns[name][row]} in row {row:,}, whose numbers make it {ids[row]}")
 
 
-def _refuse_another_tar(columns: dict[str, pa.ChunkedArray], stem: str) -> None:
-    """Raise Unfixable where a row is of another tar, or dataset, than the file's name says."""
+def _refuse_wrong_rows(columns: Columns, stem: str) -> None:
+    """Raise Unfixable if rows are not of the tar, or dataset, that the file is named after, or repeat an image."""
     for tar in pc.unique(columns["tar_file"]).to_pylist():
-        if tar.rpartition(".")[0] != stem:
+        if tars.stem(Path(tar)) != stem:
             raise Unfixable(f"has rows with tar_file = {tar}")
     for dataset in pc.unique(columns["dataset_id"]).to_pylist():
-        if stem.isascii() and stem.isdigit() and dataset != int(stem):
+        if stem.isdecimal() and dataset != int(stem):
             raise Unfixable(f"has rows of dataset {dataset}")
-
-
-def _refuse_twice(patch_id: pa.ChunkedArray) -> None:
-    found = pc.value_counts(patch_id)
-    if len(found) < len(patch_id):
-        often = found.filter(pc.greater(found.field("counts"), 1))[0]
-        raise Unfixable(f"has patch_id {often['values'].as_py()} in {often['counts'].as_py():,} rows")
+    counts = pc.value_counts(columns["patch_id"])
+    if len(counts) < len(columns["patch_id"]):
+        repeated = counts.filter(pc.greater(counts.field("counts"), 1))[0]
+        raise Unfixable(f"has patch_id {repeated['values']} in {repeated['counts'].as_py():,} rows")
 
 
 def _cast(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
-    """The column in the field's type, each value being as before. Raises Unfixable."""
+    """The column in the field's type, with every value unchanged. Raises Unfixable."""
     try:
         plain = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
         if plain.null_count:
             raise Unfixable(f"has {plain.null_count:,} rows without {field.name}")
         cast = _cast_exactly(plain, field.type)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
-        why = str(error).splitlines()[0]
-        raise Unfixable(f"has {field.name} as {column.type}, not {field.type}: {why}") from None
+        reason = parquet.first_line(error)
+        raise Unfixable(f"has {field.name} as {column.type}, not {field.type}: {reason}") from None
     if pa.types.is_floating(field.type) and pc.any(pc.invert(pc.is_finite(cast))).as_py():
         raise Unfixable(f"has {field.name} that is not finite")
     return cast
@@ -133,7 +130,7 @@ def _cast(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
 
 def _cast_exactly(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     """`column`: without nulls. Raises one of Arrow's errors where a value would change."""
-    if column.type == pa.int64() and kind == pa.uint64():  # writers without unsigned numbers: the same bits
+    if column.type == pa.int64() and kind == pa.uint64():  # writers without unsigned numbers keep the same bits
         return pa.chunked_array([chunk.view(pa.uint64()) for chunk in column.chunks], pa.uint64())
     if column.type in _EXACT and pa.types.is_integer(kind):
         largest = pc.max(pc.abs(column.cast(pa.float64()))).as_py() or 0
@@ -143,8 +140,32 @@ def _cast_exactly(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray
         raise pa.ArrowInvalid("its numbers have been rounded")  # a latitude as float32: by 0.4 m
     if pa.types.is_boolean(column.type) and not pa.types.is_boolean(kind):
         raise pa.ArrowInvalid("it holds no numbers")
-    if pa.types.is_boolean(kind) and pa.types.is_integer(column.type):
-        minimum, maximum = pc.min_max(column).values()
-        if len(column) and not 0 <= minimum.as_py() <= maximum.as_py() <= 1:
-            raise pa.ArrowInvalid("it holds other numbers than 0 and 1")
-    return column.cast(kind)
+    cast = column.cast(kind)
+    if pa.types.is_boolean(kind) and pa.types.is_integer(column.type) and cast.cast(column.type) != column:
+        raise pa.ArrowInvalid("it holds other numbers than 0 and 1")
+    return cast
+
+
+def source_of(path: Path, raw_dir: Path) -> tuple[Provenance, bool]:
+    """The file's record and whether it is new: a foreign file is recorded as made from the tar of its name."""
+    if parquet.has_provenance(path):
+        return parquet.read_provenance(path), False
+    candidates = sorted(raw_dir.glob(f"{glob.escape(path.stem)}.*"))
+    named = [tar for tar in candidates if tars.is_named_so(tar) and tars.stem(tar) == path.stem]
+    if not named:
+        raise Unfixable(f"does not say what it was made from, and {raw_dir / path.stem}.tar does not exist")
+    return provenance.record("process_tar", {}, stages.ids(named[:1])), True
+
+
+def replace(path: Path, fixed: pa.Table, made: Provenance, is_foreign: bool, changes: list[str]) -> None:
+    """Replace the file. For a foreign one, record among its rejects that rejected files are unknown."""
+    rejects = files.beside(path.parent, "rejects") / path.name
+    if is_foreign and not rejects.exists():
+        with parquet.writer(rejects, REJECTS, made) as out:
+            out.facts = {"unknown": "the intermediates were not made by process_tar.py"}
+    with parquet.writer(path, INTERMEDIATES, made) as out:
+        out.append(fixed)
+        out.rows = {name: count for name, count in made.rows.items() if name != "out"}
+        out.facts = {"schema_fixed": changes}
+        if out.num_rows != parquet.num_rows(path):
+            raise AssertionError(f"{path}: {out.num_rows} rows would replace {parquet.num_rows(path)}")

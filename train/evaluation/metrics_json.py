@@ -182,3 +182,16 @@ def flat(tree: dict | list, prefix: str = "") -> dict:
         nested = isinstance(value, (dict, list))
         rows |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return rows
+
+
+def percent(figure: dict, sign: str = "") -> str:
+    """ "48.3 [45.1, 51.2]", or "48.3" where there is no interval."""
+    value = share(figure["value"], sign)
+    if figure["low"] is None:
+        return value
+    return f"{value} [{share(figure['low'], sign)}, {share(figure['high'], sign)}]"
+
+
+def share(value: float, sign: str = "") -> str:
+    """A share in percent, to a tenth; `sign` "+" shows it, and there is no -0.0."""
+    return f"{round(100 * value, 1) + 0.0:{sign}.1f}"

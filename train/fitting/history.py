@@ -56,6 +56,8 @@ def draw(path: Path, table: pd.DataFrame) -> None:
     """The curves of a run as a PNG: validation, loss, and the share and reward of each arm."""
     from matplotlib.figure import Figure
 
+    from common import pages
+
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2).ravel()
     for name, label in (("val_map_at_r", "mAP@R"), ("val_recall_at_1", "Recall@1")):
@@ -64,8 +66,10 @@ def draw(path: Path, table: pd.DataFrame) -> None:
     axes[0].plot(best["epoch"], best["val_map_at_r"], "o", color="black", label=f"best: epoch {best['epoch']:.0f}")
     axes[1].plot(table["epoch"], table["loss"])
     for axis, kind in ((axes[2], "share"), (axes[3], "reward")):
-        for name in table.columns[table.columns.str.startswith(f"{kind}_")]:
-            axis.plot(table["epoch"], table[name], label=name.removeprefix(f"{kind}_").replace("_", " "))
+        names = table.columns[table.columns.str.startswith(f"{kind}_")]
+        for name, colour in zip(names, pages.arm_colours(len(names) - 1), strict=True):
+            label = name.removeprefix(f"{kind}_").replace("_", " ")
+            axis.plot(table["epoch"], table[name], label=label, color=colour)
     titles = ("validation", "training loss", "share of the negatives", "share of them semi-hard (the reward)")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="epoch")

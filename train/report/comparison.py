@@ -14,8 +14,8 @@ from common.imagery import pictures
 from common.sections import Config
 from train.evaluation import bootstrap, gallery, methods, metrics, protocol
 from train.evaluation.metric_names import TITLES
+from train.evaluation.metrics_json import percent
 from train.loss import LOSSES
-from train.report.evaluation_page import percent
 from train.sampling.samplers import SAMPLERS
 
 FIGURES = ("map@r", "recall@1")

@@ -1,4 +1,4 @@
-"""Queries with their first results, to look at: where the trained head is best, where it fails, and at random."""
+"""Queries with their first results as pictures: where the trained head is best, where it fails, and at random."""
 
 import base64
 import io
@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 
@@ -17,13 +18,13 @@ from train.evaluation.gallery import Gallery
 from train.evaluation.metrics import PerQuery
 
 QUERIES_PER_SHEET = 6
-COUNTED_RESULTS = 5  # results shown, junk among them not counted
-SHOWN_JUNK = 3  # at most, among them
+COUNTED_RESULTS = 5  # results shown, without junk
+SHOWN_JUNK = 3  # at most, in addition
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture and what stands under it."""
+    """One picture and its caption."""
 
     image_id: str
     picture: str | None  # a data URI, or None where the tar or its image cannot be read
@@ -32,34 +33,32 @@ class Tile:
 
 
 def choose(shown: PerQuery, raw: PerQuery, building_of_row: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """Query rows of the three sheets, at most one of a building in each. Of equally good ones, "best" has those
-    that the raw backbone found last."""
-    asked = np.flatnonzero(shown.has_match)
-    rank, before = shown.best_rank[asked], raw.best_rank[asked]
-    orders = {
-        "best": np.lexsort((asked, -before, rank)),
-        "worst": np.lexsort((asked, before, -rank)),
-        "random": np.random.default_rng(seed).permutation(len(asked)),
+    """Query rows of the three sheets, at most one per building in each. Among equally good queries, "best" prefers
+    those that the raw backbone found last."""
+    queries = np.flatnonzero(shown.has_match)
+    rank, raw_rank = shown.best_rank[queries], raw.best_rank[queries]
+    sorted_queries = {
+        "best": queries[np.lexsort((queries, -raw_rank, rank))],
+        "worst": queries[np.lexsort((queries, raw_rank, -rank))],
+        "random": np.random.default_rng(seed).permutation(queries),
     }
-    chosen = {}
-    for name, order in orders.items():
-        rows = asked[order]
-        first_of_building = np.sort(np.unique(building_of_row[rows], return_index=True)[1])
-        chosen[name] = rows[first_of_building[:QUERIES_PER_SHEET]]
-    return chosen
+    return {
+        name: rows[~pd.Index(building_of_row[rows]).duplicated()][:QUERIES_PER_SHEET]
+        for name, rows in sorted_queries.items()
+    }
 
 
 def first_results(vectors: torch.Tensor, gallery: Gallery, query: int) -> list[tuple[int, float, str]]:
-    """(row, cosine, kind) of the gallery rows most like a query, up to the COUNTED_RESULTS-th that is not junk; if
-    no match is among them, the best match after them."""
+    """(row, cosine, kind) of the gallery rows most similar to a query, up to the COUNTED_RESULTS-th that is not
+    junk, and then the best match if none is among them."""
     scores = vectors @ vectors[query]  # (G,)
     scores[query] = -torch.inf
     junk = set(gallery.zones.rows_of(np.array([query]), own=False)[1].tolist())
-    found = torch.topk(scores, min(COUNTED_RESULTS + len(junk), len(scores) - 1))
+    nearest = torch.topk(scores, min(COUNTED_RESULTS + len(junk), len(scores) - 1))
     buildings = gallery.zones.building_of_row
     results: list[tuple[int, float, str]] = []
     seen: Counter[str] = Counter()
-    for row, cosine in zip(found.indices.tolist(), found.values.tolist(), strict=True):
+    for row, cosine in zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True):
         kind = "junk" if row in junk else "match" if buildings[row] == buildings[query] else "wrong"
         seen[kind] += 1
         if kind != "junk" or seen[kind] <= SHOWN_JUNK:
@@ -83,32 +82,29 @@ def data_uri(image: Image.Image) -> str:
 def make(
     store: TarImages, gallery: Gallery, vectors: torch.Tensor, shown: PerQuery, raw: PerQuery, seed: int
 ) -> dict[str, list[list[Tile]]]:
-    """The sheets: for each name the rows of tiles, a query first and then its results. `vectors`: of `shown`."""
+    """The sheets by name: rows of tiles, each a query and then its results. `vectors`: of `shown`."""
     chosen = choose(shown, raw, gallery.zones.building_of_row, seed)
-    results_of = {
-        query: first_results(vectors, gallery, query) for query in np.concatenate([*chosen.values()]).tolist()
-    }
-    wanted = sorted({*results_of, *(row for results in results_of.values() for row, _, _ in results)})
-    small = pictures.read(store, gallery.table.take(wanted))
-    uri_of = {row: None if image is None else data_uri(image) for row, image in zip(wanted, small, strict=True)}
-    sheets: dict[str, list[list[Tile]]] = {}
-    for name, queries in chosen.items():
-        sheets[name] = []
-        for query in queries.tolist():
-            results = results_of[query]
-            shown_rows = [query, *(row for row, _, _ in results)]
-            rows, images = gallery.table.take(shown_rows).to_pylist(), [uri_of[row] for row in shown_rows]
-            matches = int(shown.num_matches[query])
-            note = f"first match at {shown.best_rank[query]:,}", f"{matches} match{'es' * (matches > 1)}"
-            tiles = [Tile(rows[0]["streetview_image_id"], images[0], "query", note)]
-            late = shown.best_rank[query] > COUNTED_RESULTS
-            for row, image, (_, cosine, kind) in zip(rows[1:], images[1:], results, strict=True):
-                where = (f"at rank {shown.best_rank[query]:,}",) if late and kind == "match" else ()
-                how_far = f"{_distance(rows[0], row)}, {_degrees(rows[0], row):.0f}°"
-                lines = (*where, how_far, f"cosine {cosine:.2f}")
-                tiles.append(Tile(row["streetview_image_id"], image, kind, lines))
-            sheets[name].append(tiles)
-    return sheets
+    queries = np.unique(np.concatenate([*chosen.values()])).tolist()
+    results_of = {query: first_results(vectors, gallery, query) for query in queries}
+    rows = sorted({*queries, *(row for results in results_of.values() for row, _, _ in results)})
+    table = gallery.table.take(rows)
+    facts_of = dict(zip(rows, table.to_pylist(), strict=True))
+    images = pictures.read(store, table)
+    uri_of = {row: None if image is None else data_uri(image) for row, image in zip(rows, images, strict=True)}
+
+    def tiles(query: int) -> list[Tile]:
+        facts, rank, matches = facts_of[query], shown.best_rank[query], int(shown.num_matches[query])
+        note = f"first match at {rank:,}", f"{matches} match{'es' * (matches > 1)}"
+        row_of_tiles = [Tile(facts["streetview_image_id"], uri_of[query], "query", note)]
+        for row, cosine, kind in results_of[query]:
+            other = facts_of[row]
+            where = (f"at rank {rank:,}",) if rank > COUNTED_RESULTS and kind == "match" else ()
+            angle = float(heading_difference_deg(facts["heading"], other["heading"]))
+            lines = (*where, f"{_distance(facts, other)}, {angle:.0f}°", f"cosine {cosine:.2f}")
+            row_of_tiles.append(Tile(other["streetview_image_id"], uri_of[row], kind, lines))
+        return row_of_tiles
+
+    return {name: [tiles(query) for query in of_sheet.tolist()] for name, of_sheet in chosen.items()}
 
 
 def _distance(a: dict, b: dict) -> str:
@@ -116,7 +112,3 @@ def _distance(a: dict, b: dict) -> str:
         return "another dataset"
     metres = geo.distance_m(a["target_lat"], a["target_lon"], b["target_lat"], b["target_lon"])
     return f"{metres:,.0f} m" if metres < 10_000 else f"{metres / 1000:,.0f} km"
-
-
-def _degrees(a: dict, b: dict) -> float:
-    return float(heading_difference_deg(a["heading"], b["heading"]))

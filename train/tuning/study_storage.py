@@ -1,7 +1,7 @@
-"""Where a study's trials are kept, and the lock of its workers: a journal on a shared disk, or PostgreSQL.
+"""Where a study's trials are kept, and the lock that its workers share: a journal on a shared disk, or PostgreSQL.
 
-Either lock is released by the kernel, or by the server, with the worker that holds it. A database holds one study.
-A password in the database's URL is never told or recorded; better still, it stands in ~/.pgpass.
+Either lock is released by the kernel, or by the server, when the worker that holds it dies. A database holds one
+study. A password in its URL is never logged or recorded; ~/.pgpass is still the better place for it.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from common.errors import ConfigError, PipelineError
 from common.parquet import first_line
 from common.sections import Config
 
-ADVISORY_LOCK = 0x656D62  # a number of our own among a database's advisory locks
+_ADVISORY_LOCK = 0x656D62  # this pipeline's number among a database's advisory locks
 
 
 def name_of(cfg: Config) -> Path | str:
@@ -32,57 +32,29 @@ def name_of(cfg: Config) -> Path | str:
 
 
 def open_storage(cfg: Config) -> JournalStorage | RDBStorage:
-    """What `tuning.study_storage` names, made where there is none. Call it with the lock."""
-    if cfg.tuning.study_storage == "journal":
-        path = cfg.paths.study_dir / "journal.log"
-        lock = JournalLock(path)
-        backend = JournalFileBackend(str(path), lock)  # type: ignore[arg-type] # a lock's base class is private
-        try:
-            return JournalStorage(backend)
-        except ValueError as error:  # a line in the middle that is none of Optuna's
-            raise PipelineError(
-                f"{path} is damaged ({first_line(error)}): move it away, and the study begins anew"
-            ) from None
-    url = _url(cfg).render_as_string(hide_password=False)
-    return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # a server may close what idles for an epoch
+    """The storage that `tuning.study_storage` names, created if necessary. Requires the lock."""
+    journal = name_of(cfg)
+    if not isinstance(journal, Path):
+        url = _url(cfg).render_as_string(hide_password=False)
+        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # a server may close idle connections
+    lock = JournalLock(journal)
+    try:
+        return JournalStorage(JournalFileBackend(str(journal), lock))  # type: ignore[arg-type] # its type is private
+    except ValueError as error:  # a line in the middle that is not Optuna's
+        raise PipelineError(
+            f"{journal} is damaged ({first_line(error)})\nmove it away to start a new study"
+        ) from None
 
 
 @contextlib.contextmanager
 def locked(cfg: Config) -> Iterator[None]:
-    """Hold the study's lock: of all workers, on whatever node, one at a time."""
+    """Hold the study's lock, which one worker at a time can have, on whatever node."""
     cfg.paths.study_dir.mkdir(parents=True, exist_ok=True)
     if cfg.tuning.study_storage == "journal":
         with open(cfg.paths.study_dir / "lock", "ab") as file:
             _lock(file)
             yield
         return
-    with _connection(cfg) as connection:  # the lock is the session's, and ends with it
-        connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_lock(ADVISORY_LOCK)))
-        yield
-
-
-def _lock(file: BinaryIO) -> None:
-    if not files.lock(file, wait=True):
-        raise PipelineError(
-            f"{file.name} cannot be locked: its file system has no locks, and the workers of a study need one\n"
-            "set paths.study_dir to a folder of another disk, or tuning.study_storage to a PostgreSQL database"
-        )
-
-
-@contextlib.contextmanager
-def loss_told(cfg: Config) -> Iterator[None]:
-    """Name a database that goes away meanwhile. The trial in hand is tried again by another worker."""
-    try:
-        yield
-    except (StorageInternalError, OperationalError) as error:
-        cause = error.__cause__ or error
-        raise PipelineError(
-            f"{name_of(cfg)} answers no more: {first_line(getattr(cause, 'orig', cause))}"
-        ) from None
-
-
-@contextlib.contextmanager
-def _connection(cfg: Config) -> Iterator[sqlalchemy.Connection]:
     try:
         engine = sqlalchemy.create_engine(
             _url(cfg), poolclass=sqlalchemy.pool.NullPool, isolation_level="AUTOCOMMIT"
@@ -93,9 +65,29 @@ def _connection(cfg: Config) -> Iterator[sqlalchemy.Connection]:
             "tuning.study_storage: PostgreSQL needs its driver: pip install 'embedding-pipeline[postgres]'"
         ) from None
     except OperationalError as error:  # its first line names host, port and user, not the password
-        raise PipelineError(f"{name_of(cfg)} does not answer: {first_line(error.orig or error)}") from None
-    with connection:
-        yield connection
+        raise PipelineError(f"cannot connect to {name_of(cfg)}: {first_line(error.orig or error)}") from None
+    with connection:  # the lock belongs to this session, and ends with it
+        connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_lock(_ADVISORY_LOCK)))
+        yield
+
+
+@contextlib.contextmanager
+def reported_connection_errors(cfg: Config) -> Iterator[None]:
+    """Turn the loss of the database into a PipelineError. Another worker retries the current trial."""
+    try:
+        yield
+    except (StorageInternalError, OperationalError) as error:
+        cause = error.__cause__ or error
+        reason = first_line(getattr(cause, "orig", cause))
+        raise PipelineError(f"connection to {name_of(cfg)} lost: {reason}") from None
+
+
+def _lock(file: BinaryIO) -> None:
+    if not files.lock(file, wait=True):
+        raise PipelineError(
+            f"{file.name} cannot be locked: its file system does not support locks, which tuning needs\n"
+            "set paths.study_dir to a folder on another disk, or tuning.study_storage to a PostgreSQL database"
+        )
 
 
 def _url(cfg: Config) -> sqlalchemy.URL:
@@ -103,17 +95,17 @@ def _url(cfg: Config) -> sqlalchemy.URL:
         url = sqlalchemy.make_url(cfg.tuning.study_storage)
     except ArgumentError:
         url = None
-    if url is None or url.get_backend_name() != "postgresql":  # not told: there may be a password in it
+    if url is None or url.get_backend_name() != "postgresql":  # not shown: it may contain a password
         raise ConfigError('tuning.study_storage must be "journal" or a URL that begins with postgresql://')
     return url.set(drivername="postgresql+psycopg2")
 
 
 class JournalLock:
-    """The lock of a journal's writers. The kernel releases it with a writer that dies, where Optuna's own locks,
-    files that are there or not, keep all others waiting for 30 s.
+    """The lock of a journal's writers. The kernel releases it when a writer dies, whereas Optuna's own lock files
+    would keep all others waiting for 30 s.
 
-    It also cuts off half a line at the journal's end, which such a writer can leave: the next line would be
-    appended to it, and the journal could not be read any more.
+    Acquiring it also removes an incomplete last line, which a dying writer can leave: the next line would be
+    appended to it and make the journal unreadable.
     """
 
     def __init__(self, journal: Path):

@@ -25,7 +25,7 @@ def work(
     max_trials: int | None = None,
     minutes: float | None = None,
 ) -> None:
-    """Run trials until the study is full, or `max_trials` were run, or none may begin after so many minutes."""
+    """Run trials until the study is full or `max_trials` have been run; start none after so many `minutes`."""
     started = time.monotonic()
     data = load_data(cfg)
     while max_trials is None or progress.rows_in < max_trials:
@@ -40,15 +40,14 @@ def work(
 
 
 def run(cfg: Config, data: TrainingData, tuning: optuna.Study, trial: optuna.Trial) -> str:
-    """Train with a trial's settings and tell the study; what became of it. On a signal the trial is queued again
-    and Stopped raised."""
-    told = ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
-                     for key, value in trial.params.items())  # fmt: skip
-    log.info("trial %s: %s", trial.number, told)
+    """Train with a trial's settings, report to the study and return the outcome. A signal requeues the trial and
+    raises Stopped."""
+    drawn = (f"{key} {format(x, '.3g') if isinstance(x, float) else x}" for key, x in trial.params.items())
+    log.info("trial %s: %s", trial.number, ", ".join(drawn))
     try:
-        return _outcome(cfg, data, tuning, trial)
+        return _train(cfg, data, tuning, trial)
     except UpdateFinishedTrialError:  # the heartbeat came too late
-        log.warning("trial %s was taken for dead meanwhile; its result is dropped", trial.number)
+        log.warning("trial %s was considered dead and given to another worker; result dropped", trial.number)
         return "taken_for_dead"
     except (Stopped, KeyboardInterrupt):
         with study_storage.locked(cfg):
@@ -56,8 +55,8 @@ def run(cfg: Config, data: TrainingData, tuning: optuna.Study, trial: optuna.Tri
         raise
 
 
-def _outcome(cfg: Config, data: TrainingData, tuning: optuna.Study, trial: optuna.Trial) -> str:
-    """What becomes of a trial that is neither stopped nor taken for dead."""
+def _train(cfg: Config, data: TrainingData, tuning: optuna.Study, trial: optuna.Trial) -> str:
+    """The outcome of a trial that is neither stopped nor considered dead."""
     longest_s, last = 0.0, time.monotonic()
 
     def on_epoch(epoch: int, val_map_at_r: float) -> None:
@@ -89,6 +88,6 @@ def _outcome(cfg: Config, data: TrainingData, tuning: optuna.Study, trial: optun
 
 
 def last_error(tuning: optuna.Study) -> str:
-    """What the last failed trial said."""
+    """The error of the trial that failed last."""
     errors = [trial.user_attrs["error"] for trial in tuning.trials if "error" in trial.user_attrs]
     return errors[-1] if errors else "unknown"
