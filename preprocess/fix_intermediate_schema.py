@@ -1,7 +1,7 @@
 """Bring intermediates of an older or foreign writer to the columns and types that the later stages read.
 
-It fixes widths of numbers, large strings, dictionaries, the order of columns, and ids in another notation. It adds
-columns that others determine, and drops unknown columns and pandas' metadata. A file that lacks anything else,
+It fixes widths of numbers, large strings, dictionaries and the order of columns. It adds columns that others
+determine, and drops unknown columns and pandas' metadata. A file that lacks anything else,
 contradicts itself or its name, or has numbers that may have been rounded is reported and left unchanged: run
 process_tar.py on its tar.
 

@@ -15,7 +15,6 @@ from common.provenance import Provenance
 from common.schemas import INTERMEDIATES, REJECTS
 
 _TEXT_IDS = {"building_id": "target_id", "streetview_image_id": "patch_id"}  # "<dataset>_<number>"
-_TEXT_ID = r"^(?:(?P<dataset>\d{1,9})_)?(?P<number>\d{1,18})$"
 _EXACT = {pa.float16(): 2**11, pa.float32(): 2**24, pa.float64(): 2**53}  # larger whole numbers may be rounded
 
 Columns = dict[str, pa.ChunkedArray]
@@ -39,18 +38,20 @@ def fix(table: pa.Table, stem: str) -> tuple[pa.Table, list[str]]:
     changes = [f"{name} from {old} to {new}" for name, (old, new) in casts.items() if old != new]
     extra = [name for name in names if name not in columns]
     changes += [f"drops {', '.join(extra)}"] if extra else []
-    derived = _derive(columns, stem, table.num_rows)
-    changes += [f"adds {name}" for name in sorted(derived)]
-    columns |= derived
-    missing = [name for name in INTERMEDIATES.names if name not in columns]
+    for name, value in (("dataset_id", int(stem) if stem.isdecimal() else None), ("tar_file", f"{stem}.tar")):
+        if name not in columns and value is not None:
+            columns[name] = pa.chunked_array(
+                [pa.repeat(value, table.num_rows).cast(INTERMEDIATES.field(name).type)]
+            )
+    missing = [name for name in INTERMEDIATES.names if name not in columns and name not in _TEXT_IDS]
     if missing:
         raise Unfixable(f"lacks {', '.join(missing)}")
     for name, number in _TEXT_IDS.items():
         ids = _text_ids(columns["dataset_id"], columns[number])
-        if ids != columns[name]:
-            _refuse_contradiction(columns, name, ids)
-            changes.append(f"writes {name} as in {ids[0].as_py()}")
-            columns[name] = ids
+        row = pc.index(pc.equal(columns.setdefault(name, ids), ids), False).as_py()
+        if row >= 0:
+            raise Unfixable(f"has {name} {columns[name][row]} in row {row:,}, whose numbers make it {ids[row]}")
+    changes += [f"adds {name}" for name in sorted(columns.keys() - set(names))]
     _refuse_wrong_rows(columns, stem)
     if names != INTERMEDIATES.names and not changes:
         changes.append("reorders the columns")
@@ -59,44 +60,10 @@ def fix(table: pa.Table, stem: str) -> tuple[pa.Table, list[str]]:
     return pa.Table.from_arrays([columns[name] for name in INTERMEDIATES.names], schema=INTERMEDIATES), changes
 
 
-def _derive(columns: Columns, stem: str, num_rows: int) -> Columns:
-    """The missing columns that follow from others or from the file's name."""
-    complete = dict(columns)
-    for name, number in _TEXT_IDS.items():
-        if name in columns and not {"dataset_id", number} <= set(columns):
-            for part, values in zip(("dataset_id", number), _parse(columns[name]), strict=True):
-                if part not in complete and not values.null_count:
-                    complete[part] = values.cast(INTERMEDIATES.field(part).type)
-    if "dataset_id" not in complete and stem.isdecimal():
-        complete["dataset_id"] = pa.chunked_array([pa.repeat(pa.scalar(int(stem), pa.int32()), num_rows)])
-    for name, number in _TEXT_IDS.items():
-        if name not in complete and {"dataset_id", number} <= set(complete):
-            complete[name] = _text_ids(complete["dataset_id"], complete[number])
-    complete.setdefault("tar_file", pa.chunked_array([pa.repeat(f"{stem}.tar", num_rows)]))
-    return {name: column for name, column in complete.items() if name not in columns}
-
-
 def _text_ids(dataset: pa.ChunkedArray, number: pa.ChunkedArray) -> pa.ChunkedArray:
     """ "0088_1234" from 88 and 1234."""
     dataset = pc.utf8_lpad(dataset.cast(pa.string()), 4, "0")
     return pc.binary_join_element_wise(dataset, number.cast(pa.string()), "_")
-
-
-def _parse(ids: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """Dataset and number, int64, of ids in any notation; null where an id does not have them."""
-    parts = pc.extract_regex(ids, _TEXT_ID)
-    dataset, number = (pc.struct_field(parts, name) for name in ("dataset", "number"))
-    return pc.if_else(pc.equal(dataset, ""), None, dataset).cast(pa.int64()), number.cast(pa.int64())
-
-
-def _refuse_contradiction(columns: Columns, name: str, ids: pa.ChunkedArray) -> None:
-    """Raise Unfixable unless a column of ids differs from the right `ids` only in notation."""
-    dataset, number = _parse(columns[name])
-    same = pc.fill_null(pc.equal(number, columns[_TEXT_IDS[name]]), False)
-    same = pc.and_(same, pc.fill_null(pc.equal(dataset, columns["dataset_id"]), True))
-    row = pc.index(same, False).as_py()
-    if row >= 0:
-        raise Unfixable(f"has {name} {columns[name][row]} in row {row:,}, whose numbers make it {ids[row]}")
 
 
 def _refuse_wrong_rows(columns: Columns, stem: str) -> None:
