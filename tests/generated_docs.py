@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 import tomli
 
 from common import config, files, schemas, sections
+from slurm import chain
 from train.report import comparison
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -279,9 +280,32 @@ def rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+# --------------------------------------------------------------------------------------------------- stages
+
+
+def stages() -> str:
+    """A row per stage of the chain: the files in its script's docstring, and the settings of its declaration."""
+    steps = {step.script: step for tune in (0, 1) for step in chain.steps_of(config.load(), tune)}
+    rows = []
+    for script, step in steps.items():
+        text = (ROOT / script).read_text().split('"""')[1]
+        reads, writes = (files_in(text, heading) for heading in ("Reads", "Writes"))
+        settings = [f"`{key}`" if "." in key else f"`[{key}]`" for key in step.stage.settings]
+        rows.append([f"`{script}`", reads, writes, ", ".join(settings)])
+    return table(["stage", "reads", "writes (below `paths.root`)", "settings that its files depend on"], rows)
+
+
+def files_in(docstring: str, heading: str) -> str:
+    """The files that a script's docstring names under a heading, which ends with the next one."""
+    section = re.search(rf"^{heading} +(.*?)^(?=[A-Z]\w+ )", docstring, re.MULTILINE | re.DOTALL)
+    paths = re.findall(r"(?:data|checkpoints)/[\w<>{},./*-]*[\w>}*/]", section[1] if section else "")
+    return ", ".join(f"`{path}`" for path in dict.fromkeys(paths))
+
+
 # ----------------------------------------------------------------------------------------------- documents
 
 PARTS = {
+    "stages": stages,
     "demo": demo,
     "benchmarks": benchmarks,
     "costs": costs,
