@@ -167,14 +167,14 @@ def test_a_tar_that_the_disk_does_not_give_fails_alone_with_its_name(tmp_path, c
     for stem in ("0087", "0088"):
         files = [(f"{stem}_1_1_1.jpg", jpeg()), (f"{stem}_1_1_1.txt", label(int(stem)))]
         make_tar(tmp_path / f"data/raw/{stem}.tar", files)
-    real, bad = os.preadv, (tmp_path / "data/raw/0087.tar").stat().st_ino
+    real, bad = os.pread, (tmp_path / "data/raw/0087.tar").stat().st_ino
 
     def fails(descriptor, *arguments):
         if os.fstat(descriptor).st_ino == bad:
             raise OSError(errno.EIO, "Input/output error")
         return real(descriptor, *arguments)
 
-    monkeypatch.setattr(os, "preadv", fails)
+    monkeypatch.setattr(os, "pread", fails)
     assert exit_code_of(lambda: run(tmp_path)) == 1
     assert "0087.tar cannot be read: Input/output error" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "data/intermediates").glob("*.parquet")] == ["0088.parquet"]

@@ -1,49 +1,53 @@
-"""Bytes of a file, read as walking through a tar asks for them: forward, a little at a time or all of them."""
+"""Bytes of a file, as walking through an archive asks for them: forward, a little at a time or all of them."""
 
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor
 
-import numpy as np
-
-from common.archives.tar_headers import Read
-
+Read = Callable[[int, int], bytes]  # up to `size` bytes at `offset`; fewer only at the end of the file
 CHUNK_BYTES = 2**20  # of a block: large for a file system, and still in the cache
 
 
-def window(descriptor: int, chunk: int) -> Read:
-    """Reads a file through one buffer of `chunk` bytes; a request outside of it moves it there.
+def read_at(descriptor: int, offset: int, size: int) -> bytes:
+    """Up to `size` bytes of an open file; fewer only at its end, unlike a single pread."""
+    content = os.pread(descriptor, size, offset)
+    while len(content) < size and (more := os.pread(descriptor, size - len(content), offset + len(content))):
+        content += more
+    return content
 
-    A function and not a class: it is called for each member, and finds what it holds faster.
-    """
-    start = end = 0
-    buffer = b""
+
+def buffered(descriptor: int, buffer_bytes: int) -> Read:
+    """Reads an open file through one buffer. A closure, not a class: it is called for each member, and faster."""
+    start, buffer = 0, b""
 
     def read(offset: int, size: int) -> bytes:
-        nonlocal start, end, buffer
+        nonlocal start, buffer
         at = offset - start
-        if at < 0 or offset + size > end:
-            at, start, wanted = 0, offset, max(size, chunk)
-            buffer = os.pread(descriptor, wanted, offset)
-            while len(buffer) < wanted and (
-                more := os.pread(descriptor, wanted - len(buffer), offset + len(buffer))
-            ):
-                buffer += more
-            end = start + len(buffer)
+        if at < 0 or at + size > len(buffer):
+            at, start, buffer = 0, offset, read_at(descriptor, offset, max(size, buffer_bytes))
         return buffer[at : at + size]
 
     return read
 
 
+def is_zeros(read: Read, at: int) -> bool:
+    """Whether all bytes of a file from `at` on are 0."""
+    while data := read(at, CHUNK_BYTES):
+        if data.count(0) < len(data):
+            return False
+        at += len(data)
+    return True
+
+
 class Blocks:
-    """Reads a tar in blocks of CHUNK_BYTES, each in memory of its own, so that views of it last; and in a thread
-    the next block, while this one is looked at.
+    """Reads a file in blocks of CHUNK_BYTES, each in memory of its own, so that views of it stay valid. A thread
+    of `executor` reads the next block meanwhile.
     """
 
-    def __init__(self, read_block: Callable[[int], memoryview], ahead: Executor):
-        self._read, self._executor = read_block, ahead
+    def __init__(self, read: Read, executor: Executor):
+        self._read_file, self._executor = read, executor
         self._start, self._block = 0, memoryview(b"")
-        self._ahead_start, self._ahead = 0, ahead.submit(self._read, 0)
+        self._prefetch(0)
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes at `offset`; fewer only at the end of the file."""
@@ -54,31 +58,21 @@ class Blocks:
         at = self._find(offset)
         if at + size <= len(self._block):
             return self._block[at : at + size]
-        copy, end = np.empty(size, np.uint8).data, 0
-        while end < size and at < len(self._block):
-            count = min(size - end, len(self._block) - at)
-            copy[end : end + count] = self._block[at : at + count]
-            end += count
-            at = self._find(offset + end)
-        return copy[:end]
+        copy = bytearray()
+        while len(copy) < size and (part := self._block[at : at + size - len(copy)]):
+            copy += part
+            at = self._find(offset + len(copy))
+        return memoryview(copy)
 
     def _find(self, offset: int) -> int:
-        """Where the byte at `offset` lies in the block, having moved there."""
+        """The position of `offset` in the current block, after moving to the block that holds it."""
         if not 0 <= offset - self._start < len(self._block):
-            self._move(offset - offset % CHUNK_BYTES)
+            start = offset - offset % CHUNK_BYTES
+            is_next = start == self._next_start
+            self._block = memoryview(self._next.result() if is_next else self._read_file(start, CHUNK_BYTES))
+            self._start = start
+            self._prefetch(start + CHUNK_BYTES)
         return offset - self._start
 
-    def _move(self, start: int) -> None:
-        """Have the block that begins at `start`, and begin to read the one after it."""
-        self._block = self._ahead.result() if self._ahead_start == start else self._read(start)
-        self._start, self._ahead_start = start, start + CHUNK_BYTES
-        self._ahead = self._executor.submit(self._read, self._ahead_start)
-
-
-def read_block(descriptor: int, start: int) -> memoryview:
-    """CHUNK_BYTES of a file from `start` on; fewer only at its end."""
-    block = np.empty(CHUNK_BYTES, np.uint8).data  # not filled with zeros first, as a bytearray is
-    end = 0
-    while end < CHUNK_BYTES and (more := os.preadv(descriptor, [block[end:]], start + end)):
-        end += more
-    return block[:end]
+    def _prefetch(self, start: int) -> None:
+        self._next_start, self._next = start, self._executor.submit(self._read_file, start, CHUNK_BYTES)

@@ -55,7 +55,7 @@ def missing(
     the former are made again and the latter removed.
     """
     todo, total = [], 0
-    for share in tars.shares(cfg.paths.raw_dir, shard, num_shards):
+    for share in tars.shares_of(tars.of_shard(cfg.paths.raw_dir, 0, 1), shard, num_shards):
         whole = of_tar(cfg, share.tar, folder, stage, settings)
         own = [whole[number] for number in share.of(len(whole))]
         todo += [part for part in own if not parquet.is_done(part.target, part.made, overwrite)]

@@ -22,7 +22,7 @@ import xxhash
 from common import files, parquet, provenance, schemas
 from common.archives import gzip_streams, tars
 from common.archives.restart_points import RestartPoint
-from common.archives.tar_blocks import window
+from common.archives.tar_blocks import read_at
 from common.errors import PipelineError
 from common.provenance import Provenance
 from common.sections import Paths
@@ -68,7 +68,7 @@ class Tar:
                 with self._turn:  # images by turns would have the threads jump back and forth
                     contents = [stream.read(offset, size) for offset, size in zip(offsets, sizes, strict=True)]
             else:
-                contents = _read_plain(file.fileno(), offsets, sizes)
+                contents = [read_at(file.fileno(), *place) for place in zip(offsets, sizes, strict=True)]
         if [len(content) for content in contents] != sizes:
             raise ChangedTar(self._changed())
         if content_hashes is not None:
@@ -198,15 +198,3 @@ def write_restart_points(index: Path, points: list[RestartPoint], made: Provenan
     except (PipelineError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else parquet.first_line(error)
         log.warning("%s cannot be written (%s): whoever needs it reads the whole tar for it", index, reason)
-
-
-def _read_plain(descriptor: int, offsets: list[int], sizes: list[int]) -> list[bytes]:
-    """Bytes of a file; neighbours are read at once."""
-    start = min(offsets)
-    span = max(offset + size for offset, size in zip(offsets, sizes, strict=True)) - start
-    together = span <= 2 * sum(sizes)
-    # the spans between are headers and labels: cheaper to read than to skip
-    read = window(descriptor, span if together else 0)
-    if together:
-        read(start, span)
-    return [read(offset, size) for offset, size in zip(offsets, sizes, strict=True)]
