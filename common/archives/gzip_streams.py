@@ -2,11 +2,9 @@
 
 Deflate data are inflated without their gzip frame, and the checksum is computed beside it: libraries that read the
 frame withhold the last data of a stream whose checksum is wrong. Several gzip members in one file are one stream.
-Of deflate data that are invalid from some point on, or end early, everything before that point is given, to the
-byte.
+If deflate data are invalid or end early, everything before that point is given, to the byte.
 
-Memory: READ_BYTES of the file, two pieces of its content, and the restart points: 32 kB for each SPACING_BYTES
-(0.4 % of the content: 57 MB for a tar of 14 GB).
+Memory: READ_BYTES of the file, two pieces of its content, and 0.4 % of the content for restart points.
 """
 
 import bisect
@@ -17,14 +15,8 @@ from threading import Lock
 
 from isal import isal_zlib
 
-from common.archives.restart_points import (
-    BEYOND_BYTES,
-    WINDOW_BYTES,
-    RestartPoint,
-    block_starts,
-    inflate_briefly,
-    lead_in,
-)
+from common.archives import restart_points
+from common.archives.restart_points import WINDOW_BYTES, RestartPoint, inflate_briefly
 from common.archives.tar_blocks import Read, is_zeros
 
 MAGIC = b"\x1f\x8b"
@@ -97,7 +89,7 @@ def inflate(
             damages.append((offset, what))
 
     while at == 0 or point or read(at, 1):
-        start, checksum, length = point, 0, 0
+        start = point
         if start is None:
             size = _header_size(read(at, _HEADER_BYTES))
             if size is None:
@@ -109,41 +101,31 @@ def inflate(
             start = RestartPoint(offset, 8 * (at + size), b"")
             if not points or offset - points[-1].offset >= SPACING_BYTES:
                 points.append(start)
-        pieces = _deflated(read, start, points)
-        while True:
-            try:
-                piece = next(pieces)
-            except StopIteration as end:
-                at, what = end.value
-                break
-            checksum = isal_zlib.crc32(piece, checksum)
-            length += len(piece)
-            yield piece
-        offset += length
+        member_offset = offset
+        at, offset, checksum, what = yield from _deflated(read, start, points)
         trailer = read(at, _TRAILER_BYTES)
         if what or len(trailer) < _TRAILER_BYTES:
             note(what or CUT_OFF)
             return
         if point is None and trailer[:4] != checksum.to_bytes(4, "little"):
             note("the gzip stream's checksum is wrong")
-        if point is None and trailer[4:] != (length % 2**32).to_bytes(4, "little"):
+        if point is None and trailer[4:] != ((offset - member_offset) % 2**32).to_bytes(4, "little"):
             note("the gzip stream's length is wrong")
         at, point = at + _TRAILER_BYTES, None
 
 
 def _deflated(
     read: Read, start: RestartPoint, points: list[RestartPoint]
-) -> Generator[bytes, None, tuple[int, str]]:
+) -> Generator[bytes, None, tuple[int, int, int, str]]:
     """The content of the deflate stream in which `start` lies, from there on; returns the byte of the file after
-    it, and what is wrong there, or "".
+    it, the byte of the content, the checksum, and what is wrong there, or "".
     """
-    at, offset, window = start.bit // 8, start.offset, start.window
+    at, offset, window, checksum = start.bit // 8, start.offset, start.window, 0
     inflater = isal_zlib.decompressobj(-zlib.MAX_WBITS, zdict=window)
-    pending = _lead_in(read, start)
+    pending, what = _lead_in(read, start), ""
     at += 1 - len(pending)  # `pending` takes the place of the bytes of the file up to the one after the point's
     due_at = points[-1].offset + SPACING_BYTES  # of the next restart point, in the content
-    what = CUT_OFF
-    while not inflater.eof:
+    while not inflater.eof and not what:
         pending = pending or read(at, READ_BYTES)
         try:
             if offset >= due_at and len(pending) > _SEARCHED_BYTES:
@@ -152,23 +134,24 @@ def _deflated(
                 due_at = offset + (SPACING_BYTES if was_found else SPACING_BYTES // 8)
             else:
                 piece, used = _feed(inflater, pending)
+            what = "" if pending or piece else CUT_OFF
         except isal_zlib.IsalError:
-            pending, piece, what = b"", b"", "invalid deflate data"
-        if not pending and not piece:
+            what = "invalid deflate data"
+        if what:
             last = _last_point(points, offset)
-            yield from _salvaged(read, last if last and last.offset > start.offset else start, offset)
-            return at, what
+            piece, used = _salvaged(read, max(start, last or start), offset), 0
         pending, at, offset = pending[used:], at + used, offset + len(piece)
+        checksum = isal_zlib.crc32(piece, checksum)
         window = piece[-WINDOW_BYTES:] if len(piece) >= WINDOW_BYTES else (window + piece)[-WINDOW_BYTES:]
         if piece:
             yield piece
-    return at, ""
+    return at, offset, checksum, what
 
 
 def _lead_in(read: Read, point: RestartPoint) -> bytes:
     """What to inflate in place of the byte of the file that `point` is in; empty at the file's end."""
     first = read(point.bit // 8, 1)
-    return lead_in(point.bit, first[0]) if first else b""
+    return restart_points.lead_in(point.bit, first[0]) if first else b""
 
 
 def _feed(inflater, data: bytes) -> tuple[bytes, int]:
@@ -204,19 +187,18 @@ def _inflate_to_point(
 
 
 def _candidates(data: bytes) -> Iterator[int]:
-    """Bits of `data` at which a block may begin, in rising order, searched for as far as they are asked for."""
+    """Bits of `data` at which a block may begin, in rising order, searched for as far as they are requested."""
     for begin in range(0, _SEARCHED_BYTES, _SLICE_BYTES):
-        # what a header may take is looked at twice
-        for bit in block_starts(data[begin : begin + _SLICE_BYTES + BEYOND_BYTES]).tolist():
-            yield 8 * begin + bit
+        searched = data[begin : begin + _SLICE_BYTES + restart_points.BEYOND_BYTES]
+        yield from (8 * begin + bit for bit in restart_points.block_starts(searched).tolist())
 
 
-def _salvaged(read: Read, point: RestartPoint, offset: int) -> Iterator[bytes]:
+def _salvaged(read: Read, point: RestartPoint, offset: int) -> bytes:
     """The content beyond `offset` before the data become invalid: inflated from `point` on, in the end byte by
     byte.
     """
     inflater = zlib.decompressobj(-zlib.MAX_WBITS, zdict=point.window)
-    data, first = _lead_in(read, point), point.bit // 8 + 1
+    content, data, first = bytearray(), _lead_in(read, point), point.bit // 8 + 1
     at, step, skipped = first, _STEP_BYTES, offset - point.offset
     while data and not inflater.eof:
         before = inflater.copy()
@@ -224,13 +206,13 @@ def _salvaged(read: Read, point: RestartPoint, offset: int) -> Iterator[bytes]:
             piece = inflater.decompress(data)
         except zlib.error:
             if step == 1 or at == first:
-                return
+                break
             inflater, piece, step, at = before, b"", 1, at - len(data)
-        if piece[skipped:]:
-            yield piece[skipped:]
+        content += piece[skipped:]
         skipped = max(0, skipped - len(piece))
         data = read(at, step)
         at += len(data)
+    return bytes(content)
 
 
 def _last_point(points: list[RestartPoint], offset: int) -> RestartPoint | None:

@@ -88,20 +88,13 @@ def of_shard(raw_dir: Path, shard: int, num_shards: int) -> list[Path]:
         if stem(one) == stem(other):
             raise PipelineError(f"{raw_dir} has one tar under two names, {one.name} and {other.name}\nkeep one")
     if not listing:
-        raise PipelineError(_without_tars(raw_dir))
+        what = "holds no .tar, .tar.gz or .tgz file" if raw_dir.is_dir() else "is not a folder"
+        # aria2c puts them into a folder of the set's name
+        deeper = sorted({path.parent for path in raw_dir.glob("*/*") if is_named_so(path) and path.is_file()})
+        advice = "set paths.raw_dir" if deeper else "put the dataset's tars there, or set paths.raw_dir"
+        where = f", but there are some in {', '.join(map(str, deeper))}" if deeper else ""
+        raise PipelineError(f"{raw_dir} {what}{where}\n{advice}")
     return listing[shard::num_shards]
-
-
-def _without_tars(raw_dir: Path) -> str:
-    """The message about a place without tars."""
-    if not raw_dir.is_dir():
-        what = "is a file" if raw_dir.exists() else "does not exist"
-        return f"{raw_dir} {what}\nput the dataset's tars there, or set paths.raw_dir"
-    deeper = {path.parent for path in raw_dir.glob("*/*") if is_named_so(path) and path.is_file()}
-    if deeper:  # aria2c puts them into a folder of the set's name
-        folders = ", ".join(map(str, sorted(deeper)))
-        return f"{raw_dir} holds no tars, but there are some in {folders}\nset paths.raw_dir to one of these"
-    return f"{raw_dir} holds no .tar, .tar.gz or .tgz file\nput the dataset's tars there, or set paths.raw_dir"
 
 
 class Share(NamedTuple):

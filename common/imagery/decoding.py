@@ -146,7 +146,8 @@ def _by_pillow(encoded: Encoded) -> Image.Image:
     except Exception as error:  # Pillow fails on damaged files in many ways
         kind = _format_by_signature(encoded)
         if not kind:
-            raise Undecodable(Reject.NOT_AN_IMAGE, _description(encoded)) from None
+            what = f"begins with {bytes(encoded[:32])!r}" if len(encoded) else "an empty file"
+            raise Undecodable(Reject.NOT_AN_IMAGE, what) from None
         what = "damaged or unknown header" if isinstance(error, UnidentifiedImageError) else str(error)
         raise Undecodable(Reject.JPEG_CORRUPT, f"{kind}: {what or type(error).__name__}"[:200]) from None
 
@@ -157,16 +158,6 @@ def _format_by_signature(encoded: Encoded) -> str:
         return "JPEG"
     start = bytes(encoded[:16])
     return next((name for name in _FORMATS if (accepts := Image.OPEN[name][1]) and accepts(start)), "")
-
-
-def _description(encoded: Encoded) -> str:
-    """What a file is instead of an image, by its first bytes."""
-    if not len(encoded):
-        return "an empty file"
-    start = bytes(encoded[:32])
-    is_text = all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start)
-    kind = "HTML or XML" if start.lstrip()[:1] == b"<" else "text" if is_text else "no known format"
-    return f"{kind}: begins with {start!r}"
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -49,7 +49,7 @@ class Tar:
         without it, `points` are used.
         """
         self.path, self._intermediates_dir, self._points = path, intermediates_dir, points or []
-        self._lock, self._turn = Lock(), Lock()
+        self._lock = Lock()
         self._is_checked = False
         self._stream: gzip_streams.Stream | None = None
 
@@ -80,9 +80,9 @@ class Tar:
             # neighbours at once: what is between them is headers and labels, cheaper to read than to skip
             read = buffered(file.fileno(), span if span <= 2 * sum(sizes) else 0)
             return [read(offset, size) for offset, size in places]
-        stream = self._open_stream()
-        with self._turn:  # images by turns would have the threads jump back and forth
-            return [stream.read(offset, size) for offset, size in places]
+        with self._lock:  # images by turns would have the threads jump back and forth
+            self._stream = self._stream or self._open_stream()
+            return [self._stream.read(offset, size) for offset, size in places]
 
     def reader(self, rows: pa.Table) -> Callable[[int, int], list[bytes]]:
         """A function that reads the images of rows start..stop, and checks them if `rows` have content_hash."""
@@ -108,14 +108,11 @@ class Tar:
             return True
 
     def _open_stream(self) -> gzip_streams.Stream:
-        with self._lock:
-            if self._stream is None:
-                if self._intermediates_dir is not None:
-                    self._points = restart_points(self.path, index_of(self._intermediates_dir, self.path))
-                descriptor = os.open(self.path, os.O_RDONLY)
-                self._stream = gzip_streams.Stream(partial(read_at, descriptor), self._points, _KEPT_BYTES)
-                weakref.finalize(self, os.close, descriptor)
-            return self._stream
+        if self._intermediates_dir is not None:
+            self._points = restart_points(self.path, index_of(self._intermediates_dir, self.path))
+        descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        return gzip_streams.Stream(partial(read_at, descriptor), self._points, _KEPT_BYTES)
 
 
 class TarImages:
