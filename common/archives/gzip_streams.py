@@ -31,7 +31,6 @@ _LEAST_PROVED_BYTES = 1024  # of the content, that must be equal
 _STEP_BYTES = 2**12  # of the file, on the way to where the data become invalid
 _HEADER_BYTES = 2**17  # more than a gzip header takes
 _TRAILER_BYTES = 8
-_EXTRA, _NAME, _COMMENT, _HEADER_CRC = 4, 8, 16, 2  # flags of a header (RFC 1952, 2.3)
 
 
 class Stream:
@@ -51,28 +50,33 @@ class Stream:
         self._pieces = inflate(self._read_file, self.points, self.damages, point)
         self._kept: deque[tuple[int, bytes]] = deque()  # of the content: offset and bytes, without gaps
         self._position = point.offset if point else 0  # of the next piece
-        self._has_failed = False  # the disk: then there are no more pieces
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes of the content at `offset`; fewer only at its end."""
         with self._lock:
             point = _last_point(self.points, offset)
             start = self._kept[0][0] if self._kept else self._position
-            if offset < start or self._has_failed or (point and point.offset > self._position):
+            if offset < start or (point and point.offset > self._position):
                 self._jump(point)
-            self._has_failed = True  # if what follows raises
-            while self._position < offset + size and (piece := next(self._pieces, b"")):
+            while self._position < offset + size and (piece := self._next_piece()):
                 self._kept.append((self._position, piece))
                 self._position += len(piece)
                 needed_from = min(offset, self._position - self._kept_bytes)
                 while self._kept and self._kept[0][0] + len(self._kept[0][1]) <= needed_from:
                     self._kept.popleft()
-            self._has_failed = False
-            parts = []
-            for at, piece in self._kept:
-                if at < offset + size and offset < at + len(piece):
-                    parts.append(piece[max(0, offset - at) : offset + size - at])
+            parts = [
+                piece[max(0, offset - at) : offset + size - at]
+                for at, piece in self._kept
+                if at < offset + size and offset < at + len(piece)
+            ]
             return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _next_piece(self) -> bytes:
+        try:
+            return next(self._pieces, b"")
+        except OSError:
+            self._jump(None)  # a generator that has raised gives no more
+            raise
 
 
 def inflate(
@@ -168,22 +172,24 @@ def _inflate_to_point(
 
     `bit`: of the file, where `data` begin; `offset` and `window`: of what has been inflated before.
     """
+    before, done = b"", 0
     for start in _candidates(data):
-        proof = data[start // 8 : start // 8 + _PROVED_BYTES]
-        if len(inflate_briefly(proof, start % 8, bytes(WINDOW_BYTES))) < _LEAST_PROVED_BYTES:
-            continue
-        # with the byte in which the block begins: less than its header is there, and nothing of its content
-        before, head = _feed(inflater, data[: -(-start // 8)])
-        if inflater.eof or inflater.unconsumed_tail:
-            return before, head
-        after, used = _feed(inflater, data[head : start // 8 + len(proof)])
+        # up to the byte in which the block begins: less than its header is in it, and nothing of its content
+        piece, used = _feed(inflater, data[done : -(-start // 8)])
+        before, done = before + piece, done + used
+        if inflater.eof or inflater.unconsumed_tail or len(before) > _PIECE_BYTES:
+            break
         point = RestartPoint(offset + len(before), bit + start, (window + before)[-WINDOW_BYTES:])
+        proof = data[start // 8 : start // 8 + _PROVED_BYTES]
         proved = inflate_briefly(proof, start % 8, point.window)
-        common = min(len(proved), len(after))
-        if common >= _LEAST_PROVED_BYTES and proved[:common] == after[:common]:
-            points.append(point)
-        return before + after, head + used
-    return _feed(inflater, data)
+        if len(proved) >= _LEAST_PROVED_BYTES:
+            piece, used = _feed(inflater, data[done : start // 8 + len(proof)])
+            before, done = before + piece, done + used
+            common = min(len(proved), len(piece))
+            if common >= _LEAST_PROVED_BYTES and proved[:common] == piece[:common]:
+                points.append(point)
+            break
+    return before, done
 
 
 def _candidates(data: bytes) -> Iterator[int]:
@@ -226,10 +232,10 @@ def _header_size(header: bytes) -> int | None:
     if len(header) < 10 or header[:2] != MAGIC or header[2] != 8:
         return None
     flags, size = header[3], 10
-    if flags & _EXTRA:
+    if flags & 4:  # an extra field
         size += 2 + int.from_bytes(header[size : size + 2], "little")
-    for flag in (_NAME, _COMMENT):
+    for flag in (8, 16):  # a name, a comment
         if flags & flag:
             size = header.find(b"\0", size) + 1 or len(header) + 1
-    size += 2 if flags & _HEADER_CRC else 0
+    size += flags & 2  # a checksum of the header
     return size if size <= len(header) else None

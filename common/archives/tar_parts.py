@@ -1,10 +1,9 @@
 """The parts of a tar: runs of rows of its intermediates, each of which has a file of its own in later stages.
 
-Parts are what those stages resume by, and what their tasks share: where there are more tasks than tars, several
-take parts of one tar.
+Those stages resume by part, and divide the work by part if there are more tasks than tars.
 """
 
-import glob
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,10 +48,10 @@ def of_tar(cfg: Config, tar: Path, folder: Path, stage: str, settings: dict) -> 
 def missing(
     cfg: Config, folder: Path, stage: str, settings: dict, shard: int, num_shards: int, overwrite: bool
 ) -> tuple[list[TarPart], int]:
-    """The parts that a task has to make, and how many of its parts there are in all.
+    """The parts that a task still has to make, and the number of all its parts.
 
-    Raises StaleArtefact for files in `folder` that are of something else, or of another division; to `overwrite`
-    the former are made again and the latter removed.
+    Raises StaleArtefact for files in `folder` that were made from something else, or with a different division
+    into parts; `overwrite` remakes the former and removes the latter.
     """
     todo, total = [], 0
     for share in tars.shares_of(tars.of_shard(cfg.paths.raw_dir, 0, 1), shard, num_shards):
@@ -65,7 +64,7 @@ def missing(
 
 
 def count(num_rows: int, rows_per_part: int) -> int:
-    """How many parts so many rows have."""
+    """The number of parts that `num_rows` rows are divided into."""
     return max(1, -(-num_rows // rows_per_part))
 
 
@@ -75,18 +74,18 @@ def targets(folder: Path, tar: Path, num_parts: int) -> list[Path]:
 
 
 def refuse_surplus(folder: Path, name: str, num_parts: int, overwrite: bool) -> None:
-    """Files <name>-<part> beyond the parts that there are hold images twice: an error, or removed to overwrite."""
-    escaped = glob.escape(name)
+    """Raise StaleArtefact for files <name>-<part> beyond the last part: they hold images twice. Or remove them."""
+    numbered = re.compile(rf"{re.escape(name)}-(\d+)\.parquet")
     surplus = [
         path
         for place in (folder, files.beside(folder, "rejects"))
-        for path in place.glob(f"{escaped}-*.parquet")
-        if path.stem.removeprefix(f"{name}-").isdecimal() and int(path.stem.rpartition("-")[2]) >= num_parts
+        for path in place.glob("*.parquet")
+        if (match := numbered.fullmatch(path.name)) and int(match[1]) >= num_parts
     ]
     if surplus and not overwrite:
         raise StaleArtefact(
-            f"{surplus[0]} is left from another division of {name}, which has {num_parts} parts now\n"
-            "delete it, put data.rows_per_part or the images back, or redo it all with --overwrite"
+            f"{surplus[0]} is left from another division of {name}, which now has {num_parts} parts\n"
+            "delete it, restore data.rows_per_part or the images, or rerun everything with --overwrite"
         )
     for path in surplus:
-        path.unlink(missing_ok=True)  # another task of the same tar may have been here
+        path.unlink(missing_ok=True)  # another task of the same tar may have removed it

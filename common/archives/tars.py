@@ -30,9 +30,9 @@ from common.schemas import Reject
 MAX_CONTENT_BYTES = 64 * 2**20  # a larger member is not an image or a label of the dataset
 _INDEX_BYTES = 3 * BLOCK  # read at once without contents: a label's header, its content, and the next header
 _ZEROS = bytes(BLOCK)
-_NAME = re.compile(r"(?P<stem>.*?)\.(tar|tar\.gz|tgz)", re.IGNORECASE | re.DOTALL)
-_OTHER_NAMES = re.compile(r".*\.(tar\.\w+|tbz2?|txz|tzst)", re.IGNORECASE | re.DOTALL)
-_UNFINISHED = (".aria2", ".part", ".crdownload")  # of a download in progress, or of the file beside it
+_UNFINISHED = ("aria2", "part", "crdownload")  # suffixes of a download in progress, or of the file beside it
+_SUFFIX = rf"\.(tar|tar\.(?!{'|'.join(_UNFINISHED)})\w+|tgz|tbz2?|txz|tzst)"
+_NAME = re.compile(rf"(?P<stem>.*?){_SUFFIX}", re.IGNORECASE | re.DOTALL)
 _COMPRESSED = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 
@@ -51,7 +51,7 @@ class BadSector(PipelineError):
 
 
 def is_named_so(path: Path) -> bool:
-    """Whether a file is a tar by its name, plain or gzip."""
+    """Whether a file is a tar by its name, in any compression; `walk` refuses all but gzip."""
     return _NAME.fullmatch(path.name) is not None
 
 
@@ -64,24 +64,18 @@ def stem(tar: Path) -> str:
 def of_shard(raw_dir: Path, shard: int, num_shards: int) -> list[Path]:
     """The tars whose rank in the sorted listing of `raw_dir` is `shard` modulo `num_shards`.
 
-    Raises PipelineError if there are none, or if a tar there cannot be read in place or is not whole.
+    Raises PipelineError if there are none, or if one is no file, not downloaded completely, or there twice.
     """
     paths = sorted(raw_dir.iterdir()) if raw_dir.is_dir() else []
     # macOS leaves "._0088.tar" beside what it copies
     listing = [path for path in paths if is_named_so(path) and not path.name.startswith(".")]
     for path in paths:
-        if path.suffix in _UNFINISHED and is_named_so(path.with_suffix("")):
+        if path.suffix[1:] in _UNFINISHED and is_named_so(path.with_suffix("")):
             raise PipelineError(
                 f"{path.with_suffix('')} has not been downloaded completely: {path.name} is still there\n"
                 "rerun the download, which resumes and removes that file when it is done"
             )
-        if path not in listing and _OTHER_NAMES.fullmatch(path.name):
-            raise PipelineError(
-                f"{path} is neither a plain tar nor a gzip stream, by its name\n"
-                "decompress it, or move it out of paths.raw_dir: other compressions cannot be read in place"
-            )
-    for path in listing:
-        if not path.is_file():
+        if path in listing and not path.is_file():
             what = "is a folder" if path.is_dir() else "links to a file that does not exist"
             raise PipelineError(f"{path} {what}\nrestore the tar, or move this out of paths.raw_dir")
     for one, other in itertools.pairwise(sorted(listing, key=stem)):

@@ -1,5 +1,6 @@
 """The images and labels of one tar, brought together: a row for each valid pair, a reject for each other file."""
 
+import posixpath
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
@@ -39,9 +40,8 @@ class Pairs(NamedTuple):
 
 def split_name(name: str) -> tuple[str, str]:
     """A member's name without its folders: up to the last dot, and from there on in lower case."""
-    base = name[name.rfind("/") + 1 :]
-    dot = base.rfind(".")
-    return (base, "") if dot < 0 else (base[:dot], base[dot:].lower())
+    stem, suffix = posixpath.splitext(posixpath.basename(name))
+    return stem, suffix.lower()
 
 
 def pair(images: Iterable[Image], texts: Iterable[Text], dataset_id: int | None) -> Pairs:

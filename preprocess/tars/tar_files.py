@@ -43,7 +43,7 @@ class TarFiles:
 
 def read(tar: Path, threads: int, on_images: Callable[[int, int], None]) -> TarFiles:
     """All readable files of a tar. `on_images` is regularly called with how many more images have been checked,
-    and up to about which byte of the file; what it raises ends the reading.
+    and up to about which byte of the inflated tar; what it raises ends the reading.
 
     The threads take turns reading: whoever has checked an image reads the next. A thread that only reads would
     hold Python's lock for many images at a time, and the decoders would wait for it.
@@ -70,19 +70,12 @@ def read(tar: Path, threads: int, on_images: Callable[[int, int], None]) -> TarF
                     check.result()  # raises what it has raised
                 new = len(files.images) - files.num_checked
                 files.num_checked += new
-                on_images(new, _position(files))
+                on_images(new, files.images[-1].offset if files.images else 0)
         finally:  # whatever has been raised, the threads end
             with turn:
                 unchecked.close()
     files.images.sort(key=lambda image: image.offset)
     return files
-
-
-def _position(files: TarFiles) -> int:
-    """About up to which byte of the file a tar has been read; of a gzip stream by its last restart point."""
-    if files.restart_points:
-        return files.restart_points[-1].bit // 8
-    return files.images[-1].offset if files.images else 0
 
 
 def _images(tar: Path, files: TarFiles) -> Generator[_Unchecked, None, None]:
