@@ -41,7 +41,7 @@ class Member(NamedTuple):
     offset: int  # bytes from the start of the tar, as it is when inflated, to its data
     size: int  # bytes
     kind: str  # "file", "directory" or "other" (links, devices, sparse files)
-    content: memoryview | None = None  # on request: of a file of at most MAX_CONTENT_BYTES
+    content: bytes | None = None  # on request: of a file of at most MAX_CONTENT_BYTES
 
 
 class NoMember(Exception):
@@ -103,11 +103,9 @@ def unusual_member(read: Read, start: int) -> tuple[Member, int]:
         name = block[345:500].partition(b"\0")[0] + b"/" + name
     text = records.get(b"path", name).decode("utf-8", "surrogateescape")
     size = int(records.get(b"size", size))
-    if kind in _WITHOUT_DATA:
-        return Member(text, at, size, "directory" if kind == b"5" else "other"), 0
-    if kind == b"\0" and name.endswith(b"/"):  # as tars before ustar mark directories
-        return Member(text, at, size, "directory"), 0
-    return Member(text, at, size, "file" if kind in _REGULAR else "other"), size
+    is_directory = kind == b"5" or (kind == b"\0" and name.endswith(b"/"))  # as tars before ustar mark them
+    what = "directory" if is_directory else "file" if kind in _REGULAR else "other"
+    return Member(text, at, size, what), 0 if is_directory or kind in _WITHOUT_DATA else size
 
 
 def find_header(read: Read, start: int) -> tuple[int | None, int]:

@@ -4,9 +4,8 @@ Plain tars and gzip streams, distinguished by their first bytes; all offsets are
 is read front to back, eight times as fast as by `tarfile`, and everything that is left of a damaged one is found:
 after an invalid header, reading goes on at the next one with a valid checksum, at any byte.
 
-Memory: two blocks of CHUNK_BYTES, the largest member, of at most MAX_CONTENT_BYTES, and for gzip what
-gzip_streams.py needs. Contents are views, which keep the block in memory that they were read in, or copies if they
-span several.
+Memory: some chunks of CHUNK_BYTES, the largest member, of at most MAX_CONTENT_BYTES, and for gzip what
+gzip_streams.py needs.
 """
 
 import contextlib
@@ -14,7 +13,7 @@ import errno
 import itertools
 import os
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 
 from common.archives import gzip_streams
 from common.archives.restart_points import RestartPoint
-from common.archives.tar_blocks import Blocks, Read, buffered, is_zeros, read_at
+from common.archives.tar_blocks import CHUNK_BYTES, Read, buffered, is_zeros, read_at
 from common.archives.tar_headers import BLOCK, Member, NoMember, find_header, plain_file, unusual_member
 from common.errors import PipelineError
 from common.schemas import Reject
@@ -122,24 +121,20 @@ def walk(
     `points`. Raises PipelineError if the tar is compressed otherwise.
     """
     with opened(path) as file, ThreadPoolExecutor(1) as executor:
-        read_file: Read = partial(read_at, file.fileno())
-        file_bytes, damages = os.fstat(file.fileno()).st_size, list[tuple[int, str]]()
+        read: Read = partial(read_at, file.fileno())
+        tar_bytes, damages = os.fstat(file.fileno()).st_size, list[tuple[int, str]]()
         if is_gzip(path, file):
-            stream = gzip_streams.Stream(read_file, [] if points is None else points)
-            read_file, file_bytes, damages = stream.read, 0, stream.damages
-        if contents or file_bytes == 0:
-            blocks = Blocks(read_file, executor)
-            yield from _members(blocks.read, blocks.view if contents else None, file_bytes)
-        else:
-            yield from _members(buffered(file.fileno(), _INDEX_BYTES), None, file_bytes)
+            stream = gzip_streams.Stream(read, [] if points is None else points, 4 * CHUNK_BYTES)
+            read, tar_bytes, damages = stream.read, 0, stream.damages
+        reads_all = contents or tar_bytes == 0
+        read = buffered(read, CHUNK_BYTES, executor) if reads_all else buffered(read, _INDEX_BYTES)
+        yield from _members(read, contents, tar_bytes)
         for offset, what in damages:
             yield Damage(offset, offset, Reject.GZIP_DAMAGED, f"{what}, found at byte {offset:,} of the tar")
 
 
-def _members(
-    read: Read, view: Callable[[int, int], memoryview] | None, tar_bytes: int
-) -> Iterator[Member | Damage]:
-    """`walk` of a tar's bytes. `view`: reads the contents, on request; `tar_bytes`: 0 if not known.
+def _members(read: Read, contents: bool, tar_bytes: int) -> Iterator[Member | Damage]:
+    """`walk` of a tar's bytes, of which there are `tar_bytes`, or 0 if that is not known.
 
     A member is given when a valid header, or the end, has been found behind it: if bytes are missing in it, the
     next header is within what would be its data.
@@ -160,8 +155,8 @@ def _members(
             else:
                 member, stored = unusual_member(read, at)
             end = member.offset + stored
-            if view and member.kind == "file" and stored <= MAX_CONTENT_BYTES:
-                member = member._replace(content=view(member.offset, stored))
+            if contents and member.kind == "file" and stored <= MAX_CONTENT_BYTES:
+                member = member._replace(content=read(member.offset, stored))
             if end > tar_bytes and not read(end - 1, 1):  # the header ends at end - 1 if there are no data
                 cut = member
                 raise NoMember("a size beyond the end of the tar", is_header=True)

@@ -78,7 +78,7 @@ class Tar:
         if not tars.is_gzip(self.path, file):
             span = offsets[-1] + sizes[-1] - offsets[0]
             # neighbours at once: what is between them is headers and labels, cheaper to read than to skip
-            read = buffered(file.fileno(), span if span <= 2 * sum(sizes) else 0)
+            read = buffered(partial(read_at, file.fileno()), span if span <= 2 * sum(sizes) else 0)
             return [read(offset, size) for offset, size in places]
         with self._lock:  # images by turns would have the threads jump back and forth
             self._stream = self._stream or self._open_stream()

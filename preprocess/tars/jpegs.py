@@ -19,7 +19,7 @@ class Jpeg(NamedTuple):
     content_hash: int  # xxh3-64 of the file's bytes
 
 
-def inspect(content: bytes | memoryview) -> Jpeg | Rejected:
+def inspect(content: bytes) -> Jpeg | Rejected:
     """Size and hash of an image, or why it is rejected: JPEG_BLANK, or as `decoding` says."""
     try:
         width, height, grey = decoding.survey(content)

@@ -80,10 +80,9 @@ def pair(images: Iterable[Image], texts: Iterable[Text], dataset_id: int | None)
 
 def columns(valid: list[tuple[Image, Jpeg, Label]], tar_file: str) -> dict[str, Sequence]:
     """The columns of the intermediates (see schemas.INTERMEDIATES) of at least one pair."""
-    images, jpegs, labels = zip(*valid, strict=True)
-    table = dict(
-        zip(Label._fields + Jpeg._fields, [*zip(*labels, strict=True), *zip(*jpegs, strict=True)], strict=True)
-    )
+    images, _, labels = zip(*valid, strict=True)
+    rows = [(*label, *jpeg) for _, jpeg, label in valid]
+    table = dict(zip(Label._fields + Jpeg._fields, zip(*rows, strict=True), strict=True))
     return table | {
         "building_id": [f"{label.dataset_id:04d}_{label.target_id}" for label in labels],
         "streetview_image_id": [f"{label.dataset_id:04d}_{label.patch_id}" for label in labels],

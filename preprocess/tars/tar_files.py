@@ -101,7 +101,7 @@ def _add(files: TarFiles, member: tars.Member) -> _Unchecked | None:
     elif suffix != LABEL_SUFFIX:
         return member, stem
     else:
-        label = _NO_LABEL if member.content is None else labels.parse_label(bytes(member.content))
+        label = _NO_LABEL if member.content is None else labels.parse_label(member.content)
         files.texts.append(Text(member.name, stem, ids, label))
     return None
 
