@@ -1,5 +1,6 @@
 """common/archives/tars.py. Oracle: Python's tarfile, on tars that tarfile wrote in each of its formats."""
 
+import gzip
 import io
 import os
 import queue
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from common.archives import tar_headers, tars
+from common.archives import gzip_streams, tar_headers, tars
 from common.archives.tar_blocks import CHUNK_BYTES
 from common.errors import PipelineError
 
@@ -273,20 +274,20 @@ def test_a_tar_compressed_otherwise_than_by_gzip_is_to_be_decompressed(tmp_path,
         list(tars.walk(path))
 
 
-def test_the_next_block_is_read_while_this_one_is_looked_at(tmp_path, monkeypatch):
+def test_the_next_chunk_is_inflated_while_this_one_is_looked_at(tmp_path, monkeypatch):
     files = [(name, name.encode() * 600_000) for name in "abcd"]
-    path = make_tar(tmp_path / "a.tar", files)
-    read, blocks = os.pread, queue.SimpleQueue()
+    path = tmp_path / "a.tar"
+    path.write_bytes(gzip.compress(make_tar(tmp_path / "plain.tar", files).read_bytes()))
+    read, offsets = gzip_streams.Stream.read, queue.SimpleQueue()
 
-    def recorded(descriptor, size, offset):
-        if size > tars.BLOCK:  # not the check for compression
-            blocks.put(offset // CHUNK_BYTES)
-        return read(descriptor, size, offset)
+    def recorded(stream, offset, size):
+        offsets.put(offset)
+        return read(stream, offset, size)
 
-    monkeypatch.setattr(os, "pread", recorded)
+    monkeypatch.setattr(gzip_streams.Stream, "read", recorded)
     walk = tars.walk(path, contents=True)
-    first = next(walk)  # in block 0; the header behind it is, too
-    assert [blocks.get(timeout=30) for _ in range(2)] == [0, 1]
+    first = next(walk)  # in the first chunk; the header behind it is, too
+    assert [offsets.get(timeout=30) for _ in range(2)] == [0, CHUNK_BYTES]
     assert [first.content, *(member.content for member in walk)] == [content for _, content in files]
 
 

@@ -17,31 +17,24 @@ def read_at(descriptor: int, offset: int, size: int) -> bytes:
 
 
 def buffered(read: Read, chunk_bytes: int, executor: Executor | None = None) -> Read:
-    """Reads forward through one buffer, a chunk at a time; a thread of `executor` reads the next chunk meanwhile.
+    """Reads forward through one buffer, a chunk at a time. `executor`: of a thread that requests the next chunk
+    meanwhile, for a `read` that computes, and keeps what it gave last.
 
     A closure, not a class: it is called for each member, and finds what it holds faster.
     """
     start, buffer = 0, b""
-    ahead: tuple[int, Future[bytes]] | None = None  # the next chunk: offset and content
-
-    def chunk(offset: int) -> bytes:
-        nonlocal ahead
-        content = ahead[1].result() if ahead and ahead[0] == offset else read(offset, chunk_bytes)
-        if executor:
-            end = offset + len(content)
-            ahead = end, executor.submit(read, end, chunk_bytes)
-        return content
+    ahead: Future[bytes] | None = None
 
     def get(offset: int, size: int) -> bytes:
-        nonlocal start, buffer
+        nonlocal start, buffer, ahead
         at = offset - start
         if at < 0 or at + size > len(buffer):
             if size > chunk_bytes:  # not through the buffer: it would be in memory twice
                 return read(offset, size)
-            buffer = buffer[at:] if at >= 0 else b""
-            at, start = 0, offset
-            while len(buffer) < size and (more := chunk(start + len(buffer))):
-                buffer += more
+            if ahead:
+                ahead.exception()  # wait; an error is raised again below
+            at, start, buffer = 0, offset, read(offset, chunk_bytes)
+            ahead = executor.submit(read, offset + chunk_bytes, chunk_bytes) if executor else None
         return buffer[at : at + size]
 
     return get

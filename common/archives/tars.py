@@ -125,9 +125,10 @@ def walk(
         tar_bytes, damages = os.fstat(file.fileno()).st_size, list[tuple[int, str]]()
         if is_gzip(path, file):
             stream = gzip_streams.Stream(read, [] if points is None else points, 4 * CHUNK_BYTES)
-            read, tar_bytes, damages = stream.read, 0, stream.damages
-        reads_all = contents or tar_bytes == 0
-        read = buffered(read, CHUNK_BYTES, executor) if reads_all else buffered(read, _INDEX_BYTES)
+            read = buffered(stream.read, CHUNK_BYTES, executor)
+            tar_bytes, damages = 0, stream.damages
+        else:
+            read = buffered(read, CHUNK_BYTES if contents else _INDEX_BYTES)
         yield from _members(read, contents, tar_bytes)
         for offset, what in damages:
             yield Damage(offset, offset, Reject.GZIP_DAMAGED, f"{what}, found at byte {offset:,} of the tar")
