@@ -1,12 +1,12 @@
-"""Find the valid images of each tar, with their labels; say of every other file why it is not used.
+"""Find the valid images of each tar, with their labels; record for every other file why it is not used.
 
-A tar is read once, front to back, and nothing is extracted: later stages read an image by its offset. It may be
-plain or a gzip stream, as the published ones are; of a damaged one everything that can be had is used, and the
-summary says what is lost. Its name says which dataset it is; where that is no number, most of its labels do, and
-the summary tells which. The summary also counts the labels that disagree with their own positions.
+A tar, plain or a gzip stream as the published ones are, is read once, front to back, and nothing is extracted:
+later stages read an image by its offset. Of a damaged tar all that is left is used, and the summary reports what
+is lost. Its name is the number of its dataset; if that is no number, most of its labels decide, and the summary
+reports it. The summary also counts the labels that disagree with their own positions.
 
-A tar that cannot be used is named at the end (exit code 1); the others are done all the same. But a folder in
-which a download is not finished is refused: which tars a shard takes depends on all of them.
+A tar that cannot be used is named at the end (exit code 1), after all others have been processed. But a folder
+with an unfinished download is refused: which tars a shard takes depends on all of them.
 
 Reads    data/raw/<tar>.tar (or .tar.gz, .tgz)
 Writes   data/intermediates/<tar>.parquet: a row per valid image, in the order of the tar
@@ -33,9 +33,7 @@ from common.errors import PipelineError
 def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
     from common.archives import tars
 
-    for share in tars.shares(cfg.paths.raw_dir, task, num_tasks):
-        if share.piece == 0:  # of several tasks that share a tar in later stages, the first reads it
-            yield output_of(cfg, share.tar)
+    yield from (output_of(cfg, tar) for tar in tars.of_shard(cfg.paths.raw_dir, task, num_tasks))
 
 
 def output_of(cfg, tar: Path) -> stages.Output:
@@ -67,10 +65,7 @@ def main(argv=None) -> int:
     disagreements: Counter[str] = Counter()
     sizes = [tar.stat().st_size for tar, *_ in todo]
     total = max(1, sum(sizes))
-    with (
-        tar_files.Readers(cfg.infrastructure.threads) as readers,
-        cli.Progress("process_tar", "image", interval_s=cfg.logging.progress_interval_s) as progress,
-    ):
+    with cli.Progress("process_tar", "image", interval_s=cfg.logging.progress_interval_s) as progress:
         for number, (tar, target, rejects, made) in enumerate(todo):
 
             def show(count: int, position: int, before: int = sum(sizes[:number])) -> None:
@@ -79,7 +74,7 @@ def main(argv=None) -> int:
 
             cli.check_stop()
             try:
-                files = readers.read(tar, on_images=show)
+                files = tar_files.read(tar, cfg.infrastructure.threads, on_images=show)
                 dataset_id = tar_files.dataset_of(tar, files)
                 pairs = tar_files.pair(files, dataset_id)
                 progress.add(
@@ -103,7 +98,7 @@ def main(argv=None) -> int:
             num_renamed += pairs.num_renamed
             notes += tar_files.notes(tar, files, dataset_id)
     if num_renamed:
-        notes.append(f"{num_renamed:,} names have other ids than their labels, which count")
+        notes.append(f"file name and label ids disagree for {num_renamed:,} images; using the labels")
     notes.append(label_geometry.summary(disagreements))
     progress.summary("; ".join(filter(None, notes)))
     if failures:

@@ -168,10 +168,10 @@ def test_a_lost_file_is_a_reject_by_its_name_or_lies_where_one_says_that_bytes_a
 def span(detail: str, tar_bytes: int) -> tuple[int, int]:
     """The bytes of a damaged tar that a reject is about, as it says."""
     number = lambda text: int(text.replace(",", ""))  # noqa: E731
-    if match := re.search(r"([\d,]+) of [\d,]+ bytes are there .* begins at byte ([\d,]+)", detail):
+    if match := re.search(r"only ([\d,]+) of [\d,]+ bytes present from byte ([\d,]+) on", detail):
         start = number(match[2])
         return start, start + number(match[1])
-    if match := re.search(r"the ([\d,]+) bytes from byte ([\d,]+) on are lost", detail):
+    if match := re.search(r"([\d,]+) bytes lost from byte ([\d,]+) on", detail):
         return number(match[2]), number(match[2]) + number(match[1])
     return number(re.search(r"at byte ([\d,]+)", detail)[1]), tar_bytes
 

@@ -151,10 +151,9 @@ def test_a_whole_photograph_with_an_odd_tag_is_used():
 def test_what_is_not_an_image_is_said_to_be_what_it_is(decoder):
     assert why(b"", decoder) == ("not_an_image", "an empty file")
     page = b"\n<!DOCTYPE html><html><title>404"
-    assert why(page, decoder) == ("not_an_image", f"HTML or XML: begins with {page!r}")
-    assert why(b'{"error": 1}', decoder) == ("not_an_image", """text: begins with b'{"error": 1}'""")
-    zeros = f"no known format: begins with {bytes(32)!r}"
-    assert why(bytes(5_000), decoder) == ("not_an_image", zeros)
+    assert why(page, decoder) == ("not_an_image", f"begins with {page!r}")
+    assert why(b'{"error": 1}', decoder) == ("not_an_image", """begins with b'{"error": 1}'""")
+    assert why(bytes(5_000), decoder) == ("not_an_image", f"begins with {bytes(32)!r}")
     for seed in range(200):
         assert why(np.random.default_rng(seed).bytes(500), decoder)[0] == "not_an_image"
     for format_ in ("TGA", "EPS"):  # without a signature: any bytes may be one; and Ghostscript would be started

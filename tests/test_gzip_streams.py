@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from isal import isal_zlib
 
 from common.archives import gzip_streams, restart_points
 from common.archives.gzip_streams import Stream, inflate
@@ -24,7 +25,6 @@ from common.archives.gzip_streams import Stream, inflate
 def close_points(monkeypatch):
     """Points every 200 kB, so that small streams have many."""
     monkeypatch.setattr(gzip_streams, "SPACING_BYTES", 200_000)
-    monkeypatch.setattr(gzip_streams, "_PAUSE_BYTES", 50_000)
 
 
 def like_jpegs(size, seed=0):
@@ -252,6 +252,12 @@ def test_a_foreign_index_gives_other_bytes_and_no_traceback():
         stream.read(point.offset + 5, 1000)
 
 
-def test_lead_ins_are_refused_where_the_window_has_no_long_literals():
-    assert restart_points.lead_in(restart_points.RestartPoint(0, 3, b"text" * 100), 0) is None
-    assert restart_points.lead_in(restart_points.RestartPoint(0, 2, b"text" * 100), 0) is not None
+@pytest.mark.parametrize("library", [zlib, isal_zlib])
+@pytest.mark.parametrize("bit", range(8))
+def test_a_lead_in_has_no_content_and_ends_at_the_bit(library, bit):
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_FIXED)
+    block = packer.compress(b"window text") + packer.flush()
+    shifted = (int.from_bytes(block, "little") << bit).to_bytes(len(block) + 1, "little")
+    inflater = library.decompressobj(-zlib.MAX_WBITS, zdict=b"window text")
+    content = inflater.decompress(restart_points.lead_in(bit, shifted[0]) + shifted[1:])
+    assert (content, inflater.eof) == (b"window text", True)

@@ -1,7 +1,7 @@
 """Where inflating a gzip file can begin in the middle: what makes single images of a gzip tar cheap to read.
 
-A restart point is the bit at which a deflate block begins, how much has been inflated before it, and the last
-32 kB of that, to which the block may refer (as in zlib's examples/zran.c). Inflating libraries do not tell where
+A restart point is the bit at which a deflate block begins, how much has been inflated before it, and the last 32
+kB of that, to which the block may refer (as in zlib's examples/zran.c). Inflating libraries do not report where
 blocks begin, so candidates are searched for (`block_starts`, as in Knespel and Brunst, "Rapidgzip", HPDC 2023,
 section 3.4), and each is proved by inflating from it what has been inflated anyway.
 """
@@ -13,11 +13,23 @@ from typing import NamedTuple
 import numpy as np
 
 WINDOW_BYTES = 2**15  # how far back deflate refers
-BEYOND_BYTES = 16  # of the data, in which no block is sought: its header would not be whole
-ANY_WINDOW = b"\xff" * WINDOW_BYTES  # for a first look at a candidate, wherever it may be
+BEYOND_BYTES = 16  # at the end of the data, where no block is sought: its header would not be whole
 _BRIEFLY_BYTES = 2**17  # inflated to prove a point
 _HEADER_BITS = 3 + 5 + 5 + 4  # of a dynamic block: its kind, and the sizes of its three codes
-_NINE_BITS_FROM = 144  # literals from here on take nine bits in deflate's fixed code, those below eight
+# Blocks without content, in the order of their bits: 10 in the fixed code; 95 with a code of their own, whose code
+# lengths are 1 (coded as 0) for a literal, the end, and two distances, and 0 (two runs, coded as 1) for all others
+_EMPTY_FIXED = "010" + "0000000"
+_EMPTY_DYNAMIC = (
+    "001"
+    + "00000"
+    + "10000"
+    + "1111"
+    + "000000100"
+    + 14 * "000"
+    + "100"
+    + "000"
+    + ("0" + "1" + "1111111" + "1" + "0101011" + "0" + "00" + "1")
+)
 
 
 class RestartPoint(NamedTuple):
@@ -31,8 +43,8 @@ class RestartPoint(NamedTuple):
 def block_starts(data: bytes) -> np.ndarray:
     """Bits of `data` at which a deflate block may begin, rising, int64; of 2,000 bits one passes by chance.
 
-    Sought are blocks with codes of their own, whose code for code lengths must be complete, and stored blocks
-    (RFC 1951, 3.2.7 and 3.2.4), but for a stream's last block and blocks with the fixed code.
+    These are blocks with codes of their own, whose code for code lengths must be complete, and stored blocks (RFC
+    1951, 3.2.7 and 3.2.4), but not a stream's last block or blocks with the fixed code.
     """
     words = np.ndarray(len(data), "<u8", data + bytes(8), strides=(1,))  # the eight bytes from each byte on
 
@@ -62,40 +74,24 @@ def _code_space() -> np.ndarray:
     return np.where(lengths > 0, 128 >> lengths, 0).sum(axis=1)
 
 
-def lead_in(point: RestartPoint, first_byte: int) -> tuple[bytes, bytes, int] | None:
-    """What an inflater must be given to go on at `point`: a dictionary, and bytes in place of the file's byte in
-    which the block begins, `first_byte`; and how many bytes of what comes out then to drop.
+def lead_in(bit: int, first_byte: int) -> bytes:
+    """What to give an inflater in place of a file's byte in which a block begins, `first_byte`, at `bit` of the
+    file.
 
-    The inflater must find the block at the right bit of a byte: stored blocks and the stream's end depend on that.
-    So the bytes are a block with the fixed code that ends there: it gives the end of the window once more, with
-    as many literals of nine bits as it takes. None if the window does not have so many.
+    The block must begin at the right bit of a byte, since stored blocks and the stream's end are aligned to bytes.
+    So the bits before it are filled with blocks without content: of 10 bits, and one of 95 where the number is
+    odd.
     """
-    if point.bit % 8 == 0:
-        return point.window, bytes([first_byte]), 0
-    wanted = (point.bit - 3 - 7) % 8  # its kind takes three bits, its end seven
-    window = np.frombuffer(point.window, np.uint8)
-    long_ones = np.flatnonzero(window >= _NINE_BITS_FROM)
-    if len(long_ones) < wanted:
-        return None
-    count = len(window) - int(long_ones[-wanted]) if wanted else 0
-    again = window[len(window) - count :].tolist()
-    literals = [
-        f"{0x30 + byte:08b}" if byte < _NINE_BITS_FROM else f"{0x190 + byte - _NINE_BITS_FROM:09b}"
-        for byte in again
-    ]
-    stream = "".join(["010", *literals, "0000000"])  # the first bit of a byte is its lowest
-    stream += f"{first_byte:08b}"[::-1][point.bit % 8 :]
-    return point.window[: len(window) - count], int(stream[::-1], 2).to_bytes(len(stream) // 8, "little"), count
+    skipped = bit % 8
+    stream = _EMPTY_DYNAMIC * (skipped % 2) + _EMPTY_FIXED * ((skipped + 1) // 2 % 4)
+    stream += f"{first_byte:08b}"[::-1][skipped:]  # the first bit of a byte is its lowest
+    return int(stream[::-1], 2).to_bytes(len(stream) // 8, "little")
 
 
-def inflate_briefly(data: bytes, bit: int, window: bytes) -> bytes | None:
-    """What `data` gives from the block that begins at `bit` on, 128 kB at most; None if none does."""
-    lead = lead_in(RestartPoint(0, bit, window), data[bit >> 3])
-    if lead is None:
-        return None
-    dictionary, prefix, extra = lead
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS, zdict=dictionary)
+def inflate_briefly(data: bytes, bit: int, window: bytes) -> bytes:
+    """Up to 128 kB of what `data` gives from the block that begins at `bit` on; empty if none does."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS, zdict=window)
     try:
-        return inflater.decompress(prefix + data[(bit >> 3) + 1 :], _BRIEFLY_BYTES)[extra:]
+        return inflater.decompress(lead_in(bit, data[bit >> 3]) + data[(bit >> 3) + 1 :], _BRIEFLY_BYTES)
     except zlib.error:
-        return None
+        return b""

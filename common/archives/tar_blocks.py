@@ -1,84 +1,49 @@
-"""Bytes of a file, read as walking through a tar asks for them: forward, a little at a time or all of them."""
+"""Bytes of a file, as walking through an archive asks for them: forward, a little at a time or all of them."""
 
 import os
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 
-import numpy as np
-
-from common.archives.tar_headers import Read
-
-CHUNK_BYTES = 2**20  # of a block: large for a file system, and still in the cache
+Read = Callable[[int, int], bytes]  # up to `size` bytes at `offset`; fewer only at the end of the file
+CHUNK_BYTES = 2**20  # read at a time: large for a file system, and still in the cache
 
 
-def window(descriptor: int, chunk: int) -> Read:
-    """Reads a file through one buffer of `chunk` bytes; a request outside of it moves it there.
+def read_at(descriptor: int, offset: int, size: int) -> bytes:
+    """Up to `size` bytes of an open file; fewer only at its end, unlike a single pread."""
+    content = os.pread(descriptor, size, offset)
+    while len(content) < size and (more := os.pread(descriptor, size - len(content), offset + len(content))):
+        content += more
+    return content
 
-    A function and not a class: it is called for each member, and finds what it holds faster.
+
+def buffered(read: Read, chunk_bytes: int, executor: Executor | None = None) -> Read:
+    """Reads forward through one buffer, a chunk at a time. `executor`: of a thread that requests the next chunk
+    meanwhile, for a `read` that computes, and keeps what it gave last.
+
+    A closure, not a class: it is called for each member, and finds what it holds faster.
     """
-    start = end = 0
-    buffer = b""
+    start, buffer = 0, b""
+    ahead: Future[bytes] | None = None
 
-    def read(offset: int, size: int) -> bytes:
-        nonlocal start, end, buffer
+    def get(offset: int, size: int) -> bytes:
+        nonlocal start, buffer, ahead
         at = offset - start
-        if at < 0 or offset + size > end:
-            at, start, wanted = 0, offset, max(size, chunk)
-            buffer = os.pread(descriptor, wanted, offset)
-            while len(buffer) < wanted and (
-                more := os.pread(descriptor, wanted - len(buffer), offset + len(buffer))
-            ):
-                buffer += more
-            end = start + len(buffer)
+        if at < 0 or at + size > len(buffer):
+            if size > chunk_bytes:  # not through the buffer: it would be in memory twice
+                return read(offset, size)
+            if ahead:
+                ahead.exception()  # wait; an error is raised again below
+            at, start, buffer = 0, offset, read(offset, chunk_bytes)
+            ahead = executor.submit(read, offset + chunk_bytes, chunk_bytes) if executor else None
         return buffer[at : at + size]
 
-    return read
+    return get
 
 
-class Blocks:
-    """Reads a tar in blocks of CHUNK_BYTES, each in memory of its own, so that views of it last; and in a thread
-    the next block, while this one is looked at.
-    """
-
-    def __init__(self, read_block: Callable[[int], memoryview], ahead: Executor):
-        self._read, self._executor = read_block, ahead
-        self._start, self._block = 0, memoryview(b"")
-        self._ahead_start, self._ahead = 0, ahead.submit(self._read, 0)
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes at `offset`; fewer only at the end of the file."""
-        return bytes(self.view(offset, size))
-
-    def view(self, offset: int, size: int) -> memoryview:
-        """As `read`, and without a copy where one block holds them all."""
-        at = self._find(offset)
-        if at + size <= len(self._block):
-            return self._block[at : at + size]
-        copy, end = np.empty(size, np.uint8).data, 0
-        while end < size and at < len(self._block):
-            count = min(size - end, len(self._block) - at)
-            copy[end : end + count] = self._block[at : at + count]
-            end += count
-            at = self._find(offset + end)
-        return copy[:end]
-
-    def _find(self, offset: int) -> int:
-        """Where the byte at `offset` lies in the block, having moved there."""
-        if not 0 <= offset - self._start < len(self._block):
-            self._move(offset - offset % CHUNK_BYTES)
-        return offset - self._start
-
-    def _move(self, start: int) -> None:
-        """Have the block that begins at `start`, and begin to read the one after it."""
-        self._block = self._ahead.result() if self._ahead_start == start else self._read(start)
-        self._start, self._ahead_start = start, start + CHUNK_BYTES
-        self._ahead = self._executor.submit(self._read, self._ahead_start)
-
-
-def read_block(descriptor: int, start: int) -> memoryview:
-    """CHUNK_BYTES of a file from `start` on; fewer only at its end."""
-    block = np.empty(CHUNK_BYTES, np.uint8).data  # not filled with zeros first, as a bytearray is
-    end = 0
-    while end < CHUNK_BYTES and (more := os.preadv(descriptor, [block[end:]], start + end)):
-        end += more
-    return block[:end]
+def is_zeros(read: Read, at: int) -> bool:
+    """Whether all bytes of a file from `at` on are 0."""
+    while data := read(at, CHUNK_BYTES):
+        if data.count(0) < len(data):
+            return False
+        at += len(data)
+    return True

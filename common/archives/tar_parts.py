@@ -1,10 +1,9 @@
 """The parts of a tar: runs of rows of its intermediates, each of which has a file of its own in later stages.
 
-Parts are what those stages resume by, and what their tasks share: where there are more tasks than tars, several
-take parts of one tar.
+Those stages resume by part, and divide the work by part if there are more tasks than tars.
 """
 
-import glob
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,30 +50,36 @@ def of_tar(cfg: Config, stage: Stage, tar: Path, settings: dict) -> list[TarPart
 
 def outputs(cfg: Config, stage: Stage, task: int, num_tasks: int) -> Iterator[Output]:
     """The files of a task of a stage that works by parts."""
-    settings = stage.recorded_settings(cfg)
-    for share in tars.shares(cfg.paths.raw_dir, task, num_tasks):
-        whole = of_tar(cfg, stage, share.tar, settings)
-        yield from (Output(whole[number].target, whole[number].made) for number in share.of(len(whole)))
+    for own, _ in _of_task(cfg, stage, task, num_tasks):
+        yield from (Output(part.target, part.made) for part in own)
 
 
 def missing(cfg: Config, stage: Stage, shard: int, num_shards: int, overwrite: bool) -> tuple[list[TarPart], int]:
-    """The parts that a task has to make, and how many of its parts there are in all.
+    """The parts that a task still has to make, and the number of all its parts.
 
-    Raises StaleArtefact for files in `folder` that are of something else, or of another division; to `overwrite`
-    the former are made again and the latter removed.
+    Raises StaleArtefact for files in `folder` that were made from something else, or with a different division
+    into parts; `overwrite` remakes the former and removes the latter.
     """
-    todo, total, settings = [], 0, stage.recorded_settings(cfg)
-    for share in tars.shares(cfg.paths.raw_dir, shard, num_shards):
-        whole = of_tar(cfg, stage, share.tar, settings)
-        own = [whole[number] for number in share.of(len(whole))]
+    todo, total = [], 0
+    for own, whole in _of_task(cfg, stage, shard, num_shards):
         todo += [part for part in own if not parquet.is_done(part.target, part.made, overwrite)]
         total += len(own)
-        refuse_surplus(stage.folder(cfg), tars.stem(share.tar), len(whole), overwrite)
+        refuse_surplus(stage.folder(cfg), tars.stem(whole[0].tar), len(whole), overwrite)
     return todo, total
 
 
+def _of_task(
+    cfg: Config, stage: Stage, task: int, num_tasks: int
+) -> Iterator[tuple[list[TarPart], list[TarPart]]]:
+    """(the task's parts, all parts) of each tar that it works on."""
+    settings = stage.recorded_settings(cfg)
+    for share in tars.shares_of(tars.of_shard(cfg.paths.raw_dir, 0, 1), task, num_tasks):
+        whole = of_tar(cfg, stage, share.tar, settings)
+        yield [whole[number] for number in share.of(len(whole))], whole
+
+
 def count(num_rows: int, rows_per_part: int) -> int:
-    """How many parts so many rows have."""
+    """The number of parts that `num_rows` rows are divided into."""
     return max(1, -(-num_rows // rows_per_part))
 
 
@@ -84,18 +89,18 @@ def targets(folder: Path, tar: Path, num_parts: int) -> list[Path]:
 
 
 def refuse_surplus(folder: Path, name: str, num_parts: int, overwrite: bool) -> None:
-    """Files <name>-<part> beyond the parts that there are hold images twice: an error, or removed to overwrite."""
-    escaped = glob.escape(name)
+    """Raise StaleArtefact for files <name>-<part> beyond the last part: they hold images twice. Or remove them."""
+    numbered = re.compile(rf"{re.escape(name)}-(\d+)\.parquet")
     surplus = [
         path
         for place in (folder, files.beside(folder, "rejects"))
-        for path in place.glob(f"{escaped}-*.parquet")
-        if path.stem.removeprefix(f"{name}-").isdecimal() and int(path.stem.rpartition("-")[2]) >= num_parts
+        for path in place.glob("*.parquet")
+        if (match := numbered.fullmatch(path.name)) and int(match[1]) >= num_parts
     ]
     if surplus and not overwrite:
         raise StaleArtefact(
-            f"{surplus[0]} is left from another division of {name}, which has {num_parts} parts now\n"
-            "delete it, put data.rows_per_part or the images back, or redo it all with --overwrite"
+            f"{surplus[0]} is left from another division of {name}, which now has {num_parts} parts\n"
+            "delete it, restore data.rows_per_part or the images, or rerun everything with --overwrite"
         )
     for path in surplus:
-        path.unlink(missing_ok=True)  # another task of the same tar may have been here
+        path.unlink(missing_ok=True)  # another task of the same tar may have removed it

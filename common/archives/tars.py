@@ -1,59 +1,42 @@
-"""Tars read in place: who their members are and where their bytes lie, without extracting anything.
+"""Tars read in place: who their members are and where their bytes are, without extracting anything.
 
-Plain tars and gzip streams, told apart by their first bytes; of a gzip stream all offsets are those of the tar in
-it.
-A tar is read front to back, eight times as fast as by `tarfile`, and a damaged one gives everything that can be
-had: where no header is valid, reading goes on at the next one whose checksum holds, at whatever byte it lies.
+Plain tars and gzip streams, distinguished by their first bytes; all offsets are those of the inflated tar. A tar
+is read front to back, eight times as fast as by `tarfile`, and everything that is left of a damaged one is found:
+after an invalid header, reading goes on at the next one with a valid checksum, at any byte.
 
-Memory: two blocks of CHUNK_BYTES, and the largest member, of at most MAX_CONTENT_BYTES; for gzip what
-gzip_streams.py needs, too. The contents of members are views of the blocks that they were read in, or copies where
-they lie in several; views keep theirs in memory.
+Memory: some chunks of CHUNK_BYTES, the largest member, of at most MAX_CONTENT_BYTES, and for gzip what
+gzip_streams.py needs.
 """
 
 import contextlib
 import errno
+import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from common.archives import gzip_streams
 from common.archives.restart_points import RestartPoint
-from common.archives.tar_blocks import CHUNK_BYTES, Blocks, read_block, window
-from common.archives.tar_headers import (
-    BLOCK,
-    Member,
-    NoMember,
-    Read,
-    find_header,
-    plain_file,
-    unusual_member,
-)
+from common.archives.tar_blocks import CHUNK_BYTES, Read, buffered, is_zeros, read_at
+from common.archives.tar_headers import BLOCK, Member, NoMember, find_header, plain_file, unusual_member
 from common.errors import PipelineError
 from common.schemas import Reject
 
 MAX_CONTENT_BYTES = 64 * 2**20  # a larger member is not an image or a label of the dataset
-_INDEX_BYTES = 3 * BLOCK  # of one read when they are not: a label's header, its content, and the next header
+_INDEX_BYTES = 3 * BLOCK  # read at once without contents: a label's header, its content, and the next header
 _ZEROS = bytes(BLOCK)
-_NAME = re.compile(r"(?P<stem>.*?)(?:\.tar|\.tar\.gz|\.tgz)", re.IGNORECASE | re.DOTALL)
-_OTHER_NAMES = re.compile(r".*\.(tar\.\w+|tbz2?|txz|tzst)", re.IGNORECASE | re.DOTALL)
-_UNFINISHED = (".aria2", ".part", ".crdownload")  # of what is beside a download, or is one, until it is finished
-_COMPRESSED = {
-    b"\x1f\x9d": "compress",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\0": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"\x04\x22\x4d\x18": "lz4",
-    b"PK\x03\x04": "zip",
-    b"7z\xbc\xaf": "7z",
-}
-_new = tuple.__new__  # takes half the time of a NamedTuple's own constructor
+_UNFINISHED = ("aria2", "part", "crdownload")  # suffixes of a download in progress, or of the file beside it
+_SUFFIX = rf"\.(tar|tar\.(?!{'|'.join(_UNFINISHED)})\w+|tgz|tbz2?|txz|tzst)"
+_NAME = re.compile(rf"(?P<stem>.*?){_SUFFIX}", re.IGNORECASE | re.DOTALL)
+_COMPRESSED = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 
 class Damage(NamedTuple):
-    """Bytes of a tar that are of no use."""
+    """Unusable bytes of a tar."""
 
     start: int  # bytes from the start of the tar, as it is when inflated
     end: int
@@ -63,87 +46,66 @@ class Damage(NamedTuple):
 
 
 class BadSector(PipelineError):
-    """The disk does not give some bytes of a tar; it may give the others."""
+    """The disk cannot read some bytes of a tar; it may be able to read the others."""
 
 
 def is_named_so(path: Path) -> bool:
-    """Whether a file is a tar by its name, plain or gzip."""
+    """Whether a file is a tar by its name, in any compression; `walk` refuses all but gzip."""
     return _NAME.fullmatch(path.name) is not None
 
 
 def stem(tar: Path) -> str:
-    """A tar's name without its suffix: what files made from it are called."""
+    """A tar's name without its suffix: the name of the files made from it."""
     match = _NAME.fullmatch(tar.name)
     return match["stem"] if match else tar.stem
 
 
 def of_shard(raw_dir: Path, shard: int, num_shards: int) -> list[Path]:
-    """The tars whose rank in the sorted listing of `raw_dir` is `shard` modulo `num_shards`."""
-    there = sorted(raw_dir.iterdir()) if raw_dir.is_dir() else []
+    """The tars whose rank in the sorted listing of `raw_dir` is `shard` modulo `num_shards`.
+
+    Raises PipelineError if there are none, or if one is no file, not downloaded completely, or there twice.
+    """
+    paths = sorted(raw_dir.iterdir()) if raw_dir.is_dir() else []
     # macOS leaves "._0088.tar" beside what it copies
-    named = [path for path in there if _NAME.fullmatch(path.name) and not path.name.startswith(".")]
-    listing = [path for path in named if path.is_file()]
-    compressed = [path for path in there if _OTHER_NAMES.fullmatch(path.name) and path not in named]
-    lost = [path for path in named if not path.is_file()]
-    if lost:
-        what = "is a folder" if lost[0].is_dir() else "links to a file that does not exist"
-        raise PipelineError(f"{lost[0]} {what}\nput the tar back, or take this out of paths.raw_dir")
-    stems = [stem(path) for path in listing]
-    twice = [path.name for path in listing if stems.count(stem(path)) > 1]
-    if twice:
-        raise PipelineError(f"{raw_dir} has one tar under two names, {twice[0]} and {twice[1]}\nkeep one of them")
-    unfinished = [path for path in there if path.suffix in _UNFINISHED and is_named_so(path.with_suffix(""))]
-    if unfinished:
-        raise PipelineError(
-            f"{unfinished[0].with_suffix('')} has not been downloaded completely: {unfinished[0].name} says so\n"
-            "run the download again, which resumes; that file goes when the tar is whole"
-        )
-    if compressed:
-        raise PipelineError(
-            f"{compressed[0]} is neither a plain tar nor a gzip stream, by its name"
-            f"{f' ({len(compressed):,} such files)' if len(compressed) > 1 else ''}\n"
-            "decompress it, or take it out of paths.raw_dir: other compressions cannot be read in place"
-        )
+    listing = [path for path in paths if is_named_so(path) and not path.name.startswith(".")]
+    for path in paths:
+        if path.suffix[1:] in _UNFINISHED and is_named_so(path.with_suffix("")):
+            raise PipelineError(
+                f"{path.with_suffix('')} has not been downloaded completely: {path.name} is still there\n"
+                "rerun the download, which resumes and removes that file when it is done"
+            )
+        if path in listing and not path.is_file():
+            what = "is a folder" if path.is_dir() else "links to a file that does not exist"
+            raise PipelineError(f"{path} {what}\nrestore the tar, or move this out of paths.raw_dir")
+    for one, other in itertools.pairwise(sorted(listing, key=stem)):
+        if stem(one) == stem(other):
+            raise PipelineError(f"{raw_dir} has one tar under two names, {one.name} and {other.name}\nkeep one")
     if not listing:
-        raise PipelineError(_without_tars(raw_dir))
+        what = "holds no .tar, .tar.gz or .tgz file" if raw_dir.is_dir() else "is not a folder"
+        # aria2c puts them into a folder of the set's name
+        deeper = sorted({path.parent for path in raw_dir.glob("*/*") if is_named_so(path) and path.is_file()})
+        advice = "set paths.raw_dir" if deeper else "put the dataset's tars there, or set paths.raw_dir"
+        where = f", but there are some in {', '.join(map(str, deeper))}" if deeper else ""
+        raise PipelineError(f"{raw_dir} {what}{where}\n{advice}")
     return listing[shard::num_shards]
 
 
-def _without_tars(raw_dir: Path) -> str:
-    """What to tell of a place without tars."""
-    if not raw_dir.is_dir():
-        what = "is a file" if raw_dir.exists() else "does not exist"
-        return f"{raw_dir} {what}\nput the dataset's tars there, or set paths.raw_dir"
-    deeper = {path.parent for path in raw_dir.glob("*/*") if is_named_so(path) and path.is_file()}
-    if deeper:  # aria2c puts them into a folder of the set's name
-        folders = ", ".join(map(str, sorted(deeper)))
-        return f"{raw_dir} holds no tars, but there are some in {folders}\nset paths.raw_dir to one of these"
-    return f"{raw_dir} holds no .tar, .tar.gz or .tgz file\nput the dataset's tars there, or set paths.raw_dir"
-
-
 class Share(NamedTuple):
-    """What a task does of a tar: one of `pieces` pieces of it."""
+    """A task's share of a tar: one of `pieces` pieces."""
 
     tar: Path
     piece: int
     pieces: int
 
     def of(self, count: int) -> range:
-        """The share's part of `count` things, which the pieces divide evenly between them, in order; the first has
-        some wherever there are any.
-        """
+        """The share's part of `count` things, divided evenly and in order; the first piece is never empty."""
         return range(-(-count * self.piece // self.pieces), -(-count * (self.piece + 1) // self.pieces))
 
 
-def shares(raw_dir: Path, shard: int, num_shards: int) -> list[Share]:
-    """What a task does where work divides further than by tars: whole tars, as `of_shard`, or where there are more
-    tasks than tars a piece of the one that is `shard` modulo the number of tars.
-    """
-    return shares_of(of_shard(raw_dir, 0, 1), shard, num_shards)
-
-
 def shares_of(listing: list[Path], shard: int, num_shards: int) -> list[Share]:
-    """`shares` of the tars in `listing`."""
+    """A task's shares of the tars in `listing`: whole tars, as `of_shard`, or with more tasks than tars a piece of
+    the one whose rank is `shard` modulo the number of tars.
+    """
     if num_shards <= len(listing):
         return [Share(tar, 0, 1) for tar in listing[shard::num_shards]]
     rank = shard % len(listing)
@@ -155,132 +117,104 @@ def walk(
 ) -> Iterator[Member | Damage]:
     """The members of a tar, front to back, and the damages between them; with the members' bytes if `contents`.
 
-    Each byte is read once, but for some beside a damage. `points`: gets the restart points of a gzip stream.
-    Raises PipelineError if the tar is compressed otherwise.
+    Each byte is read once, except for some beside a damage. The restart points of a gzip stream are appended to
+    `points`. Raises PipelineError if the tar is compressed otherwise.
     """
-    with opened(path) as file, ThreadPoolExecutor(1) as ahead:
-        descriptor = file.fileno()
+    with opened(path) as file, ThreadPoolExecutor(1) as executor:
+        read: Read = partial(read_at, file.fileno())
+        tar_bytes, damages = os.fstat(file.fileno()).st_size, list[tuple[int, str]]()
         if is_gzip(path, file):
-            stream = gzip_streams.Stream(
-                lambda offset, size: os.pread(descriptor, size, offset), [] if points is None else points
-            )
-            blocks = Blocks(lambda start: memoryview(stream.read(start, CHUNK_BYTES)), ahead)
-            yield from _members(blocks.read, blocks.view if contents else None, None)
-            for offset, what in stream.damages:
-                yield Damage(offset, offset, Reject.GZIP_DAMAGED, f"{what}, found at byte {offset:,} of the tar")
-            return
-        file_bytes = os.fstat(descriptor).st_size
-        if contents:
-            blocks = Blocks(lambda start: read_block(descriptor, start), ahead)
-            yield from _members(blocks.read, blocks.view, file_bytes)
+            stream = gzip_streams.Stream(read, [] if points is None else points, 4 * CHUNK_BYTES)
+            read = buffered(stream.read, CHUNK_BYTES, executor)
+            tar_bytes, damages = 0, stream.damages
         else:
-            yield from _members(window(descriptor, _INDEX_BYTES), None, file_bytes)
+            read = buffered(read, CHUNK_BYTES if contents else _INDEX_BYTES)
+        yield from _members(read, contents, tar_bytes)
+        for offset, what in damages:
+            yield Damage(offset, offset, Reject.GZIP_DAMAGED, f"{what}, found at byte {offset:,} of the tar")
 
 
-def _members(
-    read: Read, view: Callable[[int, int], memoryview] | None, tar_bytes: int | None
-) -> Iterator[Member | Damage]:
-    """`walk` of a tar's bytes. `view`: gives contents, if they are wanted; `tar_bytes`: None if not known.
+def _members(read: Read, contents: bool, tar_bytes: int) -> Iterator[Member | Damage]:
+    """`walk` of a tar's bytes, of which there are `tar_bytes`, or 0 if that is not known.
 
-    A member is given when a valid header, or the end, has been found behind it: bytes may be missing in it, and
-    then the next header lies inside of what would be its data.
+    A member is given when a valid header, or the end, has been found behind it: if bytes are missing in it, the
+    next header is within what would be its data.
     """
     before: Member | None = None
-    shared: dict[str, bytes] = {}  # pax records that hold for all members
-    at, whole_to = 0, -1 if tar_bytes is None else tar_bytes  # data that end up to there are all there
+    at = 0
     while True:
+        cut = None
         block = read(at, BLOCK)
-        member = None if shared else plain_file(block, at + BLOCK)
-        broken = None
-        if member is not None:
-            data = at + BLOCK
-            end = data + member[2]  # not by its fields' names, which take longer
-        else:
-            try:
-                if block == _ZEROS:
-                    if gzip_streams.is_zeros(read, at):
-                        break
-                    raise NoMember("there are zeros, with more data behind them,")
-                member, stored = unusual_member(read, at, shared)
-                data = member.offset
-                end = data + stored
-            except NoMember as error:
-                broken = error
-        if broken is None:
-            content = None
-            if view and member and member.kind == "file" and member.size <= MAX_CONTENT_BYTES:
-                content = view(data, end - data)
-                member = _new(Member, (*member[:4], content))
-            if end <= whole_to or (tar_bytes is None and _is_there(read, content, data, end)):
-                if before is not None:
-                    yield before
-                before, at = member, end + (data - end) % BLOCK
-                continue
-            broken = NoMember("there is a size beyond the end of the tar", is_header=True)
-
-        after, given = _beyond(read, at, before, member if broken.is_header else None, broken)
-        yield from given
-        if after is None:
-            return
-        before, at = None, after
+        member = plain_file(block, at + BLOCK)
+        try:
+            if member is not None:
+                stored = member.size
+            elif block == _ZEROS:
+                if is_zeros(read, at):
+                    break
+                raise NoMember("zeros with more data behind them")
+            else:
+                member, stored = unusual_member(read, at)
+            end = member.offset + stored
+            if contents and member.kind == "file" and stored <= MAX_CONTENT_BYTES:
+                member = member._replace(content=read(member.offset, stored))
+            if end > tar_bytes and not read(end - 1, 1):  # the header ends at end - 1 if there are no data
+                cut = member
+                raise NoMember("a size beyond the end of the tar", is_header=True)
+        except NoMember as broken:
+            after = yield from _damages(read, at, before, cut, broken)
+            if after is None:
+                return
+            before, at = None, after
+            continue
+        if before is not None:
+            yield before
+        before, at = member, end + -stored % BLOCK
     if before is not None:
         yield before
 
 
-def _is_there(read: Read, content: memoryview | None, start: int, end: int) -> bool:
-    """Whether the data of a gzip stream's tar from `start` to `end` are all there. If they have been read, that
-    shows it: to look at their end first would be to go back and forth.
-    """
-    return start == end or (len(content) == end - start if content is not None else read(end - 1, 1) != b"")
-
-
-def _beyond(
+def _damages(
     read: Read, at: int, before: Member | None, cut: Member | None, broken: NoMember
-) -> tuple[int | None, list[Member | Damage]]:
-    """What to give where no member can be read `at` a place, and where the next header lies (None: nowhere).
-
-    `before`: the member before it; `cut`: the one whose header is there, and whose data are not.
+) -> Generator[Member | Damage, None, int | None]:
+    """The damages around a place `at` which no member can be read, after the member `before` it if that is whole;
+    returns where the next header begins (None: nowhere). `cut`: the member whose header is valid but not its data.
     """
-    # the next header lies within the member before where bytes of that are missing; a tar has headers of its own
-    is_within = before is not None and not broken.is_header and not is_named_so(Path(before.name))
-    start = before.offset if before and is_within else at + BLOCK * broken.is_header
+    # if bytes of the member before are missing, the next header is within it
+    start = at + BLOCK if broken.is_header else before.offset if before else at
     after, end = find_header(read, start)
-    given: list[Member | Damage] = []
     gap = at + BLOCK if cut else at
-    if before is not None and after is not None and is_within and not _is_whole(read, before, at, after):
+    if (
+        before is not None
+        and after is not None
+        and not broken.is_header
+        and not _is_whole(read, before, at, after)
+    ):
         gap = before.offset
-        detail = f"bytes are missing in it or too many: the next header begins at byte {after:,}, not {at:,}"
-        given.append(Damage(before.offset, after, Reject.TAR_DAMAGED, detail, before.name))
+        detail = f"bytes missing or inserted: the next header begins at byte {after:,}, not {at:,}"
+        yield Damage(before.offset, after, Reject.TAR_DAMAGED, detail, before.name)
     elif before is not None:
-        given.append(before)
+        yield before
     if cut is not None:
-        there = max(0, min(end, cut.offset + cut.size) - cut.offset)
+        present = max(0, min(end, cut.offset + cut.size) - cut.offset)
         reason = Reject.TAR_TRUNCATED if after is None else Reject.TAR_DAMAGED
-        detail = f"{there:,} of {cut.size:,} bytes are there of a member that begins at byte {cut.offset:,}"
-        given.append(Damage(cut.offset, cut.offset + there, reason, detail, cut.name))
-    if after is not None or cut is None:
-        given.append(_gap(gap, at, after, end, broken))
-    return after, given
-
-
-def _gap(start: int, at: int, after: int | None, end: int, broken: NoMember) -> Damage:
-    """The bytes from `start` to the next header, at `after`, or to the tar's end, since nothing is valid `at` a
-    place.
-    """
-    if after is None:
-        rest = "" if broken.is_cut else f": the {end - start:,} bytes from there on are lost"
-        reason = Reject.TAR_TRUNCATED if broken.is_cut else Reject.TAR_DAMAGED
-        return Damage(start, end, reason, f"{broken} at byte {at:,}{rest}")
-    if after <= start:
-        detail = f"{broken} at byte {at:,}: bytes are missing, and the next header begins at byte {after:,}"
-        return Damage(after, after, Reject.TAR_DAMAGED, detail)
-    lost = f"the {after - start:,} bytes from byte {start:,} on are lost"
-    return Damage(start, after, Reject.TAR_DAMAGED, f"{broken} at byte {at:,}: {lost}")
+        detail = f"only {present:,} of {cut.size:,} bytes present from byte {cut.offset:,} on"
+        yield Damage(cut.offset, cut.offset + present, reason, detail, cut.name)
+    if after is None and broken.is_cut:
+        yield Damage(gap, end, Reject.TAR_TRUNCATED, f"{broken} at byte {at:,}")
+    elif after is not None and after <= gap:
+        detail = f"{broken} at byte {at:,}: bytes are missing, the next header begins at byte {after:,}"
+        yield Damage(after, after, Reject.TAR_DAMAGED, detail)
+    elif after is not None or cut is None:
+        end = end if after is None else after
+        detail = f"{broken} at byte {at:,}: {end - gap:,} bytes lost from byte {gap:,} on"
+        yield Damage(gap, end, Reject.TAR_DAMAGED, detail)
+    return after
 
 
 def _is_whole(read: Read, member: Member, at: int, after: int) -> bool:
-    """Whether a member's data can be all there, and nothing else, though the next header begins at byte `after`
-    instead of `at`, as its size says.
+    """Whether a member's data can be complete, and nothing else, although the next header begins at byte `after`
+    instead of `at`, where its size puts it.
 
     Bytes missing in the data draw zeros of the padding into them, or data of others; bytes inserted there push
     some of them out, to where the padding begins.
@@ -295,14 +229,14 @@ def _is_whole(read: Read, member: Member, at: int, after: int) -> bool:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """The tar, unbuffered. Raises PipelineError that names it where it cannot be opened, or read in the block
-    (BadSector if that is for some of its bytes).
+    """The tar, unbuffered. Raises PipelineError that names it if it cannot be opened, or read in the block
+    (BadSector if that concerns some of its bytes).
     """
     try:
         with open(path, "rb", buffering=0) as file:
             yield file
     except FileNotFoundError:
-        raise PipelineError(f"{path} does not exist: put the tar back, or set paths.raw_dir") from None
+        raise PipelineError(f"{path} does not exist: restore the tar, or set paths.raw_dir") from None
     except OSError as error:
         kind = BadSector if error.errno == errno.EIO else PipelineError
         raise kind(f"{path} cannot be read: {error.strerror}") from None

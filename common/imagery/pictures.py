@@ -1,4 +1,4 @@
-"""Small pictures of images that lie in tars, and sheets of them, for a person to look at."""
+"""Thumbnails of images in tars, and sheets of them, for people to look at."""
 
 import contextlib
 import io
@@ -28,21 +28,19 @@ def small(content: bytes) -> Image.Image | None:
 
 
 def read(store: TarImages, rows: pa.Table) -> list[Image.Image | None]:
-    """The same of images in tars, by tar_file, image_offset and image_size of their rows; None for one whose tar
-    is missing, or does not hold an image there.
+    """The thumbnails of rows with tar_file, image_offset and image_size; None if the tar is missing, or does not
+    hold an image there.
     """
-    columns = (rows[name].to_pylist() for name in ("tar_file", "image_offset", "image_size"))
-    places = list(zip(*columns, strict=True))
-    found: list[Image.Image | None] = [None] * len(places)
-    for row in sorted(range(len(places)), key=places.__getitem__):  # tar by tar, each from front to back
-        name, offset, size = places[row]
+    places = [tuple(row.values()) for row in rows.select(["tar_file", "image_offset", "image_size"]).to_pylist()]
+    thumbnails: dict[tuple, Image.Image | None] = {}
+    for name, offset, size in sorted(places):  # tar by tar, each from front to back
         with contextlib.suppress(PipelineError):
-            found[row] = small(store.tar(name).read([offset], [size])[0])
-    return found
+            thumbnails[name, offset, size] = small(store.tar(name).read([offset], [size])[0])
+    return [thumbnails.get(place) for place in places]
 
 
 class Line(NamedTuple):
-    """A line of a sheet: its title, and pictures with what stands under each; without pictures only the title."""
+    """A line of a sheet: its title, and pictures with their captions; without pictures the title alone."""
 
     title: str
     pictures: list[Image.Image]
@@ -50,7 +48,7 @@ class Line(NamedTuple):
 
 
 def absent() -> Image.Image:
-    """What stands in a sheet for an image that cannot be read."""
+    """The placeholder in a sheet for an image that cannot be read."""
     tile = Image.new("RGB", (PX, PX), "#dddddd")
     font = ImageFont.load_default(_FONT_PX)
     ImageDraw.Draw(tile).text((PX // 2, PX // 2), "cannot be read", "black", font, anchor="mm")
@@ -58,7 +56,7 @@ def absent() -> Image.Image:
 
 
 def sheet(lines: list[Line]) -> bytes:
-    """A PNG of lines of pictures, none of them made larger or smaller."""
+    """A PNG of lines of pictures, none of them scaled."""
     columns = max(len(line.pictures) for line in lines)
     width = max((image.width for line in lines for image in line.pictures), default=PX)
     height = max((image.height for line in lines for image in line.pictures), default=PX)
@@ -81,7 +79,7 @@ def sheet(lines: list[Line]) -> bytes:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG that is the same in every run."""
+    """The figure as a PNG with the same bytes in every run."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": None})
     return picture.getvalue()

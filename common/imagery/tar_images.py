@@ -1,19 +1,21 @@
-"""Images out of tars, by the rows that say where they lie: the one reader of all stages, for plain and gzip tars.
+"""Images out of tars, by the rows that say where they are: the one reader of all stages, for plain and gzip tars.
 
 In row order an image costs its share of a pass through the tar. One out of the middle of a gzip tar costs what
-lies between it and the last restart point, 8 MB or little more. These points lie beside the intermediates, where
-process_tar.py writes them in its only pass; where they are absent, or another tar's, they are made again.
+lies between it and the last restart point, 8 MB or little more. process_tar.py writes these points beside the
+intermediates in its only pass; if they are missing, or another tar's, they are recreated.
 
-Memory: of a plain tar the images that are asked for; of a gzip tar 64 MB of what was inflated last, and 0.4 % of
-it for the restart points.
+Memory: of a plain tar the requested images; of a gzip tar the last 64 MB that were inflated, and 0.4 % of it for
+the restart points.
 """
 
 import logging
 import os
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +24,7 @@ import xxhash
 from common import files, parquet, provenance, schemas
 from common.archives import gzip_streams, tars
 from common.archives.restart_points import RestartPoint
-from common.archives.tar_blocks import window
+from common.archives.tar_blocks import buffered, read_at
 from common.errors import PipelineError
 from common.provenance import Provenance
 from common.sections import Paths
@@ -34,51 +36,56 @@ OPEN_TARS = 2  # a stage goes from one to the next while threads still read the 
 
 
 class ChangedTar(PipelineError):
-    """A tar does not hold the images any more that process_tar.py found in it."""
+    """A tar no longer holds the images that process_tar.py found in it."""
 
 
 class Tar:
-    """One tar's images, read by where they lie. Several threads may read; a gzip tar stays open meanwhile."""
+    """One tar's images, read by their offsets. Several threads may read; a gzip tar stays open meanwhile."""
 
     def __init__(
-        self,
-        path: Path,
-        index: Path | None = None,
-        points: list[RestartPoint] | None = None,
-        intermediates: Path | None = None,
+        self, path: Path, intermediates_dir: Path | None = None, points: list[RestartPoint] | None = None
     ):
-        """`index`: file of a gzip tar's restart points; `points`: they themselves, where there is no such file;
-        `intermediates`: the file whose record says which tar it was.
+        """`intermediates_dir`: where a gzip tar's restart points are stored, and the record of which tar it was;
+        without it, `points` are used.
         """
-        self.path, self._index, self._points, self._intermediates = path, index, points, intermediates
-        self._lock, self._turn = Lock(), Lock()
+        self.path, self._intermediates_dir, self._points = path, intermediates_dir, points or []
+        self._lock = Lock()
+        self._is_checked = False
         self._stream: gzip_streams.Stream | None = None
 
     def read(self, offsets, sizes, content_hashes=None) -> list[bytes]:
-        """The bytes of images. Raises PipelineError if some lack, ChangedTar if they are not those of
-        `content_hashes` (xxh3-64), BadSector if the disk does not give one of them.
+        """The bytes of images. Raises PipelineError if some are missing, ChangedTar if they do not have
+        `content_hashes` (xxh3-64), BadSector if the disk cannot read one of them.
         """
         offsets, sizes = [int(offset) for offset in offsets], [int(size) for size in sizes]
         if not offsets:
             return []
         with tars.opened(self.path) as file:
-            self._refuse_another()
-            if tars.is_gzip(self.path, file):
-                stream = self._opened()
-                with self._turn:  # images by turns would have the threads jump back and forth
-                    contents = [stream.read(offset, size) for offset, size in zip(offsets, sizes, strict=True)]
-            else:
-                contents = _read_plain(file.fileno(), offsets, sizes)
-        if [len(content) for content in contents] != sizes:
-            raise ChangedTar(self._changed())
-        if content_hashes is not None:
+            contents = self._contents(file, offsets, sizes) if self._is_as_recorded() else []
+        is_same = [len(content) for content in contents] == sizes
+        if is_same and content_hashes is not None:
             digests = np.array([xxhash.xxh3_64_intdigest(content) for content in contents], np.uint64)
-            if not np.array_equal(digests, content_hashes):
-                raise ChangedTar(self._changed())
+            is_same = np.array_equal(digests, content_hashes)
+        if not is_same:
+            raise ChangedTar(
+                f"{self.path} has other images than when process_tar.py read it\n"
+                "restore the old tar, or rerun process_tar.py and the stages after it with --overwrite"
+            )
         return contents
 
+    def _contents(self, file: BinaryIO, offsets: list[int], sizes: list[int]) -> list[bytes]:
+        places = zip(offsets, sizes, strict=True)
+        if not tars.is_gzip(self.path, file):
+            span = offsets[-1] + sizes[-1] - offsets[0]
+            # neighbours at once: what is between them is headers and labels, cheaper to read than to skip
+            read = buffered(partial(read_at, file.fileno()), span if span <= 2 * sum(sizes) else 0)
+            return [read(offset, size) for offset, size in places]
+        with self._lock:  # images by turns would have the threads jump back and forth
+            self._stream = self._stream or self._open_stream()
+            return [self._stream.read(offset, size) for offset, size in places]
+
     def reader(self, rows: pa.Table) -> Callable[[int, int], list[bytes]]:
-        """A function that reads the images of rows start..stop, and where `rows` have content_hash checks them."""
+        """A function that reads the images of rows start..stop, and checks them if `rows` have content_hash."""
         offsets, sizes = (rows[name].to_numpy() for name in ("image_offset", "image_size"))
         hashes = rows["content_hash"].to_numpy() if "content_hash" in rows.column_names else None
 
@@ -88,32 +95,24 @@ class Tar:
 
         return read
 
-    def _refuse_another(self) -> None:
-        """Raises ChangedTar if the intermediates were made from another tar of this name."""
+    def _is_as_recorded(self) -> bool:
+        """Whether the intermediates, if there are any, were made from this very tar; checked until it is true."""
         with self._lock:
-            if self._intermediates is not None and self._intermediates.exists():
-                recorded = parquet.read_provenance(self._intermediates).inputs.get(self.path.name)
-                if recorded not in (None, provenance.identity(self.path)):
-                    raise ChangedTar(self._changed())
-            self._intermediates = None  # once is enough
+            if self._intermediates_dir and not self._is_checked:
+                intermediates = self._intermediates_dir / f"{tars.stem(self.path)}.parquet"
+                if intermediates.exists():
+                    recorded = parquet.read_provenance(intermediates).inputs.get(self.path.name)
+                    if recorded not in (None, provenance.identity(self.path)):
+                        return False
+                self._is_checked = True
+            return True
 
-    def _changed(self) -> str:
-        return (
-            f"{self.path} has other images than when process_tar.py read it\n"
-            "put the old tar back, or run process_tar.py and what follows with --overwrite"
-        )
-
-    def _opened(self) -> gzip_streams.Stream:
-        with self._lock:
-            if self._stream is None:
-                points = self._points
-                if points is None:
-                    points = restart_points(self.path, self._index) if self._index else []
-                descriptor = os.open(self.path, os.O_RDONLY)
-                read = lambda at, size: os.pread(descriptor, size, at)  # noqa: E731
-                self._stream = gzip_streams.Stream(read, points, _KEPT_BYTES)
-                weakref.finalize(self, os.close, descriptor)
-            return self._stream
+    def _open_stream(self) -> gzip_streams.Stream:
+        if self._intermediates_dir is not None:
+            self._points = restart_points(self.path, index_of(self._intermediates_dir, self.path))
+        descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        return gzip_streams.Stream(partial(read_at, descriptor), self._points, _KEPT_BYTES)
 
 
 class TarImages:
@@ -125,13 +124,10 @@ class TarImages:
         self._lock = Lock()
 
     def tar(self, name: str) -> Tar:
-        """A tar by its name; the OPEN_TARS that were asked for last stay open."""
+        """A tar by its name; the OPEN_TARS most recently requested ones stay open."""
         with self._lock:
-            if name not in self._open:
-                path, folder = self.raw_dir / name, self._intermediates_dir
-                intermediates = folder / f"{tars.stem(path)}.parquet"
-                self._open[name] = Tar(path, index_of(folder, path), intermediates=intermediates)
-            tar = self._open[name] = self._open.pop(name)  # to the end
+            tar = self._open.pop(name, None) or Tar(self.raw_dir / name, self._intermediates_dir)
+            self._open[name] = tar  # the last of them
             if len(self._open) > OPEN_TARS:
                 del self._open[next(iter(self._open))]
             return tar
@@ -140,15 +136,12 @@ class TarImages:
         """The encoded images of rows with tar_file, image_offset and image_size, of any tars; checked if they have
         content_hash. Raises what Tar.read does.
         """
-        names = np.array(rows["tar_file"].to_pylist(), object)
-        offsets, sizes = (rows[name].to_numpy() for name in ("image_offset", "image_size"))
-        hashes = rows["content_hash"].to_numpy() if "content_hash" in rows.column_names else None
+        names, offsets = np.array(rows["tar_file"].to_pylist(), object), rows["image_offset"].to_numpy()
         contents = np.empty(len(names), object)
         for name in dict.fromkeys(names.tolist()):
             chosen = np.flatnonzero(names == name)
             chosen = chosen[np.argsort(offsets[chosen], kind="stable")]  # a gzip tar is read forward
-            expected = None if hashes is None else hashes[chosen]
-            contents[chosen] = self.tar(name).read(offsets[chosen], sizes[chosen], expected)
+            contents[chosen] = self.tar(name).reader(rows.take(chosen))(0, len(chosen))
         return contents.tolist()
 
 
@@ -157,34 +150,33 @@ def of_paths(paths: Paths) -> TarImages:
 
 
 def index_of(intermediates_dir: Path, tar: Path) -> Path:
-    """Where the restart points of a tar lie."""
+    """The file of a tar's restart points."""
     return files.beside(intermediates_dir, "index") / f"{tars.stem(tar)}.parquet"
 
 
 def restart_points(tar: Path, index: Path) -> list[RestartPoint]:
-    """The restart points of a gzip tar, from its index; where that is absent or another tar's, it is made anew."""
-    made = provenance.record("process_tar", {}, {tar.name: provenance.identity(tar)})
+    """The restart points of a gzip tar, from its index; if that is missing or another tar's, it is recreated."""
+    record = provenance.record("process_tar", {}, {tar.name: provenance.identity(tar)})
     try:
-        if not provenance.differences(parquet.read_provenance(index), made):
+        if not provenance.differences(parquet.read_provenance(index), record):
             tables = parquet.batches(index, schemas.RESTART_POINTS.names, _POINTS_AT_A_TIME)
             return [RestartPoint(**row) for table in tables for row in table.to_pylist()]
     except (PipelineError, OSError):
-        pass  # absent, damaged, or not to be read
-    log.info(
-        "reading %s (%.1f GB) once to index it: there is no %s of this tar", tar, tar.stat().st_size / 1e9, index
-    )
+        pass  # missing, damaged, or unreadable
+    size_gb = tar.stat().st_size / 1e9
+    log.info("reading %s (%.1f GB) once to index it: %s is missing or another tar's", tar, size_gb, index)
     points: list[RestartPoint] = []
     with tars.opened(tar) as file:
-        for _ in gzip_streams.inflate(lambda at, size: os.pread(file.fileno(), size, at), points, []):
+        for _ in gzip_streams.inflate(partial(read_at, file.fileno()), points, []):
             pass
-    write_restart_points(index, points, made)
+    write_restart_points(index, points, record)
     return points
 
 
 def write_restart_points(index: Path, points: list[RestartPoint], made: Provenance) -> None:
-    """Write the restart points of a gzip tar; for a plain tar, which has none, remove what is there.
+    """Write the restart points of a gzip tar; for a plain tar, which has none, remove an existing index.
 
-    Where that cannot be done, it is said: everything can be read without them.
+    A failure is only logged: everything can be read without them.
     """
     try:
         if not points:
@@ -197,16 +189,4 @@ def write_restart_points(index: Path, points: list[RestartPoint], made: Provenan
                 out.flush()
     except (PipelineError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else parquet.first_line(error)
-        log.warning("%s cannot be written (%s): whoever needs it reads the whole tar for it", index, reason)
-
-
-def _read_plain(descriptor: int, offsets: list[int], sizes: list[int]) -> list[bytes]:
-    """Bytes of a file; neighbours are read at once."""
-    start = min(offsets)
-    span = max(offset + size for offset, size in zip(offsets, sizes, strict=True)) - start
-    together = span <= 2 * sum(sizes)
-    # the spans between are headers and labels: cheaper to read than to skip
-    read = window(descriptor, span if together else 0)
-    if together:
-        read(start, span)
-    return [read(offset, size) for offset, size in zip(offsets, sizes, strict=True)]
+        log.warning("%s cannot be written (%s): whoever needs it has to read the whole tar", index, reason)

@@ -1,6 +1,7 @@
 """The images and labels of one tar, brought together: a row for each valid pair, a reject for each other file."""
 
-from collections import Counter, defaultdict
+import posixpath
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -15,14 +16,14 @@ class Image(NamedTuple):
     stem: str  # of its name: four ids (`labels.parse_name`)
     offset: int  # bytes from the start of the tar
     size: int  # bytes
-    found: Jpeg | Rejected
+    jpeg: Jpeg | Rejected
 
 
 class Text(NamedTuple):
     name: str
     stem: str
-    ids: Ids  # that the name says
-    found: Label | Rejected
+    ids: Ids  # in the name
+    label: Label | Rejected
 
 
 _File = TypeVar("_File", Image, Text)
@@ -33,86 +34,73 @@ class Pairs(NamedTuple):
 
     valid: list[tuple[Image, Jpeg, Label]]  # in the order of the images
     rejects: list[tuple[str, Rejected]]  # (member, why)
-    causes: Counter  # reason -> images that were rejected for it, or since their label was
-    num_renamed: int  # valid pairs whose name has other ids than the label, which counts
+    causes: Counter  # reason -> images that were rejected for it, or because their label was
+    num_renamed: int  # valid pairs whose name has other ids than the label, which is used
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A member's name without its folders: what stands before the last dot, and from there on in lower case."""
-    base = name[name.rfind("/") + 1 :]
-    dot = base.rfind(".")
-    return (base, "") if dot < 0 else (base[:dot], base[dot:].lower())
+    """A member's name without its folders: up to the last dot, and from there on in lower case."""
+    stem, suffix = posixpath.splitext(posixpath.basename(name))
+    return stem, suffix.lower()
 
 
 def pair(images: Iterable[Image], texts: Iterable[Text], dataset_id: int | None) -> Pairs:
-    """Pair files by stem, wherever they lie in the tar. `dataset_id`: the tar's; labels of another are rejected.
+    """Pair files by stem, wherever they are in the tar. `dataset_id`: the tar's; labels of another are rejected.
 
-    Where a stem comes several times, its n-th image belongs to its n-th label. Of images with one id the first
-    one that is valid stays.
+    If a stem comes several times, its n-th image belongs to its n-th label. Of images with one id the first valid
+    one is used.
     """
     text_of = _by_stem(texts)
     pairs = Pairs([], [], Counter(), 0)
-    seen: set[int] = set()
-    renamed = 0
+    used_ids: set[int] = set()
+    num_renamed = 0
     for key, image in _by_stem(images).items():
-        text, jpeg = text_of.pop(key, None), image.found
-        if text is None:
-            why = jpeg if isinstance(jpeg, Rejected) else _alone(key[1], Reject.LABEL_MISSING)
-            pairs.rejects.append((image.name, why))
-            pairs.causes[why.reason.value] += 1
-            continue
-        label = _checked(text, dataset_id)
-        if isinstance(jpeg, Rejected):
-            cause = why_image = jpeg
-            why_text = label if isinstance(label, Rejected) else _partner(image, jpeg)
-        elif isinstance(label, Rejected):
-            cause = why_text = label
-            why_image = _partner(text, label)
-        elif label.patch_id in seen:
-            cause = why_image = Rejected(Reject.DUPLICATE_ID, f"{label.dataset_id:04d}_{label.patch_id}")
-            why_text = _partner(image, why_image)
-        else:
-            seen.add(label.patch_id)
-            pairs.valid.append((image, jpeg, label))
-            renamed += label[:4] != text.ids
-            continue
-        pairs.rejects.extend([(image.name, why_image), (text.name, why_text)])
+        text, jpeg = text_of.pop(key, None), image.jpeg
+        label = _checked(text, dataset_id) if text else _alone(key[1], Reject.LABEL_MISSING)
+        if isinstance(jpeg, Jpeg) and isinstance(label, Label):
+            if label.patch_id not in used_ids:
+                used_ids.add(label.patch_id)
+                pairs.valid.append((image, jpeg, label))
+                num_renamed += text is not None and label[:4] != text.ids
+                continue
+            jpeg = Rejected(Reject.DUPLICATE_ID, f"{label.dataset_id:04d}_{label.patch_id}")
+        cause = next(why for why in (jpeg, label) if isinstance(why, Rejected))
         pairs.causes[cause.reason.value] += 1
-    for key, text in text_of.items():  # those that are left have no image
+        if text is None:
+            pairs.rejects.append((image.name, cause))
+            continue
+        pairs.rejects.append((image.name, jpeg if isinstance(jpeg, Rejected) else _partner(text, cause)))
+        pairs.rejects.append((text.name, label if isinstance(label, Rejected) else _partner(image, cause)))
+    for (_, number), text in text_of.items():  # without an image
         label = _checked(text, dataset_id)
-        why = label if isinstance(label, Rejected) else _alone(key[1], Reject.IMAGE_MISSING)
+        why = label if isinstance(label, Rejected) else _alone(number, Reject.IMAGE_MISSING)
         pairs.rejects.append((text.name, why))
-    return pairs._replace(num_renamed=renamed)
+    return pairs._replace(num_renamed=num_renamed)
 
 
 def columns(valid: list[tuple[Image, Jpeg, Label]], tar_file: str) -> dict[str, Sequence]:
-    """The columns of the intermediates (see schemas.INTERMEDIATES)."""
-    images, labels = [image for image, _, _ in valid], [label for _, _, label in valid]
-    table = _transposed(labels, Label._fields) | _transposed([jpeg for _, jpeg, _ in valid], Jpeg._fields)
-    table["building_id"] = [f"{label.dataset_id:04d}_{label.target_id}" for label in labels]
-    table["streetview_image_id"] = [f"{label.dataset_id:04d}_{label.patch_id}" for label in labels]
-    table["tar_file"] = [tar_file] * len(valid)
-    table["image_path"] = [tars.printable(image.name) for image in images]
-    table["image_offset"] = [image.offset for image in images]
-    table["image_size"] = [image.size for image in images]
-    return table
-
-
-def _transposed(rows: Sequence[tuple], names: tuple[str, ...]) -> dict[str, Sequence]:
-    """A column for each field, which has a name, of the tuples in `rows`."""
-    columns = zip(*rows, strict=True) if rows else [()] * len(names)
-    return dict(zip(names, columns, strict=True))
+    """The columns of the intermediates (see schemas.INTERMEDIATES) of at least one pair."""
+    images, _, labels = zip(*valid, strict=True)
+    rows = [(*label, *jpeg) for _, jpeg, label in valid]
+    table = dict(zip(Label._fields + Jpeg._fields, zip(*rows, strict=True), strict=True))
+    return table | {
+        "building_id": [f"{label.dataset_id:04d}_{label.target_id}" for label in labels],
+        "streetview_image_id": [f"{label.dataset_id:04d}_{label.patch_id}" for label in labels],
+        "tar_file": [tar_file] * len(valid),
+        "image_path": [tars.printable(image.name) for image in images],
+        "image_offset": [image.offset for image in images],
+        "image_size": [image.size for image in images],
+    }
 
 
 def _by_stem(files: Iterable[_File]) -> dict[tuple[str, int], _File]:
     """(stem, how many files of this stem came before) -> file."""
-    counts: defaultdict[str, int] = defaultdict(int)
-    found = {}
+    counts: Counter[str] = Counter()
+    numbered = {}
     for file in files:
-        number = counts[file.stem]
-        found[file.stem, number] = file
-        counts[file.stem] = number + 1
-    return found
+        numbered[file.stem, counts[file.stem]] = file
+        counts[file.stem] += 1
+    return numbered
 
 
 def _alone(number: int, missing: Reject) -> Rejected:
@@ -122,12 +110,13 @@ def _alone(number: int, missing: Reject) -> Rejected:
 
 def _checked(text: Text, dataset_id: int | None) -> Label | Rejected:
     """The label, unless it is of another dataset than the tar."""
-    if isinstance(text.found, Rejected):
-        return text.found
-    for where, found in (("label", text.found.dataset_id), ("name", text.ids.dataset_id)):
-        if found != dataset_id:
-            return Rejected(Reject.DATASET_MISMATCH, f"dataset {found} in the {where}, {dataset_id} in the tar")
-    return text.found
+    if isinstance(text.label, Label):
+        for where, number in (("label", text.label.dataset_id), ("name", text.ids.dataset_id)):
+            if number != dataset_id:
+                return Rejected(
+                    Reject.DATASET_MISMATCH, f"dataset {number} in the {where}, {dataset_id} in the tar"
+                )
+    return text.label
 
 
 def _partner(other: Image | Text, why: Rejected) -> Rejected:

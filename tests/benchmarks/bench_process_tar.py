@@ -29,8 +29,7 @@ BATCH = 32
 def process(tar: Path, folder: Path, threads: int) -> None:
     """What process_tar.py does with one tar, without the start of Python."""
     made = provenance.record("process_tar", {}, stages.ids([tar]))
-    with tar_files.Readers(threads) as readers:
-        files = readers.read(tar, on_images=lambda count, at: None)
+    files = tar_files.read(tar, threads, on_images=lambda count, at: None)
     pairs = tar_files.pair(files, tar_files.dataset_of(tar, files))
     counts = tar_files.account(tar, files, pairs)
     assert counts["images"] == IMAGES
