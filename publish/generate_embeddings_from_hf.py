@@ -25,41 +25,11 @@ def main(argv=None) -> int:
     arguments.add_argument("--model", type=Path, metavar="FOLDER", help="published model (paths.published_dir)")
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
-    from common import devices, files
     from common.imagery.tar_images import of_paths
-    from generate import backbone, loop
-    from publish.inference import image_sources, published_model, vector_parts
+    from publish.inference import image_sources, vector_parts
 
-    files.refuse_leftovers(args.out, "rejects", "rejects/*.parquet")
-    folder = published_model.folder_of(cfg, args.model)
-    device = devices.pick(cfg.infrastructure.device)
-    dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
-    identity = published_model.identity(folder, dtype)
-
-    todo, num_parts = [], 0
-    for group in image_sources.groups(args.images, of_paths(cfg.paths)):
-        parts = vector_parts.parts_of(group, args.out, cfg.data.rows_per_part, identity)
-        todo += vector_parts.missing(parts, args.out, group.name, args.overwrite)
-        num_parts += len(parts)
-    if not todo:
-        return cli.nothing_to_do("generate_embeddings_from_hf", f"{num_parts:,} files")
-
-    published = published_model.load(folder, dtype, device)
-    backbone.compile_if_asked(published.model, cfg.infrastructure)
-    times = loop.Times()
-    total = sum(part.count for part in todo)
-    with cli.Progress("generate_embeddings_from_hf", "image", total, cfg.logging.progress_interval_s) as progress:
-        results = loop.embed(
-            (part.job() for part in todo),
-            published.forward,
-            published.preprocessing,
-            device,
-            cfg.infrastructure,
-            times,
-            progress,
-        )
-        loop.write_each(results, lambda result: vector_parts.write(result, published.dim))
-    return progress.summary(str(times))
+    sources = image_sources.groups(args.images, of_paths(cfg.paths))
+    return vector_parts.run("generate_embeddings_from_hf", "image", sources, args, cfg)
 
 
 if __name__ == "__main__":

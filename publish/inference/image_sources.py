@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,15 +24,35 @@ class ImageSource:
     """Images of one folder, list or tar, in a fixed order."""
 
     name: str  # of the files made from it
-    names: pa.ChunkedArray | pa.Array  # what each image is called in them
-    read: Callable[[int, int], Sequence[bytes | None]]  # encoded images start..stop; None: cannot be read
-    sizes: Callable[[int, int], list[int]]  # bytes of images start..stop, to tell changed ones
+    names: pa.ChunkedArray | pa.Array  # of the images, in those files
+    read: Callable[[int, int], Sequence[bytes | None]]  # encoded images start..stop; None: unreadable
+    sizes: Callable[[int, int], list[int]]  # bytes of images start..stop, to detect changed ones
+
+    schema: ClassVar = pa.schema([("image", pa.string())])  # of the columns beside the vectors
+    settings: ClassVar = dict[str, str]()  # for the provenance
+    holds_images: ClassVar = True
+
+    def parts(self, size: int) -> Iterator[tuple[int, int]]:
+        """Images start..stop of each part of `size` images."""
+        for start in range(0, len(self.names), size):
+            yield start, min(start + size, len(self.names))
 
     def identity(self, start: int, stop: int) -> dict:
-        """What images start..stop are known by: names and sizes."""
+        """The inputs of a part's provenance: names and sizes of its images."""
         listing = zip(self.names[start:stop].to_pylist(), self.sizes(start, stop), strict=True)
         text = "\n".join(f"{name}\t{size}" for name, size in listing)
         return {"images": f"{stop - start} images, {digest_of(text)}"}
+
+    def names_of(self, start: int, stop: int) -> pa.ChunkedArray | pa.Array:
+        return self.names[start:stop]
+
+    def columns(self, start: int, stop: int) -> Iterator[tuple[pa.Table, bool]]:
+        """The columns of a part beside the vectors, and whether they end a row group."""
+        yield pa.table({"image": self.names[start:stop]}), True
+
+    def reader(self, start: int, stop: int) -> Callable[[int, int], Sequence[bytes | None]]:
+        """A function that reads encoded images of a part by their numbers in it."""
+        return lambda first, last: self.read(start + first, start + last)
 
 
 def groups(source: Path, store: tar_images.TarImages) -> Iterator[ImageSource]:
