@@ -1,5 +1,5 @@
-"""publish/demo_usage.py and photo_search.py. Oracles: the published model run plainly, and histograms small enough to
-count in.
+"""publish/demo_usage.py and photo_search.py. Oracles: the published model run plainly, and histograms small enough
+to count in.
 """
 
 import io
