@@ -20,8 +20,6 @@ from generate import model_files
 from generate.pixels import Preprocessing, read_preprocessing
 from publish.modeling_spatial_embeddings import FAMILIES, POOLINGS, embedding_dim, pool
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 disable_progress_bar()  # one per file of weights: noise in the logs of a cluster
 
 
@@ -29,30 +27,18 @@ disable_progress_bar()  # one per file of weights: noise in the logs of a cluste
 class Backbone:
     """A loaded model in inference mode, with its preprocessing and pooling."""
 
-    name: str  # on the hub, or of the folder
     model: PreTrainedModel
     preprocessing: Preprocessing
+    folder: Path  # of its files
+    facts: dict  # what the embeddings' provenance records besides the settings
     pooling: str
     dim: int  # of an embedding
-    folder: Path  # of its files
-    commit: str | None  # on the hub; None for a local folder
 
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) float32 -> pooled output, (N, dim) float32, not normalised."""
         hidden = self.model(pixel_values.to(self.model.dtype)).last_hidden_state  # (N, tokens, width)
         return pool(hidden, self.model.config, self.pooling)
-
-    def facts(self) -> dict:
-        """What the embeddings' provenance records besides the settings."""
-        return {
-            "model": self.name,
-            "revision": self.commit,
-            "pooling": self.pooling,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "image_size": self.preprocessing.image_size,  # height, width
-            "dim": self.dim,
-        }
 
 
 def load(settings: EmbeddingModel, dtype: str, device: torch.device) -> Backbone:
@@ -64,10 +50,16 @@ def load(settings: EmbeddingModel, dtype: str, device: torch.device) -> Backbone
     check(settings, model_files.read_json(folder / "config.json").get("model_type"))
     preprocessing = read_preprocessing(folder)
     model = load_weights(AutoModel, folder, dtype)
-    dim = embedding_dim(model.config, settings.pooling)
-    commit = None if is_folder(settings.name) else folder.name  # the cache keeps a snapshot under its commit
-    name = folder.name if commit is None else settings.name
-    return Backbone(name, model.eval().to(device), preprocessing, settings.pooling, dim, folder, commit)
+    is_local = is_folder(settings.name)
+    facts = {
+        "model": folder.name if is_local else settings.name,
+        "revision": None if is_local else folder.name,  # the cache names a snapshot's folder by its commit
+        "pooling": settings.pooling,
+        "dtype": dtype,
+        "image_size": preprocessing.image_size,  # height, width
+        "dim": (dim := embedding_dim(model.config, settings.pooling)),
+    }
+    return Backbone(model.eval().to(device), preprocessing, folder, facts, settings.pooling, dim)
 
 
 def check(settings: EmbeddingModel, model_type: str | None) -> None:
@@ -91,9 +83,8 @@ def load_weights(model_class, folder: Path, dtype: str) -> PreTrainedModel:
             "download the complete model, or save it with save_pretrained"
         )
     try:
-        model, report = model_class.from_pretrained(
-            folder, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True
-        )
+        options = {"dtype": getattr(torch, dtype), "local_files_only": True, "output_loading_info": True}
+        model, report = model_class.from_pretrained(folder, **options)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise PipelineError(f"the weights in {folder} cannot be loaded: {first_line(error)}") from None
     if report["missing_keys"]:

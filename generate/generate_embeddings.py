@@ -49,7 +49,7 @@ def main(argv=None) -> int:
     failures: list[str] = []
 
     def write(result: loop.Result) -> None:
-        failure = embedding_parts.write(result, model.dim, model.facts(), cfg.data.max_reject_share)
+        failure = embedding_parts.write(result, model.dim, model.facts, cfg.data.max_reject_share)
         failures.extend([failure] if failure else [])
 
     with loop.run("generate_embeddings", "image", sum(part.count for part in todo), model.model, cfg) as progress:

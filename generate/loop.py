@@ -56,8 +56,8 @@ class Result(NamedTuple):
 class Progress(cli.Progress):
     """Progress, and how the main thread's time is spent: reading (waiting for images), computing or writing."""
 
-    def __init__(self, stage: str, unit: str, total: int | None = None, interval_s: float = 30.0):
-        super().__init__(stage, unit, total, interval_s)
+    def __init__(self, *args):
+        super().__init__(*args)
         self._seconds = dict.fromkeys(("read", "compute", "write"), 0.0)
         self._since = time.monotonic()
 
@@ -98,18 +98,6 @@ class _Chunk(NamedTuple):
     ready: torch.cuda.Event | None  # set on the device when the pixels are complete
 
 
-class _Vectors(NamedTuple):
-    """A batch's vectors on their way to the host."""
-
-    host: torch.Tensor  # (n, D)
-    arrived: torch.cuda.Event | None
-
-    def wait(self) -> torch.Tensor:
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.host
-
-
 class _Batch(NamedTuple):
     job: Job
     chunks: list[tuple[int, int, Future]]  # start, stop, and the future of their _Chunk
@@ -134,7 +122,7 @@ def embed(
     pool = ThreadPoolExecutor(settings.threads, initializer=torch.set_num_threads, initargs=(1,))
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     prepare = functools.partial(_prepare, preprocessing, device, stream)
-    outputs: list[_Vectors] = []
+    outputs: list[Callable[[], torch.Tensor]] = []  # each waits for a batch's vectors
     rows: list[int] = []
     failed: dict[int, Rejected] = {}
     try:
@@ -147,7 +135,7 @@ def embed(
                 together = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
                 outputs.append(_to_host(batches.forward(forward, together, size)))
             if len(outputs) > 1:  # meanwhile the device works on this batch: never on more than two
-                outputs[-2].wait()
+                outputs[-2]()
             for chunk in chunks:
                 rows += chunk.rows
                 failed |= chunk.failed
@@ -155,7 +143,7 @@ def embed(
                 progress.add(len(chunk.rows) + len(chunk.failed), len(chunk.rows), rejected)
             progress.lap("compute")
             if batch.is_last:
-                matrix = torch.cat([output.wait() for output in outputs]).numpy() if outputs else np.empty((0, 0))
+                matrix = torch.cat([output() for output in outputs]).numpy() if outputs else np.empty((0, 0))
                 progress.lap("compute")
                 yield Result(batch.job, np.array(rows, np.int64), matrix, failed)
                 outputs, rows, failed = [], [], {}
@@ -192,26 +180,18 @@ def _prepared_ahead(
     """
     waiting: deque[_Batch] = deque()
     for job in jobs:
-        start = 0
-        while start < job.count or start == job.count == 0:
-            stop = min(start + size.images, job.count)
+        step = size.images
+        for start in range(0, max(job.count, 1), step):
+            stop = min(start + step, job.count)
             parts = [(at, min(at + CHUNK, stop)) for at in range(start, stop, CHUNK)]
             chunks = [(*part, pool.submit(prepare, job, *part)) for part in parts]
             waiting.append(_Batch(job, chunks, stop == job.count))
             if len(waiting) > 2 and sum(len(batch.chunks) for batch in waiting) > 2 * threads:
                 yield waiting.popleft()
-            start = max(stop, 1)
     yield from waiting
 
 
-def _prepare(
-    preprocessing: Preprocessing,
-    device: torch.device,
-    stream: torch.cuda.Stream | None,
-    job: Job,
-    start: int,
-    stop: int,
-) -> _Chunk:
+def _prepare(preprocessing, device, stream: torch.cuda.Stream | None, job: Job, start: int, stop: int) -> _Chunk:
     """Images start..stop of a job, from bytes to the model's input on the device."""
     rows: list[int] = []
     failed: dict[int, Rejected] = {}
@@ -250,13 +230,14 @@ def _ready(prepare: Callable, job: Job, start: int, stop: int, future: Future) -
     return chunk
 
 
-def _to_host(vectors: torch.Tensor) -> _Vectors:
-    """Start copying a batch's vectors to the host, behind the computation that is queued."""
+def _to_host(vectors: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start copying a batch's vectors to the host; returns a function that waits for them."""
     if vectors.device.type == "cpu":
-        return _Vectors(vectors, None)
+        return lambda: vectors
     host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
     host.copy_(vectors, non_blocking=True)
-    return _Vectors(host, torch.cuda.current_stream(vectors.device).record_event())
+    arrived = torch.cuda.current_stream(vectors.device).record_event()
+    return lambda: arrived.synchronize() or host
 
 
 def _read(job: Job, start: int, stop: int) -> Sequence[bytes | Rejected | None]:

@@ -86,4 +86,5 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise PipelineError(f"{path} cannot be read ({first_line(error)}): download the model again") from None
+        advice = "download the model again, or copy this file from the model that it was derived from"
+        raise PipelineError(f"{path} cannot be read ({first_line(error)})\n{advice}") from None

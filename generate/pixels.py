@@ -4,7 +4,6 @@ Equal to Hugging Face's image processors within one grey level, and much faster.
 torchvision.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from common.errors import PipelineError
+from generate import model_files
 
 _RESAMPLING = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
@@ -83,14 +83,7 @@ class Preprocessing:
 def read_preprocessing(folder: Path) -> Preprocessing:
     """The preprocessing that a model's folder asks for. Raises PipelineError if it is absent or not supported."""
     path = folder / "preprocessor_config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise PipelineError(
-            f"{path} does not exist: copy it from the model that this one was derived from"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise PipelineError(f"{path} is not valid JSON: {error}") from None
+    config = model_files.read_json(path)
     try:
         return _preprocessing(config)
     except (KeyError, TypeError) as error:
@@ -151,8 +144,5 @@ def _to_cuda(images: list[np.ndarray], device: torch.device) -> torch.Tensor:
 
 def _center_crop(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The middle of (n, 3, h, w) as (n, 3, height, width), padded with zeros where the image is smaller."""
-    pad_y, pad_x = max(0, height - pixels.shape[-2]), max(0, width - pixels.shape[-1])
-    if pad_y or pad_x:  # an odd row or column of padding goes to the top and the left
-        pixels = F.pad(pixels, [pad_x - pad_x // 2, pad_x // 2, pad_y - pad_y // 2, pad_y // 2])
-    top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
-    return pixels[..., top : top + height, left : left + width]
+    y, x = height - pixels.shape[-2], width - pixels.shape[-1]  # rows and columns to add, or to cut if negative
+    return F.pad(pixels, [x - x // 2, x // 2, y - y // 2, y // 2])

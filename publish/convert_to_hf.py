@@ -3,11 +3,11 @@
 Reads    checkpoints/<run>/checkpoint_best.pt, data/evaluation/metrics.json, the backbone; for the parity check and
          the card data/merged/{train,val,test}.parquet and 64 JPEGs of data/raw
 Writes   data/published/: config.json, model.safetensors (the dtype of the embeddings; files of at most 5 GB),
-         preprocessor_config.json, three .py files, README.md (the card), provenance.json. The folder appears when
-         it is whole and its vectors are within 1e-3 cosine distance of the pipeline's; a former one is replaced
+         preprocessor_config.json, three .py files, README.md (the card), provenance.json. It appears, or replaces
+         the former one, once its vectors are within 1e-3 cosine distance of the pipeline's
 Command  python publish/convert_to_hf.py [--set training.run=NAME] [--push USER/NAME [--dry-run]]
-         --push sends the folder to the hub, into a private repository if there is none; --dry-run only lists it
-Memory   the backbone in that dtype (7B parameters in bfloat16: 13 GB), once here and then once in the check
+         --push sends the folder to the hub, by default to a new private repository; --dry-run only lists it
+Memory   the backbone in that dtype (7B parameters in bfloat16: 13 GB), once here and once in the check
 """
 
 import sys
@@ -70,12 +70,10 @@ def convert(cfg, overwrite: bool) -> None:
         preprocessing = published_folder.write_model(folder, settings, checkpoint_path, checkpoint)
         model_card.write(folder, cfg, checkpoint, metrics, preprocessing)
         worst, count = parity.check(folder, cfg, checkpoint, preprocessing, device)
-        facts = {"parity_images": count, "worst_cosine_distance": worst}
-        trained_on = {
-            "inputs": checkpoint["provenance"]["inputs"],
-            "embedding_model": checkpoint["embedding_model"],
-        }
-        published_folder.write_provenance(folder, made, {**facts, "trained_on": trained_on})
+        inputs, model = checkpoint["provenance"]["inputs"], checkpoint["embedding_model"]
+        trained_on = {"inputs": inputs, "embedding_model": model}
+        facts = {"parity_images": count, "worst_cosine_distance": worst, "trained_on": trained_on}
+        published_folder.write_provenance(folder, made, facts)
     print(
         f"convert_to_hf: wrote {cfg.paths.published_dir}; {count} images of the test split are within "
         f"{worst:.1e} cosine distance of the pipeline's vectors"

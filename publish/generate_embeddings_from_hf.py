@@ -1,11 +1,11 @@
-"""Vectors of any images by the published model: of a folder, a list, a tar, or the pipeline's intermediates.
+"""Vectors by the published model of images in a folder, a list, a tar, or the pipeline's intermediates.
 
 Reads    IMAGES: a folder (with all below it), a text file with a path per line (absolute, or relative to that
          file), a .tar, or the intermediates' folder (then also the tars of paths.raw_dir); the published model
 Writes   OUT/<name>-<part>.parquet: `image` (path, member, or streetview_image_id) and `embedding` (float32, of
          length 1), data.rows_per_part images each; OUT_rejects/: images that cannot be read or decoded
 Command  python publish/generate_embeddings_from_hf.py IMAGES OUT [--model FOLDER]
-Memory   the images under way (see generate/loop.py: some tens of MB), two parts (20,000 x 256 x 4 bytes: 20 MB),
+Memory   the images in flight (see generate/loop.py: some tens of MB), two parts (20,000 x 256 x 4 bytes: 20 MB),
          the images' names, and the model
 """
 

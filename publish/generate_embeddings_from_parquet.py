@@ -1,4 +1,4 @@
-"""Vectors by the published model of what Parquet files hold: backbone embeddings (only the head runs), or images.
+"""Vectors by the published model from Parquet files of backbone embeddings (only the head runs), or of images.
 
 Reads    INPUT: a Parquet file, or a folder of them, with a column of embeddings (lists of floats, the backbone's
          pooled output) or of images (bytes, or Hugging Face's struct of bytes and path), or the pipeline's
@@ -7,8 +7,8 @@ Writes   OUT/<file>-<part>.parquet: the other columns as they are, and `embeddin
          of the column that was used; whole row groups, at least data.rows_per_part rows a part;
          OUT_rejects/: rows whose image cannot be decoded
 Command  python publish/generate_embeddings_from_parquet.py INPUT OUT [--column NAME] [--model FOLDER]
-Memory   one row group of the input, twice; for images also those under way (see generate/loop.py: some tens of
-         MB); and the model
+Memory   the model and one row group of the input; for images two more row groups, the vectors of two parts, and
+         the images in flight (see generate/loop.py: some tens of MB)
 """
 
 import sys

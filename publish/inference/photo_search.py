@@ -26,7 +26,6 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 log = logging.getLogger("pipeline")
-SHOWN_UNREADABLE = 5
 MAX_COLUMNS = 8  # of the picture: no wider than a screen
 VERDICTS = {True: ("same building", "#1a7f37"), False: ("another building", "#cf222e"), None: ("", "#57606a")}
 _OF_SPLIT = re.compile(r"(\d{4,}_\d+) \d{4,}_\d+")  # building and image, see `image_sources.of_split`
@@ -82,10 +81,8 @@ def search(
     with progress:
         forward, preprocessing, device = published.forward, published.preprocessing, published.device
         (result,) = loop.embed(jobs, forward, preprocessing, device, settings, progress)
-    for row, why in list(result.failed.items())[:SHOWN_UNREADABLE]:
-        log.warning("skipping %s: %s", names[row], why.detail)
-    if len(result.failed) > SHOWN_UNREADABLE:
-        log.warning("skipping %s more", f"{len(result.failed) - SHOWN_UNREADABLE:,}")
+    for row, why in list(result.failed.items())[:1]:
+        log.warning("skipping %d images, such as %s: %s", len(result.failed), names[row], why.detail)
     if not len(result.rows):
         raise PipelineError(f"none of the {len(names):,} images of the gallery can be decoded")
 

@@ -1,9 +1,10 @@
-"""Images or embeddings of any source through the published model, in parts that resume, a file for each."""
+"""Images or embeddings from any source through the published model, in parts that resume, a file each."""
 
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,15 +35,12 @@ class VectorPart:
     def count(self) -> int:
         return self.stop - self.start
 
-    def job(self) -> loop.Job:
-        return loop.Job(self, self.count, self.source.reader(self.start, self.stop))
-
     def schema(self, dim: int) -> pa.Schema:
         return self.source.schema.append(pa.field(EMBEDDING, schemas.vector(pa.float32(), dim)))
 
 
 def run(stage: str, unit: str, sources: Iterable[ImageSource | TableSource], args: Namespace, cfg: Config) -> int:
-    """Write the vectors of all sources that are missing in args.out, by the model args.model; the exit code."""
+    """Write the vectors of all sources that args.out lacks, by the model args.model; returns the exit code."""
     files.refuse_leftovers(args.out, "rejects", "rejects/*.parquet")
     folder = published_model.folder_of(cfg, args.model)
     device = devices.pick(cfg.infrastructure.device)
@@ -62,7 +60,7 @@ def run(stage: str, unit: str, sources: Iterable[ImageSource | TableSource], arg
     images = [part for part in todo if part.source.holds_images]
     with loop.run(stage, unit, sum(part.count for part in todo), published.model, cfg) as progress:
         if images:
-            jobs = (part.job() for part in images)
+            jobs = (loop.Job(part, part.count, part.source.reader(part.start, part.stop)) for part in images)
             forward, preprocessing = published.forward, published.preprocessing
             results = loop.embed(jobs, forward, preprocessing, device, cfg.infrastructure, progress)
             loop.write_each(results, lambda result: write(result, published.dim))
@@ -94,13 +92,11 @@ def write(result: loop.Result, dim: int) -> None:
 
 def project(part: VectorPart, published: published_model.Published, progress: loop.Progress) -> None:
     """A part's embeddings through the head."""
-    table, input_dim = part.source, published.model.config.input_dim
-    assert isinstance(table, TableSource)
-    assert table.column is not None
-    row = part.start
+    table: Any = part.source
+    row, input_dim = part.start, published.model.config.input_dim
     with parquet.writer(part.target, part.schema(published.dim), part.made) as out:
         progress.lap("write")
-        for batch, ends_group in table.batches(part.start, part.stop):
+        for batch, ends_group in table.columns(part.start, part.stop, table.column):
             name = lambda number: f"row {row + number}"  # noqa: B023,E731
             embeddings = parquet.embedding_matrix(
                 table.path, batch, table.column, name, input_dim, "the model's backbone and pooling give"

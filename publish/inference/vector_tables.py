@@ -1,4 +1,4 @@
-"""Parquet files of any origin: what the published model makes vectors of in them, read a row group at a time."""
+"""Parquet files of any origin, with images or embeddings for the published model, read by row groups."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +9,7 @@ from threading import Lock
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow.parquet import ParquetFile
 
 from common import parquet
 from common.errors import PipelineError
@@ -22,21 +23,17 @@ _TAIL_BYTES = 65_536  # of a file, with its footer: the places, sizes and extrem
 
 
 class TableSource:
-    """A Parquet file, and which of its columns is used; its parts are whole row groups."""
+    """A Parquet file and its usable column. Raises PipelineError without one."""
 
     def __init__(self, path: Path, column: str | None, store: TarImages):
-        """`column`: with embeddings or images; None: the only one that fits. `store`: the tars of intermediates.
-
-        Raises PipelineError without a usable column.
-        """
+        """`column`: of embeddings or images; None: the only one that fits. `store`: the tars of intermediates."""
         self.path, self.name, self._store = path, path.stem, store
         with parquet.open_file(path) as file:
             schema = file.schema_arrow
             self._group_rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         self._ends = list(accumulate(self._group_rows))
         self.column, self.holds_images = _usable(path, schema, column)
-        others = [field for field in schema if field.name != self.column]
-        self.schema = pa.schema(others)  # of the columns that are carried through
+        self.schema = pa.schema([field for field in schema if field.name != self.column])  # the columns to keep
         self.settings = {"column": self.column}
         size = path.stat().st_size
         with path.open("rb") as tail:
@@ -58,20 +55,17 @@ class TableSource:
     def names_of(self, start: int, stop: int) -> pa.Array:
         return pa.array([f"row {row}" for row in range(start, stop)], pa.string())
 
-    def columns(self, start: int, stop: int) -> Iterator[tuple[pa.Table, bool]]:
-        """The other columns of a part, some rows at a time, and whether these end a row group."""
-        return self.batches(start, stop, self.schema.names)
-
-    def batches(self, start: int, stop: int, columns: list[str] | None = None) -> Iterator[tuple[pa.Table, bool]]:
-        """The same with these columns, or all."""
+    def columns(self, start: int, stop: int, *more: str) -> Iterator[tuple[pa.Table, bool]]:
+        """The columns of `schema` and `more` of a part: some rows at a time, and whether they end a row group."""
         with parquet.open_file(self.path) as file:
-            for group, end in enumerate(self._ends):
-                if not start < end <= stop:
-                    continue
+            for group in range(bisect_right(self._ends, start), bisect_right(self._ends, stop)):
                 missing = self._group_rows[group]
-                for rows in parquet.batches_of(self.path, file, range(group, group + 1), columns, BATCH_ROWS):
+                for rows in self._batches(file, group, [*self.schema.names, *more]):
                     missing -= rows.num_rows
                     yield rows, missing == 0
+
+    def _batches(self, file: ParquetFile, group: int, columns: list[str]) -> Iterator[pa.Table]:
+        return parquet.batches_of(self.path, file, range(group, group + 1), columns, BATCH_ROWS)
 
     def reader(self, start: int, stop: int) -> Callable[[int, int], Sequence[bytes | None]]:
         """A function that reads encoded images of a part by their numbers in it.
@@ -85,8 +79,7 @@ class TableSource:
 
         @lru_cache(2)
         def images_of(group: int) -> pa.ChunkedArray:
-            batches = parquet.batches_of(self.path, file, range(group, group + 1), [column], BATCH_ROWS)
-            images = pa.concat_tables(batches)[column]
+            images = pa.concat_tables(self._batches(file, group, [column]))[column]
             return pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
 
         def read(first: int, last: int) -> list[bytes | None]:
