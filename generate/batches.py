@@ -47,7 +47,7 @@ def size_of(settings: Infrastructure, forward: Forward, image_size: list[int], d
 def largest(peak_bytes: Callable[[int], int], budget: int) -> int:
     """The most images, a power of two up to LARGEST, whose forward pass needs at most `budget` bytes.
 
-    `peak_bytes`: memory for a pass of so many images. It at most doubles with them: no larger pass is tried.
+    `peak_bytes` at most doubles when the images do, so that no larger pass is tried.
     """
     images = 1
     try:
@@ -68,9 +68,11 @@ def forward(model: Forward, pixels: torch.Tensor, size: Size) -> torch.Tensor:
             return torch.cat([model(piece) for piece in pixels.split(size.images)])
         except torch.OutOfMemoryError:
             if size.images == 1:
-                raise PipelineError(
-                    "out of memory: the model and one image do not fit on the device\n"
+                advice = (
                     "free memory there, set embedding_model.dtype to bfloat16, or change infrastructure.device"
+                )
+                raise PipelineError(
+                    f"out of memory: the model and one image do not fit on the device\n{advice}"
                 ) from None
         # not in the handler: until it ends, the error keeps the failed pass's tensors alive
         size.images //= 2

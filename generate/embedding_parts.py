@@ -22,11 +22,11 @@ def jobs(parts: list[TarPart], store: tar_images.TarImages) -> Iterator[Job]:
         yield Job((part, rows), part.count, store.tar(part.tar.name).reader(rows))
 
 
-def write(result: Result, dim: int, facts: dict, max_reject_share: float) -> str:
-    """Write a part's embeddings, after its rejects. Raises PipelineError if one is not finite in float16.
+def write(result: Result, facts: dict, max_reject_share: float) -> str:
+    """Write a part's embeddings, after its rejects. `facts`: see `backbone.Backbone`.
 
     If the share of rejects exceeds `max_reject_share`, or the tar now holds other images, only the rejects are
-    written, and the reason is returned; else "".
+    written, and the reason is returned; else "". Raises PipelineError if an embedding is not finite in float16.
     """
     part, rows = result.job.name
     names = rows["image_path"]
@@ -40,7 +40,7 @@ def write(result: Result, dim: int, facts: dict, max_reject_share: float) -> str
         _write_rejects(part.target, part.made, result.failed, names)
         part.target.unlink(missing_ok=True)  # an earlier run's, with --overwrite: it would count as done
     else:
-        write_file(part.target, part.made, schemas.embeddings(dim), [(rows, True)], names, result, facts)
+        write_file(part.target, part.made, schemas.embeddings(facts["dim"]), [rows], names, result, facts)
     return failure
 
 
@@ -53,15 +53,14 @@ def write_file(
     target: Path,
     made: Provenance,
     schema: pa.Schema,
-    columns: Iterable[tuple[pa.Table, bool]],
+    columns: Iterable[pa.Table],
     names: pa.ChunkedArray,
     result: Result,
     facts: dict,
 ) -> None:
-    """Write the rows that have a vector, with it, after the rejects.
+    """Write the rows that have a vector, with it, after the rejects. `columns`: the others, some rows at a time.
 
-    `columns`: the other columns of all rows, some at a time, and whether these end a row group. Raises
-    PipelineError, naming an image, if its vector is not finite in the type of the schema.
+    Raises PipelineError, naming an image, if its vector is not finite in the type of the schema.
     """
     kind = schema.field("embedding").type
     vectors = result.vectors.reshape(-1, kind.list_size).astype(kind.value_type.to_pandas_dtype(), copy=False)
@@ -75,20 +74,18 @@ def write_file(
     _write_rejects(target, made, result.failed, names)
     with parquet.writer(target, schema, made) as out:
         start = 0
-        for table, ends_group in columns:
+        for table in columns:
             first, last = np.searchsorted(result.rows, [start, start + table.num_rows])
-            kept = table.take(pa.array(result.rows[first:last] - start))
-            append(out, kept, vectors[first:last], ends_group)
+            append(out, table.take(pa.array(result.rows[first:last] - start)), vectors[first:last])
             start += table.num_rows
         out.rows = {"in": result.job.count, **count_reasons(result.failed.values())}
         out.facts = facts
 
 
-def append(out: parquet.Writer, columns: pa.Table, vectors: np.ndarray, ends_group: bool) -> None:
-    """Add rows with their vectors, and end the row group if the input's ends here."""
+def append(out: parquet.Writer, columns: pa.Table, vectors: np.ndarray) -> None:
+    """Write rows with their vectors now: nobody knows how large the other columns are."""
     out.append({**{name: columns[name] for name in columns.column_names}, "embedding": vectors})
-    if ends_group:
-        out.flush()
+    out.flush()
 
 
 def _write_rejects(target: Path, made: Provenance, failed: dict[int, Rejected], names: pa.ChunkedArray) -> None:

@@ -46,16 +46,11 @@ def main(argv=None) -> int:
 
     model = backbone.load(cfg.embedding_model, dtype, device)
     jobs = embedding_parts.jobs(todo, tar_images.of_paths(cfg.paths))
-    failures: list[str] = []
-
-    def write(result: loop.Result) -> None:
-        failure = embedding_parts.write(result, model.dim, model.facts, cfg.data.max_reject_share)
-        failures.extend([failure] if failure else [])
-
+    write = lambda result: embedding_parts.write(result, model.facts, cfg.data.max_reject_share)  # noqa: E731
     with loop.run("generate_embeddings", "image", sum(part.count for part in todo), model.model, cfg) as progress:
         forward = lambda pixels: model(pixels).half()  # noqa: E731 - what is stored, and half as much to copy
         results = loop.embed(jobs, forward, model.preprocessing, device, cfg.infrastructure, progress)
-        loop.write_each(results, write)
+        failures = loop.write_each(results, write)
     if failures:
         advice = "restore the tar that process_tar.py read, or rerun that stage and the following with --overwrite"
         raise PipelineError("\n".join([*failures, advice]))

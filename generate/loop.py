@@ -1,9 +1,8 @@
 """Images through a model, prepared ahead by threads: what every embedding script runs.
 
-Threads read, decode, resize and normalise chunks of images; the main thread runs the model. On CUDA a decoded
-chunk goes to the device from pinned memory and is resized there, on a stream of its own, while the model computes.
-The host never waits for a batch before the next one is queued: vectors are copied to pinned memory behind their
-batch, and waited for one batch later.
+Threads read, decode, resize and normalise chunks of images; the main thread runs the model. CUDA resizes decoded
+chunks on a stream of its own while the model computes, and the host waits for a batch's vectors only when the next
+batch is queued.
 
 Memory: see `_prepared_ahead`; and the vectors of two jobs, one being computed and one being written.
 """
@@ -75,15 +74,11 @@ class Progress(cli.Progress):
 
 @contextlib.contextmanager
 def run(stage: str, unit: str, total: int, model: torch.nn.Module, cfg: Config) -> Iterator[Progress]:
-    """A script's run of `model` over `total` rows: compiled if infrastructure.compile is set, with progress shown
-    and a summary at the end. Raises PipelineError without a compiler.
-    """
+    """Progress of `model`, compiled if infrastructure.compile says so, over `total` rows; a summary at the end."""
     if cfg.infrastructure.compile:
         if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-            raise PipelineError(
-                "infrastructure.compile needs a C++ compiler, and none is on the PATH\n"
-                "load or install one (g++), or set infrastructure.compile to false"
-            )
+            advice = "load or install one (g++), or set infrastructure.compile to false"
+            raise PipelineError(f"infrastructure.compile needs a C++ compiler, and none is on the PATH\n{advice}")
         model.compile()
     progress = Progress(stage, unit, total, cfg.logging.progress_interval_s)
     with progress:
@@ -152,22 +147,22 @@ def embed(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def write_each(results: Iterator[Result], write: Callable[[Result], None]) -> None:
-    """write(result) for each, in a thread of its own while the next one is computed.
+def write_each(results: Iterator[Result], write: Callable[[Result], str | None]) -> list[str]:
+    """write(result) for each, in a thread while the next one is computed; the messages that it returned.
 
-    After a stop signal the result at hand is still written.
+    After a stop signal, or an error in what is computed next, the result at hand is still written.
     """
+    writing: list[Future] = []
     with ThreadPoolExecutor(1) as pool:
-        writing: Future | None = None
         try:
             for result in results:
                 if writing:
-                    writing.result()
-                writing = pool.submit(write, result)
+                    writing[-1].result()
+                writing.append(pool.submit(write, result))
                 cli.check_stop()
-        finally:  # also after a stop, or an error in what was computed next
-            if writing:
-                writing.result()
+        finally:
+            messages = [future.result() for future in writing]
+    return [message for message in messages if message]
 
 
 def _prepared_ahead(
@@ -219,9 +214,7 @@ def _ready(prepare: Callable, job: Job, start: int, stop: int, future: Future) -
     try:
         chunk = future.result()
     except torch.OutOfMemoryError as error:
-        # the model had taken all memory; now, between two batches, there is room, once the frames in which it
-        # happened let go of their pixels
-        error.__traceback__ = None
+        error.__traceback__ = None  # its frames hold pixels; without them there is room now, between two batches
         chunk = prepare(job, start, stop)
     if chunk.ready is not None:
         current = torch.cuda.current_stream(chunk.pixels.device)

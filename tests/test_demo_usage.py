@@ -143,6 +143,7 @@ def test_the_evaluation_of_another_model_is_not_told_for_this_one(model, flags, 
         ("WhatsApp Image 25.jpg", None),
         ("IMG 2024 12.jpg", None),
         ("0088_12 copy.jpg", None),
+        ("2021_05_03_17.jpg", None),  # a date and an hour
     ],
 )
 def test_a_building_is_told_by_the_name(file, building):

@@ -5,7 +5,7 @@ import glob
 import json
 import os
 import shutil
-import uuid
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,24 +123,20 @@ def remove_dead_folders(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path`, locked, that replaces it when the block succeeds and is removed otherwise."""
+    """An empty folder that replaces `path` when the block succeeds and is removed otherwise. It is in a locked one
+    beside `path`: see `remove_dead_folders`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:12]}")
-    folder.mkdir()
-    with _locked(folder):
-        try:
-            yield folder
-            for written in (*folder.iterdir(), folder):
-                files.fsync(written)
-            former = folder.with_name(folder.name + "-former")
-            if path.exists():
-                path.rename(former)
-            folder.rename(path)
-            files.fsync(path.parent)
-            shutil.rmtree(former, ignore_errors=True)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.tmp-", dir=path.parent) as place, _locked(Path(place)):
+        folder, former = Path(place, path.name), Path(place, "former")
+        folder.mkdir()
+        yield folder
+        for written in (*folder.iterdir(), folder):
+            files.fsync(written)
+        if path.exists():
+            path.rename(former)
+        folder.rename(path)
+        files.fsync(path.parent)
 
 
 @contextlib.contextmanager

@@ -48,15 +48,15 @@ def push(folder: Path, repo: str) -> str:
             commit_message="Publish building embeddings",
         )
     except hub_errors.HFValidationError as error:
-        raise PipelineError(f"--push {repo} is not a valid repository name: {first_line(error)}") from None
+        message = f"--push {repo} is not a valid repository name: {first_line(error)}"
     except (hub_errors.HfHubHTTPError, hub_errors.LocalTokenNotFoundError) as error:
-        raise PipelineError(
-            f"the hub refuses {repo}: {first_line(error)}\n"
-            "log in with `hf auth login`, or set HF_TOKEN to a token that may write there; the folder is kept"
-        ) from None
+        message = (
+            f"the hub refuses {repo}: {first_line(error)}\nlog in with `hf auth login`, or set HF_TOKEN to a "
+        )
+        message += "token that may write there; the folder is kept"
     except (hub_errors.OfflineModeIsEnabled, hub_errors.HTTPError) as error:  # of its HTTP library
-        raise PipelineError(
-            f"the hub cannot be reached from here: {first_line(error)}\n"
-            f"push {folder} where there is a network, with HF_HUB_OFFLINE unset"
-        ) from None
-    return done.commit_url
+        message = f"the hub cannot be reached from here: {first_line(error)}\n"
+        message += f"push {folder} where there is a network, with HF_HUB_OFFLINE unset"
+    else:
+        return done.commit_url
+    raise PipelineError(message)

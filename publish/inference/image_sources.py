@@ -48,9 +48,9 @@ class ImageSource:
     def names_of(self, start: int, stop: int) -> pa.ChunkedArray:
         return self.names[start:stop]
 
-    def columns(self, start: int, stop: int) -> Iterator[tuple[pa.Table, bool]]:
-        """The columns of a part beside the vectors, and whether they end a row group."""
-        yield self.images[start:stop].select(["image"]), True
+    def columns(self, start: int, stop: int) -> list[pa.Table]:
+        """The columns of a part beside the vectors."""
+        return [self.images[start:stop].select(["image"])]
 
     def reader(self, start: int, stop: int) -> Callable[[int, int], Sequence[bytes | None]]:
         """A function that reads encoded images of a part by their numbers in it."""

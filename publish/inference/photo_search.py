@@ -1,6 +1,5 @@
 """Search with the published model: vectors of photographs, the nearest images of a gallery, a picture of them."""
 
-import io
 import logging
 import re
 from collections import Counter
@@ -28,8 +27,9 @@ from matplotlib import pyplot as plt
 log = logging.getLogger("pipeline")
 MAX_COLUMNS = 8  # of the picture: no wider than a screen
 VERDICTS = {True: ("same building", "#1a7f37"), False: ("another building", "#cf222e"), None: ("", "#57606a")}
-_OF_SPLIT = re.compile(r"(\d{4,}_\d+) \d{4,}_\d+")  # building and image, see `image_sources.of_split`
-_OF_DATASET = re.compile(r"(\d+)_\d+_\d+_(\d+)\.jpe?g", re.IGNORECASE)  # dataset, image, panorama, target
+# Dataset numbers have two digits and are padded with zeros, unlike the years in the names of other photographs.
+_OF_SPLIT = re.compile(r"(0\d{3}_\d+) 0\d{3}_\d+")  # building and image, see `image_sources.of_split`
+_OF_DATASET = re.compile(r"(0\d{3,})_\d+_\d+_(\d+)\.jpe?g", re.IGNORECASE)  # dataset, image, panorama, target
 
 
 class Photograph(NamedTuple):
@@ -75,12 +75,11 @@ def search(
 
     Without a query: the first image of the building that has the most in the gallery.
     """
-    names = gallery.names.to_pylist()
+    names, device = gallery.names.to_pylist(), published.device
     jobs = [loop.Job(gallery.name, len(names), gallery.read)]
     progress = loop.Progress("search", "image", len(names))
     with progress:
-        forward, preprocessing, device = published.forward, published.preprocessing, published.device
-        (result,) = loop.embed(jobs, forward, preprocessing, device, settings, progress)
+        (result,) = loop.embed(jobs, published.forward, published.preprocessing, device, settings, progress)
     for row, why in list(result.failed.items())[:1]:
         log.warning("skipping %d images, such as %s: %s", len(result.failed), names[row], why.detail)
     if not len(result.rows):
@@ -132,10 +131,9 @@ def draw(found: Found, path: Path) -> None:
         axis.set_xlabel(words, fontsize=11, color=colour)
         axis.spines[:].set(color=colour, linewidth=3)
     figure.tight_layout(w_pad=1.5)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", pad_inches=0.1)
+    with files.atomic(path) as file:
+        figure.savefig(file, format="png", dpi=110, bbox_inches="tight", pad_inches=0.1)
     plt.close(figure)
-    files.write_bytes(path, buffer.getvalue())
 
 
 def percentiles_of(cosine: float, metrics: Path, evaluation: str | None = None) -> str:

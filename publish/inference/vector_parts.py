@@ -96,7 +96,7 @@ def project(part: VectorPart, published: published_model.Published, progress: lo
     row, input_dim = part.start, published.model.config.input_dim
     with parquet.writer(part.target, part.schema(published.dim), part.made) as out:
         progress.lap("write")
-        for batch, ends_group in table.columns(part.start, part.stop, table.column):
+        for batch in table.columns(part.start, part.stop, table.column):
             name = lambda number: f"row {row + number}"  # noqa: B023,E731
             embeddings = parquet.embedding_matrix(
                 table.path, batch, table.column, name, input_dim, "the model's backbone and pooling give"
@@ -104,7 +104,7 @@ def project(part: VectorPart, published: published_model.Published, progress: lo
             progress.lap("read")
             vectors = published.project(torch.from_numpy(embeddings.astype(np.float32))).numpy()
             progress.lap("compute")
-            embedding_parts.append(out, batch.drop([table.column]), vectors, ends_group)
+            embedding_parts.append(out, batch, vectors)
             progress.add(len(vectors))
             progress.lap("write")
             row += len(vectors)

@@ -52,17 +52,14 @@ class TableSource:
         """The inputs of a part's provenance: the file's size and its end, where Parquet describes the rest."""
         return {self.path.name: self._identity}
 
-    def names_of(self, start: int, stop: int) -> pa.Array:
-        return pa.array([f"row {row}" for row in range(start, stop)], pa.string())
+    def names_of(self, start: int, stop: int) -> pa.ChunkedArray:
+        return pa.chunked_array([[f"row {row}" for row in range(start, stop)]], pa.string())
 
-    def columns(self, start: int, stop: int, *more: str) -> Iterator[tuple[pa.Table, bool]]:
-        """The columns of `schema` and `more` of a part: some rows at a time, and whether they end a row group."""
+    def columns(self, start: int, stop: int, *more: str) -> Iterator[pa.Table]:
+        """The columns of `schema` and `more` of a part, some rows of a row group at a time."""
         with parquet.open_file(self.path) as file:
             for group in range(bisect_right(self._ends, start), bisect_right(self._ends, stop)):
-                missing = self._group_rows[group]
-                for rows in self._batches(file, group, [*self.schema.names, *more]):
-                    missing -= rows.num_rows
-                    yield rows, missing == 0
+                yield from self._batches(file, group, [*self.schema.names, *more])
 
     def _batches(self, file: ParquetFile, group: int, columns: list[str]) -> Iterator[pa.Table]:
         return parquet.batches_of(self.path, file, range(group, group + 1), columns, BATCH_ROWS)
@@ -73,7 +70,7 @@ class TableSource:
         The two row groups read last stay in memory: threads take images in nearly the order of the file.
         """
         if self.column is None:
-            rows = pa.concat_tables([self.schema.empty_table(), *(rows for rows, _ in self.columns(start, stop))])
+            rows = pa.concat_tables([self.schema.empty_table(), *self.columns(start, stop)])
             return lambda first, last: self._store.read(rows.slice(first, last - first))
         column, file, lock = self.column, parquet.open_file(self.path), Lock()
 

@@ -104,7 +104,7 @@ def run_loop(
             cfg.infrastructure,
             progress,
         ):
-            failure = embedding_parts.write(result, result.vectors.shape[1], {}, 0.0)
+            failure = embedding_parts.write(result, {"dim": result.vectors.shape[1]}, 0.0)
             assert not failure, failure
 
 
