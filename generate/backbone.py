@@ -42,10 +42,7 @@ class Backbone:
 
 
 def load(settings: EmbeddingModel, dtype: str, device: torch.device) -> Backbone:
-    """The backbone that the settings name, in `dtype` ("float32", "bfloat16") on `device`.
-
-    Raises PipelineError, with advice, if it is unavailable or not of a supported family.
-    """
+    """The backbone of the settings, in `dtype` ("float32", "bfloat16"). Raises PipelineError, with advice."""
     folder = model_files.locate(settings.name, settings.revision)
     check(settings, model_files.read_json(folder / "config.json").get("model_type"))
     preprocessing = read_preprocessing(folder)
@@ -73,23 +70,19 @@ def check(settings: EmbeddingModel, model_type: str | None) -> None:
 
 
 def load_weights(model_class, folder: Path, dtype: str) -> PreTrainedModel:
-    """`model_class.from_pretrained`, but missing or damaged weights, or another model's, raise PipelineError.
+    """`model_class.from_pretrained`, but missing, damaged or another model's weights raise PipelineError.
 
-    Transformers itself initialises tensors that the files lack at random, with no more than a warning.
+    Transformers itself initialises missing tensors at random, with no more than a warning.
     """
     if not any(path for pattern in model_files.WEIGHTS for path in folder.glob(pattern)):
-        raise PipelineError(
-            f"{folder} has no weights (model.safetensors)\n"
-            "download the complete model, or save it with save_pretrained"
-        )
+        advice = "download the complete model, or save it with save_pretrained"
+        raise PipelineError(f"{folder} has no weights (model.safetensors)\n{advice}")
     try:
         options = {"dtype": getattr(torch, dtype), "local_files_only": True, "output_loading_info": True}
         model, report = model_class.from_pretrained(folder, **options)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise PipelineError(f"the weights in {folder} cannot be loaded: {first_line(error)}") from None
     if report["missing_keys"]:
-        raise PipelineError(
-            f"the weights in {folder} do not match its config.json: "
-            f"{len(report['missing_keys'])} tensors are missing, such as {min(report['missing_keys'])}"
-        )
+        missing = f"{len(report['missing_keys'])} tensors are missing, such as {min(report['missing_keys'])}"
+        raise PipelineError(f"the weights in {folder} do not match its config.json: {missing}")
     return model

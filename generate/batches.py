@@ -9,8 +9,8 @@ import torch
 from common.errors import PipelineError
 from common.sections import Infrastructure
 
-CPU_IMAGES = 8  # "auto" there: larger batches are no faster, and 5 MB of pixels stay in the cache
-LARGEST = 512  # "auto" on CUDA: for a ViT-B/14 at 224 pixels that is 130,000 tokens, more than any card needs
+CPU_IMAGES = 8  # with "auto": larger batches are no faster, and 5 MB of pixels stay in the cache
+LARGEST = 512  # with "auto" on CUDA: for a ViT-B/14 at 224 pixels that is 130,000 tokens, more than any card needs
 MEMORY_SHARE = 0.6  # of the free memory, for the forward pass with "auto": the rest is for images prepared ahead
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -19,9 +19,7 @@ log = logging.getLogger("pipeline")
 
 @dataclass
 class Size:
-    """Images in a batch; reduced in the course of a run."""
-
-    images: int
+    images: int  # in a batch; `forward` reduces it in the course of a run
 
 
 def size_of(settings: Infrastructure, forward: Forward, image_size: list[int], device: torch.device) -> Size:
@@ -45,13 +43,10 @@ def size_of(settings: Infrastructure, forward: Forward, image_size: list[int], d
 
 
 def largest(peak_bytes: Callable[[int], int], budget: int) -> int:
-    """The most images, a power of two up to LARGEST, whose forward pass needs at most `budget` bytes.
-
-    `peak_bytes` at most doubles when the images do, so that no larger pass is tried.
-    """
+    """The most images, a power of two up to LARGEST, whose `peak_bytes` are within `budget`."""
     images = 1
     try:
-        while images < LARGEST and 2 * peak_bytes(images) <= budget:
+        while images < LARGEST and 2 * peak_bytes(images) <= budget:  # no larger pass is tried
             images *= 2
     except torch.OutOfMemoryError:  # other processes use the device too; `forward` reduces the size if need be
         pass
@@ -59,10 +54,7 @@ def largest(peak_bytes: Callable[[int], int], budget: int) -> int:
 
 
 def forward(model: Forward, pixels: torch.Tensor, size: Size) -> torch.Tensor:
-    """model(pixels), in pieces of `size`, which is halved, with a warning, when memory runs out.
-
-    Raises PipelineError if not even one image fits.
-    """
+    """model(pixels), in pieces of `size`, halved when out of memory. Raises PipelineError if one does not fit."""
     while True:
         try:
             return torch.cat([model(piece) for piece in pixels.split(size.images)])

@@ -23,10 +23,8 @@ def jobs(parts: list[TarPart], store: tar_images.TarImages) -> Iterator[Job]:
 
 
 def write(result: Result, facts: dict, max_reject_share: float) -> str:
-    """Write a part's embeddings, after its rejects. `facts`: see `backbone.Backbone`.
-
-    If the share of rejects exceeds `max_reject_share`, or the tar now holds other images, only the rejects are
-    written, and the reason is returned; else "". Raises PipelineError if an embedding is not finite in float16.
+    """Write a part's embeddings, after its rejects; or only these, and return the reason, if their share exceeds
+    `max_reject_share` or the tar now holds other images. `facts`: see `backbone.Backbone`.
     """
     part, rows = result.job.name
     names = rows["image_path"]
@@ -59,7 +57,6 @@ def write_file(
     facts: dict,
 ) -> None:
     """Write the rows that have a vector, with it, after the rejects. `columns`: the others, some rows at a time.
-
     Raises PipelineError, naming an image, if its vector is not finite in the type of the schema.
     """
     kind = schema.field("embedding").type

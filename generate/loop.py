@@ -32,6 +32,7 @@ from generate import batches
 from generate.pixels import Preprocessing
 
 CHUNK = 8  # images that a thread prepares at once
+Parts = list[tuple[int, int, Future]]  # of a job's images: start, stop, and the future of their _Chunk
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,6 @@ class _Chunk(NamedTuple):
     ready: torch.cuda.Event | None  # set on the device when the pixels are complete
 
 
-class _Batch(NamedTuple):
-    job: Job
-    chunks: list[tuple[int, int, Future]]  # start, stop, and the future of their _Chunk
-    is_last: bool
-
-
 def embed(
     jobs: Iterable[Job],
     forward: batches.Forward,
@@ -109,8 +104,7 @@ def embed(
 ) -> Iterator[Result]:
     """The vectors of each job, in order. `forward`: (N, 3, H, W) float32 -> (N, D).
 
-    A job's batches start at its first image and end with its last, so that its vectors do not depend on what
-    else is computed in this run. Each batch is counted in `progress`, with its rejects.
+    No batch spans two jobs, so that vectors do not depend on what else is computed in this run.
     """
     size = batches.size_of(settings, forward, preprocessing.image_size, device)
     # single-threaded torch in these threads (and in later ones): each core works on an image of its own
@@ -122,8 +116,8 @@ def embed(
     failed: dict[int, Rejected] = {}
     try:
         progress.lap("compute")
-        for batch in _prepared_ahead(jobs, pool, prepare, size, settings.threads):
-            chunks = [_ready(prepare, batch.job, *part) for part in batch.chunks]
+        for job, parts, is_last in _prepared_ahead(jobs, pool, prepare, size, settings.threads):
+            chunks = [_ready(prepare, job, *part) for part in parts]
             progress.lap("read")
             pixels = [chunk.pixels for chunk in chunks if chunk.rows]
             if pixels:
@@ -137,10 +131,10 @@ def embed(
                 rejected = count_reasons(chunk.failed.values())
                 progress.add(len(chunk.rows) + len(chunk.failed), len(chunk.rows), rejected)
             progress.lap("compute")
-            if batch.is_last:
-                matrix = torch.cat([output() for output in outputs]).numpy() if outputs else np.empty((0, 0))
+            if is_last:
+                vectors = torch.cat([output() for output in outputs]).numpy() if outputs else np.empty((0, 0))
                 progress.lap("compute")
-                yield Result(batch.job, np.array(rows, np.int64), matrix, failed)
+                yield Result(job, np.array(rows, np.int64), vectors, failed)
                 outputs, rows, failed = [], [], {}
                 progress.lap("write")
     finally:
@@ -148,9 +142,8 @@ def embed(
 
 
 def write_each(results: Iterator[Result], write: Callable[[Result], str | None]) -> list[str]:
-    """write(result) for each, in a thread while the next one is computed; the messages that it returned.
-
-    After a stop signal, or an error in what is computed next, the result at hand is still written.
+    """write(result) for each, in a thread while the next one is computed; returns its messages. The result at hand
+    is written even if a stop signal or an error ends the run.
     """
     writing: list[Future] = []
     with ThreadPoolExecutor(1) as pool:
@@ -167,21 +160,20 @@ def write_each(results: Iterator[Result], write: Callable[[Result], str | None])
 
 def _prepared_ahead(
     jobs: Iterable[Job], pool: ThreadPoolExecutor, prepare: Callable, size: batches.Size, threads: int
-) -> Iterator[_Batch]:
-    """The jobs' batches, in order, with enough of them queued in the pool. An empty job is one empty batch.
+) -> Iterator[tuple[Job, Parts, bool]]:
+    """Batches in order, with enough of them in the pool: a job, some of its parts, and whether they are its last.
 
     Memory: three batches, or two chunks per thread, of the model's input on the device (0.6 MB an image at 224
     pixels); in each thread one decoded image (1.2 MB for 640 x 640 pixels), for CUDA a chunk of them, twice.
     """
-    waiting: deque[_Batch] = deque()
+    waiting: deque[tuple[Job, Parts, bool]] = deque()
     for job in jobs:
         step = size.images
-        for start in range(0, max(job.count, 1), step):
+        for start in range(0, max(job.count, 1), step):  # an empty job is one empty batch
             stop = min(start + step, job.count)
             parts = [(at, min(at + CHUNK, stop)) for at in range(start, stop, CHUNK)]
-            chunks = [(*part, pool.submit(prepare, job, *part)) for part in parts]
-            waiting.append(_Batch(job, chunks, stop == job.count))
-            if len(waiting) > 2 and sum(len(batch.chunks) for batch in waiting) > 2 * threads:
+            waiting.append((job, [(*part, pool.submit(prepare, job, *part)) for part in parts], stop == job.count))
+            if len(waiting) > 2 and sum(len(parts) for _, parts, _ in waiting) > 2 * threads:
                 yield waiting.popleft()
     yield from waiting
 

@@ -19,10 +19,8 @@ MIB = 2**20
 
 
 def locate(name: str, revision: str, weights: bool = True) -> Path:
-    """The folder of a model's files: `name` itself, or the hub's snapshot, downloaded unless it is in the cache.
-
-    Run once where there is a network, it serves machines without one that share the cache. `weights`: also these.
-    Raises PipelineError, with advice, if the model is unavailable.
+    """The folder of a model's files, with or without `weights`: `name`, or the hub's snapshot, from its cache or
+    downloaded. Raises PipelineError, with advice, if the model is unavailable.
     """
     if is_folder(name):
         if not (Path(name) / "config.json").is_file():

@@ -42,11 +42,8 @@ class Preprocessing:
         return list(size)
 
     def __call__(self, images: Iterable[np.ndarray], device: torch.device) -> torch.Tensor:
-        """(N, 3, H, W) float32 on `device`, of N images, (h, w, 3) uint8 of any sizes.
-
-        On the CPU they are resized one by one as they come: what was just decoded is still in the core's cache.
-        """
-        if device.type == "cpu":
+        """(N, 3, H, W) float32 on `device`, of N images, (h, w, 3) uint8 of any sizes."""
+        if device.type == "cpu":  # one by one as they come: what was just decoded is still in the core's cache
             resized = [self._shrink(torch.from_numpy(image)[None].permute(0, 3, 1, 2)) for image in images]
         else:
             runs = groupby(images, key=np.shape)  # consecutive images of one size are resized together
@@ -59,8 +56,14 @@ class Preprocessing:
         return pixels.permute(0, 3, 1, 2)
 
     def _shrink(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Images of one size, (n, 3, h, w) uint8 -> (n, 3, H, W), grey levels."""
-        pixels = self._resize(pixels)
+        """Images of one size, (n, 3, h, w) uint8, resized and cropped: (n, 3, H, W), grey levels."""
+        size = self._resized(*pixels.shape[-2:])
+        if size != tuple(pixels.shape[-2:]) and self.rescale_first:
+            antialias = self.mode != "nearest-exact"
+            pixels = F.interpolate(pixels.float(), size, mode=self.mode, antialias=antialias)
+        elif size != tuple(pixels.shape[-2:]):  # only the CPU resizes uint8
+            pixels = pixels if pixels.device.type == "cpu" else pixels.float()
+            pixels = resize_grey_levels(pixels, size, self.mode)
         return _center_crop(pixels, *self.crop) if self.crop else pixels
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
@@ -70,42 +73,29 @@ class Preprocessing:
         longest = int(self.shortest_edge * max(height, width) / min(height, width))
         return (longest, self.shortest_edge) if width <= height else (self.shortest_edge, longest)
 
-    def _resize(self, pixels: torch.Tensor) -> torch.Tensor:
-        size = self._resized(*pixels.shape[-2:])
-        if size == tuple(pixels.shape[-2:]):
-            return pixels
-        if self.rescale_first:
-            return F.interpolate(pixels.float(), size, mode=self.mode, antialias=self.mode != "nearest-exact")
-        # only the CPU resizes uint8
-        return resize_grey_levels(pixels if pixels.device.type == "cpu" else pixels.float(), size, self.mode)
-
 
 def read_preprocessing(folder: Path) -> Preprocessing:
     """The preprocessing that a model's folder asks for. Raises PipelineError if it is absent or not supported."""
     path = folder / "preprocessor_config.json"
     config = model_files.read_json(path)
     try:
-        return _preprocessing(config)
+        size = config["size"] if config.get("do_resize", True) else {}
+        size = {"shortest_edge": size} if isinstance(size, int) else size
+        crop = config.get("crop_size") if config.get("do_center_crop", True) else None
+        crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+        normalize = config.get("do_normalize", True)
+        return Preprocessing(
+            shortest_edge=size.get("shortest_edge"),
+            exact_size=(size["height"], size["width"]) if size and "shortest_edge" not in size else None,
+            crop=(crop["height"], crop["width"]) if crop else None,
+            mode=_RESAMPLING[config["resample"]] if size else "bilinear",
+            rescale_first=config.get("image_processor_type", "").startswith("DINOv3"),
+            scale=config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0,
+            mean=tuple(config["image_mean"]) if normalize else (0.0, 0.0, 0.0),
+            std=tuple(config["image_std"]) if normalize else (1.0, 1.0, 1.0),
+        )
     except (KeyError, TypeError) as error:
         raise PipelineError(f"{path} cannot be used: it lacks {error}, or has it in an unknown form") from None
-
-
-def _preprocessing(config: dict) -> Preprocessing:
-    size = config["size"] if config.get("do_resize", True) else {}
-    size = {"shortest_edge": size} if isinstance(size, int) else size
-    crop = config.get("crop_size") if config.get("do_center_crop", True) else None
-    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-    normalize = config.get("do_normalize", True)
-    return Preprocessing(
-        shortest_edge=size.get("shortest_edge"),
-        exact_size=(size["height"], size["width"]) if size and "shortest_edge" not in size else None,
-        crop=(crop["height"], crop["width"]) if crop else None,
-        mode=_RESAMPLING[config["resample"]] if size else "bilinear",
-        rescale_first=config.get("image_processor_type", "").startswith("DINOv3"),
-        scale=config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0,
-        mean=tuple(config["image_mean"]) if normalize else (0.0, 0.0, 0.0),
-        std=tuple(config["image_std"]) if normalize else (1.0, 1.0, 1.0),
-    )
 
 
 def resize_grey_levels(pixels: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:

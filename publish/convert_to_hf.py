@@ -25,10 +25,10 @@ def main(argv=None) -> int:
     arguments.add_argument(
         "--push", metavar="USER/NAME", help="send it to this repository of the Hugging Face hub"
     )
-    arguments.add_argument("--dry-run", action="store_true", help="with --push: only list what would go there")
+    arguments.add_argument("--dry-run", action="store_true", help="with --push: only list what would be sent")
     args = arguments.parse_args(argv)
     if args.dry_run and not args.push:
-        raise ConfigError("--dry-run says what --push would send: name the repository with --push USER/NAME")
+        raise ConfigError("--dry-run lists what --push would send: name the repository with --push USER/NAME")
     cfg = cli.load_config(args)
     convert(cfg, args.overwrite)
     if args.push:
@@ -41,12 +41,12 @@ def main(argv=None) -> int:
 
 
 def convert(cfg, overwrite: bool) -> None:
-    """Write the published folder, unless it is there."""
+    """Write the published folder, unless it is up to date."""
     from common import config, devices, provenance
     from publish.hub import model_card, parity, published_folder
     from train.evaluation import heads, metrics_json
 
-    # what there is, and whether it belongs together
+    # the inputs, and whether they belong together
     checkpoint_path = cfg.paths.checkpoints_dir / cfg.training.run / "checkpoint_best.pt"
     metrics_path = cfg.paths.evaluation_dir / "metrics.json"
     checkpoint = heads.load_checkpoint(checkpoint_path)
@@ -74,10 +74,8 @@ def convert(cfg, overwrite: bool) -> None:
         trained_on = {"inputs": inputs, "embedding_model": model}
         facts = {"parity_images": count, "worst_cosine_distance": worst, "trained_on": trained_on}
         published_folder.write_provenance(folder, made, facts)
-    print(
-        f"convert_to_hf: wrote {cfg.paths.published_dir}; {count} images of the test split are within "
-        f"{worst:.1e} cosine distance of the pipeline's vectors"
-    )
+    parity_note = f"{count} test images are within {worst:.1e} cosine distance of the pipeline's vectors"
+    print(f"convert_to_hf: wrote {cfg.paths.published_dir}; {parity_note}")
 
 
 if __name__ == "__main__":

@@ -50,17 +50,16 @@ def main(argv=None) -> int:
     from common.imagery import tar_images
     from publish.inference import image_sources, photo_search, published_model
 
-    def photograph(name: str) -> photo_search.Photograph:
-        return photo_search.Photograph(name, image_sources.read_image(name))
-
     folder = published_model.folder_of(cfg, args.model)
     store, query = tar_images.of_paths(cfg.paths), None
     if args.command == "compare":  # images are read before the model is loaded: mistakes show at once
-        pair = photograph(args.first), photograph(args.second)
+        pair = [
+            photo_search.Photograph(name, image_sources.read_image(name)) for name in (args.first, args.second)
+        ]
     elif args.query is None:
         gallery = image_sources.of_split(cfg.paths.merged_dir / "test.parquet", store, args.limit)
     else:
-        query = photograph(args.query)
+        query = photo_search.Photograph(args.query, image_sources.read_image(args.query))
         gallery, *others = image_sources.groups(args.gallery, store)
         if others:
             raise ConfigError(f"{args.gallery} holds the images of {1 + len(others)} tars: name one of these tars")
@@ -74,9 +73,9 @@ def main(argv=None) -> int:
         metrics = cfg.paths.evaluation_dir / "metrics.json"
         print(photo_search.percentiles_of(similarity, metrics, published_model.evaluation_of(folder)))
     else:
-        found = photo_search.search(published, query, gallery, cfg.infrastructure, args.top)
-        print(photo_search.table(found))
-        photo_search.draw(found, args.out)
+        nearest = photo_search.search(published, query, gallery, cfg.infrastructure, args.top)
+        print(photo_search.table(nearest))
+        photo_search.draw(nearest, args.out)
         print(f"picture: {args.out}")
     return 0
 

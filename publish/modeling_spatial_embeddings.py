@@ -22,7 +22,7 @@ class Family(NamedTuple):
     hidden_size: Callable[[PretrainedConfig], int]  # of a token
 
 
-# by model_type; DINOv3 ConvNeXt puts its pooled map where a ViT has CLS, and has a size per stage
+# by model_type; DINOv3 ConvNeXt has its pooled map where a ViT has CLS, and a size per stage
 FAMILIES = {
     "dinov2": Family(lambda config: 1, lambda config: config.hidden_size),
     "dinov2_with_registers": Family(lambda c: 1 + c.num_register_tokens, lambda config: config.hidden_size),

@@ -99,7 +99,7 @@ def test_many_results_are_drawn_in_lines_and_as_the_model_sees_them(tmp_path):
     buffer = io.BytesIO()
     Image.fromarray(levels).save(buffer, "PNG")
     photograph = photo_search.Photograph("deep.png", buffer.getvalue())
-    photo_search.draw(photo_search.Found(photograph, [(photograph, 1.0)] * 11, 11), tmp_path / "found.png")
+    photo_search.draw(photo_search.Nearest(photograph, [(photograph, 1.0)] * 11, 11), tmp_path / "found.png")
     drawn = np.asarray(Image.open(tmp_path / "found.png").convert("L"))
     height, width = drawn.shape
     assert width / height == pytest.approx(8 * 2.5 / (2 * 3), rel=0.15)  # 12 pictures, 8 in a line

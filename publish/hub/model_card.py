@@ -90,8 +90,6 @@ def results(metrics: dict) -> list[EvalResult]:
 def as_text(figure: dict, key: str, sign: str = "") -> str:
     """A figure like "54.3 [52.1, 56.4]", in percent unless it is a rank. `sign`: "+" for a difference."""
     factor, digits = (1, 0) if key == "median_rank" else (100, 1)
-    value, low, high = (
-        None if figure[part] is None else f"{factor * figure[part]:{sign}.{digits}f}"
-        for part in ("value", "low", "high")
-    )
-    return f"{value}" if low is None else f"{value} [{low}, {high}]"
+    present = [figure[part] for part in ("value", "low", "high") if figure[part] is not None]
+    value, *interval = [f"{factor * number:{sign}.{digits}f}" for number in present]
+    return f"{value} [{', '.join(interval)}]" if interval else value

@@ -1,6 +1,4 @@
-"""Whether a published folder gives the pipeline's vectors when it is used as users do: through AutoModel, offline,
-in a process that does not import this repository.
-"""
+"""Whether AutoModel, offline and without this repository, gives the pipeline's vectors from a published folder."""
 
 import contextlib
 import os
@@ -37,9 +35,8 @@ numpy.save("vectors.npy", torch.cat(vectors).numpy())
 def check(
     folder: Path, cfg: Config, checkpoint: dict, preprocessing: Preprocessing, device: torch.device
 ) -> tuple[float, int]:
-    """(largest cosine distance between the two, number of images) over the first images of the test split.
-
-    Raises PipelineError above MAX_COSINE_DISTANCE.
+    """(largest cosine distance, number of images) for the first of the test split. Raises PipelineError above
+    MAX_COSINE_DISTANCE.
     """
     test = cfg.paths.merged_dir / "test.parquet"
     rows = next(parquet.batches(test, ["tar_file", "image_offset", "image_size", "embedding"], MAX_IMAGES), None)

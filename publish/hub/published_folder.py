@@ -39,10 +39,7 @@ def refuse_mixture(test: Path, checkpoint_path: Path, checkpoint: dict, metrics_
 
 
 def backbone_settings(cfg: Config, checkpoint_path: Path, checkpoint: dict) -> EmbeddingModel:
-    """The config's backbone in the dtype of the embeddings that the head was trained on.
-
-    Raises StaleArtefact if those come from a different backbone.
-    """
+    """The backbone, in the dtype of the head's training embeddings. Raises StaleArtefact if those differ."""
     trained_on, settings = checkpoint["embedding_model"], cfg.embedding_model
     dtype = trained_on["dtype"] if settings.dtype == "auto" else settings.dtype
     identity = model_files.identity(settings, dtype)
@@ -88,10 +85,7 @@ def write_model(folder: Path, settings: EmbeddingModel, checkpoint_path: Path, c
 
 
 def is_done(folder: Path, made: Provenance, overwrite: bool) -> bool:
-    """Whether the folder holds what a run that records `made` would write.
-
-    Raises StaleArtefact if it holds a different model, PipelineError if another program wrote it.
-    """
+    """Whether the folder is what a run that records `made` would write. Raises PipelineError if it is not."""
     if not folder.exists() or not any(folder.iterdir()):
         return False
     try:
@@ -114,7 +108,7 @@ def write_provenance(folder: Path, made: Provenance, facts: dict) -> None:
 
 
 def remove_dead_folders(path: Path) -> None:
-    """Remove what runs that died while writing `path` left beside it: folders that no process locks."""
+    """Remove what dead runs of `new_folder` left beside `path`: folders that no process locks."""
     for other in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
         with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(other) as is_locked:
             if is_locked:
@@ -123,9 +117,7 @@ def remove_dead_folders(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """An empty folder that replaces `path` when the block succeeds and is removed otherwise. It is in a locked one
-    beside `path`: see `remove_dead_folders`.
-    """
+    """An empty folder, inside a locked one beside `path`, that replaces `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.tmp-", dir=path.parent) as place, _locked(Path(place)):
         folder, former = Path(place, path.name), Path(place, "former")

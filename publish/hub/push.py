@@ -33,10 +33,7 @@ def listing(folder: Path, repo: str) -> str:
 
 
 def push(folder: Path, repo: str) -> str:
-    """Send the folder to the hub's repository `repo` ("name/model"); returns the URL of the commit.
-
-    Raises PipelineError, with advice, if the hub cannot be reached or refuses.
-    """
+    """Send the folder to the repository `repo` ("name/model"); the commit's URL. Raises PipelineError."""
     api = HfApi()
     try:
         api.create_repo(repo, repo_type="model", private=True, exist_ok=True)

@@ -31,22 +31,18 @@ class ImageSource:
     settings: ClassVar = dict[str, str]()  # for the provenance
     holds_images: ClassVar = True
 
-    @property
-    def names(self) -> pa.ChunkedArray:
-        return self.images["image"]
-
     def parts(self, size: int) -> Iterator[tuple[int, int]]:
         """Images start..stop of each part of `size` images."""
-        for start in range(0, len(self.names), size):
-            yield start, min(start + size, len(self.names))
+        for start in range(0, len(self.images), size):
+            yield start, min(start + size, len(self.images))
 
     def identity(self, start: int, stop: int) -> dict:
         """The inputs of a part's provenance: names and sizes of its images."""
-        lines = [f"{row['image']}\t{row['image_size']}" for row in self.images[start:stop].to_pylist()]
-        return {"images": f"{stop - start} images, {digest_of(chr(10).join(lines))}"}
+        text = "\n".join(f"{row['image']}\t{row['image_size']}" for row in self.images[start:stop].to_pylist())
+        return {"images": f"{stop - start} images, {digest_of(text)}"}
 
     def names_of(self, start: int, stop: int) -> pa.ChunkedArray:
-        return self.names[start:stop]
+        return self.images["image"][start:stop]
 
     def columns(self, start: int, stop: int) -> list[pa.Table]:
         """The columns of a part beside the vectors."""
@@ -60,7 +56,8 @@ class ImageSource:
 def groups(source: Path, store: tar_images.TarImages) -> Iterator[ImageSource]:
     """The images at `source`. `store`: the tars of intermediates. Raises PipelineError if there are none."""
     if source.is_dir():
-        tables = [path for path in sorted(source.glob("*.parquet")) if _is_intermediates(path)]
+        ours = [path for path in sorted(source.glob("*.parquet")) if parquet.has_provenance(path)]
+        tables = [path for path in ours if parquet.read_provenance(path).stage == "process_tar"]
         groups = (_of_intermediates(path, store) for path in tables) if tables else [_of_folder(source)]
     elif tars.is_named_so(source):
         groups = [_of_tar(source)]
@@ -70,7 +67,7 @@ def groups(source: Path, store: tar_images.TarImages) -> Iterator[ImageSource]:
         raise PipelineError(f"{source} does not exist: name a folder, a list, a tar or the intermediates")
     num_images = 0
     for group in groups:
-        num_images += len(group.names)
+        num_images += len(group.images)
         yield group
     if not num_images:
         raise PipelineError(f"{source} holds no images ({', '.join(SUFFIXES)})")
@@ -158,11 +155,6 @@ def _of_tar(path: Path) -> ImageSource:
 
 def _table(names: Iterable[str], sizes: list[int]) -> pa.Table:
     return pa.table({"image": pa.array(names, pa.string()), "image_size": pa.array(sizes, pa.int64())})
-
-
-def _is_intermediates(path: Path) -> bool:
-    """Whether process_tar.py wrote the file. Raises PipelineError if it is damaged."""
-    return parquet.has_provenance(path) and parquet.read_provenance(path).stage == "process_tar"
 
 
 def _of_intermediates(path: Path, store: tar_images.TarImages) -> ImageSource:

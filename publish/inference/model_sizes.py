@@ -63,9 +63,7 @@ def estimate(cfg: Config, num_images: int, image_size: int | None) -> dict:
         "total_parameters": sum(parameters.values()),
         "weight_bytes": weights,
         "flops_per_image": flops,
-        "memory_bytes": {
-            dtype: {batch: weights[dtype] + batch * per_image[dtype] for batch in BATCHES} for dtype in BYTES
-        },
+        "memory_bytes": {d: {batch: weights[d] + batch * per_image[d] for batch in BATCHES} for d in BYTES},
         "images": num_images,
         "embedding_bytes": num_images * dim * 2,
         "gpus": gpus,

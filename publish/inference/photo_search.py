@@ -38,7 +38,7 @@ class Photograph(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Found:
+class Nearest:
     """A query and its nearest images, most similar first."""
 
     query: Photograph
@@ -70,12 +70,12 @@ def vector_of(published: Published, photograph: Photograph) -> np.ndarray:
 
 def search(
     published: Published, query: Photograph | None, gallery: ImageSource, settings: Infrastructure, top: int
-) -> Found:
+) -> Nearest:
     """The `top` images of the gallery most similar to the query, without files equal to the query's.
 
-    Without a query: the first image of the building that has the most in the gallery.
+    Without a query: the first image of the building with the most images.
     """
-    names, device = gallery.names.to_pylist(), published.device
+    names, device = gallery.images["image"].to_pylist(), published.device
     jobs = [loop.Job(gallery.name, len(names), gallery.read)]
     progress = loop.Progress("search", "image", len(names))
     with progress:
@@ -89,35 +89,31 @@ def search(
         return Photograph(names[row], gallery.read(row, row + 1)[0])
 
     if query is None:
-        query = photograph(int(result.rows[with_most_matches([names[row] for row in result.rows])]))
+        buildings = [building_of(names[row]) for row in result.rows]
+        counts = Counter(building for building in buildings if building)
+        first = buildings.index(counts.most_common(1)[0][0]) if counts else 0
+        query = photograph(int(result.rows[first]))
     similarities = result.vectors.astype(np.float32) @ vector_of(published, query)
     order = np.argsort(-similarities, kind="stable")
     candidates = ((photograph(int(result.rows[best])), float(similarities[best])) for best in order)
     others = (candidate for candidate in candidates if candidate[0].encoded != query.encoded)
-    return Found(query, list(islice(others, top)), len(result.rows))
+    return Nearest(query, list(islice(others, top)), len(result.rows))
 
 
-def with_most_matches(names: list[str]) -> int:
-    """The first image of the building with the most images; 0 if the names do not say."""
-    buildings = [building_of(name) for name in names]
-    counts = Counter(building for building in buildings if building)
-    return buildings.index(counts.most_common(1)[0][0]) if counts else 0
-
-
-def table(found: Found) -> str:
+def table(nearest: Nearest) -> str:
     """The results as text, a line each."""
-    lines = [f"the nearest of {found.gallery_size:,} images to {found.query.name}"]
-    for number, (result, cosine) in enumerate(found.results, 1):
-        words, _ = found.verdict(result)
+    lines = [f"the nearest of {nearest.gallery_size:,} images to {nearest.query.name}"]
+    for number, (result, cosine) in enumerate(nearest.results, 1):
+        words, _ = nearest.verdict(result)
         lines.append(f"{number:3}  {cosine:6.3f}  {words:16}  {result.name}".rstrip())
     return "\n".join(lines)
 
 
-def draw(found: Found, path: Path) -> None:
+def draw(nearest: Nearest, path: Path) -> None:
     """The query and its results, as PNG; frame and label say which show the query's building."""
-    panels = [(found.query, "query", "", "#1f2328")]
-    for number, (result, cosine) in enumerate(found.results, 1):
-        panels.append((result, f"{number}.  {cosine:.3f}", *found.verdict(result)))
+    panels = [(nearest.query, "query", "", "#1f2328")]
+    for number, (result, cosine) in enumerate(nearest.results, 1):
+        panels.append((result, f"{number}.  {cosine:.3f}", *nearest.verdict(result)))
     columns = min(len(panels), MAX_COLUMNS)
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(2.5 * columns, 3 * lines), squeeze=False)
@@ -137,7 +133,7 @@ def draw(found: Found, path: Path) -> None:
 
 
 def percentiles_of(cosine: float, metrics: Path, evaluation: str | None = None) -> str:
-    """The share of the evaluation's matches, and of its non-matches, that are at least as similar, as a sentence.
+    """How many of the evaluation's matches and non-matches are at least as similar, in words.
 
     `evaluation`: the id of the one that the model was published with, if known.
     """

@@ -20,10 +20,6 @@ class Published:
     preprocessing: Preprocessing
     device: torch.device
 
-    @property
-    def dim(self) -> int:
-        return self.model.config.output_dim
-
     @torch.inference_mode()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) float32 -> unit vectors, (N, dim) float32."""
@@ -47,11 +43,6 @@ def folder_of(cfg: Config, argument: Path | None) -> Path:
             "run publish/convert_to_hf.py, or name the model's folder with --model"
         )
     return folder
-
-
-def identity(folder: Path, dtype: str) -> dict:
-    """What vectors depend on, for their provenance: the model's files, wherever they are, and the dtype."""
-    return {"model.weights": model_files.weights_digest(folder), "embedding_model.dtype": dtype}
 
 
 def evaluation_of(folder: Path) -> str | None:

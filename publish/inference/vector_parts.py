@@ -12,10 +12,12 @@ import torch
 
 from common import cli, devices, files, parquet, provenance, schemas
 from common.archives.tar_parts import refuse_surplus
+from common.config import values
 from common.errors import PipelineError
 from common.provenance import Provenance
 from common.sections import Config
 from generate import embedding_parts, loop
+from generate.model_files import weights_digest
 from publish.inference import published_model
 from publish.inference.image_sources import ImageSource
 from publish.inference.vector_tables import EMBEDDING, TableSource
@@ -45,14 +47,20 @@ def run(stage: str, unit: str, sources: Iterable[ImageSource | TableSource], arg
     folder = published_model.folder_of(cfg, args.model)
     device = devices.pick(cfg.infrastructure.device)
     dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
-    settings = {**published_model.identity(folder, dtype), "data.rows_per_part": cfg.data.rows_per_part}
+    settings = {"model.weights": weights_digest(folder), "embedding_model.dtype": dtype}
+    settings |= values(cfg, "data.rows_per_part")
 
-    todo, num_parts = [], 0
+    todo: list[VectorPart] = []
+    num_parts = 0
     for source in sources:
-        parts = parts_of(source, args.out, stage, settings)
-        todo += [part for part in parts if not parquet.is_done(part.target, part.made, args.overwrite)]
-        refuse_surplus(args.out, source.name, len(parts), args.overwrite)
-        num_parts += len(parts)
+        cuts = list(source.parts(cfg.data.rows_per_part))
+        for number, (start, stop) in enumerate(cuts):
+            target = args.out / f"{source.name}-{number}.parquet"
+            made = provenance.record(stage, {**settings, **source.settings}, source.identity(start, stop))
+            if not parquet.is_done(target, made, args.overwrite):
+                todo.append(VectorPart(source, start, stop, target, made))
+        refuse_surplus(args.out, source.name, len(cuts), args.overwrite)
+        num_parts += len(cuts)
     if not todo:
         return cli.nothing_to_do(stage, f"{num_parts:,} files")
 
@@ -63,21 +71,12 @@ def run(stage: str, unit: str, sources: Iterable[ImageSource | TableSource], arg
             jobs = (loop.Job(part, part.count, part.source.reader(part.start, part.stop)) for part in images)
             forward, preprocessing = published.forward, published.preprocessing
             results = loop.embed(jobs, forward, preprocessing, device, cfg.infrastructure, progress)
-            loop.write_each(results, lambda result: write(result, published.dim))
+            loop.write_each(results, lambda result: write(result, published.model.config.output_dim))
         for part in todo:
             if not part.source.holds_images:
                 project(part, published, progress)
                 cli.check_stop()
     return 0
-
-
-def parts_of(source: ImageSource | TableSource, out: Path, stage: str, settings: dict) -> list[VectorPart]:
-    """A source's parts, of data.rows_per_part rows. `settings`: of the model and the parts, for the provenance."""
-    parts = []
-    for number, (start, stop) in enumerate(source.parts(settings["data.rows_per_part"])):
-        made = provenance.record(stage, {**settings, **source.settings}, source.identity(start, stop))
-        parts.append(VectorPart(source, start, stop, out / f"{source.name}-{number}.parquet", made))
-    return parts
 
 
 def write(result: loop.Result, dim: int) -> None:
@@ -93,8 +92,8 @@ def write(result: loop.Result, dim: int) -> None:
 def project(part: VectorPart, published: published_model.Published, progress: loop.Progress) -> None:
     """A part's embeddings through the head."""
     table: Any = part.source
-    row, input_dim = part.start, published.model.config.input_dim
-    with parquet.writer(part.target, part.schema(published.dim), part.made) as out:
+    row, input_dim, dim = part.start, published.model.config.input_dim, published.model.config.output_dim
+    with parquet.writer(part.target, part.schema(dim), part.made) as out:
         progress.lap("write")
         for batch in table.columns(part.start, part.stop, table.column):
             name = lambda number: f"row {row + number}"  # noqa: B023,E731
@@ -108,4 +107,4 @@ def project(part: VectorPart, published: published_model.Published, progress: lo
             progress.add(len(vectors))
             progress.lap("write")
             row += len(vectors)
-        out.rows, out.facts = {"in": part.count}, {"dim": published.dim}
+        out.rows, out.facts = {"in": part.count}, {"dim": dim}

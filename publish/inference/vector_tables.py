@@ -65,16 +65,13 @@ class TableSource:
         return parquet.batches_of(self.path, file, range(group, group + 1), columns, BATCH_ROWS)
 
     def reader(self, start: int, stop: int) -> Callable[[int, int], Sequence[bytes | None]]:
-        """A function that reads encoded images of a part by their numbers in it.
-
-        The two row groups read last stay in memory: threads take images in nearly the order of the file.
-        """
+        """A function that reads encoded images of a part by their numbers in it, best in nearly rising order."""
         if self.column is None:
             rows = pa.concat_tables([self.schema.empty_table(), *self.columns(start, stop)])
             return lambda first, last: self._store.read(rows.slice(first, last - first))
         column, file, lock = self.column, parquet.open_file(self.path), Lock()
 
-        @lru_cache(2)
+        @lru_cache(2)  # threads take images out of two row groups at a time
         def images_of(group: int) -> pa.ChunkedArray:
             images = pa.concat_tables(self._batches(file, group, [column]))[column]
             return pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
@@ -99,8 +96,7 @@ def tables(source: Path, out: Path, column: str | None, store: TarImages) -> Ite
         raise PipelineError(f"{source} {'holds no .parquet file' if source.exists() else 'does not exist'}")
     if paths[0].parent.resolve() == out.resolve():
         raise PipelineError(f"{out} is the folder of the input: its files would be replaced; name another")
-    for path in paths:
-        yield TableSource(path, column, store)
+    yield from (TableSource(path, column, store) for path in paths)
 
 
 def _usable(path: Path, schema: pa.Schema, column: str | None) -> tuple[str | None, bool]:
@@ -126,7 +122,6 @@ def _kind(kind: pa.DataType) -> str | None:
     """What a column of this type may hold: "embeddings", "images" or neither."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return "embeddings" if pa.types.is_floating(kind.value_type) else None
-    if pa.types.is_struct(kind):
-        has_bytes = kind.get_field_index("bytes") >= 0
-        return "images" if has_bytes and _kind(kind.field("bytes").type) == "images" else None
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:  # as Hugging Face stores images
+        kind = kind.field("bytes").type
     return "images" if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else None
