@@ -7,13 +7,14 @@ batches holds what it was asked for.
 import contextlib
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
@@ -338,3 +339,40 @@ def _value_bytes(kind: pa.DataType) -> int:
 def _codec(kind: pa.DataType) -> str:
     """Embeddings do not compress: it costs time and saves nothing."""
     return "NONE" if pa.types.is_nested(kind) else "ZSTD"
+
+
+def embedding_matrix(
+    path: Path,
+    batch: pa.Table,
+    column: str,
+    name: Callable[[int], str],
+    dim: int | None = None,
+    dim_of: str = "the rows before it have",
+) -> np.ndarray:
+    """A column of lists of numbers, as any program may write it: (n, D) float16 if it holds that, else float32.
+
+    `name`: of a row of the batch, for messages. `dim`: the required D, and `dim_of` what requires it; None: that
+    of the first row. Raises PipelineError, naming a row, if it has no list or one of another length, or if a value
+    is missing, not finite or above LARGEST.
+    """
+    lists = batch[column].combine_chunks()
+    kind = lists.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not (is_list and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))):
+        raise PipelineError(f"{path}: the column {column} holds {kind}, not lists of numbers")
+    lengths = pc.fill_null(pc.list_value_length(lists), -1).to_numpy()
+    if (lengths < 0).any():
+        raise PipelineError(f"{path}: {name(int(lengths.argmin()))} has no {column}")
+    dim = int(lengths[0]) if dim is None else dim
+    if (lengths != dim).any() or not dim:
+        row = int((lengths != dim).argmax())
+        raise PipelineError(f"{path}: the {column} of {name(row)} has {lengths[row]} dimensions; {dim_of} {dim}")
+    values = lists.flatten()
+    values = values if pa.types.is_float16(values.type) else values.cast(pa.float32(), safe=False)
+    matrix = values.to_numpy(zero_copy_only=False).reshape(-1, dim)
+    if not is_usable(matrix):
+        row = int((np.abs(matrix.astype(np.float64)) <= LARGEST).all(axis=1).argmin())
+        raise PipelineError(
+            f"{path}: the {column} of {name(row)} holds a value that is missing, not finite, or above {LARGEST:g}"
+        )
+    return matrix

@@ -1,10 +1,8 @@
-"""The frozen vision backbone: checked, loaded, and how its output becomes one vector per image.
+"""The frozen vision backbone: checked, loaded, and its output pooled to one vector per image.
 
 Families: DINOv2 with and without registers, DINOv3 ViT and ConvNeXt, from the hub or from a folder.
 """
 
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,27 +15,24 @@ from common import config
 from common.config import is_folder
 from common.errors import PipelineError
 from common.parquet import first_line
-from common.sections import EmbeddingModel, Infrastructure
+from common.sections import EmbeddingModel
 from generate import model_files
 from generate.pixels import Preprocessing, read_preprocessing
 from publish.modeling_spatial_embeddings import FAMILIES, POOLINGS, embedding_dim, pool
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-disable_progress_bar()  # a bar per file of weights, in the logs of a cluster
+disable_progress_bar()  # one per file of weights: noise in the logs of a cluster
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A loaded model in inference mode, with what belongs to its output."""
+    """A loaded model in inference mode, with its preprocessing and pooling."""
 
-    name: str  # on the hub, or the folder's own
     model: PreTrainedModel
     preprocessing: Preprocessing
+    folder: Path  # of its files
+    facts: dict  # what the embeddings' provenance records besides the settings
     pooling: str
-    dim: int  # of one embedding
-    folder: Path  # where its files lie
-    commit: str | None  # on the hub; None for a folder of the user's
+    dim: int  # of an embedding
 
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -45,74 +40,49 @@ class Backbone:
         hidden = self.model(pixel_values.to(self.model.dtype)).last_hidden_state  # (N, tokens, width)
         return pool(hidden, self.model.config, self.pooling)
 
-    def facts(self) -> dict:
-        """What the embeddings' provenance tells besides the settings."""
-        return {
-            "model": self.name,
-            "revision": self.commit,
-            "pooling": self.pooling,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "image_size": self.preprocessing.image_size,  # height, width
-            "dim": self.dim,
-        }
-
 
 def load(settings: EmbeddingModel, dtype: str, device: torch.device) -> Backbone:
-    """The backbone that the settings name, in `dtype` ("float32", "bfloat16") on `device`.
-
-    Raises PipelineError, with what to do, if it cannot be had or is not of a known family.
-    """
+    """The backbone of the settings, in `dtype` ("float32", "bfloat16"). Raises PipelineError, with advice."""
     folder = model_files.locate(settings.name, settings.revision)
     check(settings, model_files.read_json(folder / "config.json").get("model_type"))
     preprocessing = read_preprocessing(folder)
     model = load_weights(AutoModel, folder, dtype)
-    dim = embedding_dim(model.config, settings.pooling)
-    commit = None if is_folder(settings.name) else folder.name  # the cache keeps a snapshot under its commit
-    name = folder.name if commit is None else settings.name
-    return Backbone(name, model.eval().to(device), preprocessing, settings.pooling, dim, folder, commit)
+    is_local = is_folder(settings.name)
+    facts = {
+        "model": folder.name if is_local else settings.name,
+        "revision": None if is_local else folder.name,  # the cache names a snapshot's folder by its commit
+        "pooling": settings.pooling,
+        "dtype": dtype,
+        "image_size": preprocessing.image_size,  # height, width
+        "dim": (dim := embedding_dim(model.config, settings.pooling)),
+    }
+    return Backbone(model.eval().to(device), preprocessing, folder, facts, settings.pooling, dim)
 
 
 def check(settings: EmbeddingModel, model_type: str | None) -> None:
-    """Raise PipelineError unless a model of this type can be read and pooled as the settings say."""
+    """Raise PipelineError unless models of this type, and the settings' pooling, are supported."""
     if model_type not in FAMILIES:
         raise PipelineError(
             f"{settings.name} is a model of type {model_type}, which is not supported\n"
-            f"set embedding_model.name to one of: {', '.join(FAMILIES)}"
+            f"set embedding_model.name to a model of one of these types: {', '.join(FAMILIES)}"
         )
     config.entry(POOLINGS, "embedding_model.pooling", settings.pooling, "publish/modeling_spatial_embeddings.py")
 
 
 def load_weights(model_class, folder: Path, dtype: str) -> PreTrainedModel:
-    """`model_class.from_pretrained`, but weights that are absent, damaged or another model's are an error.
+    """`model_class.from_pretrained`, but missing, damaged or another model's weights raise PipelineError.
 
-    Transformers gives tensors that are missing in the files random values, and says so in a warning only.
+    Transformers itself initialises missing tensors at random, with no more than a warning.
     """
     if not any(path for pattern in model_files.WEIGHTS for path in folder.glob(pattern)):
-        raise PipelineError(
-            f"{folder} has no weights (model.safetensors)\n"
-            "download the model whole, or save it with save_pretrained"
-        )
+        advice = "download the complete model, or save it with save_pretrained"
+        raise PipelineError(f"{folder} has no weights (model.safetensors)\n{advice}")
     try:
-        model, report = model_class.from_pretrained(
-            folder, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True
-        )
+        options = {"dtype": getattr(torch, dtype), "local_files_only": True, "output_loading_info": True}
+        model, report = model_class.from_pretrained(folder, **options)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise PipelineError(f"the weights in {folder} cannot be loaded: {first_line(error)}") from None
     if report["missing_keys"]:
-        raise PipelineError(
-            f"the weights in {folder} are not those of its config.json: "
-            f"{len(report['missing_keys'])} tensors are missing, {min(report['missing_keys'])} among them"
-        )
+        missing = f"{len(report['missing_keys'])} tensors are missing, such as {min(report['missing_keys'])}"
+        raise PipelineError(f"the weights in {folder} do not match its config.json: {missing}")
     return model
-
-
-def compile_if_asked(model: PreTrainedModel, settings: Infrastructure) -> None:
-    """torch.compile, in place, if infrastructure.compile says so. Raises PipelineError without a compiler."""
-    if not settings.compile:
-        return
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-        raise PipelineError(
-            "infrastructure.compile needs a C++ compiler, and there is none on the PATH\n"
-            "load or install one (g++), or set infrastructure.compile to false"
-        )
-    model.compile()

@@ -1,4 +1,4 @@
-"""How many images go through a model at once: a setting, found by itself on CUDA, halved where memory runs out."""
+"""How many images go through a model at once: as set, or found automatically on CUDA; halved if out of memory."""
 
 import logging
 from collections.abc import Callable
@@ -9,9 +9,9 @@ import torch
 from common.errors import PipelineError
 from common.sections import Infrastructure
 
-CPU_IMAGES = 8  # "auto" there: larger batches are no faster, and 5 MB of pixels stay near the cores
-LARGEST = 512  # "auto" on CUDA: a ViT-B/14 at 224 pixels is 130,000 tokens then, more than fills any card
-MEMORY_SHARE = 0.6  # of the memory that is free, for the forward pass of "auto": the rest is for what comes ahead
+CPU_IMAGES = 8  # with "auto": larger batches are no faster, and 5 MB of pixels stay in the cache
+LARGEST = 512  # with "auto" on CUDA: for a ViT-B/14 at 224 pixels that is 130,000 tokens, more than any card needs
+MEMORY_SHARE = 0.6  # of the free memory, for the forward pass with "auto": the rest is for images prepared ahead
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 log = logging.getLogger("pipeline")
@@ -19,13 +19,11 @@ log = logging.getLogger("pipeline")
 
 @dataclass
 class Size:
-    """Images of a batch from now on."""
-
-    images: int
+    images: int  # in a batch; `forward` reduces it in the course of a run
 
 
 def size_of(settings: Infrastructure, forward: Forward, image_size: list[int], device: torch.device) -> Size:
-    """What infrastructure.embedding_batch_size means. `image_size`: height and width of the model's input."""
+    """The size by infrastructure.embedding_batch_size. `image_size`: height and width of the model's input."""
     if settings.embedding_batch_size != "auto":
         return Size(settings.embedding_batch_size)
     if device.type == "cpu":
@@ -45,34 +43,30 @@ def size_of(settings: Infrastructure, forward: Forward, image_size: list[int], d
 
 
 def largest(peak_bytes: Callable[[int], int], budget: int) -> int:
-    """The most images, a power of two up to LARGEST, whose forward pass stays within `budget` bytes.
-
-    `peak_bytes`: what a pass of so many takes. Twice the images take twice as much at most, so nothing beyond the
-    budget is tried.
-    """
+    """The most images, a power of two up to LARGEST, whose `peak_bytes` are within `budget`."""
     images = 1
     try:
-        while images < LARGEST and 2 * peak_bytes(images) <= budget:
+        while images < LARGEST and 2 * peak_bytes(images) <= budget:  # no larger pass is tried
             images *= 2
-    except torch.OutOfMemoryError:  # others use the device too; the first batches find what fits
+    except torch.OutOfMemoryError:  # other processes use the device too; `forward` reduces the size if need be
         pass
     return images
 
 
 def forward(model: Forward, pixels: torch.Tensor, size: Size) -> torch.Tensor:
-    """model(pixels), in pieces of `size`. Where the memory does not suffice, `size` is halved, and that is said.
-
-    Raises PipelineError if not even one image fits.
-    """
+    """model(pixels), in pieces of `size`, halved when out of memory. Raises PipelineError if one does not fit."""
     while True:
         try:
             return torch.cat([model(piece) for piece in pixels.split(size.images)])
         except torch.OutOfMemoryError:
             if size.images == 1:
+                advice = (
+                    "free memory there, set embedding_model.dtype to bfloat16, or change infrastructure.device"
+                )
                 raise PipelineError(
-                    "the device's memory does not suffice for the model and one image\n"
-                    "free it, or set embedding_model.dtype to bfloat16, or infrastructure.device to another"
+                    f"out of memory: the model and one image do not fit on the device\n{advice}"
                 ) from None
-        size.images //= 2  # out here: while the error is being handled, it keeps the failed pass's tensors alive
+        # not in the handler: until it ends, the error keeps the failed pass's tensors alive
+        size.images //= 2
         torch.cuda.empty_cache()
-        log.warning("out of memory: going on with batches of %d images", size.images)
+        log.warning("out of memory: continuing with batches of %d images", size.images)

@@ -1,6 +1,6 @@
 """Parts of tars, from the images of their rows to the files of their embeddings."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,62 +22,80 @@ def jobs(parts: list[TarPart], store: tar_images.TarImages) -> Iterator[Job]:
         yield Job((part, rows), part.count, store.tar(part.tar.name).reader(rows))
 
 
-def write(result: Result, dim: int, facts: dict, max_reject_share: float) -> str:
-    """Write a part's embeddings, after its rejects. Raises PipelineError if one is not finite in float16.
-
-    Of a part with a larger share of rejects than `max_reject_share`, or from a tar that holds other images now,
-    only the rejects are written, and why is returned; else nothing is.
+def write(result: Result, facts: dict, max_reject_share: float) -> str:
+    """Write a part's embeddings, after its rejects; or only these, and return the reason, if their share exceeds
+    `max_reject_share` or the tar now holds other images. `facts`: see `backbone.Backbone`.
     """
     part, rows = result.job.name
-    vectors = result.vectors.reshape(-1, dim).astype(np.float16)
-    refuse_not_finite(vectors, rows["image_path"].take(result.rows), part.tar)
-    write_rejects(part.target, part.made, named(result.failed, rows["image_path"]))
-    changed = change_of(result.failed)
-    if changed or len(result.failed) > max_reject_share * part.count:
-        part.target.unlink(missing_ok=True)  # an earlier run's, with --overwrite: it would count as done
-        return changed or (
-            f"{len(result.failed):,} of the {part.count:,} images from row {part.start:,} on of {part.tar} "
-            f"cannot be decoded any more (more than data.max_reject_share); see {_rejects(part.target)}"
+    names = rows["image_path"]
+    failure = changed_tar(result.failed)
+    if not failure and len(result.failed) > max_reject_share * part.count:
+        failure = (
+            f"{len(result.failed):,} of the {part.count:,} images from row {part.start:,} on of {part.tar} can no "
+            f"longer be decoded (more than data.max_reject_share); see {_rejects(part.target)}"
         )
-    columns = rows.take(result.rows)
-    with parquet.writer(part.target, schemas.embeddings(dim), part.made) as out:
-        out.append({**{name: columns[name] for name in columns.column_names}, "embedding": vectors})
-        out.rows = {"in": part.count, **count_reasons(result.failed.values())}
-        out.facts = facts
-    return ""
+    if failure:
+        _write_rejects(part.target, part.made, result.failed, names)
+        part.target.unlink(missing_ok=True)  # an earlier run's, with --overwrite: it would count as done
+    else:
+        write_file(part.target, part.made, schemas.embeddings(facts["dim"]), [rows], names, result, facts)
+    return failure
 
 
-def change_of(failed: dict[int, Rejected]) -> str:
-    """What is told of the first image in whose place the tar has another now; empty if there is none."""
+def changed_tar(failed: dict[int, Rejected]) -> str:
+    """The message about an image that is no longer the one in its tar; "" if there is none."""
     return next((why.detail for why in failed.values() if why.reason is Reject.CONTENT_CHANGED), "")
 
 
-def refuse_not_finite(vectors: np.ndarray, names: pa.ChunkedArray | pa.Array, where: Path) -> None:
-    """Raises PipelineError, with the first image's name, if a row of `vectors` is not finite."""
-    finite = np.isfinite(vectors).all(axis=1)
-    if not finite.all():
+def write_file(
+    target: Path,
+    made: Provenance,
+    schema: pa.Schema,
+    columns: Iterable[pa.Table],
+    names: pa.ChunkedArray,
+    result: Result,
+    facts: dict,
+) -> None:
+    """Write the rows that have a vector, with it, after the rejects. `columns`: the others, some rows at a time.
+    Raises PipelineError, naming an image, if its vector is not finite in the type of the schema.
+    """
+    kind = schema.field("embedding").type
+    vectors = result.vectors.reshape(-1, kind.list_size).astype(kind.value_type.to_pandas_dtype(), copy=False)
+    infinite = ~np.isfinite(vectors).all(axis=1)
+    if infinite.any():
         raise PipelineError(
-            f"the embedding of {names[int(np.argmin(finite))]} in {where} is not finite "
-            f"({np.sum(~finite):,} such images in this part)\n"
+            f"the embedding of {names[int(result.rows[infinite.argmax()])]} is not finite (as are "
+            f"{infinite.sum():,} of those for {target})\n"
             "the backbone overflows: set embedding_model.dtype to float32, and check its weights"
         )
+    _write_rejects(target, made, result.failed, names)
+    with parquet.writer(target, schema, made) as out:
+        start = 0
+        for table in columns:
+            first, last = np.searchsorted(result.rows, [start, start + table.num_rows])
+            append(out, table.take(pa.array(result.rows[first:last] - start)), vectors[first:last])
+            start += table.num_rows
+        out.rows = {"in": result.job.count, **count_reasons(result.failed.values())}
+        out.facts = facts
 
 
-def write_rejects(target: Path, made: Provenance, failed: dict[str, Rejected]) -> None:
-    """Images that have no vector, and why, beside `target`'s folder; no file if there are none."""
+def append(out: parquet.Writer, columns: pa.Table, vectors: np.ndarray) -> None:
+    """Write rows with their vectors now: nobody knows how large the other columns are."""
+    out.append({**{name: columns[name] for name in columns.column_names}, "embedding": vectors})
+    out.flush()
+
+
+def _write_rejects(target: Path, made: Provenance, failed: dict[int, Rejected], names: pa.ChunkedArray) -> None:
+    """Images without a vector, and why, beside `target`'s folder; no file if there are none."""
     path = _rejects(target)
     if not failed:
         path.unlink(missing_ok=True)
         return
     with parquet.writer(path, schemas.REJECTS, made) as out:
+        members = [names[row].as_py() for row in failed]
         reasons = [why.reason.value for why in failed.values()]
-        out.append({"member": list(failed), "reason": reasons, "detail": [why.detail for why in failed.values()]})
+        out.append({"member": members, "reason": reasons, "detail": [why.detail for why in failed.values()]})
 
 
 def _rejects(target: Path) -> Path:
     return files.beside(target.parent, "rejects") / target.name
-
-
-def named(failed: dict[int, Rejected], names: pa.ChunkedArray | pa.Array) -> dict[str, Rejected]:
-    """`failed` by the images' names instead of their numbers."""
-    return {names[row].as_py(): why for row, why in failed.items()}

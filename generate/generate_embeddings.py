@@ -4,14 +4,14 @@ Reads    data/intermediates/<tar>.parquet; the JPEGs, by offset, from data/raw/<
          folder, the hub or its cache
 Writes   data/embeddings/<tar>-<part>.parquet: the rows of the intermediates, in their order, with the pooled
          output as float16, not normalised; data/embeddings_rejects/<tar>-<part>.parquet: images that can no
-         longer be decoded, where there are any
-Command  python generate/generate_embeddings.py [--shard 3 --num-shards 40]; of more tasks than tars, several share
-         the parts of one
-Memory   the images under way (see loop.py: some tens of MB), two parts (20,000 x dim x 10 bytes: 154 MB at 768),
+         longer be decoded, if any
+Command  python generate/generate_embeddings.py [--shard 3 --num-shards 40]; if there are more tasks than tars,
+         several share the parts of one
+Memory   the images in flight (see loop.py: some tens of MB), two parts (20,000 x dim x 10 bytes: 154 MB at 768),
          one tar's intermediates twice (300 bytes an image: 270 MB for 450,000), for gzip tars twice 64 MB and
          0.4 % of one (240 MB for 14 GB), and the backbone
-Time     set by the backbone: see publish/estimate_model_size.py. A stop signal waits for the part under way: where
-         that takes longer than slurm.signal_before_s, make data.rows_per_part smaller
+Time     set by the backbone: see publish/estimate_model_size.py. A stop signal waits for the current part: if
+         that takes longer than slurm.signal_before_s, reduce data.rows_per_part
 """
 
 import sys
@@ -67,33 +67,17 @@ def main(argv=None) -> int:
     if not todo:
         return cli.nothing_to_do("generate_embeddings", f"{num_parts:,} files")
 
-    from generate import backbone  # imports transformers: only if something is to be made
+    from generate import backbone  # imports transformers, in seconds: only if there is work
 
     model = backbone.load(cfg.embedding_model, dtype, device)
-    backbone.compile_if_asked(model.model, cfg.infrastructure)
-    times = loop.Times()
-    total = sum(part.count for part in todo)
-    with cli.Progress("generate_embeddings", "image", total, cfg.logging.progress_interval_s) as progress:
-        results = loop.embed(
-            embedding_parts.jobs(todo, tar_images.of_paths(cfg.paths)),
-            lambda pixels: model(pixels).half(),
-            model.preprocessing,
-            device,
-            cfg.infrastructure,
-            times,
-            progress,
-        )
-        failures: list[str] = []
-
-        def write(result: loop.Result) -> None:
-            failure = embedding_parts.write(result, model.dim, model.facts(), cfg.data.max_reject_share)
-            if failure:
-                failures.append(failure)
-
-        loop.write_each(results, write)
-    progress.summary(str(times))
+    jobs = embedding_parts.jobs(todo, tar_images.of_paths(cfg.paths))
+    write = lambda result: embedding_parts.write(result, model.facts, cfg.data.max_reject_share)  # noqa: E731
+    with loop.run("generate_embeddings", "image", sum(part.count for part in todo), model.model, cfg) as progress:
+        forward = lambda pixels: model(pixels).half()  # noqa: E731 - what is stored, and half as much to copy
+        results = loop.embed(jobs, forward, model.preprocessing, device, cfg.infrastructure, progress)
+        failures = loop.write_each(results, write)
     if failures:
-        advice = "put the tar back that process_tar.py read, or redo that and what follows with --overwrite"
+        advice = "restore the tar that process_tar.py read, or rerun that stage and the following with --overwrite"
         raise PipelineError("\n".join([*failures, advice]))
     return 0
 

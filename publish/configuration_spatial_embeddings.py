@@ -9,7 +9,7 @@ class SpatialEmbeddingsConfig(PretrainedConfig):
     """A backbone's own configuration, how its output is pooled, and the size of the projection head."""
 
     model_type = "spatial_embeddings"
-    sub_configs: ClassVar = {"backbone_config": AutoConfig}  # gets attn_implementation passed on
+    sub_configs: ClassVar = {"backbone_config": AutoConfig}  # attn_implementation is passed on to it
 
     def __init__(
         self,
@@ -22,7 +22,7 @@ class SpatialEmbeddingsConfig(PretrainedConfig):
         **kwargs,
     ):
         if isinstance(backbone_config, dict):
-            fields = dict(backbone_config)  # config.json has it as plain values
+            fields = dict(backbone_config)  # read from config.json
             backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         self.backbone_config = backbone_config
         self.pooling = pooling

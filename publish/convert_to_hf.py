@@ -3,11 +3,11 @@
 Reads    checkpoints/<run>/checkpoint_best.pt, data/evaluation/metrics.json, the backbone; for the parity check and
          the card data/merged/{train,val,test}.parquet and 64 JPEGs of data/raw
 Writes   data/published/: config.json, model.safetensors (the dtype of the embeddings; files of at most 5 GB),
-         preprocessor_config.json, three .py files, README.md (the card), provenance.json. The folder appears when
-         it is whole and its vectors are within 1e-3 cosine distance of the pipeline's; a former one is replaced
+         preprocessor_config.json, three .py files, README.md (the card), provenance.json. It appears, or replaces
+         the former one, once its vectors are within 1e-3 cosine distance of the pipeline's
 Command  python publish/convert_to_hf.py [--set training.run=NAME] [--push USER/NAME [--dry-run]]
-         --push sends the folder to the hub, into a private repository if there is none; --dry-run only lists it
-Memory   the backbone in that dtype (7B parameters in bfloat16: 13 GB), once here and then once in the check
+         --push sends the folder to the hub, by default to a new private repository; --dry-run only lists it
+Memory   the backbone in that dtype (7B parameters in bfloat16: 13 GB), once here and once in the check
 """
 
 import sys
@@ -38,10 +38,10 @@ def main(argv=None) -> int:
     arguments.add_argument(
         "--push", metavar="USER/NAME", help="send it to this repository of the Hugging Face hub"
     )
-    arguments.add_argument("--dry-run", action="store_true", help="with --push: only list what would go there")
+    arguments.add_argument("--dry-run", action="store_true", help="with --push: only list what would be sent")
     args = arguments.parse_args(argv)
     if args.dry_run and not args.push:
-        raise ConfigError("--dry-run says what --push would send: name the repository with --push USER/NAME")
+        raise ConfigError("--dry-run lists what --push would send: name the repository with --push USER/NAME")
     cfg = cli.load_config(args)
     convert(cfg, args.overwrite)
     if args.push:
@@ -54,12 +54,12 @@ def main(argv=None) -> int:
 
 
 def convert(cfg, overwrite: bool) -> None:
-    """Write the published folder, unless it is there."""
+    """Write the published folder, unless it is up to date."""
     from common import devices
     from publish.hub import model_card, parity, published_folder
     from train.evaluation import heads, metrics_json
 
-    # what there is, and whether it belongs together
+    # the inputs, and whether they belong together
     checkpoint_path = cfg.paths.checkpoints_dir / cfg.training.run / "checkpoint_best.pt"
     metrics_path = cfg.paths.evaluation_dir / "metrics.json"
     checkpoint = heads.load_checkpoint(checkpoint_path)
@@ -83,16 +83,12 @@ def convert(cfg, overwrite: bool) -> None:
         preprocessing = published_folder.write_model(folder, settings, checkpoint_path, checkpoint)
         model_card.write(folder, cfg, checkpoint, metrics, preprocessing)
         worst, count = parity.check(folder, cfg, checkpoint, preprocessing, device)
-        facts = {"parity_images": count, "worst_cosine_distance": worst}
-        trained_on = {
-            "inputs": checkpoint["provenance"]["inputs"],
-            "embedding_model": checkpoint["embedding_model"],
-        }
-        published_folder.write_provenance(folder, made, {**facts, "trained_on": trained_on})
-    print(
-        f"convert_to_hf: wrote {cfg.paths.published_dir}; {count} images of the test split are within "
-        f"{worst:.1e} cosine distance of the pipeline's vectors"
-    )
+        inputs, model = checkpoint["provenance"]["inputs"], checkpoint["embedding_model"]
+        trained_on = {"inputs": inputs, "embedding_model": model}
+        facts = {"parity_images": count, "worst_cosine_distance": worst, "trained_on": trained_on}
+        published_folder.write_provenance(folder, made, facts)
+    parity_note = f"{count} test images are within {worst:.1e} cosine distance of the pipeline's vectors"
+    print(f"convert_to_hf: wrote {cfg.paths.published_dir}; {parity_note}")
 
 
 if __name__ == "__main__":

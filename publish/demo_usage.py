@@ -1,12 +1,12 @@
-"""The published model at work: how alike two photographs are, and which of many show the building of one.
+"""The published model at work: how similar two photographs are, and which of many show the building in one.
 
 Reads    the published model; images: files, or members of a tar as 0088.tar:0088/0088_1_2_3.jpg; without a QUERY
-         the test split (data/merged/test.parquet and the tars), as far as --limit
-Writes   search: OUT, a picture of the query and its nearest images; both print a table
+         the first --limit images of the test split (data/merged/test.parquet and the tars)
+Writes   search: OUT, a picture of the query and its nearest images; both print their results
 Command  python publish/demo_usage.py compare A.jpg B.jpg
          python publish/demo_usage.py search QUERY.jpg --gallery FOLDER_OR_TAR --out search.png
          python publish/demo_usage.py search
-Memory   the gallery's vectors (1 kB an image), the images under way (see generate/loop.py), and the model
+Memory   the gallery's vectors (1 kB an image), the images in flight (see generate/loop.py), and the model
 """
 
 import argparse
@@ -23,7 +23,7 @@ from common.errors import ConfigError
 def parse(argv) -> argparse.Namespace:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = arguments.add_subparsers(dest="command", required=True)
-    compare = commands.add_parser("compare", help="how alike two photographs are")
+    compare = commands.add_parser("compare", help="how similar two photographs are")
     compare.add_argument("first", metavar="A", help="image, or TAR:MEMBER")
     compare.add_argument("second", metavar="B", help="image, or TAR:MEMBER")
     search = commands.add_parser("search", help="which images of a gallery show a building")
@@ -37,7 +37,7 @@ def parse(argv) -> argparse.Namespace:
         cli.config_flags(command)
     args = arguments.parse_args(argv)
     if args.command == "search" and (args.query is None) != (args.gallery is None):
-        raise ConfigError("search takes a QUERY and a --gallery, or neither: then it shows one of the test split")
+        raise ConfigError("search needs both a QUERY and a --gallery, or neither: then it uses the test split")
     if args.command == "search" and min(args.top, args.limit) < 1:
         raise ConfigError("--top and --limit must be 1 or more")
     return args
@@ -51,34 +51,32 @@ def main(argv=None) -> int:
     from publish.inference import image_sources, photo_search, published_model
 
     folder = published_model.folder_of(cfg, args.model)
-    query = None
-    if args.command == "compare":  # read before the model is loaded: a mistake shows at once
+    store, query = tar_images.of_paths(cfg.paths), None
+    if args.command == "compare":  # images are read before the model is loaded: mistakes show at once
         pair = [
             photo_search.Photograph(name, image_sources.read_image(name)) for name in (args.first, args.second)
         ]
     elif args.query is None:
-        gallery = image_sources.of_split(
-            cfg.paths.merged_dir / "test.parquet", tar_images.of_paths(cfg.paths), args.limit
-        )
+        gallery = image_sources.of_split(cfg.paths.merged_dir / "test.parquet", store, args.limit)
     else:
         query = photo_search.Photograph(args.query, image_sources.read_image(args.query))
-        gallery, *others = image_sources.groups(args.gallery, tar_images.of_paths(cfg.paths))
+        gallery, *others = image_sources.groups(args.gallery, store)
         if others:
             raise ConfigError(f"{args.gallery} holds the images of {1 + len(others)} tars: name one of these tars")
 
     device = devices.pick(cfg.infrastructure.device)
     published = published_model.load(folder, devices.resolve_dtype(cfg.embedding_model.dtype, device), device)
     if args.command == "compare":
-        similarity = photo_search.similarity(published, *pair)
+        first, second = (photo_search.vector_of(published, image) for image in pair)
+        similarity = float(first @ second)
         print(f"similarity {similarity:.3f} (1: the same direction, 0: unrelated)")
         metrics = cfg.paths.evaluation_dir / "metrics.json"
-        print(photo_search.where_it_lies(similarity, metrics, published_model.evaluation_of(folder)))
-        return 0
-
-    found = photo_search.search(published, query, gallery, cfg.infrastructure, args.top)
-    print(photo_search.table(found))
-    photo_search.draw(found, args.out)
-    print(f"picture: {args.out}")
+        print(photo_search.percentiles_of(similarity, metrics, published_model.evaluation_of(folder)))
+    else:
+        nearest = photo_search.search(published, query, gallery, cfg.infrastructure, args.top)
+        print(photo_search.table(nearest))
+        photo_search.draw(nearest, args.out)
+        print(f"picture: {args.out}")
     return 0
 
 

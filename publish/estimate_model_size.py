@@ -1,9 +1,9 @@
-"""How large a model is and how long it takes: parameters, memory, FLOPs, GPU hours. Without its weights.
+"""A model's parameters, memory, FLOPs and GPU hours, estimated without its weights.
 
 Reads    the backbone's config.json and preprocessor_config.json, from a folder, the hub or its cache
 Writes   nothing: prints tables, or JSON with --json
 Command  python publish/estimate_model_size.py [--backbone NAME] [--images 25000000] [--json]
-Memory   none to speak of: the model is built on torch's meta device, which has shapes and no numbers
+Memory   negligible: the model is built on torch's meta device, which has shapes and no values
 """
 
 import argparse

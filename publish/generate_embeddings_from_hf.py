@@ -1,11 +1,11 @@
-"""Vectors of any images by the published model: of a folder, a list, a tar, or the pipeline's intermediates.
+"""Vectors by the published model of images in a folder, a list, a tar, or the pipeline's intermediates.
 
 Reads    IMAGES: a folder (with all below it), a text file with a path per line (absolute, or relative to that
          file), a .tar, or the intermediates' folder (then also the tars of paths.raw_dir); the published model
 Writes   OUT/<name>-<part>.parquet: `image` (path, member, or streetview_image_id) and `embedding` (float32, of
          length 1), data.rows_per_part images each; OUT_rejects/: images that cannot be read or decoded
 Command  python publish/generate_embeddings_from_hf.py IMAGES OUT [--model FOLDER]
-Memory   the images under way (see generate/loop.py: some tens of MB), two parts (20,000 x 256 x 4 bytes: 20 MB),
+Memory   the images in flight (see generate/loop.py: some tens of MB), two parts (20,000 x 256 x 4 bytes: 20 MB),
          the images' names, and the model
 """
 
@@ -25,41 +25,11 @@ def main(argv=None) -> int:
     arguments.add_argument("--model", type=Path, metavar="FOLDER", help="published model (paths.published_dir)")
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
-    from common import devices, files
     from common.imagery.tar_images import of_paths
-    from generate import backbone, loop
-    from publish.inference import image_sources, published_model, vector_parts
+    from publish.inference import image_sources, vector_parts
 
-    files.refuse_leftovers(args.out, "rejects", "rejects/*.parquet")
-    folder = published_model.folder_of(cfg, args.model)
-    device = devices.pick(cfg.infrastructure.device)
-    dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
-    identity = published_model.identity(folder, dtype)
-
-    todo, num_parts = [], 0
-    for group in image_sources.groups(args.images, of_paths(cfg.paths)):
-        parts = vector_parts.parts_of(group, args.out, cfg.data.rows_per_part, identity)
-        todo += vector_parts.missing(parts, args.out, group.name, args.overwrite)
-        num_parts += len(parts)
-    if not todo:
-        return cli.nothing_to_do("generate_embeddings_from_hf", f"{num_parts:,} files")
-
-    published = published_model.load(folder, dtype, device)
-    backbone.compile_if_asked(published.model, cfg.infrastructure)
-    times = loop.Times()
-    total = sum(part.count for part in todo)
-    with cli.Progress("generate_embeddings_from_hf", "image", total, cfg.logging.progress_interval_s) as progress:
-        results = loop.embed(
-            (part.job() for part in todo),
-            published.forward,
-            published.preprocessing,
-            device,
-            cfg.infrastructure,
-            times,
-            progress,
-        )
-        loop.write_each(results, lambda result: vector_parts.write(result, published.dim))
-    return progress.summary(str(times))
+    sources = image_sources.groups(args.images, of_paths(cfg.paths))
+    return vector_parts.run("generate_embeddings_from_hf", "image", sources, args, cfg)
 
 
 if __name__ == "__main__":

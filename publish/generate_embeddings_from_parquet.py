@@ -1,4 +1,4 @@
-"""Vectors by the published model of what Parquet files hold: backbone embeddings (only the head runs), or images.
+"""Vectors by the published model from Parquet files of backbone embeddings (only the head runs), or of images.
 
 Reads    INPUT: a Parquet file, or a folder of them, with a column of embeddings (lists of floats, the backbone's
          pooled output) or of images (bytes, or Hugging Face's struct of bytes and path), or the pipeline's
@@ -7,8 +7,8 @@ Writes   OUT/<file>-<part>.parquet: the other columns as they are, and `embeddin
          of the column that was used; whole row groups, at least data.rows_per_part rows a part;
          OUT_rejects/: rows whose image cannot be decoded
 Command  python publish/generate_embeddings_from_parquet.py INPUT OUT [--column NAME] [--model FOLDER]
-Memory   one row group of the input, twice; for images also those under way (see generate/loop.py: some tens of
-         MB); and the model
+Memory   the model and one row group of the input; for images two more row groups, the vectors of two parts, and
+         the images in flight (see generate/loop.py: some tens of MB)
 """
 
 import sys
@@ -28,39 +28,11 @@ def main(argv=None) -> int:
     arguments.add_argument("--model", type=Path, metavar="FOLDER", help="published model (paths.published_dir)")
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
-    from common import devices, files, parquet
-    from common.archives.tar_parts import refuse_surplus
     from common.imagery.tar_images import of_paths
-    from generate import backbone, loop
-    from publish.inference import published_model, vector_tables
+    from publish.inference import vector_parts, vector_tables
 
-    files.refuse_leftovers(args.out, "rejects", "rejects/*.parquet")
-    folder = published_model.folder_of(cfg, args.model)
-    device = devices.pick(cfg.infrastructure.device)
-    dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
-    identity = published_model.identity(folder, dtype)
-
-    todo, num_parts = [], 0
-    for path in vector_tables.files(args.input, args.out):
-        found = vector_tables.parts_of(path, args.out, args.column, cfg.data.rows_per_part, identity)
-        todo += [part for part in found if not parquet.is_done(part.target, part.made, args.overwrite)]
-        refuse_surplus(args.out, path.stem, len(found), args.overwrite)
-        num_parts += len(found)
-    if not todo:
-        return cli.nothing_to_do("generate_embeddings_from_parquet", f"{num_parts:,} files")
-
-    published = published_model.load(folder, dtype, device)
-    backbone.compile_if_asked(published.model, cfg.infrastructure)
-    times = loop.Times()
-    total = sum(table.num_rows for table in todo)
-    interval_s = cfg.logging.progress_interval_s
-    with cli.Progress("generate_embeddings_from_parquet", "row", total, interval_s) as progress:
-        images = [table for table in todo if table.holds_images]
-        vector_tables.embed_images(images, of_paths(cfg.paths), published, cfg.infrastructure, times, progress)
-        for table in [table for table in todo if not table.holds_images]:
-            vector_tables.project(table, published, times, progress)
-            cli.check_stop()
-    return progress.summary(str(times))
+    sources = vector_tables.tables(args.input, args.out, args.column, of_paths(cfg.paths))
+    return vector_parts.run("generate_embeddings_from_parquet", "row", sources, args, cfg)
 
 
 if __name__ == "__main__":

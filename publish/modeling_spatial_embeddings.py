@@ -1,7 +1,6 @@
 """The published model: a frozen vision backbone, pooling, and the projection head.
 
-Hugging Face copies this file beside the weights with the two that it imports, and nothing else of this repository.
-Backbone families and poolings have their one definition here; the head is in projection_head.py.
+Hugging Face copies this file and the two that it imports beside the weights; they import nothing else from here.
 """
 
 from collections.abc import Callable
@@ -17,13 +16,13 @@ from .projection_head import ProjectionHead
 
 
 class Family(NamedTuple):
-    """How to read the output of a kind of backbone, by its configuration."""
+    """How to read the output of a type of backbone, given its configuration."""
 
     num_prefix_tokens: Callable[[PretrainedConfig], int]  # before the patch tokens; the first of them is CLS
     hidden_size: Callable[[PretrainedConfig], int]  # of a token
 
 
-# by model_type; DINOv3 ConvNeXt puts its pooled map where a ViT has CLS, and has a size per stage
+# by model_type; DINOv3 ConvNeXt has its pooled map where a ViT has CLS, and a size per stage
 FAMILIES = {
     "dinov2": Family(lambda config: 1, lambda config: config.hidden_size),
     "dinov2_with_registers": Family(lambda c: 1 + c.num_register_tokens, lambda config: config.hidden_size),
@@ -39,8 +38,8 @@ class Pooling(NamedTuple):
     num_tokens: int  # dim / width
 
 
-# "cls": the token that DINOv2 and DINOv3 train to stand for the image. "mean": of the patch tokens; closer to the
-# local layout. "cls_mean": both, as DINOv2's linear probes have it (Oquab et al. 2024, appendix B.3)
+# "cls": the token that DINOv2 and DINOv3 train to represent the image. "mean": of the patch tokens, closer to the
+# local layout. "cls_mean": both, as in DINOv2's linear probes (Oquab et al. 2024, appendix B.3)
 POOLINGS = {
     "cls": Pooling(lambda cls, patches: cls, 1),
     "mean": Pooling(lambda cls, patches: patches.mean(dim=1), 1),
@@ -64,7 +63,7 @@ class SpatialEmbeddingsModel(PreTrainedModel):
     """Images -> unit vectors that are close for images of the same building.
 
     `forward(pixel_values).pooler_output`: (N, output_dim) float32 of length 1, whose dot product is the
-    similarity. `project(embeddings)`: the same from the backbone's pooled output, made earlier.
+    similarity. `project(embeddings)`: the same from stored pooled outputs of the backbone.
     """
 
     config_class = SpatialEmbeddingsConfig
@@ -73,12 +72,12 @@ class SpatialEmbeddingsModel(PreTrainedModel):
     input_modalities = "image"
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True  # where the backbone does
     # a thousandth of the weights, and whitening amplifies rounding
-    _keep_in_fp32_modules_strict = {"head"}  # noqa: RUF012 - transformers has it so
+    _keep_in_fp32_modules_strict = {"head"}  # noqa: RUF012 - as in transformers
 
     def __init__(self, config: SpatialEmbeddingsConfig):
         super().__init__(config)
         if config.pooling not in POOLINGS:
-            raise ValueError(f"there is no pooling {config.pooling}; those are {', '.join(POOLINGS)}")
+            raise ValueError(f"unknown pooling {config.pooling}; choose one of {', '.join(POOLINGS)}")
         # the dtype that is being loaded, not the one that the backbone's configuration was saved with
         self.backbone = AutoModel.from_config(config.backbone_config, dtype=torch.get_default_dtype())
         self.head = ProjectionHead(config.input_dim, config.hidden_dim, config.output_dim, config.dropout)

@@ -1,7 +1,6 @@
-"""The projection head: what is trained, and what the published model ends in.
+"""The projection head: what is trained, and the last part of the published model.
 
-Hugging Face copies this file beside the weights. It imports torch alone: training does without transformers'
-models, which take seconds to import.
+Hugging Face copies this file beside the weights. It imports torch alone: transformers takes seconds to import.
 """
 
 import torch
@@ -25,7 +24,7 @@ class ProjectionHead(nn.Module):
         self.mean = nn.Parameter(torch.zeros(input_dim), requires_grad=False)
         self.gain = nn.Parameter(torch.zeros(()))
         self.mlp = nn.Sequential(
-            # the next layer can learn a scale and a shift; without them no gradient goes back to the input, which
+            # the next layer can learn scale and shift; without them no gradient flows back to the input, which
             # saves a fifth of a training step's products
             nn.LayerNorm(input_dim, elementwise_affine=False),
             nn.Linear(input_dim, hidden_dim),

@@ -235,7 +235,7 @@ def test_a_dry_run_lists_what_would_go_and_sends_nothing(trained, tmp_path, monk
     weights = (folder / "model.safetensors").stat().st_size
     assert re.search(rf"{weights:,} bytes  model\.safetensors", told)
     total = sum(path.stat().st_size for path in folder.iterdir() if path.name != "sheet.png")
-    assert f"{total:,} bytes  in all" in told
+    assert f"{total:,} bytes  in total" in told
     assert "stays here: sheet.png" in told
     assert cli.exit_code_of(lambda: main([*flags, "--dry-run"])) == 2
 
@@ -267,7 +267,7 @@ def test_pushing_sends_the_listed_files_to_a_private_repository(trained, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("repo", "message"), [("me/buildings", "cannot be reached|network"), ("not a name", "cannot be a repository")]
+    ("repo", "message"), [("me/buildings", "cannot be reached|network"), ("not a name", "not a valid repository")]
 )
 def test_a_hub_that_does_not_answer_or_a_wrong_name_is_a_clear_error(repo, message, trained):
     with pytest.raises(PipelineError, match=message):  # HF_HUB_OFFLINE is set for all tests
@@ -286,8 +286,8 @@ def test_a_network_that_is_not_there_is_a_clear_error_too(trained):
 
 
 def test_figures_without_intervals_are_told_without():
-    assert model_card.told({"value": 0.5, "low": None, "high": None}, "recall@1") == "50.0"
-    assert model_card.told({"value": 12.0, "low": 9.4, "high": 15.2}, "median_rank") == "12 [9, 15]"
+    assert model_card.as_text({"value": 0.5, "low": None, "high": None}, "recall@1") == "50.0"
+    assert model_card.as_text({"value": 12.0, "low": 9.4, "high": 15.2}, "median_rank") == "12 [9, 15]"
 
 
 def test_a_second_run_does_nothing(trained, capsys):

@@ -1,5 +1,5 @@
-"""publish/demo_usage.py and retrieval.py. Oracles: the published model run plainly, and histograms small enough to
-count in.
+"""publish/demo_usage.py and photo_search.py. Oracles: the published model run plainly, and histograms small enough
+to count in.
 """
 
 import io
@@ -55,7 +55,7 @@ def test_search_in_a_tar_names_what_cannot_be_decoded(flags, query, tmp_path, ca
     told = capsys.readouterr().out
     assert len(results_of(told)) == 3
     assert "the nearest of 3 images" in told
-    [warning] = [record.message for record in caplog.records if "is left out" in record.message]
+    [warning] = [record.message for record in caplog.records if "skipping" in record.message]
     assert "_3_" in warning
 
 
@@ -99,7 +99,7 @@ def test_many_results_are_drawn_in_lines_and_as_the_model_sees_them(tmp_path):
     buffer = io.BytesIO()
     Image.fromarray(levels).save(buffer, "PNG")
     photograph = photo_search.Photograph("deep.png", buffer.getvalue())
-    photo_search.draw(photo_search.Found(photograph, [photograph] * 11, np.ones(11), 11), tmp_path / "found.png")
+    photo_search.draw(photo_search.Nearest(photograph, [(photograph, 1.0)] * 11, 11), tmp_path / "found.png")
     drawn = np.asarray(Image.open(tmp_path / "found.png").convert("L"))
     height, width = drawn.shape
     assert width / height == pytest.approx(8 * 2.5 / (2 * 3), rel=0.15)  # 12 pictures, 8 in a line
@@ -118,7 +118,7 @@ def test_many_results_are_drawn_in_lines_and_as_the_model_sees_them(tmp_path):
 def test_a_similarity_is_placed_among_the_evaluations_pairs(cosine, told, tmp_path):
     counts = {"edges": [-1.0, 0.0, 0.5, 1.0], "matches": [0, 1, 9], "non_matches": [6, 3, 1]}
     (tmp_path / "metrics.json").write_text(metrics_json.to_json({**FOUND, "similarity_histograms": counts}))
-    assert told in photo_search.where_it_lies(cosine, tmp_path / "metrics.json")
+    assert told in photo_search.percentiles_of(cosine, tmp_path / "metrics.json")
 
 
 def test_the_evaluation_of_another_model_is_not_told_for_this_one(model, flags, query, tmp_path, capsys):  # noqa: F811
@@ -138,7 +138,12 @@ def test_the_evaluation_of_another_model_is_not_told_for_this_one(model, flags, 
     [
         ("0088_12 0088_345", "0088_12"),  # building and image, as the test split's are called
         ("a/0088.tar:0088/0088_1_2_3.jpg", "0088_3"),  # the target comes last in a file's name
+        ("0075/0000075_0038536_0000003_0006132.jpg", "0075_6132"),
         ("holiday.jpg", None),
+        ("WhatsApp Image 25.jpg", None),
+        ("IMG 2024 12.jpg", None),
+        ("0088_12 copy.jpg", None),
+        ("2021_05_03_17.jpg", None),  # a date and an hour
     ],
 )
 def test_a_building_is_told_by_the_name(file, building):

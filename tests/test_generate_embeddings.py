@@ -135,7 +135,7 @@ def test_an_image_that_cannot_be_decoded_is_a_reject_and_counted(tmp_path, capsy
     setup = Setup(tmp_path, {"0088": [*images[:6], images[6][:400] + bytes(300) + images[6][700:]]})
     for more in ([], ["--overwrite"]):  # the other parts are made
         with pytest.raises(
-            PipelineError, match=r"1 of the 2 images from row 5 on of .*0088\.tar cannot be decoded"
+            PipelineError, match=r"1 of the 2 images from row 5 on of .*0088\.tar can no longer be decoded"
         ):
             main([*setup.flags, *more])
         assert setup.part("0088-0").exists()

@@ -184,7 +184,7 @@ def test_a_source_without_images_is_one_clear_error(source, flags, tmp_path):
     (tmp_path / "photo.jpg").write_bytes(JPEGS[0])
     (tmp_path / "gone.txt").write_text("elsewhere/photo.jpg\n")
     with pytest.raises(
-        PipelineError, match=f"{source}.*(does not exist|holds no images|not a text|none is there)"
+        PipelineError, match=f"{source}.*(does not exist|holds no images|not a text|none of which exists)"
     ):
         main([str(tmp_path / source), str(tmp_path / "out"), *flags])
 

@@ -14,7 +14,7 @@ import torch
 from embedding_setup import write_tar
 from PIL import Image
 
-from common import cli, config
+from common import config
 from common.archives import tars
 from common.errors import PipelineError
 from common.imagery import tar_images
@@ -31,8 +31,8 @@ def embed_all(jobs: list[loop.Job], forward=mean_colour, batch_size: int | str =
     preprocessing = pixels.Preprocessing(None, (8, 8), None, "bilinear", False, 1.0, (0.0,) * 3, (1.0,) * 3)
     overrides = [f"infrastructure.embedding_batch_size={batch_size}", "infrastructure.workers=2"]
     settings = config.load(None, overrides).infrastructure
-    progress = cli.Progress("test", "image")
-    found = list(loop.embed(jobs, forward, preprocessing, torch.device("cpu"), settings, loop.Times(), progress))
+    progress = loop.Progress("test", "image")
+    found = list(loop.embed(jobs, forward, preprocessing, torch.device("cpu"), settings, progress))
     assert progress.rows_in == sum(job.count for job in jobs)
     return found
 
@@ -59,17 +59,10 @@ def test_jobs_come_back_in_order_with_their_own_vectors():
 def test_vectors_are_waited_for_when_the_next_batch_is_in_the_devices_queue(monkeypatch):
     order = []
 
-    class Arrival:
-        def __init__(self, number: int):
-            self.number = number
-
-        def synchronize(self) -> None:
-            order.append(f"wait {self.number}")
-
     def to_host(vectors):
         number = sum(entry.startswith("queue") for entry in order)
         order.append(f"queue {number}")
-        return loop._Vectors(vectors, Arrival(number))
+        return lambda: order.append(f"wait {number}") or vectors
 
     monkeypatch.setattr(loop, "_to_host", to_host)
     (result,) = embed_all([job("a", [flat(v) for v in range(10)])])
@@ -172,12 +165,12 @@ def test_out_of_memory_halves_the_batches_and_goes_on_and_says_so(caplog):
     assert seen[:3] == [16, 8, 4]
     assert set(seen[2:]) == {4}  # and it stays there
     assert [record.getMessage() for record in caplog.records] == [
-        f"out of memory: going on with batches of {images} images" for images in (8, 4)
+        f"out of memory: continuing with batches of {images} images" for images in (8, 4)
     ]
 
 
 def test_a_model_too_large_for_one_image_is_a_clear_error():
-    with pytest.raises(PipelineError, match="does not suffice for the model and one image"):
+    with pytest.raises(PipelineError, match="out of memory: the model and one image do not fit"):
         embed_all([job("a", [flat(1)] * 3)], short_of_memory(0)[0])
 
 

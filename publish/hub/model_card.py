@@ -1,4 +1,4 @@
-"""The model card: model_card.md filled in with the run's own facts."""
+"""The model card: model_card.md filled in with the facts of the run."""
 
 from pathlib import Path
 
@@ -24,24 +24,26 @@ _LICENCES = {  # of the backbone's weights: prefix of its name on the hub -> fie
 
 def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocessing: Preprocessing) -> None:
     """README.md in `folder`. `metrics`: see train/evaluate.py."""
-    terms = licence(cfg.embedding_model.name)
+    backbone = cfg.embedding_model.name
+    name, on_hub = f"building-embeddings-{Path(backbone).name}", not is_folder(backbone)
     data = ModelCardData(
-        model_name=model_name(cfg),
+        model_name=name,
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         tags=["image-retrieval", "visual-place-recognition", "street-view", "buildings"],
-        base_model=None if is_folder(cfg.embedding_model.name) else cfg.embedding_model.name,
+        base_model=backbone if on_hub else None,
         eval_results=results(metrics),
-        license=terms["license"],
-        license_name=terms.get("license_name"),
-        license_link=terms.get("license_link"),
+        **licence(backbone),  # type: ignore[arg-type]
     )
+    table = [(METHODS.get(method, method), values, "") for method, values in metrics["methods"].items()]
+    for other in ("whitening", "raw"):  # paired differences from the linear baselines
+        table.append((f"{METHODS['trained']} - {METHODS[other]}", metrics["differences"][f"trained-{other}"], "+"))
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        name=model_name(cfg),
+        name=name,
         backbone=checkpoint["embedding_model"],
-        on_hub=not is_folder(cfg.embedding_model.name),
+        on_hub=on_hub,
         licence=data.license_name or data.license,
         checkpoint=checkpoint,
         preprocessing=preprocessing,
@@ -54,61 +56,39 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
         },
         metrics=metrics,
         titles=list(TITLES.values()),
-        table=[
-            (METHODS.get(method, method), [told(values[key], key) for key in TITLES])
-            for method, values in metrics["methods"].items()
-        ]
-        + [
-            (f"{METHODS.get(a, a)} - {METHODS.get(b, b)}", [told(values[key], key, "+") for key in TITLES])
-            for (a, b), values in differences(metrics)
-        ],
+        table=[(row, [as_text(values[key], key, sign) for key in TITLES]) for row, values, sign in table],
     )
     (folder / "README.md").write_text(str(card).rstrip() + "\n")
 
 
-def model_name(cfg: Config) -> str:
-    """What the model is called in its card."""
-    return f"building-embeddings-{Path(cfg.embedding_model.name).name}"
-
-
 def licence(backbone: str) -> dict[str, str]:
-    """The card's licence fields: the weights of the backbone are part of the model."""
-    known = next((fields for prefix, fields in _LICENCES.items() if backbone.startswith(prefix)), None)
-    return known or {"license": "other", "license_name": f"that-of-the-backbone-{Path(backbone).name.lower()}"}
+    """The card's licence fields: the model contains the weights of the backbone."""
+    unknown = {"license": "other", "license_name": f"that-of-the-backbone-{Path(backbone).name.lower()}"}
+    return next((fields for prefix, fields in _LICENCES.items() if backbone.startswith(prefix)), unknown)
 
 
 def results(metrics: dict) -> list[EvalResult]:
-    """The trained head's figures for the card's model-index, with their 95 % intervals where there are any."""
-    found = []
-    for key, title in TITLES.items():
-        figure = metrics["methods"]["trained"][key]
-        interval = {name: figure[name] for name in ("low", "high") if figure[name] is not None}
-        found.append(
-            EvalResult(
-                task_type="image-feature-extraction",
-                task_name="Retrieval of other views of the same building",
-                dataset_type="3d-street-view",
-                dataset_name="3D Street View, held-out test split",
-                dataset_split="test",
-                metric_type=key,
-                metric_name=title,
-                metric_value=figure["value"],
-                metric_args=interval or None,
-            )
+    """The trained head's figures for the card's model-index, with 95 % intervals if there are any."""
+    return [
+        EvalResult(
+            task_type="image-feature-extraction",
+            task_name="Retrieval of other views of the same building",
+            dataset_type="3d-street-view",
+            dataset_name="3D Street View, held-out test split",
+            dataset_split="test",
+            metric_type=key,
+            metric_name=title,
+            metric_value=figure["value"],
+            metric_args={end: figure[end] for end in ("low", "high") if figure[end] is not None} or None,
         )
-    return found
+        for key, title in TITLES.items()
+        for figure in (metrics["methods"]["trained"][key],)
+    ]
 
 
-def differences(metrics: dict) -> list[tuple[tuple[str, str], dict]]:
-    """The paired differences between the trained head and the linear baselines that it is measured against."""
-    pairs = [("trained", "whitening"), ("trained", "raw")]
-    return [(pair, metrics["differences"]["-".join(pair)]) for pair in pairs]
-
-
-def told(figure: dict, key: str, sign: str = "") -> str:
-    """A figure as text: "54.3 [52.1, 56.4]", in percent unless it is a rank. `sign`: "+" for a difference."""
+def as_text(figure: dict, key: str, sign: str = "") -> str:
+    """A figure like "54.3 [52.1, 56.4]", in percent unless it is a rank. `sign`: "+" for a difference."""
     factor, digits = (1, 0) if key == "median_rank" else (100, 1)
-    text = f"{figure['value'] * factor:{sign}.{digits}f}"
-    if figure["low"] is None:
-        return text
-    return f"{text} [{figure['low'] * factor:{sign}.{digits}f}, {figure['high'] * factor:{sign}.{digits}f}]"
+    present = [figure[part] for part in ("value", "low", "high") if figure[part] is not None]
+    value, *interval = [f"{factor * number:{sign}.{digits}f}" for number in present]
+    return f"{value} [{', '.join(interval)}]" if interval else value

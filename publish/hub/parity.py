@@ -1,6 +1,4 @@
-"""Whether a published folder gives the pipeline's vectors, asked as a user would: in a process that knows nothing
-of this repository, offline, through AutoModel.
-"""
+"""Whether AutoModel, offline and without this repository, gives the pipeline's vectors from a published folder."""
 
 import contextlib
 import os
@@ -37,15 +35,13 @@ numpy.save("vectors.npy", torch.cat(vectors).numpy())
 def check(
     folder: Path, cfg: Config, checkpoint: dict, preprocessing: Preprocessing, device: torch.device
 ) -> tuple[float, int]:
-    """(largest cosine distance between the two, number of images) over the first images of the test split.
-
-    Raises PipelineError above MAX_COSINE_DISTANCE.
+    """(largest cosine distance, number of images) for the first of the test split. Raises PipelineError above
+    MAX_COSINE_DISTANCE.
     """
     test = cfg.paths.merged_dir / "test.parquet"
-    columns = ["tar_file", "image_offset", "image_size", "embedding"]
-    rows = next(parquet.batches(test, columns, size=MAX_IMAGES), None)
+    rows = next(parquet.batches(test, ["tar_file", "image_offset", "image_size", "embedding"], MAX_IMAGES), None)
     if rows is None:
-        raise PipelineError(f"{test} has no rows: there is nothing to check the published model with")
+        raise PipelineError(f"{test} has no rows to check the published model with")
     images, numbers = [], []
     for number, encoded in enumerate(of_paths(cfg.paths).read(rows)):
         with contextlib.suppress(Undecodable):  # damaged since its embedding was made
@@ -53,8 +49,8 @@ def check(
             numbers.append(number)
     if not images:
         raise PipelineError(f"none of the first {rows.num_rows} images of {test} can be decoded any more")
+    embeddings = torch.from_numpy(parquet.to_matrix(rows["embedding"])[numbers].astype(np.float32))
     with torch.inference_mode():
-        embeddings = torch.from_numpy(parquet.to_matrix(rows["embedding"])[numbers].astype(np.float32))
         expected = head_of(checkpoint)(embeddings).numpy()
     vectors = vectors_of(folder, preprocessing(images, torch.device("cpu")).numpy(), device)
     worst = float(1 - (vectors * expected).sum(axis=1).min())
@@ -62,21 +58,18 @@ def check(
         raise PipelineError(
             f"the published model's vectors are up to {worst:.1e} in cosine distance from the pipeline's, over "
             f"{len(images)} images (at most {MAX_COSINE_DISTANCE}); nothing was published\n"
-            "the backbone or its preprocessing is not what the embeddings were made with: make them again"
+            "the embeddings were made with a different backbone or preprocessing: regenerate them"
         )
     return worst, len(images)
 
 
 def vectors_of(folder: Path, pixels: np.ndarray, device: torch.device) -> np.ndarray:
-    """What the published model in `folder` makes of (N, 3, H, W) float32, in a process of its own."""
+    """The published model's vectors of (N, 3, H, W) float32 pixels, computed in a process of its own."""
     with tempfile.TemporaryDirectory() as place:
         np.save(Path(place) / "pixels.npy", pixels)
-        environment = {
-            **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-            "HF_HUB_OFFLINE": "1",
-            # parallel jobs would disturb each other in a shared one
-            "HF_MODULES_CACHE": str(Path(place) / "modules"),
-        }
+        # a module cache of its own: parallel jobs would overwrite each other's files in a shared one
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(place) / "modules")}
+        environment.pop("PYTHONPATH", None)
         command = [sys.executable, "-c", _USE, str(folder), str(device)]
         result = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
         if result.returncode:

@@ -1,11 +1,11 @@
-"""The published folder: what goes in, whether it belongs together, and its appearance as a whole."""
+"""The published folder: its contents, the check that they belong together, and writing it as a whole."""
 
 import contextlib
 import glob
 import json
 import os
 import shutil
-import uuid
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,82 +27,69 @@ MAX_SHARD_SIZE = "5GB"  # of the weights: larger files are slow to fetch, and to
 
 
 def refuse_mixture(test: Path, checkpoint_path: Path, checkpoint: dict, metrics_path: Path, metrics: dict) -> None:
-    """Raises StaleArtefact unless the metrics are of this checkpoint and of the test split that is there."""
+    """Raises StaleArtefact unless the metrics are those of this checkpoint on the current test split."""
     evaluated = metrics["provenance"]["inputs"]
-    there = {
-        checkpoint_path.name: (checkpoint_path, checkpoint["provenance"]["id"]),
-        test.name: (test, parquet.read_provenance(test).id),
-    }
-    for name, (path, known) in there.items():
-        if evaluated.get(name) != known:
+    current = {checkpoint_path: checkpoint["provenance"]["id"], test: parquet.read_provenance(test).id}
+    for path, content_id in current.items():
+        if evaluated.get(path.name) != content_id:
             raise StaleArtefact(
-                f"{metrics_path} tells of another {name} ({evaluated.get(name)}) than {path} ({known})\n"
-                "run train/evaluate.py again"
+                f"{metrics_path} refers to a different {path.name} ({evaluated.get(path.name)}) than {path} "
+                f"({content_id})\nrerun train/evaluate.py"
             )
 
 
 def backbone_settings(cfg: Config, checkpoint_path: Path, checkpoint: dict) -> EmbeddingModel:
-    """The config's backbone in the dtype of the embeddings that the head was trained on.
-
-    Raises StaleArtefact if those are of another backbone.
-    """
+    """The backbone, in the dtype of the head's training embeddings. Raises StaleArtefact if those differ."""
     trained_on, settings = checkpoint["embedding_model"], cfg.embedding_model
     dtype = trained_on["dtype"] if settings.dtype == "auto" else settings.dtype
-    known = model_files.identity(settings, dtype)
-    ours = {key.removeprefix("embedding_model."): value for key, value in known.items()}
-    if not is_folder(settings.name):  # the checkpoint has the commit that a branch or a tag stood for
+    identity = model_files.identity(settings, dtype)
+    ours = {key.removeprefix("embedding_model."): value for key, value in identity.items()}
+    if not is_folder(settings.name):  # the checkpoint records the commit that a branch or a tag stood for
         commit = model_files.locate(settings.name, settings.revision).name
-        ours["revision"] = trained_on.get("revision") if trained_on.get("revision") == commit else ours["revision"]
+        ours["revision"] = commit if trained_on.get("revision") == commit else ours["revision"]
     different = [key for key, value in ours.items() if trained_on.get(key) != value]
     if different:
+        theirs, now = (
+            ", ".join(f"{key} = {json.dumps(model.get(key))}" for key in different) for model in (trained_on, ours)
+        )
         raise StaleArtefact(
-            f"{checkpoint_path} was trained on embeddings with {_told(trained_on, different)}; "
-            f"the settings say {_told(ours, different)}\n"
-            "set [embedding_model] back to that, or train on embeddings of the other"
+            f"{checkpoint_path} was trained on embeddings with {theirs}; the settings say {now}\n"
+            "restore [embedding_model], or train on embeddings of the other model"
         )
     return settings.model_copy(update={"dtype": dtype})
 
 
-def _told(model: dict, keys: list[str]) -> str:
-    return ", ".join(f"{key} = {json.dumps(model.get(key))}" for key in keys)
-
-
 def write_model(folder: Path, settings: EmbeddingModel, checkpoint_path: Path, checkpoint: dict) -> Preprocessing:
-    """Weights, configuration and code into `folder`, as save_pretrained has them, and the preprocessing."""
+    """Write weights, configuration and code to `folder`, as save_pretrained does, and the preprocessing."""
     loaded = backbone.load(settings, settings.dtype, torch.device("cpu"))
     if loaded.dim != checkpoint["input_dim"]:
         raise PipelineError(
             f"{checkpoint_path} has a head for {checkpoint['input_dim']} dimensions, but {settings.name} gives "
             f"{loaded.dim} with pooling = {settings.pooling}"
         )
-    loaded.model.config._name_or_path = loaded.name  # no path of this machine in the published files
+    loaded.model.config._name_or_path = loaded.facts["model"]  # no path of this machine in the published files
     sizes = {key: checkpoint[key] for key in ("input_dim", "hidden_dim", "output_dim", "dropout")}
     config = SpatialEmbeddingsConfig(loaded.model.config, settings.pooling, **sizes)
-    with torch.device("meta"):  # only the frame: the weights are there already
+    with torch.device("meta"):  # the structure alone: the weights are loaded already
         model = SpatialEmbeddingsModel(config)
     model.backbone, model.head = loaded.model, head_of(checkpoint)
     loaded.model.config.dtype = loaded.model.dtype  # the backbone's configuration in `config`
     try:
         model.eval().save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     except SafetensorError as error:  # the disk is full, for instance
-        raise PipelineError(
-            f"the weights cannot be written to {folder}: {error}\nmake room there, and run it again"
-        ) from None
-    for weights in folder.glob("*.safetensors"):  # made readable by their owner alone
+        raise PipelineError(f"the weights cannot be written to {folder}: {error}\nfree space and rerun") from None
+    for weights in folder.glob("*.safetensors"):  # save_pretrained makes them readable by their owner alone
         shutil.copymode(folder / "config.json", weights)
     shutil.copy(loaded.folder / "preprocessor_config.json", folder)
     return loaded.preprocessing
 
 
 def is_done(folder: Path, made: Provenance, overwrite: bool) -> bool:
-    """Whether the folder holds what a run that records `made` would write.
-
-    Raises StaleArtefact if it holds another model, PipelineError if it is not ours to replace.
-    """
+    """Whether the folder is what a run that records `made` would write. Raises PipelineError if it is not."""
     if not folder.exists() or not any(folder.iterdir()):
         return False
     try:
-        there = Provenance.from_json((folder / "provenance.json").read_text())
+        existing = Provenance.from_json((folder / "provenance.json").read_text())
     except (OSError, ValueError, TypeError):
         raise PipelineError(
             f"{folder} was not written by this stage (it has no provenance.json), so it is not replaced\n"
@@ -110,7 +97,7 @@ def is_done(folder: Path, made: Provenance, overwrite: bool) -> bool:
         ) from None
     if overwrite:
         return False
-    parquet.refuse_stale(folder, there, made, "the whole folder is replaced")
+    parquet.refuse_stale(folder, existing, made, "the whole folder is replaced")
     return True
 
 
@@ -121,7 +108,7 @@ def write_provenance(folder: Path, made: Provenance, facts: dict) -> None:
 
 
 def remove_dead_folders(path: Path) -> None:
-    """Remove what runs that died while they wrote `path` have left beside it: folders that nobody locks."""
+    """Remove what dead runs of `new_folder` left beside `path`: folders that no process locks."""
     for other in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
         with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(other) as is_locked:
             if is_locked:
@@ -130,32 +117,23 @@ def remove_dead_folders(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path` that replaces it when the block ends well, and vanishes when it does not.
-
-    It is locked while it is written: see `remove_dead_folders`.
-    """
+    """An empty folder, inside a locked one beside `path`, that replaces `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:12]}")
-    folder.mkdir()
-    with _locked(folder):
-        try:
-            yield folder
-            for written in (*folder.iterdir(), folder):
-                files.fsync(written)
-            former = folder.with_name(folder.name + "-former")
-            if path.exists():
-                path.rename(former)
-            folder.rename(path)
-            files.fsync(path.parent)
-            shutil.rmtree(former, ignore_errors=True)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.tmp-", dir=path.parent) as place, _locked(Path(place)):
+        folder, former = Path(place, path.name), Path(place, "former")
+        folder.mkdir()
+        yield folder
+        for written in (*folder.iterdir(), folder):
+            files.fsync(written)
+        if path.exists():
+            path.rename(former)
+        folder.rename(path)
+        files.fsync(path.parent)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Holds the folder's lock; False where there are no locks. Raises BlockingIOError if another holds it."""
+    """Hold the folder's lock; False if the file system has none. Raises BlockingIOError if it is taken."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         yield files.lock(descriptor, wait=False)

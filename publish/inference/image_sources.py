@@ -1,12 +1,13 @@
-"""Images wherever a user has them: a folder, a text list, a tar, or the pipeline's intermediates."""
+"""Images in a folder, a text list, a tar, or the pipeline's intermediates."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from common import parquet
 from common.archives import tars
@@ -23,55 +24,66 @@ class ImageSource:
     """Images of one folder, list or tar, in a fixed order."""
 
     name: str  # of the files made from it
-    names: pa.ChunkedArray | pa.Array  # what each image is called in them
-    read: Callable[[int, int], Sequence[bytes | None]]  # encoded images start..stop; None: cannot be read
-    sizes: Callable[[int, int], list[int]]  # bytes of images start..stop, to tell changed ones
+    images: pa.Table  # `image`: what each is called there; `image_size`: its bytes, to detect changed ones
+    read: Callable[[int, int], Sequence[bytes | None]]  # encoded images start..stop; None: unreadable
+
+    schema: ClassVar = pa.schema([("image", pa.string())])  # of the columns beside the vectors
+    settings: ClassVar = dict[str, str]()  # for the provenance
+    holds_images: ClassVar = True
+
+    def parts(self, size: int) -> Iterator[tuple[int, int]]:
+        """Images start..stop of each part of `size` images."""
+        for start in range(0, len(self.images), size):
+            yield start, min(start + size, len(self.images))
 
     def identity(self, start: int, stop: int) -> dict:
-        """What images start..stop are known by: names and sizes."""
-        listing = zip(self.names[start:stop].to_pylist(), self.sizes(start, stop), strict=True)
-        text = "\n".join(f"{name}\t{size}" for name, size in listing)
+        """The inputs of a part's provenance: names and sizes of its images."""
+        text = "\n".join(f"{row['image']}\t{row['image_size']}" for row in self.images[start:stop].to_pylist())
         return {"images": f"{stop - start} images, {digest_of(text)}"}
+
+    def names_of(self, start: int, stop: int) -> pa.ChunkedArray:
+        return self.images["image"][start:stop]
+
+    def columns(self, start: int, stop: int) -> list[pa.Table]:
+        """The columns of a part beside the vectors."""
+        return [self.images[start:stop].select(["image"])]
+
+    def reader(self, start: int, stop: int) -> Callable[[int, int], Sequence[bytes | None]]:
+        """A function that reads encoded images of a part by their numbers in it."""
+        return lambda first, last: self.read(start + first, start + last)
 
 
 def groups(source: Path, store: tar_images.TarImages) -> Iterator[ImageSource]:
-    """The images that `source` means. `store`: the tars of intermediates.
-
-    Raises PipelineError if there are none.
-    """
+    """The images at `source`. `store`: the tars of intermediates. Raises PipelineError if there are none."""
     if source.is_dir():
-        tables = [path for path in sorted(source.glob("*.parquet")) if _is_intermediates(path)]
-        found = (_of_intermediates(path, store) for path in tables) if tables else [_of_folder(source)]
+        ours = [path for path in sorted(source.glob("*.parquet")) if parquet.has_provenance(path)]
+        tables = [path for path in ours if parquet.read_provenance(path).stage == "process_tar"]
+        groups = (_of_intermediates(path, store) for path in tables) if tables else [_of_folder(source)]
     elif tars.is_named_so(source):
-        found = [_of_tar(source)]
+        groups = [_of_tar(source)]
     elif source.is_file():
-        found = [_of_list(source)]
+        groups = [_of_list(source)]
     else:
         raise PipelineError(f"{source} does not exist: name a folder, a list, a tar or the intermediates")
-    some = False
-    for group in found:
-        some = some or len(group.names) > 0
+    num_images = 0
+    for group in groups:
+        num_images += len(group.images)
         yield group
-    if not some:
+    if not num_images:
         raise PipelineError(f"{source} holds no images ({', '.join(SUFFIXES)})")
 
 
 def of_split(path: Path, store: tar_images.TarImages, limit: int) -> ImageSource:
-    """The first `limit` images of a split, of whole runs of buildings, called "<building> <image>"."""
+    """The first `limit` images of a split, which is sorted by building, named "<building> <image>"."""
     columns = ["building_id", "streetview_image_id", "tar_file", "image_offset", "image_size"]
     rows = parquet.read(path, columns).slice(0, limit)
-    names = [" ".join(pair) for pair in zip(*(rows[name].to_pylist() for name in columns[:2]), strict=True)]
-
-    def read(start: int, stop: int) -> list[bytes]:
-        return store.read(rows.slice(start, stop - start))
-
-    return ImageSource(
-        path.stem, pa.array(names, pa.string()), read, lambda a, b: rows["image_size"][a:b].to_pylist()
-    )
+    names = pc.binary_join_element_wise(rows["building_id"], rows["streetview_image_id"], " ")
+    images = rows.select(["image_size"]).append_column("image", names)
+    return ImageSource(path.stem, images, lambda start, stop: store.read(rows[start:stop]))
 
 
 def read_image(name: str) -> bytes:
-    """The bytes of an image that is a file, or a member of a tar as TAR:MEMBER. Raises PipelineError if absent."""
+    """The bytes of an image: a file, or a member of a tar as TAR:MEMBER. Raises PipelineError if it is absent."""
     tar, colon, member_name = name.rpartition(":")
     if colon and tars.is_named_so(Path(tar)):
         damages = []
@@ -88,7 +100,7 @@ def read_image(name: str) -> bytes:
 
 
 def _of_folder(folder: Path) -> ImageSource:
-    """All images below a folder, sorted, called by their paths from it."""
+    """All images below a folder, sorted, named by their relative paths."""
     paths = sorted(path for path in folder.rglob("*") if _is_image(path) and path.is_file())
     return _of_files(folder.resolve().name, [str(path.relative_to(folder)) for path in paths], paths)
 
@@ -99,28 +111,24 @@ def _is_image(path: Path) -> bool:
 
 
 def _of_list(path: Path) -> ImageSource:
-    """The files that the lines of a text name: absolute, or relative to the text's folder."""
+    """The files listed in a text file: absolute, or relative to its folder."""
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except UnicodeDecodeError:
-        raise PipelineError(f"{path} is not a text: name a list of paths, a folder, or a .tar") from None
-    names = [line for line in lines if line]
+        raise PipelineError(f"{path} is not a text file: name a list of paths, a folder, or a .tar") from None
     paths = [path.parent / name for name in names]
     if names and not any(image.is_file() for image in paths):
         raise PipelineError(
-            f"{path} lists {len(names):,} files and none is there: {paths[0]} for one\n"
+            f"{path} lists {len(names):,} files, none of which exists, such as {paths[0]}\n"
             "write a path per line, absolute or relative to the list's own folder"
         )
     return _of_files(path.stem, names, paths)
 
 
 def _of_files(name: str, names: list[str], paths: list[Path]) -> ImageSource:
-    return ImageSource(
-        name,
-        pa.array(map(tars.printable, names), pa.string()),
-        lambda start, stop: [_content(path) for path in paths[start:stop]],
-        lambda start, stop: [path.stat().st_size if path.is_file() else -1 for path in paths[start:stop]],
-    )
+    sizes = [path.stat().st_size if path.is_file() else -1 for path in paths]
+    images = _table(map(tars.printable, names), sizes)
+    return ImageSource(name, images, lambda start, stop: [_content(path) for path in paths[start:stop]])
 
 
 def _content(path: Path) -> bytes | None:
@@ -131,7 +139,7 @@ def _content(path: Path) -> bytes | None:
 
 
 def _of_tar(path: Path) -> ImageSource:
-    """The images of a tar; those that can be had if it is damaged, and that is said."""
+    """The images of a tar; of a damaged one those that can be recovered, with a warning."""
     if not path.is_file():
         raise PipelineError(f"{path} does not exist")
     members, points = [], list[RestartPoint]()
@@ -140,24 +148,18 @@ def _of_tar(path: Path) -> ImageSource:
             print(f"{path} is damaged: {member.detail}", file=sys.stderr)
         elif member.kind == "file" and _is_image(Path(member.name)):
             members.append(member)
-    names = pa.array([tars.printable(member.name) for member in members], pa.string())
-    columns = {"image_offset": [m.offset for m in members], "image_size": [m.size for m in members]}
-    table = pa.table({name: pa.array(values, pa.int64()) for name, values in columns.items()})
-    return _of_members(tars.stem(path), names, tar_images.Tar(path, points=points), table)
+    images = _table((tars.printable(member.name) for member in members), [member.size for member in members])
+    rows = images.append_column("image_offset", pa.array([member.offset for member in members], pa.int64()))
+    return ImageSource(tars.stem(path), images, tar_images.Tar(path, points=points).reader(rows))
 
 
-def _is_intermediates(path: Path) -> bool:
-    """Or some other Parquet file beside the images. Raises PipelineError if it is damaged."""
-    return parquet.has_provenance(path) and parquet.read_provenance(path).stage == "process_tar"
+def _table(names: Iterable[str], sizes: list[int]) -> pa.Table:
+    return pa.table({"image": pa.array(names, pa.string()), "image_size": pa.array(sizes, pa.int64())})
 
 
 def _of_intermediates(path: Path, store: tar_images.TarImages) -> ImageSource:
-    """The valid images of a tar of the dataset, called by their streetview_image_id."""
+    """The valid images of a tar of the dataset, named by their streetview_image_id."""
     rows = parquet.read(path, ["streetview_image_id", "tar_file", "image_offset", "image_size", "content_hash"])
-    tar = rows["tar_file"][0].as_py() if rows.num_rows else f"{path.stem}.tar"
-    return _of_members(path.stem, rows["streetview_image_id"], store.tar(tar), rows)
-
-
-def _of_members(name: str, names: pa.Array | pa.ChunkedArray, tar: tar_images.Tar, rows: pa.Table) -> ImageSource:
-    sizes: np.ndarray = rows["image_size"].to_numpy()
-    return ImageSource(name, names, tar.reader(rows), lambda start, stop: sizes[start:stop].tolist())
+    tar = store.tar(rows["tar_file"][0].as_py() if rows.num_rows else f"{path.stem}.tar")
+    images = rows.select(["streetview_image_id", "image_size"]).rename_columns(["image", "image_size"])
+    return ImageSource(path.stem, images, tar.reader(rows))

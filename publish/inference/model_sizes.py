@@ -1,5 +1,6 @@
 """Estimates of a model's parameters, memory, arithmetic and time, from its configuration alone."""
 
+import pandas as pd
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,77 +30,70 @@ _RESIDUAL = 1.25  # the residual stream beside a layer's input and output: a qua
 
 
 def estimate(cfg: Config, num_images: int, image_size: int | None) -> dict:
-    """Everything that `as_text` shows. `image_size`: pixels, or None for the model's own."""
+    """All that `as_text` shows. `image_size`: pixels, or None for the model's own."""
     settings = cfg.embedding_model
     folder = model_files.locate(settings.name, settings.revision, weights=False)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     backbone.check(settings, config.model_type)
-    height, wide = (image_size, image_size) if image_size else read_preprocessing(folder).image_size
+    size = [image_size, image_size] if image_size else read_preprocessing(folder).image_size
     dim = embedding_dim(config, settings.pooling)
     head = {"hidden_dim": cfg.training_model.hidden_dim, "output_dim": min(cfg.training_model.output_dim, dim)}
     with torch.device("meta"):
         model = SpatialEmbeddingsModel(SpatialEmbeddingsConfig(config, settings.pooling, dim, **head)).eval()
-        pixels = torch.empty(1, 3, height, wide)
+        pixels = torch.empty(1, 3, *size)
     flops, largest = measure(model, pixels)
 
-    parameters = {**_by_part(model.backbone, "backbone."), "head": _count(model.head)}
+    parameters = {
+        f"backbone.{name}": _count(part) for name, part in model.backbone.named_children() if _count(part)
+    }
+    parameters["head"] = _count(model.head)
     weights = {dtype: sum(parameters.values()) * size for dtype, size in BYTES.items()}
     per_image = {dtype: int(largest * _RESIDUAL * size) + pixels.numel() * 4 for dtype, size in BYTES.items()}
-    rates = {name: tflops * 1e12 * EFFICIENCY / flops for name, (tflops, _) in GPUS.items()}
+    gpus = {}
+    for name, (tflops, memory_gb) in GPUS.items():
+        rate = tflops * 1e12 * EFFICIENCY / flops
+        fits = weights["bfloat16"] + per_image["bfloat16"] < memory_gb * 1e9
+        hours = round(num_images / rate / 3600, 2)
+        gpus[name] = {"images_per_second": round(rate, 1), "gpu_hours": hours, "fits": fits}
     return {
         "backbone": settings.name,
-        "image_size": [height, wide],
+        "image_size": size,
         "embedding_dim": dim,
         "parameters": parameters,
         "total_parameters": sum(parameters.values()),
         "weight_bytes": weights,
         "flops_per_image": flops,
-        "memory_bytes": {
-            dtype: {batch: weights[dtype] + batch * per_image[dtype] for batch in BATCHES} for dtype in BYTES
-        },
+        "memory_bytes": {d: {batch: weights[d] + batch * per_image[d] for batch in BATCHES} for d in BYTES},
         "images": num_images,
         "embedding_bytes": num_images * dim * 2,
-        "gpus": {
-            name: {
-                "images_per_second": round(rate, 1),
-                "gpu_hours": round(num_images / rate / 3600, 2),
-                "fits": weights["bfloat16"] + per_image["bfloat16"] < GPUS[name][1] * 1e9,
-            }
-            for name, rate in rates.items()
-        },
+        "gpus": gpus,
         "assumed_share_of_peak": EFFICIENCY,
     }
 
 
-def as_text(found: dict) -> str:
+def as_text(sizes: dict) -> str:
     """The estimate as tables."""
-    height, wide = found["image_size"]
-    lines = [f"{found['backbone']} at {height} x {wide} px -> {found['embedding_dim']:,} dimensions", ""]
-    lines += [f"{'part':28}{'parameters':>16}"]
-    lines += [f"{part:28}{count:>16,}" for part, count in found["parameters"].items()]
-    lines += [f"{'in all':28}{found['total_parameters']:>16,}", ""]
-    lines += [f"{'weights and activations':28}" + "".join(f"{f'batch {batch}':>16}" for batch in BATCHES)]
-    for dtype, by_batch in found["memory_bytes"].items():
-        lines += [f"{dtype:28}" + "".join(f"{_gigabytes(size):>16}" for size in by_batch.values())]
-    lines += [
-        "",
-        f"{found['flops_per_image'] / 1e9:,.1f} GFLOP an image (2 for a multiplication with its addition)",
+    height, width = sizes["image_size"]
+    parameters = pd.Series({**sizes["parameters"], "total": sizes["total_parameters"]}).to_frame("parameters")
+    memory = pd.DataFrame(sizes["memory_bytes"]).T.add_prefix("batch ").map(_gigabytes)
+    gpus = pd.DataFrame(sizes["gpus"]).T.set_axis(["images/s", "GPU hours", "fits"], axis=1)
+    parts = [
+        f"{sizes['backbone']} at {height} x {width} px -> {sizes['embedding_dim']:,} dimensions",
+        parameters.to_string(formatters=["{:,}".format]),
+        "weights and activations",
+        memory.to_string(),
+        f"{sizes['flops_per_image'] / 1e9:,.1f} GFLOP per image (a multiply-add counts as 2)",
+        f"{sizes['images']:,} images: {_gigabytes(sizes['embedding_bytes'])} of embeddings (float16)",
+        "GPUs, bfloat16, estimated "
+        f"at {sizes['assumed_share_of_peak']:.0%} of peak, if images are decoded fast enough (1,000/s per core);\n"
+        "peak: NVIDIA's data sheets, dense bfloat16; share: timm's published rates of DINOv3, see this module",
+        gpus.to_string(formatters=["{:,.0f}".format, "{:,.1f}".format, None]),
     ]
-    lines += [f"{found['images']:,} images: {_gigabytes(found['embedding_bytes'])} of embeddings (float16)", ""]
-    lines += [f"{'GPU, bfloat16 (estimated)':28}{'images/s':>16}{'GPU hours':>16}"]
-    for name, gpu in found["gpus"].items():
-        lines += [f"{name:28}{gpu['images_per_second']:>16,.0f}{gpu['gpu_hours']:>16,.1f}"]
-        lines[-1] += "" if gpu["fits"] else "   does not fit"
-    share = found["assumed_share_of_peak"]
-    lines += [f"at {share:.0%} of the card's peak, if images are decoded fast enough: 1,000 images/s a CPU core"]
-    lines += [
-        "(peaks: NVIDIA's data sheets, dense bfloat16; share: timm's published rates of DINOv3, see this module)"
-    ]
-    return "\n".join(lines)
+    return "\n\n".join(parts)
 
 
 def measure(model: nn.Module, pixels: torch.Tensor) -> tuple[int, int]:
-    """FLOPs of one forward pass, and the most numbers that go into and come out of one layer."""
+    """FLOPs of a forward pass, and the largest number of values that one layer reads and writes."""
     largest = 0
 
     def watch(_, inputs, output):
@@ -113,11 +107,6 @@ def measure(model: nn.Module, pixels: torch.Tensor) -> tuple[int, int]:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(pixels)
     return counter.get_total_flops(), largest
-
-
-def _by_part(module: nn.Module, prefix: str) -> dict[str, int]:
-    """Parameters by the module's own parts, without those that have none."""
-    return {f"{prefix}{name}": _count(part) for name, part in module.named_children() if _count(part)}
 
 
 def _count(module: nn.Module) -> int:

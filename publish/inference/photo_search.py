@@ -1,9 +1,10 @@
-"""Search by the published model: vectors of photographs, the nearest of a gallery, and a picture of them."""
+"""Search with the published model: vectors of photographs, the nearest images of a gallery, a picture of them."""
 
-import io
 import logging
+import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +13,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from common import files
-from common.cli import Progress
 from common.errors import PipelineError
 from common.imagery.decoding import Undecodable, decode
 from common.sections import Infrastructure
 from generate import loop
-from preprocess.tars.labels import parse_name
 from publish.inference.image_sources import ImageSource
 from publish.inference.published_model import Published
 from train.evaluation.metrics_json import read as read_metrics
@@ -26,47 +25,42 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 log = logging.getLogger("pipeline")
-SHOWN_UNREADABLE = 5
-MAX_COLUMNS = 8  # of the picture: wider than a screen is no use
+MAX_COLUMNS = 8  # of the picture: no wider than a screen
+VERDICTS = {True: ("same building", "#1a7f37"), False: ("another building", "#cf222e"), None: ("", "#57606a")}
+# Dataset numbers have two digits and are padded with zeros, unlike the years in the names of other photographs.
+_OF_SPLIT = re.compile(r"(0\d{3}_\d+) 0\d{3}_\d+")  # building and image, see `image_sources.of_split`
+_OF_DATASET = re.compile(r"(0\d{3,})_\d+_\d+_(\d+)\.jpe?g", re.IGNORECASE)  # dataset, image, panorama, target
 
 
 class Photograph(NamedTuple):
     name: str
-    encoded: bytes | None  # a JPEG, PNG, ...; None: cannot be read
+    encoded: bytes | None  # a JPEG, PNG, ...; None: unreadable
 
 
 @dataclass(frozen=True)
-class Found:
+class Nearest:
     """A query and its nearest images, most similar first."""
 
     query: Photograph
-    results: list[Photograph]
-    similarities: np.ndarray  # (n,) cosine
+    results: list[tuple[Photograph, float]]  # with the cosine similarity
     gallery_size: int  # images that could be decoded
 
-    def is_match(self, number: int) -> bool | None:
-        """Whether a result shows the query's building; None where the names do not tell."""
-        query, result = building_of(self.query.name), building_of(self.results[number].name)
-        return None if query is None or result is None else query == result
+    def verdict(self, result: Photograph) -> tuple[str, str]:
+        """Whether a result shows the query's building, as words and colour; none if their names do not say."""
+        buildings = building_of(self.query.name), building_of(result.name)
+        return VERDICTS[None if None in buildings else buildings[0] == buildings[1]]
 
 
 def building_of(name: str) -> str | None:
-    """The building that a name tells: of "0088_12 0088_345" (building, image), or of a file of the dataset."""
-    building, blank, _ = name.partition(" ")
-    if blank:
-        return building
-    ids = parse_name(Path(name.rpartition(":")[2]).stem)
-    return f"{ids.dataset_id:04d}_{ids.target_id}" if ids else None
-
-
-def similarity(published: Published, first: Photograph, second: Photograph) -> float:
-    """Cosine of the two vectors. Raises PipelineError for a file that is not an image."""
-    a, b = (vector_of(published, photograph) for photograph in (first, second))
-    return float(a @ b)
+    """The building in the name of an image of a split, or of a file of the dataset; None for other files."""
+    if match := _OF_SPLIT.fullmatch(name):
+        return match[1]
+    match = _OF_DATASET.fullmatch(Path(name.rpartition(":")[2]).name)
+    return f"{int(match[1]):04d}_{int(match[2])}" if match else None
 
 
 def vector_of(published: Published, photograph: Photograph) -> np.ndarray:
-    """The unit vector of one photograph, (D,) float32."""
+    """The unit vector of a photograph, (D,) float32. Raises PipelineError for a file that is not an image."""
     try:
         image = decode(photograph.encoded)
     except Undecodable as error:
@@ -76,100 +70,83 @@ def vector_of(published: Published, photograph: Photograph) -> np.ndarray:
 
 def search(
     published: Published, query: Photograph | None, gallery: ImageSource, settings: Infrastructure, top: int
-) -> Found:
-    """The `top` images of the gallery most like the query, files that equal the query's left out.
+) -> Nearest:
+    """The `top` images of the gallery most similar to the query, without files equal to the query's.
 
-    Without a query: the first image of the building that has the most in the gallery.
+    Without a query: the first image of the building with the most images.
     """
-    names = gallery.names.to_pylist()
-    jobs, times = [loop.Job(gallery.name, len(names), gallery.read)], loop.Times()
-    forward, prepare, device = published.forward, published.preprocessing, published.device
-    with Progress("search", "image", len(names)) as progress:
-        (result,) = loop.embed(jobs, forward, prepare, device, settings, times, progress)
-    for row, why in list(result.failed.items())[:SHOWN_UNREADABLE]:
-        log.warning("%s is left out: %s", names[row], why.detail)
-    if len(result.failed) > SHOWN_UNREADABLE:
-        log.warning("and %s more are left out", f"{len(result.failed) - SHOWN_UNREADABLE:,}")
+    names, device = gallery.images["image"].to_pylist(), published.device
+    jobs = [loop.Job(gallery.name, len(names), gallery.read)]
+    progress = loop.Progress("search", "image", len(names))
+    with progress:
+        (result,) = loop.embed(jobs, published.forward, published.preprocessing, device, settings, progress)
+    for row, why in list(result.failed.items())[:1]:
+        log.warning("skipping %d images, such as %s: %s", len(result.failed), names[row], why.detail)
     if not len(result.rows):
         raise PipelineError(f"none of the {len(names):,} images of the gallery can be decoded")
+
+    def photograph(row: int) -> Photograph:
+        return Photograph(names[row], gallery.read(row, row + 1)[0])
+
     if query is None:
-        row = int(result.rows[with_most_matches([names[row] for row in result.rows])])
-        query = Photograph(names[row], gallery.read(row, row + 1)[0])
+        buildings = [building_of(names[row]) for row in result.rows]
+        counts = Counter(building for building in buildings if building)
+        first = buildings.index(counts.most_common(1)[0][0]) if counts else 0
+        query = photograph(int(result.rows[first]))
     similarities = result.vectors.astype(np.float32) @ vector_of(published, query)
-    results, cosines = [], []
-    for best in np.argsort(-similarities, kind="stable"):
-        row = int(result.rows[best])
-        photograph = Photograph(names[row], gallery.read(row, row + 1)[0])
-        if photograph.encoded != query.encoded:
-            results.append(photograph)
-            cosines.append(similarities[best])
-        if len(results) == top:
-            break
-    return Found(query, results, np.array(cosines), len(result.rows))
+    order = np.argsort(-similarities, kind="stable")
+    candidates = ((photograph(int(result.rows[best])), float(similarities[best])) for best in order)
+    others = (candidate for candidate in candidates if candidate[0].encoded != query.encoded)
+    return Nearest(query, list(islice(others, top)), len(result.rows))
 
 
-def with_most_matches(names: list[str]) -> int:
-    """The first image of the building with the most images; the first at all where the names do not tell."""
-    buildings = [building_of(name) for name in names]
-    counts = Counter(building for building in buildings if building)
-    return buildings.index(counts.most_common(1)[0][0]) if counts else 0
-
-
-def table(found: Found) -> str:
+def table(nearest: Nearest) -> str:
     """The results as text, a line each."""
-    words = {True: "same building", False: "another building", None: ""}
-    lines = [f"the nearest of {found.gallery_size:,} images to {found.query.name}"]
-    for number, (result, cosine) in enumerate(zip(found.results, found.similarities, strict=True)):
-        lines.append(f"{number + 1:3}  {cosine:6.3f}  {words[found.is_match(number)]:16}  {result.name}".rstrip())
+    lines = [f"the nearest of {nearest.gallery_size:,} images to {nearest.query.name}"]
+    for number, (result, cosine) in enumerate(nearest.results, 1):
+        words, _ = nearest.verdict(result)
+        lines.append(f"{number:3}  {cosine:6.3f}  {words:16}  {result.name}".rstrip())
     return "\n".join(lines)
 
 
-def draw(found: Found, path: Path) -> None:
-    """The query and its results, as PNG; frame and words tell which show the query's building."""
-    photographs = [found.query, *found.results]
-    columns = min(len(photographs), MAX_COLUMNS)
-    lines = -(-len(photographs) // columns)
+def draw(nearest: Nearest, path: Path) -> None:
+    """The query and its results, as PNG; frame and label say which show the query's building."""
+    panels = [(nearest.query, "query", "", "#1f2328")]
+    for number, (result, cosine) in enumerate(nearest.results, 1):
+        panels.append((result, f"{number}.  {cosine:.3f}", *nearest.verdict(result)))
+    columns = min(len(panels), MAX_COLUMNS)
+    lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(2.5 * columns, 3 * lines), squeeze=False)
-    for axis in axes.flat[len(photographs) :]:
+    for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
-    for number, (axis, photograph) in enumerate(zip(axes.flat, photographs, strict=False)):
+    for axis, (photograph, title, words, colour) in zip(axes.flat, panels, strict=False):
         image = Image.fromarray(decode(photograph.encoded))
-        axis.imshow(ImageOps.pad(image, (320, 320), color="white"))  # whole, and in its own proportions
-        axis.set_xticks([])
-        axis.set_yticks([])
-        match = found.is_match(number - 1) if number else None
-        colour = {True: "#1a7f37", False: "#cf222e", None: "#57606a"}[match] if number else "#1f2328"
-        words = {True: "same building", False: "another building", None: ""}[match]
-        title = f"{number}.  {found.similarities[number - 1]:.3f}" if number else "query"
+        axis.imshow(ImageOps.pad(image, (320, 320), color="white"))  # the whole image, not distorted
+        axis.set(xticks=[], yticks=[])
         axis.set_title(title, fontsize=12, color=colour, fontweight="bold")
         axis.set_xlabel(words, fontsize=11, color=colour)
-        for spine in axis.spines.values():
-            spine.set(color=colour, linewidth=3)
+        axis.spines[:].set(color=colour, linewidth=3)
     figure.tight_layout(w_pad=1.5)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", pad_inches=0.1)
+    with files.atomic(path) as file:
+        figure.savefig(file, format="png", dpi=110, bbox_inches="tight", pad_inches=0.1)
     plt.close(figure)
-    files.write_bytes(path, buffer.getvalue())
 
 
-def where_it_lies(cosine: float, metrics: Path, evaluation: str | None = None) -> str:
-    """A similarity among the evaluation's: which share of matches and of non-matches are as similar or more.
+def percentiles_of(cosine: float, metrics: Path, evaluation: str | None = None) -> str:
+    """How many of the evaluation's matches and non-matches are at least as similar, in words.
 
-    `evaluation`: the id of the one that the model was published with, if that is known.
+    `evaluation`: the id of the one that the model was published with, if known.
     """
     if not metrics.is_file():
-        return f"(run train/evaluate.py to see where that lies among matches and non-matches: no {metrics})"
-    found = read_metrics(metrics)
-    if evaluation is not None and found["provenance"]["id"] != evaluation:
-        return f"({metrics} is not this model's: it cannot tell where that lies among matches and non-matches)"
-    histograms = found["similarity_histograms"]
+        return f"(run train/evaluate.py to compare this with matches and non-matches: there is no {metrics})"
+    values = read_metrics(metrics)
+    if evaluation is not None and values["provenance"]["id"] != evaluation:
+        return f"({metrics} is not this model's: no comparison with matches and non-matches)"
+    histograms = values["similarity_histograms"]
     edges = np.array(histograms["edges"])
+    above = np.clip((edges[1:] - cosine) / np.diff(edges), 0, 1)  # share of each bin
     shares = []
     for kind in ("matches", "non_matches"):
         counts = np.array(histograms[kind], np.float64)
-        above = np.clip((edges[1:] - cosine) / np.diff(edges), 0, 1)  # share of each bin that lies above
-        shares.append(float(counts @ above / max(counts.sum(), 1)))
-    return (
-        f"of the evaluation's pairs, {shares[0]:.1%} of matches and {shares[1]:.2%} of non-matches are as similar"
-        " or more"
-    )
+        shares.append(counts @ above / max(counts.sum(), 1))
+    return f"at least as similar: {shares[0]:.1%} of matches and {shares[1]:.2%} of non-matches in the evaluation"

@@ -1,4 +1,4 @@
-"""The published model, as the scripts that use it load it."""
+"""The published model, as the scripts of this repository load it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,6 @@ class Published:
     preprocessing: Preprocessing
     device: torch.device
 
-    @property
-    def dim(self) -> int:
-        return self.model.config.output_dim
-
     @torch.inference_mode()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) float32 -> unit vectors, (N, dim) float32."""
@@ -36,34 +32,27 @@ class Published:
 
 
 def folder_of(cfg: Config, argument: Path | None) -> Path:
-    """The published model's folder: --model, or the settings'. Raises PipelineError if it is no such folder."""
+    """The published model's folder: --model, or the settings'. Raises PipelineError if it holds none."""
     folder = (argument or cfg.paths.published_dir).resolve()
-    if not (folder / "config.json").is_file():
-        raise PipelineError(
-            f"{folder} holds no published model (it has no config.json)\n"
-            "run publish/convert_to_hf.py, or name the folder with --model"
-        )
-    kind = model_files.read_json(folder / "config.json").get("model_type")
+    config = folder / "config.json"
+    kind = model_files.read_json(config).get("model_type") if config.is_file() else None
     if kind != "spatial_embeddings":
+        contents = f"a model of type {kind}" if kind else "no config.json"
         raise PipelineError(
-            f"{folder} holds a model of type {kind}, not one that publish/convert_to_hf.py has published"
+            f"{folder} holds no published model ({contents})\n"
+            "run publish/convert_to_hf.py, or name the model's folder with --model"
         )
     return folder
 
 
-def identity(folder: Path, dtype: str) -> dict:
-    """What vectors depend on, for their provenance: the model's files, wherever they lie, and the dtype."""
-    return {"model.weights": model_files.weights_digest(folder), "embedding_model.dtype": dtype}
-
-
 def evaluation_of(folder: Path) -> str | None:
-    """The id of the metrics.json that the model was published with; None if its folder does not tell."""
+    """The id of the metrics.json that the model was published with; None if its folder does not say."""
     path = folder / "provenance.json"
     return model_files.read_json(path)["inputs"].get("metrics.json") if path.is_file() else None
 
 
 def load(folder: Path, dtype: str, device: torch.device) -> Published:
-    """The model in `folder`. Raises PipelineError if its files are not whole."""
+    """The model in `folder`. Raises PipelineError if files are missing or damaged."""
     preprocessing = read_preprocessing(folder)
     model = backbone.load_weights(SpatialEmbeddingsModel, folder, dtype)
     return Published(model.eval().to(device), preprocessing, device)

@@ -1,68 +1,110 @@
-"""Files of vectors by the published model, and the parts into which a group of images is cut."""
+"""Images or embeddings from any source through the published model, in parts that resume, a file each."""
 
+from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
-from common import parquet, provenance, schemas
-from common.archives import tar_parts
+from common import cli, devices, files, parquet, provenance, schemas
+from common.archives.tar_parts import refuse_surplus
+from common.config import values
 from common.errors import PipelineError
 from common.provenance import Provenance
-from common.schemas import count_reasons
-from generate import embedding_parts
-from generate.loop import Job, Result
+from common.sections import Config
+from generate import embedding_parts, loop
+from generate.model_files import weights_digest
+from publish.inference import published_model
 from publish.inference.image_sources import ImageSource
+from publish.inference.vector_tables import EMBEDDING, TableSource
 
 
 @dataclass(frozen=True)
 class VectorPart:
-    """Images start..start + count of a group, and the file for their vectors."""
+    """Rows start..stop of a source, and the file for their vectors."""
 
-    group: ImageSource
+    source: ImageSource | TableSource
     start: int
-    count: int
+    stop: int
     target: Path
     made: Provenance
 
-    def job(self) -> Job:
-        return Job(self, self.count, lambda start, stop: self.group.read(self.start + start, self.start + stop))
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+    def schema(self, dim: int) -> pa.Schema:
+        return self.source.schema.append(pa.field(EMBEDDING, schemas.vector(pa.float32(), dim)))
 
 
-def schema(dim: int) -> pa.Schema:
-    return pa.schema([("image", pa.string()), ("embedding", schemas.vector(pa.float32(), dim))])
+def run(stage: str, unit: str, sources: Iterable[ImageSource | TableSource], args: Namespace, cfg: Config) -> int:
+    """Write the vectors of all sources that args.out lacks, by the model args.model; returns the exit code."""
+    files.refuse_leftovers(args.out, "rejects", "rejects/*.parquet")
+    folder = published_model.folder_of(cfg, args.model)
+    device = devices.pick(cfg.infrastructure.device)
+    dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
+    settings = {"model.weights": weights_digest(folder), "embedding_model.dtype": dtype}
+    settings |= values(cfg, "data.rows_per_part")
+
+    todo: list[VectorPart] = []
+    num_parts = 0
+    for source in sources:
+        cuts = list(source.parts(cfg.data.rows_per_part))
+        for number, (start, stop) in enumerate(cuts):
+            target = args.out / f"{source.name}-{number}.parquet"
+            made = provenance.record(stage, {**settings, **source.settings}, source.identity(start, stop))
+            if not parquet.is_done(target, made, args.overwrite):
+                todo.append(VectorPart(source, start, stop, target, made))
+        refuse_surplus(args.out, source.name, len(cuts), args.overwrite)
+        num_parts += len(cuts)
+    if not todo:
+        return cli.nothing_to_do(stage, f"{num_parts:,} files")
+
+    published = published_model.load(folder, dtype, device)
+    images = [part for part in todo if part.source.holds_images]
+    with loop.run(stage, unit, sum(part.count for part in todo), published.model, cfg) as progress:
+        if images:
+            jobs = (loop.Job(part, part.count, part.source.reader(part.start, part.stop)) for part in images)
+            forward, preprocessing = published.forward, published.preprocessing
+            results = loop.embed(jobs, forward, preprocessing, device, cfg.infrastructure, progress)
+            loop.write_each(results, lambda result: write(result, published.model.config.output_dim))
+        for part in todo:
+            if not part.source.holds_images:
+                project(part, published, progress)
+                cli.check_stop()
+    return 0
 
 
-def parts_of(group: ImageSource, out: Path, size: int, model: dict) -> list[VectorPart]:
-    """A group's parts of `size` images. `model`: see `inference.identity`."""
-    found = []
-    for number, start in enumerate(range(0, len(group.names), size)):
-        stop = min(start + size, len(group.names))
-        made = provenance.record(
-            "generate_embeddings_from_hf", {**model, "data.rows_per_part": size}, group.identity(start, stop)
-        )
-        found.append(VectorPart(group, start, stop - start, out / f"{group.name}-{number}.parquet", made))
-    return found
-
-
-def missing(found: list[VectorPart], out: Path, name: str, overwrite: bool) -> list[VectorPart]:
-    """The parts that are not there yet. Raises StaleArtefact for files that are of something else."""
-    todo = [part for part in found if not parquet.is_done(part.target, part.made, overwrite)]
-    tar_parts.refuse_surplus(out, name, len(found), overwrite)
-    return todo
-
-
-def write(result: Result, dim: int) -> None:
-    """Write a part's vectors, after its rejects. Raises PipelineError if its tar has other images now."""
+def write(result: loop.Result, dim: int) -> None:
+    """Write a part's vectors, after its rejects. Raises PipelineError if its tar now holds other images."""
     part: VectorPart = result.job.name
-    if changed := embedding_parts.change_of(result.failed):
+    if changed := embedding_parts.changed_tar(result.failed):
         raise PipelineError(changed)
-    names = part.group.names.slice(part.start, part.count)
-    vectors = result.vectors.reshape(-1, dim).astype(np.float32)
-    embedding_parts.refuse_not_finite(vectors, names.take(pa.array(result.rows)), part.target)
-    embedding_parts.write_rejects(part.target, part.made, embedding_parts.named(result.failed, names))
-    with parquet.writer(part.target, schema(dim), part.made) as out:
-        out.append({"image": names.take(pa.array(result.rows)), "embedding": vectors})
-        out.rows = {"in": part.count, **count_reasons(result.failed.values())}
-        out.facts = {"dim": dim}
+    columns = part.source.columns(part.start, part.stop)
+    names = part.source.names_of(part.start, part.stop)
+    embedding_parts.write_file(part.target, part.made, part.schema(dim), columns, names, result, {"dim": dim})
+
+
+def project(part: VectorPart, published: published_model.Published, progress: loop.Progress) -> None:
+    """A part's embeddings through the head."""
+    table: Any = part.source
+    row, input_dim, dim = part.start, published.model.config.input_dim, published.model.config.output_dim
+    with parquet.writer(part.target, part.schema(dim), part.made) as out:
+        progress.lap("write")
+        for batch in table.columns(part.start, part.stop, table.column):
+            name = lambda number: f"row {row + number}"  # noqa: B023,E731
+            embeddings = parquet.embedding_matrix(
+                table.path, batch, table.column, name, input_dim, "the model's backbone and pooling give"
+            )
+            progress.lap("read")
+            vectors = published.project(torch.from_numpy(embeddings.astype(np.float32))).numpy()
+            progress.lap("compute")
+            embedding_parts.append(out, batch, vectors)
+            progress.add(len(vectors))
+            progress.lap("write")
+            row += len(vectors)
+        out.rows, out.facts = {"in": part.count}, {"dim": dim}

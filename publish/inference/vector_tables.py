@@ -1,246 +1,127 @@
-"""Parquet files of any origin through the published model, a row group at a time, in parts that resume."""
+"""Parquet files of any origin, with images or embeddings for the published model, read by row groups."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import groupby
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from threading import Lock
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
+from pyarrow.parquet import ParquetFile
 
-from common import cli, parquet, provenance, schemas
-from common.cli import Progress
+from common import parquet
 from common.errors import PipelineError
 from common.imagery.tar_images import TarImages
-from common.provenance import Provenance, digest_of
-from common.schemas import Rejected, count_reasons
-from common.sections import Infrastructure
-from generate import embedding_parts, loop
-from publish.inference.published_model import Published
+from common.provenance import digest_of
 
-PROJECT_ROWS = 8_192  # embeddings through the head at a time: 25 MB of float32 at 768 dimensions
-IMAGE_ROWS = 1_024  # encoded images held at a time: 40 MB of the dataset's
+BATCH_ROWS = 8_192  # read at a time: 25 MB of float32 embeddings at 768 dimensions
 EMBEDDING = "embedding"  # the column that is written
-MEMBER = ("tar_file", "image_offset", "image_size")  # of the intermediates: where an image lies
-_TAIL_BYTES = 65_536  # of a file, with its footer: where the row groups lie, their sizes and extremes
+LOCATION = {"tar_file", "image_offset", "image_size"}  # columns of the intermediates: where an image is
+_TAIL_BYTES = 65_536  # of a file, with its footer: the places, sizes and extremes of the row groups
 
 
-@dataclass(frozen=True)
-class VectorTable:
-    """A run of row groups of a Parquet file, and the file for their vectors."""
+class TableSource:
+    """A Parquet file and its usable column. Raises PipelineError without one."""
 
-    path: Path
-    column: str | None  # that the vectors are made of; None: the columns that say where in a tar an image lies
-    holds_images: bool
-    others: pa.Schema  # the columns carried through
-    groups: range  # row groups
-    start: int  # number of the first row
-    num_rows: int
-    target: Path
-    made: Provenance
+    def __init__(self, path: Path, column: str | None, store: TarImages):
+        """`column`: of embeddings or images; None: the only one that fits. `store`: the tars of intermediates."""
+        self.path, self.name, self._store = path, path.stem, store
+        with parquet.open_file(path) as file:
+            schema = file.schema_arrow
+            self._group_rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        self._ends = list(accumulate(self._group_rows))
+        self.column, self.holds_images = _usable(path, schema, column)
+        self.schema = pa.schema([field for field in schema if field.name != self.column])  # the columns to keep
+        self.settings = {"column": self.column}
+        size = path.stat().st_size
+        with path.open("rb") as tail:
+            tail.seek(max(0, size - _TAIL_BYTES))
+            self._identity = f"{size} bytes, {digest_of(tail.read())}"
 
-    def schema(self, dim: int) -> pa.Schema:
-        return self.others.append(pa.field(EMBEDDING, schemas.vector(pa.float32(), dim)))
+    def parts(self, size: int) -> Iterator[tuple[int, int]]:
+        """Rows start..stop of each part: whole row groups, at least `size` rows."""
+        start, ends = 0, self._ends or [0]
+        for number, end in enumerate(ends, 1):
+            if end - start >= size or number == len(ends):
+                yield start, end
+                start = end
+
+    def identity(self, start: int, stop: int) -> dict:
+        """The inputs of a part's provenance: the file's size and its end, where Parquet describes the rest."""
+        return {self.path.name: self._identity}
+
+    def names_of(self, start: int, stop: int) -> pa.ChunkedArray:
+        return pa.chunked_array([[f"row {row}" for row in range(start, stop)]], pa.string())
+
+    def columns(self, start: int, stop: int, *more: str) -> Iterator[pa.Table]:
+        """The columns of `schema` and `more` of a part, some rows of a row group at a time."""
+        with parquet.open_file(self.path) as file:
+            for group in range(bisect_right(self._ends, start), bisect_right(self._ends, stop)):
+                yield from self._batches(file, group, [*self.schema.names, *more])
+
+    def _batches(self, file: ParquetFile, group: int, columns: list[str]) -> Iterator[pa.Table]:
+        return parquet.batches_of(self.path, file, range(group, group + 1), columns, BATCH_ROWS)
+
+    def reader(self, start: int, stop: int) -> Callable[[int, int], Sequence[bytes | None]]:
+        """A function that reads encoded images of a part by their numbers in it, best in nearly rising order."""
+        if self.column is None:
+            rows = pa.concat_tables([self.schema.empty_table(), *self.columns(start, stop)])
+            return lambda first, last: self._store.read(rows.slice(first, last - first))
+        column, file, lock = self.column, parquet.open_file(self.path), Lock()
+
+        @lru_cache(2)  # threads take images out of two row groups at a time
+        def images_of(group: int) -> pa.ChunkedArray:
+            images = pa.concat_tables(self._batches(file, group, [column]))[column]
+            return pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
+
+        def read(first: int, last: int) -> list[bytes | None]:
+            images: list[bytes | None] = []
+            with lock:
+                while len(images) < last - first:
+                    row = start + first + len(images)
+                    group = bisect_right(self._ends, row)
+                    offset = row - (self._ends[group] - self._group_rows[group])
+                    images += images_of(group).slice(offset, last - first - len(images)).to_pylist()
+            return images
+
+        return read
 
 
-def files(source: Path, out: Path) -> list[Path]:
-    """The Parquet files that `source` means. Raises PipelineError if there are none, or `out` replaces them."""
-    found = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
-    if not found or not source.exists():
+def tables(source: Path, out: Path, column: str | None, store: TarImages) -> Iterator[TableSource]:
+    """The Parquet files at `source`. Raises PipelineError if there are none, or if they are in `out`."""
+    paths = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
+    if not paths or not source.exists():
         raise PipelineError(f"{source} {'holds no .parquet file' if source.exists() else 'does not exist'}")
-    if found[0].parent.resolve() == out.resolve():
+    if paths[0].parent.resolve() == out.resolve():
         raise PipelineError(f"{out} is the folder of the input: its files would be replaced; name another")
-    return found
+    yield from (TableSource(path, column, store) for path in paths)
 
 
-def parts_of(path: Path, out: Path, column: str | None, size: int, model: dict) -> list[VectorTable]:
-    """A file's parts: whole row groups, at least `size` rows. `model`: see `inference.identity`.
-
-    Raises PipelineError without a usable column.
-    """
-    with parquet.open_file(path) as file:
-        schema = file.schema_arrow
-        group_rows = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-    chosen, holds_images, others = _usable(path, schema, column)
-    settings = {**model, "column": chosen, "data.rows_per_part": size}
-    made = provenance.record("generate_embeddings_from_parquet", settings, {path.name: _identity(path)})
-    found: list[VectorTable] = []
-    first = start = 0
-    for group in range(max(len(group_rows), 1)):
-        count = sum(group_rows[first : group + 1])
-        if count >= size or group + 1 >= len(group_rows):
-            target = out / f"{path.stem}-{len(found)}.parquet"
-            groups = range(first, min(group + 1, len(group_rows)))
-            found.append(VectorTable(path, chosen, holds_images, others, groups, start, count, target, made))
-            first, start = group + 1, start + count
-    return found
-
-
-def _usable(path: Path, schema: pa.Schema, column: str | None) -> tuple[str | None, bool, pa.Schema]:
-    """(the column to use, whether it holds images, the other columns); see `VectorTable`."""
-    kinds = {field.name: _kind(field.type) for field in schema if _kind(field.type)}
-    listing = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    chosen = column or (EMBEDDING if EMBEDDING in kinds else None)
-    if chosen is None and len(kinds) == 1:
-        chosen = next(iter(kinds))
-    if chosen is None and len(kinds) > 1:
+def _usable(path: Path, schema: pa.Schema, column: str | None) -> tuple[str | None, bool]:
+    """(the column to use, None for the columns of LOCATION; whether it holds images)."""
+    kinds = {field.name: kind for field in schema if (kind := _kind(field.type))}
+    if column is None and EMBEDDING in kinds:
+        column = EMBEDDING
+    if column is None and len(kinds) > 1:
         raise PipelineError(f"{path}: choose one of {', '.join(kinds)} with --column")
-    if chosen is None and not kinds and set(MEMBER) <= set(schema.names):
-        return None, True, schema.remove_metadata()
-    if chosen not in kinds:
-        what = f"column {chosen}" if chosen else "column"
+    if column is None and not kinds and set(schema.names) >= LOCATION:
+        return None, True
+    column = column or next(iter(kinds), "")
+    if column not in kinds:
+        listing = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        what = f"column {column}" if column else "column"
         raise PipelineError(f"{path} has no {what} of embeddings (lists of floats) or images (bytes): {listing}")
-    others = schema.remove(schema.get_field_index(chosen)).remove_metadata()
-    if EMBEDDING in others.names:
-        raise PipelineError(f"{path} has a column {EMBEDDING} already: rename it, or drop --column to use it")
-    return chosen, kinds[chosen] == "images", others
+    if EMBEDDING in schema.names and column != EMBEDDING:
+        raise PipelineError(f"{path} already has a column {EMBEDDING}: rename it, or drop --column to use it")
+    return column, kinds[column] == "images"
 
 
 def _kind(kind: pa.DataType) -> str | None:
-    """What a column of this type can hold for us: "embeddings", "images" or nothing."""
+    """What a column of this type may hold: "embeddings", "images" or neither."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return "embeddings" if pa.types.is_floating(kind.value_type) else None
-    if pa.types.is_struct(kind):
-        names = [kind.field(i).name for i in range(kind.num_fields)]
-        return "images" if "bytes" in names and _kind(kind.field("bytes").type) == "images" else None
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:  # as Hugging Face stores images
+        kind = kind.field("bytes").type
     return "images" if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else None
-
-
-def _identity(path: Path) -> str:
-    """What a Parquet file of any origin is known by: its size and its end, where Parquet describes the rest."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(0, size - _TAIL_BYTES))
-        return f"{size} bytes, {digest_of(file.read())}"
-
-
-def project(table: VectorTable, published: Published, times: loop.Times, progress: Progress) -> None:
-    """Embeddings of a file through the head."""
-    with parquet.writer(table.target, table.schema(published.dim), table.made) as out:
-        times.lap()
-        for rows, ends_group in _batches(table, PROJECT_ROWS):
-            embeddings = _matrix(rows[table.column], published.model.config.input_dim, table)
-            times.read += times.lap()
-            vectors = published.project(torch.from_numpy(embeddings)).numpy()
-            times.compute += times.lap()
-            _append(out, rows.drop([table.column]), vectors, ends_group)
-            progress.add(len(vectors))
-            times.write += times.lap()
-        out.rows = {"in": table.num_rows}
-
-
-class _Rows(NamedTuple):
-    """What a job of the loop is known by."""
-
-    table: VectorTable
-    others: pa.Table  # its rows, without the images
-    ends_group: bool
-
-
-def embed_images(
-    tables: list[VectorTable],
-    store: TarImages,
-    published: Published,
-    settings: Infrastructure,
-    times: loop.Times,
-    progress: Progress,
-) -> None:
-    """Images of files through the whole model, in one go: the device does not wait between two files.
-
-    Rows without a whole image become rejects, by their number.
-    """
-    results = loop.embed(
-        (job for table in tables for job in _jobs(table, store)),
-        published.forward,
-        published.preprocessing,
-        published.device,
-        settings,
-        times,
-        progress,
-    )
-    for table, of_table in groupby(results, key=lambda result: result.job.name.table):
-        _write_vectors(table, of_table, published.dim)
-        cli.check_stop()
-
-
-def _write_vectors(table: VectorTable, results: Iterable[loop.Result], dim: int) -> None:
-    failed: dict[str, Rejected] = {}
-    start = table.start
-    with parquet.writer(table.target, table.schema(dim), table.made) as out:
-        for result in results:
-            if changed := embedding_parts.change_of(result.failed):
-                raise PipelineError(changed)
-            numbers = pa.array([f"row {start + row}" for row in range(result.job.count)])
-            vectors = result.vectors.reshape(-1, dim)
-            embedding_parts.refuse_not_finite(vectors, numbers.take(pa.array(result.rows)), table.path)
-            rows = result.job.name.others.take(pa.array(result.rows))
-            _append(out, rows, vectors, result.job.name.ends_group)
-            failed |= embedding_parts.named(result.failed, numbers)
-            start += result.job.count
-        embedding_parts.write_rejects(table.target, table.made, failed)
-        out.rows = {"in": table.num_rows, **count_reasons(failed.values())}
-
-
-def _batches(table: VectorTable, size: int) -> Iterator[tuple[pa.Table, bool]]:
-    """The rows of a part, at most `size` at a time, and whether they end a row group."""
-    with parquet.open_file(table.path) as file:
-        for group in table.groups:
-            missing = file.metadata.row_group(group).num_rows
-            for rows in parquet.batches_of(table.path, file, range(group, group + 1), size=size):
-                missing -= rows.num_rows
-                yield rows, missing == 0
-
-
-def _jobs(table: VectorTable, store: TarImages) -> Iterator[loop.Job]:
-    """What the loop reads of a file; one job without images if it has no rows."""
-    if not table.num_rows:
-        yield loop.Job(_Rows(table, table.others.empty_table(), False), 0, lambda start, stop: [])
-    for rows, ends_group in _batches(table, IMAGE_ROWS):
-        if table.column is None:
-            name = _Rows(table, rows, ends_group)
-            yield loop.Job(name, rows.num_rows, _reader_of_members(store, rows))
-            continue
-        images = rows[table.column].combine_chunks()
-        if pa.types.is_struct(images.type):
-            images = images.field("bytes")
-        name = _Rows(table, rows.drop([table.column]), ends_group)
-        yield loop.Job(name, rows.num_rows, _reader(images))
-
-
-def _reader_of_members(store: TarImages, rows: pa.Table):
-    return lambda start, stop: store.read(rows.slice(start, stop - start))
-
-
-def _reader(images: pa.Array):
-    return lambda start, stop: images[start:stop].to_pylist()
-
-
-def _matrix(column: pa.ChunkedArray, dim: int, table: VectorTable) -> np.ndarray:
-    """A column of lists as (n, dim) float32. Raises PipelineError where a row has no, another number of, or no
-    usable numbers.
-    """
-    where = f"{table.path}, column {table.column}"
-    lists = column.combine_chunks()
-    if lists.null_count:
-        raise PipelineError(f"{where}: {lists.null_count:,} of {len(lists):,} rows hold no embedding; remove them")
-    others = set(pc.unique(pc.list_value_length(lists)).to_pylist()) - {dim}
-    if others:
-        raise PipelineError(
-            f"{where} holds vectors of {min(others)} numbers; the model's head takes {dim}: those of its backbone "
-            "and pooling"
-        )
-    values = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, dim)
-    if not parquet.is_usable(values):
-        raise PipelineError(f"{where} holds vectors with numbers that are missing, not finite, or too large")
-    return values
-
-
-def _append(out: parquet.Writer, others: pa.Table, vectors: np.ndarray, ends_group: bool) -> None:
-    """Add rows; the row groups of the input end in the output too, whatever its columns weigh."""
-    columns = {name: others[name] for name in others.column_names}
-    out.append({**columns, EMBEDDING: np.ascontiguousarray(vectors, np.float32)})
-    if ends_group:
-        out.flush()

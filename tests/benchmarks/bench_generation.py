@@ -33,7 +33,6 @@ Command  python tests/benchmarks/bench_generation.py
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 
 import pyarrow as pa
 import timing  # puts the repository and tests/ on the path
@@ -44,7 +43,7 @@ from synthetic import write_dataset
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoImageProcessor, AutoModel, Dinov2Config
 
-from common import cli, config, devices, sections
+from common import config, devices, sections
 from common.archives import tar_parts
 from common.imagery import tar_images
 from common.imagery.decoding import decode
@@ -95,17 +94,17 @@ def run_loop(
     cfg: sections.Config, todo: list[tar_parts.TarPart], forward, preprocessing, device: torch.device
 ) -> None:
     """All that the stage does for these parts, from the tar to the Parquet files."""
-    with cli.Progress("benchmark", "image", interval_s=3600) as progress:
+    progress = loop.Progress("benchmark", "image", None, 3600)
+    with progress:
         for result in loop.embed(
             embedding_parts.jobs(todo, tar_images.of_paths(cfg.paths)),
             forward,
             preprocessing,
             device,
             cfg.infrastructure,
-            loop.Times(),
             progress,
         ):
-            failure = embedding_parts.write(result, result.vectors.shape[1], {}, 0.0)
+            failure = embedding_parts.write(result, {"dim": result.vectors.shape[1]}, 0.0)
             assert not failure, failure
 
 
@@ -168,13 +167,9 @@ def almost_free(cfg: sections.Config, folder: Path, rounds: int = 5) -> tuple[di
         for jpeg in encoded(start, stop):
             decode(jpeg)
 
-    rooms: SimpleQueue = SimpleQueue()
-
     def prepare_only(start, stop) -> None:
-        room = loop._room(rooms, preprocessing)
         with torch.inference_mode():
-            preprocessing.into(room, (decode(jpeg) for jpeg in encoded(start, stop)))
-        rooms.put(room)
+            preprocessing((decode(jpeg) for jpeg in encoded(start, stop)), CPU)
 
     def usual() -> None:
         for pixels in loader:
