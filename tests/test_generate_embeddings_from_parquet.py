@@ -207,3 +207,22 @@ def test_the_input_is_never_replaced(flags, tmp_path):  # noqa: F811
         main([str(tmp_path / "in.parquet"), str(tmp_path), *flags])
     with pytest.raises(PipelineError, match=r"nothing\.parquet does not exist"):
         main([str(tmp_path / "nothing.parquet"), str(tmp_path / "out"), *flags])
+
+
+def test_a_matrix_of_lists_keeps_float16_and_takes_its_dimensions_from_the_first_row(tmp_path):
+    def matrix(column: pa.Array) -> np.ndarray:
+        table = pa.table({"v": column})
+        return parquet.embedding_matrix(tmp_path / "x.parquet", table, "v", lambda row: f"image {row}")
+
+    assert matrix(as_lists(EMBEDDINGS.astype(np.float16), pa.list_(pa.float16()))).dtype == np.float16
+    assert matrix(pa.array([[1, 2], [3, 4]])).tolist() == [[1, 2], [3, 4]]
+    wrong = {
+        "holds string, not lists of numbers": pa.array(["a"]),
+        "the v of image 1 has 1 dimensions; the rows before it have 2": pa.array([[1.0, 2.0], [3.0]]),
+        "the v of image 0 has 0 dimensions": pa.array([[]], pa.list_(pa.float32())),
+        "image 1 has no v": pa.array([[1.0], None]),
+        "the v of image 1 holds a value": as_lists(np.array([[1.0], [np.inf]]), pa.list_(pa.float16())),
+    }
+    for message, column in wrong.items():
+        with pytest.raises(PipelineError, match=message):
+            matrix(column)
