@@ -53,7 +53,7 @@ class Result(NamedTuple):
     failed: dict[int, Rejected]  # number of each image without a vector -> reason
 
 
-class Progress(cli.Progress):
+class GenerationProgress(cli.Progress):
     """Progress, and how the main thread's time is spent: reading (waiting for images), computing or writing."""
 
     def __init__(self, *args):
@@ -74,14 +74,14 @@ class Progress(cli.Progress):
 
 
 @contextlib.contextmanager
-def run(stage: str, unit: str, total: int, model: torch.nn.Module, cfg: Config) -> Iterator[Progress]:
+def run(stage: str, unit: str, total: int, model: torch.nn.Module, cfg: Config) -> Iterator[GenerationProgress]:
     """Progress of `model`, compiled if infrastructure.compile says so, over `total` rows; a summary at the end."""
     if cfg.infrastructure.compile:
         if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
             advice = "load or install one (g++), or set infrastructure.compile to false"
             raise PipelineError(f"infrastructure.compile needs a C++ compiler, and none is on the PATH\n{advice}")
         model.compile()
-    progress = Progress(stage, unit, total, cfg.logging.progress_interval_s)
+    progress = GenerationProgress(stage, unit, total, cfg.logging.progress_interval_s)
     with progress:
         yield progress
     progress.summary()
@@ -100,7 +100,7 @@ def embed(
     preprocessing: Preprocessing,
     device: torch.device,
     settings: Infrastructure,
-    progress: Progress,
+    progress: GenerationProgress,
 ) -> Iterator[Result]:
     """The vectors of each job, in order. `forward`: (N, 3, H, W) float32 -> (N, D).
 

@@ -37,7 +37,7 @@ def test_an_embedding_that_is_not_finite_is_named(own):
     cfg, columns, _ = own
     columns["test"]["embedding"][4, 2] = np.nan
     small_merge.write_split(cfg, "test", columns["test"])
-    with pytest.raises(PipelineError, match="image 0088_40004 holds NaN"):
+    with pytest.raises(PipelineError, match="image 0088_40004 holds a value that is missing, not finite"):
         run(cfg)
 
 
@@ -168,5 +168,5 @@ def test_files_of_another_dimension_are_not_ranked_together(own):
     cfg, columns, _ = own
     columns["train"]["embedding"] = columns["train"]["embedding"][:, :10]
     small_merge.write_split(cfg, "train", columns["train"])
-    with pytest.raises(PipelineError, match=r"train.parquet: .* 0088_0 has 10 dimensions, those before it 24"):
+    with pytest.raises(PipelineError, match="0088_0 has 10 dimensions; the rows before it have 24"):
         load(cfg, "test", "train")

@@ -129,15 +129,13 @@ def test_a_file_that_cannot_be_evaluated_is_refused_with_the_reason(own, tmp_pat
     test, path = columns["test"], tmp_path / "theirs.parquet"
     wrong = {
         "no column pitch": lambda frame: frame.drop(columns="pitch"),
-        "image 0088_40001 has 3 dimensions, those before it 24": lambda frame: frame.assign(
+        "image 0088_40001 has 3 dimensions; the rows before it have 24": lambda frame: frame.assign(
             embedding=[*frame["embedding"][:1], np.zeros(3, np.float16), *frame["embedding"][2:]]
         ),
-        "image 0088_40002 holds NaN": lambda frame: frame.assign(
+        "image 0088_40002 holds a value that is missing, not finite": lambda frame: frame.assign(
             embedding=[*frame["embedding"][:2], np.full(24, np.inf, np.float16), *frame["embedding"][3:]]
         ),
-        "embedding of image 0088_40000 is missing": lambda frame: frame.assign(
-            embedding=[None, *frame["embedding"][1:]]
-        ),
+        "image 0088_40000 has no embedding": lambda frame: frame.assign(embedding=[None, *frame["embedding"][1:]]),
         "building 0088_.* are not contiguous": lambda frame: frame.sample(frac=1, random_state=0),
         "column heading has empty or non-finite values": lambda frame: frame.assign(heading=np.nan),
         "no query has a match": lambda frame: frame.iloc[::3],

@@ -31,7 +31,7 @@ def embed_all(jobs: list[loop.Job], forward=mean_colour, batch_size: int | str =
     preprocessing = pixels.Preprocessing(None, (8, 8), None, "bilinear", False, 1.0, (0.0,) * 3, (1.0,) * 3)
     overrides = [f"infrastructure.embedding_batch_size={batch_size}", "infrastructure.workers=2"]
     settings = config.load(None, overrides).infrastructure
-    progress = loop.Progress("test", "image")
+    progress = loop.GenerationProgress("test", "image")
     found = list(loop.embed(jobs, forward, preprocessing, torch.device("cpu"), settings, progress))
     assert progress.rows_in == sum(job.count for job in jobs)
     return found

@@ -8,7 +8,7 @@ import torch
 from embedding_setup import Setup, photographs
 from invented_metrics import FIGURES, FOUND
 
-from common import config, parquet, provenance, schemas, sections
+from common import config, parquet, provenance, schemas, sections, stages
 from generate import generate_embeddings
 from publish.projection_head import ProjectionHead
 from train.evaluation import metrics_json
@@ -24,7 +24,7 @@ def write_merged(cfg: sections.Config) -> None:
     rows = rows.append_column("cell_id", pa.array(np.zeros(rows.num_rows, np.int64)))
     dim = rows.schema.field("embedding").type.list_size
     for split in ("train", "val", "test"):
-        made = provenance.record("merge_and_split", config.values(cfg, "data"), parts)
+        made = provenance.record("merge_and_split", config.values(cfg, "data"), stages.ids(parts))
         with parquet.writer(cfg.paths.merged_dir / f"{split}.parquet", schemas.merged(dim), made) as out:
             out.append(rows)
 

@@ -77,7 +77,7 @@ def search(
     """
     names, device = gallery.images["image"].to_pylist(), published.device
     jobs = [loop.Job(gallery.name, len(names), gallery.read)]
-    progress = loop.Progress("search", "image", len(names))
+    progress = loop.GenerationProgress("search", "image", len(names))
     with progress:
         (result,) = loop.embed(jobs, published.forward, published.preprocessing, device, settings, progress)
     for row, why in list(result.failed.items())[:1]:

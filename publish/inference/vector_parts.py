@@ -89,7 +89,7 @@ def write(result: loop.Result, dim: int) -> None:
     embedding_parts.write_file(part.target, part.made, part.schema(dim), columns, names, result, {"dim": dim})
 
 
-def project(part: VectorPart, published: published_model.Published, progress: loop.Progress) -> None:
+def project(part: VectorPart, published: published_model.Published, progress: loop.GenerationProgress) -> None:
     """A part's embeddings through the head."""
     table: Any = part.source
     row, input_dim, dim = part.start, published.model.config.input_dim, published.model.config.output_dim

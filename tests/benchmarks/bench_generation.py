@@ -94,7 +94,7 @@ def run_loop(
     cfg: sections.Config, todo: list[tar_parts.TarPart], forward, preprocessing, device: torch.device
 ) -> None:
     """All that the stage does for these parts, from the tar to the Parquet files."""
-    progress = loop.Progress("benchmark", "image", None, 3600)
+    progress = loop.GenerationProgress("benchmark", "image", None, 3600)
     with progress:
         for result in loop.embed(
             embedding_parts.jobs(todo, tar_images.of_paths(cfg.paths)),

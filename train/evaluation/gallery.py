@@ -95,7 +95,9 @@ def _batches(paths: list[Path], columns: list[str]) -> Iterator[tuple[pa.Table, 
     dim = None
     for path in paths:
         for batch in parquet.batches(path, [*columns, "embedding"]):
-            vectors = _matrix(path, batch, dim)
+            images = batch["streetview_image_id"]
+            name = lambda row, images=images: f"image {images[row]}"  # noqa: E731
+            vectors = parquet.embedding_matrix(path, batch, "embedding", name, dim)
             dim = vectors.shape[1]
             yield pa.table({name: _cast(path, name, batch[name]) for name in columns}), vectors
 
@@ -110,33 +112,6 @@ def _cast(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         reason = parquet.first_line(error)
         raise PipelineError(f"{path}: column {name} is {column.type}, not {kind} ({reason})") from None
-
-
-def _matrix(path: Path, batch: pa.Table, dim: int | None) -> np.ndarray:
-    """The embeddings of a batch, (n, D). Other programs write lists of any length."""
-    column = batch["embedding"].chunk(0)  # a batch has one
-    kind = column.type
-    lists = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    if not (lists and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))):
-        raise PipelineError(f"{path}: column embedding is {kind}, not lists of numbers")
-
-    def refuse(bad: np.ndarray, problem: str) -> None:
-        if bad.any():
-            image = batch["streetview_image_id"][int(bad.argmax())]
-            raise PipelineError(f"{path}: the embedding of image {image} {problem}")
-
-    refuse(column.is_null().to_numpy(zero_copy_only=False), "is missing")
-    lengths = column.value_lengths().to_numpy(zero_copy_only=False)
-    dim = dim or lengths[0]
-    if not dim:
-        raise PipelineError(f"{path}: the embeddings have no dimensions")
-    bad = lengths != dim
-    refuse(bad, f"has {lengths[bad.argmax()]} dimensions, those before it {dim}")
-    flat = column.flatten()
-    vectors = (flat if pa.types.is_float16(flat.type) else flat.cast(pa.float32())).to_numpy(zero_copy_only=False)
-    vectors = vectors.reshape(-1, dim)
-    refuse(~np.isfinite(vectors).all(axis=1), "holds NaN or infinity\nfix its source, then recreate this file")
-    return vectors
 
 
 def read_records(merged_dir: Path) -> dict[Path, Provenance]:
