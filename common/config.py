@@ -1,7 +1,7 @@
-"""The configuration: config.toml read strictly into the models of common/sections.py.
+"""The configuration: config.toml, validated strictly by the models of common/sections.py.
 
-config.toml is the only place with defaults: a key that it lacks is an error, and so is one that is not known
-here. `--set section.key=value` overrides; the value is TOML (0.2, true, [1, 2]) or else a plain string.
+config.toml is the only place with defaults: a missing key is an error, and so is an unknown one.
+`--set section.key=value` overrides; the value is TOML (0.2, true, [1, 2]) or else a plain string.
 """
 
 import json
@@ -34,27 +34,26 @@ def load(path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) 
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     for override in overrides:
         _apply(tree, override)
-    try:
-        cfg = Config.model_validate(tree)
-    except ValidationError as error:
-        wrong = "what --set says" if overrides and _is_usable(tomli.loads(text)) else path
-        raise ConfigError("\n".join([f"{wrong} cannot be used:", *_explain(error)])) from None
-    return _absolute(cfg, path.resolve().parent)
+    mistakes = _mistakes(tree)
+    if mistakes:
+        file_is_wrong = _mistakes(tomli.loads(text))
+        summary = f"{path} is not a valid configuration:" if file_is_wrong else "invalid --set value:"
+        raise ConfigError("\n".join([summary, *mistakes]))
+    return _absolute(Config.model_validate(tree), path.resolve().parent)
 
 
 def values(cfg: Config, *keys: str) -> dict[str, Any]:
-    """The settings named ("section.key" or "section") as plain values: what a stage records of what it reads."""
+    """The settings named ("section.key" or "section") as plain values: what a stage records of its settings."""
     plain = cfg.model_dump(mode="json", by_alias=True)
     chosen: dict[str, Any] = {}
     for key in keys:
         section, _, name = key.partition(".")
-        names = [name] if name else plain[section]
-        chosen.update({f"{section}.{n}": plain[section][n] for n in names})
+        chosen |= {f"{section}.{n}": plain[section][n] for n in ([name] if name else plain[section])}
     return chosen
 
 
 def entry(table: dict[str, Any], setting: str, name: str, file: str) -> Any:
-    """What a table of choices holds under the name that a setting gives. `file`: where the table stands.
+    """The entry of a table of choices that a setting names. `file`: where the table is defined.
 
     Raises ConfigError for a name that common/sections.py allows but the table lacks.
     """
@@ -64,38 +63,27 @@ def entry(table: dict[str, Any], setting: str, name: str, file: str) -> Any:
 
 
 def with_training(cfg: Config, **changes) -> Config:
-    """`cfg` with these keys of [training] changed, checked as those of a file. Raises ConfigError."""
+    """`cfg` with these keys of [training] changed and validated. Raises ConfigError."""
     try:
         training = Training.model_validate({**cfg.training.model_dump(), **changes})
     except ValidationError as error:
         mistakes = "; ".join(mistake["msg"] for mistake in error.errors())
-        raise ConfigError(f"[training] cannot be used with {changes}: {mistakes}") from None
+        raise ConfigError(f"[training] is not valid with {changes}: {mistakes}") from None
     return cfg.model_copy(update={"training": training})
 
 
 def to_toml(cfg: Config) -> str:
-    """The whole configuration as a TOML file that `config.load` reads back."""
-    return "".join(_tables(cfg.model_dump(mode="json", by_alias=True), ()))
+    """The whole configuration as a TOML file that `load` reads back."""
+    sections = cfg.model_dump(mode="json", by_alias=True)
+    return "\n".join(f"[{name}]\n{''.join(_lines(section))}" for name, section in sections.items())
 
 
-def _tables(tree: dict, names: tuple[str, ...]) -> Iterator[str]:
-    # a search space's {choices = [...]} is a value in one line
-    plain = {k: v for k, v in tree.items() if not isinstance(v, dict) or names[-1:] == ("search_space",)}
-    if names:
-        yield f"[{'.'.join(names)}]\n"
-        yield from (f"{key} = {_toml(value)}\n" for key, value in plain.items())
-        yield "\n"
-    for key in tree:
-        if key not in plain:
-            yield from _tables(tree[key], (*names, key))
-
-
-def _toml(value) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)  # strings, numbers and booleans are written alike in both
+def _lines(tree: dict, prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if value and isinstance(value, dict):
+            yield from _lines(value, f"{prefix}{key}.")
+        else:  # strings, numbers, booleans, lists and {} look the same in JSON and TOML
+            yield f"{prefix}{key} = {json.dumps(value, ensure_ascii=False)}\n"
 
 
 def is_folder(name: str) -> bool:
@@ -111,87 +99,69 @@ def _absolute(cfg: Config, base: Path) -> Config:
     if folder.is_dir():
         model = model.model_copy(update={"name": str(folder.resolve())})
     elif model.name.startswith((".", "/", "~")):
-        raise ConfigError(f"embedding_model.name: there is no folder {folder}")
+        raise ConfigError(f"embedding_model.name: no such folder: {folder}")
     return cfg.model_copy(update={"paths": Paths(root=root, **paths), "embedding_model": model})
 
 
 def _apply(tree: dict, override: str) -> None:
-    """Set one value in the tree that the file gave. Unknown keys are left for the validation to explain."""
-    dotted, equals, text = override.partition("=")
-    *sections, key = dotted.strip().split(".")
+    """Set one value in the tree of the file; its type and range are validated later."""
+    dotted, equals, text = (part.strip() for part in override.partition("="))
+    *sections, key = dotted.split(".")
     if not equals or not sections or not key:
         raise ConfigError(f"--set {override}: write it as --set section.key=value")
     node = tree
     for section in sections:
         if not isinstance(node.get(section), dict):
-            raise ConfigError(f"--set {dotted}: there is no section {section}{suggestion(section, node)}")
+            raise ConfigError(f"--set {dotted}: no such section: {section}{suggestion(section, node)}")
         node = node[section]
     if key not in node and "search_space" not in sections:
-        raise ConfigError(f"--set {dotted}: [{'.'.join(sections)}] has no key {key}{_where(key, sections)}")
-    value = _toml_value(text.strip())
-    is_text = _is_text(sections, key) and not isinstance(value, str)
-    node[key] = text.strip() if is_text else value  # a run may be called 2024, a time limit is 04:00:00
-
-
-def _toml_value(text: str) -> Any:
+        raise ConfigError(f"--set {dotted}: [{'.'.join(sections)}] has no key {key}{_hint(key, sections)}")
     try:
-        return tomli.loads(f"value = {text}")["value"]
+        value = tomli.loads(f"value = {text}")["value"]
     except tomli.TOMLDecodeError:
-        return text  # a plain string: a path, a name
+        value = text  # a plain string: a path, a name
+    field = _fields_of(sections).get(key)
+    is_text = field is not None and field.annotation in (str, Path)
+    # a run may be called 2024, and a time limit is 04:00:00
+    node[key] = text if is_text and not isinstance(value, str) else value
 
 
-def _is_text(sections: list[str], key: str) -> bool:
-    """Whether the setting at this place of the tree is a string or a path."""
-    fields = _fields_of(sections)
-    return key in fields and fields[key].annotation in (str, Path)
-
-
-def _where(key: str, sections: list[str]) -> str:
-    """What an unknown key of a section may have been meant to be."""
+def _hint(key: str, sections: list[str]) -> str:
+    """Which key, or which section, an unknown key of a section may have been meant for."""
     homes = [name for name in _fields_of([]) if key in _fields_of([name])]
     return f"; it belongs to [{homes[0]}]" if homes else suggestion(key, _fields_of(sections))
 
 
-def _is_usable(tree: dict) -> bool:
-    """Whether the tree that a file gave is a valid configuration."""
+def _mistakes(tree: dict) -> list[str]:
+    """A line for each mistake in the tree of a file; empty if it is a valid configuration."""
     try:
         Config.model_validate(tree)
-    except ValidationError:
-        return False
-    return True
+    except ValidationError as error:
+        return list(dict.fromkeys(_explain(mistake) for mistake in error.errors()))
+    return []
 
 
-def _explain(error: ValidationError) -> list[str]:
-    """A line for each mistake."""
-    lines = []
-    for mistake in error.errors():
-        *sections, key = [str(part) for part in mistake["loc"]] or ["config.toml"]
-        where = f"[{'.'.join(sections)}] {key}" if sections else f"[{key}]"
-        if sections[1:2] == ["search_space"]:  # told once, not for each form that a dimension may have
-            name = [*sections, key][2]
-            form = '[low, high], [low, high, "log"] or { choices = [...] }'
-            lines.append(f"[tuning.search_space] {name} must be {form}")
-        elif mistake["type"] == "extra_forbidden":
-            lines.append(f"{where} is not a known key{_where(key, sections)}")
-        elif mistake["type"] == "missing":
-            lines.append(f"{where} is missing")
-        else:
-            lines.append(f"{where}: {mistake['msg'].removeprefix('Value error, ')}{_given(mistake)}")
-    return list(dict.fromkeys(lines))
-
-
-def _given(mistake) -> str:
-    """What stood there, where the message does not say it: of a single value only."""
+def _explain(mistake) -> str:
+    *sections, key = [str(part) for part in mistake["loc"]] or ["config.toml"]
+    where = f"[{'.'.join(sections)}] {key}" if sections else f"[{key}]"
+    if sections[1:2] == ["search_space"]:  # the same line for each form that a dimension may have
+        name = [*sections, key][2]
+        return f'[tuning.search_space] {name} must be [low, high], [low, high, "log"] or {{ choices = [...] }}'
+    if mistake["type"] == "extra_forbidden":
+        return f"{where} is not a known key{_hint(key, sections)}"
+    if mistake["type"] == "missing":
+        return f"{where} is missing"
     value = mistake["input"]
-    return "" if isinstance(value, dict) else f" (got {value!r:.80})"
+    shown = "" if isinstance(value, dict) else f" (got {value!r:.80})"
+    return f"{where}: {mistake['msg'].removeprefix('Value error, ')}{shown}"
 
 
 def _fields_of(sections: list[str]) -> dict[str, FieldInfo]:
-    """The fields of the model at a place of the tree, by the keys of the file."""
+    """The fields of the model at a place in the tree, by their keys in the file."""
     model: Any = Config
-    for section in sections:
-        by_alias = {(field.alias or name): field.annotation for name, field in model.model_fields.items()}
-        model = by_alias.get(section)
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return {}
+    if sections:
+        parent = _fields_of(sections[:-1])
+        model = parent[sections[-1]].annotation if sections[-1] in parent else None
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        return {}
     return {(field.alias or name): field for name, field in model.model_fields.items()}

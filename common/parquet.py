@@ -1,7 +1,7 @@
-"""Parquet files that say what made them: atomic writing, resuming, and vectors as numpy arrays.
+"""Parquet files that record what made them: atomic writing, resuming, and vectors as numpy arrays.
 
-Memory: a writer holds one row group, at most 32 MB, and as much that is on its way to the disk; a reader of
-batches holds what it was asked for.
+Memory: a writer holds one row group, at most 32 MB, and as much again on its way to the disk; a reader holds one
+batch.
 """
 
 import contextlib
@@ -24,27 +24,27 @@ from common.provenance import Provenance, differences, digest_of
 
 MAX_ROW_GROUP_BYTES = 32 * 2**20  # threads read a group each, and writers of several files hold one of each
 _SYNCED_BYTES = 8 * 2**20  # forced to the disk at a time
-_WAITING_BYTES = 32 * 2**20  # that the disk is behind, before the encoder waits for it
-_CACHED_BYTES = 2**20  # of a matrix, read and looked at while it is still in the processor's cache
+_WAITING_BYTES = 32 * 2**20  # how far the disk may be behind before the encoder waits for it
+_CACHED_BYTES = 2**20  # of a matrix, read and checked while still in the processor's cache
 _VALUES_AT_ONCE = 2**16  # by the encoder: a tenth less time for vectors than with its default, 1024
 _PAGE_BYTES = 2**18  # encoded in the processor's cache: a fifth less time for vectors than with the default, 2**20
-LARGEST = 1e17  # of a vector's values: in float32 the squares of thousands must add up
+LARGEST = 1e17  # of a vector's values: the squares of thousands of them must not overflow float32
 _MAX_READERS = 16  # threads; more do not make a file system faster
 _KEY = b"provenance"
 
 
 class _HashingFile:
-    """Passes what is written on to `file` and keeps a digest of it. (Parquet is written front to back.)
+    """Passes data on to `file`, front to back, and keeps a digest of it.
 
-    In a thread, which also forces the data to the disk, now and then, while more is encoded: half of the time of
-    writing vectors, if one thing is done after the other.
+    In a thread, which also forces the data to the disk while more is encoded: one after the other, writing vectors
+    takes twice as long.
     """
 
     def __init__(self, file: BinaryIO, thread: Executor):
         self._file, self._thread = file, thread
         self._size = self._passed_on = self._synced = 0  # bytes
         self._waiting: deque[Future[None]] = deque()
-        self.digest = xxhash.xxh3_128()  # of two files with other rows, by accident, never the same
+        self.digest = xxhash.xxh3_128()
 
     def write(self, data: bytes) -> int:
         self._size += len(data)
@@ -57,7 +57,7 @@ class _HashingFile:
         return self._size
 
     def wait(self) -> None:
-        """Until all is passed on. Raises the disk's error, which it tells only once."""
+        """Wait until everything is passed on. Raises the disk's error, which the disk reports only once."""
         while self._waiting:
             self._waiting.popleft().result()
 
@@ -82,13 +82,14 @@ class Writer:
         self.rows: dict = {}  # counts for the provenance, besides "out"
         self.facts: dict = {}
         self._schema = schema
-        self._group_rows = max(1, MAX_ROW_GROUP_BYTES // row_bytes(schema))
+        self._group_rows = max(1, MAX_ROW_GROUP_BYTES // sum(_value_bytes(field.type) for field in schema))
         self._pending: list[pa.Table] = []
         self._pending_rows = 0
         self.parquet = pq.ParquetWriter(
             file,
             schema,
-            compression={field.name: _codec(field.type) for field in schema},
+            # compressing embeddings costs time and saves nothing
+            compression={field.name: "NONE" if pa.types.is_nested(field.type) else "ZSTD" for field in schema},
             use_dictionary=[field.name for field in schema if pa.types.is_string(field.type)],
             write_batch_size=_VALUES_AT_ONCE,
             data_page_size=_PAGE_BYTES,
@@ -113,10 +114,8 @@ class Writer:
 
 @contextlib.contextmanager
 def writer(path: Path, schema: pa.Schema, made: Provenance) -> Iterator[Writer]:
-    """A Parquet file that appears, whole and with its provenance, when the `with` block ends well.
-
-    Its id is a digest of its rows as written, and of the stage's name.
-    """
+    """A Parquet file that appears, complete and with its provenance, when the `with` block succeeds. Its id is a
+    digest of its rows as written and of the stage's name."""
     with files.atomic(path) as file, ThreadPoolExecutor(1) as thread:
         hashing = _HashingFile(file, thread)
         out = Writer(hashing, schema)
@@ -130,8 +129,8 @@ def writer(path: Path, schema: pa.Schema, made: Provenance) -> Iterator[Writer]:
             out.parquet.close()
             hashing.wait()
         except BaseException:
-            # both destructors write a footer: this one not at all, the inner one now, while the abandoned file is
-            # still open, and not at any later time when garbage is collected
+            # both destructors write a footer: prevent the outer one, and run the inner one now, while the
+            # abandoned file is still open, not whenever garbage is collected
             out.parquet.is_open = False
             out.parquet.writer = None
             raise
@@ -139,16 +138,13 @@ def writer(path: Path, schema: pa.Schema, made: Provenance) -> Iterator[Writer]:
 
 def to_table(columns: dict, schema: pa.Schema) -> pa.Table:
     """A table of `schema` from a dict of columns; (n, D) arrays become fixed-size lists."""
-    arrays = []
-    for field in schema:
-        column = columns[field.name]
-        if pa.types.is_fixed_size_list(field.type) and isinstance(column, np.ndarray):
-            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(column.ravel()), type=field.type))
-        elif isinstance(column, (pa.Array, pa.ChunkedArray)):
-            arrays.append(column)
-        else:
-            arrays.append(pa.array(column, type=field.type))
-    return pa.Table.from_arrays(arrays, names=schema.names)
+
+    def convert(column, kind: pa.DataType):
+        if pa.types.is_fixed_size_list(kind) and isinstance(column, np.ndarray):
+            return pa.FixedSizeListArray.from_arrays(pa.array(column.ravel()), type=kind)
+        return column if isinstance(column, (pa.Array, pa.ChunkedArray)) else pa.array(column, type=kind)
+
+    return pa.Table.from_arrays([convert(columns[field.name], field.type) for field in schema], names=schema.names)
 
 
 def to_matrix(column: pa.ChunkedArray | pa.FixedSizeListArray) -> np.ndarray:
@@ -164,7 +160,8 @@ def to_matrix(column: pa.ChunkedArray | pa.FixedSizeListArray) -> np.ndarray:
 def read_matrix(path: Path, column: str) -> np.ndarray:
     """A fixed-size-list column of a whole file as an (N, D) array, without a second copy of it in memory.
 
-    Row groups are read side by side. Raises PipelineError, naming the row, where a value is above LARGEST or none.
+    Row groups are read in parallel. Raises PipelineError, naming the row, if a value is NaN, infinite or above
+    LARGEST.
     """
     with open_file(path) as file:
         _require_columns(path, file, [column])
@@ -175,18 +172,17 @@ def read_matrix(path: Path, column: str) -> np.ndarray:
     matrix = np.empty((sum(sizes), kind.list_size), kind.value_type.to_pandas_dtype())
 
     def read_group(group: int) -> None:
-        end = ends[group] - sizes[group]
+        row = ends[group] - sizes[group]
         size = max(1, _CACHED_BYTES // (matrix.itemsize * kind.list_size))
-        with open_file(path, _CACHED_BYTES, footer) as file, _damage_told(path):
+        with open_file(path, _CACHED_BYTES, footer) as file, _corruption_errors(path):
             for batch in file.iter_batches(size, row_groups=[group], columns=[column], use_threads=False):
-                block = matrix[end : end + batch.num_rows]
+                block = matrix[row : row + batch.num_rows]
                 block[:] = to_matrix(batch.column(0))
                 if not is_usable(block):
-                    bad = np.flatnonzero(~(np.abs(block.astype(np.float64)) <= LARGEST).all(axis=1))
-                    raise PipelineError(
-                        f"{path}: {column} of row {end + bad[0]:,} holds NaN, infinity, or more than {LARGEST:g}"
-                    )
-                end += len(block)
+                    bad = row + np.flatnonzero(~(np.abs(block.astype(np.float64)) <= LARGEST).all(axis=1))[0]
+                    what = f"NaN, infinity, or more than {LARGEST:g}"
+                    raise PipelineError(f"{path}: {column} of row {bad:,} holds {what}")
+                row += len(block)
 
     with ThreadPoolExecutor(min(pa.cpu_count(), _MAX_READERS)) as pool:
         list(pool.map(read_group, range(len(sizes))))
@@ -194,62 +190,54 @@ def read_matrix(path: Path, column: str) -> np.ndarray:
 
 
 def is_usable(block: np.ndarray) -> bool:
-    """Whether all values of some vectors are numbers, and none is larger than LARGEST."""
-    if block.dtype != np.float16:
-        return bool(np.abs(block).max(initial=0) <= LARGEST)
-    # numpy converts each half to look at it; read as whole numbers, those that are not finite are the largest with
-    # a sign (of the unsigned ones) and without (of the signed)
-    largest, largest_positive = (block.view(kind).max(initial=0) for kind in (np.uint16, np.int16))
-    return bool(largest < 0xFC00 and largest_positive < 0x7C00)
+    """Whether all values of some vectors are numbers, none of them larger than LARGEST."""
+    if block.dtype == np.float16:  # by its bits, which saves conversions: without the sign, infinity is 0x7C00
+        return bool((block.view(np.uint16) & 0x7FFF).max(initial=0) < 0x7C00)
+    return bool(np.abs(block).max(initial=0) <= LARGEST)
 
 
 def read_provenance(path: Path) -> Provenance:
-    """The record in a file's footer. Raises PipelineError if the file is absent, damaged or not ours."""
+    """The record in a file's footer. Raises PipelineError if the file is missing, damaged or not ours."""
     metadata = open_file(path).metadata.metadata or {}
     if _KEY not in metadata:
         raise PipelineError(f"{path} was not written by this pipeline (it has no provenance in its footer)")
     try:
         return Provenance.from_json(metadata[_KEY])
     except (ValueError, TypeError):
-        raise PipelineError(
-            f"{path} has a record that this version cannot read: make it again, with --overwrite"
-        ) from None
+        raise PipelineError(f"{path} has a record that this version cannot read: rerun with --overwrite") from None
 
 
 def has_provenance(path: Path) -> bool:
-    """Whether this pipeline wrote the file. Raises PipelineError if it is absent or damaged."""
+    """Whether this pipeline wrote the file. Raises PipelineError if it is missing or damaged."""
     return _KEY in (open_file(path).metadata.metadata or {})
 
 
 def require(path: Path, script: str) -> Path:
-    """`path`, which `script` makes. Raises PipelineError, naming the script, if it is absent."""
+    """`path`, which `script` writes. Raises PipelineError, naming the script, if it is missing."""
     if not path.exists():
         raise PipelineError(f"{path} does not exist: run {script} first")
     return path
 
 
 def open_file(path: Path, buffer_bytes: int = 0, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
-    """The Parquet file at `path`. Raises PipelineError if it is absent or damaged.
+    """The Parquet file at `path`. Raises PipelineError if it is missing or damaged.
 
-    `buffer_bytes`: of a column, held at a time while batches are read; 0: all of it in a row group.
-    `footer`: of this file, if it has been read already.
+    `buffer_bytes`: of a column, held while batches are read; 0: all of a row group. `footer`: if it has been read.
     """
-    if not path.exists():
-        raise PipelineError(f"{path} does not exist: run the stage that writes it first")
-    with _damage_told(path):
+    require(path, "the stage that writes it")
+    with _corruption_errors(path):
         return pq.ParquetFile(path, metadata=footer, pre_buffer=False, buffer_size=buffer_bytes)
 
 
 @contextlib.contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
+def _corruption_errors(path: Path) -> Iterator[None]:
+    """Raise PipelineError for what Arrow raises on a damaged file; errors of the disk pass."""
     try:
         yield
     except (pa.ArrowInvalid, OSError) as error:
         if isinstance(error, OSError) and error.errno:
-            raise  # the disk's: the file may be whole
-        raise PipelineError(
-            f"{path} is damaged ({first_line(error)}): delete it and run its stage again"
-        ) from None
+            raise
+        raise PipelineError(f"{path} is damaged ({first_line(error)}): delete it and rerun its stage") from None
 
 
 def _require_columns(path: Path, file: pq.ParquetFile, columns: list[str] | None) -> None:
@@ -257,36 +245,37 @@ def _require_columns(path: Path, file: pq.ParquetFile, columns: list[str] | None
     if missing:
         raise PipelineError(
             f"{path} has no column {', '.join(missing)}: another program or version wrote it\n"
-            "intermediates are brought to today's columns by preprocess/fix_intermediate_schema.py"
+            "preprocess/fix_intermediate_schema.py converts intermediates to the current columns"
         )
 
 
 def is_done(path: Path, made: Provenance, overwrite: bool) -> bool:
     """Whether `path` is what a run that records `made` would write.
 
-    False if it is missing, or if `overwrite` says to make it again; True if settings and inputs match. Raises
-    StaleArtefact, with what differs and the two ways out, if it is there and does not match.
+    False if it is missing or to be overwritten; True if settings and inputs match. Raises StaleArtefact, naming
+    the differences and the two remedies, if they do not.
     """
     if overwrite or not path.exists():
         return False
-    there = read_provenance(path)
-    refuse_stale(path, there, made, f"{there.rows.get('out', 0):,} rows")
+    existing = read_provenance(path)
+    refuse_stale(path, existing, made, f"{existing.rows.get('out', 0):,} rows")
     return True
 
 
-def refuse_stale(path: Path | str, there: Provenance, made: Provenance, amount: str) -> None:
-    """Raise StaleArtefact if what stands at `path`, or in that database, is not what `made` would make. `amount`:
-    what redoing costs."""
-    reasons = differences(there, made)
+def refuse_stale(path: Path | str, existing: Provenance, made: Provenance, amount: str) -> None:
+    """Raise StaleArtefact if the record of a file or database, `existing`, differs from `made`, which this run
+    would write. `amount`: how much would have to be redone."""
+    reasons = differences(existing, made)
     if reasons:
         raise StaleArtefact(
-            f"{path} {'; it '.join(reasons)}\nput that back, or redo it with --overwrite ({amount})"
+            f"{path} {'; it '.join(reasons)}\nrestore that setting or input, or rerun with --overwrite ({amount})"
         )
 
 
 def read(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """A whole file, or some of its columns, in memory. Raises PipelineError if absent, damaged, or without one."""
-    with open_file(path) as file, _damage_told(path):
+    """A whole file, or some of its columns, in memory. Raises PipelineError if it is missing, damaged or lacks
+    one."""
+    with open_file(path) as file, _corruption_errors(path):
         _require_columns(path, file, columns)
         return file.read(columns=columns)
 
@@ -301,11 +290,11 @@ def batches(path: Path, columns: list[str] | None = None, size: int = 65_536) ->
 def batches_of(
     path: Path, file: pq.ParquetFile, groups: range, columns: list[str] | None = None, size: int = 65_536
 ) -> Iterator[pa.Table]:
-    """The same of some row groups of a file that is open. Raises PipelineError if it is damaged there."""
-    found = file.iter_batches(size, list(groups), columns)
+    """The same for some row groups of an open file. Raises PipelineError if they are damaged."""
+    of_groups = file.iter_batches(size, list(groups), columns)
     while True:
-        with _damage_told(path):
-            batch = next(found, None)
+        with _corruption_errors(path):
+            batch = next(of_groups, None)
         if batch is None:
             return
         yield pa.Table.from_batches([batch])
@@ -317,28 +306,19 @@ def num_rows(path: Path) -> int:
         return file.metadata.num_rows
 
 
-def row_bytes(schema: pa.Schema) -> int:
-    """About how many bytes a row of `schema` takes in memory (16 for a string, or whatever has no fixed size)."""
-    return sum(_value_bytes(field.type) for field in schema)
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an error's text: what a user is shown of a library's error."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _value_bytes(kind: pa.DataType) -> int:
+    """About how many bytes a value takes in memory: 16 for a string, or whatever has no fixed size."""
     if pa.types.is_fixed_size_list(kind):
         return kind.list_size * _value_bytes(kind.value_type)
     try:
         return max(1, kind.bit_width // 8)
-    except ValueError:  # strings, lists, structs
+    except ValueError:
         return 16
-
-
-def _codec(kind: pa.DataType) -> str:
-    """Embeddings do not compress: it costs time and saves nothing."""
-    return "NONE" if pa.types.is_nested(kind) else "ZSTD"
 
 
 def embedding_matrix(

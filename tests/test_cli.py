@@ -26,11 +26,15 @@ def run_main(body: str, resumable: bool = False) -> subprocess.CompletedProcess:
         (ConfigError("no such key"), 2, "error: no such key\n"),
         (OSError(errno.ENOSPC, "No space", "/scratch/x"), 1, "error: the disk is full (/scratch/x)\n"),
         (OSError(errno.ENOSPC, "No space", "/a", None, "/scratch/x"), 1, "error: the disk is full (/scratch/x)\n"),
-        (OSError(errno.EISDIR, "Is a directory", "/.x.tmp", None, "/x"), 1, "error: this is a folder, and a file"),
+        (
+            OSError(errno.EISDIR, "Is a directory", "/.x.tmp", None, "/x"),
+            1,
+            "error: expected a file, found a directory (/x)",
+        ),
         (
             OSError(errno.EIO, "Error", "/from", None, "/to"),
             1,
-            "error: the disk cannot be read or written here (/from",
+            "error: the disk cannot be read or written (I/O error) (/from",
         ),
     ],
 )
@@ -47,7 +51,7 @@ def test_a_users_error_is_two_lines_and_an_exit_code(error, code, message, capsy
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path, capsys):
     (tmp_path / "a.parquet").mkdir()
     assert cli.exit_code_of(lambda: files.write_text(tmp_path / "a.parquet", "")) == 1
-    assert f"this is a folder, and a file is wanted ({tmp_path}/a.parquet)" in capsys.readouterr().err
+    assert f"expected a file, found a directory ({tmp_path}/a.parquet)" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
 
 
