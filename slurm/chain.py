@@ -110,11 +110,6 @@ def select(steps: list[Step], first: str | None, last: str | None) -> list[Step]
     return steps[begin : end + 1]
 
 
-def folder_of(name: str, cfg, tune: int = 0) -> str:
-    """The folder that the step of this name writes."""
-    return str(next(step for step in steps_of(cfg, tune) if step.name == name).stage.folder(cfg))
-
-
 def missing(steps: list[Step], cfg) -> dict[str, list[int]]:
     """Step -> its unfinished tasks, among `steps` in the order of the chain.
 
@@ -122,11 +117,10 @@ def missing(steps: list[Step], cfg) -> dict[str, list[int]]:
     """
     todo: dict[str, list[int]] = {}
     for step in steps:
-        needed = [todo[name] for name in step.needs if todo.get(name)]
-        if needed and not step.shards_match:
+        rewritten = {task for name in step.needs for task in todo.get(name, ())}
+        if rewritten and not step.shards_match:
             todo[step.name] = list(range(step.tasks))
             continue
-        rewritten = {task for tasks in needed for task in tasks}
         period = num_tars(cfg) or step.tasks  # tasks so far apart take the same tar
         todo[step.name] = [
             task
@@ -136,10 +130,14 @@ def missing(steps: list[Step], cfg) -> dict[str, list[int]]:
     return todo
 
 
-def num_busy(step: Step, cfg) -> int | None:
-    """How many tasks of a step have any output, done or not; None if that is not known yet."""
+def idle_note(step: Step, cfg) -> str:
+    """How many of a step's tasks have no work, if any do or may."""
+    if step.tasks == 1 or step.stage.outputs is None:
+        return ""
     outputs = [step.stage.outputs_of(cfg, task, step.tasks) for task in range(step.tasks)]
-    return None if None in outputs else sum(map(bool, outputs))
+    if None in outputs:  # known once its inputs exist
+        return "(some tasks may have no work)" if num_tars(cfg) < step.tasks else ""
+    return f"({outputs.count([])} of the tasks have no work)" if [] in outputs else ""
 
 
 def num_tars(cfg) -> int:

@@ -1,8 +1,9 @@
 """The state of each task of a run, from its job in Slurm's queue, its log and its files."""
 
 import re
-from dataclasses import dataclass
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 from common import cli
 
@@ -33,15 +34,13 @@ ENDS = {
     "PREEMPTED": "preempted",
     "TIMEOUT": "time limit",
 }
-STOPPED = "stopped with everything saved, and not requeued (slurm.max_requeues)"
 HELD = re.compile("JobHeld|JobHold|held")  # JobHeldUser, JobHoldMaxRequeue, launch failed requeued held, ...
 # what slurmstepd writes to a log, for jobs that Slurm has forgotten
 OUT_OF_MEMORY = re.compile("oom.kill", re.IGNORECASE)
 KILLED = re.compile(r"CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))? \*\*\*")
 
 
-@dataclass(frozen=True)
-class Log:
+class Log(NamedTuple):
     """The log of a task, from its last start on."""
 
     path: Path
@@ -51,8 +50,7 @@ class Log:
     lines: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class JobTask:
+class JobTask(NamedTuple):
     """One job, or one task of an array."""
 
     number: int
@@ -88,9 +86,12 @@ def read_log(path: Path) -> Log:
 def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
     """State and reason of a submitted task. `job`: its entry in the queue, or None."""
     if job and job.is_live:
-        return wait_of(job) if job.state in NOT_STARTED else ("running", BUSY.get(job.state, ""))
-    leaves_files = step.stage.outputs is not None  # an Optuna worker does not
-    if step.is_done(cfg, number) or (not leaves_files and log.exit_code == 0):
+        if job.state not in NOT_STARTED:
+            return "running", BUSY.get(job.state, "")
+        if HELD.search(job.reason) or job.state in HELD_STATES:
+            return "waiting", f"held ({job.reason}): scontrol release {job.id.partition('_')[0]}"
+        return "waiting", WAITS.get(job.reason, job.reason)
+    if step.is_done(cfg, number) or (log.exit_code == 0 and step.stage.outputs is None):  # an Optuna worker
         return "done", ""
     if job and job.state in ENDS:
         return "failed", remedy(ENDS[job.state], step)
@@ -107,24 +108,18 @@ def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
         return "cancelled", "while running"
     if log.killed:
         return "failed", remedy(log.killed, step)
-    if log.exit_code is None:
-        return "failed", "killed"
-    if log.exit_code == 0:
-        return "failed", "it succeeded, but its files are missing or have other settings"
-    return "failed", STOPPED if log.exit_code == cli.EXIT_STOPPED else f"exit code {log.exit_code}"
+    ends = {
+        None: "killed",
+        0: "it succeeded, but its files are missing or have other settings",
+        cli.EXIT_STOPPED: "stopped with everything saved, and not requeued (slurm.max_requeues)",
+    }
+    return "failed", ends.get(log.exit_code, f"exit code {log.exit_code}")
 
 
 def remedy(end: str, step) -> str:
     """Why a job ended, and the setting that raises that limit."""
     settings = {"time limit": "time", "out of memory": "sbatch (--mem)"}
     return f"{end}: raise slurm.{step.resources}.{settings[end]}" if end in settings else end
-
-
-def wait_of(job) -> tuple[str, str]:
-    """State and reason of a job that has not started, or is about to restart."""
-    if HELD.search(job.reason) or job.state in HELD_STATES:
-        return "waiting", f"held ({job.reason}): scontrol release {job.id.partition('_')[0]}"
-    return "waiting", WAITS.get(job.reason, job.reason)
 
 
 def tasks_of(step, entry: dict, jobs: dict, cfg) -> list[JobTask]:
@@ -135,7 +130,7 @@ def tasks_of(step, entry: dict, jobs: dict, cfg) -> list[JobTask]:
         if not entry["job"]:
             tasks.append(JobTask(number, "", "not submitted", "", log))
             continue
-        job_id = f"{entry['job']}_{number}" if entry["of"] > 1 else entry["job"]
+        job_id = f"{entry['job']}_{number}" if step.tasks > 1 else entry["job"]
         job = jobs.get(job_id)
         if job and job.name != step.name:  # a reinstalled cluster counts from 1 again
             job = None
@@ -143,22 +138,21 @@ def tasks_of(step, entry: dict, jobs: dict, cfg) -> list[JobTask]:
     return tasks
 
 
-def progress_of(step, tasks: list[JobTask], cfg, now_s: float) -> dict:
+def progress_of(step, tasks: list[JobTask], cfg) -> dict:
     """Progress of a step: done, total, unit; and per_hour and seconds_left once it has finished something."""
     stage = step.stage
     if stage.progress:
         done, total, unit = stage.progress(cfg)
         return {"done": done, "total": total, "unit": unit}
     by_task = [stage.outputs_of(cfg, number, step.tasks) for number in range(step.tasks)]
-    countable = None not in by_task
     outputs = [output for outputs in by_task for output in outputs or ()]
     finished = [output.path for output in outputs if stage.is_current(output)]
-    progress = {"done": len(finished), "total": len(outputs) if countable else None, "unit": "files"}
+    total = None if None in by_task else len(outputs)
+    progress = {"done": len(finished), "total": total, "unit": "files"}
     starts = [task.log.first_start_s for task in tasks if task.log.first_start_s]
-    if not starts or not any(task.state == "running" for task in tasks):
-        return progress
-    began = min(starts)
-    per_s = sum(path.stat().st_mtime >= began for path in finished) / max(now_s - began, 1)
-    if not per_s or not countable:
-        return progress
-    return {**progress, "per_hour": 3600 * per_s, "seconds_left": (len(outputs) - len(finished)) / per_s}
+    if total is not None and starts and any(task.state == "running" for task in tasks):
+        began = min(starts)
+        per_s = sum(path.stat().st_mtime >= began for path in finished) / max(time.time() - began, 1)
+        if per_s:
+            progress |= {"per_hour": 3600 * per_s, "seconds_left": (total - len(finished)) / per_s}
+    return progress

@@ -5,25 +5,21 @@ logs/runs/<time>/config.toml, which is written once. Editing the user's file aff
 """
 
 import argparse
+import itertools
 import os
 import re
 import shutil
 from pathlib import Path
 
-from common import config, files
+from common import config
 from common.errors import PipelineError
 from common.sections import Config
 from slurm import chain, runs
 from slurm.runs import ROOT
 
-PASSWORD = re.compile("://[^/@]*:[^/@]*@")  # in a URL
 
-
-def sbatch_command(step, tasks: list[int], cfg: Config, folder: Path, dependency: str) -> list[str]:
-    """The sbatch command line for these tasks of a step of the run in `folder`.
-
-    `dependency`: such as "afterok:12:13", or empty.
-    """
+def sbatch_command(step, todo: dict, job_ids: dict[str, str], cfg: Config, folder: Path) -> list[str]:
+    """The sbatch command line of a step of the run in `folder`, for its tasks in `todo`; see `dependency_of`."""
     resources = step.resources_in(cfg)
     command = ["sbatch", "--parsable", f"--time={resources.time}", "--requeue"]
     command += [f"--signal=USR2@{cfg.slurm.signal_before_s}", *cfg.slurm.sbatch, *resources.sbatch]
@@ -32,8 +28,8 @@ def sbatch_command(step, tasks: list[int], cfg: Config, folder: Path, dependency
     command += ["--open-mode=append", "--kill-on-invalid-dep=yes"]
     if step.tasks > 1:
         throttle = f"%{resources.throttle}" if resources.throttle else ""
-        command.append(f"--array={ranges(tasks)}{throttle}")
-    if dependency:
+        command.append(f"--array={ranges(todo[step.name])}{throttle}")
+    if dependency := dependency_of(step, todo, job_ids):
         command.append(f"--dependency={dependency}")
     command += [f"{ROOT}/slurm/stage.sbatch", str(ROOT), str(cfg.slurm.max_requeues), step.script, *step.arguments]
     return [*command, "--config", str(folder / "config.toml")]
@@ -46,13 +42,9 @@ def log_of(step, folder: Path) -> Path:
 
 def ranges(tasks: list[int]) -> str:
     """Increasing numbers in sbatch's notation: "0-3,7"."""
-    spans: list[list[int]] = []
-    for task in tasks:
-        if spans and spans[-1][1] == task - 1:
-            spans[-1][1] = task
-        else:
-            spans.append([task, task])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+    # consecutive numbers are equally far from their indices
+    spans = [list(span) for _, span in itertools.groupby(tasks, key=lambda task: task - tasks.index(task))]
+    return ",".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
 
 
 def dependency_of(step, todo: dict[str, list[int]], job_ids: dict[str, str]) -> str:
@@ -72,12 +64,7 @@ def planned(steps: list, todo: dict[str, list[int]], cfg: Config) -> list[list[s
     """The sbatch command lines of the steps that are left, with step names in place of job ids."""
     folder, left = cfg.paths.logs_dir / "runs" / "TIME", [step for step in steps if todo[step.name]]
     job_ids = {step.name: f"${step.name}" for step in left}
-    return [
-        sbatch_command(step, todo[step.name], cfg, folder, dependency_of(step, todo, job_ids)) for step in left
-    ]
-
-
-# ------------------------------------------------------------------------------------------------ submission
+    return [sbatch_command(step, todo, job_ids, cfg, folder) for step in left]
 
 
 def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.Namespace) -> int:
@@ -94,42 +81,42 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
             f"an array of {widest} tasks is too large: this cluster allows {limit} (MaxArraySize)\n"
             "lower slurm.num_shards, slurm.difficulty_shards or --tune; a shard may take any number of tars"
         )
+    by_name = {step.name: step for step in chain.steps_of(cfg, args.tune)}
+    entries: dict[str, dict] = {
+        step.name: {
+            "job": None,  # its id, once submitted
+            "tasks": todo[step.name],
+            "reads": [str(by_name[name].stage.folder(cfg)) for name in step.needs],
+            "target": str(step.stage.folder(cfg)),
+        }
+        for step in left
+    }
+    selection = {"--only": args.only, "--from": args.first, "--to": args.last, "--tune": args.tune}
+    selected = [word for flag, value in selection.items() if value for word in (flag, str(value))]
     with runs.lock(cfg.paths.logs_dir):
-        entries = {step.name: entry_of(step, todo[step.name], cfg, args.tune) for step in left}
-        reads = {path for entry in entries.values() for path in entry["reads"]}
-        writes = {entry["target"] for entry in entries.values()}
-        runs.refuse_busy(cfg.paths.logs_dir, reads, writes)
+        runs.refuse_busy(cfg.paths.logs_dir, entries.values())
         folder = runs.create(cfg.paths.logs_dir)
         freeze(cfg, folder / "config.toml")
-        record = {"owner": os.getuid(), "tune": args.tune}
-        record |= {"config": args.config and str(args.config.resolve()), "set": args.set}
-        record |= {"continue_with": continuation(args), "done_before": [s.name for s in steps if s not in left]}
-        record["steps"] = {step.name: {**entries[step.name], "log": str(log_of(step, folder))} for step in left}
+        for step in left:
+            entries[step.name]["log"] = str(log_of(step, folder))
+        record = {
+            "owner": os.getuid(),
+            "tune": args.tune,
+            "config": args.config and str(args.config.resolve()),
+            "set": args.set,
+            "continue_with": [*settings_flags(args), *selected],
+            "done_before": [step.name for step in steps if not todo[step.name]],
+            "steps": entries,
+        }
         runs.save(folder, record)
         return submit_rest(folder, record, left, cfg, {})
 
 
 def freeze(cfg: Config, path: Path) -> None:
-    """Write all settings, readable by the owner only if the URL of the study's database has a password."""
-    mask = os.umask(0)
-    os.umask(mask | 0o077 if PASSWORD.search(cfg.tuning.study_storage) else mask)
-    try:
-        files.write_text(path, config.to_toml(cfg))
-    finally:
-        os.umask(mask)
-
-
-def entry_of(step, tasks: list[int], cfg: Config, tune: int) -> dict:
-    """A step in the record of a run, before it is submitted."""
-    return {
-        "job": None,  # its id, once submitted
-        "tasks": tasks,
-        "of": step.tasks,
-        "needs": step.needs,
-        "reads": [chain.folder_of(name, cfg, tune) for name in step.needs],
-        "target": str(step.stage.folder(cfg)),
-        "command": [],
-    }
+    """Write all settings to a new file: readable by its owner only if the study's database has a password."""
+    has_password = re.search("://[^/@]*:[^/@]*@", cfg.tuning.study_storage)
+    path.touch(0o600 if has_password else 0o666)
+    path.write_text(config.to_toml(cfg), encoding="utf-8")
 
 
 def submit_rest(folder: Path, record: dict, steps: list, cfg: Config, job_ids: dict[str, str]) -> int:
@@ -139,8 +126,7 @@ def submit_rest(folder: Path, record: dict, steps: list, cfg: Config, job_ids: d
         entry = record["steps"][step.name]
         if entry["job"]:
             continue
-        dependency = dependency_of(step, todo, job_ids)
-        entry["command"] = sbatch_command(step, entry["tasks"], cfg, folder, dependency)
+        entry["command"] = sbatch_command(step, todo, job_ids, cfg, folder)
         try:
             entry["job"] = job_ids[step.name] = sbatch(entry["command"])
         except PipelineError as error:
@@ -187,9 +173,8 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
                     f"{name} (job {job}) of that run ended unfinished: see {log}\n"
                     f"slurm/submit.py --cancel {runs.handle(folder, record)}, then submit again"
                 )
-        rest = [record["steps"][step.name] for step in steps if not record["steps"][step.name]["job"]]
-        reads, writes = {path for entry in rest for path in entry["reads"]}, {entry["target"] for entry in rest}
-        runs.refuse_busy(logs_dir, reads, writes, but=folder)
+        rest = [entry for entry in record["steps"].values() if not entry["job"]]
+        runs.refuse_busy(logs_dir, rest, but=folder)
         return submit_rest(folder, record, steps, cfg, live)
 
 
@@ -197,9 +182,3 @@ def settings_flags(args: argparse.Namespace) -> list[str]:
     """The --config and --set flags of this call."""
     flags = ["--config", str(args.config.resolve())] if args.config else []
     return [*flags, *(word for override in args.set for word in ("--set", override))]
-
-
-def continuation(args: argparse.Namespace) -> list[str]:
-    """The arguments with which submit.py continues this run."""
-    selection = {"--only": args.only, "--from": args.first, "--to": args.last, "--tune": args.tune or None}
-    return [*settings_flags(args), *(str(x) for flag, x in selection.items() if x is not None for x in (flag, x))]

@@ -25,40 +25,29 @@ def main(argv=None) -> int:
     cfg = cli.load_config(arguments.parse_args(argv))
     import socket
 
+    import safetensors
+
     from generate import model_files, pixels
 
     settings = cfg.embedding_model
     folder = model_files.locate(settings.name, settings.revision)
     family = model_files.read_json(folder / "config.json").get("model_type")
     size = pixels.read_preprocessing(folder).image_size
-    num_bytes = check_weights(folder)
+    index = folder / "model.safetensors.index.json"
+    weights = {folder / "model.safetensors"}
+    if index.exists():
+        weights = {folder / name for name in model_files.read_json(index)["weight_map"].values()}
+    for path in sorted(weights):
+        try:  # compares the header with the file's size; loads nothing, which might not fit on a login node
+            with safetensors.safe_open(path, "numpy"):
+                pass
+        except (OSError, safetensors.SafetensorError) as error:
+            raise PipelineError(f"{path} is missing or damaged ({error}): fetch it again") from None
     print(
         f"{socket.gethostname()}: {settings.name} ({family}, images of {size[0]} x {size[1]}), "
-        f"{num_bytes / 1e6:,.0f} MB of weights in {folder}"
+        f"{sum(path.stat().st_size for path in weights) / 1e6:,.0f} MB of weights in {folder}"
     )
     return 0
-
-
-def check_weights(folder: Path) -> int:
-    """The size of a model's weights in bytes. Raises PipelineError unless all files exist and are complete.
-
-    Compares headers with file sizes and loads nothing: the model may be too large for a login node.
-    """
-    import json
-
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.exists():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    for name in sorted(names):
-        try:
-            with safe_open(folder / name, "numpy") as weights:
-                weights.keys()
-        except (OSError, SafetensorError) as error:
-            raise PipelineError(f"{folder / name} is missing or damaged ({error}): fetch it again") from None
-    return sum((folder / name).stat().st_size for name in names)
 
 
 if __name__ == "__main__":

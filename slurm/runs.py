@@ -1,20 +1,20 @@
 """Submitted runs: their records, logs/runs/<time>/run.json, and the state of their jobs in Slurm's queue.
 
 A record lists every step from the start and gets each job's id as soon as it is submitted, so that an interrupted
-submission can be continued or cancelled; it names the owner, since several users may share the folder. Slurm
-forgets a job minutes after it ends, and not every cluster has accounting: the log and the files then show how it
-ended (see status.py).
+submission can be continued or cancelled; it names the owner, since several users may share the folder.
 """
 
 import contextlib
+import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from common import files
 from common.errors import PipelineError
@@ -22,11 +22,9 @@ from common.errors import PipelineError
 ROOT = Path(__file__).resolve().parents[1]
 ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
 WITHOUT_CLUSTER = "run this on a login node,\nor run the chain here with slurm/submit.py --local"
-LOG_WIDTH = 4096  # characters of a path that squeue is asked for
 
 
-@dataclass(frozen=True)
-class SlurmJob:
+class SlurmJob(NamedTuple):
     """A job, or a task of an array, as squeue lists it."""
 
     id: str  # "12", or "12_3" for task 3 of an array
@@ -45,13 +43,10 @@ def environment() -> dict[str, str]:
     sbatch passes those of an interactive job on to new jobs, where srun takes them as options: another job's
     number of tasks, memory per core or array index.
     """
-    inside_a_job = "SLURM_JOB_ID" in os.environ
-    kept = ("SLURM_CONF", "SLURM_CLUSTERS")
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name in kept or not (inside_a_job and name.startswith(("SLURM_", "SRUN_", "SLURMD_")))
-    }
+    if "SLURM_JOB_ID" not in os.environ:
+        return dict(os.environ)
+    jobs, kept = ("SLURM_", "SRUN_", "SLURMD_"), ("SLURM_CONF", "SLURM_CLUSTERS")
+    return {name: value for name, value in os.environ.items() if name in kept or not name.startswith(jobs)}
 
 
 def ask(*command: str, show_warnings: bool = False) -> str:
@@ -154,7 +149,7 @@ def adopt(folder: Path, record: dict) -> None:
 
     They are recognised by their names and by the folder of their logs, in whose names Slurm may expand %a or not.
     """
-    flags = [f"--user={record['owner']}", "--noheader", f"--Format=ArrayJobID:20,Name:40,STDOUT:{LOG_WIDTH}"]
+    flags = [f"--user={record['owner']}", "--noheader", "--Format=ArrayJobID:20,Name:40,STDOUT:4096"]
     for line in ask("squeue", *flags).splitlines():
         job, name, log = line[:20].strip(), line[20:60].strip(), Path(line[60:].strip())
         entry = record["steps"].get(name)
@@ -163,22 +158,18 @@ def adopt(folder: Path, record: dict) -> None:
     save(folder, record)
 
 
-def refuse_busy(logs_dir: Path, reads: set[str], writes: set[str], but: Path | None = None) -> None:
-    """Raise PipelineError if a live job of another run than `but` writes one of these folders, or reads one of
-    those to be written."""
-    queues: dict[int, dict[str, SlurmJob]] = {}
+def refuse_busy(logs_dir: Path, entries: Collection[dict], but: Path | None = None) -> None:
+    """Raise PipelineError if a live job of another run than `but` writes a folder that these steps read or write,
+    or reads one that they write."""
+    writes = {entry["target"] for entry in entries}
+    touches = writes.union(*(entry["reads"] for entry in entries))
+    queue_of = functools.cache(queue)
     for folder in folders(logs_dir):
-        if but is not None and folder.resolve() == but.resolve():
+        if but and folder.samefile(but):
             continue
         record = load(folder)
-        owner = record["owner"]
-        queues[owner] = queues[owner] if owner in queues else queue(owner)
-        live = {name: record["steps"][name] for name in live_steps(record, queues[owner])}
-        busy = [
-            name
-            for name, entry in live.items()
-            if entry["target"] in reads | writes or writes.intersection(entry["reads"])
-        ]
+        live = {name: record["steps"][name] for name in live_steps(record, queue_of(record["owner"]))}
+        busy = [n for n, entry in live.items() if entry["target"] in touches or writes & set(entry["reads"])]
         if busy:
             halted = len(job_ids(record)) < len(record["steps"])
             run = handle(folder, record)
@@ -201,14 +192,7 @@ def cancel(folder: Path) -> int:
 
 def max_array_size() -> int:
     """The cluster's MaxArraySize, one more than the largest array index."""
-    for line in ask("scontrol", "show", "config").splitlines():
-        key, _, value = line.partition("=")
-        if key.strip() == "MaxArraySize":
-            return int(value)
-    raise PipelineError("scontrol show config does not list MaxArraySize")
-
-
-def command_line(program: Path, arguments: list[str]) -> list[str]:
-    """The command that starts `program` from the current directory, by the shorter of its two paths."""
-    here = Path(os.path.relpath(program))
-    return ["python", str(program if here.parts[0] == ".." else here), *arguments]
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"), re.MULTILINE)
+    if match is None:
+        raise PipelineError("scontrol show config does not list MaxArraySize")
+    return int(match[1])

@@ -1,8 +1,7 @@
 """Report on a submitted run: what is done, running or waiting, what failed and why, and how to continue.
 
-Three sources: the run's record (its jobs), Slurm's queue (live jobs), and the artefacts (finished work). Slurm
-forgets a job minutes after it ends; from then on its log says how it ended. Exit code 1: some task failed, was
-cancelled, or was never submitted.
+Slurm forgets a job minutes after it ends, and not every cluster has accounting: from then on its log and its files
+say how it ended. Exit code 1: some task failed, was cancelled, or was never submitted.
 
 Reads    logs/runs/<time>/{run.json,config.toml,*.log}, squeue, the records in the artefacts
 Command  python slurm/status.py [RUN] [--watch] [--json]       RUN: by default the newest in logs/runs
@@ -16,11 +15,11 @@ cancel: command lines.
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run by path: import from the repository root, not from this folder
@@ -49,22 +48,35 @@ def report(folder: Path) -> dict:
     }
     failures: list[dict] = []
     for name, entry in record["steps"].items():
-        step = replace(steps[name], tasks=entry["of"])
+        step = steps[name]
         tasks = fates.tasks_of(step, entry, jobs, cfg)
         counts = {state: sum(task.state == state for task in tasks) for state in STATES}
         state = next(state for state in STATES if counts[state])
-        counts["done"] += entry["of"] - len(tasks)
-        unfinished = [need for need in entry["needs"] if need in summaries and summaries[need]["state"] != "done"]
+        counts["done"] += step.tasks - len(tasks)
+        unfinished = [need for need in step.needs if need in summaries and summaries[need]["state"] != "done"]
         summaries[name] = {
             "name": name,
             "job": entry["job"],
             "state": state,
             "why": why(state, tasks, unfinished),
             "tasks": {state: count for state, count in counts.items() if count},
-            "progress": fates.progress_of(step, tasks, cfg, time.time()),
+            "progress": fates.progress_of(step, tasks, cfg),
         }
-        failures += [failure_of(name, entry, task) for task in tasks if task.state == "failed"]
+        failures += [
+            {
+                "step": name,
+                "task": task.number if step.tasks > 1 else None,
+                "job": task.job,
+                "why": task.why,
+                "log": str(task.log.path),
+                "last_lines": task.log.lines[-SHOWN_LINES:],
+            }
+            for task in tasks
+            if task.state == "failed"
+        ]
     program, run = runs.ROOT / "slurm" / "submit.py", runs.handle(folder, record)
+    here = os.path.relpath(program)
+    submit = ["python", str(program) if here.startswith("..") else here]
     present = {state for step in summaries.values() for state in step["tasks"]}
     return {
         "run": folder.name,
@@ -73,21 +85,9 @@ def report(folder: Path) -> dict:
         "failures": failures,
         "live": not present.isdisjoint(("running", "waiting")),
         "failed": not present.isdisjoint(("failed", "cancelled", "not submitted")),
-        "continue": shlex.join(runs.command_line(program, record["continue_with"])),
-        "continue_submission": shlex.join(runs.command_line(program, ["--continue", run])),
-        "cancel": shlex.join(runs.command_line(program, ["--cancel", run])),
-    }
-
-
-def failure_of(name: str, entry: dict, task) -> dict:
-    """A failed task, as --json prints it. `task`: see fates.py."""
-    return {
-        "step": name,
-        "task": task.number if entry["of"] > 1 else None,
-        "job": task.job,
-        "why": task.why,
-        "log": str(task.log.path),
-        "last_lines": task.log.lines[-SHOWN_LINES:],
+        "continue": shlex.join([*submit, *record["continue_with"]]),
+        "continue_submission": shlex.join([*submit, "--continue", run]),
+        "cancel": shlex.join([*submit, "--cancel", run]),
     }
 
 
@@ -135,20 +135,17 @@ def as_text(run: dict, width: int | None = None) -> str:
         lines += [*(f"  | {line}" for line in failure["last_lines"]), f"  log: {failure['log']}"]
     if len(run["failures"]) > SHOWN_FAILURES:
         lines += ["", f"and {len(run['failures']) - SHOWN_FAILURES} more tasks failed: see --json"]
-    return "\n".join([*lines, *advice(run)])
-
-
-def advice(run: dict) -> list[str]:
-    """Command lines that continue a run where something failed."""
     if not run["failed"]:
-        return []
+        return "\n".join(lines)
     halted = any(step["tasks"].get("not submitted") for step in run["steps"])
     if halted and not run["failures"]:
-        return ["", f"the submission was interrupted; submit the rest:  {run['continue_submission']}"]
-    if run["live"]:
+        advice = [f"the submission was interrupted; submit the rest:  {run['continue_submission']}"]
+    elif run["live"]:
         wait = f"once the running jobs have ended, or after  {run['cancel']}"
-        return ["", wait, f"continue with:  {run['continue']}"]
-    return ["", f"once that is fixed, continue with:  {run['continue']}"]
+        advice = [wait, f"continue with:  {run['continue']}"]
+    else:
+        advice = [f"once that is fixed, continue with:  {run['continue']}"]
+    return "\n".join([*lines, "", *advice])
 
 
 def main(argv=None) -> int:
@@ -190,10 +187,8 @@ def on_screen(run: dict, width: int | None, height: int) -> str:
     """The report as --watch shows it: on a terminal from the top, no taller than it while any job is live."""
     if width is None:
         return f"{time.strftime('%H:%M:%S')} {as_text(run)}\n"
-    lines = [
-        f"{time.strftime('%H:%M:%S')}, refreshed every {WATCH_EVERY_S} s, Ctrl-C to leave",
-        *as_text(run, width).splitlines(),
-    ]
+    header = f"{time.strftime('%H:%M:%S')}, refreshed every {WATCH_EVERY_S} s, Ctrl-C to leave"
+    lines = [header, *as_text(run, width).splitlines()]
     if run["live"]:  # the final report stays whole
         more = ["... (run without --watch to see the rest)"] if len(lines) >= height else []
         lines = [line[:width] for line in lines[: height - 1 - len(more)]] + more

@@ -23,36 +23,21 @@ from common import cli
 from common.errors import ConfigError
 
 
-def work_notes(steps: list, cfg) -> dict[str, str]:
-    """Step -> a note on how many of its tasks have no work, if any do or may."""
-    from slurm import chain
-
-    notes = {}
-    for step in steps:
-        divides = step.tasks > 1 and step.stage.outputs is not None
-        busy = chain.num_busy(step, cfg) if divides else step.tasks
-        if busy is None:
-            notes[step.name] = "(some tasks may have no work)" if chain.num_tars(cfg) < step.tasks else ""
-        else:
-            notes[step.name] = f"({step.tasks - busy} of the tasks have no work)" if busy < step.tasks else ""
-    return notes
-
-
-def print_plan(steps: list, todo: dict[str, list[int]], commands: list[list[str]], notes: dict[str, str]) -> None:
+def print_plan(steps: list, todo: dict[str, list[int]], commands: list[list[str]], cfg) -> None:
     """Print a line per step, with what is left of it and what it waits for; then the command lines."""
-    from slurm import jobs
+    from slurm import chain, jobs
 
     for step in steps:
         left = todo[step.name]
-        state = "to do" if left else "done"
-        if step.tasks > 1:
-            state = (
-                f"{len(left)} of {step.tasks} tasks to do ({jobs.ranges(left)})"
-                if left
-                else f"{step.tasks} tasks done"
-            )
+        if step.tasks == 1:
+            state = "to do" if left else "done"
+        elif left:
+            state = f"{len(left)} of {step.tasks} tasks to do ({jobs.ranges(left)})"
+        else:
+            state = f"{step.tasks} tasks done"
         after = f"after {', '.join(step.needs)}" if step.needs else ""
-        print(" ".join(filter(None, [f"{step.name:26} {state:34}", after, notes[step.name]])).rstrip())
+        note = chain.idle_note(step, cfg)
+        print(" ".join(filter(None, [f"{step.name:26} {state:34}", after, note])).rstrip())
     for command in commands:
         print(f"\n{shlex.join(command)}")
 
@@ -64,16 +49,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments.add_argument("--from", dest="first", metavar="STAGE", help="start at this stage")
     arguments.add_argument("--to", dest="last", metavar="STAGE", help="stop after this stage")
     arguments.add_argument("--only", metavar="STAGE", help="run only this stage")
-    arguments.add_argument(
-        "--overwrite", action="store_true", help="with --local and --from or --only: redo those stages"
-    )
+    redo = "with --local and --from or --only: redo those stages"
+    arguments.add_argument("--overwrite", action="store_true", help=redo)
     arguments.add_argument("--tune", type=int, default=0, metavar="N", help="tune first, with N Optuna workers")
     arguments.add_argument("--jobs", type=int, default=1, metavar="N", help="with --local: commands at once (1)")
     where = arguments.add_mutually_exclusive_group()
     where.add_argument("--local", action="store_true", help="run the stages on this machine")
-    where.add_argument(
-        "--prefetch", action="store_true", help="fetch the backbone, and check that jobs will find it"
-    )
+    fetch = "fetch the backbone, and check that jobs will find it"
+    where.add_argument("--prefetch", action="store_true", help=fetch)
     where.add_argument("--continue", dest="rest", metavar="RUN", help="finish an interrupted submission")
     where.add_argument("--cancel", metavar="RUN", help="cancel the run in logs/runs/RUN")
     args = arguments.parse_args(argv)
@@ -83,10 +66,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise ConfigError("--jobs must be 1 or more and belongs to --local; for Slurm set slurm.<stage>.throttle")
     if args.overwrite and not (args.only or args.first):
         raise ConfigError("--overwrite needs --from STAGE or --only STAGE: which stages to redo")
-    if args.dry_run and (args.prefetch or args.rest or args.cancel):
-        raise ConfigError("--dry-run does not apply to --prefetch, --continue or --cancel")
-    if (args.prefetch or args.rest or args.cancel) and (args.only or args.first or args.last or args.tune):
-        raise ConfigError("--only, --from, --to and --tune do not apply to --prefetch, --continue or --cancel")
+    of_chain = args.only or args.first or args.last or args.tune or args.dry_run
+    if of_chain and (args.prefetch or args.rest or args.cancel):
+        flags = "--only, --from, --to, --tune and --dry-run"
+        raise ConfigError(f"{flags} do not apply to --prefetch, --continue or --cancel")
     if args.only and (args.first or args.last):
         raise ConfigError("--only cannot be combined with --from or --to")
     return args
@@ -113,17 +96,13 @@ def main(argv: list[str] | None = None) -> int:
         folders = " ".join(str(step.stage.folder(cfg)) for step in steps)
         raise ConfigError(f"--overwrite works with --local only; on Slurm, remove what to redo:\n{folders}")
     todo = {step.name: list(range(step.tasks)) for step in steps} if args.overwrite else chain.missing(steps, cfg)
-    if args.local:
-        flags = [*jobs.settings_flags(args), *["--overwrite"][: args.overwrite]]
-        commands = local.commands(steps, todo, flags, args.jobs)
-        if args.dry_run:
-            print_plan(steps, todo, [command for _, command in commands], work_notes(steps, cfg))
-            return 0
-        return local.run_chain(steps, commands, cfg, args.jobs)
+    flags = [*jobs.settings_flags(args), *["--overwrite"][: args.overwrite]]
+    commands = local.commands(steps, todo, flags, args.jobs)
     if args.dry_run:
-        print_plan(steps, todo, jobs.planned(steps, todo, cfg), work_notes(steps, cfg))
+        lines = [line for _, line in commands] if args.local else jobs.planned(steps, todo, cfg)
+        print_plan(steps, todo, lines, cfg)
         return 0
-    return jobs.submit(steps, todo, cfg, args)
+    return local.run_chain(steps, commands, cfg, args.jobs) if args.local else jobs.submit(steps, todo, cfg, args)
 
 
 if __name__ == "__main__":

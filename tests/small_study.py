@@ -54,9 +54,9 @@ def stand_in(seconds: float = 0.0):
     return fit
 
 
-def work(cfg, tuning, **limits) -> cli.Progress:
-    with cli.Progress("optuna_worker", "trial") as progress:
-        study_trials.work(cfg, tuning, progress, **limits)
+def work(cfg, tuning, max_trials: int | None = None, minutes: float | None = None) -> cli.Progress:
+    with cli.Progress("optuna_worker", "trial", max_trials) as progress:
+        study_trials.work(cfg, tuning, progress, minutes)
     return progress
 
 

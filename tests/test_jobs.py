@@ -17,9 +17,13 @@ def everything(steps) -> dict[str, list[int]]:
     return {step.name: list(range(step.tasks)) for step in steps}
 
 
-def sbatch_line(step, cfg, tasks=None, dependency="") -> list[str]:
-    tasks = list(range(step.tasks)) if tasks is None else tasks
-    return jobs.sbatch_command(step, tasks, cfg, cfg.paths.logs_dir, dependency)
+def sbatch_line(step, cfg, todo=None, job_ids=None) -> list[str]:
+    return jobs.sbatch_command(step, todo or everything([step]), job_ids or {}, cfg, cfg.paths.logs_dir)
+
+
+def writer(folder, *reads) -> dict:
+    """A step that writes one folder and reads others, as a record has it."""
+    return {"target": str(folder), "reads": list(map(str, reads))}
 
 
 def test_shard_i_waits_for_shard_i_only_where_that_is_enough(cfg):
@@ -41,7 +45,8 @@ def test_arrays_of_different_shards_are_not_paired(cfg):
 
 def test_an_array_holds_the_shards_that_are_left_and_is_throttled(cfg):
     steps = {step.name: step for step in chain.steps_of(cfg, tune=3)}
-    command = sbatch_line(steps["generate_embeddings"], cfg, [0, 1, 3], "aftercorr:7")
+    todo = {name: [0, 1, 3] for name in ("process_tar", "generate_embeddings")}
+    command = sbatch_line(steps["generate_embeddings"], cfg, todo, {"process_tar": "7"})
     assert "--array=0-1,3%4" in command
     assert "--dependency=aftercorr:7" in command
     assert command.index("--account=abc") < command.index(f"{ROOT}/slurm/stage.sbatch")
@@ -78,6 +83,7 @@ def test_a_password_in_the_settings_is_for_its_owner_alone(cfg, tmp_path):
         ("postgresql://me:x@host/db", True),
     ]:
         tuned = cfg.tuning.model_copy(update={"study_storage": url})
+        (tmp_path / "config.toml").unlink(missing_ok=True)
         jobs.freeze(cfg.model_copy(update={"tuning": tuned}), tmp_path / "config.toml")
         mode = (tmp_path / "config.toml").stat().st_mode & 0o777
         assert (mode == 0o600) == private
@@ -105,13 +111,13 @@ def test_what_a_live_job_reads_is_not_written(submitted, cfg, clients):
     folder = submitted()
     job = runs.load(folder)["steps"]["train"]["job"]
     clients(squeue=f"echo '{job}|train|RUNNING|None'")
-    difficulty, published = str(cfg.paths.difficulty_dir), str(cfg.paths.published_dir)
+    difficulty = str(cfg.paths.difficulty_dir)
     checkpoints = str(cfg.paths.checkpoints_dir / "default")
-    for reads, writes in [(set(), {difficulty}), (set(), {checkpoints}), ({checkpoints}, set())]:
+    for entry in [writer(difficulty), writer(checkpoints), writer("elsewhere", checkpoints)]:
         with pytest.raises(PipelineError, match="train in the queue"):
-            runs.refuse_busy(cfg.paths.logs_dir, reads, writes)
-    runs.refuse_busy(cfg.paths.logs_dir, {difficulty}, {published})  # both may read it
-    runs.refuse_busy(cfg.paths.logs_dir, set(), {difficulty}, but=folder)
+            runs.refuse_busy(cfg.paths.logs_dir, [entry])
+    runs.refuse_busy(cfg.paths.logs_dir, [writer(cfg.paths.published_dir, difficulty)])  # both may read it
+    runs.refuse_busy(cfg.paths.logs_dir, [writer(difficulty)], but=folder)
 
 
 @pytest.mark.parametrize(
@@ -129,9 +135,7 @@ def test_a_live_job_reads_more_than_what_it_waits_for_last(submitted, cfg, clien
     clients(squeue=f"echo '{job}|{live}|RUNNING|None'")
     folder = getattr(cfg.paths, read)
     with pytest.raises(PipelineError, match=f"{live} in the queue"):
-        runs.refuse_busy(
-            cfg.paths.logs_dir, set(), {str(folder / "default" if read == "checkpoints_dir" else folder)}
-        )
+        runs.refuse_busy(cfg.paths.logs_dir, [writer(folder / "default" if read == "checkpoints_dir" else folder)])
 
 
 def test_the_queue_is_asked_for_the_jobs_of_who_submitted_them(submitted, clients, tmp_path):
@@ -141,7 +145,7 @@ def test_the_queue_is_asked_for_the_jobs_of_who_submitted_them(submitted, client
     clients(squeue=f'echo "$@" >> {tmp_path}/asked')
     status.report(folder)
     assert runs.cancel(folder) == 0
-    runs.refuse_busy(folder.parents[1], set(), set())
+    runs.refuse_busy(folder.parents[1], [])
     assert (tmp_path / "asked").read_text().count("--user=12345") == 4
 
 
@@ -217,7 +221,7 @@ def test_a_reused_job_id_is_not_taken_for_the_runs_own(cfg, tmp_path):
     record = {"steps": {"train": {"job": "7"}, "evaluate": {"job": "8"}}}
     queue = {"7": runs.SlurmJob("7", "another", "RUNNING", ""), "8": runs.SlurmJob("8", "evaluate", "PENDING", "")}
     assert runs.live_steps(record, queue) == {"evaluate": "8"}
-    entry = {"job": "7", "tasks": [0], "of": 1, "log": str(tmp_path / "none.log")}
+    entry = {"job": "7", "tasks": [0], "log": str(tmp_path / "none.log")}
     step = next(step for step in chain.steps_of(cfg) if step.name == "train")
     (task,) = fates.tasks_of(step, entry, queue, cfg)
     assert task.state == "cancelled"  # not running, as the other job 7 is

@@ -72,7 +72,7 @@ def test_select_takes_both_ends_and_refuses_what_is_not_there(cfg):
     [
         (["--tune", "-1"], "--tune must be 1"),
         (["--jobs", "2"], "belongs to --local"),
-        (["--dry-run", "--cancel", "20260101-000000"], "--dry-run does not apply"),
+        (["--dry-run", "--cancel", "20260101-000000"], "--dry-run do not apply to"),
         (["--only", "train", "--to", "train"], "cannot be combined with --from"),
         (["--cancel", "20260101-000000", "--only", "train"], "do not apply to"),
         (["--continue", "20260101-000000", "--to", "evaluate"], "do not apply to"),
@@ -109,7 +109,8 @@ def test_a_file_is_done_if_its_settings_and_inputs_are_the_same(cfg, tmp_path):
     steps = chain.steps_of(cfg)[:2]
     assert chain.missing(steps, cfg)["process_tar"] == [0]  # shards 1 to 3 have no tar
     for step in steps:
-        subprocess.run(local.local_command(step, flags), check=True, capture_output=True)
+        ((_, command),) = local.commands([step], everything([step]), flags, jobs=1)
+        subprocess.run(command, check=True, capture_output=True)
     assert chain.missing(steps, cfg) == {"process_tar": [], "compute_fingerprints": []}
 
     exact = config.load(None, [*flags[1:], "slurm.num_shards=4", "data.fingerprint=exact"])

@@ -6,6 +6,7 @@ than STALE_MIN_S and than STALE_EPOCHS of the longest epochs in the study; until
 finished, nobody knows how long one takes, and STALE_UNKNOWN_S applies.
 """
 
+import functools
 import logging
 import os
 import socket
@@ -62,11 +63,14 @@ def open_study(cfg: Config, made: Provenance, *, create: bool, overwrite: bool =
         storage = study_storage.open_storage(cfg)
         if not create and STUDY_NAME not in optuna.get_all_study_names(storage):
             raise PipelineError(f"{name} holds no study: run train/optuna_worker.py first")
-        study = _create_or_load(storage)
+        create_or_load = functools.partial(
+            optuna.create_study, storage=storage, study_name=STUDY_NAME, direction="maximize", load_if_exists=True
+        )
+        study = create_or_load()
         existing = study.user_attrs.get("provenance")
         if existing and overwrite and provenance.differences(Provenance(**existing), made):
             optuna.delete_study(study_name=STUDY_NAME, storage=storage)
-            study, existing = _create_or_load(storage), None
+            study, existing = create_or_load(), None
         if existing:
             parquet.refuse_stale(name, Provenance(**existing), made, f"{len(study.trials):,} trials")
         elif create:
@@ -78,17 +82,13 @@ def open_study(cfg: Config, made: Provenance, *, create: bool, overwrite: bool =
     return study
 
 
-def _create_or_load(storage: optuna.storages.BaseStorage) -> optuna.Study:
-    return optuna.create_study(storage=storage, study_name=STUDY_NAME, direction="maximize", load_if_exists=True)
-
-
 def claim(study: optuna.Study, cfg: Config) -> optuna.Trial | None:
     """The next trial for this worker, its parameters drawn; None once there are tuning.num_trials.
 
     Trials of dead workers come first, under a new number.
     """
     with study_storage.locked(cfg):
-        if not _has_work(study, cfg):
+        if not has_work(study, cfg):
             return None
         # a seed for each trial: workers that share one would all draw the same
         seed = cfg.training.seed + len(study.get_trials(deepcopy=False))
@@ -99,13 +99,7 @@ def claim(study: optuna.Study, cfg: Config) -> optuna.Trial | None:
     return trial
 
 
-def is_full(study: optuna.Study, cfg: Config) -> bool:
-    """Whether no trial is left for a worker that starts now."""
-    with study_storage.locked(cfg):
-        return not _has_work(study, cfg)
-
-
-def _has_work(study: optuna.Study, cfg: Config) -> bool:
+def has_work(study: optuna.Study, cfg: Config) -> bool:
     """Whether a trial can be claimed, those of dead workers included. Requires the lock."""
     requeue_dead(study, time.time())
     trials = study.get_trials(deepcopy=False)
@@ -189,14 +183,11 @@ def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 def best_trial(study: optuna.Study, number: int | None = None) -> FrozenTrial:
     """The finished trial with the highest value, or with this number. Raises PipelineError if there is none."""
-    finished = finished_trials(study)
+    finished = {trial.number: trial for trial in finished_trials(study)}
     if not finished:
         raise PipelineError(f"none of the study's {len(study.trials)} trials has finished")
     if number is None:
-        return max(finished, key=lambda trial: (trial.value, -trial.number))
-    by_number = {trial.number: trial for trial in finished}
-    if number not in by_number:
-        raise PipelineError(
-            f"--trial {number} is not a finished trial; finished: {', '.join(map(str, by_number))}"
-        )
-    return by_number[number]
+        return max(finished.values(), key=lambda trial: (trial.value, -trial.number))
+    if number not in finished:
+        raise PipelineError(f"--trial {number} is not a finished trial; finished: {', '.join(map(str, finished))}")
+    return finished[number]

@@ -16,15 +16,13 @@ from optuna.trial import TrialState
 from common import files, pages
 from train.tuning import shared_study
 
-_TEMPLATE = Path(__file__).with_name("study.html")
-
 
 def write(path: Path, tuning: optuna.Study) -> None:
     """Write the page. Plots that need more finished trials are left out."""
     trials = tuning.get_trials(deepcopy=False)
     finished = shared_study.finished_trials(tuning)
     page = pages.render(
-        _TEMPLATE,
+        Path(__file__).with_name("study.html"),
         best=shared_study.best_trial(tuning) if finished else None,
         trials=sorted(trials, key=lambda t: (t.state != TrialState.COMPLETE, -(t.value or 0.0), t.number)),
         keys=sorted({key for trial in trials for key in trial.params}),

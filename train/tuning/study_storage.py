@@ -37,9 +37,8 @@ def open_storage(cfg: Config) -> JournalStorage | RDBStorage:
     if not isinstance(journal, Path):
         url = _url(cfg).render_as_string(hide_password=False)
         return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # a server may close idle connections
-    lock = JournalLock(journal)
-    try:
-        return JournalStorage(JournalFileBackend(str(journal), lock))  # type: ignore[arg-type] # its type is private
+    try:  # the type of a lock is private
+        return JournalStorage(JournalFileBackend(str(journal), JournalLock(journal)))  # type: ignore[arg-type]
     except ValueError as error:  # a line in the middle that is not Optuna's
         raise PipelineError(
             f"{journal} is damaged ({first_line(error)})\nmove it away to start a new study"
@@ -56,10 +55,9 @@ def locked(cfg: Config) -> Iterator[None]:
             yield
         return
     try:
-        engine = sqlalchemy.create_engine(
+        connection = sqlalchemy.create_engine(
             _url(cfg), poolclass=sqlalchemy.pool.NullPool, isolation_level="AUTOCOMMIT"
-        )
-        connection = engine.connect()
+        ).connect()
     except ImportError:
         raise ConfigError(
             "tuning.study_storage: PostgreSQL needs its driver: pip install 'embedding-pipeline[postgres]'"
@@ -101,8 +99,7 @@ def _url(cfg: Config) -> sqlalchemy.URL:
 
 
 class JournalLock:
-    """The lock of a journal's writers. The kernel releases it when a writer dies, whereas Optuna's own lock files
-    would keep all others waiting for 30 s.
+    """The lock of a journal's writers: when one dies, Optuna's own lock file would block the others for 30 s.
 
     Acquiring it also removes an incomplete last line, which a dying writer can leave: the next line would be
     appended to it and make the journal unreadable.

@@ -18,17 +18,11 @@ from train.tuning import shared_study, study_storage
 log = logging.getLogger("pipeline")
 
 
-def work(
-    cfg: Config,
-    tuning: optuna.Study,
-    progress: cli.Progress,
-    max_trials: int | None = None,
-    minutes: float | None = None,
-) -> None:
-    """Run trials until the study is full or `max_trials` have been run; start none after so many `minutes`."""
+def work(cfg: Config, tuning: optuna.Study, progress: cli.Progress, minutes: float | None = None) -> None:
+    """Run trials until the study is full or `progress.total` have been run; start none after so many `minutes`."""
     started = time.monotonic()
     data = load_data(cfg)
-    while max_trials is None or progress.rows_in < max_trials:
+    while progress.total is None or progress.rows_in < progress.total:
         cli.check_stop()
         if minutes is not None and time.monotonic() - started >= 60 * minutes:
             return
@@ -40,8 +34,7 @@ def work(
 
 
 def run(cfg: Config, data: TrainingData, tuning: optuna.Study, trial: optuna.Trial) -> str:
-    """Train with a trial's settings, report to the study and return the outcome. A signal requeues the trial and
-    raises Stopped."""
+    """Train with a trial's settings and return the outcome. A signal requeues the trial and raises Stopped."""
     drawn = (f"{key} {format(x, '.3g') if isinstance(x, float) else x}" for key, x in trial.params.items())
     log.info("trial %s: %s", trial.number, ", ".join(drawn))
     try:
@@ -89,5 +82,4 @@ def _train(cfg: Config, data: TrainingData, tuning: optuna.Study, trial: optuna.
 
 def last_error(tuning: optuna.Study) -> str:
     """The error of the trial that failed last."""
-    errors = [trial.user_attrs["error"] for trial in tuning.trials if "error" in trial.user_attrs]
-    return errors[-1] if errors else "unknown"
+    return next((t.user_attrs["error"] for t in reversed(tuning.trials) if "error" in t.user_attrs), "unknown")
