@@ -276,7 +276,7 @@ def test_evaluating_changes_no_embedding(merged):
     rows = load(merged, "test")
     single = gallery.Gallery(rows.num_queries, rows.table, rows.embeddings.astype(np.float32), rows.zones)
     before = single.embeddings.copy()
-    methods._raw(single, CPU)
+    methods.raw(single, CPU)
     np.testing.assert_array_equal(single.embeddings, before)  # float32 on the host: the same memory, if not copied
 
 

@@ -84,17 +84,17 @@ def test_triplets_mined_in_the_batch_equal_the_loop(seed):
     library = losses.TripletMarginLoss(0.3, distance=CosineSimilarity(), reducer=reducers.AvgNonZeroReducer())
     theirs = library(raw, indices_tuple=(rows, rows + n, torch.tensor(mined)))
     module = loss.Loss("triplet", margin=0.3, temperature=0.1, mines=True)
-    ours, _ = module(unit(raw), (positive[:n], negative[:n]))
+    ours, _ = module(unit(raw), positive[:n], negative[:n])
     assert_same_with_gradients(ours, theirs, raw)
 
 
 def test_info_nce_that_one_can_see():
     vectors = on_circle(0, 90, 0, 90, 180, 270)  # two pairs that agree; negatives opposite to each
     contrast = torch.tensor([[False, True, True, True], [True, False, True, True]])
-    value = loss.info_nce(*vectors.chunk(3), contrast, torch.tensor(0.0))
+    value = loss.info_nce(vectors, contrast, torch.tensor(0.0))
     # of each anchor: e^1 / (e^1 + e^0 (the other positive) + e^-1 (its opposite) + e^0)
     assert value.item() == pytest.approx(-np.log(np.e / (np.e + 2 + 1 / np.e)))
-    alone = loss.info_nce(*vectors.chunk(3), torch.zeros_like(contrast), torch.tensor(0.0))
+    alone = loss.info_nce(vectors, torch.zeros_like(contrast), torch.tensor(0.0))
     assert alone.item() == 0  # all masked: only the positive is left to pick
 
 
@@ -104,7 +104,7 @@ def test_info_nce_equals_pytorch_metric_learning(seed):
     n, rows = 24, torch.arange(24)
     contrast = negative[:n, n:]  # by pair: other positives, then negatives
     module = loss.Loss("infonce", margin=0.1, temperature=0.2, mines=False).double()
-    ours, _ = module(unit(raw), (positive[:n], negative[:n]))
+    ours, _ = module(unit(raw), positive[:n], negative[:n])
     pair, column = torch.nonzero(contrast, as_tuple=True)
     theirs = 0
     for query, other in ((rows, rows + n), (rows + n, rows)):
@@ -118,7 +118,7 @@ def test_the_temperature_is_learned_but_not_below_its_limit():
     raw, _, positive, negative = random_batch(0)
     for temperature, learns in ((0.1, True), (0.001, False)):
         module = loss.Loss("infonce", 0.1, temperature, mines=False)
-        module(unit(raw), (positive, negative))[0].backward()
+        module(unit(raw), positive, negative)[0].backward()
         assert (module.log_temperature.grad.abs() > 0) == learns
 
 
@@ -144,7 +144,7 @@ def test_multi_similarity_mines_only_among_pairs_that_may_be_contrasted(seed):
         pulled += [(i, j) for j in p if n and s[j] - loss.EPSILON < max(s[m] for m in n)]
         pushed += [(i, j) for j in n if p and s[j] + loss.EPSILON > min(s[m] for m in p)]
     pairs = (*torch.tensor(pulled).T, *torch.tensor(pushed).T)
-    ours, _ = loss.Loss("multi_similarity", 0.1, 0.1, mines=False)(unit(raw), (positive, negative))
+    ours, _ = loss.Loss("multi_similarity", 0.1, 0.1, mines=False)(unit(raw), positive, negative)
     assert_same_with_gradients(ours, LIBRARY_MULTI_SIMILARITY(raw, indices_tuple=pairs), raw)
 
 
@@ -155,7 +155,7 @@ def test_every_loss_is_finite_and_pulls_when_nothing_may_be_contrasted_across_tr
     raw, _, positive, negative = random_batch(1)
     negative = negative & False
     negative[torch.arange(24), torch.arange(48, 72)] = True  # its own negative is always one
-    value, semi_hard = loss.Loss(name, 0.1, 0.1, mines)(unit(raw), (positive, negative))
+    value, semi_hard = loss.Loss(name, 0.1, 0.1, mines)(unit(raw), positive, negative)
     gradient = torch.autograd.grad(value, raw)[0]
     assert torch.isfinite(gradient).all()
     assert torch.isfinite(value)

@@ -3,16 +3,14 @@
 import numpy as np
 import torch
 
+from common.sections import TrainingModel
 from train import whitening
+from train.evaluation import heads
 from train.evaluation.validation import Validation
 
 
 def fit(
-    embeddings: np.ndarray,
-    building_of_row: np.ndarray,
-    output_dim: int,
-    shrinkages: list[float],
-    validation: Validation,
+    embeddings: np.ndarray, building_of_row: np.ndarray, settings: TrainingModel, validation: Validation
 ) -> dict[str, dict]:
     """PCA and learned whitening of (N, D) embeddings: "mean" (D,) and "projection" (output_dim, D), float64.
 
@@ -21,10 +19,11 @@ def fit(
     square of a component).
     """
     moments = whitening.moments(embeddings, building_of_row)
-    tried = []
-    for shrinkage in shrinkages:
+    output_dim, tried = settings.output_dim, []
+    for shrinkage in settings.whitening_shrinkage:
         mean, projection = whitening.whiten(moments, output_dim, shrinkage)
-        validated = validation.of_linear(mean, projection)
+        vectors = heads.project(validation.embeddings, mean, projection, validation.device)
+        validated = validation.of_vectors(vectors)
         tried.append({**_tensors(mean, projection), "shrinkage": shrinkage, "validation": validated})
     best = max(tried, key=lambda candidate: candidate["validation"]["map@r"])
     projection = best["projection"].numpy()

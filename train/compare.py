@@ -41,9 +41,8 @@ def main(argv=None) -> int:
 
     # settings, and what exists already
     inputs = run_record.input_ids(cfg) | stages.ids([cfg.paths.merged_dir / "test.parquet"])
-    shared = run_record.record(cfg, inputs).config
-    varied = ("training.sampler", "training.loss", "training.mining", "training.seed")
-    shared = {key: value for key, value in shared.items() if key not in varied}
+    varied = {"training.sampler", "training.loss", "training.mining", "training.seed"}
+    shared = run_record.record(cfg, inputs).without(varied).config
     shared |= config.values(cfg, "evaluation.gallery", "evaluation.bootstrap_samples")
     made = provenance.record("compare", {**shared, "seeds": args.seeds}, inputs)
     target = cfg.paths.evaluation_dir / "comparison.json"
@@ -63,15 +62,16 @@ def main(argv=None) -> int:
             settings = config.with_training(cfg, **combination._asdict(), seed=seed)
             name = "-".join(filter(lambda part: part != "none", combination))
             run_dir = cfg.paths.checkpoints_dir / "compare" / f"{name}-{seed}"
-            result = fit(settings, data, run_dir=run_dir, resume=not args.overwrite)
-            best[combination, seed] = result.best
-            log.info("%s: validation mAP@R %.4f, epoch %d", run_dir.name, result.best_value, result.best_epoch)
+            checkpoint = fit(settings, data, run_dir=run_dir, resume=not args.overwrite).best
+            best[combination, seed] = checkpoint
+            map_at_r = checkpoint["metrics"]["map@r"]
+            log.info("%s: validation mAP@R %.4f, epoch %d", run_dir.name, map_at_r, checkpoint["epoch"])
             progress.add(1)
     if args.num_shards > 1:
         return progress.summary("once all shards are done, run without --shard for the table")
 
     # evaluate, save
-    results = comparison.judge(cfg, best, data.device)
+    results = comparison.judge(cfg, best, data.train.device)
     results["provenance"] = made.finished(provenance.digest_of(json.dumps(results)), {"in": len(runs)}).to_dict()
     files.write_text(target.with_suffix(".md"), comparison.as_markdown(results) + "\n")
     files.write_bytes(target.with_suffix(".png"), comparison.draw(results))

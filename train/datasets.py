@@ -58,7 +58,6 @@ class TrainingData:
     baselines: dict[str, dict]  # see `baselines.fit`
     embedding_model: dict  # as recorded in merged/train
     inputs: dict[str, str]  # file name -> id
-    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -78,43 +77,37 @@ class Batch:
 
 def load_data(cfg: Config) -> TrainingData:
     """Load merged/train, merged/val and difficulty, checked to belong together, to the training device."""
-    paths, records = run_record.inputs(cfg)
+    records = run_record.inputs(cfg)
+    train, val, difficulty = records
     device = devices.pick(cfg.infrastructure.device)
-    embeddings = parquet.read_matrix(paths["train"], "embedding")
-    columns = _read_columns(paths["train"])
+    embeddings, columns = parquet.read_matrix(train, "embedding"), _read_columns(train)
     buildings = number_buildings(columns["dataset_id"], columns["target_id"])
-    neighbors, offsets = (
-        parquet.read_matrix(paths["difficulty"], name) for name in ("neighbor_rows", "band_offsets")
-    )
+    neighbors, offsets = (parquet.read_matrix(difficulty, name) for name in ("neighbor_rows", "band_offsets"))
     if cfg.training.sample_buildings != "all":
         kept = sample_of_buildings(buildings, cfg.training.sample_buildings, cfg.global_.seed)
         neighbors, offsets = restrict(neighbors, offsets, kept)
         embeddings, columns = embeddings[kept], {name: column[kept] for name, column in columns.items()}
         buildings = number_buildings(columns["dataset_id"], columns["target_id"])
-    output_dim = cfg.training_model.output_dim
-    if output_dim > embeddings.shape[1]:
+    settings, input_dim = cfg.training_model, embeddings.shape[1]
+    if settings.output_dim > input_dim:
         raise PipelineError(
-            f"training_model.output_dim = {output_dim} exceeds the embeddings' {embeddings.shape[1]} dimensions; "
+            f"training_model.output_dim = {settings.output_dim} exceeds the embeddings' {input_dim} dimensions; "
             "lower it"
         )
-    validation = _load_validation(cfg, paths["val"], device)
-    shrinkages = cfg.training_model.whitening_shrinkage
+    validation = _load_validation(cfg, val, device)
     return TrainingData(
         train=make_rows(embeddings, neighbors, offsets, buildings, columns, cfg.data.ignore_radius_m, device),
         validation=validation,
-        baselines=baselines.fit(embeddings, buildings, output_dim, shrinkages, validation),
-        embedding_model=records["train"].facts["embedding_model"],
-        inputs={path.name: records[name].id for name, path in paths.items()},
-        device=device,
+        baselines=baselines.fit(embeddings, buildings, settings, validation),
+        embedding_model=records[train].facts["embedding_model"],
+        inputs={path.name: record.id for path, record in records.items()},
     )
 
 
 def sample_of_buildings(building_of_row: np.ndarray, count: int, seed: int) -> np.ndarray:
     """The rows, ascending, of `count` buildings drawn at random, or of all if there are fewer."""
-    total = int(building_of_row[-1]) + 1
-    chosen = np.zeros(total, bool)
-    chosen[np.random.default_rng(seed).permutation(total)[:count]] = True
-    return np.flatnonzero(chosen[building_of_row])
+    chosen = np.random.default_rng(seed).permutation(int(building_of_row[-1]) + 1)[:count]
+    return np.flatnonzero(np.isin(building_of_row, chosen))
 
 
 def restrict(neighbors: np.ndarray, offsets: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -122,8 +115,7 @@ def restrict(neighbors: np.ndarray, offsets: np.ndarray, kept: np.ndarray) -> tu
     new_row = np.full(len(neighbors) + 1, -1, np.int32)  # the last entry keeps -1 at -1
     new_row[kept] = np.arange(len(kept))
     neighbors, offsets = new_row[neighbors[kept]], offsets[kept]
-    remain = np.cumsum(neighbors >= 0, axis=1)
-    remain = np.concatenate([np.zeros((len(kept), 1), remain.dtype), remain], axis=1)
+    remain = np.pad(np.cumsum(neighbors >= 0, axis=1), ((0, 0), (1, 0)))
     order = np.argsort(neighbors < 0, axis=1, kind="stable")
     offsets = np.take_along_axis(remain, offsets.astype(np.int64), axis=1).astype(np.uint8)
     return np.take_along_axis(neighbors, order, axis=1), offsets
@@ -147,11 +139,11 @@ def make_rows(
             "merged/train holds a building with a single image: rerun merge_and_split.py with --overwrite"
         )
     panorama = columns["street_view_id"]
-    by_panorama = np.lexsort((np.arange(n), panorama, building_of_row))
+    by_panorama = np.lexsort((panorama, building_of_row))
     place = np.empty(n, np.int64)
     place[by_panorama] = np.arange(n)
-    first = np.ones(n, bool)  # row of a panorama in by_panorama
-    first[1:] = np.diff(building_of_row[by_panorama]) != 0
+    # whether a row is the first of its panorama in by_panorama; buildings are numbered from 0
+    first = np.diff(building_of_row[by_panorama], prepend=-1) != 0
     first[1:] |= np.diff(panorama[by_panorama]) != 0
     runs = np.append(np.flatnonzero(first), n)
     run = (np.cumsum(first) - 1)[place]
@@ -246,8 +238,7 @@ def negatives_of(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(a negative of each anchor, the arm that it is credited to). Arm b < B draws from band b of the anchor's
     neighbours, or from the nearest non-empty band (the harder of two); arm B, and anchors without neighbours, draw
-    at random.
-    """
+    at random."""
     offsets = gather(rows.band_offsets, anchors).long()  # (A, B + 1)
     sizes = offsets[:, 1:] - offsets[:, :-1]
     bands = torch.arange(rows.num_bands, device=anchors.device)

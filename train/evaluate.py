@@ -19,6 +19,7 @@ Memory   gallery rows x (D x 2 + 150) bytes on the host and x D x 4 on the devic
          about 100 bytes for each row of all splits
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,23 +59,27 @@ def main(argv=None) -> int:
         text, same = metrics_json.check(*(locate(cfg, path) for path in args.check))
         print(text)
         return 0 if same else 1
-    from common import devices, files
+    from common import devices, files, parquet
+    from common.provenance import Provenance, digest_of
     from train.evaluation import evaluation_task, gallery, protocol
     from train.report import evaluation_page
 
     # what exists, and whether it belongs together
-    compare = [locate(cfg, path) for path in args.compare]
     task = (
         evaluation_task.of_file(cfg, locate(cfg, args.embeddings))
         if args.embeddings
-        else evaluation_task.of_run(cfg, compare, STAGE)
+        else evaluation_task.of_run(cfg, [locate(cfg, path) for path in args.compare], STAGE)
     )
     metrics_path, report_path = task.folder / "metrics.json", task.folder / "report.html"
-    if evaluation_task.is_done(metrics_path, task.made, args.overwrite) and report_path.exists():
-        print(evaluation_page.table(metrics_json.read(metrics_path)))
-        return cli.nothing_to_do("evaluate", f"{metrics_path} and {report_path}")
+    if metrics_path.exists() and not args.overwrite:
+        results = metrics_json.read(metrics_path)
+        existing = Provenance(**results["provenance"])
+        parquet.refuse_stale(metrics_path, existing, task.made, f"{existing.rows.get('in', 0):,} queries")
+        if report_path.exists():
+            print(evaluation_page.table(results))
+            return cli.nothing_to_do("evaluate", f"{metrics_path} and {report_path}")
     leakage = None if args.embeddings else gallery.refuse_leaks(cfg.paths.merged_dir)
-    background = evaluation_page.Background(None, {}) if args.embeddings else evaluation_page.read_background(cfg)
+    history, split_report = (None, {}) if args.embeddings else evaluation_page.read_background(cfg)
 
     # rank, average
     rows = gallery.load(task.paths, cfg.data.ignore_radius_m)
@@ -90,9 +95,10 @@ def main(argv=None) -> int:
     }
 
     # save: metrics.json comes last, and vouches for the report beside it
-    results["provenance"] = evaluation_task.finish(task.made, results)
+    counts = {"in": rows.num_queries, "out": results["counts"]["queries"]}
+    results["provenance"] = task.made.finished(digest_of(json.dumps(results)), counts).to_dict()
     text = metrics_json.to_json(results)
-    page = evaluation_page.render(cfg, results, background, rows, vectors, per_query)
+    page = evaluation_page.render(cfg, results, history, split_report, rows, vectors, per_query)
     metrics_path.unlink(missing_ok=True)
     files.write_text(report_path, page)
     files.write_text(metrics_path, text)

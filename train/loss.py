@@ -6,7 +6,7 @@ anchor's own building nor in its ignore zone.
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -39,18 +39,14 @@ def mine_semi_hard(s_ap: torch.Tensor, similarities: torch.Tensor, negative: tor
     return torch.where(beyond.any(dim=1), outside, inside)
 
 
-def info_nce(
-    anchors: torch.Tensor,
-    positives: torch.Tensor,
-    negatives: torch.Tensor,
-    may_contrast: torch.Tensor,
-    log_temperature: torch.Tensor,
-) -> torch.Tensor:
+def info_nce(vectors: torch.Tensor, may_contrast: torch.Tensor, log_temperature: torch.Tensor) -> torch.Tensor:
     """InfoNCE in both directions: each anchor picks its positive, and each positive its anchor, among the other
     pairs' and all negatives (van den Oord et al. 2018; symmetric as in Sample4Geo, Deuser et al. 2023).
 
-    `may_contrast` (A, 2A) bool: which other positives, then which negatives, are negatives of pair i.
+    `vectors` (3A, d): anchors, positives, negatives. `may_contrast` (A, 2A) bool: which other positives, then
+    which negatives, are negatives of pair i.
     """
+    anchors, positives, negatives = vectors.chunk(3)
     n = len(anchors)
     scale = 1 / log_temperature.exp().clamp(min=SMALLEST_TEMPERATURE)
     own = torch.eye(n, 2 * n, dtype=torch.bool, device=anchors.device)
@@ -85,29 +81,25 @@ class Contrast(NamedTuple):
     vectors: torch.Tensor  # (R, d) unit vectors
     s_ap: torch.Tensor  # (A,) cosine of anchor and positive
     s_an: torch.Tensor  # (A,) cosine of anchor and negative, mined where training.mining says so
-    positive: torch.Tensor | None  # (R, R) bool, or (A, R) of the anchors: which pairs of rows are of one building
-    negative: torch.Tensor | None  # the same: which may be contrasted
+    positive: torch.Tensor  # (R, R) bool, or (A, R) of the anchors: which pairs of rows are of one building
+    negative: torch.Tensor  # the same: which may be contrasted
 
 
 class Objective(NamedTuple):
     """A loss: what it computes, and what it needs."""
 
     compute: Callable[[Contrast, "Loss"], torch.Tensor]
-    relations: Literal["none", "anchors", "all"]  # for which rows it needs `positive` and `negative`
+    relations: str  # the rows for which it needs `positive` and `negative`: "none", "anchors" or "all"
     learns_temperature: bool = False
     uses_triplets: bool = False  # the negative of each triplet alone: then a better one can be mined
 
 
 def _info_nce(batch: Contrast, loss: "Loss") -> torch.Tensor:
-    anchors, positives, negatives = batch.vectors.chunk(3)
-    n = len(anchors)
-    assert batch.negative is not None
-    return info_nce(anchors, positives, negatives, batch.negative[:n, n:], loss.log_temperature)
+    n = len(batch.s_ap)
+    return info_nce(batch.vectors, batch.negative[:n, n:], loss.log_temperature)
 
 
 def _multi_similarity(batch: Contrast, loss: "Loss") -> torch.Tensor:
-    assert batch.positive is not None
-    assert batch.negative is not None
     return multi_similarity(batch.vectors @ batch.vectors.T, batch.positive, batch.negative)
 
 
@@ -128,32 +120,18 @@ class Loss(nn.Module):
         self.mines = mines
         if mines and not self.objective.uses_triplets:
             raise ValueError(f"{name} does not use the negatives that would be mined")
+        self.relations = "anchors" if mines else self.objective.relations  # the rows that it needs masks for
         if self.objective.learns_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
 
-    @property
-    def needs_relations(self) -> bool:
-        """Whether it compares rows across triplets, and so needs masks."""
-        return self.mines or self.objective.relations != "none"
-
-    @property
-    def contrasts_all(self) -> bool:
-        """Whether it needs masks for all rows, not only for the anchors."""
-        return self.objective.relations == "all"
-
     def forward(
-        self, vectors: torch.Tensor, masks: tuple[torch.Tensor, torch.Tensor] | None
+        self, vectors: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(the loss, which triplets (A,) are semi-hard) of (3A, d) vectors: anchors, positives, negatives.
-
-        `masks`: what `datasets.relations` gives, positive and negative (A, 3A) bool, or (3A, 3A) if it
-        `contrasts_all`; None if it needs no relations.
-        """
+        `positive`, `negative` (0 or A or 3A, 3A) bool: `datasets.relations` of the rows that `relations` names."""
         anchors, positives, negatives = vectors.chunk(3)
         s_ap, s_an = (anchors * positives).sum(dim=1), (anchors * negatives).sum(dim=1)
-        positive, negative = masks or (None, None)
         if self.mines:
-            assert negative is not None
             s_an = mine_semi_hard(s_ap, anchors @ vectors.T, negative[: len(anchors)])
         loss = self.objective.compute(Contrast(vectors, s_ap, s_an, positive, negative), self)
         return loss, semi_hard(s_ap, s_an, self.margin).detach()

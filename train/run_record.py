@@ -5,7 +5,7 @@ Imports neither torch nor Optuna: slurm/submit.py needs records, too.
 
 from pathlib import Path
 
-from common import config, parquet, provenance
+from common import config, parquet, provenance, stages
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance
 from common.sections import Config
@@ -20,28 +20,33 @@ def run_dir(cfg: Config) -> Path:
 
 def input_ids(cfg: Config) -> dict[str, str]:
     """File name -> id of what a run reads. Raises StaleArtefact if the files do not belong together."""
-    paths, records = inputs(cfg)
-    return {path.name: records[name].id for name, path in paths.items()}
+    return {path.name: record.id for path, record in inputs(cfg).items()}
 
 
-def inputs(cfg: Config) -> tuple[dict[str, Path], dict[str, Provenance]]:
-    """Paths and records of "train", "val" and "difficulty"; StaleArtefact unless of one merge and this config."""
-    makers = dict.fromkeys(("train", "val"), "preprocess/merge_and_split.py")
-    makers["difficulty"] = "difficulty/compute_visual_neighbors.py"
-    paths = {split: cfg.paths.merged_dir / f"{split}.parquet" for split in ("train", "val")}
-    paths["difficulty"] = cfg.paths.difficulty_dir / "difficulty_metadata.parquet"
-    for name, path in paths.items():
-        parquet.require(path, makers[name])
-    records = {name: parquet.read_provenance(path) for name, path in paths.items()}
-    reasons = provenance.differences(records["val"], records["train"])
-    if reasons:
-        raise StaleArtefact(
-            f"{paths['val']} and {paths['train'].name} come from different merge runs: val {reasons[0]}\n"
-            "rerun preprocess/merge_and_split.py with --overwrite"
-        )
+def inputs(cfg: Config) -> dict[Path, Provenance]:
+    """The records of train, val and difficulty, by path; StaleArtefact unless of one merge and this config."""
+    records = merge_records(cfg, ("train", "val"))
     (output,) = compute_visual_neighbors.outputs(cfg, 0, 1)
-    parquet.refuse_stale(paths["difficulty"], records["difficulty"], output.record, "compute_visual_neighbors")
-    return paths, records
+    path = parquet.require(output.path, "difficulty/compute_visual_neighbors.py")
+    records[path] = parquet.read_provenance(path)
+    parquet.refuse_stale(path, records[path], output.record, "compute_visual_neighbors")
+    return records
+
+
+def merge_records(cfg: Config, splits: tuple[str, ...]) -> dict[Path, Provenance]:
+    """The records of these splits, by path, in order. Raises StaleArtefact unless one merge run wrote them all."""
+    paths = [cfg.paths.merged_dir / f"{split}.parquet" for split in splits]
+    for path in paths:
+        parquet.require(path, "preprocess/merge_and_split.py")
+    records = {path: parquet.read_provenance(path) for path in paths}
+    for path, record in records.items():
+        reasons = provenance.differences(record, records[paths[0]])
+        if reasons:
+            raise StaleArtefact(
+                f"{path} and {paths[0].name} come from different merge runs: {path.stem} {reasons[0]}\n"
+                "rerun preprocess/merge_and_split.py --overwrite"
+            )
+    return records
 
 
 def record(cfg: Config, input_ids: dict[str, str]) -> Provenance:
@@ -54,18 +59,12 @@ def record(cfg: Config, input_ids: dict[str, str]) -> Provenance:
 
 
 def evaluated_ids(cfg: Config, checkpoint_id: str | None = None) -> dict[str, str]:
-    """File name -> id of what an evaluation of the config's run reads. `checkpoint_id`: of its best checkpoint;
-    by default the one that the run's history names. Raises PipelineError if the run has not finished.
-    """
-    names = [f"{split}.parquet" for split in ("test", "train", "val")]
-    ids = {name: _id(cfg.paths.merged_dir / name) for name in names}
+    """File name -> id of what an evaluation of the config's run reads. `checkpoint_id`: of its best checkpoint, by
+    default the one that the run's history names. Raises PipelineError if the run has not finished."""
+    ids = stages.ids(cfg.paths.merged_dir / f"{split}.parquet" for split in ("test", "train", "val"))
     history = run_dir(cfg) / HISTORY  # the report draws it
     if checkpoint_id is None:
         checkpoint_id = parquet.read_provenance(history).facts.get("best_checkpoint")
         if checkpoint_id is None:
             raise PipelineError(f"{history} does not name a checkpoint: an older version wrote it; rerun train.py")
-    return {**ids, BEST: checkpoint_id, **({HISTORY: _id(history)} if history.exists() else {})}
-
-
-def _id(path: Path) -> str:
-    return parquet.read_provenance(path).id
+    return {**ids, BEST: checkpoint_id, **stages.ids([history] if history.exists() else [])}

@@ -77,9 +77,9 @@ def main(argv=None) -> int:
     total = cfg.training.epochs * cfg.training.steps_per_epoch * cfg.training.batch_size
     with cli.Progress("train", "triplet", total, cfg.logging.progress_interval_s) as progress:
         result = fit(cfg, data, run_dir=run_dir, resume=not args.overwrite, progress=progress)
-    before = whitening["validation"]["map@r"]
+    before, reached = whitening["validation"]["map@r"], result.best["metrics"]["map@r"]
     return progress.summary(
-        f"validation mAP@R {result.best_value:.4f} at epoch {result.best_epoch}, learned whitening {before:.4f}"
+        f"validation mAP@R {reached:.4f} at epoch {result.best['epoch']}, learned whitening {before:.4f}"
     )
 
 

@@ -57,7 +57,7 @@ def make_data(cfg: sections.Config) -> tuple[datasets.TrainingData, dict[str, np
         "projection": torch.linalg.qr(torch.randn(DIM, cfg.training_model.output_dim))[0].T,
         "spread": 1.0,
     }
-    data = datasets.TrainingData(rows, None, {"whitening": whitening}, {}, {}, torch.device("cpu"))
+    data = datasets.TrainingData(rows, None, {"whitening": whitening}, {}, {})
     return data, arrays
 
 
@@ -66,7 +66,7 @@ class Ours:
 
     def __init__(self, cfg: sections.Config, data: datasets.TrainingData):
         self.cfg, self.data, self.run = cfg, data, fit.start(cfg, data)
-        self.feed = fit.make_feed(cfg, data.train)
+        self.feed = fit.make_feed(cfg, data, self.run)
 
     def train(self) -> None:
         for _ in range(STEPS):

@@ -1,18 +1,15 @@
-"""What an evaluation covers, a run on the test split or a file of vectors, and whether it is done already."""
+"""What an evaluation covers: a run on the test split, or a file of vectors."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import config, parquet, provenance
-from common.provenance import Provenance, digest_of
+from common import config, provenance
+from common.provenance import Provenance
 from common.sections import Config
 from common.stages import Stage
 from train import run_record
-from train.evaluation import gallery, heads, methods, metrics_json
+from train.evaluation import gallery, heads, methods
 from train.evaluation.methods import Method
-
-SETTINGS = ("global.seed", "data.ignore_radius_m", "evaluation.bootstrap_samples")
 
 
 @dataclass(frozen=True)
@@ -30,9 +27,9 @@ def of_run(cfg: Config, compare: list[Path], stage: Stage) -> EvaluationTask:
     """The config's run on the test split, beside what --compare names. `stage`: the evaluation's declaration."""
     path = run_record.run_dir(cfg) / run_record.BEST
     checkpoint = heads.load_checkpoint(path)
-    records = gallery.read_records(cfg.paths.merged_dir)
+    records = run_record.merge_records(cfg, gallery.TEST_FIRST)
     own = methods.of_checkpoint(checkpoint)
-    gallery.refuse_foreign_head(path, checkpoint["provenance"]["inputs"], checkpoint["embedding_model"], records)
+    gallery.refuse_foreign_head(path, checkpoint, records)
     compared = methods.compared(compare, records, [method.name for method in own])
     inputs = run_record.evaluated_ids(cfg, checkpoint["provenance"]["id"])
     inputs |= {method.name: method.id for method in compared}
@@ -51,22 +48,7 @@ def of_run(cfg: Config, compare: list[Path], stage: Stage) -> EvaluationTask:
 def of_file(cfg: Config, path: Path) -> EvaluationTask:
     """A file of any model's vectors, by itself."""
     gallery.refuse_missing_columns(path)
-    method = methods.of_file(path)
-    made = provenance.record("evaluate", config.values(cfg, *SETTINGS), {path.name: method.id})
+    method = Method("raw", f"the vectors of {path.name} as they are", methods.identity(path), methods.raw)
+    settings = config.values(cfg, "global.seed", "data.ignore_radius_m", "evaluation.bootstrap_samples")
+    made = provenance.record("evaluate", settings, {path.name: method.id})
     return EvaluationTask(cfg.paths.evaluation_dir / path.stem, made, [path], [method], {"file": str(path)})
-
-
-def is_done(path: Path, made: Provenance, overwrite: bool) -> bool:
-    """Whether metrics.json exists, of these inputs and settings. Raises StaleArtefact if it is of others."""
-    if overwrite or not path.exists():
-        return False
-    there = Provenance(**metrics_json.read(path)["provenance"])
-    parquet.refuse_stale(path, there, made, f"{there.rows.get('in', 0):,} queries")
-    return True
-
-
-def finish(made: Provenance, results: dict) -> dict:
-    """The record for metrics.json; its id is a digest of the figures."""
-    counts = results["counts"]
-    rows = {"in": counts["queries"] + counts["queries_without_match"], "out": counts["queries"]}
-    return made.finished(digest_of(json.dumps(results)), rows).to_dict()

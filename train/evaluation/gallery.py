@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from common import parquet, provenance, schemas
+from common import parquet, schemas
 from common.errors import PipelineError, StaleArtefact
 from common.places import zones
 from common.provenance import Provenance
@@ -52,7 +52,7 @@ def load(paths: list[Path], ignore_radius_m: float) -> Gallery:
     if not sizes[0]:
         raise PipelineError(f"{paths[0]} has no rows: nothing to evaluate")
     tables, start, embeddings = [], 0, np.empty(0)
-    for batch, vectors in _batches(paths, COLUMNS):
+    for batch, vectors in batches(paths, COLUMNS):
         if not start:
             embeddings = np.empty((sum(sizes), vectors.shape[1]), vectors.dtype)
         embeddings[start : start + len(vectors)] = vectors
@@ -85,13 +85,8 @@ def refuse_missing_columns(path: Path, columns: list[str] = COLUMNS) -> None:
         )
 
 
-def read_vectors(path: Path) -> np.ndarray:
-    """The embeddings of a whole file, (N, D). Raises PipelineError if one is not finite."""
-    return np.concatenate([vectors for _, vectors in _batches([path], ["streetview_image_id"])])
-
-
-def _batches(paths: list[Path], columns: list[str]) -> Iterator[tuple[pa.Table, np.ndarray]]:
-    """The columns and the embeddings (n, D), all of one dimension, a batch of rows at a time."""
+def batches(paths: list[Path], columns: list[str]) -> Iterator[tuple[pa.Table, np.ndarray]]:
+    """The columns and the embeddings (n, D), all of one dimension, a batch of rows at a time; errors as `load`."""
     dim = None
     for path in paths:
         for batch in parquet.batches(path, [*columns, "embedding"]):
@@ -114,36 +109,21 @@ def _cast(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
         raise PipelineError(f"{path}: column {name} is {column.type}, not {kind} ({reason})") from None
 
 
-def read_records(merged_dir: Path) -> dict[Path, Provenance]:
-    """The record of each split, test first. Raises StaleArtefact unless one merge run wrote them all."""
-    paths = [merged_dir / f"{name}.parquet" for name in TEST_FIRST]
-    records = {path: parquet.read_provenance(path) for path in paths}
-    (_, of_test), *others = records.items()
-    for path, record in others:
-        reasons = provenance.differences(record, of_test)
-        if reasons:
-            raise StaleArtefact(
-                f"{path} and test.parquet come from different merge runs: {path.stem} {reasons[0]}\n"
-                "rerun preprocess/merge_and_split.py --overwrite"
-            )
-    return records
-
-
-def refuse_foreign_head(path: Path, inputs: dict, embedding_model: dict, records: dict[Path, Provenance]) -> None:
+def refuse_foreign_head(path: Path, checkpoint: dict, records: dict[Path, Provenance]) -> None:
     """Raise StaleArtefact, naming both sides, unless the head at `path` was trained on this merge (of another one
-    it may have seen the test images) and on embeddings of the same model. `records`: see `read_records`."""
+    it may have seen the test images) and on embeddings of the same model. `records`: of the splits, test first."""
     (test, of_test), *training_splits = records.items()
     for split, record in training_splits:
-        trained_on = inputs.get(split.name)
+        trained_on = checkpoint["provenance"]["inputs"].get(split.name)
         if trained_on != record.id:
             raise StaleArtefact(
                 f"{path} was trained on another {split.name} ({trained_on}) than {split} ({record.id})\n"
                 "retrain, or restore that merge"
             )
-    ours = of_test.facts.get("embedding_model")
-    if ours != embedding_model:
+    ours, theirs = of_test.facts.get("embedding_model"), checkpoint["embedding_model"]
+    if ours != theirs:
         raise StaleArtefact(
-            f"{path} was trained on embeddings of {_model_name(embedding_model)}\n"
+            f"{path} was trained on embeddings of {_model_name(theirs)}\n"
             f"{test} holds embeddings of {_model_name(ours)}"
         )
 

@@ -35,21 +35,16 @@ def of_checkpoint(checkpoint: dict) -> list[Method]:
     """The trained head last, after the baselines that were fitted on train and saved with it."""
     run, baselines = checkpoint["provenance"]["id"], checkpoint["baselines"]
     return [
-        Method("raw", "the backbone's embeddings as they are", run, _raw),
+        Method("raw", "the backbone's embeddings as they are", run, raw),
         Method("pca", "principal components, fitted on train", run, _linear(baselines["pca"])),
         Method("whitening", "learned whitening, fitted on train", run, _linear(baselines["whitening"])),
         Method("trained", f"the trained head, epoch {checkpoint['epoch']}", run, _head(checkpoint)),
     ]
 
 
-def of_file(path: Path) -> Method:
-    """The vectors of a file as they are."""
-    return Method("raw", f"the vectors of {path.name} as they are", identity(path), _raw)
-
-
 def compared(paths: list[Path], records: dict[Path, Provenance], taken: Iterable[str]) -> list[Method]:
     """What --compare names: checkpoints, folders written by publish/convert_to_hf.py, and Parquet files with other
-    vectors of the same images. `records`: see `gallery.read_records`; `taken`: names of other methods.
+    vectors of the same images. `records`: of the splits, test first; `taken`: names of other methods.
 
     Raises PipelineError if one cannot be read, StaleArtefact if a head was trained on another merge (it may have
     seen the test images) or on embeddings of another model.
@@ -59,18 +54,18 @@ def compared(paths: list[Path], records: dict[Path, Provenance], taken: Iterable
         path = path / "checkpoint_best.pt" if (path / "checkpoint_best.pt").exists() else path
         name = _free_name(path, taken)
         taken.add(name)
-        if path.is_dir():
-            methods.append(_published(path, name, records))
-        elif path.suffix == ".parquet":
+        if path.suffix == ".parquet":
             galleries.refuse_missing_columns(path, ["streetview_image_id"])
             vectors = functools.partial(_aligned, path)
             methods.append(Method(name, f"the vectors of {path.name}", identity(path), vectors))
+            continue
+        if path.is_dir():
+            checkpoint, description = _published(path), f"the published model in {path}"
         else:
             checkpoint = heads.load_checkpoint(path)
-            record, model = checkpoint["provenance"], checkpoint["embedding_model"]
-            galleries.refuse_foreign_head(path, record["inputs"], model, records)
             description = f"the head of {path}, epoch {checkpoint['epoch']}"
-            methods.append(Method(name, description, record["id"], _head(checkpoint)))
+        galleries.refuse_foreign_head(path, checkpoint, records)
+        methods.append(Method(name, description, checkpoint["provenance"]["id"], _head(checkpoint)))
     return methods
 
 
@@ -79,15 +74,11 @@ def identity(path: Path) -> str:
     the same images by two models may have the same size)."""
     if parquet.has_provenance(path):
         return parquet.read_provenance(path).id
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.blake2b(np.memmap(path, np.uint8, "r").data, digest_size=16).hexdigest()
 
 
-def _raw(gallery: Gallery, device: torch.device) -> torch.Tensor:
-    # a copy, since float32 on the host would share the gallery's memory
+def raw(gallery: Gallery, device: torch.device) -> torch.Tensor:
+    """The gallery's embeddings, normalized: a copy, since float32 on the host would share its memory."""
     vectors = torch.from_numpy(gallery.embeddings).to(device, torch.float32, copy=True)
     return F.normalize(vectors, dim=1, out=vectors)  # in place: no second copy
 
@@ -113,8 +104,8 @@ def _free_name(path: Path, taken: set[str]) -> str:
     raise PipelineError(f"--compare names {path} twice")
 
 
-def _published(folder: Path, name: str, records: dict[Path, Provenance]) -> Method:
-    """The head of a published folder; its backbone is not needed."""
+def _published(folder: Path) -> dict:
+    """The head of a published folder, as a checkpoint; the folder's backbone is not needed."""
     try:
         config = json.loads((folder / "config.json").read_text())
         record = Provenance.from_json((folder / "provenance.json").read_text())
@@ -124,15 +115,16 @@ def _published(folder: Path, name: str, records: dict[Path, Provenance]) -> Meth
             with safe_open(file, framework="pt") as tensors:
                 keys = [key for key in tensors.keys() if key.startswith("head.")]  # noqa: SIM118 - not a dict
                 weights |= {key.removeprefix("head."): tensors.get_tensor(key) for key in keys}
-        checkpoint = {**config, "head": weights}
+        provenance = {"id": record.id, "inputs": trained_on["inputs"]}
+        model = trained_on["embedding_model"]
+        checkpoint = {**config, "head": weights, "embedding_model": model, "provenance": provenance}
         heads.head_of(checkpoint)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise PipelineError(
             f"{folder} is neither a run's folder nor one written by publish/convert_to_hf.py "
             f"({parquet.first_line(error)})"
         ) from None
-    galleries.refuse_foreign_head(folder, trained_on["inputs"], trained_on["embedding_model"], records)
-    return Method(name, f"the published model in {folder}", record.id, _head(checkpoint))
+    return checkpoint
 
 
 def _aligned(path: Path, gallery: Gallery, device: torch.device) -> torch.Tensor:
@@ -148,5 +140,6 @@ def _aligned(path: Path, gallery: Gallery, device: torch.device) -> torch.Tensor
             f"{path} has no vector of image {image} and {len(missing) - 1:,} more that are evaluated\n"
             "compare vectors of the same images, or evaluate that file by itself with --embeddings"
         )
-    vectors = torch.from_numpy(galleries.read_vectors(path)[rows]).to(device).float()
+    embeddings = np.concatenate([block for _, block in galleries.batches([path], ["streetview_image_id"])])
+    vectors = torch.from_numpy(embeddings[rows]).to(device).float()
     return F.normalize(vectors, dim=1, out=vectors)

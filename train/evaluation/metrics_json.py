@@ -3,10 +3,10 @@
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, create_model
 
 from common.errors import PipelineError
 from common.provenance import Provenance
@@ -14,15 +14,7 @@ from train.evaluation.metric_names import MAIN_METRICS, METRICS, TITLES
 
 FORMAT = 2  # raised when keys of metrics.json change their names or meanings
 TOLERANCE = 0.001  # a tenth of a percentage point: more than the rounding of another machine
-Count = Annotated[int, Field(ge=0)]
-
-
-def _refuse_other_records(record: dict) -> dict:
-    try:
-        Provenance(**record)
-    except TypeError as error:
-        raise ValueError(f"not a record of this version: {error}") from None
-    return record
+Count = NonNegativeInt
 
 
 class _Strict(BaseModel):
@@ -109,13 +101,14 @@ class Results(_Strict):
     gallery: Literal["test", "all", "file"]
     counts: Counts
     leakage: dict[Literal["buildings", "panoramas"], Proof] | None  # null for a file, which has no splits
-    provenance: Annotated[dict[str, Any], AfterValidator(_refuse_other_records)]  # see common/provenance.py
+    provenance: Provenance
 
 
 def to_json(results: dict) -> str:
     """The text of metrics.json. Raises ValueError if `results` does not fit the schema."""
-    Results.model_validate(results)
-    return json.dumps(results, indent=1, allow_nan=False) + "\n"
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    Results.model_validate_json(text)
+    return text
 
 
 def read(path: Path) -> dict:
@@ -152,27 +145,25 @@ def check(first: Path, second: Path) -> tuple[str, bool]:
     different = [key for key in shared if not _alike(a[key], b[key])]
     lines.append(f"{len(different):,} of {len(shared):,} figures in both files differ")
     lines += [f"  {key}: {a[key]}, {b[key]}" for key in different[:5]]
-    for path, only in ((first, [key for key in a if key not in b]), (second, [key for key in b if key not in a])):
-        if only:
+    for path, here, there in ((first, a, b), (second, b, a)):
+        if only := [key for key in here if key not in there]:
             lines.append(f"only in {path}: {len(only):,} figures, the first is {only[0]}")
     return "\n".join(line.rstrip() for line in lines), not different
 
 
 def _figures(results: dict) -> dict:
     """All figures by dotted key; histograms as cumulative shares, which barely change if a pair changes bins."""
-    histograms = results["similarity_histograms"]
-    shares = {
-        name: (np.cumsum(histograms[name]) / max(1, sum(histograms[name]))).tolist()
-        for name in ("matches", "non_matches")
-    }
-    figures = {**results, "similarity_histograms": {**histograms, **shares}}
-    return flat({key: figures[key] for key in figures if key not in ("subject", "descriptions", "provenance")})
+    figures = {key: results[key] for key in results if key not in ("subject", "descriptions", "provenance")}
+    histograms = dict(results["similarity_histograms"])
+    for name in ("matches", "non_matches"):
+        histograms[name] = (np.cumsum(histograms[name]) / max(1, sum(histograms[name]))).tolist()
+    return flat({**figures, "similarity_histograms": histograms})
 
 
 def _alike(a, b) -> bool:
-    """Whether two values are equal; fractions about equal."""
-    both_fractions = isinstance(a, float) and isinstance(b, float)
-    return math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE) if both_fractions else a == b
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+    return a == b
 
 
 def flat(tree: dict | list, prefix: str = "") -> dict:

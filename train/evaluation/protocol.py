@@ -37,9 +37,7 @@ def evaluate(
     cfg: Config, gallery: Gallery, methods: list[Method], device: torch.device, progress: cli.Progress
 ) -> tuple[dict, torch.Tensor, dict[str, PerQuery]]:
     """(The figures of metrics.json, the vectors of the method shown in the report, `PerQuery` of each method.)
-
-    Raises PipelineError if no query has a match, or a method yields NaN.
-    """
+    Raises PipelineError if no query has a match, or a method yields NaN."""
     shown = shown_of([method.name for method in methods])
     unordered, vectors = {}, torch.empty(0)
     for method in sorted(methods, key=lambda method: method.name == shown):  # `shown` last: its vectors are kept
@@ -80,8 +78,7 @@ def rank(vectors: torch.Tensor, gallery: Gallery, memory_mb: int, progress: cli.
 
 
 def _query_blocks(gallery: Gallery, memory_mb: int) -> list[np.ndarray]:
-    """The queries in runs of at most _QUERY_BLOCK whose lists of junk fit in `memory_mb` (the last query of a run
-    may exceed it)."""
+    """Runs of at most _QUERY_BLOCK queries whose lists of junk fit in `memory_mb`, apart from the last query's."""
     zones, queries = gallery.zones, np.arange(gallery.num_queries)
     rows_of_zone = np.add.reduceat(np.diff(zones.starts)[zones.buildings], zones.indptr[:-1])
     listed = np.cumsum(rows_of_zone[zones.building_of_row[queries]]) * _LISTED_BYTES
@@ -181,9 +178,8 @@ def similarity_histograms(
     pairs = np.stack([rng.integers(0, n, RANDOM_PAIRS) for n in (gallery.num_queries, len(vectors))])  # (2, n)
     lat, lon = gallery.column("target_lat")[pairs], gallery.column("target_lon")[pairs]
     apart = geo.distance_m(lat[0], lon[0], lat[1], lon[1]) > ignore_radius_m  # matches are 0 m apart
-    blocks = (
-        torch.from_numpy(pairs[:, apart]).to(vectors.device).split(4_096, dim=1)
-    )  # all at once: 1.2 GB at 768-d
+    # in blocks: all at once take 1.2 GB at 768-d
+    blocks = torch.from_numpy(pairs[:, apart]).to(vectors.device).split(4_096, dim=1)
     cosines = torch.cat([(vectors[queries] * vectors[rows]).sum(dim=1) for queries, rows in blocks])
     counts = {
         name: np.histogram(values.clip(-1, 1), HISTOGRAM_EDGES)[0].tolist()

@@ -27,13 +27,10 @@ class Validation:
         vectors = heads.embed(head, self.embeddings, self.device)
         if not torch.isfinite(vectors.sum()):  # possible even if the last step's loss was finite
             raise PipelineError("the head yields vectors that are not finite\nlower training.learning_rate")
-        return self._of_vectors(vectors)
+        return self.of_vectors(vectors)
 
-    def of_linear(self, mean: np.ndarray, projection: np.ndarray) -> dict[str, float]:
-        """METRICS of a linear baseline."""
-        return self._of_vectors(heads.project(self.embeddings, mean, projection, self.device))
-
-    def _of_vectors(self, vectors: torch.Tensor) -> dict[str, float]:
+    def of_vectors(self, vectors: torch.Tensor) -> dict[str, float]:
+        """METRICS of (V, d) unit vectors."""
         per_query = metrics.retrieval(
             vectors[torch.from_numpy(self.query_rows).to(vectors.device)],
             vectors,

@@ -9,18 +9,19 @@ import torch
 from common import files, parquet
 from common.provenance import Provenance, digest_of
 from common.sections import Config
+from publish.projection_head import ProjectionHead
 from train import run_record
 from train.evaluation import heads
 from train.fitting import history
 
 NAMES = (run_record.BEST, run_record.LAST, run_record.HISTORY, "curves.png", "bad_batch.pt")
+_WITH_STATE = ("loss", "optimizer", "bandit")  # attributes of a Run that are saved by state_dict()
+_PLAIN = ("step", "mined_with", "history", "timings", "best")  # and those that are saved as they are
 
 
 def existing(run_dir: Path, record: Provenance) -> dict | None:
     """The content of checkpoint_last.pt, or None; a lone checkpoint_best.pt cannot be resumed, and is replaced.
-
-    Raises StaleArtefact if either was made with other settings or inputs than `record`.
-    """
+    Raises StaleArtefact if either was made with other settings or inputs than `record`."""
     for name in (run_record.LAST, run_record.BEST):
         path = run_dir / name
         if path.exists():
@@ -34,12 +35,17 @@ def restore(run, saved: dict) -> None:
     """Restore a fresh `fit.Run` from a checkpoint."""
     state = saved["resume"]
     run.head.load_state_dict(saved["head"])
-    run.loss.load_state_dict(state["loss"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.bandit.load_state_dict(state["bandit"])
-    run.sums, run.mined_with = np.array(state["sums"]), state["mined_with"]
+    for name in _WITH_STATE:
+        getattr(run, name).load_state_dict(state[name])
+    for name in _PLAIN:
+        setattr(run, name, state[name])
+    run.sums = np.array(state["sums"])
     run.arms = None if state["arms"] is None else np.array(state["arms"])
-    run.step, run.history, run.timings, run.best = (state[key] for key in ("step", "history", "timings", "best"))
+
+
+def weights_of(head: ProjectionHead) -> dict[str, torch.Tensor]:
+    """A copy of the head's state, on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in head.state_dict().items()}
 
 
 def write(path: Path, content: dict) -> None:
@@ -56,12 +62,6 @@ class RunFolder:
     def __init__(self, cfg: Config, data, record: Provenance, run_dir: Path | None):
         self.cfg, self.data, self.record, self.run_dir = cfg, data, record, run_dir
 
-    def clear(self) -> None:
-        """Remove the files of an earlier run."""
-        if self.run_dir is not None:
-            for name in NAMES:
-                (self.run_dir / name).unlink(missing_ok=True)
-
     def best(self, run) -> dict:
         """The content of checkpoint_best.pt."""
         return self._checkpoint(**run.best)
@@ -75,21 +75,14 @@ class RunFolder:
         if finished:
             history.draw(self.run_dir / "curves.png", frame)
         write(self.run_dir / run_record.BEST, best)
-        state = {name: tensor.detach().cpu() for name, tensor in run.head.state_dict().items()}
         row = run.history[-1]
         metrics = {"map@r": row["val_map_at_r"], "recall@1": row["val_recall_at_1"]}
-        last = self._checkpoint(row["epoch"], metrics, state)
+        last = self._checkpoint(row["epoch"], metrics, weights_of(run.head))
         last["resume"] = {
-            "step": run.step,
-            "loss": run.loss.state_dict(),
-            "optimizer": run.optimizer.state_dict(),
-            "bandit": run.bandit.state_dict(),
+            **{name: getattr(run, name).state_dict() for name in _WITH_STATE},
+            **{name: getattr(run, name) for name in _PLAIN},
             "sums": run.sums.tolist(),
-            "mined_with": run.mined_with,
             "arms": None if run.arms is None else run.arms.tolist(),
-            "history": run.history,
-            "timings": run.timings,
-            "best": run.best,
             "finished": finished,
         }
         write(self.run_dir / run_record.LAST, last)
@@ -98,20 +91,15 @@ class RunFolder:
 
     def _checkpoint(self, epoch: int, metrics: dict, head: dict[str, torch.Tensor]) -> dict:
         settings, whitening = self.cfg.training_model, self.data.baselines["whitening"]
+        metrics = {**metrics, "whitening": whitening["validation"], "whitening_shrinkage": whitening["shrinkage"]}
         content = [name.encode() + tensor.numpy().tobytes() for name, tensor in sorted(head.items())]
         finished = self.record.finished(digest_of(*content), {"epochs": epoch})
         return {
             "head": head,
             "input_dim": self.data.train.embeddings.shape[1],
-            "hidden_dim": settings.hidden_dim,
-            "output_dim": settings.output_dim,
-            "dropout": settings.dropout,
+            **settings.model_dump(include={"hidden_dim", "output_dim", "dropout"}),
             "epoch": epoch,
-            "metrics": {
-                **metrics,
-                "whitening": whitening["validation"],
-                "whitening_shrinkage": whitening["shrinkage"],
-            },
+            "metrics": metrics,
             "config": self.record.config,
             "embedding_model": self.data.embedding_model,
             "baselines": self.data.baselines,

@@ -4,8 +4,9 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,9 +33,7 @@ log = logging.getLogger("pipeline")
 class FitResult:
     """The outcome of a run."""
 
-    best_value: float  # validation mAP@R
-    best_epoch: int  # 0: before training, when the head is the whitening
-    best: dict  # the content of checkpoint_best.pt
+    best: dict  # the content of checkpoint_best.pt; its "epoch" is 0 if the head is still the whitening
     history: pd.DataFrame  # a row per epoch, from epoch 0
 
 
@@ -47,9 +46,9 @@ class Run:
     optimizer: torch.optim.Optimizer
     bandit: DiscountedUcb
     sums: np.ndarray  # of the current epoch: loss, steps, then triplets by arm and semi-hard triplets by arm
-    history: list[dict]  # a row per finished epoch, without the timings
-    timings: list[dict]  # by row; apart, because they differ between identical runs
-    best: dict  # "epoch", "metrics" and "head" of the best epoch
+    history: list[dict] = field(default_factory=list)  # a row per finished epoch, without the timings
+    timings: list[dict] = field(default_factory=list)  # by row; apart: they differ between identical runs
+    best: dict = field(default_factory=dict)  # "epoch", "metrics" and "head" of the best epoch
     mined_with: dict | None = None  # weights of the head that mined the bands; None: the backbone's bands
     arms: np.ndarray | None = None  # (G,): already chosen for the current step
     step: int = 0
@@ -80,21 +79,21 @@ def fit(
     record = run_record.record(cfg, data.inputs)
     store = checkpoints.RunFolder(cfg, data, record, run_dir)
     run = start(cfg, data)
-    if not resume:
-        store.clear()
+    if run_dir and not resume:
+        for name in checkpoints.NAMES:
+            (run_dir / name).unlink(missing_ok=True)
     saved = checkpoints.existing(run_dir, record) if run_dir else None
-    finished = False
+    finished = saved is not None and saved["resume"]["finished"]
     if saved is not None:
         checkpoints.restore(run, saved)
-        finished = saved["resume"]["finished"]
         store.save(run, finished)  # restores files deleted in the meantime
         log.info("%s %s", run_dir, "is finished" if finished else f"resumes at step {run.step:,}")
     if not finished:
         with tracking.session(cfg, run_dir, record) as tracker:
             train(cfg, data, run, store, tracker, on_epoch, progress)
-            tracker.finish(store.best(run))
-    frame = history.frame(run.history, run.timings)
-    return FitResult(run.best["metrics"]["map@r"], run.best["epoch"], store.best(run), frame)
+            if run_dir and tracker is not None:
+                tracking.finish(tracker, run_dir, store.best(run))
+    return FitResult(store.best(run), history.frame(run.history, run.timings))
 
 
 def train(
@@ -102,13 +101,13 @@ def train(
     data: TrainingData,
     run: Run,
     store: checkpoints.RunFolder,
-    tracker: tracking.Tracker,
+    tracker: Any,
     on_epoch: Callable[[int, float], None] | None,
     progress: cli.Progress | None,
 ) -> None:
-    """Run the remaining epochs; see `fit`."""
+    """Run the remaining epochs; see `fit`. `tracker`: see `tracking.session`."""
     training, finished = cfg.training, False
-    feed = make_feed(cfg, rows_in_use(cfg, data, run))
+    feed = make_feed(cfg, data, run)
     while not finished:
         began, first_step = time.monotonic(), run.step
         while run.step < run.epoch * training.steps_per_epoch:
@@ -123,13 +122,14 @@ def train(
         finished = epoch >= training.epochs or epoch - run.best["epoch"] >= training.patience
         due = training.remine_epochs and epoch and epoch % training.remine_epochs == 0 and not finished
         if due:
-            run.mined_with = weights_of(run.head)
+            run.mined_with = checkpoints.weights_of(run.head)
         store.save(run, finished)
-        tracker.epoch({**run.history[-1], **run.timings[-1]})
+        if tracker is not None:
+            tracker.log({**run.history[-1], **run.timings[-1]}, step=epoch)
         if on_epoch:
             on_epoch(epoch, run.history[-1]["val_map_at_r"])
         if due:
-            feed = make_feed(cfg, rows_in_use(cfg, data, run))
+            feed = make_feed(cfg, data, run)
 
 
 def start(cfg: Config, data: TrainingData) -> Run:
@@ -138,7 +138,7 @@ def start(cfg: Config, data: TrainingData) -> Run:
     torch.manual_seed(step_seed(training.seed, 0, purpose=3))
     input_dim = data.train.embeddings.shape[1]
     head = ProjectionHead(input_dim, settings.hidden_dim, settings.output_dim, settings.dropout)
-    if data.device.type == "cpu":
+    if data.train.device.type == "cpu":
         replace_dropout(head.mlp)
     whitening = data.baselines["whitening"]
     with torch.no_grad():
@@ -146,8 +146,8 @@ def start(cfg: Config, data: TrainingData) -> Run:
         if settings.init == "whitening":  # any scale gives the same head; this one matches the MLP's outputs
             head.linear.weight.copy_(whitening["projection"] / whitening["spread"])
     loss = Loss(training.loss, training.margin, training.temperature, training.mining == "semi_hard")
-    head.to(data.device)
-    loss.to(data.device)
+    head.to(data.train.device)
+    loss.to(data.train.device)
     available = arms_of(data.train)
     return Run(
         head=head,
@@ -155,9 +155,6 @@ def start(cfg: Config, data: TrainingData) -> Run:
         optimizer=make_optimizer(cfg, head, loss),
         bandit=DiscountedUcb(available, training.bandit_exploration, training.bandit_discount),
         sums=np.zeros(2 + 2 * len(available)),
-        history=[],
-        timings=[],
-        best={},
     )
 
 
@@ -167,23 +164,14 @@ def arms_of(rows: TrainRows) -> np.ndarray:
     return np.append((sizes > 0).any(dim=0).cpu().numpy(), True)
 
 
-def rows_in_use(cfg: Config, data: TrainingData, run: Run) -> TrainRows:
-    """The training rows with the backbone's bands, or with those mined in the space of the head with the weights
-    `run.mined_with`; updates the arms that the bandit may choose."""
-    if run.mined_with is None:
-        return data.train
-    rows = remine.mine(cfg, data.train, run.head, run.mined_with)
-    run.bandit.available = arms_of(rows)
-    return rows
-
-
-def make_feed(cfg: Config, rows: TrainRows) -> Feed:
+def make_feed(cfg: Config, data: TrainingData, run: Run) -> Feed:
+    """A feed of the train rows with the backbone's bands, or with those mined in the space of the head with the
+    weights `run.mined_with`; updates the arms that the bandit may choose."""
+    rows = data.train
+    if run.mined_with is not None:
+        rows = remine.mine(cfg, rows, run.head, run.mined_with)
+        run.bandit.available = arms_of(rows)
     return Feed(rows, cfg.training.batch_size, cfg.training.bandit_groups, cfg.training.seed)
-
-
-def weights_of(head: ProjectionHead) -> dict[str, torch.Tensor]:
-    """A copy of the head's state, on the CPU."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in head.state_dict().items()}
 
 
 def make_optimizer(cfg: Config, head: ProjectionHead, loss: Loss) -> torch.optim.AdamW:
@@ -222,11 +210,12 @@ def train_step(cfg: Config, data: TrainingData, run: Run, feed: Feed, run_dir: P
     (batch, embeddings), run.arms = feed.take(), None
     torch.manual_seed(step_seed(training.seed, run.step, purpose=2))  # of the dropout
     # not compiled: that takes a minute and does not speed up matrix products, most of a step on the CPU
-    with autocast(training.dtype, data.device):
+    is_bfloat16 = resolve_dtype(training.dtype, data.train.device) == "bfloat16"
+    with torch.autocast(data.train.device.type, torch.bfloat16, enabled=is_bfloat16):  # the loss stays in float32
         vectors = run.head.train()(embeddings)
-    related = batch.rows[: len(batch.rows) if run.loss.contrasts_all else training.batch_size]
-    masks = relations(data.train, related, batch.rows) if run.loss.needs_relations else None
-    loss, semi_hard = run.loss(vectors, masks)
+    rows = batch.rows
+    related = {"none": rows[:0], "anchors": batch.anchors, "all": rows}[run.loss.relations]
+    loss, semi_hard = run.loss(vectors, *relations(data.train, related, rows))
     drawn = torch.bincount(batch.arms, minlength=len(run.bandit.available))
     semi_hard_by_arm = torch.bincount(batch.arms, weights=semi_hard.double(), minlength=len(drawn))
     read_stats = reading(torch.cat([loss.detach().double()[None], drawn.double(), semi_hard_by_arm]))
@@ -260,16 +249,9 @@ def draw(cfg: Config, run: Run, feed: Feed) -> None:
     feed.draw(run.step, run.arms)
 
 
-def autocast(dtype: str, device: torch.device) -> torch.autocast:
-    """The autocast context of `training.dtype` for the forward pass; normalisation and loss stay in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=resolve_dtype(dtype, device) == "bfloat16")
-
-
 def finish_epoch(cfg: Config, data: TrainingData, run: Run, seconds: float, steps: int) -> None:
-    """Validate, add a row to the history, and keep the head if it is the best so far.
-
-    `steps`, `seconds`: this process's share of the epoch.
-    """
+    """Validate, add a row to the history, and keep the head if it is the best so far. `steps`, `seconds`: this
+    process's share of the epoch."""
     metrics = data.validation.of_head(run.head)
     value, epoch = metrics["map@r"], run.epoch
     run.history.append(history.row(epoch, metrics, run.sums))
@@ -277,7 +259,7 @@ def finish_epoch(cfg: Config, data: TrainingData, run: Run, seconds: float, step
     run.timings.append({"seconds": seconds, "triplets_per_second": rate})
     run.sums = np.zeros_like(run.sums)
     if not run.best or value > run.best["metrics"]["map@r"]:
-        run.best = {"epoch": epoch, "metrics": metrics, "head": weights_of(run.head)}
+        run.best = {"epoch": epoch, "metrics": metrics, "head": checkpoints.weights_of(run.head)}
     log.info("%s", history.as_line(run.history[-1], run.timings[-1], run.best["epoch"]))
 
 

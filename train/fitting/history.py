@@ -11,21 +11,17 @@ from common.provenance import Provenance
 
 
 def row(epoch: int, metrics: dict[str, float], sums: np.ndarray) -> dict[str, float]:
-    """The row of an epoch, without its timings. `sums`: see `fit.Run`; the means of an epoch without steps are
-    NaN."""
+    """The row of an epoch, without its timings. `sums`: see `fit.Run`; without steps the means are NaN."""
     loss, steps, *by_arm = sums
     triplets, semi_hard = np.split(np.array(by_arm), 2)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean_loss, shares, rewards = np.float64(loss) / steps, triplets / triplets.sum(), semi_hard / triplets
     columns = {"epoch": epoch, "loss": float(mean_loss)}
     columns |= {"val_map_at_r": metrics["map@r"], "val_recall_at_1": metrics["recall@1"]}
+    arms = [*(f"band_{b}" for b in range(len(shares) - 1)), "random"]
     for kind, figures in (("share", shares), ("reward", rewards)):
-        columns |= {f"{kind}_{arm}": float(x) for arm, x in zip(arm_names(len(shares) - 1), figures, strict=True)}
+        columns |= {f"{kind}_{arm}": float(x) for arm, x in zip(arms, figures, strict=True)}
     return columns
-
-
-def arm_names(bands: int) -> list[str]:
-    return [*(f"band_{b}" for b in range(bands)), "random"]
 
 
 def frame(rows: list[dict], timings: list[dict]) -> pd.DataFrame:

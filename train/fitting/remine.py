@@ -25,8 +25,7 @@ log = logging.getLogger("pipeline")
 
 
 def mine(cfg: Config, rows: TrainRows, head: ProjectionHead, state: dict[str, torch.Tensor]) -> TrainRows:
-    """`rows` with the neighbours and the bands in the space of `head` with the weights `state`.
-    Raises Stopped on a signal."""
+    """`rows` with the bands in the space of `head` with the weights `state`. Raises Stopped on a signal."""
     head = copy.deepcopy(head)
     head.load_state_dict(state)
     vectors = devices.place(heads.embed(head, rows.embeddings, rows.device).half().cpu().numpy(), rows.device)
@@ -35,14 +34,9 @@ def mine(cfg: Config, rows: TrainRows, head: ProjectionHead, state: dict[str, to
     memory_mb = cfg.infrastructure.search_memory_mb
     together = exact_search.tile_sizes(vectors.shape[1], k, memory_mb, rows.device).together
     for start in range(0, n, together):
-        block = slice(start, min(start + together, n))
+        block = np.arange(start, min(start + together, n))
         nearest, similarities = exact_search.exact_neighbors(
-            vectors,
-            rows.zones,
-            k=k,
-            rows=np.arange(block.start, block.stop),
-            memory_mb=memory_mb,
-            device=rows.device,
+            vectors, rows.zones, k=k, rows=block, memory_mb=memory_mb, device=rows.device
         )
         neighbors[block] = nearest
         ratios[block] = bands.ratios(similarities, nearest, cfg.data.band_reference_rank)

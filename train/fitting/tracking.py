@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from common.errors import PipelineError
 from common.parquet import first_line
@@ -11,41 +12,11 @@ from common.provenance import Provenance, digest_of
 from common.sections import Config
 
 
-class Tracker:
-    """A wandb run; does nothing without one (None)."""
-
-    def __init__(self, run, run_dir: Path | None):
-        self.run, self.run_dir = run, run_dir
-
-    def epoch(self, row: dict) -> None:
-        """Log a row of the history."""
-        if self.run is not None:
-            self.run.log(row, step=row["epoch"])
-
-    def finish(self, best: dict) -> None:
-        """Log the best epoch's metrics (of checkpoint_best.pt) as the summary, and as an artefact with the
-        history, the settings and the curves of the run's folder."""
-        if self.run is None or self.run_dir is None:
-            return
-        import wandb
-
-        figures = {"epoch": best["epoch"], **best["metrics"]}
-        self.run.summary.update({f"best/{name}": value for name, value in figures.items()})
-        self.run.summary["curves"] = wandb.Image(str(self.run_dir / "curves.png"))
-        artifact = wandb.Artifact(f"run-{self.run.id}", type="run", metadata=figures)
-        for name in ("curves.png", "history.parquet"):
-            artifact.add_file(str(self.run_dir / name))
-        for name, content in (("config.json", best["config"]), ("best.json", figures)):
-            with artifact.new_file(name) as file:
-                json.dump(content, file, indent=1)
-        self.run.log_artifact(artifact)
-
-
 @contextlib.contextmanager
-def session(cfg: Config, run_dir: Path | None, record: Provenance) -> Iterator[Tracker]:
-    """The Tracker of a run. A resumed run keeps its id."""
+def session(cfg: Config, run_dir: Path | None, record: Provenance) -> Iterator[Any]:
+    """The wandb run, or None without one. A resumed run keeps its id."""
     if cfg.logging.wandb_mode == "disabled" or run_dir is None:
-        yield Tracker(None, None)
+        yield None
         return
     import wandb
 
@@ -65,4 +36,21 @@ def session(cfg: Config, run_dir: Path | None, record: Provenance) -> Iterator[T
             f'wandb cannot start: {first_line(error)}\nfix this, or set logging.wandb_mode to "offline"'
         ) from None
     with run:
-        yield Tracker(run, run_dir)
+        yield run
+
+
+def finish(run: Any, run_dir: Path, best: dict) -> None:
+    """Log the best epoch's metrics (of checkpoint_best.pt) as the summary, and as an artefact with the history,
+    the settings and the curves of the run's folder."""
+    import wandb
+
+    figures = {"epoch": best["epoch"], **best["metrics"]}
+    run.summary.update({f"best/{name}": value for name, value in figures.items()})
+    run.summary["curves"] = wandb.Image(str(run_dir / "curves.png"))
+    artifact = wandb.Artifact(f"run-{run.id}", type="run", metadata=figures)
+    for name in ("curves.png", "history.parquet"):
+        artifact.add_file(str(run_dir / name))
+    for name, content in (("config.json", best["config"]), ("best.json", figures)):
+        with artifact.new_file(name) as file:
+            json.dump(content, file, indent=1)
+    run.log_artifact(artifact)

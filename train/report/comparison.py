@@ -57,9 +57,8 @@ def judge(cfg: Config, best: dict[tuple[Combination, int], dict], device: torch.
     values = {}  # of each query with a match, (n, figures)
     with cli.Progress("compare", "ranking", total, cfg.logging.progress_interval_s) as progress:
         for name, method in compared.items():
-            matches = protocol.rank(
-                method.vectors(rows, device), rows, cfg.infrastructure.search_memory_mb, progress
-            )
+            vectors = method.vectors(rows, device)
+            matches = protocol.rank(vectors, rows, cfg.infrastructure.search_memory_mb, progress)
             queries = metrics.per_query(matches)
             values[name] = protocol.query_values(queries, FIGURES)
     cell_ids = rows.column("cell_id")[: rows.num_queries][queries.has_match]  # the same for all methods

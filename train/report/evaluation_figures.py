@@ -3,12 +3,11 @@
 Each function returns markup with an alternative text; none touches matplotlib's global state.
 """
 
-import itertools
-
 import matplotlib
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
+from matplotlib.rcsetup import cycler
 
 from common import pages
 
@@ -19,16 +18,13 @@ _LOOKS: dict[str, dict] = {  # of the lines: different in more than colour
     "trained": {"color": "#2a86d8", "linestyle": "-"},
 }
 _FURTHER_COLOURS = ("#3a9d4e", "#d4483b", "#12a5a5", "#c2a800", "#d667a8", "#7a5a40")
-_FURTHER_LOOKS = [
-    {"color": colour, "marker": marker, "markersize": 3, "markevery": 6}
-    for colour, marker in zip(_FURTHER_COLOURS, "osD^vP", strict=True)
-]
+_FURTHER_LOOKS = cycler(color=_FURTHER_COLOURS, marker=list("osD^vP")) * cycler(markersize=[3], markevery=[6])
 MAX_CLASSES = 12  # bars that fit a figure
 
 
 def _looks(methods: list[str]) -> dict[str, dict]:
     """Keyword arguments of `plot` for each method."""
-    further = itertools.cycle(_FURTHER_LOOKS)
+    further = _FURTHER_LOOKS()  # without end
     return {method: _LOOKS.get(method) or next(further) for method in methods}
 
 

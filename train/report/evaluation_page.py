@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -30,15 +29,8 @@ _XLABELS = {
 }
 
 
-class Background(NamedTuple):
-    """What the page shows of a run besides its figures; empty if a file of vectors was evaluated."""
-
-    history: pd.DataFrame | None
-    split_report: dict
-
-
-def read_background(cfg: Config) -> Background:
-    """What exists of it for the config's run. Raises PipelineError if a file is damaged."""
+def read_background(cfg: Config) -> tuple[pd.DataFrame | None, dict]:
+    """The history of the config's run and the report of its split, if any. PipelineError if one is damaged."""
     history_path = cfg.paths.checkpoints_dir / cfg.training.run / "history.parquet"
     split_path = files.beside(cfg.paths.merged_dir, "report") / "split_report.json"
     history = parquet.read(history_path).to_pandas() if history_path.exists() else None
@@ -49,20 +41,21 @@ def read_background(cfg: Config) -> Background:
             f"{split_path} is damaged ({error})\nrerun merge_and_split.py, or delete the file: it is optional here"
         ) from None
     split_report.pop("provenance", None)
-    return Background(history, split_report)
+    return history, split_report
 
 
 def render(
     cfg: Config,
     figures: dict,
-    background: Background,
+    history: pd.DataFrame | None,
+    split_report: dict,
     gallery: Gallery,
     vectors: torch.Tensor,
     per_query: dict[str, PerQuery],
 ) -> str:
-    """The page. `figures`: as in metrics.json; `vectors`: of the method shown; see `protocol.evaluate`."""
+    """The page. `figures`: as in metrics.json; `history`, `split_report`: see `read_background`, empty for a file
+    of vectors; `vectors`: of the method shown, see `protocol.evaluate`."""
     shown = protocol.shown_of(list(per_query))
-    history, split_report = background
     sheets = query_sheets.make(
         tar_images.of_paths(cfg.paths), gallery, vectors, per_query[shown], per_query["raw"], cfg.global_.seed
     )
@@ -74,7 +67,6 @@ def render(
         shown=shown,
         metrics={key: TITLES[key] for key in _COLUMNS},
         share=share,
-        has_intervals=has_intervals(figures),
         min_cells=bootstrap.MIN_CELLS,
         recall_curve=evaluation_figures.recall_curve(figures["recall_curve"]),
         breakdowns=[
@@ -111,10 +103,6 @@ def table(figures: dict) -> str:
     for name, sign, metrics in rows:
         columns = "".join(f"{percent(metrics[key], sign):<22}" for key in MAIN_METRICS)
         lines.append(f"{name:<{width}}{columns.rstrip()}")
-    if not has_intervals(figures):
+    if next(iter(figures["methods"].values()))["map@r"]["low"] is None:
         lines.append(f"no intervals: the queries are in fewer than {bootstrap.MIN_CELLS} evenly filled cells")
     return "\n".join(lines)
-
-
-def has_intervals(figures: dict) -> bool:
-    return next(iter(figures["methods"].values()))["map@r"]["low"] is not None

@@ -2,7 +2,6 @@
 
 import base64
 import io
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,25 +50,20 @@ def choose(shown: PerQuery, raw: PerQuery, building_of_row: np.ndarray, seed: in
 def first_results(vectors: torch.Tensor, gallery: Gallery, query: int) -> list[tuple[int, float, str]]:
     """(row, cosine, kind) of the gallery rows most similar to a query, up to the COUNTED_RESULTS-th that is not
     junk, and then the best match if none is among them."""
-    scores = vectors @ vectors[query]  # (G,)
-    scores[query] = -torch.inf
-    junk = set(gallery.zones.rows_of(np.array([query]), own=False)[1].tolist())
-    nearest = torch.topk(scores, min(COUNTED_RESULTS + len(junk), len(scores) - 1))
-    buildings = gallery.zones.building_of_row
-    results: list[tuple[int, float, str]] = []
-    seen: Counter[str] = Counter()
-    for row, cosine in zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True):
-        kind = "junk" if row in junk else "match" if buildings[row] == buildings[query] else "wrong"
-        seen[kind] += 1
-        if kind != "junk" or seen[kind] <= SHOWN_JUNK:
-            results.append((row, cosine, kind))
-        if seen["match"] + seen["wrong"] == COUNTED_RESULTS:
-            break
-    if not seen["match"]:
-        own = np.flatnonzero(buildings == buildings[query])
-        best = int(own[int(scores[torch.from_numpy(own).to(scores.device)].argmax())])
-        results.append((best, scores[best].item(), "match"))
-    return results
+    scores = (vectors @ vectors[query]).cpu().numpy()  # (G,)
+    scores[query] = -np.inf
+    junk = gallery.zones.rows_of(np.array([query]), own=False)[1]
+    own = np.flatnonzero(gallery.zones.building_of_row == gallery.zones.building_of_row[query])
+    num_nearest = min(COUNTED_RESULTS + len(junk), len(scores) - 1)
+    nearest = torch.topk(torch.from_numpy(scores), num_nearest).indices.numpy()
+    is_junk = np.isin(nearest, junk)
+    is_hidden = is_junk & (np.cumsum(is_junk) > SHOWN_JUNK)
+    results_before: np.ndarray = np.cumsum(~is_junk) - ~is_junk
+    rows = nearest[~is_hidden & (results_before < COUNTED_RESULTS)]
+    if not np.isin(rows, own).any():
+        rows = np.append(rows, own[scores[own].argmax()])
+    kinds = np.select([np.isin(rows, junk), np.isin(rows, own)], ["junk", "match"], "wrong")
+    return list(zip(rows.tolist(), scores[rows].tolist(), kinds.tolist(), strict=True))
 
 
 def data_uri(image: Image.Image) -> str:

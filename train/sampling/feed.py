@@ -37,7 +37,12 @@ class Feed:
         previous batch's reward: by then that batch has been copied out of the pinned buffer."""
         with torch.cuda.stream(self._stream):  # of None: the current one
             batch = self.sampler.draw(step, arms)
-            self._ahead = batch, self._gather(batch.rows)
+            if self._pinned is None:
+                embeddings = gather(self.rows.embeddings, batch.rows)
+            else:
+                torch.index_select(self.rows.embeddings, 0, batch.rows.cpu(), out=self._pinned)
+                embeddings = self._pinned.to(self.rows.device, non_blocking=True)
+            self._ahead = batch, embeddings
 
     def take(self) -> tuple[Batch, torch.Tensor]:
         """The drawn batch, and the raw embeddings (3A, D) of its rows."""
@@ -50,21 +55,13 @@ class Feed:
                 tensor.record_stream(current)
         return batch, embeddings
 
-    def _gather(self, rows: torch.Tensor) -> torch.Tensor:
-        if self._pinned is None:
-            return gather(self.rows.embeddings, rows)
-        torch.index_select(self.rows.embeddings, 0, rows.cpu(), out=self._pinned)
-        return self._pinned.to(rows.device, non_blocking=True)
-
 
 def reading(tensor: torch.Tensor) -> Callable[[], np.ndarray]:
-    """A function that returns `tensor` as an array. It waits for what computes it, not for what is queued
-    later."""
+    """A function that returns `tensor` as an array. It waits for its computation, not for what is queued later."""
     copy = tensor.to("cpu", non_blocking=True)  # pinned, when it comes from CUDA
     if tensor.device.type != "cuda":
         return copy.numpy
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(tensor.device))
+    copied = torch.cuda.current_stream(tensor.device).record_event()
 
     def read() -> np.ndarray:
         copied.synchronize()

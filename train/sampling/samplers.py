@@ -15,10 +15,8 @@ from train.sampling.bandit import DiscountedUcb
 class ArmChoice(NamedTuple):
     """A way to choose arms."""
 
-    choose: Callable[
-        [DiscountedUcb, np.ndarray], np.ndarray
-    ]  # by number of group, (G,), counted through all steps
-    learns: bool = False  # whether the bandit is told the rewards
+    choose: Callable[[DiscountedUcb, np.ndarray], np.ndarray]  # by number of group (G,), through all steps
+    learns: bool = False  # whether the bandit gets the rewards
 
 
 def _uniform(bandit: DiscountedUcb, groups: np.ndarray) -> np.ndarray:
@@ -26,15 +24,11 @@ def _uniform(bandit: DiscountedUcb, groups: np.ndarray) -> np.ndarray:
     return available[groups % len(available)]
 
 
-def _random(bandit: DiscountedUcb) -> int:
-    return len(bandit.available) - 1
-
-
 SAMPLERS = {
     "ucb": ArmChoice(lambda bandit, groups: bandit.choose(len(groups)), learns=True),
     "uniform": ArmChoice(_uniform),  # the available arms in turn
-    "hard_random": ArmChoice(lambda bandit, groups: np.where(groups % 2 == 0, 0, _random(bandit))),  # in turn
-    "random": ArmChoice(lambda bandit, groups: np.full(len(groups), _random(bandit))),
+    "hard_random": ArmChoice(lambda bandit, groups: groups % 2 * (len(bandit.available) - 1)),  # in turn
+    "random": ArmChoice(lambda bandit, groups: np.full(len(groups), len(bandit.available) - 1)),
 }
 
 
