@@ -1,6 +1,6 @@
-"""What every script has in common on the command line: flags, errors, signals, progress, the summary line.
+"""The command line of every script: flags, errors, signals, progress and the summary line.
 
-Imports nothing heavy: `--help` answers at once.
+Imports nothing heavy, so `--help` is instant.
 """
 
 import argparse
@@ -19,56 +19,63 @@ from pathlib import Path
 from common.errors import PipelineError, Stopped
 
 log = logging.getLogger("pipeline")
-EXIT_STOPPED = 85  # stopped early by a signal with everything saved: Slurm's wrapper requeues the job
+EXIT_STOPPED = 85  # stopped by a signal with everything saved: Slurm's wrapper requeues the job
 _OUR_PACKAGES = ("common", "preprocess", "generate", "difficulty", "train", "publish", "slurm")
+_DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "disk quota exceeded",
+    errno.EFBIG: "file size limit exceeded (ulimit -f)",
+    errno.EACCES: "permission denied",
+    errno.EROFS: "read-only file system",
+    errno.EISDIR: "expected a file, found a directory",
+    errno.ENOTDIR: "expected a directory, found a file",
+    errno.EEXIST: "expected a directory, found a file",
+    errno.EIO: "input/output error",
+}
 _stop_signal: int | None = None
 
 
 def parser(doc: str, *, shards: bool = False) -> argparse.ArgumentParser:
-    """The flags that every stage has. `doc`: the script's docstring, shown by --help as it is."""
+    """The flags of every stage. `doc`: the script's docstring, shown verbatim by --help."""
     arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     config_flags(arguments)
-    arguments.add_argument("--overwrite", action="store_true", help="make again what is there already")
+    arguments.add_argument("--overwrite", action="store_true", help="recreate existing outputs")
     if shards:
-        arguments.add_argument("--shard", type=int, default=0, metavar="I", help="which part of the work (0)")
-        arguments.add_argument("--num-shards", type=int, default=1, metavar="N", help="of how many (1)")
+        arguments.add_argument("--shard", type=int, default=0, metavar="I", help="index of this shard (0)")
+        arguments.add_argument("--num-shards", type=int, default=1, metavar="N", help="number of shards (1)")
     return arguments
 
 
 def config_flags(arguments: argparse.ArgumentParser) -> None:
-    """--config and --set, for the scripts that have no --overwrite."""
+    """--config and --set, for scripts without --overwrite."""
     arguments.add_argument("--config", type=Path, metavar="PATH", help="settings (the repository's config.toml)")
     arguments.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="section.key=value",
-        help="override a setting; repeatable",
+        "--set", action="append", default=[], metavar="section.key=value", help="override a setting; repeatable"
     )
 
 
 def load_config(args: argparse.Namespace):
-    """The settings that the arguments name; checks --shard and sets the log level. Raises ConfigError."""
+    """The configuration for these arguments; checks --shard and sets the log level. Raises ConfigError."""
     from common import config
     from common.errors import ConfigError
 
     num_shards = getattr(args, "num_shards", 1)
     if num_shards < 1:
-        raise ConfigError("--num-shards takes a number of shards, 1 or more")
+        raise ConfigError("--num-shards must be at least 1")
     if not 0 <= getattr(args, "shard", 0) < num_shards:
-        raise ConfigError(f"--shard must lie between 0 and --num-shards - 1 = {num_shards - 1}")
+        raise ConfigError(f"--shard must be between 0 and --num-shards - 1 = {num_shards - 1}")
     cfg = config.load(args.config, args.set)
     log.setLevel(cfg.logging.level.upper())
     return cfg
 
 
 def run(main, *, resumable: bool = False) -> None:
-    """Run a script's `main` and exit: 0 done, 1 failed, 2 unusable arguments, 85 stopped with all saved.
+    """Run a script's `main` and exit: 0 done, 1 failed, 2 invalid arguments, 85 stopped with everything saved.
 
-    An error that a user can cause is told on stderr without a traceback; any other is a bug and shows one.
-    `resumable`: the script calls `check_stop` and goes on where it stopped, so SIGTERM and SIGUSR2 end it with 85.
-    Others are ended by SIGTERM at once, as any program; SIGUSR2, Slurm's warning before the time limit, leaves
-    them the minutes that remain.
+    Errors that a user can cause are printed without a traceback; any other error is a bug and shows one.
+    `resumable`: the script calls `check_stop` and can continue later, so SIGTERM and SIGUSR2 end it with code 85.
+    Otherwise SIGTERM ends it at once, and SIGUSR2, Slurm's warning before the time limit, is ignored: the script
+    may still finish in the remaining minutes.
     """
     collect_seldom()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -82,70 +89,64 @@ def run(main, *, resumable: bool = False) -> None:
 
 
 def collect_seldom() -> None:
-    """Collect garbage seldom, and not at the end of the process.
+    """Run the garbage collector rarely, and not at exit.
 
-    torch and transformers are hundreds of thousands of objects that stay. Looking through them again and again
-    while they load, and once more at the end, takes up to a third of the time of a script that does little else.
+    torch and transformers create hundreds of thousands of permanent objects. Scanning them repeatedly during
+    import, and once more at exit, takes up to a third of the time of a short script.
     """
     gc.set_threshold(10_000)
-    atexit.register(gc.freeze)  # registered first, so called last
+    atexit.register(gc.freeze)  # registered first, so it runs last
 
 
 def exit_code_of(main) -> int:
-    """Call `main()` and turn what it raises into a message and an exit code."""
+    """Call `main()`; print the error that it raises, and return the exit code."""
     try:
         return main() or 0
     except PipelineError as error:
-        first, *rest = str(error).splitlines()
-        print("\n       ".join([f"error: {first}", *rest]), file=sys.stderr)
+        _print_error(*str(error).splitlines())
         return error.exit_code
     except Stopped:
-        print("stopped by a signal; what is finished is saved, and the next run continues", file=sys.stderr)
+        print("stopped by a signal; finished work is saved, and the next run continues", file=sys.stderr)
         return EXIT_STOPPED
     except KeyboardInterrupt:
         print("interrupted; finished files are kept", file=sys.stderr)
         return 130
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] in _OUR_PACKAGES:
-            raise
-        print(f"error: the Python package {error.name} is not installed for {sys.executable}", file=sys.stderr)
-        print("       run `make install`, then `source .venv/bin/activate`", file=sys.stderr)
-        return 1
-    except MemoryError:
-        print("error: the memory of this machine or job does not suffice", file=sys.stderr)
-        print("       --help says what the script needs; on Slurm --mem in slurm.<stage>.sbatch", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
-            raise
-        print("error: the device's memory does not suffice", file=sys.stderr)
-        print("       free it, make batches or infrastructure.search_memory_mb smaller, or set", file=sys.stderr)
-        print("       infrastructure.device to another", file=sys.stderr)
-        return 1
     except BrokenPipeError:
-        with contextlib.suppress(OSError):  # the reader of our output has gone: `... | head`
+        with contextlib.suppress(OSError):  # the reader of our output has exited: `... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        advice = {
-            errno.ENOSPC: "the disk is full",
-            errno.EDQUOT: "the disk quota is used up",
-            errno.EFBIG: "the file is larger than is allowed here (ulimit -f)",
-            errno.EACCES: "permission denied",
-            errno.EROFS: "the file system is read-only",
-            errno.EISDIR: "this is a folder, and a file is wanted",
-            errno.ENOTDIR: "this is a file, and a folder is wanted",
-            errno.EEXIST: "this is a file, and a folder is wanted",
-            errno.EIO: "the disk cannot be read or written here",
-        }.get(error.errno or 0)
-        if advice is None:
+    except (ImportError, MemoryError, RuntimeError, OSError) as error:
+        lines = _explain(error)
+        if not lines:
             raise
-        # of the two of a copy or a renaming, the second is the one that is written
+        _print_error(*lines)
+        return 1
+
+
+def _print_error(*lines: str) -> None:
+    print("error: " + "\n       ".join(lines), file=sys.stderr)
+
+
+def _explain(error: Exception) -> list[str]:
+    """The message for an error of the environment: what is wrong, and what to do. Empty for a bug."""
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] not in _OUR_PACKAGES:
+        return [
+            f"the Python package {error.name} is not installed for {sys.executable}",
+            "run `make install`, then `source .venv/bin/activate`",
+        ]
+    if isinstance(error, MemoryError):
+        return ["out of memory", "--help states the script's needs; on Slurm, raise --mem in slurm.<stage>.sbatch"]
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        return [
+            "the device is out of memory",
+            "free some, lower batch sizes or infrastructure.search_memory_mb, or change infrastructure.device",
+        ]
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        # of the two paths of a copy or a rename, the second is the one being written
         path = error.filename if error.errno == errno.EIO else error.filename2 or error.filename
         where = f" ({path})" if path else ""
-        print(f"error: {advice}{where}", file=sys.stderr)
-        print("       mend that and run it again: finished files are kept", file=sys.stderr)
-        return 1
+        return [f"{_DISK_ERRORS[error.errno]}{where}", "fix this and rerun: finished files are kept"]
+    return []
 
 
 def _remember_signal(number, _frame) -> None:
@@ -154,28 +155,28 @@ def _remember_signal(number, _frame) -> None:
 
 
 def stop_requested() -> bool:
-    """Whether SIGTERM or SIGUSR2 has arrived: save what is worth saving, then call `check_stop`."""
+    """Whether SIGTERM or SIGUSR2 has arrived. If so, save the state and call `check_stop`."""
     return _stop_signal is not None
 
 
 def check_stop() -> None:
-    """Raise Stopped if a signal has asked this run to end. Call it where nothing unfinished is lost."""
+    """Raise Stopped if a signal has asked this run to end. Call it where no unsaved work is lost."""
     if stop_requested():
         raise Stopped
 
 
 class Progress:
-    """Counts rows in, out and rejected; shows a bar on a terminal, else a line now and then; ends in a summary.
+    """Counts rows in, out and rejected; shows a bar on a terminal, otherwise a line at intervals; ends in a summary.
 
-    `total`: how many rows will come in, or None where only the share of the work that is done gets known, by
-    `add`. `unit`: what a row is, in the singular.
+    `total`: the expected number of rows, or None if only the completed share of the work is known (see `add`).
+    `unit`: what a row is, in the singular.
     """
 
     def __init__(self, stage: str, unit: str, total: int | None = None, interval_s: float = 30.0):
         self.stage, self.unit, self.total, self.interval_s = stage, unit, total, interval_s
         self.rows_in = self.rows_out = 0
         self.rejected: Counter[str] = Counter()
-        self._share = 0.0  # of the work, where `total` is not known
+        self._share = 0.0  # of the work done, if `total` is unknown
         self._started = self._last_line = time.monotonic()
         self._bar = None
 
@@ -191,20 +192,16 @@ class Progress:
             self._bar.close()
 
     def add(
-        self,
-        rows_in: int,
-        rows_out: int | None = None,
-        rejected: dict[str, int] | None = None,
-        share: float | None = None,
+        self, rows_in: int, rows_out: int | None = None, rejected: dict[str, int] | None = None, share: float = 0.0
     ) -> None:
-        """Count rows that are done; `rows_out` defaults to `rows_in`. `share`: of all work, done by now (0..1)."""
-        self._share = self._share if share is None else share
+        """Count finished rows; `rows_out` defaults to `rows_in`. `share` of the total work done so far (0..1)."""
+        self._share = share or self._share
         self.rows_in += rows_in
         self.rows_out += rows_in if rows_out is None else rows_out
         self.rejected.update(rejected or {})
         if self._bar is not None:
             if self._share:
-                self._bar.total = round(self.rows_in / self._share)  # for its percent and time left
+                self._bar.total = round(self.rows_in / self._share)  # for the percentage and the time left
             self._bar.update(rows_in)
         elif time.monotonic() - self._last_line >= self.interval_s:
             self._last_line = time.monotonic()
@@ -214,14 +211,15 @@ class Progress:
         seconds = time.monotonic() - self._started
         rate, per = _rate(self.rows_in, seconds)
         share = self.rows_in / self.total if self.total else self._share
-        counted = f"{self.rows_in:,} of {self.total:,}" if self.total else f"{self.rows_in:,}"
+        of_total = f" of {self.total:,}" if self.total else ""
+        counts = f"{self.rows_in:,}{of_total} {_plural(self.unit)}"
         if not (self.total or share):
-            return f"{counted} {_plural(self.unit)}, {rate:,.0f}/{per}"
+            return f"{counts}, {rate:,.0f}/{per}"
         remaining = seconds * (1 - share) / share if share else float("inf")
-        return f"{counted} {_plural(self.unit)} ({share:.0%}), {rate:,.0f}/{per}, {duration(remaining)} left"
+        return f"{counts} ({share:.0%}), {rate:,.0f}/{per}, {duration(remaining)} left"
 
     def summary(self, note: str = "") -> int:
-        """Print the run's one summary line (with `note` at its end) and return exit code 0."""
+        """Print the run's summary line, ending with `note`, and return exit code 0."""
         seconds = time.monotonic() - self._started
         parts = [f"{self.rows_in:,} {_plural(self.unit)} in, {self.rows_out:,} out"]
         if self.rejected:
@@ -236,7 +234,7 @@ class Progress:
 
 
 def nothing_to_do(stage: str, what: str) -> int:
-    """Say that `what` (such as "12 files") is finished already; returns exit code 0."""
+    """Report that `what` (such as "12 files") is up to date; return exit code 0."""
     print(f"{stage}: nothing to do, {what} up to date", flush=True)
     return 0
 
@@ -252,7 +250,7 @@ def duration(seconds: float) -> str:
 
 
 def _rate(count: int, seconds: float) -> tuple[float, str]:
-    """(how many per time, "s"); where that is less than one, per "min" or "h"."""
+    """The rate and its unit of time: "s", or "min" or "h" if it would be below one."""
     rate, per = count / max(seconds, 1e-9), "s"
     for longer in ("min", "h"):
         if 0 < rate < 1:
