@@ -166,7 +166,7 @@ def check_stop() -> None:
 
 
 class Progress:
-    """Counts rows in, out and rejected; shows a bar on a terminal, otherwise a line at intervals; ends in a summary.
+    """Counts rows in, out and rejected; shows a bar on a terminal, else a line at intervals; ends in a summary.
 
     `total`: the expected number of rows, or None if only the completed share of the work is known (see `add`).
     `unit`: what a row is, in the singular.
@@ -176,6 +176,7 @@ class Progress:
         self.stage, self.unit, self.total, self.interval_s = stage, unit, total, interval_s
         self.rows_in = self.rows_out = 0
         self.rejected: Counter[str] = Counter()
+        self._units = unit if unit.endswith("s") else f"{unit}s"
         self._share = 0.0  # of the work done, if `total` is unknown
         self._started = self._last_line = time.monotonic()
         self._bar = None
@@ -212,7 +213,7 @@ class Progress:
         rate, per = _rate(self.rows_in, seconds)
         share = self.rows_in / self.total if self.total else self._share
         of_total = f" of {self.total:,}" if self.total else ""
-        counts = f"{self.rows_in:,}{of_total} {_plural(self.unit)}"
+        counts = f"{self.rows_in:,}{of_total} {self._units}"
         if not (self.total or share):
             return f"{counts}, {rate:,.0f}/{per}"
         remaining = seconds * (1 - share) / share if share else float("inf")
@@ -221,12 +222,12 @@ class Progress:
     def summary(self, note: str = "") -> int:
         """Print the run's summary line, ending with `note`, and return exit code 0."""
         seconds = time.monotonic() - self._started
-        parts = [f"{self.rows_in:,} {_plural(self.unit)} in, {self.rows_out:,} out"]
+        parts = [f"{self.rows_in:,} {self._units} in, {self.rows_out:,} out"]
         if self.rejected:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.rejected.most_common())
             parts[0] += f", {self.rejected.total():,} rejected ({reasons})"
         rate, per = _rate(self.rows_in, seconds)
-        parts.append(f"{duration(seconds)}, {rate:,.0f} {_plural(self.unit)}/{per}")
+        parts.append(f"{duration(seconds)}, {rate:,.0f} {self._units}/{per}")
         if note:
             parts.append(note)
         print(f"{self.stage}: {'; '.join(parts)}", flush=True)
@@ -256,7 +257,3 @@ def _rate(count: int, seconds: float) -> tuple[float, str]:
         if 0 < rate < 1:
             rate, per = 60 * rate, longer
     return rate, per
-
-
-def _plural(unit: str) -> str:
-    return unit if unit.endswith("s") else unit + "s"

@@ -1,11 +1,11 @@
-"""The configuration: config.toml read strictly into the models of common/sections.py.
+"""The configuration: config.toml, validated strictly by the models of common/sections.py.
 
-config.toml is the only place with defaults: a key that it lacks is an error, and so is one that is not known
-here. `--set section.key=value` overrides; the value is TOML (0.2, true, [1, 2]) or else a plain string.
+config.toml is the only place with defaults: missing and unknown keys are errors. `--set section.key=value`
+overrides; the value is TOML (0.2, true, [1, 2]) or else a plain string.
 """
 
+import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ DEFAULT_PATH = Path(__file__).resolve().parents[1] / "config.toml"
 
 
 def load(path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The configuration at `path` (default: the repository's) with `--set` overrides; paths made absolute.
+    """The configuration at `path` (default: the repository's) with `--set` overrides; paths become absolute.
 
-    Raises ConfigError with every mistake of the file at once.
+    Raises ConfigError with all mistakes at once.
     """
     path = Path(path or DEFAULT_PATH)
     try:
@@ -37,13 +37,17 @@ def load(path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) 
     try:
         cfg = Config.model_validate(tree)
     except ValidationError as error:
-        wrong = "what --set says" if overrides and _is_usable(tomli.loads(text)) else path
-        raise ConfigError("\n".join([f"{wrong} cannot be used:", *_explain(error)])) from None
+        culprit = f"invalid configuration {path}:"
+        if overrides:
+            with contextlib.suppress(ValidationError):
+                Config.model_validate(tomli.loads(text))
+                culprit = "invalid --set value:"
+        raise ConfigError("\n".join([culprit, *_explain(error)])) from None
     return _absolute(cfg, path.resolve().parent)
 
 
 def values(cfg: Config, *keys: str) -> dict[str, Any]:
-    """The settings named ("section.key" or "section") as plain values: what a stage records of what it reads."""
+    """The named settings ("section.key", or "section" for all of its keys) as plain values, for a record."""
     plain = cfg.model_dump(mode="json", by_alias=True)
     chosen: dict[str, Any] = {}
     for key in keys:
@@ -54,7 +58,7 @@ def values(cfg: Config, *keys: str) -> dict[str, Any]:
 
 
 def entry(table: dict[str, Any], setting: str, name: str, file: str) -> Any:
-    """What a table of choices holds under the name that a setting gives. `file`: where the table stands.
+    """The entry that a setting selects in a table of choices. `file`: where the table is defined.
 
     Raises ConfigError for a name that common/sections.py allows but the table lacks.
     """
@@ -64,30 +68,21 @@ def entry(table: dict[str, Any], setting: str, name: str, file: str) -> Any:
 
 
 def with_training(cfg: Config, **changes) -> Config:
-    """`cfg` with these keys of [training] changed, checked as those of a file. Raises ConfigError."""
+    """`cfg` with these keys of [training] changed and validated. Raises ConfigError."""
     try:
         training = Training.model_validate({**cfg.training.model_dump(), **changes})
     except ValidationError as error:
         mistakes = "; ".join(mistake["msg"] for mistake in error.errors())
-        raise ConfigError(f"[training] cannot be used with {changes}: {mistakes}") from None
+        raise ConfigError(f"invalid [training] with {changes}: {mistakes}") from None
     return cfg.model_copy(update={"training": training})
 
 
 def to_toml(cfg: Config) -> str:
     """The whole configuration as a TOML file that `config.load` reads back."""
-    return "".join(_tables(cfg.model_dump(mode="json", by_alias=True), ()))
-
-
-def _tables(tree: dict, names: tuple[str, ...]) -> Iterator[str]:
-    # a search space's {choices = [...]} is a value in one line
-    plain = {k: v for k, v in tree.items() if not isinstance(v, dict) or names[-1:] == ("search_space",)}
-    if names:
-        yield f"[{'.'.join(names)}]\n"
-        yield from (f"{key} = {_toml(value)}\n" for key, value in plain.items())
-        yield "\n"
-    for key in tree:
-        if key not in plain:
-            yield from _tables(tree[key], (*names, key))
+    lines = []
+    for section, settings in cfg.model_dump(mode="json", by_alias=True).items():
+        lines += [f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in settings.items()), ""]
+    return "\n".join(lines)
 
 
 def _toml(value) -> str:
@@ -95,11 +90,11 @@ def _toml(value) -> str:
         return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)  # strings, numbers and booleans are written alike in both
+    return json.dumps(value, ensure_ascii=False)  # the same in JSON and TOML for strings, numbers and booleans
 
 
 def is_folder(name: str) -> bool:
-    """Whether a model's name is a folder on this machine (`load` makes those absolute), not a name on the hub."""
+    """Whether a model's name is a local folder (`load` makes those absolute), not a name on the hub."""
     return Path(name).is_absolute()
 
 
@@ -111,54 +106,37 @@ def _absolute(cfg: Config, base: Path) -> Config:
     if folder.is_dir():
         model = model.model_copy(update={"name": str(folder.resolve())})
     elif model.name.startswith((".", "/", "~")):
-        raise ConfigError(f"embedding_model.name: there is no folder {folder}")
+        raise ConfigError(f"embedding_model.name: no such directory: {folder}")
     return cfg.model_copy(update={"paths": Paths(root=root, **paths), "embedding_model": model})
 
 
 def _apply(tree: dict, override: str) -> None:
-    """Set one value in the tree that the file gave. Unknown keys are left for the validation to explain."""
-    dotted, equals, text = override.partition("=")
-    *sections, key = dotted.strip().split(".")
+    """Set one value in the tree of the file. Unknown sections and keys are errors."""
+    dotted, equals, text = map(str.strip, override.partition("="))
+    *sections, key = dotted.split(".")
     if not equals or not sections or not key:
-        raise ConfigError(f"--set {override}: write it as --set section.key=value")
+        raise ConfigError(f"--set {override}: expected --set section.key=value")
     node = tree
     for section in sections:
         if not isinstance(node.get(section), dict):
-            raise ConfigError(f"--set {dotted}: there is no section {section}{suggestion(section, node)}")
+            raise ConfigError(f"--set {dotted}: no such section: {section}{suggestion(section, node)}")
         node = node[section]
     if key not in node and "search_space" not in sections:
         raise ConfigError(f"--set {dotted}: [{'.'.join(sections)}] has no key {key}{_where(key, sections)}")
-    value = _toml_value(text.strip())
-    is_text = _is_text(sections, key) and not isinstance(value, str)
-    node[key] = text.strip() if is_text else value  # a run may be called 2024, a time limit is 04:00:00
-
-
-def _toml_value(text: str) -> Any:
     try:
-        return tomli.loads(f"value = {text}")["value"]
+        value = tomli.loads(f"value = {text}")["value"]
     except tomli.TOMLDecodeError:
-        return text  # a plain string: a path, a name
-
-
-def _is_text(sections: list[str], key: str) -> bool:
-    """Whether the setting at this place of the tree is a string or a path."""
-    fields = _fields_of(sections)
-    return key in fields and fields[key].annotation in (str, Path)
+        value = text  # a plain string: a path, a name
+    field = _fields_of(sections).get(key)
+    if field is not None and field.annotation in (str, Path) and not isinstance(value, str):
+        value = text  # a run may be called 2024, a time limit is 04:00:00
+    node[key] = value
 
 
 def _where(key: str, sections: list[str]) -> str:
-    """What an unknown key of a section may have been meant to be."""
+    """A hint for an unknown key of a section: where it belongs, or a similar key."""
     homes = [name for name in _fields_of([]) if key in _fields_of([name])]
     return f"; it belongs to [{homes[0]}]" if homes else suggestion(key, _fields_of(sections))
-
-
-def _is_usable(tree: dict) -> bool:
-    """Whether the tree that a file gave is a valid configuration."""
-    try:
-        Config.model_validate(tree)
-    except ValidationError:
-        return False
-    return True
 
 
 def _explain(error: ValidationError) -> list[str]:
@@ -167,7 +145,7 @@ def _explain(error: ValidationError) -> list[str]:
     for mistake in error.errors():
         *sections, key = [str(part) for part in mistake["loc"]] or ["config.toml"]
         where = f"[{'.'.join(sections)}] {key}" if sections else f"[{key}]"
-        if sections[1:2] == ["search_space"]:  # told once, not for each form that a dimension may have
+        if sections[1:2] == ["search_space"]:  # reported once, not for each form of a dimension
             name = [*sections, key][2]
             form = '[low, high], [low, high, "log"] or { choices = [...] }'
             lines.append(f"[tuning.search_space] {name} must be {form}")
@@ -176,18 +154,13 @@ def _explain(error: ValidationError) -> list[str]:
         elif mistake["type"] == "missing":
             lines.append(f"{where} is missing")
         else:
-            lines.append(f"{where}: {mistake['msg'].removeprefix('Value error, ')}{_given(mistake)}")
+            got = "" if isinstance(mistake["input"], dict) else f" (got {mistake['input']!r:.80})"
+            lines.append(f"{where}: {mistake['msg'].removeprefix('Value error, ')}{got}")
     return list(dict.fromkeys(lines))
 
 
-def _given(mistake) -> str:
-    """What stood there, where the message does not say it: of a single value only."""
-    value = mistake["input"]
-    return "" if isinstance(value, dict) else f" (got {value!r:.80})"
-
-
 def _fields_of(sections: list[str]) -> dict[str, FieldInfo]:
-    """The fields of the model at a place of the tree, by the keys of the file."""
+    """The fields of a section, or of a section within it, by their keys in the file; empty if there is none."""
     model: Any = Config
     for section in sections:
         by_alias = {(field.alias or name): field.annotation for name, field in model.model_fields.items()}

@@ -195,7 +195,7 @@ def _first_unusable(matrix: np.ndarray) -> int | None:
 
 
 def read_provenance(path: Path) -> Provenance:
-    """The record in a file's footer. Raises PipelineError if the file is missing, damaged or from another program."""
+    """The record in a file's footer. Raises PipelineError if the file is missing, damaged or not ours."""
     metadata = open_file(path).metadata.metadata or {}
     if _KEY not in metadata:
         raise PipelineError(f"{path} was not written by this pipeline (no provenance in its footer)")
@@ -222,8 +222,7 @@ def open_file(path: Path, buffer_bytes: int = 0, footer: pq.FileMetaData | None 
 
     `buffer_bytes`: read buffer of a column; 0: a whole column chunk. `footer`: the file's, if already parsed.
     """
-    if not path.exists():
-        raise PipelineError(f"{path} does not exist: run the stage that writes it first")
+    require(path, "the stage that writes it")
     with _reported_corruption(path):
         return pq.ParquetFile(path, metadata=footer, pre_buffer=False, buffer_size=buffer_bytes)
 
@@ -308,10 +307,7 @@ def _value_bytes(kind: pa.DataType) -> int:
     """The approximate size of a value in memory."""
     if pa.types.is_fixed_size_list(kind):
         return kind.list_size * _value_bytes(kind.value_type)
-    try:
-        return max(1, kind.bit_width // 8)
-    except ValueError:  # strings, lists, structs
-        return 16
+    return max(1, kind.bit_width // 8) if pa.types.is_primitive(kind) else 16  # strings, lists, structs
 
 
 def embedding_matrix(

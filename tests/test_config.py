@@ -81,9 +81,9 @@ def test_set_overrides_with_toml_values_and_plain_strings():
         ("trainin.margin=1", "did you mean training?"),
         ("training.margin", "--set section.key=value"),
         ("margin=1", "--set section.key=value"),
-        ("training.margin=wide", "what --set says cannot be used:\n[training] margin: "),
-        ("slurm.train.sbatch=[1]", "what --set says cannot be used:\n"),
-        ("data.train_ratio=0.5", "what --set says cannot be used:\n"),
+        ("training.margin=wide", "invalid --set value:\n[training] margin: "),
+        ("slurm.train.sbatch=[1]", "invalid --set value:\n"),
+        ("data.train_ratio=0.5", "invalid --set value:\n"),
         ("data.train_ratio=0.5", "must be 1"),
         ("training.bandit_groups=100000", "exceeds batch_size"),
         ("tuning.search_space.marginn=[0, 1]", "did you mean margin?"),
@@ -91,7 +91,7 @@ def test_set_overrides_with_toml_values_and_plain_strings():
         ("tuning.search_space.margin=[0.5, 0.1]", "margin: the lower end 0.5 is not below 0.1"),
         ("tuning.search_space.run=['a', 'b']", "[tuning.search_space] run must be [low, high]"),
         ("tuning.search_space.seed=[0, 9]", "seed is the same for all trials"),
-        ("embedding_model.name=./nowhere", "there is no folder"),
+        ("embedding_model.name=./nowhere", "no such directory"),
         ("data.split_cell_m=inf", "[data] split_cell_m: Input should be a finite number"),
     ],
 )
@@ -105,7 +105,7 @@ def test_mistakes_of_a_file_are_the_files_whatever_the_command_line_says(write_c
     with pytest.raises(ConfigError) as caught:
         config.load(path, ["training.margin=wide"])
     first, *others = str(caught.value).splitlines()
-    assert first == f"{path} cannot be used:"
+    assert first == f"invalid configuration {path}:"
     assert [line.partition(":")[0] for line in others] == ["[embedding_model] pooling", "[training] margin"]
 
 
