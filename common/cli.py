@@ -1,6 +1,6 @@
-"""The command line of every script: flags, errors, signals, progress and the summary line.
+"""The command line of all scripts: flags, errors, signals, progress, the summary line.
 
-Imports nothing heavy, so `--help` is instant.
+Imports nothing heavy: `--help` answers at once.
 """
 
 import argparse
@@ -19,27 +19,27 @@ from pathlib import Path
 from common.errors import PipelineError, Stopped
 
 log = logging.getLogger("pipeline")
-EXIT_STOPPED = 85  # stopped by a signal with everything saved: Slurm's wrapper requeues the job
+EXIT_STOPPED = 85  # stopped early by a signal with everything saved: Slurm's wrapper requeues the job
 _OUR_PACKAGES = ("common", "preprocess", "generate", "difficulty", "train", "publish", "slurm")
-_DISK_ERRORS = {
+_DISK_ERRORS = {  # that a user can fix
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "disk quota exceeded",
-    errno.EFBIG: "file size limit exceeded (ulimit -f)",
+    errno.EFBIG: "the file exceeds the size limit (ulimit -f)",
     errno.EACCES: "permission denied",
-    errno.EROFS: "read-only file system",
+    errno.EROFS: "the file system is read-only",
     errno.EISDIR: "expected a file, found a directory",
     errno.ENOTDIR: "expected a directory, found a file",
     errno.EEXIST: "expected a directory, found a file",
-    errno.EIO: "input/output error",
+    errno.EIO: "the disk cannot be read or written (I/O error)",
 }
 _stop_signal: int | None = None
 
 
 def parser(doc: str, *, shards: bool = False) -> argparse.ArgumentParser:
-    """The flags of every stage. `doc`: the script's docstring, shown verbatim by --help."""
+    """The flags that every stage has. `doc`: the script's docstring, shown verbatim by --help."""
     arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     config_flags(arguments)
-    arguments.add_argument("--overwrite", action="store_true", help="recreate existing outputs")
+    arguments.add_argument("--overwrite", action="store_true", help="recreate existing output")
     if shards:
         arguments.add_argument("--shard", type=int, default=0, metavar="I", help="index of this shard (0)")
         arguments.add_argument("--num-shards", type=int, default=1, metavar="N", help="number of shards (1)")
@@ -55,13 +55,13 @@ def config_flags(arguments: argparse.ArgumentParser) -> None:
 
 
 def load_config(args: argparse.Namespace):
-    """The configuration for these arguments; checks --shard and sets the log level. Raises ConfigError."""
+    """The settings that the arguments select; checks --shard and sets the log level. Raises ConfigError."""
     from common import config
     from common.errors import ConfigError
 
     num_shards = getattr(args, "num_shards", 1)
     if num_shards < 1:
-        raise ConfigError("--num-shards must be at least 1")
+        raise ConfigError("--num-shards must be 1 or more")
     if not 0 <= getattr(args, "shard", 0) < num_shards:
         raise ConfigError(f"--shard must be between 0 and --num-shards - 1 = {num_shards - 1}")
     cfg = config.load(args.config, args.set)
@@ -72,10 +72,9 @@ def load_config(args: argparse.Namespace):
 def run(main, *, resumable: bool = False) -> None:
     """Run a script's `main` and exit: 0 done, 1 failed, 2 invalid arguments, 85 stopped with everything saved.
 
-    Errors that a user can cause are printed without a traceback; any other error is a bug and shows one.
-    `resumable`: the script calls `check_stop` and can continue later, so SIGTERM and SIGUSR2 end it with code 85.
-    Otherwise SIGTERM ends it at once, and SIGUSR2, Slurm's warning before the time limit, is ignored: the script
-    may still finish in the remaining minutes.
+    Errors that a user can cause are printed to stderr without a traceback; any other is a bug and shows one.
+    `resumable`: the script calls `check_stop` and continues later, so SIGTERM and SIGUSR2 end it with 85. Other
+    scripts are ended by SIGTERM as usual and ignore SIGUSR2, Slurm's warning before the time limit.
     """
     collect_seldom()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -89,64 +88,56 @@ def run(main, *, resumable: bool = False) -> None:
 
 
 def collect_seldom() -> None:
-    """Run the garbage collector rarely, and not at exit.
+    """Collect garbage seldom, and not when the process ends.
 
-    torch and transformers create hundreds of thousands of permanent objects. Scanning them repeatedly during
-    import, and once more at exit, takes up to a third of the time of a short script.
+    torch and transformers create hundreds of thousands of objects that stay. Scanning them repeatedly while they
+    load, and once more at exit, takes up to a third of the time of a script that does little else.
     """
     gc.set_threshold(10_000)
-    atexit.register(gc.freeze)  # registered first, so it runs last
+    atexit.register(gc.freeze)  # registered first, so called last
 
 
 def exit_code_of(main) -> int:
-    """Call `main()`; print the error that it raises, and return the exit code."""
+    """Call `main()` and turn what it raises into a message and an exit code."""
     try:
         return main() or 0
     except PipelineError as error:
-        _print_error(*str(error).splitlines())
-        return error.exit_code
+        return _fail(*str(error).splitlines(), code=error.exit_code)
     except Stopped:
         print("stopped by a signal; finished work is saved, and the next run continues", file=sys.stderr)
         return EXIT_STOPPED
     except KeyboardInterrupt:
         print("interrupted; finished files are kept", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] in _OUR_PACKAGES:
+            raise
+        missing = f"the Python package {error.name} is not installed for {sys.executable}"
+        return _fail(missing, "run `make install`, then `source .venv/bin/activate`")
+    except MemoryError:
+        advice = "--help says how much the script needs; on Slurm set --mem in slurm.<stage>.sbatch"
+        return _fail("out of memory", advice)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        advice = "free some, lower batch sizes or infrastructure.search_memory_mb, or change infrastructure.device"
+        return _fail("the device is out of memory", advice)
     except BrokenPipeError:
-        with contextlib.suppress(OSError):  # the reader of our output has exited: `... | head`
+        with contextlib.suppress(OSError):  # the reader of our output has gone: `... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ImportError, MemoryError, RuntimeError, OSError) as error:
-        lines = _explain(error)
-        if not lines:
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
             raise
-        _print_error(*lines)
-        return 1
-
-
-def _print_error(*lines: str) -> None:
-    print("error: " + "\n       ".join(lines), file=sys.stderr)
-
-
-def _explain(error: Exception) -> list[str]:
-    """The message for an error of the environment: what is wrong, and what to do. Empty for a bug."""
-    if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] not in _OUR_PACKAGES:
-        return [
-            f"the Python package {error.name} is not installed for {sys.executable}",
-            "run `make install`, then `source .venv/bin/activate`",
-        ]
-    if isinstance(error, MemoryError):
-        return ["out of memory", "--help states the script's needs; on Slurm, raise --mem in slurm.<stage>.sbatch"]
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-        return [
-            "the device is out of memory",
-            "free some, lower batch sizes or infrastructure.search_memory_mb, or change infrastructure.device",
-        ]
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        # of the two paths of a copy or a rename, the second is the one being written
+        # a copy or a rename names two files, of which the second is written
         path = error.filename if error.errno == errno.EIO else error.filename2 or error.filename
         where = f" ({path})" if path else ""
-        return [f"{_DISK_ERRORS[error.errno]}{where}", "fix this and rerun: finished files are kept"]
-    return []
+        return _fail(f"{_DISK_ERRORS[error.errno]}{where}", "fix this and rerun: finished files are kept")
+
+
+def _fail(*lines: str, code: int = 1) -> int:
+    print("error:", "\n       ".join(lines), file=sys.stderr)
+    return code
 
 
 def _remember_signal(number, _frame) -> None:
@@ -155,29 +146,29 @@ def _remember_signal(number, _frame) -> None:
 
 
 def stop_requested() -> bool:
-    """Whether SIGTERM or SIGUSR2 has arrived. If so, save the state and call `check_stop`."""
+    """Whether SIGTERM or SIGUSR2 has arrived: save the work so far, then call `check_stop`."""
     return _stop_signal is not None
 
 
 def check_stop() -> None:
-    """Raise Stopped if a signal has asked this run to end. Call it where no unsaved work is lost."""
+    """Raise Stopped if a signal has asked this run to end. Call it where no unfinished work is lost."""
     if stop_requested():
         raise Stopped
 
 
 class Progress:
-    """Counts rows in, out and rejected; shows a bar on a terminal, else a line at intervals; ends in a summary.
+    """Counts rows in, out and rejected; shows a bar on a terminal, else a line now and then; ends in a summary.
 
-    `total`: the expected number of rows, or None if only the completed share of the work is known (see `add`).
-    `unit`: what a row is, in the singular.
+    `total`: the number of rows, or None if only the share of the work done is known (see `add`). `unit`: what a
+    row is, in the singular.
     """
 
     def __init__(self, stage: str, unit: str, total: int | None = None, interval_s: float = 30.0):
-        self.stage, self.unit, self.total, self.interval_s = stage, unit, total, interval_s
+        self.stage, self.total, self.interval_s = stage, total, interval_s
+        self.units = unit if unit.endswith("s") else unit + "s"
         self.rows_in = self.rows_out = 0
         self.rejected: Counter[str] = Counter()
-        self._units = unit if unit.endswith("s") else f"{unit}s"
-        self._share = 0.0  # of the work done, if `total` is unknown
+        self._share = 0.0  # of the work, if `total` is not known
         self._started = self._last_line = time.monotonic()
         self._bar = None
 
@@ -185,7 +176,7 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=self.total, unit=f" {self.unit}", desc=self.stage, smoothing=0.1, leave=False)
+            self._bar = tqdm(total=self.total, unit=f" {self.units}", desc=self.stage, smoothing=0.1, leave=False)
         return self
 
     def __exit__(self, *_) -> None:
@@ -195,14 +186,14 @@ class Progress:
     def add(
         self, rows_in: int, rows_out: int | None = None, rejected: dict[str, int] | None = None, share: float = 0.0
     ) -> None:
-        """Count finished rows; `rows_out` defaults to `rows_in`. `share` of the total work done so far (0..1)."""
+        """Count finished rows; `rows_out` defaults to `rows_in`. `share`: of all the work, done so far (0..1)."""
         self._share = share or self._share
         self.rows_in += rows_in
         self.rows_out += rows_in if rows_out is None else rows_out
         self.rejected.update(rejected or {})
         if self._bar is not None:
             if self._share:
-                self._bar.total = round(self.rows_in / self._share)  # for the percentage and the time left
+                self._bar.total = round(self.rows_in / self._share)  # for its percentage and time left
             self._bar.update(rows_in)
         elif time.monotonic() - self._last_line >= self.interval_s:
             self._last_line = time.monotonic()
@@ -210,32 +201,27 @@ class Progress:
 
     def _line(self) -> str:
         seconds = time.monotonic() - self._started
-        rate, per = _rate(self.rows_in, seconds)
         share = self.rows_in / self.total if self.total else self._share
         of_total = f" of {self.total:,}" if self.total else ""
-        counts = f"{self.rows_in:,}{of_total} {self._units}"
-        if not (self.total or share):
-            return f"{counts}, {rate:,.0f}/{per}"
-        remaining = seconds * (1 - share) / share if share else float("inf")
-        return f"{counts} ({share:.0%}), {rate:,.0f}/{per}, {duration(remaining)} left"
+        percent = f" ({share:.0%})" if self.total or share else ""
+        line = f"{self.rows_in:,}{of_total} {self.units}{percent}, {_rate(self.rows_in, seconds)}"
+        return f"{line}, {duration(seconds * (1 - share) / share)} left" if share else line
 
     def summary(self, note: str = "") -> int:
-        """Print the run's summary line, ending with `note`, and return exit code 0."""
+        """Print the run's one summary line (ending in `note`) and return exit code 0."""
         seconds = time.monotonic() - self._started
-        parts = [f"{self.rows_in:,} {self._units} in, {self.rows_out:,} out"]
+        counts = f"{self.rows_in:,} {self.units} in, {self.rows_out:,} out"
         if self.rejected:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.rejected.most_common())
-            parts[0] += f", {self.rejected.total():,} rejected ({reasons})"
-        rate, per = _rate(self.rows_in, seconds)
-        parts.append(f"{duration(seconds)}, {rate:,.0f} {self._units}/{per}")
-        if note:
-            parts.append(note)
+            counts += f", {self.rejected.total():,} rejected ({reasons})"
+        rate = _rate(self.rows_in, seconds).replace("/", f" {self.units}/")
+        parts = [counts, f"{duration(seconds)}, {rate}", *([note] if note else [])]
         print(f"{self.stage}: {'; '.join(parts)}", flush=True)
         return 0
 
 
 def nothing_to_do(stage: str, what: str) -> int:
-    """Report that `what` (such as "12 files") is up to date; return exit code 0."""
+    """Report that `what` (such as "12 files") is up to date; returns exit code 0."""
     print(f"{stage}: nothing to do, {what} up to date", flush=True)
     return 0
 
@@ -243,17 +229,15 @@ def nothing_to_do(stage: str, what: str) -> int:
 def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    if seconds == float("inf"):
-        return "unknown time"
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
 
 
-def _rate(count: int, seconds: float) -> tuple[float, str]:
-    """The rate and its unit of time: "s", or "min" or "h" if it would be below one."""
+def _rate(count: int, seconds: float) -> str:
+    """How many per second, or if that is less than one, per minute or hour: "14/min"."""
     rate, per = count / max(seconds, 1e-9), "s"
     for longer in ("min", "h"):
         if 0 < rate < 1:
             rate, per = 60 * rate, longer
-    return rate, per
+    return f"{rate:,.0f}/{per}"

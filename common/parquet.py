@@ -1,6 +1,7 @@
-"""Parquet files with provenance: atomic writing, resuming, and vectors as numpy arrays.
+"""Parquet files that record what made them: atomic writing, resuming, and vectors as numpy arrays.
 
-Memory: a writer holds one row group, at most 32 MB, and up to 32 MB waiting for the disk; a reader holds a batch.
+Memory: a writer holds one row group, at most 32 MB, and as much again on its way to the disk; a reader holds one
+batch.
 """
 
 import contextlib
@@ -21,29 +22,29 @@ from common import files
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance, differences, digest_of
 
-MAX_ROW_GROUP_BYTES = 32 * 2**20  # in memory: each reading thread and each open writer holds one row group
-_SYNCED_BYTES = 8 * 2**20  # between two fsyncs
-_WAITING_BYTES = 32 * 2**20  # not yet on disk, before the encoder waits
-_CACHED_BYTES = 2**20  # of a matrix: read and checked while in the processor's cache
-_VALUES_AT_ONCE = 2**16  # encoder batch: vectors take a tenth less time than with the default, 1024
-_PAGE_BYTES = 2**18  # encoded in the processor's cache: a fifth less time for vectors than the default, 2**20
-LARGEST = 1e17  # magnitude of a vector's values: the sum of thousands of squares must fit in float32
+MAX_ROW_GROUP_BYTES = 32 * 2**20  # threads read a group each, and writers of several files hold one of each
+_SYNCED_BYTES = 8 * 2**20  # forced to the disk at a time
+_WAITING_BYTES = 32 * 2**20  # how far the disk may be behind before the encoder waits for it
+_CACHED_BYTES = 2**20  # of a matrix, read and checked while still in the processor's cache
+_VALUES_AT_ONCE = 2**16  # by the encoder: a tenth less time for vectors than with its default, 1024
+_PAGE_BYTES = 2**18  # encoded in the processor's cache: a fifth less time for vectors than with the default, 2**20
+LARGEST = 1e17  # of a vector's values: the squares of thousands of them must not overflow float32
 _MAX_READERS = 16  # threads; more do not make a file system faster
 _KEY = b"provenance"
 
 
 class _HashingFile:
-    """Writes to `file` and computes a digest of the content. (Parquet is written front to back.)
+    """Passes data on to `file`, front to back, and keeps a digest of it.
 
-    Runs in a thread, which also syncs to disk at intervals, while more is encoded: this halves the time to write
-    vectors.
+    In a thread, which also forces the data to the disk while more is encoded: one after the other, writing vectors
+    takes twice as long.
     """
 
     def __init__(self, file: BinaryIO, thread: Executor):
         self._file, self._thread = file, thread
         self._size = self._passed_on = self._synced = 0  # bytes
         self._waiting: deque[Future[None]] = deque()
-        self.digest = xxhash.xxh3_128()  # no accidental collisions
+        self.digest = xxhash.xxh3_128()
 
     def write(self, data: bytes) -> int:
         self._size += len(data)
@@ -56,7 +57,7 @@ class _HashingFile:
         return self._size
 
     def wait(self) -> None:
-        """Wait until everything is written. Raises the disk's error, which is reported only once."""
+        """Wait until everything is passed on. Raises the disk's error, which the disk reports only once."""
         while self._waiting:
             self._waiting.popleft().result()
 
@@ -74,11 +75,11 @@ class _HashingFile:
 
 
 class Writer:
-    """Appends rows to a file; see `writer`. `rows` and `facts` may be filled in until the block ends."""
+    """Rows on their way into a file; see `writer`. `rows` and `facts` may be filled in until the block ends."""
 
     def __init__(self, file: _HashingFile, schema: pa.Schema):
         self.num_rows = 0
-        self.rows: dict = {}  # counts for the provenance, in addition to "out"
+        self.rows: dict = {}  # counts for the provenance, besides "out"
         self.facts: dict = {}
         self._schema = schema
         self._group_rows = max(1, MAX_ROW_GROUP_BYTES // sum(_value_bytes(field.type) for field in schema))
@@ -86,7 +87,8 @@ class Writer:
         self._pending_rows = 0
         self.parquet = pq.ParquetWriter(
             file,
-            schema,  # embeddings do not compress
+            schema,
+            # compressing embeddings costs time and saves nothing
             compression={field.name: "NONE" if pa.types.is_nested(field.type) else "ZSTD" for field in schema},
             use_dictionary=[field.name for field in schema if pa.types.is_string(field.type)],
             write_batch_size=_VALUES_AT_ONCE,
@@ -112,10 +114,8 @@ class Writer:
 
 @contextlib.contextmanager
 def writer(path: Path, schema: pa.Schema, record: Provenance) -> Iterator[Writer]:
-    """A Parquet file that appears, complete and with its provenance, if the `with` block succeeds.
-
-    Its id is a digest of its rows as written and of the stage's name.
-    """
+    """A Parquet file that appears, complete and with its provenance, if the `with` block succeeds. Its id is a
+    digest of its rows as written and of the stage's name."""
     with files.atomic(path) as file, ThreadPoolExecutor(1) as thread:
         hashing = _HashingFile(file, thread)
         out = Writer(hashing, schema)
@@ -129,8 +129,8 @@ def writer(path: Path, schema: pa.Schema, record: Provenance) -> Iterator[Writer
             out.parquet.close()
             hashing.wait()
         except BaseException:
-            # Both destructors would write a footer. Disable the outer one; run the inner one now, while the
-            # abandoned file is still open, and not whenever garbage is collected.
+            # both destructors write a footer: prevent the outer one, and run the inner one now, while the
+            # abandoned file is still open, not whenever garbage is collected
             out.parquet.is_open = False
             out.parquet.writer = None
             raise
@@ -154,9 +154,10 @@ def to_matrix(column: pa.ChunkedArray | pa.FixedSizeListArray) -> np.ndarray:
 
 
 def read_matrix(path: Path, column: str) -> np.ndarray:
-    """A fixed-size-list column of a whole file as an (N, D) array, without a second copy in memory.
+    """A fixed-size-list column of a whole file as an (N, D) array, without a second copy of it in memory.
 
-    Raises PipelineError if the file is missing or damaged, or if a value is not finite or exceeds LARGEST.
+    Row groups are read in parallel. Raises PipelineError, naming the row, if a value is NaN, infinite or above
+    LARGEST.
     """
     with open_file(path) as file:
         _require_columns(path, file, [column])
@@ -165,20 +166,19 @@ def read_matrix(path: Path, column: str) -> np.ndarray:
         sizes = [footer.row_group(group).num_rows for group in range(file.num_row_groups)]
     ends = np.cumsum(sizes, dtype=np.int64).tolist()
     matrix = np.empty((sum(sizes), kind.list_size), kind.value_type.to_pandas_dtype())
-    batch_rows = max(1, _CACHED_BYTES // (matrix.itemsize * kind.list_size))
 
     def read_group(group: int) -> None:
-        start = ends[group] - sizes[group]
-        with open_file(path, _CACHED_BYTES, footer) as file, _reported_corruption(path):
-            for batch in file.iter_batches(batch_rows, row_groups=[group], columns=[column], use_threads=False):
-                block = matrix[start : start + batch.num_rows]
+        row = ends[group] - sizes[group]
+        size = max(1, _CACHED_BYTES // (matrix.itemsize * kind.list_size))
+        with open_file(path, _CACHED_BYTES, footer) as file, _corruption_errors(path):
+            for batch in file.iter_batches(size, row_groups=[group], columns=[column], use_threads=False):
+                block = matrix[row : row + batch.num_rows]
                 block[:] = to_matrix(batch.column(0))
                 bad = _first_unusable(block)
                 if bad is not None:
-                    raise PipelineError(
-                        f"{path}: {column} of row {start + bad:,} holds NaN, infinity, or more than {LARGEST:g}"
-                    )
-                start += len(block)
+                    what = f"NaN, infinity, or more than {LARGEST:g}"
+                    raise PipelineError(f"{path}: {column} of row {row + bad:,} holds {what}")
+                row += len(block)
 
     with ThreadPoolExecutor(min(pa.cpu_count(), _MAX_READERS)) as pool:
         list(pool.map(read_group, range(len(sizes))))
@@ -186,8 +186,8 @@ def read_matrix(path: Path, column: str) -> np.ndarray:
 
 
 def _first_unusable(matrix: np.ndarray) -> int | None:
-    """The first row of (n, D) with a value that is not finite or exceeds LARGEST, if there is one."""
-    if matrix.dtype == np.float16:  # compared as integers: numpy converts every float16 value
+    """The first row of (n, D) with a value that is not finite or exceeds LARGEST; None if there is none."""
+    if matrix.dtype == np.float16:  # by its bits, which saves conversions: without the sign, infinity is 0x7C00
         usable = (matrix.view(np.uint16) & 0x7FFF).max(initial=0) < 0x7C00
     else:
         usable = np.abs(matrix).max(initial=0) <= LARGEST
@@ -198,11 +198,11 @@ def read_provenance(path: Path) -> Provenance:
     """The record in a file's footer. Raises PipelineError if the file is missing, damaged or not ours."""
     metadata = open_file(path).metadata.metadata or {}
     if _KEY not in metadata:
-        raise PipelineError(f"{path} was not written by this pipeline (no provenance in its footer)")
+        raise PipelineError(f"{path} was not written by this pipeline (it has no provenance in its footer)")
     try:
         return Provenance.from_json(metadata[_KEY])
     except (ValueError, TypeError):
-        raise PipelineError(f"{path}: this version cannot read its record; recreate it with --overwrite") from None
+        raise PipelineError(f"{path} has a record that this version cannot read: rerun with --overwrite") from None
 
 
 def has_provenance(path: Path) -> bool:
@@ -211,7 +211,7 @@ def has_provenance(path: Path) -> bool:
 
 
 def require(path: Path, script: str) -> Path:
-    """`path`, an output of `script`. Raises PipelineError, naming the script, if it is missing."""
+    """`path`, which `script` writes. Raises PipelineError, naming the script, if it is missing."""
     if not path.exists():
         raise PipelineError(f"{path} does not exist: run {script} first")
     return path
@@ -220,21 +220,21 @@ def require(path: Path, script: str) -> Path:
 def open_file(path: Path, buffer_bytes: int = 0, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
     """The Parquet file at `path`. Raises PipelineError if it is missing or damaged.
 
-    `buffer_bytes`: read buffer of a column; 0: a whole column chunk. `footer`: the file's, if already parsed.
+    `buffer_bytes`: of a column, held while batches are read; 0: all of a row group. `footer`: if it has been read.
     """
     require(path, "the stage that writes it")
-    with _reported_corruption(path):
+    with _corruption_errors(path):
         return pq.ParquetFile(path, metadata=footer, pre_buffer=False, buffer_size=buffer_bytes)
 
 
 @contextlib.contextmanager
-def _reported_corruption(path: Path) -> Iterator[None]:
-    """Turn Arrow's errors about the content of `path` into a PipelineError."""
+def _corruption_errors(path: Path) -> Iterator[None]:
+    """Raise PipelineError for what Arrow raises on a damaged file; errors of the disk pass."""
     try:
         yield
     except (pa.ArrowInvalid, OSError) as error:
         if isinstance(error, OSError) and error.errno:
-            raise  # a disk error: the file may be intact
+            raise
         raise PipelineError(f"{path} is damaged ({first_line(error)}): delete it and rerun its stage") from None
 
 
@@ -242,15 +242,15 @@ def _require_columns(path: Path, file: pq.ParquetFile, columns: list[str] | None
     missing = [column for column in columns or () if column not in file.schema_arrow.names]
     if missing:
         raise PipelineError(
-            f"{path} has no column {', '.join(missing)}: it comes from another program or version\n"
-            "preprocess/fix_intermediate_schema.py converts older intermediates"
+            f"{path} has no column {', '.join(missing)}: another program or version wrote it\n"
+            "preprocess/fix_intermediate_schema.py converts intermediates to the current columns"
         )
 
 
 def is_done(path: Path, record: Provenance, overwrite: bool) -> bool:
     """Whether `path` exists and is what a run with this `record` would write; False if `overwrite`.
 
-    Raises StaleArtefact, naming the differences, if it exists but does not match.
+    Raises StaleArtefact, naming the differences and the remedies, if it exists but does not match.
     """
     if overwrite or not path.exists():
         return False
@@ -260,8 +260,8 @@ def is_done(path: Path, record: Provenance, overwrite: bool) -> bool:
 
 
 def refuse_stale(path: Path | str, existing: Provenance, expected: Provenance, amount: str) -> None:
-    """Raise StaleArtefact if the record of `path` (a file, or a database) differs from what this run would record.
-    `amount`: what is recreated with --overwrite."""
+    """Raise StaleArtefact if the record of a file or database, `existing`, differs from the `expected` one of this
+    run. `amount`: how much would have to be redone."""
     reasons = differences(existing, expected)
     if reasons:
         raise StaleArtefact(
@@ -271,13 +271,13 @@ def refuse_stale(path: Path | str, existing: Provenance, expected: Provenance, a
 
 def read(path: Path, columns: list[str] | None = None) -> pa.Table:
     """A whole file, or some of its columns. Raises PipelineError if it is missing, damaged or lacks a column."""
-    with open_file(path) as file, _reported_corruption(path):
+    with open_file(path) as file, _corruption_errors(path):
         _require_columns(path, file, columns)
         return file.read(columns=columns)
 
 
 def batches(path: Path, columns: list[str] | None = None, size: int = 65_536) -> Iterator[pa.Table]:
-    """The rows of a file, in order, at most `size` at a time. Raises PipelineError like `read`."""
+    """The rows of a file, in order, at most `size` at a time. Raises PipelineError as `read` does."""
     with open_file(path) as file:
         _require_columns(path, file, columns)
         yield from batches_of(path, file, range(file.num_row_groups), columns, size)
@@ -286,8 +286,8 @@ def batches(path: Path, columns: list[str] | None = None, size: int = 65_536) ->
 def batches_of(
     path: Path, file: pq.ParquetFile, groups: range, columns: list[str] | None = None, size: int = 65_536
 ) -> Iterator[pa.Table]:
-    """The rows of some row groups of an open file, like `batches`. Raises PipelineError if they are damaged."""
-    with _reported_corruption(path):
+    """The same for some row groups of an open file. Raises PipelineError if they are damaged."""
+    with _corruption_errors(path):
         for batch in file.iter_batches(size, list(groups), columns):
             yield pa.Table.from_batches([batch])
 
@@ -299,15 +299,15 @@ def num_rows(path: Path) -> int:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's error message, for our messages."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """The first line of an error's text: what a user is shown of a library's error."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _value_bytes(kind: pa.DataType) -> int:
-    """The approximate size of a value in memory."""
+    """About how many bytes a value takes in memory: 16 for a string, or whatever has no fixed size."""
     if pa.types.is_fixed_size_list(kind):
         return kind.list_size * _value_bytes(kind.value_type)
-    return max(1, kind.bit_width // 8) if pa.types.is_primitive(kind) else 16  # strings, lists, structs
+    return max(1, kind.bit_width // 8) if pa.types.is_primitive(kind) else 16
 
 
 def embedding_matrix(

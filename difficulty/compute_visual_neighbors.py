@@ -3,14 +3,14 @@
 Reads    data/merged/train.parquet
 Writes   data/difficulty_parts/<part>.parquet: the neighbours of 20,000 images (data.rows_per_part) each;
          data/difficulty/difficulty_metadata.parquet: those of all, with their bands of difficulty;
-         data/difficulty_report/bands.{json,png}: what lies in each band; band_pairs.png: sample pairs of each,
-         where the tars are there
+         data/difficulty_report/bands.{json,png}: what each band holds; band_pairs.png: sample pairs of each, if
+         the tars are available
 Command  python difficulty/compute_visual_neighbors.py
          or, as a job array: --shard 3 --num-shards 8 for each shard, then once --finish
 Memory   N x D x 2 bytes of embeddings, and as much again where products are in bfloat16 (6 M x 768: 18.4 GB), on
-         the GPU as far as they fit; tiles of search_memory_mb; about 24 bytes for each pair of buildings within
-         the ignore zone; gathering: 140 bytes an image
-Stopped  it loses what it searches: a part, or a group of parts where that saves products (see parts.groups)
+         the GPU if they fit; tiles of search_memory_mb; about 24 bytes for each pair of buildings within the
+         ignore zone; gathering: 140 bytes an image
+Stopped  it loses the part in progress, or a group of parts where that saves products (see search_parts.groups)
 Time     2 N^2 D floating-point operations: 6 M x 768 are 5.5e16, minutes on a large GPU; 100,000 x 768 on
          two CPU cores take one to two minutes
 """
@@ -96,7 +96,7 @@ PARTS = stages.Stage(
 
 def main(argv=None) -> int:
     arguments = cli.parser(__doc__, shards=True)
-    arguments.add_argument("--finish", action="store_true", help="only gather the parts that the shards have made")
+    arguments.add_argument("--finish", action="store_true", help="only gather the parts written by the shards")
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
     from common import parquet

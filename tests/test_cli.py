@@ -29,9 +29,13 @@ def run_main(body: str, resumable: bool = False) -> subprocess.CompletedProcess:
         (
             OSError(errno.EISDIR, "Is a directory", "/.x.tmp", None, "/x"),
             1,
-            "error: expected a file, found a directory (/x)\n",
+            "error: expected a file, found a directory (/x)",
         ),
-        (OSError(errno.EIO, "Error", "/from", None, "/to"), 1, "error: input/output error (/from)\n"),
+        (
+            OSError(errno.EIO, "Error", "/from", None, "/to"),
+            1,
+            "error: the disk cannot be read or written (I/O error) (/from",
+        ),
     ],
 )
 def test_a_users_error_is_two_lines_and_an_exit_code(error, code, message, capsys):
@@ -39,9 +43,9 @@ def test_a_users_error_is_two_lines_and_an_exit_code(error, code, message, capsy
         raise error
 
     assert cli.exit_code_of(main) == code
-    stderr = capsys.readouterr().err
-    assert stderr.startswith(message)
-    assert "Traceback" not in stderr
+    told = capsys.readouterr().err
+    assert told.startswith(message)
+    assert "Traceback" not in told
 
 
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path, capsys):

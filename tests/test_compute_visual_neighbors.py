@@ -2,10 +2,13 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import small_merge
+from conftest import ROOT
 from made_up_merge import write_merge
 from PIL import Image
 
@@ -53,12 +56,12 @@ def test_equal_ratios_leave_bands_empty_and_lose_no_neighbour():
     assert (np.diff(offsets.astype(int), axis=1).sum(axis=1) == 8).all()
 
 
-def test_table_tells_what_lies_in_each_band():
-    table = band_table.BandCounts(np.array([1.0], np.float32))
+def test_the_table_says_what_each_band_holds():
     xyz_m = np.array([[0.0, 0, 0], [30, 0, 0], [0, 40, 0], [300, 0, 0], [0, 0, 9e6]])
+    table = band_table.BandCounts(np.array([1.0], np.float32), xyz_m, np.array([1, 1, 1, 1, 2]))
     rows = np.array([[1, 3, 4, -1], [2, -1, -1, -1]])
     similarities = np.array([[0.9, 0.7, 0.6, -1], [0.5, -1, -1, -1]])
-    table.add(0, rows, similarities, np.array([[0, 1, 3], [0, 0, 1]]), xyz_m, np.array([1, 1, 1, 1, 2]))
+    table.add(0, rows, similarities, np.array([[0, 1, 3], [0, 0, 1]]))
     hard, easy = table.rows()
     assert (hard["pairs"], easy["pairs"]) == (1, 3)
     assert (hard["ratio_from"], hard["ratio_to"], easy["ratio_from"], easy["ratio_to"]) == (0, 1, 1, None)
@@ -72,9 +75,9 @@ def test_table_tells_what_lies_in_each_band():
 
 
 def test_an_empty_bands_line_keeps_the_columns():
-    table = band_table.BandCounts(np.array([1.0], np.float32))
+    table = band_table.BandCounts(np.array([1.0], np.float32), np.zeros((2, 3)), np.array([1, 1]))
     rows, similarities, offsets = np.array([[1], [0]]), np.full((2, 1), 0.9), np.array([[0, 1, 1], [0, 1, 1]])
-    table.add(0, rows, similarities, offsets, np.zeros((2, 3)), np.array([1, 1]))
+    table.add(0, rows, similarities, offsets)
     head, hard, easy = band_table.as_text(table.rows()).splitlines()
     assert len(head) == len(hard) == len(easy)
     assert easy.split() == ["1", "1.00-...", "0", "100.0%"]
@@ -236,6 +239,14 @@ def test_balltree_records_its_recall_and_warns_when_it_is_low(flags, tmp_path, c
     recall = read(tmp_path)[1].facts["recall"]
     assert 0.05 < recall < 0.95
     assert "of the true neighbours" in caplog.text
+
+
+def test_asking_for_the_record_and_the_parts_loads_neither_torch_nor_matplotlib():
+    code = (
+        "import sys; from difficulty.search import search_parts; print(*{'torch', 'matplotlib'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
 
 
 def test_a_zone_that_holds_the_whole_map_is_an_error_with_advice(flags):

@@ -91,7 +91,7 @@ def test_set_overrides_with_toml_values_and_plain_strings():
         ("tuning.search_space.margin=[0.5, 0.1]", "margin: the lower end 0.5 is not below 0.1"),
         ("tuning.search_space.run=['a', 'b']", "[tuning.search_space] run must be [low, high]"),
         ("tuning.search_space.seed=[0, 9]", "seed is the same for all trials"),
-        ("embedding_model.name=./nowhere", "no such directory"),
+        ("embedding_model.name=./nowhere", "no such folder"),
         ("data.split_cell_m=inf", "[data] split_cell_m: Input should be a finite number"),
     ],
 )
@@ -105,7 +105,7 @@ def test_mistakes_of_a_file_are_the_files_whatever_the_command_line_says(write_c
     with pytest.raises(ConfigError) as caught:
         config.load(path, ["training.margin=wide"])
     first, *others = str(caught.value).splitlines()
-    assert first == f"invalid configuration {path}:"
+    assert first == f"{path} is not a valid configuration:"
     assert [line.partition(":")[0] for line in others] == ["[embedding_model] pooling", "[training] margin"]
 
 

@@ -141,10 +141,8 @@ def test_a_file_that_cannot_be_evaluated_is_refused_with_the_reason(own, tmp_pat
         "no query has a match": lambda frame: frame.iloc[::3],
         "has no rows": lambda frame: frame.iloc[:0],
         "the column embedding holds double, not lists": lambda frame: frame.assign(embedding=1.0),
-        "the column embedding holds list<element: string>, not": lambda frame: frame.assign(
-            embedding=[["1"]] * len(frame)
-        ),
-        "embeddings have no dimensions": lambda frame: frame.assign(embedding=[np.zeros(0)] * len(frame)),
+        "embedding holds list<element: string>, not": lambda frame: frame.assign(embedding=[["1"]] * len(frame)),
+        "embedding of image .* has 0 dimensions": lambda frame: frame.assign(embedding=[np.zeros(0)] * len(frame)),
         "column heading is .*string, not float": lambda frame: frame.assign(heading="north"),
         "column target_id is double, not int64": lambda frame: frame.assign(target_id=frame["target_id"] + 0.5),
     }

@@ -222,7 +222,7 @@ def test_a_record_of_an_unknown_version_is_told_without_a_traceback(root, right,
     path = root / "data/intermediates/0088.parquet"
     pq.write_table(right.replace_schema_metadata({"provenance": '{"maker": "somebody"}'}), path)
     assert exit_code_of(lambda: run(root)) == 1
-    assert "0088.parquet: this version cannot read its record" in capsys.readouterr().err
+    assert "0088.parquet has a record that this version cannot read" in capsys.readouterr().err
 
 
 def test_without_files_the_stage_to_run_is_named(tmp_path, capsys):

@@ -13,8 +13,7 @@ import torch
 from conftest import ROOT
 
 from common.places.zones import make_zones
-from difficulty.search import exact_search
-from difficulty.search.balltree import balltree_neighbors, build, recall
+from difficulty.search import balltree, cosines, exact_search
 from difficulty.search.exact_search import exact_neighbors
 from difficulty.search.search_vectors import SearchVectors
 
@@ -90,15 +89,6 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("floors", [[0.3], [1e-38, 0.5, torch.inf], [0.0], [-0.0, 2.0], [-0.4, 0.4, -8.0]])
-def test_bfloat16_numbers_compared_by_their_bits_reach_what_they_reach_as_numbers(floors):
-    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
-    every, floor = every[~every.isnan()], torch.tensor(floors).bfloat16()
-    expected = every.float()[None, :] >= floor.float()[:, None]
-    assert torch.equal(exact_search._reaching(every[None, :], floor[:, None]), expected)
-    assert torch.equal(exact_search._reaching(every[:, None], floor), expected.T)
-
-
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("bfloat16", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,24 +109,36 @@ def test_equals_brute_force_in_every_tile_size(kind, bfloat16, masked, monkeypat
 
 @pytest.mark.parametrize("bfloat16", [True, False])
 @pytest.mark.parametrize("kind", ["duplicated", "parallel", "constant"])
-def test_hits_that_are_too_many_to_be_listed_are_counted_for_lines_and_columns(kind, bfloat16, monkeypatch):
+def test_scores_that_reach_a_floor_are_listed_only_if_there_is_room_for_them(kind, bfloat16, monkeypatch):
     monkeypatch.setattr(exact_search, "fast_bfloat16", lambda device: bfloat16)
     monkeypatch.setitem(exact_search._TILE, "cpu", (200, 64))  # columns with more lines than candidates are kept
-    hits_of, unlisted = exact_search._Collected._hits, set()
+    listing, most, room = exact_search._flat_nonzero, [], max(exact_search.KEPT * 2, 32)
 
-    def hits(self, mine, scores, across):
-        found = hits_of(self, mine, scores, across)
-        assert len(found.anchors) in (0, int(found.per_anchor.sum()))
-        if len(found.anchors) < found.per_anchor.sum():
-            unlisted.add(across)
-        return found
+    def flat_nonzero(reach):
+        most.append(int(reach.sum(dim=1).max()))
+        return listing(reach)
 
-    monkeypatch.setattr(exact_search._Collected, "_hits", hits)
+    monkeypatch.setattr(exact_search, "_flat_nonzero", flat_nonzero)
     embeddings = KINDS[kind](np.random.default_rng(4), 500, 24).astype(np.float16)
     zones = zones_at(np.arange(500) * 100)
     np.testing.assert_array_equal(neighbors(embeddings, zones, 2)[0], brute_force(embeddings, zones, 2)[0])
-    if kind == "constant":
-        assert unlisted == {False, True}
+    assert max(most) <= room
+    if kind == "constant":  # every score reaches every floor: all anchors are crowded and none is listed
+        assert most == [0] * len(most)
+
+
+@pytest.mark.parametrize("products", [cosines.sampled_products, cosines.gathered_products])  # of a CPU and a GPU
+@pytest.mark.parametrize("kind", KINDS)
+def test_cosines_of_chosen_pairs_are_those_of_float64(kind, products):
+    rng = np.random.default_rng(10)
+    embeddings = torch.from_numpy(KINDS[kind](rng, 300, 24).astype(np.float16))
+    own, rows = torch.arange(5, 45), torch.from_numpy(rng.integers(0, 300, (40, 30)))
+    asked = torch.from_numpy(rng.random((40, 30)) < 0.4)
+    unit = embeddings.double() / embeddings.double().norm(dim=1, keepdim=True).clamp(min=1e-300)
+    expected = torch.where(asked, (unit[own, None] * unit[rows]).sum(dim=2), 0)
+    values = products(SearchVectors(embeddings, torch.float32, CPU), own, rows, asked, at_once=7)
+    assert values.dtype == torch.float64
+    torch.testing.assert_close(values, expected, atol=1e-14, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -287,29 +289,42 @@ def test_the_peak_memory_is_what_was_set(memory_mb):
 
 def test_balltree_in_all_dimensions_is_exact_and_keeps_its_k_in_a_dense_place():
     rng = np.random.default_rng(2)
-    embeddings = torch.from_numpy(clustered(rng, 400, 8).astype(np.float32))
+    embeddings = clustered(rng, 400, 8).astype(np.float32)
     zones = zones_at(np.repeat(rng.uniform(0, 2_000, 40), 10))
     rows = np.arange(3, 400, 7)
-    found, similarities = balltree_neighbors(
-        build(embeddings, 8), embeddings, zones, k=12, rows=rows, memory_mb=16
-    )
+    found, similarities = balltree.Tree(embeddings, 8).neighbors(zones, 12, rows)
     expected, expected_similarities = brute_force(embeddings, zones, 12)
-    assert recall(found, expected[rows]) > 0.97  # distances from the mean's PCA are those of the unit vectors
+    assert balltree.recall(found, expected[rows]) > 0.97  # the PCA keeps the distances between unit vectors
     assert (found >= 0).all()
     np.testing.assert_allclose(np.sort(similarities)[:, ::-1], similarities)
     np.testing.assert_allclose(similarities, expected_similarities[rows], atol=1e-3)
 
 
+def test_balltree_with_fewer_than_k_neighbours_leaves_the_rest_empty():
+    rows, similarities = balltree.Tree(on_circle(0, 10, 20), 2).neighbors(
+        zones_at([0, 10, 2_000]), 3, np.arange(3)
+    )
+    assert rows.tolist() == [[2, -1, -1], [2, -1, -1], [1, 0, -1]]
+    assert similarities[:, 1:].tolist() == [[-1, -1], [-1, -1], [pytest.approx(np.cos(np.radians(20))), -1]]
+
+
 def test_balltree_on_few_dimensions_forgets_neighbours_and_recall_says_so():
-    embeddings = torch.from_numpy(np.random.default_rng(3).normal(size=(400, 32)).astype(np.float32))
+    embeddings = np.random.default_rng(3).normal(size=(400, 32)).astype(np.float32)
     zones = zones_at(np.arange(400) * 100)
-    ball = build(embeddings, 2)
-    found, _ = balltree_neighbors(ball, embeddings, zones, k=10, rows=np.arange(400), memory_mb=16)
-    assert 0.02 < recall(found, brute_force(embeddings, zones, 10)[0]) < 0.5
+    found, _ = balltree.Tree(embeddings, 2).neighbors(zones, 10, np.arange(400))
+    assert 0.02 < balltree.recall(found, brute_force(embeddings, zones, 10)[0]) < 0.5
+
+
+def test_balltree_on_many_images_warns_that_exact_is_faster(monkeypatch, caplog):
+    monkeypatch.setattr(balltree, "MOST_ROWS", 100)
+    balltree.Tree(np.eye(100, dtype=np.float16), 2)
+    assert not caplog.text
+    balltree.Tree(np.eye(101, dtype=np.float16), 2)
+    assert 'data.search = "balltree" on 101 images: "exact" is faster and complete' in caplog.text
 
 
 def test_recall_counts_only_what_there_is_to_find():
-    assert recall(np.array([[4, 5, -1], [1, 2, 3]]), np.array([[5, 9, -1], [3, 1, 2]])) == 4 / 5
+    assert balltree.recall(np.array([[4, 5, -1], [1, 2, 3]]), np.array([[5, 9, -1], [3, 1, 2]])) == 4 / 5
 
 
 @pytest.mark.parametrize("dtypes", ["float32", "bfloat16"])

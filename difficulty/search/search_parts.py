@@ -1,5 +1,6 @@
-"""The parts of a neighbour search, runs of rows of merged/train with a file each, and their gathering."""
+"""The parts of a neighbour search (consecutive rows of merged/train, a file each) and how they are gathered."""
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import cli, devices, files, parquet, schemas
+from common import cli, files, parquet, schemas
 from common.errors import PipelineError
 from common.imagery import tar_images
 from common.places import zones
@@ -15,10 +16,9 @@ from common.provenance import Provenance
 from common.sections import Config
 from common.stages import Output
 from difficulty import bands
-from difficulty.report import band_report
 
 log = logging.getLogger("pipeline")
-RECALL_SAMPLE = 256  # anchors of a part that an approximate search is compared with the exact one on
+RECALL_SAMPLE = 256  # anchors of a part on which an approximate search is compared with the exact one
 LOW_RECALL = 0.95
 
 
@@ -37,48 +37,50 @@ def train_path(cfg: Config) -> Path:
 
 
 def write(cfg: Config, todo: list[SearchPart], on_anchors: Callable[[int], object]) -> None:
-    """Search the neighbours of each part's anchors and write its file. `on_anchors` is told how many more anchors
-    have been compared. Raises Stopped on a signal."""
-    from difficulty.search import exact_search  # torch: gathering alone does without
+    """Search the neighbours of each part's anchors and write its file. `on_anchors` is called with the number of
+    anchors compared since the last call. Raises Stopped on a signal."""
+    from common import devices  # torch, which gathering does without
+    from difficulty.search import exact_search
 
     path = train_path(cfg)
     device = devices.pick(cfg.infrastructure.device)
-    embeddings = devices.place(parquet.read_matrix(path, "embedding"), device)
+    matrix = parquet.read_matrix(path, "embedding")
+    embeddings = devices.place(matrix, device)
     columns = parquet.read(path, ["dataset_id", "target_id", "target_lat", "target_lon"])
     dataset, target, lat, lon = (column.to_numpy() for column in columns.columns)
     near = zones.make_zones(zones.number_buildings(dataset, target), lat, lon, cfg.data.ignore_radius_m)
-    options = {"k": cfg.data.neighbors, "memory_mb": cfg.infrastructure.search_memory_mb}
+    k, memory_mb = cfg.data.neighbors, cfg.infrastructure.search_memory_mb
+    together = exact_search.tile_sizes(matrix.shape[1], k, memory_mb, device).together
 
-    def exact(rows: np.ndarray, told=lambda count: None):
-        return exact_search.exact_neighbors(embeddings, near, rows=rows, device=device, on_anchors=told, **options)
-
-    ball = None
+    exact = functools.partial(
+        exact_search.exact_neighbors, embeddings, near, k=k, memory_mb=memory_mb, device=device
+    )
+    tree = None
     if cfg.data.search == "balltree":
         from difficulty.search import balltree  # scikit-learn takes seconds to import
 
-        ball = balltree.build(embeddings, cfg.data.balltree_dim)
-    sizes = exact_search.tile_sizes(embeddings.shape[1], cfg.data.neighbors, options["memory_mb"], device)
-    for group in groups(todo, len(embeddings), sizes.together if ball is None else 0):
+        tree, together = balltree.Tree(matrix, cfg.data.balltree_dim), 0
+    for group in groups(todo, len(matrix), together):
         rows = np.concatenate([np.arange(part.start, part.stop) for part in group])
         recall = 1.0
-        if ball is None:
-            found, similarities = exact(rows, on_anchors)
+        if tree is None:
+            neighbors, similarities = exact(rows=rows, on_anchors=on_anchors)
         else:
-            found, similarities = balltree.balltree_neighbors(ball, embeddings, near, rows=rows, **options)
+            neighbors, similarities = tree.neighbors(near, k, rows)
             sample = np.unique(np.linspace(0, len(rows) - 1, RECALL_SAMPLE).astype(np.int64))
-            recall = balltree.recall(found[sample], exact(rows[sample])[0])
+            recall = balltree.recall(neighbors[sample], exact(rows=rows[sample])[0])
             on_anchors(len(rows))
         for part in group:
             mine = slice(*np.searchsorted(rows, [part.start, part.stop]))
-            with parquet.writer(part.target, schemas.difficulty_part(cfg.data.neighbors), part.made) as out:
-                out.append({"neighbor_rows": found[mine], "neighbor_similarities": similarities[mine]})
+            with parquet.writer(part.target, schemas.difficulty_part(k), part.made) as out:
+                out.append({"neighbor_rows": neighbors[mine], "neighbor_similarities": similarities[mine]})
                 out.facts = {"recall": recall}
             cli.check_stop()
 
 
 def groups(todo: list[SearchPart], total: int, together: int) -> Iterator[list[SearchPart]]:
-    """The parts in runs that are searched at once, each of up to `together` rows, where that saves an eighth of
-    the products or more (see search.py); else one by one, so that a killed job loses little."""
+    """The parts that are searched at once: runs of up to `together` rows where that saves an eighth of the
+    products or more (see exact_search.py), else one by one, so that a killed job loses little."""
     group: list[SearchPart] = []
     most = together if together * 4 > total else 0
     for part in todo:
@@ -91,19 +93,22 @@ def groups(todo: list[SearchPart], total: int, together: int) -> Iterator[list[S
 
 
 def refuse_missing(parts: list[SearchPart]) -> None:
-    """Raise PipelineError unless every part is there and of one search."""
+    """Raise PipelineError unless all parts exist and come from this search."""
     missing = [part for part in parts if not parquet.is_done(part.target, part.made, overwrite=False)]
     if missing:
         raise PipelineError(
             f"{len(missing)} of {len(parts)} parts are missing, the first is {missing[0].target}\n"
-            "run the shards of difficulty/compute_visual_neighbors.py that make them, then --finish again"
+            "run the shards of difficulty/compute_visual_neighbors.py that write them, then --finish again"
         )
 
 
 def gather(cfg: Config, parts: list[SearchPart], output: Output) -> list[dict]:
-    """Calibrate the bands over all parts, stream the artefact, and report on the bands; returns their table."""
+    """Calibrate the bands over all parts, write the artefact part by part, and report on the bands; returns their
+    table."""
+    from difficulty.report import band_report  # matplotlib
+
     counts = bands.histogram(np.empty(0))
-    for _, _, _, ratio in _read_parts(cfg, parts):
+    for *_, ratio in _read_parts(cfg, parts):
         counts += bands.histogram(ratio)
     if not np.any(counts):
         raise PipelineError(
@@ -133,11 +138,8 @@ def gather(cfg: Config, parts: list[SearchPart], output: Output) -> list[dict]:
         }
         report.write(files.beside(path.parent, "report"), tar_images.of_paths(cfg.paths))
     if recall < LOW_RECALL:
-        log.warning(
-            'data.search = "%s" found %.1f %% of the true neighbours; "exact" finds all',
-            cfg.data.search,
-            100 * recall,
-        )
+        name, percent = cfg.data.search, 100 * recall
+        log.warning('data.search = "%s" found %.1f %% of the true neighbours; "exact" finds all', name, percent)
     return report.table.rows()
 
 
