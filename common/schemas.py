@@ -128,8 +128,10 @@ def vector(kind: pa.DataType, length: int) -> pa.DataType:
 
 
 def embeddings(dim: int) -> pa.Schema:
-    """The columns of the intermediates and the backbone's pooled output: finite, not normalised."""
-    return INTERMEDIATES.append(pa.field("embedding", vector(pa.float16(), dim)))
+    """The columns of the intermediates and the backbone's output."""
+    return INTERMEDIATES.append(
+        pa.field("embedding", vector(pa.float16(), dim))  # the pooled output, finite, not normalised
+    )
 
 
 _MERGED_COLUMNS = [
