@@ -281,7 +281,7 @@ def test_a_study_of_other_data_is_refused(merged, tmp_path, cfg, quick):
     journal = cfg.paths.study_dir / "journal.log"
     ids = shared_study.record(cfg).inputs
     journal.write_text(journal.read_text().replace(ids["train.parquet"], "another-merge"))
-    with pytest.raises(StaleArtefact, match=r"another train.parquet \(another-merge then"):
+    with pytest.raises(StaleArtefact, match=r"a different version of train.parquet \(then another-merge"):
         open_study(cfg)
 
 
