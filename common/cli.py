@@ -21,9 +21,9 @@ from common.errors import PipelineError, Stopped
 log = logging.getLogger("pipeline")
 EXIT_STOPPED = 85  # stopped early by a signal with everything saved: Slurm's wrapper requeues the job
 _OUR_PACKAGES = ("common", "preprocess", "generate", "difficulty", "train", "publish", "slurm")
-_DISK_ERRORS = {  # those that a user can fix
+_DISK_ERRORS = {  # that a user can fix
     errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
+    errno.EDQUOT: "disk quota exceeded",
     errno.EFBIG: "the file exceeds the size limit (ulimit -f)",
     errno.EACCES: "permission denied",
     errno.EROFS: "the file system is read-only",
@@ -41,8 +41,8 @@ def parser(doc: str, *, shards: bool = False) -> argparse.ArgumentParser:
     config_flags(arguments)
     arguments.add_argument("--overwrite", action="store_true", help="recreate existing output")
     if shards:
-        arguments.add_argument("--shard", type=int, default=0, metavar="I", help="which part of the work (0)")
-        arguments.add_argument("--num-shards", type=int, default=1, metavar="N", help="of how many (1)")
+        arguments.add_argument("--shard", type=int, default=0, metavar="I", help="index of this shard (0)")
+        arguments.add_argument("--num-shards", type=int, default=1, metavar="N", help="number of shards (1)")
     return arguments
 
 
@@ -116,12 +116,12 @@ def exit_code_of(main) -> int:
         return _fail(missing, "run `make install`, then `source .venv/bin/activate`")
     except MemoryError:
         advice = "--help says how much the script needs; on Slurm set --mem in slurm.<stage>.sbatch"
-        return _fail("out of memory on this machine or in this job", advice)
+        return _fail("out of memory", advice)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
-        advice = "free some, lower the batch size or infrastructure.search_memory_mb, or set"
-        return _fail("out of memory on the device", advice, "infrastructure.device to another one")
+        advice = "free some, lower batch sizes or infrastructure.search_memory_mb, or change infrastructure.device"
+        return _fail("the device is out of memory", advice)
     except BrokenPipeError:
         with contextlib.suppress(OSError):  # the reader of our output has gone: `... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -184,14 +184,10 @@ class Progress:
             self._bar.close()
 
     def add(
-        self,
-        rows_in: int,
-        rows_out: int | None = None,
-        rejected: dict[str, int] | None = None,
-        share: float | None = None,
+        self, rows_in: int, rows_out: int | None = None, rejected: dict[str, int] | None = None, share: float = 0.0
     ) -> None:
         """Count finished rows; `rows_out` defaults to `rows_in`. `share`: of all the work, done so far (0..1)."""
-        self._share = self._share if share is None else share
+        self._share = share or self._share
         self.rows_in += rows_in
         self.rows_out += rows_in if rows_out is None else rows_out
         self.rejected.update(rejected or {})
@@ -219,9 +215,8 @@ class Progress:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.rejected.most_common())
             counts += f", {self.rejected.total():,} rejected ({reasons})"
         rate = _rate(self.rows_in, seconds).replace("/", f" {self.units}/")
-        print(
-            f"{self.stage}: {'; '.join(filter(None, (counts, f'{duration(seconds)}, {rate}', note)))}", flush=True
-        )
+        parts = [counts, f"{duration(seconds)}, {rate}", *([note] if note else [])]
+        print(f"{self.stage}: {'; '.join(parts)}", flush=True)
         return 0
 
 

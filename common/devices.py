@@ -1,4 +1,4 @@
-"""Which device computes, in which precision, and what fits on it."""
+"""Choice of device and precision, and placement of arrays on the device."""
 
 import numpy as np
 import torch
@@ -7,32 +7,31 @@ from common.errors import ConfigError
 
 
 def pick(name: str) -> torch.device:
-    """The device that `infrastructure.device` means: "auto" is CUDA if there is one. Raises ConfigError."""
-    found = torch.cuda.device_count()
+    """The device for `infrastructure.device`: "auto" is CUDA if available. Raises ConfigError."""
+    num_gpus = torch.cuda.device_count()
     if name == "auto":
-        return torch.device("cuda" if found else "cpu")
+        return torch.device("cuda" if num_gpus else "cpu")
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= found:
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
         raise ConfigError(
-            f'infrastructure.device = "{name}", but there are {found} CUDA devices here; set it to "auto"'
+            f'infrastructure.device = "{name}", but {num_gpus} CUDA devices are available: use "auto"'
         )
     return device
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:
-    """The name of the dtype that a setting means on `device`."""
+    """The name of the dtype for a setting: "auto" is bfloat16 on CUDA, else float32."""
     if dtype == "auto":
         return "bfloat16" if device.type == "cuda" else "float32"
     return dtype
 
 
 def fits(size: int, device: torch.device) -> bool:
-    """Whether so many bytes take at most two thirds of the memory that is free on a CUDA device. The host, where
-    they would lie otherwise, always takes them."""
+    """Whether `size` bytes fit in two thirds of the free memory of a CUDA device; always on a CPU."""
     return device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] * 2 // 3
 
 
 def place(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """`array` as a tensor on `device`, if it fits there (see `fits`); else on the host, where it shares memory."""
+    """`array` as a tensor on `device` if it `fits`; else on the CPU, sharing memory."""
     tensor = torch.from_numpy(array)
     return tensor.to(device) if fits(array.nbytes, device) else tensor

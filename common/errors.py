@@ -1,8 +1,8 @@
-"""The errors that a user can cause. Their text is all that the user sees: what, where, and what to do."""
+"""Errors that a user can cause. Their message is all the user sees: what is wrong, where, and what to do."""
 
 
 class PipelineError(Exception):
-    """The work cannot be done (exit code 1)."""
+    """The run cannot succeed (exit code 1)."""
 
     exit_code = 1
 
@@ -12,10 +12,10 @@ class StaleArtefact(PipelineError):
 
 
 class ConfigError(PipelineError):
-    """The arguments or the configuration cannot be used (exit code 2)."""
+    """Invalid arguments or configuration (exit code 2)."""
 
     exit_code = 2
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGUSR2 arrived, and everything that is finished has been saved (exit code 85)."""
+    """SIGTERM or SIGUSR2 arrived, and all finished work is saved (exit code 85)."""

@@ -1,6 +1,6 @@
-"""What pages and pictures share: filling in HTML templates, figures as inline SVG, their style and their colours.
+"""HTML templates, figures as inline SVG, and their shared style and colours.
 
-It loads matplotlib, so only modules that draw import it.
+Loads matplotlib, so only modules that draw import it.
 """
 
 import io
@@ -15,10 +15,10 @@ from markupsafe import Markup, escape
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-INK = "#0a0b0c"  # drawn with this, then replaced by the page's text colour
-STYLE: dict[Any, Any] = {  # matplotlib's own type lists the names of all settings
-    "svg.fonttype": "none",  # text stays text: small, and in the page's font
-    "text.parse_math": False,  # methods are named after files: "$" is a dollar
+INK = "#0a0b0c"  # replaced by the page's text colour in the SVG
+STYLE: dict[Any, Any] = {  # Any: matplotlib's type enumerates its settings
+    "svg.fonttype": "none",  # text stays text: smaller, and in the page's font
+    "text.parse_math": False,  # method names come from file names: "$" is literal
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -29,7 +29,7 @@ STYLE: dict[Any, Any] = {  # matplotlib's own type lists the names of all settin
 
 
 def arm_colours(num_bands: int) -> list[str]:
-    """A colour for each band of difficulty, from orange (band 0, the hardest) to blue, then one for "random"."""
+    """A colour for each difficulty band, from orange (band 0, the hardest) to blue, then grey for "random"."""
     return [*map(to_hex, matplotlib.colormaps["plasma"](np.linspace(0.8, 0.1, num_bands))), "#8c8c8c"]
 
 
@@ -48,14 +48,14 @@ def svg(figure: Figure, alt: str) -> Markup:
         figure.savefig(file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
     text = file.getvalue()
     text = text[text.index("<svg ") :].replace(INK, "currentColor")
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to groups, and ids would repeat in the page
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # unused, and ids would repeat in the page
     view_box = re.findall(r'viewBox="[^"]*"', text)[0]
     text = f'<svg {view_box} role="img" aria-label="{escape(alt)}"' + text[text.index(">") :]
     return Markup(re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL).strip())
 
 
 def render(template: Path, **values) -> str:
-    """The page of a template. Values are escaped, a missing one is an error; `number` is available as a filter."""
+    """A rendered template. Values are escaped, and a missing one is an error; `number` is a filter."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template.parent),
         autoescape=True,
@@ -68,5 +68,5 @@ def render(template: Path, **values) -> str:
 
 
 def number(value) -> str:
-    """Counts with thousands separators, everything else as it is."""
+    """Integers with thousands separators, everything else unchanged."""
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,10 +1,11 @@
-"""What made a file: recorded in it, compared with what a run would make, and told in a user's words.
+"""Records of how files were made: written into each file, and compared with what a run would record.
 
-Two runs agree when they are of one stage, with equal values of the settings that the stage reads, on the same
-inputs. A tar is known by its name, its size and its two ends, a file of ours by the id in its record. That id is a
-digest of the file's rows: making a file again, with the same result, leaves what was made from it valid.
+Two records agree if they name the same stage, the same values of the settings that it reads, and the same inputs.
+A tar is identified by its size and its two ends, a file of ours by the id in its record: a digest of its rows.
+Recreating a file with the same result therefore leaves the files made from it valid.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -12,38 +13,28 @@ import json
 import platform
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-_LIBRARIES = (
-    "torch",
-    "transformers",
-    "pyarrow",
-    "numpy",
-    "scikit-learn",
-    "pillow",
-    "simplejpeg",
-    "imagehash",
-)
-
-
-_MOVED_SETTINGS = {  # from [training], to what section
+_LIBRARIES = ("torch", "transformers", "pyarrow", "numpy", "scikit-learn", "pillow", "simplejpeg", "imagehash")
+_MOVED_SETTINGS = {  # key that was once in [training] -> its section now
     **dict.fromkeys(("gallery", "bootstrap_samples"), "evaluation"),
     **dict.fromkeys(("trial_epochs", "pruner", "search_space"), "tuning"),
 }
-_FORMER_VALUES = {"training.mining": "none"}  # of settings that are newer than some records
-_PROBED_BYTES = 2**16  # of each end of a file that is not ours
+_FORMER_VALUES = {"training.mining": "none"}  # of settings that older records lack
+_PROBED_BYTES = 2**16  # at each end of a file that is not ours
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """The record that every artefact carries."""
+    """The record in every artefact."""
 
     stage: str
-    config: dict  # "section.key" -> value, of the settings that this stage reads and that change its values
+    config: dict  # "section.key" -> value, of the settings that affect the stage's output
     inputs: dict  # file name -> identity (see `identity`)
     rows: dict = field(default_factory=dict)  # counts: in, out, and rejected by reason
-    facts: dict = field(default_factory=dict)  # what the stage found out, such as the model's dimension
+    facts: dict = field(default_factory=dict)  # results of the stage, such as the model's dimension
     id: str = ""
     config_hash: str = ""
     git_commit: str = ""
@@ -51,21 +42,17 @@ class Provenance:
     created: str = ""
 
     def finished(self, content_digest: str, rows: dict, facts: dict | None = None) -> "Provenance":
-        """This record with what is known only once the file has been written."""
+        """This record, completed after the file has been written."""
         return replace(
             self,
             id=content_digest,
             rows=rows,
             facts={**self.facts, **(facts or {})},
-            config_hash=_digest(self.config),
+            config_hash=digest_of(json.dumps(self.config, sort_keys=True)),
             git_commit=_git_commit(),
             versions=_versions(),
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
-
-    def without(self, keys: set[str]) -> "Provenance":
-        """This record without some of its settings."""
-        return replace(self, config={key: value for key, value in self.config.items() if key not in keys})
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -79,14 +66,15 @@ class Provenance:
 
 
 def identity(path: Path) -> str:
-    """What a file that is not ours, such as a tar, is known by: its size and a digest of its two ends. (A gzip
-    stream ends with a checksum of all of it.)
+    """The identity of a file that is not ours, such as a tar: its size and a digest of its two ends.
+
+    (A gzip stream ends with a checksum of all its content.)
     """
     status = path.stat()
     return _identity(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-@functools.cache  # each part of a tar asks
+@functools.cache  # called for each part of a tar
 def _identity(path: Path, size: int, mtime_ns: int, inode: int) -> str:
     with open(path, "rb", buffering=0) as file:
         start = file.read(_PROBED_BYTES)
@@ -95,35 +83,41 @@ def _identity(path: Path, size: int, mtime_ns: int, inode: int) -> str:
 
 
 def record(stage: str, config: dict, inputs: dict[str, str]) -> Provenance:
-    """The record of a file that `stage` is about to make. `config`: see `config.values`; `inputs`: name -> id."""
+    """The record of a file that `stage` will make. `config`: see `config.values`; `inputs`: name -> identity."""
     return Provenance(stage=stage, config=json.loads(json.dumps(config)), inputs=inputs)
 
 
-def differences(there: Provenance, now: Provenance) -> list[str]:
-    """Why a file made as `there` is not what `now` would make; empty if it is."""
-    there = replace(there, config=_by_todays_names(there.config))
+def differences(existing: Provenance, expected: Provenance, ignored: Iterable[str] = ()) -> list[str]:
+    """How the record of a file differs from the one that a run would give it; empty if they agree.
+
+    `ignored`: settings that are not compared.
+    """
+    moved = {f"training.{key}": f"{section}.{key}" for key, section in _MOVED_SETTINGS.items()}
+    config = {moved.get(key, key): value for key, value in existing.config.items()}  # by today's names
     reasons = []
-    if there.stage != now.stage:
-        reasons.append(f"was made by {there.stage}, not by {now.stage}")
-    for key in sorted({*there.config, *now.config}):
-        old, new = there.config.get(key, _FORMER_VALUES.get(key)), now.config.get(key)
+    if existing.stage != expected.stage:
+        reasons.append(f"was made by {existing.stage}, not by {expected.stage}")
+    for key in sorted({*config, *expected.config}.difference(ignored)):
+        old, new = config.get(key, _FORMER_VALUES.get(key)), expected.config.get(key)
         if old != new:
-            reasons.append(f"was made with {key} = {json.dumps(old)}; this run says {json.dumps(new)}")
-    changed = [name for name in sorted({*there.inputs, *now.inputs}) if _differs(name, there, now)]
+            reasons.append(f"was made with {key} = {json.dumps(old)}; this run uses {json.dumps(new)}")
+    names = sorted({*existing.inputs, *expected.inputs})
+    changed = [name for name in names if existing.inputs.get(name) != expected.inputs.get(name)]
     for name in changed[:3]:
-        if name not in now.inputs:
-            reasons.append(f"was made from {name} too, which is not among the inputs now")
-        elif name not in there.inputs:
-            reasons.append(f"was made without {name}, which is among the inputs now")
+        if name not in expected.inputs:
+            reasons.append(f"was also made from {name}, which is no longer an input")
+        elif name not in existing.inputs:
+            reasons.append(f"was made without {name}, which is now an input")
         else:
-            reasons.append(f"was made from another {name} ({there.inputs[name]} then, {now.inputs[name]} now)")
+            old, new = existing.inputs[name], expected.inputs[name]
+            reasons.append(f"was made from a different version of {name} (then {old}, now {new})")
     if len(changed) > 3:
-        reasons.append(f"and {len(changed) - 3} more inputs differ")
+        reasons.append(f"differs in {len(changed) - 3} more inputs")
     return reasons
 
 
 def digest_of(*parts: bytes | str) -> str:
-    """32 hexadecimal digits that stand for these parts, in this order."""
+    """A digest of these parts, in this order: 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(part.encode() if isinstance(part, str) else part)
@@ -131,37 +125,21 @@ def digest_of(*parts: bytes | str) -> str:
     return digest.hexdigest()
 
 
-def _by_todays_names(recorded: dict) -> dict:
-    """The settings of a record that an older version may have written."""
-    moved = {f"training.{key}": f"{section}.{key}" for key, section in _MOVED_SETTINGS.items()}
-    return {moved.get(key, key): value for key, value in recorded.items()}
-
-
-def _differs(name: str, there: Provenance, now: Provenance) -> bool:
-    return there.inputs.get(name) != now.inputs.get(name)
-
-
-def _digest(values: dict) -> str:
-    return digest_of(json.dumps(values, sort_keys=True))
-
-
 @functools.cache
 def _git_commit() -> str:
     root = Path(__file__).resolve().parents[1]
-    # without optional locks: killed by a full disk, git would leave one that blocks the user's next commit
+    # no optional locks: if a full disk kills git, a leftover lock would block the user's next commit
     command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"  # installed without git, or not from a checkout
+        return "unknown"  # no git, or not a checkout
 
 
 @functools.cache
 def _versions() -> dict:
     versions = {"python": platform.python_version()}
     for name in _LIBRARIES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions

@@ -1,4 +1,4 @@
-"""One pyarrow schema per artefact: the contract between the stages. Units stand in the comments."""
+"""One pyarrow schema per artefact: the contract between the stages. Comments state the units."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ SPLITS = ("train", "val", "test")
 
 
 class Reject(str, Enum):
-    """Why a member of a tar was not used. The value is what stands in the rejects file and the summary."""
+    """Why a member of a tar was rejected. The value is written to the rejects file and the summary."""
 
     LABEL_EMPTY = "label_empty"  # the text file has no text: the dataset has no label for this image
     LABEL_MALFORMED = "label_malformed"  # not one readable `d` line of 17 numbers
@@ -23,27 +23,27 @@ class Reject(str, Enum):
     JPEG_BLANK = "jpeg_blank"  # one flat colour
     NOT_FINITE = "not_finite"  # nan or inf in the label
     POSITION_OUT_OF_RANGE = "position_out_of_range"  # |latitude| > 90 or |longitude| > 180
-    ANGLE_OUT_OF_RANGE = "angle_out_of_range"  # heading, pitch or roll that is no such angle
+    ANGLE_OUT_OF_RANGE = "angle_out_of_range"  # heading, pitch or roll outside its range
     DISTANCE_OUT_OF_RANGE = "distance_out_of_range"  # not in (0, 10 km]
-    DUPLICATE_ID = "duplicate_id"  # an id that an earlier image of the same tar has
+    DUPLICATE_ID = "duplicate_id"  # an id already used by an earlier image of the tar
     DATASET_MISMATCH = "dataset_mismatch"  # the label's dataset is not the tar's
     NAME_MALFORMED = "name_malformed"  # a .jpg or .txt whose name is not four ids joined by _
     PARTNER_REJECTED = "partner_rejected"  # the good half of a pair whose other half was rejected
-    CONTENT_CHANGED = "content_changed"  # the tar has other bytes there than when process_tar.py read it
-    TAR_TRUNCATED = "tar_truncated"  # the tar ends here, before its time; everything before it was kept
-    TAR_DAMAGED = "tar_damaged"  # bytes of the tar that are no member's; what stands before and after was kept
+    CONTENT_CHANGED = "content_changed"  # the bytes differ from those that process_tar.py read
+    TAR_TRUNCATED = "tar_truncated"  # the tar ends early; everything before was kept
+    TAR_DAMAGED = "tar_damaged"  # bytes outside any member; everything before and after was kept
     GZIP_DAMAGED = "gzip_damaged"  # the gzip stream has a wrong checksum or length, or ends here
 
 
 class Rejected(NamedTuple):
-    """Why something cannot be used: a row of the rejects file, but for the member's name."""
+    """Why something was rejected: a row of the rejects file without the member's name."""
 
     reason: Reject
     detail: str = ""
 
 
 def count_reasons(rejected: Iterable[Rejected]) -> dict[str, int]:
-    """Rejects by reason, for the counts of a footer or a summary."""
+    """The number of rejects by reason, for a footer or a summary."""
     return dict(sorted(Counter(why.reason.value for why in rejected).items()))
 
 
@@ -123,12 +123,12 @@ SUMMARY = pa.schema(
 
 
 def vector(kind: pa.DataType, length: int) -> pa.DataType:
-    """A fixed-size list without nulls inside: Parquet reads and writes it three times as fast as one with."""
+    """A fixed-size list without nulls: Parquet reads and writes it three times as fast as a nullable one."""
     return pa.list_(pa.field("element", kind, nullable=False), length)
 
 
 def embeddings(dim: int) -> pa.Schema:
-    """Intermediates' columns and the backbone's raw pooled output: finite, not normalised."""
+    """The columns of the intermediates and the backbone's output."""
     return INTERMEDIATES.append(
         pa.field("embedding", vector(pa.float16(), dim))  # the pooled output, finite, not normalised
     )
@@ -143,13 +143,13 @@ _MERGED_COLUMNS = [
 def merged(dim: int) -> pa.Schema:
     """Rows of one split, sorted by (dataset_id, target_id, patch_id): a building's rows are contiguous."""
     fields = [INTERMEDIATES.field(name) for name in _MERGED_COLUMNS]
-    fields += [pa.field("cell_id", pa.int64())]  # the square of the map that the target lies in
+    fields += [pa.field("cell_id", pa.int64())]  # the map cell of the target
     fields += [INTERMEDIATES.field(name) for name in ("tar_file", "image_offset", "image_size")]
     return pa.schema([*fields, pa.field("embedding", vector(pa.float16(), dim))])
 
 
 def difficulty_part(k: int) -> pa.Schema:
-    """Neighbours of a run of rows of merged/train, in order; similarities in full for the calibration of bands."""
+    """Neighbours of consecutive rows of merged/train; similarities in float32, to calibrate the bands."""
     return pa.schema(
         [("neighbor_rows", vector(pa.int32(), k)), ("neighbor_similarities", vector(pa.float32(), k))]
     )

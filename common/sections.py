@@ -1,6 +1,6 @@
-"""The sections of config.toml, a frozen model each: keys, types and ranges. Meanings stand in config.toml.
+"""The sections of config.toml, a frozen model each: keys, types and ranges. config.toml explains the keys.
 
-An unknown key is an error, and so is a missing one: the file is the only place with defaults.
+Unknown and missing keys are errors: the file is the only place with defaults.
 """
 
 import difflib
@@ -16,11 +16,11 @@ Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
-SAME_IN_ALL_TRIALS = "same in all trials"  # marks settings that are a study's data, its measure or its size
+SAME_IN_ALL_TRIALS = "same in all trials"  # marks settings that define a study's data, metric or size
 
 
 class Section(BaseModel):
-    """A section of config.toml: its keys, with types and ranges. What a key means stands in config.toml."""
+    """A section of config.toml."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -30,7 +30,7 @@ class Global(Section):
 
 
 class Paths(Section):
-    """Directories. After `load` all of them are absolute."""
+    """Directories; absolute after `config.load`."""
 
     root: Path
     raw_dir: Path
@@ -137,13 +137,13 @@ class Training(Section):
             raise ValueError(f"bandit_groups ({self.bandit_groups}) exceeds batch_size ({self.batch_size})")
         if self.mining != "none" and self.loss != "triplet":
             raise ValueError(
-                f'mining = "{self.mining}" picks the negative of each triplet, but loss = "{self.loss}" contrasts '
-                'all pairs of the batch: set mining to "none", or loss to "triplet"'
+                f'mining = "{self.mining}" selects a negative per triplet, but loss = "{self.loss}" contrasts all '
+                'pairs of the batch: set mining to "none", or loss to "triplet"'
             )
         if self.mining != "none" and self.sampler == "ucb":
             raise ValueError(
-                f'sampler = "ucb" learns from the negatives that it draws, but mining = "{self.mining}" replaces '
-                'them: set mining to "none", or sampler to "random", "uniform" or "hard_random"'
+                f'sampler = "ucb" learns from the negatives it draws, but mining = "{self.mining}" replaces them: '
+                'set mining to "none", or sampler to "random", "uniform" or "hard_random"'
             )
         return self
 
@@ -168,7 +168,7 @@ class Tuning(Section):
             if field is None:
                 raise ValueError(f"{key} is not a setting of [training]{suggestion(key, Training.model_fields)}")
             if SAME_IN_ALL_TRIALS in field.metadata:
-                raise ValueError(f"{key} is the same for all trials and cannot be varied")
+                raise ValueError(f"{key} is the same for all trials and cannot be tuned")
             if isinstance(dimension, tuple) and dimension[0] >= dimension[1]:
                 raise ValueError(f"{key}: the lower end {dimension[0]} is not below {dimension[1]}")
             if isinstance(dimension, tuple) and dimension[2:] and dimension[0] <= 0:
@@ -177,7 +177,7 @@ class Tuning(Section):
 
 
 class Infrastructure(Section):
-    """What makes it fast but changes no value."""
+    """Settings that affect speed but not results."""
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     workers: Count
@@ -187,7 +187,7 @@ class Infrastructure(Section):
 
     @property
     def threads(self) -> int:
-        """`workers`, or the cores that this process may use if that is 0."""
+        """`workers`, or if that is 0, the cores available to this process."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return self.workers or cores
 
@@ -207,7 +207,7 @@ class SlurmStage(Section):
 
     @property
     def time_s(self) -> int:
-        """The time limit in seconds. As sbatch reads it: minutes, m:s, h:m:s, days-h, days-h:m or days-h:m:s."""
+        """The time limit in seconds, in sbatch's formats: minutes, m:s, h:m:s, days-h, days-h:m or days-h:m:s."""
         days, dash, rest = self.time.rpartition("-")
         parts = [int(part) for part in rest.split(":")]
         hours, minutes, seconds = ((*parts, 0, 0) if dash or len(parts) == 3 else (0, *parts, 0))[:3]
@@ -242,13 +242,13 @@ class Slurm(Section):
             if isinstance(stage, SlurmStage) and stage.time_s <= self.signal_before_s:
                 raise ValueError(
                     f"{name}.time = {stage.time} is not longer than signal_before_s = {self.signal_before_s}: "
-                    "the job would be told to stop as it starts"
+                    "the job would be stopped as it starts"
                 )
         return self
 
 
 class Config(Section):
-    """The whole of config.toml; `global` is a Python keyword, hence `global_`."""
+    """All of config.toml. `global` is a Python keyword, hence `global_`."""
 
     global_: Global = Field(alias="global")
     paths: Paths
@@ -264,6 +264,6 @@ class Config(Section):
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean ...?" with the known name that is nearest, if one is near."""
+    """ "; did you mean ...?" with the most similar known name; empty if none is similar."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {nearest[0]}?" if nearest else ""

@@ -1,8 +1,7 @@
-"""A stage of the chain, declared once: what it writes, from what, with which settings, and how much of it is done.
+"""A stage of the chain, declared once: its outputs, inputs and settings, and how much of its work is done.
 
-Each stage's script holds its declaration, `STAGE`. The script asks it what is left to do, and so do
-slurm/submit.py, slurm/status.py and the tables of the documentation. Imports nothing heavy: `--help` answers at
-once.
+Each stage's script holds its declaration, `STAGE`. The script, slurm/submit.py, slurm/status.py and the tables of
+the documentation use it. Imports nothing heavy, so `--help` is instant.
 """
 
 import json
@@ -21,28 +20,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Output:
-    """A file of a stage, and the record that a run with these settings and inputs gives it."""
+    """An output file of a stage, and its record if made with these settings and inputs."""
 
     path: Path
     record: Provenance
-    facts: dict = field(default_factory=dict)  # that the record of a finished file has, besides
+    facts: dict = field(default_factory=dict)  # also required in the record of a finished file
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. Its work divides into tasks: task i of n of a job array is shard i."""
+    """One stage. Its work is divided into tasks: task i of n of a job array is shard i."""
 
     name: str
-    folder: Callable[["Config"], Path]  # what it writes to: two runs must not write the same one at once
-    # of task i of n; raises PipelineError or OSError as long as its inputs are missing
+    folder: Callable[["Config"], Path]  # where it writes: two runs must not write to it at once
+    # of task i of n; raises PipelineError or OSError while its inputs are missing
     outputs: Callable[["Config", int, int], Iterable[Output]] | None
-    settings: tuple[str, ...] = ()  # "section.key" or "section": another value makes another file
-    recorded: Callable[["Config"], dict] | None = None  # what records hold of them; None: all of them, as they are
-    auto: tuple[str, ...] = ()  # of those, the ones whose "auto" is decided by the machine that runs the stage
-    progress: Callable[["Config"], tuple[int, int, str]] | None = None  # (done, total, unit), where not by files
+    settings: tuple[str, ...] = ()  # "section.key" or "section", that affect the output
+    recorded: Callable[["Config"], dict] | None = None  # their values in records; None: as configured
+    auto: tuple[str, ...] = ()  # settings whose "auto" is resolved by the machine that runs the stage
+    progress: Callable[["Config"], tuple[int, int, str]] | None = (
+        None  # (done, total, unit), if not counted in files
+    )
 
     def record(self, cfg: "Config", inputs: dict[str, str]) -> Provenance:
-        """The record of a file that this stage makes of `inputs`: name -> identity."""
+        """The record of a file that this stage makes from `inputs`: name -> identity."""
         return provenance.record(self.name, self.recorded_settings(cfg), inputs)
 
     def recorded_settings(self, cfg: "Config") -> dict:
@@ -51,14 +52,14 @@ class Stage:
         return self.recorded(cfg) if self.recorded else config.values(cfg, *self.settings)
 
     def outputs_of(self, cfg: "Config", task: int = 0, num_tasks: int = 1) -> list[Output] | None:
-        """The files of a task; None where they cannot be listed yet, before the inputs are there."""
+        """The files of a task; None if they cannot be listed yet because inputs are missing."""
         try:
             return list(self.outputs(cfg, task, num_tasks)) if self.outputs else []
         except (OSError, PipelineError):
             return None
 
     def is_done(self, cfg: "Config", task: int = 0, num_tasks: int = 1) -> bool:
-        """Whether a task has nothing left to do."""
+        """Whether a task is complete."""
         if self.outputs is None:
             assert self.progress is not None
             done, total, _ = self.progress(cfg)
@@ -67,16 +68,14 @@ class Stage:
         return outputs is not None and all(self.is_current(output) for output in outputs)
 
     def is_current(self, output: Output) -> bool:
-        """Whether a file exists, is whole, and was made with these settings from these inputs."""
+        """Whether a file exists, is complete, and was made with these settings from these inputs."""
         try:
             existing = record_of(output.path)
         except (OSError, ValueError, TypeError, KeyError, PipelineError):
-            return False  # absent, damaged, or another program's: the stage itself reports which
+            return False  # missing, damaged or not ours: the stage itself reports which
         undecided = {key for key in self.auto if output.record.config.get(key) == "auto"}
         is_finished = all(existing.facts.get(name) == value for name, value in output.facts.items())
-        return is_finished and not provenance.differences(
-            existing.without(undecided), output.record.without(undecided)
-        )
+        return is_finished and not provenance.differences(existing, output.record, undecided)
 
 
 def ids(paths: Iterable[Path]) -> dict[str, str]:
@@ -85,7 +84,7 @@ def ids(paths: Iterable[Path]) -> dict[str, str]:
 
 
 def identity(path: Path) -> str:
-    """What a file is known by in the records of what is made from it: its id, if a stage of ours wrote it."""
+    """The identity of an input file in records: its own id if a stage of ours wrote it."""
     return record_of(path).id if path.suffix in (".parquet", ".json") else provenance.identity(path)
 
 

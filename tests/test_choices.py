@@ -27,7 +27,7 @@ def test_every_name_that_is_allowed_has_an_entry(section, key):
 
 @pytest.mark.parametrize("name", [name for name, objective in loss.LOSSES.items() if not objective.uses_triplets])
 def test_mining_is_refused_with_a_loss_that_does_not_use_the_negative_of_a_triplet(name):
-    with pytest.raises(ConfigError, match=f'mining = "semi_hard" picks the negative .* loss = "{name}"'):
+    with pytest.raises(ConfigError, match=f'mining = "semi_hard" selects a negative .* loss = "{name}"'):
         config.load(None, [f"training.loss={name}", "training.sampler=random", "training.mining=semi_hard"])
 
 

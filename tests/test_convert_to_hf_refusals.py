@@ -126,7 +126,9 @@ def test_a_new_checkpoint_is_refused_and_overwrite_replaces_the_folder(unpublish
     metrics = json.loads((unpublished.cfg.paths.evaluation_dir / "metrics.json").read_text())
     metrics["provenance"]["id"] = "figures-2"
     (unpublished.cfg.paths.evaluation_dir / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(StaleArtefact, match=r"another metrics\.json \(figures-1 then, figures-2 now\)"):
+    with pytest.raises(
+        StaleArtefact, match=r"a different version of metrics\.json \(then figures-1, now figures-2\)"
+    ):
         main(unpublished.flags)
     assert main([*unpublished.flags, "--overwrite"]) == 0
     assert not (folder / "leftover").exists()

@@ -44,7 +44,7 @@ def test_a_disk_that_is_full_is_told_by_the_file_that_it_is_wanted_for(tmp_path,
 
 
 def test_a_folder_that_cannot_be_made_is_named():
-    with pytest.raises(PipelineError, match=r"the folder /proc/nowhere/data cannot be made: look at paths\.root"):
+    with pytest.raises(PipelineError, match=r"cannot create the directory /proc/nowhere/data: check paths\.root"):
         files.write_text(Path("/proc/nowhere/data/a.txt"), "")
 
 

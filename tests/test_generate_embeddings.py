@@ -170,7 +170,7 @@ def test_another_model_in_the_same_folder_is_refused_and_overwrite_redoes_it(set
 def test_larger_parts_leave_no_part_of_the_old_division(setup):
     main(setup.flags)
     larger = [*setup.flags, "--set", "data.rows_per_part=10"]
-    with pytest.raises(StaleArtefact, match=r"rows_per_part = 5; this run says 10"):
+    with pytest.raises(StaleArtefact, match=r"rows_per_part = 5; this run uses 10"):
         main(larger)
     main([*larger, "--overwrite"])
     assert not setup.part("0088-2").exists()  # its rows stand in 0088-1 now

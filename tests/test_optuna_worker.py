@@ -267,7 +267,7 @@ def test_hyperband_prunes_too(merged, tmp_path, quick):
 def test_a_study_of_other_settings_is_refused_and_overwrite_replaces_it(merged, tmp_path, cfg, quick):
     work(cfg, open_study(cfg), max_trials=1)
     other = load(merged, tmp_path, "training.steps_per_epoch=9")
-    with pytest.raises(StaleArtefact, match=r"training.steps_per_epoch = 4; this run says 9"):
+    with pytest.raises(StaleArtefact, match=r"training.steps_per_epoch = 4; this run uses 9"):
         open_study(other)
     varied = load(merged, tmp_path, "tuning.search_space.margin=[0.1, 0.2]")
     with pytest.raises(StaleArtefact, match="search_space"):
@@ -281,7 +281,7 @@ def test_a_study_of_other_data_is_refused(merged, tmp_path, cfg, quick):
     journal = cfg.paths.study_dir / "journal.log"
     ids = shared_study.record(cfg).inputs
     journal.write_text(journal.read_text().replace(ids["train.parquet"], "another-merge"))
-    with pytest.raises(StaleArtefact, match=r"another train.parquet \(another-merge then"):
+    with pytest.raises(StaleArtefact, match=r"a different version of train.parquet \(then another-merge"):
         open_study(cfg)
 
 

@@ -98,9 +98,9 @@ def test_done_means_that_settings_and_inputs_match(tmp_path):
 @pytest.mark.parametrize(
     ("config", "inputs", "expected"),
     [
-        ({"data.x": 2}, {}, "data.x = 1; this run says 2"),
+        ({"data.x": 2}, {}, "data.x = 1; this run uses 2"),
         ({"data.x": 1}, {"t.tar": "9 bytes"}, "without t.tar"),
-        ({"data.x": 1, "data.y": 3}, {}, "data.y = null; this run says 3"),
+        ({"data.x": 1, "data.y": 3}, {}, "data.y = null; this run uses 3"),
     ],
 )
 def test_a_stale_file_is_refused_with_what_differs_and_both_ways_out(tmp_path, config, inputs, expected):
@@ -263,7 +263,7 @@ def test_records_of_older_versions_are_read_by_todays_names_of_settings():
     assert not provenance.differences(older, provenance.record("evaluate", todays, {}))
     other = provenance.record("evaluate", todays | {"evaluation.gallery": "all"}, {})
     assert provenance.differences(older, other) == [
-        'was made with evaluation.gallery = "test"; this run says "all"'
+        'was made with evaluation.gallery = "test"; this run uses "all"'
     ]
     older = provenance.record("train", {"training.sampler": "ucb"}, {})  # before there was training.mining
     for mining, same in (("none", True), ("semi_hard", False)):

@@ -306,7 +306,7 @@ def test_a_changed_setting_is_refused_and_overwrite_redoes_it(chain, tmp_path):
     other = ("preprocess/merge_and_split.py", *there, "--set", "data.split_buffer_m=10")
     refused = warm.run(*other)
     assert refused.returncode == 1
-    assert "data.split_buffer_m = 50.0; this run says 10" in refused.stderr
+    assert "data.split_buffer_m = 50.0; this run uses 10" in refused.stderr
     assert "--overwrite" in refused.stderr
     assert warm.run(*other, "--overwrite").returncode == 0
     # what was made from the old merge no longer fits, and says so

@@ -297,7 +297,7 @@ def test_a_full_disk_leaves_no_broken_file(tmp_path):
     command = f"ulimit -f 1; exec {sys.executable} -B {process_tar.__file__} --set paths.root={tmp_path}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
-    assert "larger than is allowed" in done.stderr
+    assert "exceeds the size limit" in done.stderr
     assert not list(tmp_path.glob("data/intermediates/**/*parquet*"))
 
 

@@ -1,7 +1,7 @@
-"""Positions in metres: who is within r metres of whom, and which cell of the map a point lies in.
+"""Distances in metres, neighbours within a radius, and cells of the map.
 
-The Earth is a sphere of radius 6,371,008.8 m here. Over the distances that matter (the ignore zone, 25 m;
-the buffer between splits, 50 m) this differs from the WGS84 ellipsoid by less than 0.6 %.
+The Earth is a sphere of radius 6,371,008.8 m. Over the distances that matter (the ignore zone, 25 m; the buffer
+between splits, 50 m) this differs from the WGS84 ellipsoid by less than 0.6 %.
 """
 
 import math
@@ -15,20 +15,20 @@ _CELL_COLUMNS = 1 << 32  # more columns than the equator has cells of 1 cm
 
 
 def to_xyz_m(lat_deg: np.ndarray, lon_deg: np.ndarray) -> np.ndarray:
-    """Positions on the sphere, (N, 3) float64, in metres: straight-line distances between rows are distances
-    on the ground to within 1e-9 relative for points less than 1 km apart. Works across any number of cities.
+    """Positions on the sphere, (N, 3) float64, in metres. Straight-line distances between points less than 1 km
+    apart equal ground distances to within 1e-9 (relative), in any number of cities.
     """
     lat, lon = np.radians(np.asarray(lat_deg, np.float64)), np.radians(np.asarray(lon_deg, np.float64))
     return EARTH_RADIUS_M * np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=-1)
 
 
 def distance_m(lat1_deg, lon1_deg, lat2_deg, lon2_deg) -> np.ndarray:
-    """Straight-line distances in metres, element by element (shapes broadcast)."""
+    """Straight-line distances in metres, elementwise (shapes broadcast)."""
     return np.linalg.norm(to_xyz_m(lat1_deg, lon1_deg) - to_xyz_m(lat2_deg, lon2_deg), axis=-1)
 
 
 def within(lat_deg: np.ndarray, lon_deg: np.ndarray, radius_m: float) -> tuple[np.ndarray, np.ndarray]:
-    """All points within `radius_m` (inclusive) of each of N points, itself included, as a CSR pair.
+    """All points within `radius_m` (inclusive) of each of N points, including itself, as a CSR pair.
 
     Returns (indptr (N + 1,) int64, indices (P,) int32): the neighbours of point i are
     `indices[indptr[i]:indptr[i + 1]]`, ascending. Memory: about 24 bytes for each of the P pairs.
@@ -48,11 +48,11 @@ def within(lat_deg: np.ndarray, lon_deg: np.ndarray, radius_m: float) -> tuple[n
 
 
 def cell_ids(lat_deg: np.ndarray, lon_deg: np.ndarray, cell_m: float) -> np.ndarray:
-    """The square of about `cell_m` x `cell_m` metres that each point lies in, (N,) int64.
+    """The cell of about `cell_m` x `cell_m` metres that contains each point, (N,) int64.
 
     row = floor(lat * m_per_degree / cell_m); column = floor(lon * m_per_degree * cos(latitude of the row's
-    centre) / cell_m); id = row * 2^32 + column + 2^31. All points of a row share one cosine, so a row's cells
-    tile it without overlap; the formula depends on nothing but the point, so ids agree between runs and tars.
+    centre) / cell_m); id = row * 2^32 + column + 2^31. All points of a row share one cosine, so its cells do not
+    overlap; the id depends on the point alone, so it agrees between runs and tars.
     """
     row = np.floor(np.asarray(lat_deg, np.float64) * METRES_PER_DEGREE / cell_m)
     column = np.floor(np.asarray(lon_deg, np.float64) * _cells_per_degree(row, cell_m))
@@ -60,16 +60,16 @@ def cell_ids(lat_deg: np.ndarray, lon_deg: np.ndarray, cell_m: float) -> np.ndar
 
 
 def cells_near(lat_deg: np.ndarray, lon_deg: np.ndarray, cell_m: float, radius_m: float) -> Iterator[np.ndarray]:
-    """Cells of which some point lies within `radius_m` of each of N points: arrays (N,) int64 of ids, as from
-    `cell_ids`; together they name every such cell of every point, some more than once, and no other.
+    """The cells at least partly within `radius_m` of each of N points: arrays (N,) int64 of ids as in `cell_ids`.
+    Together they contain all such cells of every point, some repeatedly, and no others.
     """
-    y = np.asarray(lat_deg, np.float64) * METRES_PER_DEGREE / cell_m  # in cells, as all that follows
+    y = np.asarray(lat_deg, np.float64) * METRES_PER_DEGREE / cell_m  # in cells, like everything below
     own_row, reach = np.floor(y), radius_m / cell_m
     for step in range(-math.ceil(reach), math.ceil(reach) + 1):
         row = own_row + step
         away = np.maximum(0.0, np.maximum(row - y, y - (row + 1)))
         row = np.where(away <= reach, row, own_row)
-        half_width = np.sqrt(np.maximum(reach**2 - away**2, 0.0))  # 0 too where the row is out of reach
+        half_width = np.sqrt(np.maximum(reach**2 - away**2, 0.0))  # also 0 where the row is out of reach
         x = np.asarray(lon_deg, np.float64) * _cells_per_degree(row, cell_m)
         first, last = np.floor(x - half_width), np.floor(x + half_width)
         for offset in range(int(np.max(last - first, initial=-1)) + 1):
@@ -77,7 +77,7 @@ def cells_near(lat_deg: np.ndarray, lon_deg: np.ndarray, cell_m: float, radius_m
 
 
 def cell_corners(ids: np.ndarray, cell_m: float) -> tuple[np.ndarray, np.ndarray]:
-    """Latitudes and longitudes in degrees of the cells' lower left and upper right corners: two (N, 2) arrays."""
+    """Latitudes and longitudes in degrees of the cells' lower-left and upper-right corners: two (N, 2) arrays."""
     row = np.asarray(ids) // _CELL_COLUMNS
     column = np.asarray(ids) % _CELL_COLUMNS - _CELL_COLUMNS // 2
     lat = np.stack([row, row + 1], axis=-1) * (cell_m / METRES_PER_DEGREE)
@@ -85,7 +85,7 @@ def cell_corners(ids: np.ndarray, cell_m: float) -> tuple[np.ndarray, np.ndarray
 
 
 def _cells_per_degree(row: np.ndarray, cell_m: float) -> np.ndarray:
-    """How many cells a degree of longitude has in a row: as its centre's latitude says."""
+    """The number of cells per degree of longitude in a row, at its centre's latitude."""
     row_lat = np.radians(np.clip((row + 0.5) * cell_m / METRES_PER_DEGREE, -90.0, 90.0))
     return METRES_PER_DEGREE * np.cos(row_lat) / cell_m
 

@@ -1,7 +1,7 @@
 """Buildings as runs of rows, and the ignore zone: rows of other buildings that may show the same facade.
 
-A building is one target point on a facade. Points a few metres apart often lie on one building, so rows of other
-buildings within the zone's radius are neither positives nor negatives of a row.
+A building is one target point on a facade. Points a few metres apart are often on one building, so rows of other
+buildings within the zone's radius count neither as positives nor as negatives of a row.
 """
 
 from typing import NamedTuple
@@ -23,8 +23,7 @@ class Zones(NamedTuple):
     buildings: np.ndarray  # int32: the zone of b and itself is buildings[indptr[b]:indptr[b + 1]], ascending
 
     def rows_of(self, rows: np.ndarray, *, own: bool) -> Csr:
-        """The rows in the zone of each of `rows`, ascending, with those of its `own` building or without: 8 bytes
-        for each row in each zone."""
+        """The rows in the zone of each of `rows`, ascending, with or without its `own` building (8 bytes each)."""
         own_building = self.building_of_row[rows]
         first, last = self.indptr[own_building], self.indptr[own_building + 1]
         zone = self.buildings[ranges(first, last)]
@@ -38,7 +37,7 @@ class Zones(NamedTuple):
 
 
 def number_buildings(*ids: np.ndarray) -> np.ndarray:
-    """Building numbers 0..M-1, (N,) int32, from the columns of their ids; a building's rows are contiguous."""
+    """Building numbers 0..M-1, (N,) int32, from the columns of their ids. A building's rows must be contiguous."""
     new = np.zeros(len(ids[0]), bool)
     for column in ids:
         column = np.asarray(column)
@@ -47,9 +46,9 @@ def number_buildings(*ids: np.ndarray) -> np.ndarray:
 
 
 def make_zones(building_of_row: np.ndarray, lat: np.ndarray, lon: np.ndarray, radius_m: float) -> Zones:
-    """The zones of all buildings; `lat`, `lon`: each row's target, in degrees (a building's rows share theirs).
+    """The zones of all buildings. `lat`, `lon`: each row's target, in degrees (equal for a building's rows).
 
-    Memory: that of `geo.within` on the buildings, about 24 bytes for each pair of buildings within the radius.
+    Memory: about 24 bytes for each pair of buildings within the radius (`geo.within`).
     """
     building_of_row = np.asarray(building_of_row, np.int32)
     firsts = np.flatnonzero(np.diff(building_of_row, prepend=-1))
@@ -59,7 +58,7 @@ def make_zones(building_of_row: np.ndarray, lat: np.ndarray, lon: np.ndarray, ra
 
 
 def ranges(first: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """The numbers first[0]..last[0]-1, first[1]..last[1]-1, ... one after the other, int64."""
+    """The concatenation of the ranges first[i]..last[i]-1, int64."""
     sizes = np.asarray(last, np.int64) - first
     ends = np.cumsum(sizes)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - sizes), sizes)
