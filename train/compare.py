@@ -42,14 +42,15 @@ def main(argv=None) -> int:
     # settings, and what exists already
     inputs = run_record.input_ids(cfg) | stages.ids([cfg.paths.merged_dir / "test.parquet"])
     varied = {"training.sampler", "training.loss", "training.mining", "training.seed"}
-    shared = run_record.record(cfg, inputs).without(varied).config
+    settings = run_record.record(cfg, inputs).config
+    shared = {key: value for key, value in settings.items() if key not in varied}
     shared |= config.values(cfg, "evaluation.gallery", "evaluation.bootstrap_samples")
-    made = provenance.record("compare", {**shared, "seeds": args.seeds}, inputs)
+    record = provenance.record("compare", {**shared, "seeds": args.seeds}, inputs)
     target = cfg.paths.evaluation_dir / "comparison.json"
     if target.exists() and not args.overwrite:
-        there = comparison.read(target)
-        parquet.refuse_stale(target, provenance.Provenance(**there["provenance"]), made, "all of its runs")
-        print(comparison.as_markdown(there))
+        existing = comparison.read(target)
+        parquet.refuse_stale(target, provenance.Provenance(**existing["provenance"]), record, "all of its runs")
+        print(comparison.as_markdown(existing))
         return cli.nothing_to_do("compare", str(target))
     gallery.refuse_leaks(cfg.paths.merged_dir)
 
@@ -72,7 +73,7 @@ def main(argv=None) -> int:
 
     # evaluate, save
     results = comparison.judge(cfg, best, data.train.device)
-    results["provenance"] = made.finished(provenance.digest_of(json.dumps(results)), {"in": len(runs)}).to_dict()
+    results["provenance"] = record.finished(provenance.digest_of(json.dumps(results)), {"in": len(runs)}).to_dict()
     files.write_text(target.with_suffix(".md"), comparison.as_markdown(results) + "\n")
     files.write_bytes(target.with_suffix(".png"), comparison.draw(results))
     files.write_text(target, json.dumps(results, indent=1) + "\n")
