@@ -42,8 +42,8 @@ def main(argv=None) -> int:
     # settings, and what exists already
     inputs = run_record.input_ids(cfg) | stages.ids([cfg.paths.merged_dir / "test.parquet"])
     varied = {"training.sampler", "training.loss", "training.mining", "training.seed"}
-    settings = run_record.record(cfg, inputs).config
-    shared = {key: value for key, value in settings.items() if key not in varied}
+    recorded = run_record.record(cfg, inputs).config
+    shared = {key: value for key, value in recorded.items() if key not in varied}
     shared |= config.values(cfg, "evaluation.gallery", "evaluation.bootstrap_samples")
     record = provenance.record("compare", {**shared, "seeds": args.seeds}, inputs)
     target = cfg.paths.evaluation_dir / "comparison.json"
