@@ -44,13 +44,12 @@ def write(cfg: Config, todo: list[SearchPart], on_anchors: Callable[[int], objec
 
     path = train_path(cfg)
     device = devices.pick(cfg.infrastructure.device)
-    matrix = parquet.read_matrix(path, "embedding")
-    embeddings = devices.place(matrix, device)
+    embeddings = devices.place(parquet.read_matrix(path, "embedding"), device)  # not twice on the host
     columns = parquet.read(path, ["dataset_id", "target_id", "target_lat", "target_lon"])
     dataset, target, lat, lon = (column.to_numpy() for column in columns.columns)
     near = zones.make_zones(zones.number_buildings(dataset, target), lat, lon, cfg.data.ignore_radius_m)
     k, memory_mb = cfg.data.neighbors, cfg.infrastructure.search_memory_mb
-    together = exact_search.tile_sizes(matrix.shape[1], k, memory_mb, device).together
+    together = exact_search.tile_sizes(embeddings.shape[1], k, memory_mb, device).together
 
     exact = functools.partial(
         exact_search.exact_neighbors, embeddings, near, k=k, memory_mb=memory_mb, device=device
@@ -59,8 +58,8 @@ def write(cfg: Config, todo: list[SearchPart], on_anchors: Callable[[int], objec
     if cfg.data.search == "balltree":
         from difficulty.search import balltree  # scikit-learn takes seconds to import
 
-        tree, together = balltree.Tree(matrix, cfg.data.balltree_dim), 0
-    for group in groups(todo, len(matrix), together):
+        tree, together = balltree.Tree(embeddings.cpu().numpy(), cfg.data.balltree_dim), 0
+    for group in groups(todo, len(embeddings), together):
         rows = np.concatenate([np.arange(part.start, part.stop) for part in group])
         recall = 1.0
         if tree is None:
