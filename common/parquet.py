@@ -326,6 +326,8 @@ def embedding_matrix(
     """
     lists = batch[column].combine_chunks()
     kind = lists.type
+    if not len(lists):
+        return np.empty((0, dim or 0), np.float32)
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not (is_list and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))):
         raise PipelineError(f"{path}: the column {column} holds {kind}, not lists of numbers")

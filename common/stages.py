@@ -71,7 +71,7 @@ class Stage:
         """Whether a file exists, is complete, and was made with these settings from these inputs."""
         try:
             existing = record_of(output.path)
-        except (OSError, ValueError, TypeError, KeyError, PipelineError):
+        except (OSError, PipelineError):
             return False  # missing, damaged or not ours: the stage itself reports which
         undecided = {key for key in self.auto if output.record.config.get(key) == "auto"}
         is_finished = all(existing.facts.get(name) == value for name, value in output.facts.items())
@@ -91,11 +91,14 @@ def identity(path: Path) -> str:
 def record_of(path: Path) -> Provenance:
     """The record in a Parquet file's footer or in a JSON file.
 
-    Raises OSError, PipelineError, ValueError, TypeError or KeyError if there is none.
+    Raises OSError or PipelineError if there is none.
     """
     if path.suffix == ".parquet":
         from common import parquet
 
         return parquet.read_provenance(path)
-    content = json.loads(path.read_text())
-    return Provenance(**content.get("provenance", content))
+    try:
+        content = json.loads(path.read_text())
+        return Provenance(**content.get("provenance", content))
+    except (ValueError, TypeError, AttributeError):
+        raise PipelineError(f"{path} is damaged or not ours") from None

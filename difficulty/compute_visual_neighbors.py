@@ -65,16 +65,12 @@ def list_parts(cfg) -> list:
     ]
 
 
-def recorded(*settings: str):
+def recorded(cfg, *settings: str) -> dict:
     """What a record holds of these settings and of those of the search."""
+    from common import config
 
-    def values(cfg) -> dict:
-        from common import config
-
-        balltree = ["data.balltree_dim"] if cfg.data.search == "balltree" else []
-        return config.values(cfg, *SEARCH, *balltree, *settings)
-
-    return values
+    balltree = ["data.balltree_dim"] if cfg.data.search == "balltree" else []
+    return config.values(cfg, *SEARCH, *balltree, *settings)
 
 
 _BANDS = ("data.band_percentiles", "data.band_reference_rank")
@@ -83,14 +79,14 @@ STAGE = stages.Stage(
     lambda cfg: cfg.paths.difficulty_dir,
     outputs,
     settings=(*SEARCH, "data.balltree_dim", *_BANDS),
-    recorded=recorded(*_BANDS),
+    recorded=lambda cfg: recorded(cfg, *_BANDS),
 )
 PARTS = stages.Stage(
     "compute_visual_neighbors, a part",
     lambda cfg: files.beside(cfg.paths.difficulty_dir, "parts"),
     outputs_of_parts,
     settings=(*SEARCH, "data.balltree_dim", "data.rows_per_part"),
-    recorded=recorded("data.rows_per_part"),
+    recorded=lambda cfg: recorded(cfg, "data.rows_per_part"),
 )
 
 

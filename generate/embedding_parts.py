@@ -80,7 +80,7 @@ def write_file(
 
 
 def append(out: parquet.Writer, columns: pa.Table, vectors: np.ndarray) -> None:
-    """Write rows with their vectors now: nobody knows how large the other columns are."""
+    """Append rows with their vectors and flush: the other columns may be arbitrarily large."""
     out.append({**{name: columns[name] for name in columns.column_names}, "embedding": vectors})
     out.flush()
 

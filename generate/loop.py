@@ -229,7 +229,7 @@ def _read(job: Job, start: int, stop: int) -> Sequence[bytes | Rejected | None]:
     """The encoded images start..stop; a Rejected in place of one that cannot be read, or that has changed."""
     try:
         return job.read(start, stop)
-    except tars.BadSector:  # not any other error: a file system that has gone is no heap of rejects
+    except tars.BadSector:  # if the whole file system is gone, fail instead of rejecting every image
         why = Rejected(Reject.JPEG_CORRUPT, "cannot be read")
     except tar_images.ChangedTar as error:
         why = Rejected(Reject.CONTENT_CHANGED, parquet.first_line(error))

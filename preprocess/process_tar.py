@@ -1,8 +1,8 @@
 """Find the valid images of each tar, with their labels; record for every other file why it is not used.
 
 A tar, plain or a gzip stream as the published ones are, is read once, front to back, and nothing is extracted:
-later stages read an image by its offset. Of a damaged tar all that is left is used, and the summary reports what
-is lost. Its name is the number of its dataset; if that is no number, most of its labels decide, and the summary
+later stages read an image by its offset. Everything readable in a damaged tar is used, and the summary reports
+what is lost. Its name is the number of its dataset; otherwise the majority of its labels decides, and the summary
 reports it. The summary also counts the labels that disagree with their own positions.
 
 A tar that cannot be used is named at the end (exit code 1), after all others have been processed. But a folder

@@ -92,10 +92,7 @@ def steps_of(cfg, tune: int = 0) -> list[Step]:
 
 
 def select(steps: list[Step], first: str | None, last: str | None) -> list[Step]:
-    """The steps from `first` to `last`, both included. Raises ConfigError for an unknown name.
-
-    A neighbour search that is cut into parts starts with the parts.
-    """
+    """The steps from `first` to `last`, both included, a neighbour search with its parts. Raises ConfigError."""
     names = [step.name for step in steps]
     for name in (first, last):
         if name is not None and name not in names:

@@ -106,7 +106,7 @@ def test_a_run_of_other_settings_is_refused_and_keeps_its_file(root):
 
 def test_trials_that_are_still_to_come_are_told(root, capsys):
     assert fetch_best_and_train.main(flags(root, "tuning.num_trials=10")) == 0
-    assert "7 trials of the study are still to come" in capsys.readouterr().out
+    assert "the study is incomplete: 7 trials remain" in capsys.readouterr().out
 
 
 def test_without_a_study_it_says_what_makes_one(root, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import short_training
 from conftest import ROOT
 
-from common import cli, config, parquet, schemas
+from common import cli, config, parquet, schemas, stages
 from common.errors import ConfigError, PipelineError
 from common.stages import Output
 from generate import generate_embeddings
@@ -130,6 +130,9 @@ def test_a_file_is_done_if_its_settings_and_inputs_are_the_same(cfg, tmp_path):
 def test_a_run_is_done_when_its_history_says_so_and_is_judged_without_torch(tmp_path, finished):
     short_training.write_merge(tmp_path)
     settings = short_training.settings(tmp_path)
+    for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
+        (tmp_path / "checkpoints" / "default").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "checkpoints" / "default" / name).touch()
     (output,) = train.outputs(config.load(None, settings), 0, 1)
     epoch = pd.DataFrame({name: [0.0] for name in schemas.history(5).names})
     history.write(output.path, epoch, output.record, {"finished": finished, "best_checkpoint": "abc"})
@@ -143,8 +146,20 @@ print(STAGE.is_done(config.load(None, {settings!r})), "torch" in sys.modules, "m
     judged = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert judged.split() == [str(finished), "False", "False"]
     assert not train.STAGE.is_done(config.load(None, [*settings, "training.margin=0.3"]))
+    history.write(output.path, epoch, output.record, output.facts)
+    assert train.STAGE.is_done(config.load(None, settings))
+    (tmp_path / "checkpoints" / "default" / "checkpoint_best.pt").unlink()
+    assert not train.STAGE.is_done(config.load(None, settings))
+    (tmp_path / "checkpoints" / "default" / "checkpoint_best.pt").touch()
     history.write(output.path, epoch, output.record)  # as older versions did, of finished runs and of others
     assert not train.STAGE.is_done(config.load(None, settings))
+
+
+def test_a_damaged_json_file_among_the_inputs_is_not_a_traceback(tmp_path):
+    for content in ('{"a":', "[]", '{"provenance": {"maker": "somebody"}}'):
+        (tmp_path / "metrics.json").write_text(content)
+        with pytest.raises(PipelineError, match=r"metrics\.json is damaged or not ours"):
+            stages.identity(tmp_path / "metrics.json")
 
 
 def test_other_weights_in_a_folder_of_the_same_name_are_noticed_and_a_moved_folder_is_not(tmp_path):

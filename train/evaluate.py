@@ -2,7 +2,7 @@
 
 Every image of the test split is a query; the rest of the split (evaluation.gallery = "all": train and val too) is
 the gallery. Four methods: the raw backbone, PCA, learned whitening, the trained head. 95 % intervals come from a
-bootstrap over cells of the map; there are none below 20 cells, counted by how evenly they are filled.
+bootstrap over cells of the map; none are given below 20 effective cells.
 
 --compare adds rows: other checkpoints (or folders of runs), published folders, Parquet files with another model's
 vectors of the same images. --embeddings evaluates a file with the columns of merged/test.parquet by itself.

@@ -1,6 +1,6 @@
-"""Trains with the settings of the study's best trial, for all of training.epochs.
+"""Train for the full training.epochs with the settings of the study's best trial.
 
-Leaves the same files as train.py, and the settings used beside them: train.py --config that file repeats the run.
+Writes what train.py writes, plus config.toml, with which train.py repeats the run.
 
 Reads    the study (data/study/journal.log, or tuning.study_storage), and what train.py reads
 Writes   checkpoints/<run>/config.toml, and what train.py writes
@@ -37,7 +37,7 @@ STAGE = dataclasses.replace(train.STAGE, outputs=outputs)
 
 def main(argv=None) -> int:
     arguments = cli.parser(__doc__)
-    arguments.add_argument("--trial", type=int, metavar="N", help="this one instead of the best")
+    arguments.add_argument("--trial", type=int, metavar="N", help="use this trial instead of the best")
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
     from common import config, files
@@ -50,7 +50,7 @@ def main(argv=None) -> int:
     trial = shared_study.best_trial(tuning, args.trial)
     unfinished = cfg.tuning.num_trials - shared_study.num_counted(tuning.trials) + shared_study.num_open(tuning)
     if unfinished > 0:
-        print(f"fetch_best_and_train: {unfinished:,} trials of the study are still to come")
+        print(f"fetch_best_and_train: the study is incomplete: {unfinished:,} trials remain")
     chosen = config.with_training(cfg, **trial.params)
     without_password = chosen.tuning.model_copy(update={"study_storage": "journal"})
     chosen = chosen.model_copy(update={"tuning": without_password})

@@ -1,17 +1,17 @@
-"""Tries settings of [tuning.search_space] until the study has tuning.num_trials trials, over all workers.
+"""Tune the settings in [tuning.search_space] until the study has tuning.num_trials trials, over all workers.
 
 Start as many workers as there are GPUs: they share the study, a journal on a shared disk or a PostgreSQL database.
-A trial trains for tuning.trial_epochs epochs and is worth its best validation mAP@R after one of them (the
-untrained head does not count). With tuning.pruner = "median", after five trials, one whose best falls behind the
-median of the others' at the same epoch, from the second on, is pruned; "hyperband" gives many trials few epochs
-and few trials all. What a killed worker was at is tried again by another.
+A trial's score is its best validation mAP@R over tuning.trial_epochs epochs (without the untrained head). With
+tuning.pruner = "median", after five trials, a trial is pruned once its best value is below the median of the
+others at the same epoch, from the second on; "hyperband" runs many trials briefly and few to the end. If a worker
+is killed, another one repeats its trial.
 
 Reads    data/merged/{train,val}.parquet, data/difficulty/difficulty_metadata.parquet: once, for all trials
 Writes   data/study/journal.log (or tuning.study_storage);
          data/study/study.html: history, importances and slices of the study
 Command  python train/optuna_worker.py [--trials 10] [--minutes 600]
 Memory   as train.py
-A study of other data or settings is refused; --overwrite replaces such a one, and joins one that matches.
+A study of other data or settings is refused, and replaced with --overwrite; a matching one is joined either way.
 """
 
 import sys
@@ -25,7 +25,7 @@ from common.errors import ConfigError, PipelineError
 
 
 def progress(cfg) -> tuple[int, int, str]:
-    """How many of the study's trials need a worker no more, of how many."""
+    """(finished trials, all trials, unit) of the study."""
     if cfg.tuning.study_storage == "journal" and not (cfg.paths.study_dir / "journal.log").exists():
         return 0, cfg.tuning.num_trials, "trials"
     from train.tuning import shared_study
@@ -49,14 +49,14 @@ STAGE = stages.Stage(
 
 def main(argv=None) -> int:
     arguments = cli.parser(__doc__)
-    arguments.add_argument("--trials", type=int, metavar="N", help="run at most so many here")
-    arguments.add_argument("--minutes", type=float, metavar="M", help="begin no trial after so many minutes")
+    arguments.add_argument("--trials", type=int, metavar="N", help="run at most N trials in this process")
+    arguments.add_argument("--minutes", type=float, metavar="M", help="start no new trial after M minutes")
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
     if args.trials is not None and args.trials < 1:
-        raise ConfigError("--trials takes a number of trials, 1 or more")
+        raise ConfigError("--trials must be 1 or more")
     if args.minutes is not None and args.minutes < 0:
-        raise ConfigError("--minutes takes a number of minutes, 0 or more")
+        raise ConfigError("--minutes must be 0 or more")
     from train.tuning import shared_study, study_page, study_storage, study_trials
 
     shared_study.check_search_space(cfg)

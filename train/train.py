@@ -26,9 +26,12 @@ log = logging.getLogger("pipeline")
 
 
 def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
+    from common import parquet
     from train import run_record
 
     record = run_record.record(cfg, run_record.input_ids(cfg))
+    for name in (run_record.BEST, run_record.LAST):
+        parquet.require(run_record.run_dir(cfg) / name, "train/train.py")
     yield stages.Output(run_record.run_dir(cfg) / run_record.HISTORY, record, {"finished": True})
 
 

@@ -167,8 +167,7 @@ def _feed(inflater, data: bytes) -> tuple[bytes, int]:
 def _inflate_to_point(
     inflater, data: bytes, bit: int, offset: int, window: bytes, points: list[RestartPoint]
 ) -> tuple[bytes, int]:
-    """As `_feed`, up to a block and somewhat beyond; the block's beginning is appended to `points` if it is
-    proved.
+    """As `_feed`, up to a block and somewhat beyond; its start is appended to `points` if it is confirmed.
 
     `bit`: of the file, where `data` begin; `offset` and `window`: of what has been inflated before.
     """
@@ -200,9 +199,7 @@ def _candidates(data: bytes) -> Iterator[int]:
 
 
 def _salvaged(read: Read, point: RestartPoint, offset: int) -> bytes:
-    """The content beyond `offset` before the data become invalid: inflated from `point` on, in the end byte by
-    byte.
-    """
+    """The content from `offset` until the data become invalid, inflated from `point` on, at last byte by byte."""
     inflater = zlib.decompressobj(-zlib.MAX_WBITS, zdict=point.window)
     content, data, first = bytearray(), _lead_in(read, point), point.bit // 8 + 1
     at, step, skipped = first, _STEP_BYTES, offset - point.offset

@@ -75,12 +75,9 @@ def _code_space() -> np.ndarray:
 
 
 def lead_in(bit: int, first_byte: int) -> bytes:
-    """What to give an inflater in place of a file's byte in which a block begins, `first_byte`, at `bit` of the
-    file.
-
-    The block must begin at the right bit of a byte, since stored blocks and the stream's end are aligned to bytes.
-    So the bits before it are filled with blocks without content: of 10 bits, and one of 95 where the number is
-    odd.
+    """The bytes to give an inflater for the byte `first_byte` of a file in which a block begins, at `bit` of the
+    file. The bits before the block are filled with empty blocks: of 10 bits, and one of 95 if their number is odd.
+    (Stored blocks and the stream's end are aligned to bytes, so the block must begin at the same bit of a byte.)
     """
     skipped = bit % 8
     stream = _EMPTY_DYNAMIC * (skipped % 2) + _EMPTY_FIXED * ((skipped + 1) // 2 % 4)

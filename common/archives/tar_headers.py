@@ -55,7 +55,7 @@ class NoMember(Exception):
 
 
 def plain_file(block: bytes, data: int) -> Member | None:
-    """The file whose header is `block` and whose data begins at `data`; None if that needs a second look."""
+    """The file whose header is `block` and whose data begins at `data`; None if it is not a plain file."""
     if len(block) < BLOCK:
         return None
     name, digits, after_size, checksum, kind, prefix = _FIELDS.unpack(block)

@@ -1,4 +1,4 @@
-"""Tars read in place: who their members are and where their bytes are, without extracting anything.
+"""Tars read in place: the names and byte ranges of their members, without extracting anything.
 
 Plain tars and gzip streams, distinguished by their first bytes; all offsets are those of the inflated tar. A tar
 is read front to back, eight times as fast as by `tarfile`, and everything that is left of a damaged one is found:
@@ -10,6 +10,7 @@ gzip_streams.py needs.
 
 import contextlib
 import errno
+import functools
 import itertools
 import os
 import re
@@ -29,10 +30,11 @@ from common.schemas import Reject
 MAX_CONTENT_BYTES = 64 * 2**20  # a larger member is not an image or a label of the dataset
 _INDEX_BYTES = 3 * BLOCK  # read at once without contents: a label's header, its content, and the next header
 _ZEROS = bytes(BLOCK)
-_UNFINISHED = ("aria2", "part", "crdownload")  # suffixes of a download in progress, or of the file beside it
-_SUFFIX = rf"\.(tar|tar\.(?!{'|'.join(_UNFINISHED)})\w+|tgz|tbz2?|txz|tzst)"
-_NAME = re.compile(rf"(?P<stem>.*?){_SUFFIX}", re.IGNORECASE | re.DOTALL)
+_UNFINISHED = (".aria2", ".part", ".crdownload")  # suffixes of a download in progress, or of the file beside it
+_NAME = re.compile(r"(?P<stem>.*?)(?:\.tar|\.tar\.gz|\.tgz)", re.IGNORECASE | re.DOTALL)
+_OTHER_NAME = re.compile(r".*\.(tar\.\w+|tbz2?|txz|tzst)", re.IGNORECASE | re.DOTALL)
 _COMPRESSED = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
+_COMPRESSED |= {b"\x1f\x9d": "compress", b"\x04\x22\x4d\x18": "lz4", b"7z\xbc\xaf": "7z"}
 
 
 class Damage(NamedTuple):
@@ -50,7 +52,7 @@ class BadSector(PipelineError):
 
 
 def is_named_so(path: Path) -> bool:
-    """Whether a file is a tar by its name, in any compression; `walk` refuses all but gzip."""
+    """Whether a file is a tar by its name, plain or gzip."""
     return _NAME.fullmatch(path.name) is not None
 
 
@@ -65,14 +67,24 @@ def of_shard(raw_dir: Path, shard: int, num_shards: int) -> list[Path]:
 
     Raises PipelineError if there are none, or if one is no file, not downloaded completely, or there twice.
     """
+    return _listing(raw_dir, raw_dir.stat().st_mtime_ns if raw_dir.exists() else 0)[shard::num_shards]
+
+
+@functools.cache  # submit.py asks for each shard of three stages, and each tar costs a round trip to the disk
+def _listing(raw_dir: Path, mtime_ns: int) -> list[Path]:
     paths = sorted(raw_dir.iterdir()) if raw_dir.is_dir() else []
     # macOS leaves "._0088.tar" beside what it copies
     listing = [path for path in paths if is_named_so(path) and not path.name.startswith(".")]
     for path in paths:
-        if path.suffix[1:] in _UNFINISHED and is_named_so(path.with_suffix("")):
+        if path.suffix.lower() in _UNFINISHED and is_named_so(path.with_suffix("")):
             raise PipelineError(
                 f"{path.with_suffix('')} has not been downloaded completely: {path.name} is still there\n"
                 "rerun the download, which resumes and removes that file when it is done"
+            )
+        if _OTHER_NAME.fullmatch(path.name) and path not in listing:
+            raise PipelineError(
+                f"{path} is neither a plain tar nor a gzip stream, by its name\n"
+                "decompress it, or move it out of paths.raw_dir: other compressions cannot be read in place"
             )
         if path in listing and not path.is_file():
             what = "is a folder" if path.is_dir() else "links to a file that does not exist"
@@ -87,7 +99,7 @@ def of_shard(raw_dir: Path, shard: int, num_shards: int) -> list[Path]:
         advice = "set paths.raw_dir" if deeper else "put the dataset's tars there, or set paths.raw_dir"
         where = f", but there are some in {', '.join(map(str, deeper))}" if deeper else ""
         raise PipelineError(f"{raw_dir} {what}{where}\n{advice}")
-    return listing[shard::num_shards]
+    return listing
 
 
 class Share(NamedTuple):
@@ -181,15 +193,12 @@ def _damages(
     returns where the next header begins (None: nowhere). `cut`: the member whose header is valid but not its data.
     """
     # if bytes of the member before are missing, the next header is within it
-    start = at + BLOCK if broken.is_header else before.offset if before else at
+    # (a tar has headers of its own)
+    is_within = before is not None and not broken.is_header and not is_named_so(Path(before.name))
+    start = before.offset if before and is_within else at + BLOCK * broken.is_header
     after, end = find_header(read, start)
     gap = at + BLOCK if cut else at
-    if (
-        before is not None
-        and after is not None
-        and not broken.is_header
-        and not _is_whole(read, before, at, after)
-    ):
+    if before is not None and after is not None and is_within and not _is_whole(read, before, at, after):
         gap = before.offset
         detail = f"bytes missing or inserted: the next header begins at byte {after:,}, not {at:,}"
         yield Damage(before.offset, after, Reject.TAR_DAMAGED, detail, before.name)

@@ -1,10 +1,9 @@
-"""Encoded images to upright pixels: one rule for every stage, so that all of them can use what process_tar
-accepts.
+"""Encoded images to upright pixels: one rule for every stage, so that all can use what process_tar accepts.
 
 JPEGs are decoded by simplejpeg, strictly: what a browser would patch over is an error here. Pillow decodes what
 simplejpeg cannot: CMYK (it does not invert Adobe's), rare chroma sampling, and other formats, whatever the file is
-called. simplejpeg still checks JPEGs in CMYK or 4:4:1 for damage. It cannot read those sampled 2 x 4, say, at all:
-of their damage Pillow notices missing data alone.
+called. simplejpeg still checks JPEGs in CMYK or 4:4:1 for damage. It cannot read some
+samplings (2 x 4, for instance); for those, Pillow detects only missing data.
 """
 
 import io

@@ -80,7 +80,7 @@ class Tar:
             # neighbours at once: what is between them is headers and labels, cheaper to read than to skip
             read = buffered(partial(read_at, file.fileno()), span if span <= 2 * sum(sizes) else 0)
             return [read(offset, size) for offset, size in places]
-        with self._lock:  # images by turns would have the threads jump back and forth
+        with self._lock:  # interleaved reads would make the stream jump back and forth
             self._stream = self._stream or self._open_stream()
             return [self._stream.read(offset, size) for offset, size in places]
 

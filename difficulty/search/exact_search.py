@@ -6,9 +6,8 @@ with ties (cosines equal to 12 decimals) by row number, though most of the work 
 
 1. Products of bfloat16 vectors, on a GPU or a CPU that is fast at them; one product serves both of its rows if
    both are anchors. Its error is bounded (`SearchVectors.below`), so nothing below an anchor's floor can be
-   among its
-   best k. The floor rises as better candidates are found, and only scores above it are collected: no tile is
-   sorted.
+   among its best k. The floor rises as better candidates are found, and only scores above it are collected: no
+   tile is sorted.
 2. The remaining candidates (about 1.5 k of them) are compared in float64.
 3. Anchors with more candidates than are kept (copies, tight clusters), or whose first floor was guessed too high,
    are searched again with float32 products and no guess; if there are still too many, everything that reaches the

@@ -67,7 +67,7 @@ def find(cfg: Config, listing: list[Path]) -> Sources:
                 used = part.inputs.get(intermediates.name)
                 if used != record.id:
                     raise StaleArtefact(
-                        f"{path} was made from another {intermediates} ({used} then, {record.id} now)\n"
+                        f"{path} was made from a different {intermediates} ({used} then, {record.id} now)\n"
                         f"rerun {_SCRIPTS[stage]} with --overwrite"
                     )
                 ids[f"{stage}/{path.name}"] = part.id

@@ -121,7 +121,7 @@ def _add_damage(files: TarFiles, tar: Path, damage: tars.Damage) -> None:
 
 
 def dataset_of(tar: Path, files: TarFiles) -> int | None:
-    """The dataset in a tar's name, or if that is no number, the one in most of its labels."""
+    """The dataset in a tar's name or, if that is not a number, the most frequent one among its labels."""
     name = tars.stem(tar)
     if _is_number(name):
         return int(name)

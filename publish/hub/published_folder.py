@@ -119,15 +119,23 @@ def remove_dead_folders(path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """An empty folder, inside a locked one beside `path`, that replaces `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.tmp-", dir=path.parent) as place, _locked(Path(place)):
+    temporary = tempfile.TemporaryDirectory(
+        prefix=f".{path.name}.tmp-", dir=path.parent, ignore_cleanup_errors=True
+    )
+    with temporary as place, _locked(Path(place)):
         folder, former = Path(place, path.name), Path(place, "former")
         folder.mkdir()
         yield folder
         for written in (*folder.iterdir(), folder):
             files.fsync(written)
-        if path.exists():
-            path.rename(former)
-        folder.rename(path)
+        try:
+            if path.exists():
+                path.rename(former)
+            folder.rename(path)
+        except BaseException:
+            if former.exists() and not path.exists():
+                former.rename(path)
+            raise
         files.fsync(path.parent)
 
 
