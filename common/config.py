@@ -128,7 +128,7 @@ def _apply(tree: dict, override: str) -> None:
 
 def _hint(key: str, sections: list[str]) -> str:
     """Which key, or which section, an unknown key of a section may have been meant for."""
-    homes = [name for name in _fields_of([]) if key in _fields_of([name])]
+    homes = [name for name in _fields_of([]) if key in _fields_of([name]) and [name] != sections]
     return f"; it belongs to [{homes[0]}]" if homes else suggestion(key, _fields_of(sections))
 
 

@@ -6,7 +6,7 @@ anchor's own building nor in its ignore zone.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -89,7 +89,7 @@ class Objective(NamedTuple):
     """A loss: what it computes, and what it needs."""
 
     compute: Callable[[Contrast, "Loss"], torch.Tensor]
-    relations: str  # the rows for which it needs `positive` and `negative`: "none", "anchors" or "all"
+    relations: Literal["none", "anchors", "all"]  # the rows for which it needs `positive` and `negative`
     learns_temperature: bool = False
     uses_triplets: bool = False  # the negative of each triplet alone: then a better one can be mined
 
