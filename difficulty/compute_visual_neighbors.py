@@ -42,7 +42,7 @@ def outputs_of_parts(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
     if gathered and STAGE.is_current(gathered[0]):
         yield from gathered
         return
-    yield from (stages.Output(part.target, part.made) for part in of_shard(list_parts(cfg), task, num_tasks))
+    yield from (stages.Output(part.target, part.record) for part in of_shard(list_parts(cfg), task, num_tasks))
 
 
 def of_shard(parts: list, shard: int, num_shards: int) -> list:
@@ -107,7 +107,7 @@ def main(argv=None) -> int:
 
     every = list_parts(cfg)
     mine = [] if args.finish else of_shard(every, args.shard, args.num_shards)
-    todo = [part for part in mine if not parquet.is_done(part.target, part.made, args.overwrite)]
+    todo = [part for part in mine if not parquet.is_done(part.target, part.record, args.overwrite)]
     images = sum(part.stop - part.start for part in todo)
     with cli.Progress("compute_visual_neighbors", "image", images, cfg.logging.progress_interval_s) as progress:
         if todo:

@@ -35,10 +35,10 @@ def write(result: Result, facts: dict, max_reject_share: float) -> str:
             f"longer be decoded (more than data.max_reject_share); see {_rejects(part.target)}"
         )
     if failure:
-        _write_rejects(part.target, part.made, result.failed, names)
+        _write_rejects(part.target, part.record, result.failed, names)
         part.target.unlink(missing_ok=True)  # an earlier run's, with --overwrite: it would count as done
     else:
-        write_file(part.target, part.made, schemas.embeddings(facts["dim"]), [rows], names, result, facts)
+        write_file(part.target, part.record, schemas.embeddings(facts["dim"]), [rows], names, result, facts)
     return failure
 
 
@@ -49,7 +49,7 @@ def changed_tar(failed: dict[int, Rejected]) -> str:
 
 def write_file(
     target: Path,
-    made: Provenance,
+    record: Provenance,
     schema: pa.Schema,
     columns: Iterable[pa.Table],
     names: pa.ChunkedArray,
@@ -68,8 +68,8 @@ def write_file(
             f"{infinite.sum():,} of those for {target})\n"
             "the backbone overflows: set embedding_model.dtype to float32, and check its weights"
         )
-    _write_rejects(target, made, result.failed, names)
-    with parquet.writer(target, schema, made) as out:
+    _write_rejects(target, record, result.failed, names)
+    with parquet.writer(target, schema, record) as out:
         start = 0
         for table in columns:
             first, last = np.searchsorted(result.rows, [start, start + table.num_rows])
@@ -85,13 +85,13 @@ def append(out: parquet.Writer, columns: pa.Table, vectors: np.ndarray) -> None:
     out.flush()
 
 
-def _write_rejects(target: Path, made: Provenance, failed: dict[int, Rejected], names: pa.ChunkedArray) -> None:
+def _write_rejects(target: Path, record: Provenance, failed: dict[int, Rejected], names: pa.ChunkedArray) -> None:
     """Images without a vector, and why, beside `target`'s folder; no file if there are none."""
     path = _rejects(target)
     if not failed:
         path.unlink(missing_ok=True)
         return
-    with parquet.writer(path, schemas.REJECTS, made) as out:
+    with parquet.writer(path, schemas.REJECTS, record) as out:
         members = [names[row].as_py() for row in failed]
         reasons = [why.reason.value for why in failed.values()]
         out.append({"member": members, "reason": reasons, "detail": [why.detail for why in failed.values()]})

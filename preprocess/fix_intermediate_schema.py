@@ -40,7 +40,7 @@ def main(argv=None) -> int:
         cli.check_stop()
         try:
             fixed, changes = schema_fixes.fix(parquet.read(path), path.stem)
-            made, is_foreign = schema_fixes.source_of(path, cfg.paths.raw_dir)
+            record, is_foreign = schema_fixes.source_of(path, cfg.paths.raw_dir)
         except (schema_fixes.Unfixable, PipelineError) as error:  # the latter names the file
             unfixable.append(f"{error}" if isinstance(error, PipelineError) else f"{path} {error}")
             continue
@@ -50,7 +50,7 @@ def main(argv=None) -> int:
         num_changed += 1
         print(f"{path}: {'would change' if args.check else 'changed'}: {'; '.join(changes)}")
         if not args.check:
-            schema_fixes.replace(path, fixed, made, is_foreign, changes)
+            schema_fixes.replace(path, fixed, record, is_foreign, changes)
     what = "to change" if args.check else "changed"
     print(f"fix_intermediate_schema: {len(paths):,} files, {num_changed:,} {what}")
     if unfixable:

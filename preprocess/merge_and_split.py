@@ -62,10 +62,10 @@ def main(argv=None) -> int:
 
     files.refuse_leftovers(cfg.paths.merged_dir, "report", *REPORT)
     sources = merge_files.find(cfg, tars.of_shard(cfg.paths.raw_dir, 0, 1))
-    made = STAGE.record(cfg, sources.ids)
+    record = STAGE.record(cfg, sources.ids)
     targets = [cfg.paths.merged_dir / f"{name}.parquet" for name in schemas.SPLITS]
     report_path, map_path, sheet_path = (files.beside(cfg.paths.merged_dir, "report") / name for name in REPORT)
-    done = [parquet.is_done(target, made, args.overwrite) for target in targets]
+    done = [parquet.is_done(target, record, args.overwrite) for target in targets]
     if all([*done, report_path.exists(), map_path.exists()]):
         return cli.nothing_to_do("merge_and_split", f"{len(targets)} files")
 
@@ -80,7 +80,7 @@ def main(argv=None) -> int:
         # an older report must not remain beside new splits: it is deleted first, and the new one is written last
         report_path.unlink(missing_ok=True)
         sheet_path.unlink(missing_ok=True)
-        ids = merge_files.write_splits(sources, images, decision, targets, made, progress)
+        ids = merge_files.write_splits(sources, images, decision, targets, record, progress)
         files.write_bytes(map_path, split_report.draw_map(images, decision, cfg.data.split_cell_m))
         groups = duplicate_sheet.largest_groups(images, decision)
         try:
@@ -88,8 +88,8 @@ def main(argv=None) -> int:
                 files.write_bytes(sheet_path, duplicate_sheet.draw(groups, sources, of_paths(cfg.paths)))
         except PipelineError as error:  # the merge itself does not need the tars
             cli.log.warning("%s not written: %s", sheet_path.name, parquet.first_line(error))
-        record = made.finished(provenance.digest_of(*ids), {"in": len(images), "out": progress.rows_out})
-        files.write_text(report_path, json.dumps({**report, "provenance": record.to_dict()}, indent=2) + "\n")
+        finished = record.finished(provenance.digest_of(*ids), {"in": len(images), "out": progress.rows_out})
+        files.write_text(report_path, json.dumps({**report, "provenance": finished.to_dict()}, indent=2) + "\n")
     print(split_report.as_text(report))
     return progress.summary()
 

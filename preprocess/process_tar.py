@@ -66,7 +66,7 @@ def main(argv=None) -> int:
     sizes = [tar.stat().st_size for tar, *_ in todo]
     total = max(1, sum(sizes))
     with cli.Progress("process_tar", "image", interval_s=cfg.logging.progress_interval_s) as progress:
-        for number, (tar, target, rejects, made) in enumerate(todo):
+        for number, (tar, target, rejects, record) in enumerate(todo):
 
             def show(count: int, position: int, before: int = sum(sizes[:number])) -> None:
                 cli.check_stop()
@@ -84,16 +84,16 @@ def main(argv=None) -> int:
             except PipelineError as error:  # of this tar: the others go on
                 failures.append(str(error))
                 continue
-            tar_files.write_rejects(rejects, pairs, made, counts)
+            tar_files.write_rejects(rejects, pairs, record, counts)
             failure = tar_files.failure(tar, files, counts, cfg.data.max_reject_share)
             if failure:
                 target.unlink(missing_ok=True)  # an earlier run's, with --overwrite: it would count as done
                 failures.append(f"{failure}; see {rejects}")
             else:  # written last: where the intermediates are, the others are too
                 index = tar_images.index_of(cfg.paths.intermediates_dir, tar)
-                tar_images.write_restart_points(index, files.restart_points, made)
+                tar_images.write_restart_points(index, files.restart_points, record)
                 disagreements += tar_files.write_intermediates(
-                    target, pairs, tar.name, made, counts, files.damages
+                    target, pairs, tar.name, record, counts, files.damages
                 )
             num_renamed += pairs.num_renamed
             notes += tar_files.notes(tar, files, dataset_id)

@@ -52,8 +52,8 @@ def main(argv=None) -> int:
     sources = find_sources(cfg.paths)
     files.refuse_leftovers(cfg.paths.summary_dir, "report", "*.json", "*.html", "summary_intermediates.parquet")
     table, totals = (output.path for output in outputs(cfg, 0, 1))
-    made, page = next(outputs(cfg, 0, 1)).record, totals.with_suffix(".html")
-    if parquet.is_done(table, made, args.overwrite) and page.exists() and totals.exists():
+    record, page = next(outputs(cfg, 0, 1)).record, totals.with_suffix(".html")
+    if parquet.is_done(table, record, args.overwrite) and page.exists() and totals.exists():
         return cli.nothing_to_do("summarize_ids", f"{table.parent}")
 
     rows, places = [], []
@@ -70,7 +70,7 @@ def main(argv=None) -> int:
             progress.add(len(images))
         rows = pd.concat(rows, ignore_index=True)
         files.write_text(page, id_summary.page(rows, histograms, pd.concat(places), cfg.data.split_cell_m))
-        with parquet.writer(table, schemas.SUMMARY, made) as out:
+        with parquet.writer(table, schemas.SUMMARY, record) as out:
             out.append({name: rows[name].to_numpy() for name in schemas.SUMMARY.names})
             out.rows = {"in": total}
         report = {

@@ -70,9 +70,9 @@ def convert(cfg, overwrite: bool) -> None:
         checkpoint_path.name: checkpoint["provenance"]["id"],
         metrics_path.name: metrics["provenance"]["id"],
     }
-    made = STAGE.record(cfg, inputs)
+    record = STAGE.record(cfg, inputs)
     published_folder.remove_dead_folders(cfg.paths.published_dir)
-    if published_folder.is_done(cfg.paths.published_dir, made, overwrite):
+    if published_folder.is_done(cfg.paths.published_dir, record, overwrite):
         cli.nothing_to_do("convert_to_hf", str(cfg.paths.published_dir))
         return
 
@@ -86,7 +86,7 @@ def convert(cfg, overwrite: bool) -> None:
         inputs, model = checkpoint["provenance"]["inputs"], checkpoint["embedding_model"]
         trained_on = {"inputs": inputs, "embedding_model": model}
         facts = {"parity_images": count, "worst_cosine_distance": worst, "trained_on": trained_on}
-        published_folder.write_provenance(folder, made, facts)
+        published_folder.write_provenance(folder, record, facts)
     parity_note = f"{count} test images are within {worst:.1e} cosine distance of the pipeline's vectors"
     print(f"convert_to_hf: wrote {cfg.paths.published_dir}; {parity_note}")
 

@@ -108,10 +108,7 @@ def select(steps: list[Step], first: str | None, last: str | None) -> list[Step]
 
 
 def missing(steps: list[Step], cfg) -> dict[str, list[int]]:
-    """Step -> its unfinished tasks, among `steps` in the order of the chain.
-
-    A task whose input is about to be rewritten counts as unfinished: its stage decides when it runs.
-    """
+    """Step -> its unfinished tasks, including those whose input is about to be rewritten. `steps`: in order."""
     todo: dict[str, list[int]] = {}
     for step in steps:
         rewritten = {task for name in step.needs for task in todo.get(name, ())}

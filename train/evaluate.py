@@ -74,7 +74,7 @@ def main(argv=None) -> int:
     if metrics_path.exists() and not args.overwrite:
         results = metrics_json.read(metrics_path)
         existing = Provenance(**results["provenance"])
-        parquet.refuse_stale(metrics_path, existing, task.made, f"{existing.rows.get('in', 0):,} queries")
+        parquet.refuse_stale(metrics_path, existing, task.record, f"{existing.rows.get('in', 0):,} queries")
         if report_path.exists():
             print(evaluation_page.table(results))
             return cli.nothing_to_do("evaluate", f"{metrics_path} and {report_path}")
@@ -96,7 +96,7 @@ def main(argv=None) -> int:
 
     # save: metrics.json comes last, and vouches for the report beside it
     counts = {"in": rows.num_queries, "out": results["counts"]["queries"]}
-    results["provenance"] = task.made.finished(digest_of(json.dumps(results)), counts).to_dict()
+    results["provenance"] = task.record.finished(digest_of(json.dumps(results)), counts).to_dict()
     text = metrics_json.to_json(results)
     page = evaluation_page.render(cfg, results, history, split_report, rows, vectors, per_query)
     metrics_path.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ class TarPart:
     start: int
     count: int
     target: Path
-    made: Provenance
+    record: Provenance
 
     def rows(self) -> pa.Table:
         """The part's rows of the intermediates."""
@@ -41,9 +41,9 @@ def of_tar(cfg: Config, stage: Stage, tar: Path, settings: dict) -> list[TarPart
     source = cfg.paths.intermediates_dir / f"{tars.stem(tar)}.parquet"
     parquet.require(source, "preprocess/process_tar.py")
     size, num_rows = cfg.data.rows_per_part, parquet.num_rows(source)
-    made = provenance.record(stage.name, settings, stages.ids([tar, source]))
+    record = provenance.record(stage.name, settings, stages.ids([tar, source]))
     return [
-        TarPart(tar, source, number * size, min(size, num_rows - number * size), path, made)
+        TarPart(tar, source, number * size, min(size, num_rows - number * size), path, record)
         for number, path in enumerate(targets(stage.folder(cfg), tar, count(num_rows, size)))
     ]
 
@@ -51,7 +51,7 @@ def of_tar(cfg: Config, stage: Stage, tar: Path, settings: dict) -> list[TarPart
 def outputs(cfg: Config, stage: Stage, task: int, num_tasks: int) -> Iterator[Output]:
     """The files of a task of a stage that works by parts."""
     for own, _ in _of_task(cfg, stage, task, num_tasks):
-        yield from (Output(part.target, part.made) for part in own)
+        yield from (Output(part.target, part.record) for part in own)
 
 
 def missing(cfg: Config, stage: Stage, shard: int, num_shards: int, overwrite: bool) -> tuple[list[TarPart], int]:
@@ -62,7 +62,7 @@ def missing(cfg: Config, stage: Stage, shard: int, num_shards: int, overwrite: b
     """
     todo, total = [], 0
     for own, whole in _of_task(cfg, stage, shard, num_shards):
-        todo += [part for part in own if not parquet.is_done(part.target, part.made, overwrite)]
+        todo += [part for part in own if not parquet.is_done(part.target, part.record, overwrite)]
         total += len(own)
         refuse_surplus(stage.folder(cfg), tars.stem(whole[0].tar), len(whole), overwrite)
     return todo, total

@@ -192,8 +192,7 @@ def _damages(
     """The damages around a place `at` which no member can be read, after the member `before` it if that is whole;
     returns where the next header begins (None: nowhere). `cut`: the member whose header is valid but not its data.
     """
-    # if bytes of the member before are missing, the next header is within it
-    # (a tar has headers of its own)
+    # if bytes of the member before are missing, the next header is within it; a tar has headers of its own
     is_within = before is not None and not broken.is_header and not is_named_so(Path(before.name))
     start = before.offset if before and is_within else at + BLOCK * broken.is_header
     after, end = find_header(read, start)

@@ -173,7 +173,7 @@ def restart_points(tar: Path, index: Path) -> list[RestartPoint]:
     return points
 
 
-def write_restart_points(index: Path, points: list[RestartPoint], made: Provenance) -> None:
+def write_restart_points(index: Path, points: list[RestartPoint], record: Provenance) -> None:
     """Write the restart points of a gzip tar; for a plain tar, which has none, remove an existing index.
 
     A failure is only logged: everything can be read without them.
@@ -182,7 +182,7 @@ def write_restart_points(index: Path, points: list[RestartPoint], made: Provenan
         if not points:
             index.unlink(missing_ok=True)
             return
-        with parquet.writer(index, schemas.RESTART_POINTS, made) as out:
+        with parquet.writer(index, schemas.RESTART_POINTS, record) as out:
             for start in range(0, len(points), _POINTS_AT_A_TIME):
                 columns = zip(*points[start : start + _POINTS_AT_A_TIME], strict=True)
                 out.append(dict(zip(schemas.RESTART_POINTS.names, map(list, columns), strict=True)))

@@ -29,7 +29,7 @@ class SearchPart:
     start: int
     stop: int
     target: Path
-    made: Provenance
+    record: Provenance
 
 
 def train_path(cfg: Config) -> Path:
@@ -71,7 +71,7 @@ def write(cfg: Config, todo: list[SearchPart], on_anchors: Callable[[int], objec
             on_anchors(len(rows))
         for part in group:
             mine = slice(*np.searchsorted(rows, [part.start, part.stop]))
-            with parquet.writer(part.target, schemas.difficulty_part(k), part.made) as out:
+            with parquet.writer(part.target, schemas.difficulty_part(k), part.record) as out:
                 out.append({"neighbor_rows": neighbors[mine], "neighbor_similarities": similarities[mine]})
                 out.facts = {"recall": recall}
             cli.check_stop()
@@ -93,7 +93,7 @@ def groups(todo: list[SearchPart], total: int, together: int) -> Iterator[list[S
 
 def refuse_missing(parts: list[SearchPart]) -> None:
     """Raise PipelineError unless all parts exist and come from this search."""
-    missing = [part for part in parts if not parquet.is_done(part.target, part.made, overwrite=False)]
+    missing = [part for part in parts if not parquet.is_done(part.target, part.record, overwrite=False)]
     if missing:
         raise PipelineError(
             f"{len(missing)} of {len(parts)} parts are missing, the first is {missing[0].target}\n"
@@ -119,8 +119,8 @@ def gather(cfg: Config, parts: list[SearchPart], output: Output) -> list[dict]:
     report = band_report.Report(train_path(cfg), counts, edges)
     recalls = [parquet.read_provenance(part.target).facts["recall"] for part in parts]
     recall = float(np.average(recalls, weights=[part.stop - part.start for part in parts]))
-    path, made = output.path, output.record
-    with parquet.writer(path, schemas.difficulty(cfg.data.neighbors, cfg.data.num_bands), made) as out:
+    path, record = output.path, output.record
+    with parquet.writer(path, schemas.difficulty(cfg.data.neighbors, cfg.data.num_bands), record) as out:
         for part, rows, similarities, ratio in _read_parts(cfg, parts):
             offsets = bands.offsets(ratio, edges)
             report.add(part.start, rows, similarities, offsets)
@@ -133,7 +133,7 @@ def gather(cfg: Config, parts: list[SearchPart], output: Output) -> list[dict]:
             "recall": recall,
             "band_edges": edges.tolist(),
             "bands": report.table.rows(),
-            "merged_id": made.inputs[train_path(cfg).name],
+            "merged_id": record.inputs[train_path(cfg).name],
         }
         report.write(files.beside(path.parent, "report"), tar_images.of_paths(cfg.paths))
     if recall < LOW_RECALL:

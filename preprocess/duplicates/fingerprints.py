@@ -61,7 +61,7 @@ def write(part: TarPart, store: TarImages, method: str, pool: Executor, on_image
 
     futures = {start: pool.submit(hashes_from, start) for start in range(0, len(rows), CHUNK)}
     try:
-        with parquet.writer(part.target, schemas.FINGERPRINTS, part.made) as out:
+        with parquet.writer(part.target, schemas.FINGERPRINTS, part.record) as out:
             for start, future in futures.items():
                 phash, dhash = future.result()
                 ids = {name: rows[name].slice(start, CHUNK) for name in ("streetview_image_id", "building_id")}

@@ -156,12 +156,17 @@ def read_images(sources: Sources) -> Images:
 
 
 def write_splits(
-    sources: Sources, images: Images, decision: Decision, targets: list[Path], made: Provenance, progress: Progress
+    sources: Sources,
+    images: Images,
+    decision: Decision,
+    targets: list[Path],
+    record: Provenance,
+    progress: Progress,
 ) -> list[str]:
     """Write all splits in one pass over the embeddings, tar by tar; returns the ids of the files."""
     schema = schemas.merged(sources.model["dim"])
     with contextlib.ExitStack() as stack:
-        outs = [stack.enter_context(parquet.writer(target, schema, made)) for target in targets]
+        outs = [stack.enter_context(parquet.writer(target, schema, record)) for target in targets]
         end = 0
         for source in sources.of_tar:
             start, end = end, end + source.num_rows

@@ -124,15 +124,15 @@ def source_of(path: Path, raw_dir: Path) -> tuple[Provenance, bool]:
     return provenance.record("process_tar", {}, stages.ids(named[:1])), True
 
 
-def replace(path: Path, fixed: pa.Table, made: Provenance, is_foreign: bool, changes: list[str]) -> None:
+def replace(path: Path, fixed: pa.Table, record: Provenance, is_foreign: bool, changes: list[str]) -> None:
     """Replace the file. For a foreign one, record among its rejects that rejected files are unknown."""
     rejects = files.beside(path.parent, "rejects") / path.name
     if is_foreign and not rejects.exists():
-        with parquet.writer(rejects, REJECTS, made) as out:
+        with parquet.writer(rejects, REJECTS, record) as out:
             out.facts = {"unknown": "the intermediates were not made by process_tar.py"}
-    with parquet.writer(path, INTERMEDIATES, made) as out:
+    with parquet.writer(path, INTERMEDIATES, record) as out:
         out.append(fixed)
-        out.rows = {name: count for name, count in made.rows.items() if name != "out"}
+        out.rows = {name: count for name, count in record.rows.items() if name != "out"}
         out.facts = {"schema_fixed": changes}
         if out.num_rows != parquet.num_rows(path):
             raise AssertionError(f"{path}: {out.num_rows} rows would replace {parquet.num_rows(path)}")

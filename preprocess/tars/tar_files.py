@@ -188,8 +188,8 @@ def notes(tar: Path, files: TarFiles, dataset_id: int | None) -> list[str]:
     return lines
 
 
-def write_rejects(path: Path, paired: Pairs, made: Provenance, counts: dict) -> None:
-    with parquet.writer(path, schemas.REJECTS, made) as out:
+def write_rejects(path: Path, paired: Pairs, record: Provenance, counts: dict) -> None:
+    with parquet.writer(path, schemas.REJECTS, record) as out:
         out.append(
             {
                 "member": [tars.printable(name) for name, _ in paired.rejects],
@@ -201,11 +201,11 @@ def write_rejects(path: Path, paired: Pairs, made: Provenance, counts: dict) -> 
 
 
 def write_intermediates(
-    path: Path, paired: Pairs, tar_file: str, made: Provenance, counts: dict, damages: list[tars.Damage]
+    path: Path, paired: Pairs, tar_file: str, record: Provenance, counts: dict, damages: list[tars.Damage]
 ) -> Counter[str]:
     """Write the valid pairs; returns how many labels disagree with their positions, as the footer states."""
     disagreements: Counter[str] = Counter()
-    with parquet.writer(path, schemas.INTERMEDIATES, made) as out:
+    with parquet.writer(path, schemas.INTERMEDIATES, record) as out:
         for start in range(0, len(paired.valid), _WRITTEN_ROWS):
             columns = pairs.columns(paired.valid[start : start + _WRITTEN_ROWS], tar_file)
             disagreements.update(label_geometry.count_disagreements(columns))  # "+=" would drop zeros

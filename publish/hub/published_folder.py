@@ -84,8 +84,8 @@ def write_model(folder: Path, settings: EmbeddingModel, checkpoint_path: Path, c
     return loaded.preprocessing
 
 
-def is_done(folder: Path, made: Provenance, overwrite: bool) -> bool:
-    """Whether the folder is what a run that records `made` would write. Raises PipelineError if it is not."""
+def is_done(folder: Path, record: Provenance, overwrite: bool) -> bool:
+    """Whether the folder is what a run that records `record` would write. Raises PipelineError if it is not."""
     if not folder.exists() or not any(folder.iterdir()):
         return False
     try:
@@ -97,13 +97,13 @@ def is_done(folder: Path, made: Provenance, overwrite: bool) -> bool:
         ) from None
     if overwrite:
         return False
-    parquet.refuse_stale(folder, existing, made, "the whole folder is replaced")
+    parquet.refuse_stale(folder, existing, record, "the whole folder is replaced")
     return True
 
 
-def write_provenance(folder: Path, made: Provenance, facts: dict) -> None:
+def write_provenance(folder: Path, record: Provenance, facts: dict) -> None:
     """provenance.json, whose id is a digest of the model's files."""
-    finished = made.finished(model_files.weights_digest(folder), {}, facts)
+    finished = record.finished(model_files.weights_digest(folder), {}, facts)
     (folder / "provenance.json").write_text(json.dumps(finished.to_dict(), indent=1) + "\n")
 
 

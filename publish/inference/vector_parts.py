@@ -31,7 +31,7 @@ class VectorPart:
     start: int
     stop: int
     target: Path
-    made: Provenance
+    record: Provenance
 
     @property
     def count(self) -> int:
@@ -56,9 +56,9 @@ def run(stage: str, unit: str, sources: Iterable[ImageSource | TableSource], arg
         cuts = list(source.parts(cfg.data.rows_per_part))
         for number, (start, stop) in enumerate(cuts):
             target = args.out / f"{source.name}-{number}.parquet"
-            made = provenance.record(stage, {**settings, **source.settings}, source.identity(start, stop))
-            if not parquet.is_done(target, made, args.overwrite):
-                todo.append(VectorPart(source, start, stop, target, made))
+            record = provenance.record(stage, {**settings, **source.settings}, source.identity(start, stop))
+            if not parquet.is_done(target, record, args.overwrite):
+                todo.append(VectorPart(source, start, stop, target, record))
         refuse_surplus(args.out, source.name, len(cuts), args.overwrite)
         num_parts += len(cuts)
     if not todo:
@@ -86,14 +86,14 @@ def write(result: loop.Result, dim: int) -> None:
         raise PipelineError(changed)
     columns = part.source.columns(part.start, part.stop)
     names = part.source.names_of(part.start, part.stop)
-    embedding_parts.write_file(part.target, part.made, part.schema(dim), columns, names, result, {"dim": dim})
+    embedding_parts.write_file(part.target, part.record, part.schema(dim), columns, names, result, {"dim": dim})
 
 
 def project(part: VectorPart, published: published_model.Published, progress: loop.GenerationProgress) -> None:
     """A part's embeddings through the head."""
     table: Any = part.source
     row, input_dim, dim = part.start, published.model.config.input_dim, published.model.config.output_dim
-    with parquet.writer(part.target, part.schema(dim), part.made) as out:
+    with parquet.writer(part.target, part.schema(dim), part.record) as out:
         progress.lap("write")
         for batch in table.columns(part.start, part.stop, table.column):
             name = lambda number: f"row {row + number}"  # noqa: B023,E731

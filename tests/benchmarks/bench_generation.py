@@ -112,7 +112,7 @@ def parts_of(cfg: sections.Config, images: int) -> list[tar_parts.TarPart]:
     """One part of the first `images` images."""
     tar = next(cfg.paths.raw_dir.glob("*.tar"))
     (part,) = tar_parts.of_tar(cfg, generate_embeddings.STAGE, tar, {"model": "benchmark"})
-    return [tar_parts.TarPart(part.tar, part.source, 0, min(images, part.count), part.target, part.made)]
+    return [tar_parts.TarPart(part.tar, part.source, 0, min(images, part.count), part.target, part.record)]
 
 
 def against_the_model(cfg: sections.Config, device: torch.device, images: int, rounds: int) -> dict:
@@ -147,7 +147,7 @@ class Repeated(tar_parts.TarPart):
 def almost_free(cfg: sections.Config, folder: Path, rounds: int = 5) -> tuple[dict, int]:
     """(seconds of each way with a "model" that takes a few pixels, number of images)."""
     (part,) = parts_of(cfg, 10**6)
-    todo = [Repeated(part.tar, part.source, 0, FREE_IMAGES, part.target, part.made)]
+    todo = [Repeated(part.tar, part.source, 0, FREE_IMAGES, part.target, part.record)]
     count, threads = FREE_IMAGES, cfg.infrastructure.threads
     rows, preprocessing = todo[0].rows(), read_preprocessing(Path(cfg.embedding_model.name))
     encoded = tar_images.Tar(todo[0].tar).reader(rows)

@@ -17,7 +17,7 @@ class EvaluationTask:
     """What is evaluated, and where the results go."""
 
     folder: Path
-    made: Provenance
+    record: Provenance
     paths: list[Path]  # files of rows, the queries' first
     methods: list[Method]
     subject: dict
@@ -50,5 +50,5 @@ def of_file(cfg: Config, path: Path) -> EvaluationTask:
     gallery.refuse_missing_columns(path)
     method = Method("raw", f"the vectors of {path.name} as they are", methods.identity(path), methods.raw)
     settings = config.values(cfg, "global.seed", "data.ignore_radius_m", "evaluation.bootstrap_samples")
-    made = provenance.record("evaluate", settings, {path.name: method.id})
-    return EvaluationTask(cfg.paths.evaluation_dir / path.stem, made, [path], [method], {"file": str(path)})
+    record = provenance.record("evaluate", settings, {path.name: method.id})
+    return EvaluationTask(cfg.paths.evaluation_dir / path.stem, record, [path], [method], {"file": str(path)})

@@ -53,9 +53,9 @@ def check_search_space(cfg: Config) -> None:
             config.with_training(cfg, **{key: value})
 
 
-def open_study(cfg: Config, made: Provenance, *, create: bool, overwrite: bool = False) -> optuna.Study:
+def open_study(cfg: Config, record: Provenance, *, create: bool, overwrite: bool = False) -> optuna.Study:
     """The study in tuning.study_storage. Raises PipelineError if there is none and `create` is False, and
-    StaleArtefact if it has other data or settings than `made`, unless `overwrite` replaces it."""
+    StaleArtefact if it has other data or settings than `record`, unless `overwrite` replaces it."""
     name = study_storage.name_of(cfg)
     if not create and isinstance(name, Path) and not name.exists():
         raise PipelineError(f"{name} does not exist: run train/optuna_worker.py first")
@@ -68,13 +68,13 @@ def open_study(cfg: Config, made: Provenance, *, create: bool, overwrite: bool =
         )
         study = create_or_load()
         existing = study.user_attrs.get("provenance")
-        if existing and overwrite and provenance.differences(Provenance(**existing), made):
+        if existing and overwrite and provenance.differences(Provenance(**existing), record):
             optuna.delete_study(study_name=STUDY_NAME, storage=storage)
             study, existing = create_or_load(), None
         if existing:
-            parquet.refuse_stale(name, Provenance(**existing), made, f"{len(study.trials):,} trials")
+            parquet.refuse_stale(name, Provenance(**existing), record, f"{len(study.trials):,} trials")
         elif create:
-            study.set_user_attr("provenance", made.to_dict())
+            study.set_user_attr("provenance", record.to_dict())
     if cfg.tuning.pruner == "median":  # either pruner sees the validation mAP@R of each epoch
         study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
     else:
