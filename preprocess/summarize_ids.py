@@ -51,8 +51,8 @@ def main(argv=None) -> int:
 
     sources = find_sources(cfg.paths)
     files.refuse_leftovers(cfg.paths.summary_dir, "report", "*.json", "*.html", "summary_intermediates.parquet")
-    table, totals = (output.path for output in outputs(cfg, 0, 1))
-    record, page = next(outputs(cfg, 0, 1)).record, totals.with_suffix(".html")
+    (table, record), (totals, _) = ((output.path, output.record) for output in outputs(cfg, 0, 1))
+    page = totals.with_suffix(".html")
     if parquet.is_done(table, record, args.overwrite) and page.exists() and totals.exists():
         return cli.nothing_to_do("summarize_ids", f"{table.parent}")
 

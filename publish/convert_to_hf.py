@@ -57,10 +57,11 @@ def convert(cfg, overwrite: bool) -> None:
     """Write the published folder, unless it is up to date."""
     from common import devices
     from publish.hub import model_card, parity, published_folder
+    from train import run_record
     from train.evaluation import heads, metrics_json
 
     # the inputs, and whether they belong together
-    checkpoint_path = cfg.paths.checkpoints_dir / cfg.training.run / "checkpoint_best.pt"
+    checkpoint_path = run_record.run_dir(cfg) / run_record.BEST
     metrics_path = cfg.paths.evaluation_dir / "metrics.json"
     checkpoint = heads.load_checkpoint(checkpoint_path)
     metrics = metrics_json.read(metrics_path)

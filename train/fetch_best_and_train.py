@@ -55,7 +55,7 @@ def main(argv=None) -> int:
     without_password = chosen.tuning.model_copy(update={"study_storage": "journal"})
     chosen = chosen.model_copy(update={"tuning": without_password})
 
-    run_dir = cfg.paths.checkpoints_dir / cfg.training.run
+    run_dir = run_record.run_dir(cfg)
     if not args.overwrite:  # before config.toml is written beside a checkpoint of other settings
         record = run_record.record(chosen, run_record.input_ids(chosen))
         try:

@@ -65,13 +65,11 @@ def main(argv=None) -> int:
     from train.fitting.fit import fit
 
     run_dir = run_record.run_dir(cfg)
-    best = run_dir / run_record.BEST
     if not args.overwrite:
         saved = checkpoints.existing(run_dir, run_record.record(cfg, run_record.input_ids(cfg)))
-        if saved is not None and STAGE.is_done(cfg) and best.exists():
-            return cli.nothing_to_do(
-                "train", f"{best} (validation mAP@R {saved['resume']['best']['metrics']['map@r']:.4f})"
-            )
+        if saved is not None and STAGE.is_done(cfg):
+            reached = saved["resume"]["best"]["metrics"]["map@r"]
+            return cli.nothing_to_do("train", f"{run_dir / run_record.BEST} (validation mAP@R {reached:.4f})")
 
     data = datasets.load_data(cfg)
     whitening = data.baselines["whitening"]

@@ -10,6 +10,7 @@ from common import files, pages, parquet
 from common.errors import PipelineError
 from common.imagery import tar_images
 from common.sections import Config
+from train import run_record
 from train.evaluation import bootstrap, protocol
 from train.evaluation.gallery import Gallery
 from train.evaluation.metric_names import MAIN_METRICS, RECALL_AT, TITLES
@@ -31,7 +32,7 @@ _XLABELS = {
 
 def read_background(cfg: Config) -> tuple[pd.DataFrame | None, dict]:
     """The history of the config's run and the report of its split, if any. PipelineError if one is damaged."""
-    history_path = cfg.paths.checkpoints_dir / cfg.training.run / "history.parquet"
+    history_path = run_record.run_dir(cfg) / run_record.HISTORY
     split_path = files.beside(cfg.paths.merged_dir, "report") / "split_report.json"
     history = parquet.read(history_path).to_pandas() if history_path.exists() else None
     try:
