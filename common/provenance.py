@@ -22,7 +22,7 @@ _MOVED_SETTINGS = {  # key that was once in [training] -> its section now
     **dict.fromkeys(("gallery", "bootstrap_samples"), "evaluation"),
     **dict.fromkeys(("trial_epochs", "pruner", "search_space"), "tuning"),
 }
-_FORMER_VALUES = {"training.mining": "none"}  # of settings that older records lack
+_FORMER_VALUES = {"training.mining": "none", "embedding_model.views": [1.0]}  # of settings that older records lack
 _PROBED_BYTES = 2**16  # at each end of a file that is not ours
 
 
@@ -114,6 +114,13 @@ def differences(existing: Provenance, expected: Provenance, ignored: Iterable[st
     if len(changed) > 3:
         reasons.append(f"differs in {len(changed) - 3} more inputs")
     return reasons
+
+
+def of_model(model: dict | None) -> dict:
+    """What records say of an embedding model, completed with the settings that older ones lack."""
+    section = "embedding_model."
+    former = {key.removeprefix(section): value for key, value in _FORMER_VALUES.items() if section in key}
+    return former | (model or {})
 
 
 def digest_of(*parts: bytes | str) -> str:

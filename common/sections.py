@@ -51,7 +51,15 @@ class EmbeddingModel(Section):
     name: str
     revision: str
     pooling: Literal["cls", "mean", "cls_mean"]
+    views: Annotated[list[Annotated[float, Field(ge=0.1, le=1)]], Field(min_length=1)]
     dtype: Literal["auto", "float32", "bfloat16"]
+
+    @field_validator("views")
+    @classmethod
+    def _distinct_and_ordered(cls, views: list[float]) -> list[float]:
+        if len(set(views)) < len(views):
+            raise ValueError("each view must be named once")
+        return sorted(views, reverse=True)  # the order does not matter, and is recorded
 
 
 class Data(Section):

@@ -18,34 +18,45 @@ from common.parquet import first_line
 from common.sections import EmbeddingModel
 from generate import model_files
 from generate.pixels import Preprocessing, read_preprocessing
-from publish.modeling_spatial_embeddings import FAMILIES, POOLINGS, embedding_dim, pool
+from publish.modeling_spatial_embeddings import (
+    FAMILIES,
+    POOLINGS,
+    embedding_dim,
+    make_views,
+    mean_of_views,
+    pool,
+)
 
 disable_progress_bar()  # one per file of weights: noise in the logs of a cluster
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A loaded model in inference mode, with its preprocessing and pooling."""
+    """A loaded model in inference mode, with its preprocessing, views and pooling."""
 
     model: PreTrainedModel
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing  # gives the picture that all views are made from
     folder: Path  # of its files
     facts: dict  # what the embeddings' provenance records besides the settings
     pooling: str
+    views: list[float]
     dim: int  # of an embedding
 
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) float32 -> pooled output, (N, dim) float32, not normalised."""
-        hidden = self.model(pixel_values.to(self.model.dtype)).last_hidden_state  # (N, tokens, width)
-        return pool(hidden, self.model.config, self.pooling)
+        """(N, 3, H, W) float32 -> (N, dim) float32: the mean over views of the unit vectors, or the pooled output
+        of a single view as it is.
+        """
+        views = make_views(pixel_values, self.views)
+        hidden = self.model(views.to(self.model.dtype)).last_hidden_state  # (N x views, tokens, width)
+        return mean_of_views(pool(hidden, self.model.config, self.pooling), len(self.views))
 
 
 def load(settings: EmbeddingModel, dtype: str, device: torch.device) -> Backbone:
     """The backbone of the settings, in `dtype` ("float32", "bfloat16"). Raises PipelineError, with advice."""
     folder = model_files.locate(settings.name, settings.revision)
     check(settings, model_files.read_json(folder / "config.json").get("model_type"))
-    preprocessing = read_preprocessing(folder)
+    preprocessing = read_preprocessing(folder, min(settings.views))
     model = load_weights(AutoModel, folder, dtype)
     is_local = is_folder(settings.name)
     facts = {
@@ -53,10 +64,10 @@ def load(settings: EmbeddingModel, dtype: str, device: torch.device) -> Backbone
         "revision": None if is_local else folder.name,  # the cache names a snapshot's folder by its commit
         "pooling": settings.pooling,
         "dtype": dtype,
-        "image_size": preprocessing.image_size,  # height, width
+        "image_size": [round(side * min(settings.views)) for side in preprocessing.image_size],  # of a view
         "dim": (dim := embedding_dim(model.config, settings.pooling)),
     }
-    return Backbone(model.eval().to(device), preprocessing, folder, facts, settings.pooling, dim)
+    return Backbone(model.eval().to(device), preprocessing, folder, facts, settings.pooling, settings.views, dim)
 
 
 def check(settings: EmbeddingModel, model_type: str | None) -> None:

@@ -57,10 +57,10 @@ def identity(settings: EmbeddingModel, dtype: str) -> dict:
     """What embeddings depend on, for their provenance. A folder is identified by its files: it may be moved."""
     if is_folder(settings.name):
         folder = locate(settings.name, settings.revision)
-        model = {"name": folder.name, "weights": weights_digest(folder)}
+        model: dict = {"name": folder.name, "weights": weights_digest(folder)}
     else:
         model = {"name": settings.name, "revision": settings.revision}
-    model |= {"pooling": settings.pooling, "dtype": dtype}
+    model |= {"pooling": settings.pooling, "views": settings.views, "dtype": dtype}
     return {f"embedding_model.{key}": value for key, value in model.items()}
 
 

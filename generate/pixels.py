@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from common.errors import PipelineError
 from generate import model_files
 
+PREPROCESSING = "preprocessor_config.json"  # in a model's folder
 _RESAMPLING = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
@@ -74,11 +75,28 @@ class Preprocessing:
         return (longest, self.shortest_edge) if width <= height else (self.shortest_edge, longest)
 
 
-def read_preprocessing(folder: Path) -> Preprocessing:
-    """The preprocessing that a model's folder asks for. Raises PipelineError if it is absent or not supported."""
-    path = folder / "preprocessor_config.json"
-    config = model_files.read_json(path)
+def read_enlarged(folder: Path, share: float) -> dict:
+    """A model's preprocessor_config.json, enlarged so that the central `share` of the picture's sides has
+    the size that the model asks for: the picture that all views down to it are made from, see `make_views`.
+    """
+    config = model_files.read_json(folder / PREPROCESSING)
+
+    def enlarged(size):
+        if isinstance(size, dict):
+            return {side: enlarged(pixels) for side, pixels in size.items()}
+        return size if size is None else round(size / share)
+
+    return {key: enlarged(value) if key in ("size", "crop_size") else value for key, value in config.items()}
+
+
+def read_preprocessing(folder: Path, share: float = 1) -> Preprocessing:
+    """The preprocessing that a model's folder asks for; `share`: see `read_enlarged`.
+
+    Raises PipelineError if it is absent or not supported.
+    """
+    path = folder / PREPROCESSING
     try:
+        config = read_enlarged(folder, share)
         size = config["size"] if config.get("do_resize", True) else {}
         size = {"shortest_edge": size} if isinstance(size, int) else size
         crop = config.get("crop_size") if config.get("do_center_crop", True) else None

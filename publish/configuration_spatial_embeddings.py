@@ -1,12 +1,13 @@
 """Configuration of the published model. Hugging Face copies this file beside the weights."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 
 
 class SpatialEmbeddingsConfig(PretrainedConfig):
-    """A backbone's own configuration, how its output is pooled, and the size of the projection head."""
+    """A backbone's own configuration, its views of an image, the pooling, and the size of the projection head."""
 
     model_type = "spatial_embeddings"
     sub_configs: ClassVar = {"backbone_config": AutoConfig}  # attn_implementation is passed on to it
@@ -15,6 +16,7 @@ class SpatialEmbeddingsConfig(PretrainedConfig):
         self,
         backbone_config: dict | PretrainedConfig | None = None,
         pooling: str = "cls",
+        views: Sequence[float] = (1.0,),  # the whole image alone, as in folders that name none
         input_dim: int = 768,
         hidden_dim: int = 512,
         output_dim: int = 256,
@@ -26,6 +28,7 @@ class SpatialEmbeddingsConfig(PretrainedConfig):
             backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         self.backbone_config = backbone_config
         self.pooling = pooling
+        self.views = list(views)
         self.input_dim = input_dim
         self.hidden_dim = hidden_dim
         self.output_dim = output_dim

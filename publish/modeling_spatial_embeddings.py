@@ -3,10 +3,11 @@
 Hugging Face copies this file and the two that it imports beside the weights; they import nothing else from here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
@@ -59,11 +60,38 @@ def pool(last_hidden_state: torch.Tensor, backbone_config: PretrainedConfig, poo
     return POOLINGS[pooling].pool(last_hidden_state[:, 0].float(), patches)
 
 
+def make_views(pixel_values: torch.Tensor, views: Sequence[float]) -> torch.Tensor:
+    """Views about the centre of images (N, 3, H, W): (N x views, 3, h, w) float32, an image's views in a row.
+
+    A view is a share of the image's sides. The smallest is cut out as it is; larger ones are reduced to its size,
+    bicubic and antialiased. So for a 224-pixel backbone and views down to 0.5, images have 448 pixels.
+    """
+    images, smallest = pixel_values.float(), min(views)
+    if smallest == 1:
+        return images
+    height, width = images.shape[-2:]
+    size = round(height * smallest), round(width * smallest)
+    made = []
+    for share in views:
+        h, w = round(height * share), round(width * share)
+        top, left = (height - h) // 2, (width - w) // 2
+        view = images[:, :, top : top + h, left : left + w]
+        made.append(view if (h, w) == size else F.interpolate(view, size, mode="bicubic", antialias=True))
+    return torch.stack(made, dim=1).flatten(0, 1)
+
+
+def mean_of_views(vectors: torch.Tensor, num_views: int) -> torch.Tensor:
+    """(N x views, dim) -> (N, dim): the mean of an image's unit vectors; vectors of a single view as they are."""
+    if num_views == 1:
+        return vectors
+    return F.normalize(vectors, dim=-1).unflatten(0, (-1, num_views)).mean(dim=1)
+
+
 class SpatialEmbeddingsModel(PreTrainedModel):
     """Images -> unit vectors that are close for images of the same building.
 
     `forward(pixel_values).pooler_output`: (N, output_dim) float32 of length 1, whose dot product is the
-    similarity. `project(embeddings)`: the same from stored pooled outputs of the backbone.
+    similarity. `project(embeddings)`: the same from stored embeddings, the pipeline's `mean_of_views`.
     """
 
     config_class = SpatialEmbeddingsConfig
@@ -85,18 +113,23 @@ class SpatialEmbeddingsModel(PreTrainedModel):
 
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        output = self.backbone(pixel_values.to(self.backbone.dtype), **kwargs)
-        hidden = output.last_hidden_state  # (N, tokens, width)
-        pooled = pool(hidden, self.config.backbone_config, self.config.pooling)
+        num_views = len(self.config.views)
+        views = make_views(pixel_values, self.config.views)
+        output = self.backbone(views.to(self.backbone.dtype), **kwargs)
+        pooled = pool(output.last_hidden_state, self.config.backbone_config, self.config.pooling)
+
+        def by_image(layers):  # the tokens of all views in a row (of attentions, the heads)
+            return layers and tuple(layer.unflatten(0, (-1, num_views)).flatten(1, 2) for layer in layers)
+
         return BaseModelOutputWithPooling(
-            last_hidden_state=hidden,
-            pooler_output=self.head(pooled),
-            hidden_states=output.get("hidden_states"),
-            attentions=output.get("attentions"),
+            last_hidden_state=by_image([output.last_hidden_state])[0],  # (N, views x tokens, width)
+            pooler_output=self.head(mean_of_views(pooled, num_views)),
+            hidden_states=by_image(output.get("hidden_states")),
+            attentions=by_image(output.get("attentions")),
         )
 
     def project(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Pooled output of the backbone, (N, input_dim) -> unit vectors, (N, output_dim) float32."""
+        """Stored embeddings, (N, input_dim) -> unit vectors, (N, output_dim) float32."""
         return self.head(embeddings)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common import parquet, schemas
+from common import parquet, provenance, schemas
 from common.archives import tar_parts, tars
 from common.cli import Progress
 from common.errors import PipelineError, StaleArtefact
@@ -117,7 +117,7 @@ def _model(record: Provenance) -> dict:
     """The model that made the embeddings, by their record: its settings, and what loading it determined."""
     settings = {key.partition(".")[2]: value for key, value in record.config.items() if "embedding_model." in key}
     facts = {key: value for key, value in record.facts.items() if value is not None and key != "model"}
-    return settings | facts
+    return provenance.of_model(settings | facts)
 
 
 def _only_model(models: dict[Path, dict]) -> dict:

@@ -36,12 +36,14 @@ def estimate(cfg: Config, num_images: int, image_size: int | None) -> dict:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     backbone.check(settings, config.model_type)
     size = [image_size, image_size] if image_size else read_preprocessing(folder).image_size
+    picture = [round(side / min(settings.views)) for side in size]  # that all views are made from
     dim = embedding_dim(config, settings.pooling)
     head = {"hidden_dim": cfg.training_model.hidden_dim, "output_dim": min(cfg.training_model.output_dim, dim)}
     with torch.device("meta"):
-        model = SpatialEmbeddingsModel(SpatialEmbeddingsConfig(config, settings.pooling, dim, **head)).eval()
-        pixels = torch.empty(1, 3, *size)
-    flops, largest = measure(model, pixels)
+        sizes = {"input_dim": dim, **head}
+        model = SpatialEmbeddingsModel(SpatialEmbeddingsConfig(config, settings.pooling, settings.views, **sizes))
+        pixels = torch.empty(1, 3, *picture)
+    flops, largest = measure(model.eval(), pixels)
 
     parameters = {
         f"backbone.{name}": _count(part) for name, part in model.backbone.named_children() if _count(part)
@@ -58,6 +60,7 @@ def estimate(cfg: Config, num_images: int, image_size: int | None) -> dict:
     return {
         "backbone": settings.name,
         "image_size": size,
+        "views": settings.views,
         "embedding_dim": dim,
         "parameters": parameters,
         "total_parameters": sum(parameters.values()),
@@ -74,11 +77,12 @@ def estimate(cfg: Config, num_images: int, image_size: int | None) -> dict:
 def as_text(sizes: dict) -> str:
     """The estimate as tables."""
     height, width = sizes["image_size"]
+    views = "one view" if len(sizes["views"]) == 1 else f"{len(sizes['views'])} views"
     parameters = pd.Series({**sizes["parameters"], "total": sizes["total_parameters"]}).to_frame("parameters")
     memory = pd.DataFrame(sizes["memory_bytes"]).T.add_prefix("batch ").map(_gigabytes)
     gpus = pd.DataFrame(sizes["gpus"]).T.set_axis(["images/s", "GPU hours", "fits"], axis=1)
     parts = [
-        f"{sizes['backbone']} at {height} x {width} px -> {sizes['embedding_dim']:,} dimensions",
+        f"{sizes['backbone']}, {views} of {height} x {width} px -> {sizes['embedding_dim']:,} dimensions",
         parameters.to_string(formatters=["{:,}".format]),
         "weights and activations",
         memory.to_string(),

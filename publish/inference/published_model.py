@@ -51,8 +51,13 @@ def evaluation_of(folder: Path) -> str | None:
     return model_files.read_json(path)["inputs"].get("metrics.json") if path.is_file() else None
 
 
-def load(folder: Path, dtype: str, device: torch.device) -> Published:
-    """The model in `folder`. Raises PipelineError if files are missing or damaged."""
-    preprocessing = read_preprocessing(folder)
+def load(folder: Path, dtype: str, device: torch.device, views: list[float] | None = None) -> Published:
+    """The model in `folder`, with other `views` than its own if given.
+
+    Raises PipelineError if files are missing or damaged.
+    """
     model = backbone.load_weights(SpatialEmbeddingsModel, folder, dtype)
+    own = model.config.views
+    model.config.views = views or own
+    preprocessing = read_preprocessing(folder, min(model.config.views) / min(own))
     return Published(model.eval().to(device), preprocessing, device)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from common import parquet, schemas
+from common import parquet, provenance, schemas
 from common.errors import PipelineError, StaleArtefact
 from common.places import zones
 from common.provenance import Provenance
@@ -121,7 +121,7 @@ def refuse_foreign_head(path: Path, checkpoint: dict, records: dict[Path, Proven
                 "retrain, or restore that merge"
             )
     ours, theirs = of_test.facts.get("embedding_model"), checkpoint["embedding_model"]
-    if ours != theirs:
+    if provenance.of_model(ours) != provenance.of_model(theirs):
         raise StaleArtefact(
             f"{path} was trained on embeddings of {_model_name(theirs)}\n"
             f"{test} holds embeddings of {_model_name(ours)}"
