@@ -84,7 +84,7 @@ def read_enlarged(folder: Path, share: float) -> dict:
     def enlarged(size):
         if isinstance(size, dict):
             return {side: enlarged(pixels) for side, pixels in size.items()}
-        return size if size is None else round(size / share)
+        return size and size + 2 * round((size / share - size) / 2)  # as even or odd: the same centre
 
     return {key: enlarged(value) if key in ("size", "crop_size") else value for key, value in config.items()}
 

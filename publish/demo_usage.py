@@ -6,11 +6,14 @@ Writes   search: OUT, a picture of the query and its nearest images; both print 
 Command  python publish/demo_usage.py compare A.jpg B.jpg
          python publish/demo_usage.py search QUERY.jpg --gallery FOLDER_OR_TAR --out search.png
          python publish/demo_usage.py search
+         The model looks at the centre of a photograph more closely than at the rest. If the building is elsewhere,
+         name it with --box LEFT,TOP,RIGHT,BOTTOM; if it fills the frame, --views 1.0 looks at the whole alone
 Memory   the gallery's vectors (1 kB an image), the images in flight (see generate/loop.py), and the model
 """
 
 import argparse
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 if not __package__:  # run by path: import from the repository root, not from this folder
@@ -32,7 +35,10 @@ def parse(argv) -> argparse.Namespace:
     search.add_argument("--top", type=int, default=5, metavar="N", help="results to show (5)")
     search.add_argument("--limit", type=int, default=2000, metavar="N", help="images of the test split (2000)")
     search.add_argument("--out", type=Path, default=Path("search.png"), help="the picture (search.png)")
-    for command in (compare, search):
+    for command, images in ((compare, "A; given twice, also in B"), (search, "QUERY")):
+        box = f"where the building is in {images} (pixels)"
+        command.add_argument("--box", type=numbers, action="append", default=[], metavar="L,T,R,B", help=box)
+        command.add_argument("--views", type=numbers, metavar="SHARE,...", help="of the frame (the model's own)")
         command.add_argument("--model", type=Path, metavar="FOLDER", help="published model (paths.published_dir)")
         cli.config_flags(command)
     args = arguments.parse_args(argv)
@@ -40,7 +46,16 @@ def parse(argv) -> argparse.Namespace:
         raise ConfigError("search needs both a QUERY and a --gallery, or neither: then it uses the test split")
     if args.command == "search" and min(args.top, args.limit) < 1:
         raise ConfigError("--top and --limit must be 1 or more")
+    named = 2 if args.command == "compare" else args.query is not None
+    if len(args.box) > named or any(len(box) != 4 for box in args.box):
+        raise ConfigError("--box is LEFT,TOP,RIGHT,BOTTOM in pixels, at most one for each image that is named")
+    if args.views and not all(0.1 <= share <= 1 for share in args.views):
+        raise ConfigError("--views are shares of the frame's sides, from 0.1 to 1")
     return args
+
+
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
 
 
 def main(argv=None) -> int:
@@ -54,18 +69,20 @@ def main(argv=None) -> int:
     store, query = tar_images.of_paths(cfg.paths), None
     if args.command == "compare":  # images are read before the model is loaded: mistakes show at once
         pair = [
-            photo_search.Photograph(name, image_sources.read_image(name)) for name in (args.first, args.second)
+            photo_search.Photograph(name, image_sources.read_image(name), box)
+            for name, box in zip_longest((args.first, args.second), args.box)
         ]
     elif args.query is None:
         gallery = image_sources.of_split(cfg.paths.merged_dir / "test.parquet", store, args.limit)
     else:
-        query = photo_search.Photograph(args.query, image_sources.read_image(args.query))
+        query = photo_search.Photograph(args.query, image_sources.read_image(args.query), *args.box)
         gallery, *others = image_sources.groups(args.gallery, store)
         if others:
             raise ConfigError(f"{args.gallery} holds the images of {1 + len(others)} tars: name one of these tars")
 
     device = devices.pick(cfg.infrastructure.device)
-    published = published_model.load(folder, devices.resolve_dtype(cfg.embedding_model.dtype, device), device)
+    dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
+    published = published_model.load(folder, dtype, device, args.views)
     if args.command == "compare":
         first, second = (photo_search.vector_of(published, image) for image in pair)
         similarity = float(first @ second)

@@ -66,18 +66,15 @@ def make_views(pixel_values: torch.Tensor, views: Sequence[float]) -> torch.Tens
     A view is a share of the image's sides. The smallest is cut out as it is; larger ones are reduced to its size,
     bicubic and antialiased. So for a 224-pixel backbone and views down to 0.5, images have 448 pixels.
     """
-    images, smallest = pixel_values.float(), min(views)
-    if smallest == 1:
-        return images
-    height, width = images.shape[-2:]
-    size = round(height * smallest), round(width * smallest)
-    made = []
-    for share in views:
-        h, w = round(height * share), round(width * share)
-        top, left = (height - h) // 2, (width - w) // 2
-        view = images[:, :, top : top + h, left : left + w]
-        made.append(view if (h, w) == size else F.interpolate(view, size, mode="bicubic", antialias=True))
-    return torch.stack(made, dim=1).flatten(0, 1)
+    height, width = pixel_values.shape[-2:]
+    margins = [(round(height * (1 - share) / 2), round(width * (1 - share) / 2)) for share in views]
+    cut = [pixel_values[:, :, y : height - y, x : width - x].float() for y, x in margins]
+    size = min(view.shape[-2:] for view in cut)
+    same = [
+        view if view.shape[-2:] == size else F.interpolate(view, size, mode="bicubic", antialias=True)
+        for view in cut
+    ]
+    return torch.stack(same, dim=1).flatten(0, 1)
 
 
 def mean_of_views(vectors: torch.Tensor, num_views: int) -> torch.Tensor:

@@ -20,13 +20,13 @@ from common.imagery.decoding import decode
 from common.sections import EmbeddingModel
 from generate import backbone, model_files, pixels
 from publish.modeling_spatial_embeddings import FAMILIES as READINGS
-from publish.modeling_spatial_embeddings import pool
+from publish.modeling_spatial_embeddings import make_views, mean_of_views, pool
 
 CPU = torch.device("cpu")
 
 
-def settings(name, pooling: str = "cls", revision: str = "main") -> EmbeddingModel:
-    return EmbeddingModel(name=str(name), revision=revision, pooling=pooling, dtype="float32")
+def settings(name, pooling: str = "cls", revision: str = "main", views: tuple = (1,)) -> EmbeddingModel:
+    return EmbeddingModel(name=str(name), revision=revision, pooling=pooling, views=views, dtype="float32")
 
 
 # ------------------------------------------------------------------------------------------------------ pooling
@@ -98,6 +98,53 @@ def test_pixels_of_the_datasets_images_equal_dinov2s_processor_within_one_grey_l
     ours = pixels.read_preprocessing(folder)([decode(encoded)], CPU)
     grey_level = 1 / 255 / torch.tensor(IMAGENET_STD)[:, None, None]
     assert ((ours - expected).abs() <= 1.01 * grey_level).all()
+
+
+# -------------------------------------------------------------------------------------------------------- views
+
+
+@pytest.mark.parametrize("size", [640, 240])  # as the dataset's images, and smaller than the enlarged picture
+@pytest.mark.parametrize("views", [[1, 0.5], [1, 0.7, 0.5, 0.35], [0.5]])
+def test_views_equal_the_processors_pixels_of_pictures_cut_beforehand(size, views, tmp_path):
+    folder = write_tiny_backbone(tmp_path, "dinov2")
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    config |= {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    image, processor = picture(size, size), AutoImageProcessor.from_pretrained(folder)
+    margins = [round(size * (1 - share) / 2) for share in views]
+    cut = [image.crop((margin, margin, size - margin, size - margin)) for margin in margins]
+    expected = processor(cut, return_tensors="pt")["pixel_values"]
+    ours = make_views(pixels.read_preprocessing(folder, min(views))([np.array(image)], CPU), views)
+    grey_levels = (ours - expected).abs() * 255 * torch.tensor(IMAGENET_STD)[:, None, None]
+    assert ours.shape == expected.shape == (len(views), 3, 224, 224)
+    assert grey_levels.mean(dim=(1, 2, 3)).max() < 0.5  # rounded twice; 0.9 if a centre is half a pixel off
+    assert grey_levels[-1].max() < 3  # the smallest is cut from the enlarged picture as it is
+
+
+@pytest.mark.parametrize("share", [0.9, 0.75, 0.7, 0.5, 0.35, 1 / 3, 0.3, 0.1])
+@pytest.mark.parametrize("px", [224, 225, 56])
+def test_the_smallest_view_has_the_size_that_the_model_asks_for(share, px, tmp_path):
+    folder = write_tiny_backbone(tmp_path, "dinov2")
+    (folder / "preprocessor_config.json").write_text(
+        (folder / "preprocessor_config.json").read_text().replace("56", str(px))
+    )
+    enlarged = pixels.read_preprocessing(folder, share)
+    assert make_views(torch.zeros(2, 3, *enlarged.image_size), [1, share]).shape == (4, 3, px, px)
+    assert enlarged.image_size[0] == pytest.approx(px / share, abs=1)
+
+
+def test_views_are_central_and_an_images_views_follow_one_another():
+    image = torch.arange(36.0).reshape(1, 1, 6, 6).expand(1, 3, 6, 6)
+    views = make_views(torch.cat([image, image + 100]), [1, 1 / 3])
+    assert torch.equal(views[1, 0], torch.tensor([[14.0, 15], [20, 21]]))
+    assert torch.equal(views[3], views[1] + 100)
+    assert views[0].mean() == pytest.approx(17.5)  # reduced, it keeps its mean
+
+
+def test_unit_vectors_are_averaged_and_a_single_view_stays_as_it_is():
+    vectors = torch.tensor([[3.0, 0], [0, 10], [0, 2], [0, 5]])
+    assert torch.equal(mean_of_views(vectors, 2), torch.tensor([[0.5, 0.5], [0, 1]]))
+    assert mean_of_views(vectors, 1) is vectors
 
 
 def test_normalising_is_the_textbooks():
@@ -275,5 +322,6 @@ def test_a_hub_model_is_known_by_name_and_revision_without_a_network():
         "embedding_model.name": "some/model",
         "embedding_model.revision": "v1",
         "embedding_model.pooling": "mean",
+        "embedding_model.views": [1.0],
         "embedding_model.dtype": "bfloat16",
     }

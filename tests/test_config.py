@@ -92,12 +92,23 @@ def test_set_overrides_with_toml_values_and_plain_strings():
         ("tuning.search_space.run=['a', 'b']", "[tuning.search_space] run must be [low, high]"),
         ("tuning.search_space.seed=[0, 9]", "seed is the same for all trials"),
         ("embedding_model.name=./nowhere", "no such folder"),
+        ("embedding_model.views=[]", "[embedding_model] views: List should have at least 1 item"),
+        ("embedding_model.views=[1, 1.5]", "[embedding_model.views] 1: Input should be less than or equal to 1"),
+        (
+            "embedding_model.views=[0.05]",
+            "[embedding_model.views] 0: Input should be greater than",
+        ),
+        ("embedding_model.views=[0.5, 0.5]", "[embedding_model] views: each view must be named once"),
         ("data.split_cell_m=inf", "[data] split_cell_m: Input should be a finite number"),
     ],
 )
 def test_a_wrong_override_says_what_is_wrong(override, expected):
     with pytest.raises(ConfigError, match=re.escape(expected)):
         config.load(None, [override])
+
+
+def test_the_order_of_views_does_not_matter():
+    assert config.load(None, ["embedding_model.views=[0.5, 1]"]).embedding_model.views == [1, 0.5]
 
 
 def test_mistakes_of_a_file_are_the_files_whatever_the_command_line_says(write_config):

@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from embedding_setup import cosines
+from embedding_setup import SIZES, cosines, picture
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import filter_repo_objects
@@ -26,11 +26,15 @@ from invented_metrics import FIGURES
 from local_backbone import FAMILIES
 from packaging.requirements import Requirement
 from trained_model import JPEGS, Trained
+from transformers import AutoImageProcessor
 
 from common import cli, parquet
 from common.errors import PipelineError
+from common.imagery.decoding import decode
+from generate import backbone
 from publish.convert_to_hf import main
 from publish.hub import model_card, parity, published_folder, push
+from publish.inference import published_model
 from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
 
 
@@ -299,14 +303,44 @@ def test_a_second_run_does_nothing(trained, capsys):
 
 def test_the_attention_that_a_user_asks_for_is_the_backbones(trained):
     folder = trained.cfg.paths.published_dir
-    x = torch.zeros(1, 3, 56, 56)
+    x = torch.zeros(1, 3, 112, 112)  # two views of 56 pixels
     by_default = SpatialEmbeddingsModel.from_pretrained(folder)
     assert by_default.backbone.config._attn_implementation == "sdpa"
     assert SpatialEmbeddingsModel.from_pretrained(folder, attn_implementation="sdpa")  # once refused
     eager = SpatialEmbeddingsModel.from_pretrained(folder, attn_implementation="eager")
     output = eager(x, output_attentions=True)
-    assert [tuple(map.shape) for map in output.attentions] == [(1, 2, 17, 17)] * 2  # sdpa has none
+    assert [tuple(map.shape) for map in output.attentions] == [(1, 4, 17, 17)] * 2  # both views'; sdpa has none
+    assert output.last_hidden_state.shape == (1, 34, 32)
     assert torch.allclose(output.pooler_output, by_default(x).pooler_output, atol=1e-5)
+
+
+@pytest.mark.parametrize("views", [[1.0], [1.0, 0.5], [1.0, 0.7, 0.5, 0.35], [0.5]])
+def test_processor_and_model_make_the_pipelines_views_of_images_of_every_shape(views, tmp_path):
+    done = Trained(tmp_path, embedding_model__views=views)
+    folder = publish_without_check(done)
+    images = [picture(*size, mode).convert("RGB") for size in SIZES for mode in ("RGB", "L")]
+    ours = backbone.load(done.cfg.embedding_model, "float32", torch.device("cpu"))
+    model = SpatialEmbeddingsModel.from_pretrained(folder)
+    inputs = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")
+    with torch.inference_mode():
+        expected = done.head(ours(ours.preprocessing(map(np.array, images), torch.device("cpu"))))
+        vectors = model(**inputs).pooler_output
+        exported = torch.export.export(model, (inputs["pixel_values"],)).module()(inputs["pixel_values"])
+    assert (1 - cosines(vectors, expected) < 1e-3).all()
+    assert torch.allclose(exported.pooler_output, vectors, atol=1e-5)
+
+
+def test_a_folder_that_names_no_views_has_the_whole_image(tmp_path):
+    done = Trained(tmp_path, embedding_model__views=[1.0])
+    folder = publish_without_check(done)
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("views") == [1.0]
+    (folder / "config.json").write_text(json.dumps(config))  # as published before there were views
+    published = published_model.load(folder, "float32", torch.device("cpu"))
+    images = [decode(content) for content in JPEGS]
+    vectors = published.forward(published.preprocessing(images, torch.device("cpu")))
+    assert published.preprocessing.image_size == [56, 56]
+    assert (1 - cosines(vectors, done.vectors()) < 1e-3).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

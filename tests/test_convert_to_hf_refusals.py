@@ -67,10 +67,13 @@ def test_a_head_of_another_backbone_is_refused_naming_both(unpublished):
         main(other)
     with pytest.raises(StaleArtefact, match=r'pooling = "cls".*settings say pooling = "mean"'):
         main([*unpublished.flags, "--set", "embedding_model.pooling=mean"])
+    with pytest.raises(StaleArtefact, match=r"views = \[1.0, 0.5\]; the settings say views = \[1.0\]"):
+        main([*unpublished.flags, "--set", "embedding_model.views=[1.0]"])
 
 
 def test_a_branch_of_the_hub_is_the_commit_that_it_stands_for(monkeypatch):
-    cfg = config.load(None, ["embedding_model.name=some/model", "embedding_model.revision=main"])
+    model = ["name=some/model", "revision=main", "views=[1.0]"]
+    cfg = config.load(None, [f"embedding_model.{setting}" for setting in model])
     trained_on = {"name": "some/model", "revision": "abc123", "pooling": cfg.embedding_model.pooling}
     checkpoint = {"embedding_model": {**trained_on, "dtype": "float32"}}
     monkeypatch.setattr(model_files, "locate", lambda name, revision: Path("snapshots/abc123"))

@@ -9,8 +9,10 @@ import shutil
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from embedding_setup import jpeg, picture, write_tar
 from invented_metrics import FOUND
+from local_backbone import write_preprocessor
 from PIL import Image
 from test_generate_embeddings_from_hf import flags, image_folder, model, plain_vectors  # noqa: F401 - fixtures
 from trained_model import JPEGS
@@ -18,7 +20,7 @@ from trained_model import JPEGS
 from common import cli, parquet, provenance, schemas
 from common.errors import ConfigError, PipelineError
 from publish.demo_usage import main
-from publish.inference import photo_search
+from publish.inference import photo_search, published_model
 from train.evaluation import metrics_json
 
 QUERY = jpeg(picture(90, 70, seed=500))
@@ -157,3 +159,45 @@ def test_a_damaged_query_and_options_that_make_no_sense_are_refused(flags, query
     with pytest.raises(ConfigError, match="--top"):
         main(["search", query, "--gallery", str(tmp_path), "--top", "0", *flags])
     assert cli.exit_code_of(lambda: main(["search", query, *flags])) == 2
+
+
+def test_a_box_is_a_picture_cut_beforehand(model, flags, tmp_path, capsys):  # noqa: F811
+    image = picture(200, 160, seed=3)
+    for name, content in {"whole.png": image, "cut.png": image.crop((40, 30, 140, 130))}.items():
+        content.save(tmp_path / name)
+    whole, cut = str(tmp_path / "whole.png"), str(tmp_path / "cut.png")
+    box = ["--box", "40,30,140,130"]
+    for command in (["compare", whole, cut, *box], ["compare", whole, whole, *box, *box]):
+        assert main([*command, *flags]) == 0
+        assert "similarity 1.000" in capsys.readouterr().out
+    main(["compare", whole, cut, *flags])
+    assert "similarity 1.000" not in capsys.readouterr().out
+    (tmp_path / "gallery").mkdir()
+    shutil.copy(cut, tmp_path / "gallery")
+    search = ["search", whole, "--gallery", str(tmp_path / "gallery"), "--out", str(tmp_path / "found.png")]
+    main([*search, *box, *flags])
+    assert results_of(capsys.readouterr().out) == [(1.0, "cut.png")]
+    with pytest.raises(PipelineError, match=r"box 40,30,240,130 is not within .*whole.png, 200 x 160"):
+        main(["compare", whole, cut, "--box", "40,30,240,130", *flags])
+    for wrong in (["--box", "1,2,3"], [*box, *box]):
+        with pytest.raises(ConfigError, match="--box is LEFT,TOP,RIGHT,BOTTOM"):
+            main([*search, *wrong, *flags])
+
+
+def test_other_views_are_those_of_a_model_published_with_them(model, flags, query, tmp_path, capsys):  # noqa: F811
+    photograph, device = photo_search.Photograph("query", QUERY), torch.device("cpu")
+    for views in ([1.0], [1.0, 0.35], [0.5]):
+        changed = shutil.copytree(model, tmp_path / str(views))
+        settings = json.loads((model / "config.json").read_text())
+        (changed / "config.json").write_text(json.dumps({**settings, "views": views}))
+        write_preprocessor(changed, "dinov2", round(56 / min(views)))
+        both = (
+            published_model.load(changed, "float32", device),
+            published_model.load(model, "float32", device, views),
+        )
+        expected, ours = (photo_search.vector_of(published, photograph) for published in both)
+        assert np.allclose(ours, expected, atol=1e-6)
+    main(["compare", query, query, "--views", "1.0", *flags])
+    assert "similarity 1.000" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--views are shares"):
+        main(["compare", query, query, "--views", "2", *flags])

@@ -42,17 +42,22 @@ def test_the_arithmetic_of_a_vit_is_that_of_its_matrix_products(estimate, tmp_pa
     ).save_pretrained(tmp_path)
     write_preprocessor(tmp_path, "dinov2", 56)
     head = ("--set", "training_model.output_dim=32", "--set", "training_model.hidden_dim=48")
-    found = estimate("--backbone", tmp_path, *head)
+    one_view, found = (
+        estimate("--backbone", tmp_path, *head, "--set", f"embedding_model.views={views}")
+        for views in ([1.0], [1.0, 0.5])
+    )
     patches = 2 * 16 * (3 * 14 * 14) * width
     block = 2 * tokens * (4 * width * width + 2 * width * mlp) + 2 * 2 * tokens * tokens * width
     projection = 2 * (width * 32 + width * 48 + 48 * 32)
-    assert found["flops_per_image"] == patches + layers * block + projection
+    assert one_view["flops_per_image"] == patches + layers * block + projection
+    assert found["flops_per_image"] == 2 * (patches + layers * block) + projection
+    assert one_view["image_size"] == found["image_size"] == [56, 56]
 
 
 def test_dinov2_base_has_the_published_figures(estimate, tmp_path):
     Dinov2Config(image_size=518).save_pretrained(tmp_path)
     write_preprocessor(tmp_path, "dinov2", 224)
-    found = estimate("--backbone", tmp_path, "--images", 1_000_000)
+    found = estimate("--backbone", tmp_path, "--images", 1_000_000, "--set", "embedding_model.views=[1.0]")
     assert found["total_parameters"] - found["parameters"]["head"] == 86_580_480  # "86 M"
     assert found["flops_per_image"] / 1e9 == pytest.approx(46.3, rel=0.01)  # 257 tokens of 86 M, both ways
     assert found["embedding_bytes"] == 1_000_000 * 768 * 2
@@ -81,7 +86,7 @@ def test_the_tables_tell_the_same_figures(tmp_path, capsys):
     folder = write_tiny_backbone(tmp_path, "dinov3_convnext")
     assert main(["--backbone", str(folder)]) == 0
     text = capsys.readouterr().out
-    assert "at 64 x 64 px -> 32 dimensions" in text
+    assert ", 2 views of 64 x 64 px -> 32 dimensions" in text
     assert "25,000,000 images: 1.60 GB of embeddings" in text
     assert "H200" in text
 

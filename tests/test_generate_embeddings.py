@@ -2,6 +2,7 @@
 image by image. The tars are small; their intermediates are those of embedding_setup.py.
 """
 
+import dataclasses
 import io
 import shutil
 import signal
@@ -31,15 +32,18 @@ def setup(tmp_path) -> Setup:
     return Setup(tmp_path, {"0088": photographs(12), "0089": photographs(4, seed=100), "0090": []})
 
 
-def plain_embeddings(folder: Path, jpegs: list[bytes], pooling: str) -> np.ndarray:
-    """Hugging Face's way, one image after the other; its DINOv3 processor needs torchvision, so pixels for that
-    family come from PIL in floats.
+def plain_embeddings(folder: Path, jpegs: list[bytes], pooling: str, share: float = 1) -> np.ndarray:
+    """Hugging Face's way, one image after the other, of the central `share` of its sides.
+
+    Its DINOv3 processor needs torchvision, so pixels for that family come from PIL in floats.
     """
     model = AutoModel.from_pretrained(folder).eval()
     size = pixels.read_preprocessing(folder).image_size
     outputs = []
     for content in jpegs:
         image = Image.open(io.BytesIO(content)).convert("RGB")
+        x, y = (round(side * (1 - share) / 2) for side in image.size)
+        image = image.crop((x, y, image.width - x, image.height - y))
         if model.config.model_type.startswith("dinov3"):
             resized = [c.convert("F").resize(size, Image.Resampling.BILINEAR) for c in image.split()]
             x = torch.from_numpy(np.stack(resized)) / 255
@@ -60,7 +64,8 @@ def plain_embeddings(folder: Path, jpegs: list[bytes], pooling: str) -> np.ndarr
 def test_embeddings_equal_hugging_faces_on_images_of_all_sorts(family, pooling, tmp_path):
     images = [picture(*size, mode, seed=7) for size in SIZES for mode in ("RGB", "L", "CMYK")]
     jpegs = [jpeg(image) for image in images]
-    setup = Setup(tmp_path, {"0088": jpegs}, family, embedding_model__pooling=pooling, data__rows_per_part=100)
+    settings = {"embedding_model__pooling": pooling, "embedding_model__views": [1.0], "data__rows_per_part": 100}
+    setup = Setup(tmp_path, {"0088": jpegs}, family, **settings)
     assert main(setup.flags) == 0
     written = parquet.read(setup.part("0088-0"))
     ours = parquet.to_matrix(written["embedding"])
@@ -68,6 +73,22 @@ def test_embeddings_equal_hugging_faces_on_images_of_all_sorts(family, pooling, 
     assert ours.shape == expected.shape
     assert (cosines(ours, expected) > 0.9999).all()
     assert np.allclose(ours, expected, atol=0.05)  # not normalised: the lengths agree too
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("views", [[1.0, 0.5], [1.0, 0.7, 0.5, 0.35], [0.5]])
+def test_views_equal_hugging_faces_of_pictures_cut_beforehand(family, views, tmp_path):
+    sizes = [(640, 640), (400, 800), (800, 400), (80, 40), (240, 240)]  # their shares are whole pixels
+    jpegs = [jpeg(picture(*size, seed=7)) for size in sizes]
+    setup = Setup(tmp_path, {"0088": jpegs}, family, embedding_model__views=views, data__rows_per_part=100)
+    assert main(setup.flags) == 0
+    ours = parquet.to_matrix(parquet.read(setup.part("0088-0"))["embedding"])
+    plain = [plain_embeddings(tmp_path / "tiny", jpegs, "cls", share) for share in views]
+    unit = [vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in plain]
+    expected = np.mean(unit if len(views) > 1 else plain, axis=0)
+    assert (1 - cosines(ours, expected) < 1e-3).all()
+    lengths = np.linalg.norm(ours.astype(np.float32), axis=1) / np.linalg.norm(expected, axis=1)
+    assert np.allclose(lengths, 1, atol=5e-3)
 
 
 def test_parts_hold_the_rows_of_the_intermediates_in_order(setup, capsys):
@@ -81,7 +102,9 @@ def test_parts_hold_the_rows_of_the_intermediates_in_order(setup, capsys):
     intermediates = parquet.read(setup.cfg.paths.intermediates_dir / "0088.parquet")
     assert written.drop(["embedding"]).equals(intermediates)
     ours = parquet.to_matrix(written["embedding"])
-    assert (cosines(ours, plain_embeddings(setup.root / "tiny", photographs(12), "cls")) > 0.9999).all()
+    plain = [plain_embeddings(setup.root / "tiny", photographs(12), "cls", share) for share in (1, 0.5)]
+    expected = sum(vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in plain)
+    assert (cosines(ours, expected) > 0.999).all()
     assert parquet.num_rows(setup.part("0090-0")) == 0
     assert "16 images in, 16 out" in capsys.readouterr().out
 
@@ -91,6 +114,7 @@ def test_the_footer_tells_what_made_the_file(setup):
     made = parquet.read_provenance(setup.part("0088-1"))
     assert made.config["embedding_model.name"] == "tiny"
     assert made.config["embedding_model.dtype"] == "float32"
+    assert made.config["embedding_model.views"] == [1, 0.5]
     assert made.facts == {
         "model": "tiny",
         "revision": None,
@@ -167,6 +191,25 @@ def test_another_model_in_the_same_folder_is_refused_and_overwrite_redoes_it(set
     assert main(setup.flags) == 0
 
 
+def test_other_views_are_refused_and_files_older_than_views_are_those_of_the_whole_image(setup):
+    whole = [*setup.flags, "--set", "embedding_model.views=[1.0]"]
+    main(whole)
+    with pytest.raises(StaleArtefact, match=r"embedding_model.views = \[1.0\]; this run uses \[1.0, 0.5\]"):
+        main(setup.flags)
+    part = setup.part("0089-0")
+    made = parquet.read_provenance(part)
+    older = {key: value for key, value in made.config.items() if key != "embedding_model.views"}
+    rows = parquet.read(part)
+    with parquet.writer(part, rows.schema.remove_metadata(), dataclasses.replace(made, config=older)) as out:
+        out.append(rows)
+        out.facts = made.facts
+    written = part.stat().st_mtime_ns
+    assert main(whole) == 0
+    assert part.stat().st_mtime_ns == written
+    assert main([*setup.flags, "--overwrite"]) == 0
+    assert parquet.read_provenance(part).config["embedding_model.views"] == [1, 0.5]
+
+
 def test_larger_parts_leave_no_part_of_the_old_division(setup):
     main(setup.flags)
     larger = [*setup.flags, "--set", "data.rows_per_part=10"]
@@ -195,7 +238,7 @@ def test_an_embedding_that_is_not_finite_names_the_image(setup, monkeypatch):
 
     monkeypatch.setattr(backbone, "load", overflowing)
     with pytest.raises(PipelineError, match=r"0088/0088_0_0_0\.jpg.*not finite"):
-        main(setup.flags)
+        main([*setup.flags, "--set", "embedding_model.views=[1.0]"])  # unit vectors do not overflow
     assert not setup.part("0088-0").exists()
 
 
@@ -260,9 +303,11 @@ def test_a_compiled_model_gives_the_same_embeddings(setup, monkeypatch):
     compiling = torch.nn.Module.compile  # the model is traced; making machine code of it takes half a minute
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiling(self, backend="eager"))
     monkeypatch.setattr(shutil, "which", lambda name: name)
-    main([*setup.flags, "--set", "infrastructure.compile=true", "--set", "data.rows_per_part=100"])
+    main(setup.flags)
+    plain = parquet.to_matrix(parquet.read(setup.part("0088-0"))["embedding"])
+    main([*setup.flags, "--set", "infrastructure.compile=true", "--overwrite"])
     compiled = parquet.to_matrix(parquet.read(setup.part("0088-0"))["embedding"])
-    assert (cosines(compiled, plain_embeddings(setup.root / "tiny", photographs(12), "cls")) > 0.9999).all()
+    assert (cosines(compiled, plain) > 0.9999).all()
 
 
 def test_compiling_without_a_compiler_is_a_clear_error(setup, monkeypatch):

@@ -132,7 +132,8 @@ def test_the_command_writes_what_was_decided(tmp_path, capsys):
         assert table.schema.equals(schemas.merged(DIM))
         assert report["kept"][name]["images"] == table.num_rows
         facts = parquet.read_provenance(chain.cfg.paths.merged_dir / f"{name}.parquet").facts
-        assert facts["embedding_model"] == {"name": "tiny", "pooling": "cls", "dim": DIM}
+        settings = {"name": "tiny", "pooling": "cls", "views": [1.0]}  # the parts, like older ones, name no views
+        assert facts["embedding_model"] == {**settings, "dim": DIM}
     assert report["dropped"]["embedding_missing"] == 2
     assert sum(report["dropped"].values()) == len(frame) - sum(table.num_rows for table in splits.values())
     assert set(report["in_two_splits"].values()) == {0}
@@ -169,14 +170,15 @@ def test_a_missing_file_names_the_stage_that_makes_it(small, capsys, stage):
     assert scripts[stage] in said
 
 
-def test_embeddings_of_two_models_are_refused_by_the_names_of_both_files(small, capsys):
+@pytest.mark.parametrize(("setting", "value"), [("pooling", "mean"), ("views", [1.0, 0.5])])
+def test_embeddings_of_two_models_are_refused_by_the_names_of_both_files(setting, value, small, capsys):
     source = small.cfg.paths.intermediates_dir / "0002.parquet"
-    small.write_part(source, 0, {**MODEL, "embedding_model.pooling": "mean"})
+    small.write_part(source, 0, {**MODEL, f"embedding_model.{setting}": value})
     assert exit_code_of(small.run) == 1
     said = capsys.readouterr().err
     assert "0001-0.parquet" in said
     assert "0002-0.parquet" in said
-    assert 'pooling = "mean"' in said
+    assert f"{setting} = {json.dumps(value)}" in said
 
 
 def test_files_of_older_intermediates_are_refused(small):

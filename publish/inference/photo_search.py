@@ -35,6 +35,19 @@ _OF_DATASET = re.compile(r"(0\d{3,})_\d+_\d+_(\d+)\.jpe?g", re.IGNORECASE)  # da
 class Photograph(NamedTuple):
     name: str
     encoded: bytes | None  # a JPEG, PNG, ...; None: unreadable
+    box: list[float] | None = None  # left, top, right, bottom of the building in pixels; None: the whole picture
+
+    def pixels(self) -> np.ndarray:
+        """(H, W, 3) uint8, of the box alone. Raises PipelineError for what is not an image, or a box beyond it."""
+        try:
+            image = decode(self.encoded)
+        except Undecodable as error:
+            raise PipelineError(f"{self.name} cannot be read as an image: {error}") from None
+        height, width = image.shape[:2]
+        left, top, right, bottom = map(round, self.box or (0, 0, width, height))
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise PipelineError(f"box {left},{top},{right},{bottom} is not within {self.name}, {width} x {height}")
+        return image[top:bottom, left:right]
 
 
 @dataclass(frozen=True)
@@ -60,12 +73,9 @@ def building_of(name: str) -> str | None:
 
 
 def vector_of(published: Published, photograph: Photograph) -> np.ndarray:
-    """The unit vector of a photograph, (D,) float32. Raises PipelineError for a file that is not an image."""
-    try:
-        image = decode(photograph.encoded)
-    except Undecodable as error:
-        raise PipelineError(f"{photograph.name} cannot be read as an image: {error}") from None
-    return published.forward(published.preprocessing([image], published.device)).float().cpu().numpy()[0]
+    """The unit vector of a photograph, (D,) float32. Raises PipelineError, see `Photograph.pixels`."""
+    pixels = published.preprocessing([photograph.pixels()], published.device)
+    return published.forward(pixels).float().cpu().numpy()[0]
 
 
 def search(
@@ -120,7 +130,7 @@ def draw(nearest: Nearest, path: Path) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, (photograph, title, words, colour) in zip(axes.flat, panels, strict=False):
-        image = Image.fromarray(decode(photograph.encoded))
+        image = Image.fromarray(photograph.pixels())
         axis.imshow(ImageOps.pad(image, (320, 320), color="white"))  # the whole image, not distorted
         axis.set(xticks=[], yticks=[])
         axis.set_title(title, fontsize=12, color=colour, fontweight="bold")
