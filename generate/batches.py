@@ -23,7 +23,7 @@ class Size:
 
 
 def size_of(settings: Infrastructure, forward: Forward, image_size: list[int], device: torch.device) -> Size:
-    """The size by infrastructure.embedding_batch_size. `image_size`: height and width of the model's input."""
+    """The size by infrastructure.embedding_batch_size. `image_size`: height and width that `forward` takes."""
     if settings.embedding_batch_size != "auto":
         return Size(settings.embedding_batch_size)
     if device.type == "cpu":

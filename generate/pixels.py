@@ -1,4 +1,4 @@
-"""From decoded images to a model's input: what preprocessor_config.json asks for, in torch.
+"""From decoded images to pictures for a model: what preprocessor_config.json asks for, in torch.
 
 Equal to Hugging Face's image processors within one grey level, and much faster. For DINOv3 those also need
 torchvision.
@@ -36,7 +36,7 @@ class Preprocessing:
 
     @property
     def image_size(self) -> list[int]:
-        """Height and width of the model's input."""
+        """Height and width of the pictures."""
         size = self.crop or self.exact_size
         if size is None:
             raise PipelineError("preprocessor_config.json gives neither a crop nor an exact size for all images")

@@ -27,7 +27,7 @@ class Published:
 
     @torch.inference_mode()
     def project(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """The backbone's pooled output, (N, input_dim) -> unit vectors, (N, dim) float32, on the CPU."""
+        """Stored embeddings, (N, input_dim) -> unit vectors, (N, dim) float32, on the CPU."""
         return self.model.project(embeddings.to(self.device)).cpu()
 
 
