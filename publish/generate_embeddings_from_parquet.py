@@ -1,8 +1,8 @@
 """Vectors by the published model from Parquet files of backbone embeddings (only the head runs), or of images.
 
-Reads    INPUT: a Parquet file, or a folder of them, with a column of embeddings (lists of floats, such as those of
-         generate_embeddings.py) or of images (bytes, or Hugging Face's struct of bytes and path), or the pipeline's
-         intermediates (then also the tars of paths.raw_dir); the published model
+Reads    INPUT: a Parquet file, or a folder of them, with a column of embeddings (lists of floats: what
+         generate_embeddings.py writes) or of images (bytes, or Hugging Face's struct of bytes and path), or the
+         pipeline's intermediates (then also the tars of paths.raw_dir); the published model
 Writes   OUT/<file>-<part>.parquet: the other columns as they are, and `embedding` (float32, of length 1) in place
          of the column that was used; whole row groups, at least data.rows_per_part rows a part;
          OUT_rejects/: rows whose image cannot be decoded
