@@ -64,7 +64,7 @@ def load(settings: EmbeddingModel, dtype: str, device: torch.device) -> Backbone
         "revision": None if is_local else folder.name,  # the cache names a snapshot's folder by its commit
         "pooling": settings.pooling,
         "dtype": dtype,
-        "image_size": [round(side * min(settings.views)) for side in preprocessing.image_size],  # of a view
+        "image_size": read_preprocessing(folder).image_size,  # height, width of a view
         "dim": (dim := embedding_dim(model.config, settings.pooling)),
     }
     return Backbone(model.eval().to(device), preprocessing, folder, facts, settings.pooling, settings.views, dim)

@@ -75,18 +75,22 @@ class Preprocessing:
         return (longest, self.shortest_edge) if width <= height else (self.shortest_edge, longest)
 
 
+def enlarged(px: int, share: float) -> int:
+    """The side of a picture whose central `share` is `px` wide, even or odd as that is: they have one centre."""
+    return px + 2 * round((px / share - px) / 2)
+
+
 def read_enlarged(folder: Path, share: float) -> dict:
-    """A model's preprocessor_config.json, enlarged so that the central `share` of the picture's sides has
-    the size that the model asks for: the picture that all views down to it are made from, see `make_views`.
+    """A model's preprocessor_config.json, enlarged so that the central `share` of the picture's sides has the size
+    that the model asks for. All views down to that share are made from this picture, see `make_views`.
     """
     config = model_files.read_json(folder / PREPROCESSING)
-
-    def enlarged(size):
-        if isinstance(size, dict):
-            return {side: enlarged(pixels) for side, pixels in size.items()}
-        return size and size + 2 * round((size / share - size) / 2)  # as even or odd: the same centre
-
-    return {key: enlarged(value) if key in ("size", "crop_size") else value for key, value in config.items()}
+    for key in ("size", "crop_size"):
+        if isinstance(size := config.get(key), dict):
+            config[key] = {side: enlarged(px, share) for side, px in size.items()}
+        elif size is not None:
+            config[key] = enlarged(size, share)
+    return config
 
 
 def read_preprocessing(folder: Path, share: float = 1) -> Preprocessing:

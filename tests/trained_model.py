@@ -47,7 +47,7 @@ def write_checkpoint(cfg: sections.Config, **changes) -> ProjectionHead:
         "epoch": 3,
         "metrics": {"map@r": 0.3},
         "config": config.values(cfg, "training"),
-        "embedding_model": {**model, "dim": made.facts["dim"]},
+        "embedding_model": {**model, "dim": made.facts["dim"], "image_size": made.facts["image_size"]},
         "baselines": {},
         "provenance": record.to_dict(),
         **changes,

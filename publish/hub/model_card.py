@@ -49,7 +49,6 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
         preprocessing=preprocessing,
         views=(views := cfg.embedding_model.views),
         shares=" and ".join(f"{share:.0%}" for share in views),
-        view_size=[round(side * min(views)) for side in preprocessing.image_size],
         images={split: parquet.num_rows(cfg.paths.merged_dir / f"{split}.parquet") for split in schemas.SPLITS},
         splits=parquet.read_provenance(cfg.paths.merged_dir / "test.parquet").config,
         training={

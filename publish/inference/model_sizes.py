@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from common.sections import Config
 from generate import backbone, model_files
-from generate.pixels import read_preprocessing
+from generate.pixels import enlarged, read_preprocessing
 from publish.configuration_spatial_embeddings import SpatialEmbeddingsConfig
 from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel, embedding_dim
 
@@ -36,7 +36,7 @@ def estimate(cfg: Config, num_images: int, image_size: int | None) -> dict:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     backbone.check(settings, config.model_type)
     size = [image_size, image_size] if image_size else read_preprocessing(folder).image_size
-    picture = [round(side / min(settings.views)) for side in size]  # that all views are made from
+    picture = [enlarged(side, min(settings.views)) for side in size]
     dim = embedding_dim(config, settings.pooling)
     head = {"hidden_dim": cfg.training_model.hidden_dim, "output_dim": min(cfg.training_model.output_dim, dim)}
     with torch.device("meta"):

@@ -116,15 +116,17 @@ def parts_of(cfg: sections.Config, images: int) -> list[tar_parts.TarPart]:
 
 
 def against_the_model(cfg: sections.Config, device: torch.device, images: int, rounds: int) -> dict:
-    """Seconds of the loop, and of the same model on as many tensors that lie on its device."""
+    """Seconds of the loop, and of the same model on the tensors of as many views, which lie on its device."""
     model = backbone.load(cfg.embedding_model, devices.resolve_dtype("auto", device), device)
     todo = parts_of(cfg, images)
     count, batch = todo[0].count, 8 if device.type == "cpu" else 256
-    pixels = torch.rand(batch, 3, PX, PX, device=device)
+    num_views = len(cfg.embedding_model.views)
+    pixels = torch.rand(batch * num_views, 3, PX, PX, device=device).to(model.model.dtype)
 
+    @torch.inference_mode()
     def bare() -> None:
         for start in range(0, count, batch):
-            model(pixels[: min(batch, count - start)]).half()
+            model.model(pixels[: num_views * min(batch, count - start)])
         if device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -206,7 +208,9 @@ def on_cuda(root: Path, device: torch.device) -> list[timing.Ratio]:
         cfg = settings(root, write_vit(root / size, size))
         taken = against_the_model(cfg, device, images=10**6, rounds=5)
         count = parts_of(cfg, 10**6)[0].count
-        what = f"ViT-{size}/14 at {PX} px, bfloat16, {count:,} images, {card}"
+        what = (
+            f"ViT-{size}/14, {len(cfg.embedding_model.views)} views of {PX} px, bfloat16, {count:,} images, {card}"
+        )
         ratios.append(timing.ratio(what, taken, "loop", "bare forward", items=count, unit="images/s"))
         if peak:
             at_peak = [count * model_sizes.estimate(cfg, 1, PX)["flops_per_image"] / (peak * 1e12)] * len(
@@ -230,7 +234,7 @@ def measure() -> list[timing.Ratio]:
         what = f"{count} JPEGs of 640 x 640 px to {PX} px, a model of no cost"
         ratios = [
             timing.ratio(
-                f"ViT-S/14 at {PX} px, {MODEL_IMAGES} images",
+                f"ViT-S/14, {len(cfg.embedding_model.views)} views of {PX} px, {MODEL_IMAGES} images",
                 taken,
                 "loop",
                 "bare forward",
