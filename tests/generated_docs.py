@@ -254,7 +254,11 @@ def costs() -> str:
 
     rows = [
         row("dimensions", "{:,}", "dim"),
-        row(f"embeddings: images/s on one {estimate['gpu']}", "{:,.0f}", "gpu_images_per_s"),
+        row(
+            f"embeddings of {len(estimate['views'])} views: images/s on one {estimate['gpu']}",
+            "{:,.0f}",
+            "gpu_images_per_s",
+        ),
         row("embeddings: GPU hours", "{:.1f}", "gpu_hours_embeddings"),
         row("embeddings: CPU cores that keep that GPU busy", "{:.0f}", "decoding_cores_per_gpu"),
         row("merge and split: hours", "{:.1f}", "hours_merge"),

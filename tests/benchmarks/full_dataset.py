@@ -94,9 +94,10 @@ def main() -> int:
     train_images, test_images = round(IMAGES * cfg.data.train_ratio), round(IMAGES * cfg.data.test_ratio)
     neighbor_bytes = cfg.data.neighbors * (4 + 2) + cfg.data.num_bands + 1 + 20
     found = {
-        "machine": timing.machine(),
+        "machine": results["machine"],
         "gpu": GPU,
         "images": IMAGES,
+        "views": cfg.embedding_model.views,
         "core_hours_process_tar": IMAGES / ours(results, "process_tar on gzip") / 3600,
         "core_hours_fingerprints": IMAGES / ours(results, "pHash") / 3600,
         "days_evaluation_here": grown(growth, "evaluation, 256-d", test_images) / 24,
