@@ -116,11 +116,19 @@ def differences(existing: Provenance, expected: Provenance, ignored: Iterable[st
     return reasons
 
 
-def of_model(model: dict | None) -> dict:
-    """What records say of an embedding model, completed with the settings that older ones lack."""
-    section = "embedding_model."
-    former = {key.removeprefix(section): value for key, value in _FORMER_VALUES.items() if section in key}
-    return former | (model or {})
+def embedding_model(record: Provenance) -> dict:
+    """The model that made a file's embeddings: its settings, and what loading it determined; {} if unknown."""
+    if "embedding_model" in record.facts:  # of the splits
+        model = record.facts["embedding_model"]
+    else:
+        model = {key.partition(".")[2]: value for key, value in record.config.items() if "embedding_model." in key}
+        model |= {key: value for key, value in record.facts.items() if value is not None and key != "model"}
+    return with_views(model) if model else {}
+
+
+def with_views(model: dict) -> dict:
+    """A record of an embedding model, completed if it is older than views: then they were the whole image."""
+    return {"views": _FORMER_VALUES["embedding_model.views"], **model}
 
 
 def digest_of(*parts: bytes | str) -> str:

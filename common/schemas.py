@@ -130,9 +130,7 @@ def vector(kind: pa.DataType, length: int) -> pa.DataType:
 def embeddings(dim: int) -> pa.Schema:
     """The columns of the intermediates and the backbone's output."""
     return INTERMEDIATES.append(
-        pa.field(
-            "embedding", vector(pa.float16(), dim)
-        )  # the mean of the views' unit vectors; of a single view the pooled output
+        pa.field("embedding", vector(pa.float16(), dim))  # mean of the views' unit vectors, or one view's output
     )
 
 

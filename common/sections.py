@@ -51,7 +51,7 @@ class EmbeddingModel(Section):
     name: str
     revision: str
     pooling: Literal["cls", "mean", "cls_mean"]
-    views: Annotated[list[Annotated[float, Field(ge=0.1, le=1)]], Field(min_length=1)]
+    views: Annotated[list[Annotated[float, Field(ge=0.25, le=1)]], Field(min_length=1)]
     dtype: Literal["auto", "float32", "bfloat16"]
 
     @field_validator("views")

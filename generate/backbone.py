@@ -1,4 +1,4 @@
-"""The frozen vision backbone: checked, loaded, and its output pooled to one vector per image.
+"""The frozen vision backbone: checked, loaded, and the pooled output of an image's views averaged.
 
 Families: DINOv2 with and without registers, DINOv3 ViT and ConvNeXt, from the hub or from a folder.
 """
@@ -40,6 +40,7 @@ class Backbone:
     facts: dict  # what the embeddings' provenance records besides the settings
     pooling: str
     views: list[float]
+    view_size: list[int]  # height, width
     dim: int  # of an embedding
 
     @torch.inference_mode()
@@ -47,7 +48,7 @@ class Backbone:
         """(N, 3, H, W) float32 -> (N, dim) float32: the mean over views of the unit vectors, or the pooled output
         of a single view as it is.
         """
-        views = make_views(pixel_values, self.views)
+        views = make_views(pixel_values, self.views, self.view_size)
         hidden = self.model(views.to(self.model.dtype)).last_hidden_state  # (N x views, tokens, width)
         return mean_of_views(pool(hidden, self.model.config, self.pooling), len(self.views))
 
@@ -56,7 +57,10 @@ def load(settings: EmbeddingModel, dtype: str, device: torch.device) -> Backbone
     """The backbone of the settings, in `dtype` ("float32", "bfloat16"). Raises PipelineError, with advice."""
     folder = model_files.locate(settings.name, settings.revision)
     check(settings, model_files.read_json(folder / "config.json").get("model_type"))
-    preprocessing = read_preprocessing(folder, min(settings.views))
+    preprocessing, view_size = (
+        read_preprocessing(folder, min(settings.views)),
+        read_preprocessing(folder).image_size,
+    )
     model = load_weights(AutoModel, folder, dtype)
     is_local = is_folder(settings.name)
     facts = {
@@ -64,10 +68,11 @@ def load(settings: EmbeddingModel, dtype: str, device: torch.device) -> Backbone
         "revision": None if is_local else folder.name,  # the cache names a snapshot's folder by its commit
         "pooling": settings.pooling,
         "dtype": dtype,
-        "image_size": read_preprocessing(folder).image_size,  # height, width of a view
+        "image_size": view_size,
         "dim": (dim := embedding_dim(model.config, settings.pooling)),
     }
-    return Backbone(model.eval().to(device), preprocessing, folder, facts, settings.pooling, settings.views, dim)
+    how = (settings.pooling, settings.views, view_size, dim)
+    return Backbone(model.eval().to(device), preprocessing, folder, facts, *how)
 
 
 def check(settings: EmbeddingModel, model_type: str | None) -> None:

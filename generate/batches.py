@@ -9,8 +9,8 @@ import torch
 from common.errors import PipelineError
 from common.sections import Infrastructure
 
-CPU_IMAGES = 8  # with "auto": larger batches are no faster, and 5 MB of pixels stay in the cache
-LARGEST = 512  # with "auto" on CUDA: for a ViT-B/14 at 224 pixels that is 130,000 tokens, more than any card needs
+CPU_IMAGES = 8  # with "auto": larger batches are no faster
+LARGEST = 512  # with "auto" on CUDA: 130,000 tokens a view for a ViT-B/14 at 224 pixels, more than any card needs
 MEMORY_SHARE = 0.6  # of the free memory, for the forward pass with "auto": the rest is for images prepared ahead
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -30,11 +30,12 @@ def size_of(settings: Infrastructure, forward: Forward, image_size: list[int], d
         return Size(CPU_IMAGES)
 
     def peak_bytes(images: int) -> int:
-        pixels = torch.zeros((images, 3, *image_size), device=device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
+        pixels = torch.zeros((images, 3, *image_size), device=device)
         forward(pixels)
-        return torch.cuda.max_memory_allocated(device) - before
+        ahead = 2 * pixels.nbytes  # of batches that are prepared meanwhile, see loop.py
+        return torch.cuda.max_memory_allocated(device) - before + ahead
 
     size = Size(largest(peak_bytes, int(MEMORY_SHARE * torch.cuda.mem_get_info(device)[0])))
     torch.cuda.empty_cache()

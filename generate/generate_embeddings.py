@@ -7,7 +7,7 @@ Writes   data/embeddings/<tar>-<part>.parquet: the rows of the intermediates, in
          data/embeddings_rejects/<tar>-<part>.parquet: images that can no longer be decoded, if any
 Command  python generate/generate_embeddings.py [--shard 3 --num-shards 40]; if there are more tasks than tars,
          several share the parts of one
-Memory   the images in flight (see loop.py: under 100 MB), two parts (20,000 x dim x 10 bytes: 154 MB at 768),
+Memory   the images in flight (see loop.py: 40 MB a thread), two parts (20,000 x dim x 10 bytes: 154 MB at 768),
          one tar's intermediates twice (300 bytes an image: 270 MB for 450,000), for gzip tars twice 64 MB and
          0.4 % of one (240 MB for 14 GB), and the backbone
 Time     that of the backbone, for each view: see publish/estimate_model_size.py. A stop signal waits for the

@@ -75,32 +75,35 @@ class Preprocessing:
         return (longest, self.shortest_edge) if width <= height else (self.shortest_edge, longest)
 
 
-def enlarged(px: int, share: float) -> int:
+def picture_side(px: int, share: float) -> int:
     """The side of a picture whose central `share` is `px` wide, even or odd as that is: they have one centre."""
     return px + 2 * round((px / share - px) / 2)
 
 
-def read_enlarged(folder: Path, share: float) -> dict:
-    """A model's preprocessor_config.json, enlarged so that the central `share` of the picture's sides has the size
-    that the model asks for. All views down to that share are made from this picture, see `make_views`.
+def read_config(folder: Path, share: float) -> dict:
+    """A model's preprocessor_config.json, changed to give pictures whose central `share` has the model's size: all
+    views down to that share are made from them, see `make_views`. Raises PipelineError.
     """
-    config = model_files.read_json(folder / PREPROCESSING)
+    path = folder / PREPROCESSING
+    config = model_files.read_json(path)
+    if share < 1 and not config.get("do_resize", True):
+        raise PipelineError(f"{path} resizes nothing, so there are no views\nset embedding_model.views to [1.0]")
     for key in ("size", "crop_size"):
         if isinstance(size := config.get(key), dict):
-            config[key] = {side: enlarged(px, share) for side, px in size.items()}
+            config[key] = {side: picture_side(px, share) for side, px in size.items()}
         elif size is not None:
-            config[key] = enlarged(size, share)
+            config[key] = picture_side(size, share)
     return config
 
 
 def read_preprocessing(folder: Path, share: float = 1) -> Preprocessing:
-    """The preprocessing that a model's folder asks for; `share`: see `read_enlarged`.
+    """The preprocessing that a model's folder asks for; `share`: see `read_config`.
 
     Raises PipelineError if it is absent or not supported.
     """
     path = folder / PREPROCESSING
     try:
-        config = read_enlarged(folder, share)
+        config = read_config(folder, share)
         size = config["size"] if config.get("do_resize", True) else {}
         size = {"shortest_edge": size} if isinstance(size, int) else size
         crop = config.get("crop_size") if config.get("do_center_crop", True) else None

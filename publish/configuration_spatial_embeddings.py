@@ -16,7 +16,8 @@ class SpatialEmbeddingsConfig(PretrainedConfig):
         self,
         backbone_config: dict | PretrainedConfig | None = None,
         pooling: str = "cls",
-        views: Sequence[float] = (1.0,),  # the whole image alone, as in folders that name none
+        views: Sequence[float] = (1.0,),  # shares of the image's sides
+        view_size: Sequence[int] | None = None,  # height and width of each view in pixels; None: the image's
         input_dim: int = 768,
         hidden_dim: int = 512,
         output_dim: int = 256,
@@ -29,6 +30,7 @@ class SpatialEmbeddingsConfig(PretrainedConfig):
         self.backbone_config = backbone_config
         self.pooling = pooling
         self.views = list(views)
+        self.view_size = view_size
         self.input_dim = input_dim
         self.hidden_dim = hidden_dim
         self.output_dim = output_dim

@@ -7,7 +7,7 @@ Command  python publish/demo_usage.py compare A.jpg B.jpg
          python publish/demo_usage.py search QUERY.jpg --gallery FOLDER_OR_TAR --out search.png
          python publish/demo_usage.py search
          The model looks at the centre of a photograph more closely than at the rest. If the building is elsewhere,
-         name it with --box LEFT,TOP,RIGHT,BOTTOM; if it fills the frame, --views 1.0 looks at the whole alone
+         say where with --box; if it fills the frame, --views 1.0 looks at the whole alone
 Memory   the gallery's vectors (1 kB an image), the images in flight (see generate/loop.py), and the model
 """
 
@@ -35,10 +35,12 @@ def parse(argv) -> argparse.Namespace:
     search.add_argument("--top", type=int, default=5, metavar="N", help="results to show (5)")
     search.add_argument("--limit", type=int, default=2000, metavar="N", help="images of the test split (2000)")
     search.add_argument("--out", type=Path, default=Path("search.png"), help="the picture (search.png)")
-    for command, images in ((compare, "A; given twice, also in B"), (search, "QUERY")):
-        box = f"where the building is in {images} (pixels)"
-        command.add_argument("--box", type=numbers, action="append", default=[], metavar="L,T,R,B", help=box)
-        command.add_argument("--views", type=numbers, metavar="SHARE,...", help="of the frame (the model's own)")
+    for command, images in ((compare, "A, in pixels; a second --box is for B"), (search, "QUERY, in pixels")):
+        help_box, help_views = f"the building in {images}", "shares to look at, e.g. 1.0,0.5 (the model's own)"
+        command.add_argument(
+            "--box", type=box, action="append", default=[], metavar="LEFT,TOP,RIGHT,BOTTOM", help=help_box
+        )
+        command.add_argument("--views", metavar="SHARE,...", help=help_views)
         command.add_argument("--model", type=Path, metavar="FOLDER", help="published model (paths.published_dir)")
         cli.config_flags(command)
     args = arguments.parse_args(argv)
@@ -46,16 +48,19 @@ def parse(argv) -> argparse.Namespace:
         raise ConfigError("search needs both a QUERY and a --gallery, or neither: then it uses the test split")
     if args.command == "search" and min(args.top, args.limit) < 1:
         raise ConfigError("--top and --limit must be 1 or more")
-    named = 2 if args.command == "compare" else args.query is not None
-    if len(args.box) > named or any(len(box) != 4 for box in args.box):
-        raise ConfigError("--box is LEFT,TOP,RIGHT,BOTTOM in pixels, at most one for each image that is named")
-    if args.views and not all(0.1 <= share <= 1 for share in args.views):
-        raise ConfigError("--views are shares of the frame's sides, from 0.1 to 1")
+    if len(args.box) > (2 if args.command == "compare" else args.query is not None):
+        raise ConfigError("there are more --box than images named on the command line")
+    if args.views:
+        args.set.append(f"embedding_model.views=[{args.views}]")  # to be checked like the setting
     return args
 
 
-def numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+def box(text: str) -> list[int]:
+    try:
+        left, top, right, bottom = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not LEFT,TOP,RIGHT,BOTTOM in pixels") from None
+    return [left, top, right, bottom]
 
 
 def main(argv=None) -> int:
@@ -82,13 +87,14 @@ def main(argv=None) -> int:
 
     device = devices.pick(cfg.infrastructure.device)
     dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
-    published = published_model.load(folder, dtype, device, args.views)
+    published = published_model.load(folder, dtype, device, cfg.embedding_model.views if args.views else None)
     if args.command == "compare":
         first, second = (photo_search.vector_of(published, image) for image in pair)
         similarity = float(first @ second)
         print(f"similarity {similarity:.3f} (1: the same direction, 0: unrelated)")
         metrics = cfg.paths.evaluation_dir / "metrics.json"
-        print(photo_search.percentiles_of(similarity, metrics, published_model.evaluation_of(folder)))
+        if not args.views:  # the evaluation is one of the model's own
+            print(photo_search.percentiles_of(similarity, metrics, published_model.evaluation_of(folder)))
     else:
         nearest = photo_search.search(published, query, gallery, cfg.infrastructure, args.top)
         print(photo_search.table(nearest))

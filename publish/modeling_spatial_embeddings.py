@@ -33,7 +33,7 @@ FAMILIES = {
 
 
 class Pooling(NamedTuple):
-    """How tokens become one vector per image."""
+    """How tokens become one vector."""
 
     pool: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # CLS (N, width), patches (N, P, width) -> (N, dim)
     num_tokens: int  # dim / width
@@ -54,27 +54,30 @@ def embedding_dim(backbone_config: PretrainedConfig, pooling: str) -> int:
 
 
 def pool(last_hidden_state: torch.Tensor, backbone_config: PretrainedConfig, pooling: str) -> torch.Tensor:
-    """One vector per image, (N, dim) float32, from its tokens (N, tokens, width)."""
+    """Vectors (N, dim) float32 from tokens (N, tokens, width)."""
     num_prefix_tokens = FAMILIES[backbone_config.model_type].num_prefix_tokens(backbone_config)
     patches = last_hidden_state[:, num_prefix_tokens:].float()
     return POOLINGS[pooling].pool(last_hidden_state[:, 0].float(), patches)
 
 
-def make_views(pixel_values: torch.Tensor, views: Sequence[float]) -> torch.Tensor:
-    """Views about the centre of images (N, 3, H, W): (N x views, 3, h, w) float32, an image's views in a row.
+def make_views(pixel_values: torch.Tensor, views: Sequence[float], size: Sequence[int] | None) -> torch.Tensor:
+    """Views about the centre of images (N, 3, H, W): (N x views, 3, *size) float32, an image's views in a row.
 
-    A view is a share of the image's sides. The smallest is cut out as it is; larger ones are reduced to its size,
-    bicubic and antialiased. So for a 224-pixel backbone and views down to 0.5, images have 448 pixels.
+    A view is a share of the image's sides, resized to `size` (bicubic, antialiased) unless it has that already: of
+    images of 448 pixels and a size of 224, the central half is cut out as it is. None: the whole image as it is.
     """
-    height, width = pixel_values.shape[-2:]
-    margins = [(round(height * (1 - share) / 2), round(width * (1 - share) / 2)) for share in views]
-    cut = [pixel_values[:, :, y : height - y, x : width - x].float() for y, x in margins]
-    size = min(view.shape[-2:] for view in cut)
-    same = [
-        view if view.shape[-2:] == size else F.interpolate(view, size, mode="bicubic", antialias=True)
-        for view in cut
-    ]
-    return torch.stack(same, dim=1).flatten(0, 1)
+    images = pixel_values.float()
+    if size is None:
+        return images
+    height, width = images.shape[-2:]
+    made = []
+    for share in views:
+        y, x = round(height * (1 - share) / 2), round(width * (1 - share) / 2)
+        view = images[:, :, y : height - y, x : width - x]
+        if view.shape[-2:] != tuple(size):
+            view = F.interpolate(view, tuple(size), mode="bicubic", antialias=True)
+        made.append(view)
+    return torch.stack(made, dim=1).flatten(0, 1)
 
 
 def mean_of_views(vectors: torch.Tensor, num_views: int) -> torch.Tensor:
@@ -110,19 +113,15 @@ class SpatialEmbeddingsModel(PreTrainedModel):
 
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        num_views = len(self.config.views)
-        views = make_views(pixel_values, self.config.views)
+        views = make_views(pixel_values, self.config.views, self.config.view_size)
         output = self.backbone(views.to(self.backbone.dtype), **kwargs)
-        pooled = pool(output.last_hidden_state, self.config.backbone_config, self.config.pooling)
-
-        def by_image(layers):  # the tokens of all views in a row (of attentions, the heads)
-            return layers and tuple(layer.unflatten(0, (-1, num_views)).flatten(1, 2) for layer in layers)
-
+        hidden, num_views = output.last_hidden_state, len(self.config.views)  # (N x views, tokens, width)
+        pooled = pool(hidden, self.config.backbone_config, self.config.pooling)
         return BaseModelOutputWithPooling(
-            last_hidden_state=by_image([output.last_hidden_state])[0],  # (N, views x tokens, width)
+            last_hidden_state=hidden.unflatten(0, (-1, num_views)).flatten(1, 2),  # (N, views x tokens, width)
             pooler_output=self.head(mean_of_views(pooled, num_views)),
-            hidden_states=by_image(output.get("hidden_states")),
-            attentions=by_image(output.get("attentions")),
+            hidden_states=output.get("hidden_states"),  # a row for each view, as in attentions
+            attentions=output.get("attentions"),
         )
 
     def project(self, embeddings: torch.Tensor) -> torch.Tensor:

@@ -114,31 +114,43 @@ def test_views_equal_the_processors_pixels_of_pictures_cut_beforehand(size, view
     margins = [round(size * (1 - share) / 2) for share in views]
     cut = [image.crop((margin, margin, size - margin, size - margin)) for margin in margins]
     expected = processor(cut, return_tensors="pt")["pixel_values"]
-    ours = make_views(pixels.read_preprocessing(folder, min(views))([np.array(image)], CPU), views)
+    ours = make_views(pixels.read_preprocessing(folder, min(views))([np.array(image)], CPU), views, (224, 224))
     grey_levels = (ours - expected).abs() * 255 * torch.tensor(IMAGENET_STD)[:, None, None]
     assert ours.shape == expected.shape == (len(views), 3, 224, 224)
-    assert grey_levels.mean(dim=(1, 2, 3)).max() < 0.5  # rounded twice; 0.9 if a centre is half a pixel off
+    assert grey_levels.mean(dim=(1, 2, 3)).max() < 0.5  # resized twice; 0.9 if a centre is half a pixel off
     assert grey_levels[-1].max() < 3  # the smallest is cut from the enlarged picture as it is
 
 
-@pytest.mark.parametrize("share", [0.9, 0.75, 0.7, 0.5, 0.35, 1 / 3, 0.3, 0.1])
+@pytest.mark.parametrize("share", [0.9, 0.75, 0.7, 0.5, 0.35, 1 / 3, 0.25])
 @pytest.mark.parametrize("px", [224, 225, 56])
 def test_the_smallest_view_has_the_size_that_the_model_asks_for(share, px, tmp_path):
     folder = write_tiny_backbone(tmp_path, "dinov2")
     (folder / "preprocessor_config.json").write_text(
         (folder / "preprocessor_config.json").read_text().replace("56", str(px))
     )
-    enlarged = pixels.read_preprocessing(folder, share)
-    assert make_views(torch.zeros(2, 3, *enlarged.image_size), [1, share]).shape == (4, 3, px, px)
-    assert enlarged.image_size[0] == pytest.approx(px / share, abs=1)
+    height, width = pixels.read_preprocessing(folder, share).image_size
+    image = torch.rand(1, 3, height, width)
+    y, x = (height - px) // 2, (width - px) // 2
+    assert torch.equal(make_views(image, [share], (px, px)), image[:, :, y : y + px, x : x + px])  # not resized
+    assert height == width == pytest.approx(px / share, abs=1)
 
 
 def test_views_are_central_and_an_images_views_follow_one_another():
     image = torch.arange(36.0).reshape(1, 1, 6, 6).expand(1, 3, 6, 6)
-    views = make_views(torch.cat([image, image + 100]), [1, 1 / 3])
+    views = make_views(torch.cat([image, image + 100]), [1, 1 / 3], (2, 2))
     assert torch.equal(views[1, 0], torch.tensor([[14.0, 15], [20, 21]]))
     assert torch.equal(views[3], views[1] + 100)
     assert views[0].mean() == pytest.approx(17.5)  # reduced, it keeps its mean
+    assert torch.equal(make_views(image, [1], None), image)
+
+
+def test_without_a_resize_there_are_no_views(tmp_path):
+    folder = write_tiny_backbone(tmp_path, "dinov2")
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "do_resize": False}))
+    assert pixels.read_preprocessing(folder).image_size == [56, 56]
+    with pytest.raises(PipelineError, match=r"resizes nothing.*\nset embedding_model.views to \[1.0\]"):
+        pixels.read_preprocessing(folder, 0.5)
 
 
 def test_unit_vectors_are_averaged_and_a_single_view_stays_as_it_is():

@@ -95,7 +95,7 @@ def test_set_overrides_with_toml_values_and_plain_strings():
         ("embedding_model.views=[]", "[embedding_model] views: List should have at least 1 item"),
         ("embedding_model.views=[1, 1.5]", "[embedding_model.views] 1: Input should be less than or equal to 1"),
         (
-            "embedding_model.views=[0.05]",
+            "embedding_model.views=[0.2]",
             "[embedding_model.views] 0: Input should be greater than",
         ),
         ("embedding_model.views=[0.5, 0.5]", "[embedding_model] views: each view must be named once"),

@@ -309,7 +309,7 @@ def test_the_attention_that_a_user_asks_for_is_the_backbones(trained):
     assert SpatialEmbeddingsModel.from_pretrained(folder, attn_implementation="sdpa")  # once refused
     eager = SpatialEmbeddingsModel.from_pretrained(folder, attn_implementation="eager")
     output = eager(x, output_attentions=True)
-    assert [tuple(map.shape) for map in output.attentions] == [(1, 4, 17, 17)] * 2  # both views'; sdpa has none
+    assert [tuple(map.shape) for map in output.attentions] == [(2, 2, 17, 17)] * 2  # of two views; sdpa has none
     assert output.last_hidden_state.shape == (1, 34, 32)
     assert torch.allclose(output.pooler_output, by_default(x).pooler_output, atol=1e-5)
 
@@ -334,7 +334,7 @@ def test_a_folder_that_names_no_views_has_the_whole_image(tmp_path):
     done = Trained(tmp_path, embedding_model__views=[1.0])
     folder = publish_without_check(done)
     config = json.loads((folder / "config.json").read_text())
-    assert config.pop("views") == [1.0]
+    assert (config.pop("views"), config.pop("view_size")) == ([1.0], [56, 56])
     (folder / "config.json").write_text(json.dumps(config))  # as published before there were views
     published = published_model.load(folder, "float32", torch.device("cpu"))
     images = [decode(content) for content in JPEGS]

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from embedding_setup import jpeg, picture, write_tar
+from embedding_setup import cosines, jpeg, picture, write_tar
 from invented_metrics import FOUND
 from local_backbone import write_preprocessor
 from PIL import Image
@@ -179,25 +179,44 @@ def test_a_box_is_a_picture_cut_beforehand(model, flags, tmp_path, capsys):  # n
     assert results_of(capsys.readouterr().out) == [(1.0, "cut.png")]
     with pytest.raises(PipelineError, match=r"box 40,30,240,130 is not within .*whole.png, 200 x 160"):
         main(["compare", whole, cut, "--box", "40,30,240,130", *flags])
-    for wrong in (["--box", "1,2,3"], [*box, *box]):
-        with pytest.raises(ConfigError, match="--box is LEFT,TOP,RIGHT,BOTTOM"):
-            main([*search, *wrong, *flags])
+    with pytest.raises(ConfigError, match="more --box than images"):
+        main([*search, *box, *box, *flags])
+    for wrong in ("1,2,3", "a,b", "nan,0,5,5"):
+        with pytest.raises(SystemExit):
+            main([*search, "--box", wrong, *flags])
+        assert f"{wrong} is not LEFT,TOP,RIGHT,BOTTOM in pixels" in capsys.readouterr().err
 
 
-def test_other_views_are_those_of_a_model_published_with_them(model, flags, query, tmp_path, capsys):  # noqa: F811
-    photograph, device = photo_search.Photograph("query", QUERY), torch.device("cpu")
-    for views in ([1.0], [1.0, 0.35], [0.5]):
-        changed = shutil.copytree(model, tmp_path / str(views))
-        settings = json.loads((model / "config.json").read_text())
-        (changed / "config.json").write_text(json.dumps({**settings, "views": views}))
-        write_preprocessor(changed, "dinov2", round(56 / min(views)))
-        both = (
-            published_model.load(changed, "float32", device),
-            published_model.load(model, "float32", device, views),
-        )
-        expected, ours = (photo_search.vector_of(published, photograph) for published in both)
-        assert np.allclose(ours, expected, atol=1e-6)
-    main(["compare", query, query, "--views", "1.0", *flags])
-    assert "similarity 1.000" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="--views are shares"):
-        main(["compare", query, query, "--views", "2", *flags])
+@pytest.mark.parametrize("views", [[1.0], [1.0, 0.35], [0.5]])
+def test_other_views_are_cut_from_the_same_picture(views, model, flags, query, tmp_path, monkeypatch, capsys):  # noqa: F811
+    changed = shutil.copytree(model, tmp_path / "changed")
+    settings = json.loads((model / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps({**settings, "views": views}))
+    vector_of, vectors = photo_search.vector_of, []
+    monkeypatch.setattr(photo_search, "vector_of", lambda *what: vectors.append(vector_of(*what)) or vectors[-1])
+    assert main(["compare", query, query, "--views", ",".join(map(str, views)), *flags]) == 0
+    assert "evaluat" not in capsys.readouterr().out  # whose histograms are those of the model's own views
+    from_changed, from_own = (
+        1 - cosines(vectors[:1], plain_vectors(folder, [QUERY])) for folder in (changed, model)
+    )
+    assert from_changed < 1e-4
+    assert from_changed < 0.1 * from_own
+
+
+@pytest.mark.parametrize("views", ["2", "0.1", "1,1", "a"])
+def test_views_are_checked_like_the_setting(views, query):
+    with pytest.raises(ConfigError, match=r"embedding_model.*views"):
+        main(["compare", query, query, "--views", views])
+
+
+def test_a_model_older_than_views_can_be_told_which_to_make(model, tmp_path):  # noqa: F811
+    older = shutil.copytree(model, tmp_path / "older")
+    settings = json.loads((model / "config.json").read_text())
+    del settings["views"], settings["view_size"]
+    (older / "config.json").write_text(json.dumps(settings))
+    write_preprocessor(older, "dinov2", 56)
+    published = published_model.load(older, "float32", torch.device("cpu"), [0.5])
+    image = torch.rand(1, 3, 56, 56)
+    enlarged = torch.nn.functional.interpolate(image[:, :, 14:42, 14:42], (56, 56), mode="bicubic", antialias=True)
+    whole = published_model.load(older, "float32", torch.device("cpu"))
+    assert torch.allclose(published.forward(image), whole.forward(enlarged), atol=1e-6)

@@ -132,6 +132,15 @@ def test_embeddings_of_another_model_are_refused_naming_both(own):
         run(cfg)
 
 
+def test_a_checkpoint_older_than_views_is_of_the_whole_image(own):
+    cfg, columns, _ = own  # the checkpoint's model names no views
+    small_merge.write_split(cfg, "test", columns["test"], model={**small_merge.MODEL, "views": [1.0, 0.5]})
+    with pytest.raises(StaleArtefact, match=r"views \[1.0\](.|\n)*views \[1.0, 0.5\]"):
+        run(cfg)
+    small_merge.write_split(cfg, "test", columns["test"], model={**small_merge.MODEL, "views": [1.0]})
+    assert run(cfg) == 0
+
+
 @pytest.mark.parametrize("content", [{"head": {}}, [1], np.random.default_rng(0)])
 def test_a_checkpoint_of_another_program_is_refused(own, content):
     cfg, _, path = own

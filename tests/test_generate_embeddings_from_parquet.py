@@ -1,5 +1,7 @@
 """publish/generate_embeddings_from_parquet.py. Oracle: the head, and the published model run plainly."""
 
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,7 +11,7 @@ from embedding_setup import cosines, write_intermediates, write_tar
 from test_generate_embeddings_from_hf import flags, model, plain_vectors  # noqa: F401 - fixtures
 from trained_model import JPEGS
 
-from common import config, parquet
+from common import config, parquet, provenance, schemas
 from common.errors import PipelineError, StaleArtefact
 from generate import loop
 from publish.generate_embeddings_from_parquet import main
@@ -226,3 +228,33 @@ def test_a_matrix_of_lists_keeps_float16_and_takes_its_dimensions_from_the_first
     for message, column in wrong.items():
         with pytest.raises(PipelineError, match=message):
             matrix(column)
+
+
+@pytest.mark.parametrize(
+    ("changed", "refused"),
+    [
+        ({}, ""),
+        ({"dtype": "bfloat16"}, ""),  # the same vectors, rounded
+        ({"views": [1.0]}, r"views = \[1.0\]; the head .* was trained on embeddings with views = \[1.0, 0.5\]"),
+        ({"views": None}, r"views = \[1.0\]; the head"),  # as of files older than views
+        ({"pooling": "mean"}, 'pooling = "mean"; the head'),
+        ({"weights": "w1"}, 'weights = "w1"; the head'),
+    ],
+)
+def test_our_embeddings_of_another_backbone_or_other_views_are_refused(changed, refused, model, flags, tmp_path):  # noqa: F811
+    published = shutil.copytree(model, tmp_path / "published")
+    trained_on = {"name": "tiny", "weights": "w0", "pooling": "cls", "views": [1.0, 0.5], "dtype": "float32"}
+    record = provenance.record("convert_to_hf", {}, {})
+    record = record.finished("", {}, {"trained_on": {"embedding_model": trained_on}})
+    (published / "provenance.json").write_text(record.to_json())
+    settings = {f"embedding_model.{key}": value for key, value in {**trained_on, **changed}.items() if value}
+    made = provenance.record("generate_embeddings", settings, {})
+    schema = pa.schema([("embedding", schemas.vector(pa.float32(), DIM))])
+    with parquet.writer(tmp_path / "part.parquet", schema, made) as out:
+        out.append({"embedding": EMBEDDINGS})
+    command = [str(tmp_path / "part.parquet"), str(tmp_path / "out"), *flags, "--model", str(published)]
+    if refused:
+        with pytest.raises(StaleArtefact, match=refused):
+            main(command)
+    else:
+        assert main(command) == 0

@@ -72,7 +72,7 @@ def find(cfg: Config, listing: list[Path]) -> Sources:
                     )
                 ids[f"{stage}/{path.name}"] = part.id
                 if stage == "embeddings":
-                    models[path] = _model(part)
+                    models[path] = provenance.embedding_model(part)
         sources.append(Source(_dataset_of(intermediates), intermediates, **parts, num_rows=num_rows))
     sources.sort(key=lambda source: source.dataset_id)
     for one, other in itertools.pairwise(sources):
@@ -111,13 +111,6 @@ def _dataset_of(intermediates: Path) -> int:
             "rerun preprocess/process_tar.py with --overwrite"
         )
     return int(datasets[0]) if len(datasets) else -1
-
-
-def _model(record: Provenance) -> dict:
-    """The model that made the embeddings, by their record: its settings, and what loading it determined."""
-    settings = {key.partition(".")[2]: value for key, value in record.config.items() if "embedding_model." in key}
-    facts = {key: value for key, value in record.facts.items() if value is not None and key != "model"}
-    return provenance.of_model(settings | facts)
 
 
 def _only_model(models: dict[Path, dict]) -> dict:

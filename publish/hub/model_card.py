@@ -48,7 +48,7 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
         checkpoint=checkpoint,
         preprocessing=preprocessing,
         views=(views := cfg.embedding_model.views),
-        shares=" and ".join(f"{share:.0%}" for share in views),
+        shares=", ".join(f"{100 * share:g} %" for share in views),
         images={split: parquet.num_rows(cfg.paths.merged_dir / f"{split}.parquet") for split in schemas.SPLITS},
         splits=parquet.read_provenance(cfg.paths.merged_dir / "test.parquet").config,
         training={

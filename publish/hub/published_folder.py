@@ -18,7 +18,7 @@ from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance
 from common.sections import Config, EmbeddingModel
 from generate import backbone, model_files
-from generate.pixels import PREPROCESSING, Preprocessing, read_enlarged
+from generate.pixels import PREPROCESSING, Preprocessing, read_config
 from publish.configuration_spatial_embeddings import SpatialEmbeddingsConfig
 from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
 from train.evaluation.heads import head_of
@@ -40,7 +40,7 @@ def refuse_mixture(test: Path, checkpoint_path: Path, checkpoint: dict, metrics_
 
 def backbone_settings(cfg: Config, checkpoint_path: Path, checkpoint: dict) -> EmbeddingModel:
     """The backbone, in the dtype of the head's training embeddings. Raises StaleArtefact if those differ."""
-    trained_on, settings = provenance.of_model(checkpoint["embedding_model"]), cfg.embedding_model
+    trained_on, settings = provenance.with_views(checkpoint["embedding_model"]), cfg.embedding_model
     dtype = trained_on["dtype"] if settings.dtype == "auto" else settings.dtype
     identity = model_files.identity(settings, dtype)
     ours = {key.removeprefix("embedding_model."): value for key, value in identity.items()}
@@ -68,8 +68,9 @@ def write_model(folder: Path, settings: EmbeddingModel, checkpoint_path: Path, c
             f"{loaded.dim} with pooling = {settings.pooling}"
         )
     loaded.model.config._name_or_path = loaded.facts["model"]  # no path of this machine in the published files
-    sizes = {key: checkpoint[key] for key in ("input_dim", "hidden_dim", "output_dim", "dropout")}
-    config = SpatialEmbeddingsConfig(loaded.model.config, settings.pooling, settings.views, **sizes)
+    shape = {key: checkpoint[key] for key in ("input_dim", "hidden_dim", "output_dim", "dropout")}
+    shape |= {"views": loaded.views, "view_size": loaded.view_size}
+    config = SpatialEmbeddingsConfig(loaded.model.config, settings.pooling, **shape)
     with torch.device("meta"):  # the structure alone: the weights are loaded already
         model = SpatialEmbeddingsModel(config)
     model.backbone, model.head = loaded.model, head_of(checkpoint)
@@ -80,7 +81,7 @@ def write_model(folder: Path, settings: EmbeddingModel, checkpoint_path: Path, c
         raise PipelineError(f"the weights cannot be written to {folder}: {error}\nfree space and rerun") from None
     for weights in folder.glob("*.safetensors"):  # save_pretrained makes them readable by their owner alone
         shutil.copymode(folder / "config.json", weights)
-    preprocessing = read_enlarged(loaded.folder, min(settings.views))
+    preprocessing = read_config(loaded.folder, min(settings.views))
     (folder / PREPROCESSING).write_text(json.dumps(preprocessing, indent=2) + "\n")
     return loaded.preprocessing
 

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from common.sections import Config
 from generate import backbone, model_files
-from generate.pixels import enlarged, read_preprocessing
+from generate.pixels import picture_side, read_preprocessing
 from publish.configuration_spatial_embeddings import SpatialEmbeddingsConfig
 from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel, embedding_dim
 
@@ -36,12 +36,12 @@ def estimate(cfg: Config, num_images: int, image_size: int | None) -> dict:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     backbone.check(settings, config.model_type)
     size = [image_size, image_size] if image_size else read_preprocessing(folder).image_size
-    picture = [enlarged(side, min(settings.views)) for side in size]
+    picture = [picture_side(side, min(settings.views)) for side in size]
     dim = embedding_dim(config, settings.pooling)
     head = {"hidden_dim": cfg.training_model.hidden_dim, "output_dim": min(cfg.training_model.output_dim, dim)}
     with torch.device("meta"):
-        sizes = {"input_dim": dim, **head}
-        model = SpatialEmbeddingsModel(SpatialEmbeddingsConfig(config, settings.pooling, settings.views, **sizes))
+        shape = SpatialEmbeddingsConfig(config, settings.pooling, settings.views, size, dim, **head)
+        model = SpatialEmbeddingsModel(shape)
         pixels = torch.empty(1, 3, *picture)
     flops, largest = measure(model.eval(), pixels)
 

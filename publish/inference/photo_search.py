@@ -35,7 +35,7 @@ _OF_DATASET = re.compile(r"(0\d{3,})_\d+_\d+_(\d+)\.jpe?g", re.IGNORECASE)  # da
 class Photograph(NamedTuple):
     name: str
     encoded: bytes | None  # a JPEG, PNG, ...; None: unreadable
-    box: list[float] | None = None  # left, top, right, bottom of the building in pixels; None: the whole picture
+    box: list[int] | None = None  # left, top, right, bottom of the building in pixels; None: the whole picture
 
     def pixels(self) -> np.ndarray:
         """(H, W, 3) uint8, of the box alone. Raises PipelineError for what is not an image, or a box beyond it."""
@@ -44,7 +44,7 @@ class Photograph(NamedTuple):
         except Undecodable as error:
             raise PipelineError(f"{self.name} cannot be read as an image: {error}") from None
         height, width = image.shape[:2]
-        left, top, right, bottom = map(round, self.box or (0, 0, width, height))
+        left, top, right, bottom = self.box or (0, 0, width, height)
         if not (0 <= left < right <= width and 0 <= top < bottom <= height):
             raise PipelineError(f"box {left},{top},{right},{bottom} is not within {self.name}, {width} x {height}")
         return image[top:bottom, left:right]

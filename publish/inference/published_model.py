@@ -1,11 +1,13 @@
 """The published model, as the scripts of this repository load it."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from common.errors import PipelineError
+from common import parquet, provenance
+from common.errors import PipelineError, StaleArtefact
 from common.sections import Config
 from generate import backbone, model_files
 from generate.pixels import Preprocessing, read_preprocessing
@@ -51,13 +53,32 @@ def evaluation_of(folder: Path) -> str | None:
     return model_files.read_json(path)["inputs"].get("metrics.json") if path.is_file() else None
 
 
+def refuse_other_embeddings(folder: Path, path: Path) -> None:
+    """Raise StaleArtefact if the file at `path` holds embeddings by another backbone, or of other views, than the
+    head in `folder` was trained on. Nothing is known of files that other programs wrote.
+    """
+    record = folder / "provenance.json"
+    facts = model_files.read_json(record)["facts"] if record.is_file() else {}
+    if "trained_on" not in facts or not parquet.has_provenance(path):
+        return
+    theirs = provenance.with_views(facts["trained_on"]["embedding_model"])
+    ours = provenance.embedding_model(parquet.read_provenance(path))
+    for key in ("name", "revision", "weights", "pooling", "views") if "name" in ours else ():
+        if ours.get(key) != theirs.get(key):
+            raise StaleArtefact(
+                f"{path} holds embeddings with {key} = {json.dumps(ours.get(key))}; the head in {folder} "
+                f"was trained on embeddings with {key} = {json.dumps(theirs.get(key))}\n"
+                "use embeddings of the same backbone and views, or a column of images"
+            )
+
+
 def load(folder: Path, dtype: str, device: torch.device, views: list[float] | None = None) -> Published:
     """The model in `folder`, with other `views` than its own if given.
 
     Raises PipelineError if files are missing or damaged.
     """
+    preprocessing = read_preprocessing(folder)
     model = backbone.load_weights(SpatialEmbeddingsModel, folder, dtype)
-    own = model.config.views
-    model.config.views = views or own
-    preprocessing = read_preprocessing(folder, min(model.config.views) / min(own))
+    if views:
+        model.config.views, model.config.view_size = views, model.config.view_size or preprocessing.image_size
     return Published(model.eval().to(device), preprocessing, device)

@@ -53,6 +53,8 @@ def run(stage: str, unit: str, sources: Iterable[ImageSource | TableSource], arg
     todo: list[VectorPart] = []
     num_parts = 0
     for source in sources:
+        if isinstance(source, TableSource) and not source.holds_images:
+            published_model.refuse_other_embeddings(folder, source.path)
         cuts = list(source.parts(cfg.data.rows_per_part))
         for number, (start, stop) in enumerate(cuts):
             target = args.out / f"{source.name}-{number}.parquet"

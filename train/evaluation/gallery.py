@@ -120,15 +120,15 @@ def refuse_foreign_head(path: Path, checkpoint: dict, records: dict[Path, Proven
                 f"{path} was trained on another {split.name} ({trained_on}) than {split} ({record.id})\n"
                 "retrain, or restore that merge"
             )
-    ours, theirs = of_test.facts.get("embedding_model"), checkpoint["embedding_model"]
-    if provenance.of_model(ours) != provenance.of_model(theirs):
+    ours, theirs = provenance.embedding_model(of_test), provenance.with_views(checkpoint["embedding_model"])
+    if ours != theirs:
         raise StaleArtefact(
             f"{path} was trained on embeddings of {_model_name(theirs)}\n"
             f"{test} holds embeddings of {_model_name(ours)}"
         )
 
 
-def _model_name(model: dict | None) -> str:
+def _model_name(model: dict) -> str:
     return ", ".join(f"{key} {value}" for key, value in sorted((model or {"model": "unknown"}).items()))
 
 
