@@ -7,7 +7,7 @@ processor and a DataLoader of as many workers. Ours is all that the stage does: 
 finished Parquet files. Where there is a GPU: ViT-B/14 and L/14 in bfloat16, and their share of the card's peak.
 
 Against decoding alone 0.8 is wanted and not to be had on a CPU without other pixels than Hugging Face's. Of a core
-(AMD EPYC, AVX2 paths, nothing else running), microseconds for an image of 640 x 640 px:
+(AMD EPYC, AVX2 paths, nothing else running), microseconds for an image of 640 x 640 px and a single view:
 
     decoding (simplejpeg, strict)                                   780 to 830
     reading it from the tar, and looking at its header               25
@@ -30,6 +30,7 @@ On CUDA the device resizes, and a core does nothing but read and decode.
 Command  python tests/benchmarks/bench_generation.py
 """
 
+import json
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,7 +49,7 @@ from common.archives import tar_parts
 from common.imagery import tar_images
 from common.imagery.decoding import decode
 from generate import backbone, embedding_parts, generate_embeddings, loop
-from generate.pixels import read_preprocessing
+from generate.pixels import PREPROCESSING, picture_side, read_config, read_preprocessing
 from preprocess import process_tar
 
 PX = 224
@@ -151,10 +152,12 @@ def almost_free(cfg: sections.Config, folder: Path, rounds: int = 5) -> tuple[di
     (part,) = parts_of(cfg, 10**6)
     todo = [Repeated(part.tar, part.source, 0, FREE_IMAGES, part.target, part.record)]
     count, threads = FREE_IMAGES, cfg.infrastructure.threads
-    rows, preprocessing = todo[0].rows(), read_preprocessing(Path(cfg.embedding_model.name))
+    rows, model, share = todo[0].rows(), Path(cfg.embedding_model.name), min(cfg.embedding_model.views)
+    preprocessing = read_preprocessing(model, share)
     encoded = tar_images.Tar(todo[0].tar).reader(rows)
     files = extracted(todo[0].tar, rows, folder)
-    processor = AutoImageProcessor.from_pretrained(cfg.embedding_model.name)
+    (folder / PREPROCESSING).write_text(json.dumps(read_config(model, share)))  # as in a published model
+    processor = AutoImageProcessor.from_pretrained(folder)
     loader = DataLoader(Files(files, processor), batch_size=64, num_workers=threads, persistent_workers=True)
 
     def few_pixels(pixels: torch.Tensor) -> torch.Tensor:
@@ -231,7 +234,8 @@ def measure() -> list[timing.Ratio]:
         process_tar.main(["--set", f"paths.root={root}"])
         taken = against_the_model(cfg, CPU, images=MODEL_IMAGES, rounds=5)
         free, count = almost_free(cfg, root / "files")
-        what = f"{count} JPEGs of 640 x 640 px to {PX} px, a model of no cost"
+        side = picture_side(PX, min(cfg.embedding_model.views))
+        what = f"{count} JPEGs of 640 x 640 px to {side} px, a model of no cost"
         ratios = [
             timing.ratio(
                 f"ViT-S/14, {len(cfg.embedding_model.views)} views of {PX} px, {MODEL_IMAGES} images",
