@@ -30,7 +30,7 @@ COMPARED_RAW = $(DEMO)/compared/raw
 COMPARED_ROOT = $(DEMO)/compared/$(notdir $(BACKBONE))
 COMPARED_SETTINGS = $(DEMO_SETTINGS) --set paths.root=$(COMPARED_ROOT) --set training.epochs=40 --set training.patience=40
 
-# The same size, other streets again; views.json is about views, so every picture is embedded as a whole first.
+# The same size, other streets again; one view, since compare_views.py makes all others itself.
 VIEWS_RAW = $(DEMO)/views/raw
 VIEWS_ROOT = $(DEMO)/views/$(notdir $(BACKBONE))
 VIEWS_SETTINGS = $(COMPARED_SETTINGS) --set paths.root=$(VIEWS_ROOT) --set 'embedding_model.views=[1.0]' --set training.sampler=random
