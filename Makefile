@@ -30,7 +30,12 @@ COMPARED_RAW = $(DEMO)/compared/raw
 COMPARED_ROOT = $(DEMO)/compared/$(notdir $(BACKBONE))
 COMPARED_SETTINGS = $(DEMO_SETTINGS) --set paths.root=$(COMPARED_ROOT) --set training.epochs=40 --set training.patience=40
 
-.PHONY: help install demo compare test unit lint style types bench docs clean
+# The same size, other streets again; one view, since compare_views.py makes all others itself.
+VIEWS_RAW = $(DEMO)/views/raw
+VIEWS_ROOT = $(DEMO)/views/$(notdir $(BACKBONE))
+VIEWS_SETTINGS = $(COMPARED_SETTINGS) --set paths.root=$(VIEWS_ROOT) --set 'embedding_model.views=[1.0]' --set training.sampler=random
+
+.PHONY: help install demo compare views test unit lint style types bench docs clean
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
@@ -66,6 +71,19 @@ compare: $(VENV) $(COMPARED_RAW)/.complete $(LOCAL_BACKBONE)  ## every sampler w
 
 $(COMPARED_RAW)/.complete: $(VENV)
 	@$(RUN) tests/synthetic.py --out $(COMPARED_RAW) --streets 300 --cities 4 --seed 7 --processes 2
+	@touch $@
+
+views: $(VENV) $(VIEWS_RAW)/.complete $(LOCAL_BACKBONE)  ## which views of a picture, combined how, on other streets; update docs/comparison.md
+	@$(RUN) slurm/submit.py --local --to compute_visual_neighbors $(VIEWS_SETTINGS)
+	@$(RUN) tests/benchmarks/compare_views.py --vectors $(VIEWS_SETTINGS)
+	@for shard in 0 1; do \
+	    OMP_NUM_THREADS=1 $(RUN) tests/benchmarks/compare_views.py --shard $$shard --num-shards 2 $(VIEWS_SETTINGS) & done; wait
+	@$(RUN) tests/benchmarks/compare_views.py $(VIEWS_SETTINGS)
+	@cp $(VIEWS_ROOT)/data/evaluation/views.json tests/benchmarks/
+	@$(RUN) tests/generated_docs.py
+
+$(VIEWS_RAW)/.complete: $(VENV)
+	@$(RUN) tests/synthetic.py --out $(VIEWS_RAW) --streets 300 --cities 4 --seed 41 --processes 2
 	@touch $@
 
 test: style  ## lint and all tests; types are checked while the tests run

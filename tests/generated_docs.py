@@ -2,7 +2,7 @@
 comparison and the benchmarks. They come from the code and from measurements, so they cannot go stale.
 
 Reads    config.toml, common/sections.py, common/schemas.py, tests/benchmarks/{demo,results,full_dataset}.json of
-         `make bench`, tests/benchmarks/comparison.json of `make compare`
+         `make bench`, comparison.json of `make compare` and views.json of `make views` beside them
 Writes   README.md, CONTRIBUTING.md and docs/*.md, between the comments <!-- NAME --> and <!-- end of NAME -->
 Command  python tests/generated_docs.py     (make docs; tests/test_docs.py fails where a document is out of date)
 """
@@ -20,6 +20,7 @@ import tomli
 
 from common import config, files, schemas, sections
 from slurm import chain
+from train.evaluation.metrics_json import percent
 from train.report import comparison
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -227,6 +228,35 @@ def row_name(row: dict) -> str:
     return row["sampler"] if mining == "none" else f"{row['sampler']} + {mining}"
 
 
+def views() -> str:
+    """The figures of every choice of views, beside those of one view and of two."""
+    counts = measured("views")["counts"]
+    rows = [
+        [
+            arm["name"],
+            percent(arm["figures"]["map@r"]),
+            percent(arm["figures"]["recall@1"]),
+            percent(arm["whitening"]["map@r"]),
+            "" if arm["name"] == "1.0" else comparison.difference(arm["minus_one_view"]["map@r"]),
+            "" if arm["name"] == "1.0 + 0.5" else comparison.difference(arm["minus_two_views"]["map@r"]),
+        ]
+        for arm in measured("views")["arms"]
+    ]
+    header = ["views", "mAP@R", "Recall@1", "mAP@R, whitening", "mAP@R - `1.0`", "mAP@R - `1.0 + 0.5`"]
+    text = f"{counts['queries']:,} queries in {counts['cells']} cells, {counts['seeds']} seeds; %, 95 % intervals."
+    return f"{text}\n\n{table(header, rows)}"
+
+
+def views_cost() -> str:
+    """GPU hours of the full dataset by backbone and number of views."""
+    cost = measured("views")["cost"]
+    rows = [
+        [views, *(f"{hours[views]:,.1f}" for hours in cost["hours"].values())]
+        for views in next(iter(cost["hours"].values()))
+    ]
+    return table([f"views; hours of one {cost['gpu']} for {cost['images']:,} images", *cost["hours"]], rows)
+
+
 def benchmarks() -> str:
     """The results of the last `make bench`, with the machine that ran it."""
     results = measured("results")
@@ -315,6 +345,8 @@ PARTS = {
     "costs": costs,
     "comparison": compared,
     "gains": gains,
+    "views": views,
+    "views cost": views_cost,
     "settings": settings,
     "artefacts": artefacts,
     "rejects": rejects,

@@ -138,7 +138,7 @@ def test_differences_whose_interval_excludes_0_are_bold():
         return {"value": 0.1, "low": low, "high": high}
 
     cells = [
-        comparison._difference(figure(*ends)) for ends in ((0.05, 0.2), (-0.2, -0.0001), (-0.1, 0.2), (None, None))
+        comparison.difference(figure(*ends)) for ends in ((0.05, 0.2), (-0.2, -0.0001), (-0.1, 0.2), (None, None))
     ]
     assert cells == ["**+10.0 [+5.0, +20.0]**", "**+10.0 [-20.0, -0.0]**", "+10.0 [-10.0, +20.0]", "+10.0"]
 

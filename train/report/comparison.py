@@ -102,8 +102,8 @@ def as_markdown(comparison: dict) -> str:
         figures, control = row["figures"], row["minus_control"]["map@r"]
         lines.append(
             f"| {row['loss']} | {_name_of(row)} | {percent(figures['map@r'])} | {percent(figures['recall@1'])} "
-            f"| {_difference(row['minus_whitening']['map@r'])} "
-            f"| {'' if row['sampler'] == CONTROL else _difference(control)} "
+            f"| {difference(row['minus_whitening']['map@r'])} "
+            f"| {'' if row['sampler'] == CONTROL else difference(control)} "
             f"| {', '.join(map(str, row['best_epochs']))} |"
         )
     return "\n".join(lines)
@@ -114,7 +114,7 @@ def _name_of(row: dict) -> str:
     return row["sampler"] if mining == "none" else f"{row['sampler']} + {mining}"
 
 
-def _difference(figure: dict) -> str:
+def difference(figure: dict) -> str:
     """With -0.0, unlike `percent`: it shows on which side of 0 an interval ends."""
     value, low, high = figure["value"], figure["low"], figure["high"]
     if low is None:
