@@ -194,7 +194,7 @@ def test_buildings_are_contiguous_and_sorted(chain):
         assert keys == sorted(keys)
 
 
-def test_embeddings_equal_a_plain_forward_pass_of_hugging_faces_code(chain):
+def test_embeddings_equal_plain_forward_passes_of_hugging_faces_code(chain):
     import torch
     from PIL import Image
     from transformers import AutoImageProcessor, AutoModel
@@ -206,12 +206,14 @@ def test_embeddings_equal_a_plain_forward_pass_of_hugging_faces_code(chain):
     assert len(rows) == len(chain.truth.images)
     for row in rows.sample(20, random_state=0).itertuples():
         image = Image.open(io.BytesIO(chain.image(row))).convert("RGB")
+        margin = image.width // 4
+        half = image.crop((margin, margin, image.width - margin, image.height - margin))
         with torch.inference_mode():
-            hidden = model(**processor(image, return_tensors="pt")).last_hidden_state[0]
-        expected = hidden[1:].mean(dim=0).numpy()
+            hidden = model(**processor([image, half], return_tensors="pt")).last_hidden_state
+        expected = torch.nn.functional.normalize(hidden[:, 1:].mean(dim=1), dim=1).mean(dim=0).numpy()
         ours = np.asarray(row.embedding, np.float32)
         cosine = expected @ ours / np.linalg.norm(expected) / np.linalg.norm(ours)
-        assert cosine > 0.9999  # pixels may differ by one grey level
+        assert cosine > 0.999  # the whole is resized twice
 
 
 def test_neighbours_equal_brute_force_outside_building_and_ignore_zone(chain):
