@@ -32,14 +32,13 @@ disable_progress_bar()  # one per file of weights: noise in the logs of a cluste
 
 @dataclass(frozen=True)
 class Backbone:
-    """A loaded model in inference mode, with its preprocessing, views and pooling."""
+    """A loaded model in inference mode, with its preprocessing; its settings have its views and pooling."""
 
     model: PreTrainedModel
     preprocessing: Preprocessing  # gives the picture that all views are made from
     folder: Path  # of its files
     facts: dict  # what the embeddings' provenance records besides the settings
-    pooling: str
-    views: list[float]
+    settings: EmbeddingModel
     view_size: list[int]  # height, width
     dim: int  # of an embedding
 
@@ -48,19 +47,17 @@ class Backbone:
         """(N, 3, H, W) float32 -> (N, dim) float32: the mean over views of the unit vectors, or the pooled output
         of a single view as it is.
         """
-        views = make_views(pixel_values, self.views, self.view_size)
+        views = make_views(pixel_values, self.settings.views, self.view_size)
         hidden = self.model(views.to(self.model.dtype)).last_hidden_state  # (N x views, tokens, width)
-        return mean_of_views(pool(hidden, self.model.config, self.pooling), len(self.views))
+        return mean_of_views(pool(hidden, self.model.config, self.settings.pooling), len(self.settings.views))
 
 
 def load(settings: EmbeddingModel, dtype: str, device: torch.device) -> Backbone:
     """The backbone of the settings, in `dtype` ("float32", "bfloat16"). Raises PipelineError, with advice."""
     folder = model_files.locate(settings.name, settings.revision)
     check(settings, model_files.read_json(folder / "config.json").get("model_type"))
-    preprocessing, view_size = (
-        read_preprocessing(folder, min(settings.views)),
-        read_preprocessing(folder).image_size,
-    )
+    preprocessing = read_preprocessing(folder, min(settings.views))
+    view_size = read_preprocessing(folder).image_size
     model = load_weights(AutoModel, folder, dtype)
     is_local = is_folder(settings.name)
     facts = {
@@ -71,8 +68,7 @@ def load(settings: EmbeddingModel, dtype: str, device: torch.device) -> Backbone
         "image_size": view_size,
         "dim": (dim := embedding_dim(model.config, settings.pooling)),
     }
-    how = (settings.pooling, settings.views, view_size, dim)
-    return Backbone(model.eval().to(device), preprocessing, folder, facts, *how)
+    return Backbone(model.eval().to(device), preprocessing, folder, facts, settings, view_size, dim)
 
 
 def check(settings: EmbeddingModel, model_type: str | None) -> None:

@@ -47,8 +47,8 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
         licence=data.license_name or data.license,
         checkpoint=checkpoint,
         preprocessing=preprocessing,
-        views=(views := cfg.embedding_model.views),
-        shares=", ".join(f"{100 * share:g} %" for share in views),
+        views=cfg.embedding_model.views,
+        shares=", ".join(f"{100 * share:g} %" for share in cfg.embedding_model.views),
         images={split: parquet.num_rows(cfg.paths.merged_dir / f"{split}.parquet") for split in schemas.SPLITS},
         splits=parquet.read_provenance(cfg.paths.merged_dir / "test.parquet").config,
         training={

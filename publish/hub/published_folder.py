@@ -69,7 +69,7 @@ def write_model(folder: Path, settings: EmbeddingModel, checkpoint_path: Path, c
         )
     loaded.model.config._name_or_path = loaded.facts["model"]  # no path of this machine in the published files
     shape = {key: checkpoint[key] for key in ("input_dim", "hidden_dim", "output_dim", "dropout")}
-    shape |= {"views": loaded.views, "view_size": loaded.view_size}
+    shape |= {"views": settings.views, "view_size": loaded.view_size}
     config = SpatialEmbeddingsConfig(loaded.model.config, settings.pooling, **shape)
     with torch.device("meta"):  # the structure alone: the weights are loaded already
         model = SpatialEmbeddingsModel(config)
