@@ -72,7 +72,9 @@ def main(argv=None) -> int:
     model = backbone.load(cfg.embedding_model, dtype, device)
     jobs = embedding_parts.jobs(todo, tar_images.of_paths(cfg.paths))
     write = lambda result: embedding_parts.write(result, model.facts, cfg.data.max_reject_share)  # noqa: E731
-    with loop.run("generate_embeddings", "image", sum(part.count for part in todo), model.model, cfg) as progress:
+    total, num_views = sum(part.count for part in todo), len(settings.views)
+    note = f"{num_views} views of each; " if num_views > 1 else ""
+    with loop.run("generate_embeddings", "image", total, model.model, cfg, note) as progress:
         forward = lambda pixels: model(pixels).half()  # noqa: E731 - what is stored, and half as much to copy
         results = loop.embed(jobs, forward, model.preprocessing, device, cfg.infrastructure, progress)
         failures = loop.write_each(results, write)

@@ -70,12 +70,14 @@ class GenerationProgress(cli.Progress):
     def summary(self, note: str = "") -> int:
         total = max(sum(self._seconds.values()), 1e-9)
         shares = ", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in self._seconds.items())
-        return super().summary(f"{shares} of the time")
+        return super().summary(f"{note}{shares} of the time")
 
 
 @contextlib.contextmanager
-def run(stage: str, unit: str, total: int, model: torch.nn.Module, cfg: Config) -> Iterator[GenerationProgress]:
-    """Progress of `model`, compiled if infrastructure.compile says so, over `total` rows; a summary at the end."""
+def run(
+    stage: str, unit: str, total: int, model: torch.nn.Module, cfg: Config, note: str = ""
+) -> Iterator[GenerationProgress]:
+    """Progress of `model`, compiled if infrastructure.compile says so, over `total` rows; at last a summary."""
     if cfg.infrastructure.compile:
         if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
             advice = "load or install one (g++), or set infrastructure.compile to false"
@@ -84,7 +86,7 @@ def run(stage: str, unit: str, total: int, model: torch.nn.Module, cfg: Config) 
     progress = GenerationProgress(stage, unit, total, cfg.logging.progress_interval_s)
     with progress:
         yield progress
-    progress.summary()
+    progress.summary(note)
 
 
 class _Chunk(NamedTuple):

@@ -14,6 +14,7 @@ from common.parquet import first_line
 from common.provenance import digest_of
 from common.sections import EmbeddingModel
 
+PREPROCESSING = "preprocessor_config.json"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 MIB = 2**20
 
@@ -33,7 +34,7 @@ def locate(name: str, revision: str, weights: bool = True) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()  # noise in the logs of a cluster
     page = f"https://huggingface.co/{name}"
-    patterns = ["config.json", "preprocessor_config.json", *(WEIGHTS if weights else ())]
+    patterns = ["config.json", PREPROCESSING, *(WEIGHTS if weights else ())]
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError:
@@ -67,7 +68,7 @@ def identity(settings: EmbeddingModel, dtype: str) -> dict:
 def weights_digest(folder: Path) -> str:
     """A digest of a model's configuration, and of its weights by name, size, and first and last MiB."""
     parts: list[bytes | str] = []
-    for path in (folder / "config.json", folder / "preprocessor_config.json"):
+    for path in (folder / "config.json", folder / PREPROCESSING):
         if path.is_file():
             parts += [path.name, path.read_bytes()]
     for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from common.errors import PipelineError
 from generate import model_files
+from generate.model_files import PREPROCESSING
 
-PREPROCESSING = "preprocessor_config.json"  # in a model's folder
 _RESAMPLING = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 

@@ -1,13 +1,14 @@
 """The published model at work: how similar two photographs are, and which of many show the building in one.
 
+The model looks most closely at the centre. If the building is elsewhere, give its --box; if it fills the frame,
+--views 1.0 uses the whole picture only.
+
 Reads    the published model; images: files, or members of a tar as 0088.tar:0088/0088_1_2_3.jpg; without a QUERY
          the first --limit images of the test split (data/merged/test.parquet and the tars)
 Writes   search: OUT, a picture of the query and its nearest images; both print their results
 Command  python publish/demo_usage.py compare A.jpg B.jpg
          python publish/demo_usage.py search QUERY.jpg --gallery FOLDER_OR_TAR --out search.png
          python publish/demo_usage.py search
-         The model looks at the centre of a photograph more closely than at the rest. If the building is elsewhere,
-         say where with --box; if it fills the frame, --views 1.0 looks at the whole alone
 Memory   the gallery's vectors (1 kB an image), the images in flight (see generate/loop.py), and the model
 """
 
@@ -35,10 +36,10 @@ def parse(argv) -> argparse.Namespace:
     search.add_argument("--top", type=int, default=5, metavar="N", help="results to show (5)")
     search.add_argument("--limit", type=int, default=2000, metavar="N", help="images of the test split (2000)")
     search.add_argument("--out", type=Path, default=Path("search.png"), help="the picture (search.png)")
-    for command, images in ((compare, "A, in pixels; a second --box is for B"), (search, "QUERY, in pixels")):
-        help_box, help_views = f"the building in {images}", "shares to look at, e.g. 1.0,0.5 (the model's own)"
+    for command, images in ((compare, "A, in pixels; repeat for B"), (search, "QUERY, in pixels")):
+        help_box, help_views = f"the building in {images}", "shares to average, such as 1.0,0.35 (the model's own)"
         command.add_argument(
-            "--box", type=box, action="append", default=[], metavar="LEFT,TOP,RIGHT,BOTTOM", help=help_box
+            "--box", type=parse_box, action="append", default=[], metavar="LEFT,TOP,RIGHT,BOTTOM", help=help_box
         )
         command.add_argument("--views", metavar="SHARE,...", help=help_views)
         command.add_argument("--model", type=Path, metavar="FOLDER", help="published model (paths.published_dir)")
@@ -48,14 +49,15 @@ def parse(argv) -> argparse.Namespace:
         raise ConfigError("search needs both a QUERY and a --gallery, or neither: then it uses the test split")
     if args.command == "search" and min(args.top, args.limit) < 1:
         raise ConfigError("--top and --limit must be 1 or more")
-    if len(args.box) > (2 if args.command == "compare" else args.query is not None):
+    num_images = 2 if args.command == "compare" else int(args.query is not None)
+    if len(args.box) > num_images:
         raise ConfigError("there are more --box than images named on the command line")
     if args.views:
         args.set.append(f"embedding_model.views=[{args.views}]")  # to be checked like the setting
     return args
 
 
-def box(text: str) -> list[int]:
+def parse_box(text: str) -> list[int]:
     try:
         left, top, right, bottom = map(int, text.split(","))
     except ValueError:
@@ -92,8 +94,8 @@ def main(argv=None) -> int:
         first, second = (photo_search.vector_of(published, image) for image in pair)
         similarity = float(first @ second)
         print(f"similarity {similarity:.3f} (1: the same direction, 0: unrelated)")
-        metrics = cfg.paths.evaluation_dir / "metrics.json"
-        if not args.views:  # the evaluation is one of the model's own
+        if not args.views:  # the evaluation is of the model's own
+            metrics = cfg.paths.evaluation_dir / "metrics.json"
             print(photo_search.percentiles_of(similarity, metrics, published_model.evaluation_of(folder)))
     else:
         nearest = photo_search.search(published, query, gallery, cfg.infrastructure, args.top)

@@ -248,13 +248,14 @@ def views() -> str:
 
 
 def views_cost() -> str:
-    """GPU hours of the full dataset by backbone and number of views."""
-    cost = measured("views")["cost"]
+    """GPU hours of the full dataset by backbone and number of views, of which they are multiples."""
+    estimate = measured("full_dataset")
+    backbones, num_views = estimate["backbones"], len(estimate["views"])
     rows = [
-        [views, *(f"{hours[views]:,.1f}" for hours in cost["hours"].values())]
-        for views in next(iter(cost["hours"].values()))
+        [str(n), *(f"{one['gpu_hours_embeddings'] / num_views * n:,.1f}" for one in backbones.values())]
+        for n in (1, 2, 4)
     ]
-    return table([f"views; hours of one {cost['gpu']} for {cost['images']:,} images", *cost["hours"]], rows)
+    return table([f"views; hours of one {estimate['gpu']} for {estimate['images']:,} images", *backbones], rows)
 
 
 def benchmarks() -> str:

@@ -4,6 +4,7 @@ image by image. The tars are small; their intermediates are those of embedding_s
 
 import dataclasses
 import io
+import re
 import shutil
 import signal
 import subprocess
@@ -106,7 +107,7 @@ def test_parts_hold_the_rows_of_the_intermediates_in_order(setup, capsys):
     expected = sum(vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in plain)
     assert (cosines(ours, expected) > 0.999).all()
     assert parquet.num_rows(setup.part("0090-0")) == 0
-    assert "16 images in, 16 out" in capsys.readouterr().out
+    assert re.search("16 images in, 16 out; .*; 2 views of each; read", capsys.readouterr().out)
 
 
 def test_the_footer_tells_what_made_the_file(setup):
@@ -301,13 +302,17 @@ def test_a_run_killed_twenty_times_ends_with_the_same_bits(tmp_path):
 
 def test_a_compiled_model_gives_the_same_embeddings(setup, monkeypatch):
     compiling = torch.nn.Module.compile  # the model is traced; making machine code of it takes half a minute
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiling(self, backend="eager"))
+    compiled_models = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: compiled_models.append(self) or compiling(self, backend="eager")
+    )
     monkeypatch.setattr(shutil, "which", lambda name: name)
     main(setup.flags)
     plain = parquet.to_matrix(parquet.read(setup.part("0088-0"))["embedding"])
     main([*setup.flags, "--set", "infrastructure.compile=true", "--overwrite"])
     compiled = parquet.to_matrix(parquet.read(setup.part("0088-0"))["embedding"])
     assert (cosines(compiled, plain) > 0.9999).all()
+    assert len(compiled_models) == 1
 
 
 def test_compiling_without_a_compiler_is_a_clear_error(setup, monkeypatch):

@@ -18,7 +18,8 @@ from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance
 from common.sections import Config, EmbeddingModel
 from generate import backbone, model_files
-from generate.pixels import PREPROCESSING, Preprocessing, read_config
+from generate.model_files import PREPROCESSING
+from generate.pixels import Preprocessing, read_config
 from publish.configuration_spatial_embeddings import SpatialEmbeddingsConfig
 from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
 from train.evaluation.heads import head_of

@@ -49,27 +49,34 @@ def folder_of(cfg: Config, argument: Path | None) -> Path:
 
 def evaluation_of(folder: Path) -> str | None:
     """The id of the metrics.json that the model was published with; None if its folder does not say."""
-    path = folder / "provenance.json"
-    return model_files.read_json(path)["inputs"].get("metrics.json") if path.is_file() else None
+    return _record(folder)["inputs"].get("metrics.json")
 
 
 def refuse_other_embeddings(folder: Path, path: Path) -> None:
     """Raise StaleArtefact if the file at `path` holds embeddings by another backbone, or of other views, than the
     head in `folder` was trained on. Nothing is known of files that other programs wrote.
     """
-    record = folder / "provenance.json"
-    facts = model_files.read_json(record)["facts"] if record.is_file() else {}
-    if "trained_on" not in facts or not parquet.has_provenance(path):
+    facts = _record(folder)["facts"]
+    ours = provenance.embedding_model(parquet.read_provenance(path)) if parquet.has_provenance(path) else {}
+    if "trained_on" not in facts or "name" not in ours:
         return
     theirs = provenance.with_views(facts["trained_on"]["embedding_model"])
-    ours = provenance.embedding_model(parquet.read_provenance(path))
-    for key in ("name", "revision", "weights", "pooling", "views") if "name" in ours else ():
-        if ours.get(key) != theirs.get(key):
-            raise StaleArtefact(
-                f"{path} holds embeddings with {key} = {json.dumps(ours.get(key))}; the head in {folder} "
-                f"was trained on embeddings with {key} = {json.dumps(theirs.get(key))}\n"
-                "use embeddings of the same backbone and views, or a column of images"
-            )
+    keys = ("name", "revision", "weights", "pooling", "views")
+    different = [key for key in keys if ours.get(key) != theirs.get(key)]
+    if different:
+        held, wanted = (
+            ", ".join(f"{key} = {json.dumps(model.get(key))}" for key in different) for model in (ours, theirs)
+        )
+        raise StaleArtefact(
+            f"{path} holds embeddings with {held}; the head in {folder} was trained on embeddings with {wanted}\n"
+            "use embeddings of the same backbone and views, or a column of images"
+        )
+
+
+def _record(folder: Path) -> dict:
+    """What provenance.json says; inputs and facts are empty where it says nothing."""
+    path = folder / "provenance.json"
+    return {"inputs": {}, "facts": {}, **(model_files.read_json(path) if path.is_file() else {})}
 
 
 def load(folder: Path, dtype: str, device: torch.device, views: list[float] | None = None) -> Published:

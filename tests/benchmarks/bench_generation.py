@@ -49,7 +49,8 @@ from common.archives import tar_parts
 from common.imagery import tar_images
 from common.imagery.decoding import decode
 from generate import backbone, embedding_parts, generate_embeddings, loop
-from generate.pixels import PREPROCESSING, picture_side, read_config, read_preprocessing
+from generate.model_files import PREPROCESSING
+from generate.pixels import picture_side, read_config, read_preprocessing
 from preprocess import process_tar
 
 PX = 224

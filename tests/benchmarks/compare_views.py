@@ -1,10 +1,10 @@
-"""Which views of a picture, combined how, find a building best? On synthetic streets, each view with a backbone.
+"""Which views of a photograph, combined how, find a building best? Measured on synthetic streets.
 
 The labelled target projects to a picture's centre. A view is a share of the picture's sides about it, preprocessed
 and embedded like a picture of its own. For each arm the views' vectors are combined, learned whitening is fitted
 (its shrinkage chosen on validation), and heads are trained over several seeds, each evaluated at its best epoch on
 validation. Figures are averaged over the seeds, then over the queries; 95 % intervals are those of evaluate.py,
-paired for differences. Last, what one, two and four views of 25 million pictures cost on a GPU (estimated).
+paired for differences.
 
 There is no arm for the mean of outputs that are not normalized: those of the local backbone all have one length.
 
@@ -23,7 +23,6 @@ import argparse
 import json
 import logging
 import re
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -31,9 +30,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import timing  # noqa: F401 - puts the repository's root on sys.path
 import torch
-from full_dataset import GPU, IMAGES, VITS  # puts the repository's root on sys.path
-from local_backbone import write_preprocessor
 
 from common import cli, config, devices, files, parquet
 from common.imagery import tar_images
@@ -41,7 +39,6 @@ from common.imagery.decoding import decode
 from common.provenance import digest_of
 from common.sections import Config
 from generate import backbone
-from publish.inference import model_sizes
 from train import baselines, datasets
 from train.datasets import TrainingData
 from train.evaluation import bootstrap, gallery, methods, metrics, protocol
@@ -55,7 +52,6 @@ DISTANCE = "distance"  # a crop of the same metres of facade: 0.5 at the median 
 MISAIM = 25 / 640  # standard deviation of a misaimed centre along each axis, as a share of the side
 VIEWS = [*map(str, SHARES), DISTANCE, "1.0 misaimed", "0.5 misaimed", "1.0 mirrored", "0.5 mirrored"]
 CHUNK = 32  # images
-COSTED = ([1.0], [1.0, 0.5], [1.0, 0.7, 0.5, 0.35])
 
 
 class Arm(NamedTuple):
@@ -222,20 +218,6 @@ def judge(cfg: Config, vectors: Vectors, best: dict[tuple[str, int], dict], devi
     }
 
 
-def gpu_hours() -> dict:
-    """Hours of one GPU for all images of the dataset, by backbone and number of views."""
-    hours: dict[str, dict[int, float]] = {name: {} for name in VITS}
-    for name, vit in VITS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            vit.save_pretrained(folder)
-            write_preprocessor(Path(folder), "dinov2", 224)
-            for views in COSTED:
-                settings = [f"embedding_model.name={folder}", "embedding_model.pooling=cls"]
-                cfg = config.load(None, [*settings, f"embedding_model.views={views}"])
-                hours[name][len(views)] = model_sizes.estimate(cfg, IMAGES, 224)["gpus"][GPU]["gpu_hours"]
-    return {"gpu": GPU, "images": IMAGES, "hours": hours}
-
-
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.config_flags(parser)
@@ -265,7 +247,7 @@ def main(argv=None) -> int:
         return progress.summary("once all shards are done, run without --shard for the figures")
 
     # evaluate, save
-    results = {**judge(cfg, vectors, best, data.train.device), "cost": gpu_hours()}
+    results = judge(cfg, vectors, best, data.train.device)
     target = cfg.paths.evaluation_dir / "views.json"
     files.write_text(target, json.dumps(results, indent=1) + "\n")
     return progress.summary(str(target))
