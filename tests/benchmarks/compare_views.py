@@ -41,9 +41,9 @@ from common.sections import Config
 from generate import backbone
 from train import baselines, datasets
 from train.datasets import TrainingData
-from train.evaluation import bootstrap, gallery, methods, metrics, protocol
+from train.evaluation import bootstrap, gallery, methods, protocol
 from train.fitting.fit import fit
-from train.report.comparison import FIGURES
+from train.report.comparison import FIGURES, rank_all
 
 log = logging.getLogger("pipeline")
 SPLITS = ("train", "val", "test")
@@ -179,30 +179,21 @@ def data_of(cfg: Config, data: TrainingData, vectors: Vectors, arm: Arm) -> Trai
 
 def judge(cfg: Config, vectors: Vectors, best: dict[tuple[str, int], dict], device: torch.device) -> dict:
     """The figures of all arms on the test split. `best`: the checkpoint of each (arm's name, seed)."""
-    rows = gallery.load(gallery.files_of(cfg), cfg.data.ignore_radius_m)
-    seeds, values = sorted({seed for _, seed in best}), {}  # values: of each query with a match, (n, figures)
-    total = rows.num_queries * len(ARMS) * (1 + len(seeds))
-    with cli.Progress("views", "ranking", total, cfg.logging.progress_interval_s) as progress:
-        for arm in ARMS:
-            of_arm = replace(rows, embeddings=combine(vectors["test"], arm, arm.views))
-            compared = {seed: methods.of_checkpoint(best[arm.name, seed])[-1] for seed in seeds}
-            compared["whitening"] = methods.of_checkpoint(best[arm.name, 0])[-2]  # the same for all seeds
-            for name, method in compared.items():
-                ranked = protocol.rank(
-                    method.vectors(of_arm, device), of_arm, cfg.infrastructure.search_memory_mb, progress
-                )
-                queries = metrics.per_query(ranked)
-                values[arm.name, name] = protocol.query_values(queries, FIGURES)
-    cell_ids = rows.column("cell_id")[: rows.num_queries][queries.has_match]  # the same for all arms
-    cells, cell = np.unique(cell_ids, return_inverse=True)
-    weights = bootstrap.draw_weights(len(cells), cfg.evaluation.bootstrap_samples, cfg.global_.seed)
+    rows, seeds = gallery.load(gallery.files_of(cfg), cfg.data.ignore_radius_m), sorted({seed for _, seed in best})
+    compared: dict = {}
+    for arm in ARMS:
+        of_arm = replace(rows, embeddings=combine(vectors["test"], arm, arm.views))
+        *_, whitening, _ = methods.of_checkpoint(best[arm.name, 0])  # the same for all seeds
+        compared[arm.name, "whitening"] = whitening, of_arm
+        compared |= {(arm.name, seed): (methods.of_checkpoint(best[arm.name, seed])[-1], of_arm) for seed in seeds}
+    values, cell, weights = rank_all(cfg, compared, device)
     estimates = {
         arm.name: bootstrap.means(np.mean([values[arm.name, seed] for seed in seeds], axis=0), cell, weights)
         for arm in ARMS
     }  # (1 + draws, figures)
     intervals = partial(protocol.intervals, names=FIGURES, cell_of_query=cell)
     return {
-        "counts": {"queries": len(cell), "cells": len(cells), "seeds": len(seeds)},
+        "counts": {"queries": len(cell), "cells": weights.shape[1], "seeds": len(seeds)},
         "arms": [
             {
                 "name": arm.name,

@@ -1,6 +1,7 @@
 """A comparison of samplers and losses: their figures on the test split, as a table and as a picture."""
 
 import json
+from collections.abc import Hashable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,19 +52,9 @@ def read(path: Path) -> dict:
 def judge(cfg: Config, best: dict[tuple[Combination, int], dict], device: torch.device) -> dict:
     """The figures of all combinations on the test split. `best`: the checkpoint of each (combination, seed)."""
     rows = gallery.load(gallery.files_of(cfg), cfg.data.ignore_radius_m)
-    compared: dict = {run: methods.of_checkpoint(checkpoint)[-1] for run, checkpoint in best.items()}
-    compared["whitening"] = methods.of_checkpoint(next(iter(best.values())))[-2]  # the same for all runs
-    total = rows.num_queries * len(compared)
-    values = {}  # of each query with a match, (n, figures)
-    with cli.Progress("compare", "ranking", total, cfg.logging.progress_interval_s) as progress:
-        for name, method in compared.items():
-            vectors = method.vectors(rows, device)
-            matches = protocol.rank(vectors, rows, cfg.infrastructure.search_memory_mb, progress)
-            queries = metrics.per_query(matches)
-            values[name] = protocol.query_values(queries, FIGURES)
-    cell_ids = rows.column("cell_id")[: rows.num_queries][queries.has_match]  # the same for all methods
-    cells, cell = np.unique(cell_ids, return_inverse=True)
-    weights = bootstrap.draw_weights(len(cells), cfg.evaluation.bootstrap_samples, cfg.global_.seed)
+    compared: dict = {run: (methods.of_checkpoint(checkpoint)[-1], rows) for run, checkpoint in best.items()}
+    compared["whitening"] = methods.of_checkpoint(next(iter(best.values())))[-2], rows  # the same for all runs
+    values, cell, weights = rank_all(cfg, compared, device)
     base = bootstrap.means(values["whitening"], cell, weights)
     seeds = sorted({seed for _, seed in best})
     estimates = {
@@ -71,7 +62,7 @@ def judge(cfg: Config, best: dict[tuple[Combination, int], dict], device: torch.
         for combination in dict.fromkeys(combination for combination, _ in best)
     }  # (1 + draws, figures)
     return {
-        "counts": {"queries": len(cell), "cells": len(cells), "seeds": len(seeds)},
+        "counts": {"queries": len(cell), "cells": weights.shape[1], "seeds": len(seeds)},
         "whitening": protocol.intervals(base, FIGURES, cell),
         "combinations": [
             {
@@ -85,6 +76,28 @@ def judge(cfg: Config, best: dict[tuple[Combination, int], dict], device: torch.
             for c, of_c in estimates.items()
         ],
     }
+
+
+def rank_all(
+    cfg: Config, compared: dict[Hashable, tuple[methods.Method, gallery.Gallery]], device: torch.device
+) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Rank galleries of the same rows, each by its method.
+
+    Returns the FIGURES of each of n queries with a match, (n, figures) by key; the cell of each query, (n,); and
+    how often each cell counts in the bootstrap's draws.
+    """
+    total, values = sum(rows.num_queries for _, rows in compared.values()), {}
+    with cli.Progress("compare", "ranking", total, cfg.logging.progress_interval_s) as progress:
+        for key, (method, rows) in compared.items():
+            vectors = method.vectors(rows, device)
+            queries = metrics.per_query(
+                protocol.rank(vectors, rows, cfg.infrastructure.search_memory_mb, progress)
+            )
+            values[key] = protocol.query_values(queries, FIGURES)
+    cell_ids = rows.column("cell_id")[: rows.num_queries][queries.has_match]  # the same for all
+    cells, cell = np.unique(cell_ids, return_inverse=True)
+    weights = bootstrap.draw_weights(len(cells), cfg.evaluation.bootstrap_samples, cfg.global_.seed)
+    return values, cell, weights
 
 
 def as_markdown(comparison: dict) -> str:
