@@ -131,6 +131,15 @@ def with_views(model: dict) -> dict:
     return {"views": _FORMER_VALUES["embedding_model.views"], **model}
 
 
+def model_differences(one: dict, other: dict, keys: Iterable[str]) -> tuple[str, str]:
+    """What each of two models has where they differ in `keys`, as "key = value, ..."; both empty if they agree."""
+    different = [key for key in keys if one.get(key) != other.get(key)]
+    first, second = (
+        ", ".join(f"{key} = {json.dumps(model.get(key))}" for key in different) for model in (one, other)
+    )
+    return first, second
+
+
 def digest_of(*parts: bytes | str) -> str:
     """A digest of these parts, in this order: 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)

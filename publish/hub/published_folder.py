@@ -48,11 +48,8 @@ def backbone_settings(cfg: Config, checkpoint_path: Path, checkpoint: dict) -> E
     if not is_folder(settings.name):  # the checkpoint records the commit that a branch or a tag stood for
         commit = model_files.locate(settings.name, settings.revision).name
         ours["revision"] = commit if trained_on.get("revision") == commit else ours["revision"]
-    different = [key for key, value in ours.items() if trained_on.get(key) != value]
-    if different:
-        theirs, now = (
-            ", ".join(f"{key} = {json.dumps(model.get(key))}" for key in different) for model in (trained_on, ours)
-        )
+    theirs, now = provenance.model_differences(trained_on, ours, ours)
+    if theirs:
         raise StaleArtefact(
             f"{checkpoint_path} was trained on embeddings with {theirs}; the settings say {now}\n"
             "restore [embedding_model], or train on embeddings of the other model"

@@ -1,6 +1,5 @@
 """The published model, as the scripts of this repository load it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,11 +61,8 @@ def refuse_other_embeddings(folder: Path, path: Path) -> None:
         return
     theirs = provenance.with_views(facts["trained_on"]["embedding_model"])
     keys = ("name", "revision", "weights", "pooling", "views")
-    different = [key for key in keys if ours.get(key) != theirs.get(key)]
-    if different:
-        held, wanted = (
-            ", ".join(f"{key} = {json.dumps(model.get(key))}" for key in different) for model in (ours, theirs)
-        )
+    held, wanted = provenance.model_differences(ours, theirs, keys)
+    if held:
         raise StaleArtefact(
             f"{path} holds embeddings with {held}; the head in {folder} was trained on embeddings with {wanted}\n"
             "use embeddings of the same backbone and views, or a column of images"
