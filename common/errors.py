@@ -10,8 +10,8 @@ _NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory|CUBLAS_STATUS_ALLOC_F
 _CPU = 'or set infrastructure.device to "cpu"'
 _TORCH = "see https://pytorch.org/get-started"
 _OF_GPU = {  # words of an error of a GPU, its driver or libraries -> what to do; the first that match
-    "no kernel image": "torch has no kernels for this GPU: wheels for CUDA 12.6 run on Maxwell to Hopper, for CUDA "
-    f"13 on Turing and newer. Install the other one ({_TORCH}), {_CPU}",
+    "no kernel image": "torch has no kernels for this GPU: wheels for CUDA 12.6 run on Maxwell to Hopper, for "
+    f"CUDA 13 on Turing and newer. Install the other one ({_TORCH}), {_CPU}",
     "driver|unsupported toolchain": f"update the driver, install a torch for an older CUDA ({_TORCH}), {_CPU}",
     "CUBLAS_STATUS|CUSOLVER_STATUS|cuDNN error": "install torch in a new .venv, so that its libraries belong "
     f"together (make install CONSTRAINTS=), try another GPU, {_CPU}",

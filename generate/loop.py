@@ -33,7 +33,7 @@ from generate.pixels import Preprocessing
 
 CHUNK = 8  # images that a thread prepares at once
 WAITING = "waiting for images"
-TOLERATED_WAIT = 0.1  # of the time, before the summary gives advice
+TOLERATED_WAIT = 0.2  # of the time, before the summary gives advice
 Parts = list[tuple[int, int, Future]]  # of a job's images: start, stop, and the future of their _Chunk
 
 

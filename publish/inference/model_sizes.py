@@ -97,8 +97,8 @@ def as_text(sizes: dict) -> str:
         memory.to_string(),
         f"{sizes['flops_per_image'] / 1e9:,.1f} GFLOP per image (a multiply-add counts as 2)",
         f"{sizes['images']:,} images: {_gigabytes(sizes['embedding_bytes'])} of embeddings (float16)",
-        f"GPUs, bfloat16, estimated at {sizes['assumed_share_of_peak']:.0%} of peak, and the CPU cores that keep one "
-        f"busy, at {IMAGES_PER_CORE} images/s each;\n"
+        f"GPUs, bfloat16, estimated at {sizes['assumed_share_of_peak']:.0%} of peak, and the CPU cores that keep\n"
+        f"one busy, at {IMAGES_PER_CORE} images/s each;\n"
         "peak: NVIDIA's data sheets, dense bfloat16; share: timm's published rates of DINOv3, see this module",
         gpus.to_string(formatters=["{:,.0f}".format, "{:,.1f}".format, None, None]),
     ]
