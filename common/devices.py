@@ -1,7 +1,7 @@
 """Choice of device and precision, and placement of arrays on the device.
 
-A backbone runs on CUDA, Intel's XPU, Apple's MPS or the CPU. Neighbour search, training and evaluation run on CUDA
-or the CPU: they compute in float64, which MPS and most XPUs lack.
+A backbone runs on CUDA, Intel's XPU, Apple's MPS or the CPU; neighbour search, training and evaluation on CUDA or
+the CPU: the first two compute in float64, which MPS and most XPUs lack.
 """
 
 import logging
@@ -18,18 +18,18 @@ log = logging.getLogger("pipeline")
 _FIRST_CARD = Path("/dev/nvidia0")
 
 
-def pick(name: str, needs_float64: bool = True) -> torch.device:
+def pick(name: str, for_backbone: bool = False) -> torch.device:
     """The device for `infrastructure.device`: "auto" is the first of CUDA, XPU and MPS that is there, or the CPU.
 
-    A stage that `needs_float64` runs on the CPU instead of XPU or MPS. A warning says why "auto" cannot use an
+    XPU and MPS are only `for_backbone`; other stages run on the CPU there. A warning says why "auto" cannot use an
     NVIDIA GPU that is there. Raises ConfigError if the device named is not available.
     """
     kind, _, index = name.partition(":")
-    if kind == "cpu" or (needs_float64 and kind in ("xpu", "mps")):
+    if kind == "cpu" or (not for_backbone and kind in ("xpu", "mps")):
         return torch.device("cpu")
     trouble = _trouble_with_cuda() if kind in ("auto", "cuda") else None
     counts = {"cuda": 0 if trouble else torch.cuda.device_count()}
-    if not needs_float64:
+    if for_backbone:
         counts |= {"xpu": torch.xpu.device_count(), "mps": int(torch.backends.mps.is_available())}
     if kind == "auto":
         if trouble:

@@ -15,8 +15,8 @@ _OF_GPU = {  # words of an error of a GPU, its driver or libraries -> what to do
     "driver|unsupported toolchain": f"update the driver, install a torch for an older CUDA ({_TORCH}), {_CPU}",
     "CUBLAS_STATUS|CUSOLVER_STATUS|cuDNN error": "install torch in a new .venv, so that its libraries belong "
     f"together (make install CONSTRAINTS=), try another GPU, {_CPU}",
-    "(CUDA|HIP) error|CUDA call failed|cudaGetDeviceCount": f"rerun: finished files are kept. If it recurs, try "
-    f"another GPU, {_CPU}. CUDA_LAUNCH_BLOCKING=1 and --set logging.level=debug show where it happens",
+    "CUDA error|HIP error|CUDA call failed|cudaGetDeviceCount": "rerun: finished files are kept. If it recurs, "
+    f"try another GPU, {_CPU}. CUDA_LAUNCH_BLOCKING=1 and --set logging.level=debug show where it happens",
 }
 _IS_OF_GPU = re.compile("NVIDIA driver|CUDA driver|" + "|".join(list(_OF_GPU)[2:]))
 

@@ -52,7 +52,7 @@ def machine(monkeypatch, tmp_path):
 )
 def test_auto_takes_the_device_that_a_stage_can_use(machine, there, backbone, other, caplog):
     machine(**there)
-    assert devices.pick("auto", needs_float64=False) == torch.device(backbone)
+    assert devices.pick("auto", for_backbone=True) == torch.device(backbone)
     assert devices.pick("auto") == torch.device(other)
     assert not caplog.records
 
@@ -61,14 +61,14 @@ def test_auto_takes_the_device_that_a_stage_can_use(machine, there, backbone, ot
 def test_a_device_that_is_named_is_taken_if_it_is_there(machine, name):
     machine(cuda=2, xpu=2, mps=True)
     settings = config.load(None, [f"infrastructure.device={name}"]).infrastructure
-    assert devices.pick(settings.device, needs_float64=False) == torch.device(name)
+    assert devices.pick(settings.device, for_backbone=True) == torch.device(name)
     assert devices.pick(name) == torch.device(name if "cuda" in name else "cpu")
     if name != "cpu":
         machine(**({"cuda": 1, "xpu": 1} if ":" in name else {}))  # one: the second is missing
         with pytest.raises(
             ConfigError, match=f'infrastructure.device = "{name}", but [01] .* available\nuse "auto"'
         ):
-            devices.pick(name, needs_float64=False)
+            devices.pick(name, for_backbone=True)
 
 
 @pytest.mark.parametrize("name", ["gpu", "mps:0", "cuda:", "xpu:a", "meta"])

@@ -45,7 +45,7 @@ def run(stage: str, unit: str, sources: Iterable[ImageSource | TableSource], arg
     """Write the vectors of all sources that args.out lacks, by the model args.model; returns the exit code."""
     files.refuse_leftovers(args.out, "rejects", "rejects/*.parquet")
     folder = published_model.folder_of(cfg, args.model)
-    device = devices.pick(cfg.infrastructure.device, needs_float64=False)
+    device = devices.pick(cfg.infrastructure.device, for_backbone=True)
     dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
     settings = {"model.weights": weights_digest(folder), "embedding_model.dtype": dtype}
     settings |= values(cfg, "data.rows_per_part")
