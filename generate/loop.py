@@ -169,9 +169,9 @@ def _prepared_ahead(
 ) -> Iterator[tuple[Job, Parts, bool]]:
     """Batches in order, with enough of them in the pool: a job, some of its parts, and whether they are its last.
 
-    Memory: three batches, or two chunks per thread, of the pictures that views are made from, on the device (for
-    views down to 0.5 of a 224-pixel backbone, 448 pixels: 2.4 MB); in each thread one decoded image (1.2 MB for
-    640 x 640 pixels), for CUDA a chunk of them, twice.
+    Memory: three batches, or two chunks per thread, of the pictures that views are made from, on CUDA or the host
+    (for views down to 0.5 of a 224-pixel backbone, 448 pixels: 2.4 MB); in each thread one decoded image (1.2 MB
+    for 640 x 640 pixels), for CUDA a chunk of them, twice.
     """
     waiting: deque[tuple[Job, Parts, bool]] = deque()
     for job in jobs:

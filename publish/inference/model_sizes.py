@@ -15,7 +15,7 @@ from generate.pixels import picture_side, read_preprocessing
 from publish.configuration_spatial_embeddings import SpatialEmbeddingsConfig
 from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel, embedding_dim
 
-BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float32": 4, "bfloat16": 2}  # float16: as bfloat16
 BATCHES = (1, 64, 256)
 # Dense bfloat16 peak in TFLOP/s and memory in GB, from NVIDIA's data sheets of these cards.
 GPUS = {
