@@ -5,20 +5,20 @@
         cuda.races, cuda.counts.launches, cuda.counts.waits, cuda.peak
 
 It raises MixedDevices where tensors or generators of the CPU and of the device meet, and OutOfMemoryError beyond
-its size. It finds races: two streams that touch one memory without an order between them (no `wait_stream`), memory
-that is freed while another stream may still use it (no `record_stream`), and a pinned buffer that the host writes,
-or reads, while a copy out of it, or into it, may be under way. It counts operators (each launches a kernel or
-more), copies, and the host's waits for the device, by file and line.
+its size. It finds races: two streams that touch one memory without an order between them (no `wait_stream`),
+memory that is freed while another stream may still use it (no `record_stream`), and a pinned buffer that the host
+writes, or reads, while a copy out of it, or into it, may be under way. It counts operators (each launches a kernel
+or more), copies, and the host's waits for the device, by file and line.
 
 It computes with the CPU's kernels. So it cannot see what numpy writes into pinned memory; a data type that CUDA's
 kernel for an operator lacks; the rounding of cuBLAS, and CUDA's own random numbers; which operators autocast
-converts on CUDA alone; torch.compile; and time. Parameters are replaced when a module moves to it: an optimiser
-made before that would keep those of the CPU. Processes that are started see no device.
+converts on CUDA alone; what inference mode forbids; torch.compile; and time. Parameters are replaced when a module
+moves to it: an optimiser made before that would keep those of the CPU. Processes that are started see no device.
 
 What it replaces in torch holds for the whole process, until `uninstall` puts everything back. With pytest-xdist
-(--dist loadfile) a process runs one test at a time, so a fixture that installs it for a test, or for a module whose
-tests all need it, disturbs no other test; torch is not imported anew, which a process for each test would take
-seconds for. Threads are counted with the device that was installed when they began.
+(--dist loadfile) a process runs one test at a time, so a fixture that installs it for a test, or for a module
+whose tests all need it, disturbs no other test; torch is not imported anew, which a process for each test would
+take seconds for. Threads see the device if it was installed when they began.
 
 Command  python tests/simulated_cuda.py STAGE [--memory-gb 80] [--no-bf16] [the stage's own options]
          STAGE: a module such as difficulty.compute_visual_neighbors; prints what was counted and found
@@ -49,7 +49,7 @@ _undo = contextlib.ExitStack()
 
 
 def install(total_bytes: int = 80 * 2**30, bf16: bool = True) -> Simulation:
-    """Give this process a CUDA device of so many bytes; `bf16`: whether it multiplies bfloat16 (not before 8.0)."""
+    """Give this process a CUDA device of so many bytes; `bf16`: whether it multiplies bfloat16 (from 8.0 on)."""
     if simulated_streams.is_active():
         raise RuntimeError("a simulated CUDA device is installed already")
     simulation = Simulation(total_bytes, bf16)
@@ -57,6 +57,7 @@ def install(total_bytes: int = 80 * 2**30, bf16: bool = True) -> Simulation:
     for owner, names in (
         (torch.cuda, _of_torch_cuda(simulation)),
         (torch, {"Generator": SimulatedGenerator, "autocast": _autocast(torch.autocast)}),
+        (torch.inference_mode, _no_grad()),
         (torch.nn.Module, {"to": _module_to(torch.nn.Module.to)}),
         (threading.Thread, _of_threads()),
         (torch.utils._foreach_utils, {"_get_foreach_kernels_supported_devices": lambda: ["cuda"]}),
@@ -133,6 +134,18 @@ def _of_torch_cuda(simulation: Simulation) -> dict:
 def _autocast(autocast):
     """torch.autocast("cuda", ...) as that of the CPU, whose kernels compute."""
     return lambda device_type, *args, **kwargs: autocast("cpu", *args, **kwargs)
+
+
+def _no_grad() -> dict:
+    """Inference mode as no_grad: it does not work with subclasses of Tensor. Decorators call it again each time."""
+
+    def enter(self):
+        self._no_grad = torch.set_grad_enabled(torch.is_grad_enabled() and not self.mode)
+
+    def leave(self, *exception):
+        torch.set_grad_enabled(self._no_grad.prev)
+
+    return {"__enter__": enter, "__exit__": leave}
 
 
 def _module_to(move):

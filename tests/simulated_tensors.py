@@ -1,8 +1,8 @@
 """Tensors of the simulated CUDA device: numbers on the CPU that say they are on cuda:0.
 
 Operators on them are computed by the CPU's kernels, after a check that no tensor or generator of the CPU is mixed
-in, and noted as reads and writes of the current stream (simulated_streams.py). `FunctionMode` stands before torch's
-functions and gives such tensors where "cuda" is asked for.
+in, and noted as reads and writes of the current stream (simulated_streams.py). `FunctionMode` stands before
+torch's functions and gives such tensors where "cuda" is asked for.
 """
 
 import weakref
@@ -33,6 +33,8 @@ VIEWS = set(
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 # CUDA takes a scalar tensor of the CPU as an argument of most kernels, but not as the table or index of these.
 NO_SCALARS_OF_THE_CPU = {"index_select", "gather", "searchsorted", "bincount", "scatter_"}
+# Functions that are one kernel on CUDA, and that the CPU splits up for tensors of another class than its own.
+WHOLE = {"scaled_dot_product_attention", "adaptive_avg_pool2d"}
 # Operators for whose result the host waits: its size depends on the values.
 WAITS = {
     "nonzero": ["nonzero"],
@@ -125,10 +127,6 @@ def blocks_of(values) -> list[Block]:
 
 def dispatch(func, args: tuple, kwargs: dict):
     """Run an operator of which an argument is on the device."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-        result = func.decompose(*args, **kwargs)  # inference mode leaves them whole
-        if result is not NotImplemented:
-            return result
     name = func.overloadpacket.__name__
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     refuse_mixed(name, args, kwargs, tensors)
@@ -165,7 +163,7 @@ def refuse_generator(name: str, generator: torch.Generator, wanted: str) -> None
 
 
 def launch(name: str, func, args: tuple, kwargs: dict, tensors: list[torch.Tensor]):
-    """Run an operator that reads and writes memory of the device; note that, its kernel, and what is waited for."""
+    """Run an operator that reads and writes memory of the device; note that, and what is waited for."""
     written = written_by(func, args, kwargs)
     read = [tensor for tensor in tensors if not any(tensor is one for one in written)]
     access(blocks_of(read), blocks_of(written))
@@ -285,8 +283,8 @@ class FunctionMode(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if func in (torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu):
             return self.move(func, *args, **kwargs)
-        if name == "scaled_dot_product_attention" and isinstance(args[0], SimulatedTensor):
-            return attention(func, args, kwargs)
+        if name in WHOLE and isinstance(args[0], SimulatedTensor):
+            return launch_whole(name, func, args, kwargs)
         if kwargs.pop("pin_memory", False) or name == "pin_memory":
             made = func(*args, **kwargs) if name != "pin_memory" else args[0].clone()
             pin(made)
@@ -353,14 +351,14 @@ class FunctionMode(TorchFunctionMode):
                     host_uses(tensor, writes=tensor is target)
 
 
-def attention(func, args: tuple, kwargs: dict) -> SimulatedTensor:
-    """scaled_dot_product_attention as one kernel, which it is on CUDA; as a whole it would have no gradient."""
+def launch_whole(name: str, func, args: tuple, kwargs: dict) -> SimulatedTensor:
+    """A function of torch as one kernel. It has no gradient."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise NotImplementedError("the gradient of attention is not simulated")
-    refuse_mixed("scaled_dot_product_attention", args, kwargs, tensors)
+        raise NotImplementedError(f"the gradient of {name} is not simulated")
+    refuse_mixed(name, args, kwargs, tensors)
     access(blocks_of(tensors), [])
-    active().launched("scaled_dot_product_attention")
+    active().launched(name)
     with torch._C.DisableTorchFunction():
         result = SimulatedTensor(func(*tree_map(unwrapped, args), **tree_map(unwrapped, kwargs)))
     access_made(result)
