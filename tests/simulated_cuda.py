@@ -44,6 +44,8 @@ import torch.utils._foreach_utils
 from simulated_streams import CUDA, DEFAULT_STREAM, Counts, Simulation
 from simulated_tensors import FunctionMode, MixedDevices, SimulatedGenerator, SimulatedTensor, is_cuda
 
+from common import cli
+
 __all__ = ["Counts", "MixedDevices", "Simulation", "install", "installed", "uninstall"]
 _undo = contextlib.ExitStack()
 
@@ -137,7 +139,7 @@ def _autocast(autocast):
 
 
 def _no_grad() -> dict:
-    """Inference mode as no_grad: it does not work with subclasses of Tensor. Decorators call it again each time."""
+    """Inference mode as no_grad: with subclasses of Tensor it does not work. Decorators enter it for each call."""
 
     def enter(self):
         self._no_grad = torch.set_grad_enabled(torch.is_grad_enabled() and not self.mode)
@@ -209,11 +211,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--memory-gb", type=float, default=80, metavar="GB", help="of the device (80)")
     parser.add_argument("--no-bf16", action="store_true", help="a card before compute capability 8.0")
     args, of_stage = parser.parse_known_args(argv)
+    stage = importlib.import_module(args.stage)
     with installed(int(args.memory_gb * 2**30), not args.no_bf16) as simulation:
-        code = importlib.import_module(args.stage).main(of_stage)
+        code = cli.exit_code_of(lambda: stage.main(of_stage))
         print(report(simulation))
     return code or int(bool(simulation.races))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -59,13 +59,12 @@ class Simulation:
         self.counts.kernels_at[place(), operator] += 1
 
     def waited(self, kind: str, clock: Clock | None = None) -> None:
-        """The host waits for what `clock` covers, or for all of the current stream; not counted if it has done so
-        already."""
-        clock, known = current_stream().clock if clock is None else clock, host_clock()
-        if any(operation > known[stream] for stream, operation in clock.items()):
+        """The host waits for all of the current stream, or for what `clock` covers: no wait if that is done."""
+        known = host_clock()
+        if clock is None or any(operation > known[stream] for stream, operation in clock.items()):
             self.counts.waits[kind] += 1
             self.counts.waits_at[place(), kind] += 1
-            merge(known, clock)
+            merge(known, current_stream().clock if clock is None else clock)
 
     def copied(self, direction: str, size: int) -> None:
         self.counts.copies[direction] += 1

@@ -142,9 +142,6 @@ def dispatch(func, args: tuple, kwargs: dict):
 
 def refuse_mixed(name: str, args: tuple, kwargs: dict, tensors: list[torch.Tensor]) -> None:
     """Raise MixedDevices as CUDA would. An index on the host is moved to the device, for which the host waits."""
-    for leaf in tree_leaves((args, kwargs)):
-        if isinstance(leaf, torch.Generator):
-            refuse_generator(name, leaf, "cuda")
     for tensor in tensors:
         if isinstance(tensor, SimulatedTensor) or name == "copy_":
             continue
@@ -155,11 +152,6 @@ def refuse_mixed(name: str, args: tuple, kwargs: dict, tensors: list[torch.Tenso
         elif tensor.dim() or name in NO_SCALARS_OF_THE_CPU:
             shapes = ", ".join(f"{tuple(each.shape)} on {each.device}" for each in tensors)
             raise MixedDevices(f"{name} of {shapes} at {place()}")
-
-
-def refuse_generator(name: str, generator: torch.Generator, wanted: str) -> None:
-    if (found := generator.device.type) != wanted:
-        raise MixedDevices(f"{name}: a generator of {found} for a tensor on {wanted} at {place()}")
 
 
 def launch(name: str, func, args: tuple, kwargs: dict, tensors: list[torch.Tensor]):
@@ -281,6 +273,11 @@ class FunctionMode(TorchFunctionMode):
         if not is_active():
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if isinstance(generator := kwargs.get("generator"), SimulatedGenerator):
+            wanted = "cuda" if is_cuda(kwargs.get("device")) or blocks_of((args, kwargs)) else "cpu"
+            if generator.device.type != wanted:
+                found = generator.device.type
+                raise MixedDevices(f"{name}: a generator of {found} for a tensor on {wanted} at {place()}")
         if func in (torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu):
             return self.move(func, *args, **kwargs)
         if name in WHOLE and isinstance(args[0], SimulatedTensor):
@@ -291,8 +288,6 @@ class FunctionMode(TorchFunctionMode):
             return made
         if is_cuda(kwargs.get("device")):
             return self.create(func, name, args, kwargs)
-        if isinstance(kwargs.get("generator"), torch.Generator) and not blocks_of(args):
-            refuse_generator(name, kwargs["generator"], "cpu")
         self.note_use_of_the_host(name, args, kwargs)
         return func(*args, **kwargs)
 
@@ -324,8 +319,6 @@ class FunctionMode(TorchFunctionMode):
 
     def create(self, func, name: str, args: tuple, kwargs: dict):
         """A function with device="cuda"."""
-        if isinstance(kwargs.get("generator"), torch.Generator):
-            refuse_generator(name, kwargs["generator"], "cuda")
         if blocks_of((args, kwargs)):
             return func(*args, **{**kwargs, "device": None})
         made = func(*args, **{**kwargs, "device": "cpu"})
