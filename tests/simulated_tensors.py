@@ -152,7 +152,9 @@ def blocks_of(values) -> list[Block]:
 def dispatch(func, args: tuple, kwargs: dict):
     """Run an operator of which an argument is on the device."""
     name = func.overloadpacket.__name__
-    if torch._C._current_graph_task_id() != -1:  # in a backward pass torch makes zeros itself, for lack of a gradient
+    if (
+        torch._C._current_graph_task_id() != -1
+    ):  # in a backward pass torch makes zeros itself, for lack of a gradient
         args = mapped(wrapped, args)
     tensors = tensors_in((args, kwargs))
     refuse_mixed(name, args, kwargs, tensors)
