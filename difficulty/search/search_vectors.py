@@ -3,7 +3,8 @@
 Nothing but the embeddings themselves is held: a tile of unit vectors is made when it is needed. Embeddings on the
 host travel to a CUDA device as they are, through two pinned buffers, while the tile before is in use.
 
-Memory: N x 8 bytes, and per row of a tile D x 8 (and as many on the host, pinned).
+Memory: N x 8 bytes; per row of a tile D x 8 (if they travel, and D x 4 on the host, pinned); before the first tile
+8,192 x D x 12.
 """
 
 from collections.abc import Iterator
