@@ -109,10 +109,8 @@ def write_checkpoint(cfg, seed: int = 0, hidden: int = HIDDEN, out: int = OUT) -
     train = parquet.read(cfg.paths.merged_dir / "train.parquet")
     embeddings = parquet.to_matrix(train["embedding"])
     buildings = zones.number_buildings(train["target_id"].to_numpy())
-    baselines = {
-        "pca": whitening.pca(embeddings, out),
-        "whitening": whitening.whiten(whitening.moments(embeddings, buildings), out, 1e-2),
-    }
+    moments = whitening.moments(embeddings, buildings, torch.device("cpu"))
+    baselines = {"pca": whitening.pca(moments, out), "whitening": whitening.whiten(moments, out, 1e-2)}
     baselines = {
         name: {"mean": torch.tensor(mean).float(), "projection": torch.tensor(projection).float()}
         for name, (mean, projection) in baselines.items()
