@@ -89,10 +89,9 @@ def rank_all(
     total, values = sum(rows.num_queries for _, rows in compared.values()), {}
     with cli.Progress("compare", "ranking", total, cfg.logging.progress_interval_s) as progress:
         for key, (method, rows) in compared.items():
-            vectors = method.vectors(rows, device)
-            queries = metrics.per_query(
-                protocol.rank(vectors, rows, cfg.infrastructure.search_memory_mb, progress)
-            )
+            vectors, memory_mb = method.vectors(rows, device), cfg.infrastructure.search_memory_mb
+            queries = metrics.per_query(protocol.rank(vectors, rows, memory_mb, device, progress))
+            del vectors  # never those of two methods at a time
             values[key] = protocol.query_values(queries, FIGURES)
     cell_ids = rows.column("cell_id")[: rows.num_queries][queries.has_match]  # the same for all
     cells, cell = np.unique(cell_ids, return_inverse=True)
