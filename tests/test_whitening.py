@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import simulated_cuda
 import torch
 from conftest import ROOT
 from scipy import linalg
@@ -68,6 +69,19 @@ def test_moments_equal_the_pairs_written_out(block_rows, monkeypatch):
     assert_same(
         whitening.moments(embeddings, building_of_row, CPU), pairs_written_out(embeddings, building_of_row)
     )
+
+
+def test_moments_on_a_device_are_those_of_the_cpu_within_its_memory():
+    """Be the rows on the device or on the host. All at once, as float64, they would take three times as much."""
+    embeddings, building_of_row = buildings(np.random.default_rng(5), count=20_000, dim=32)
+    expected = whitening.moments(embeddings, building_of_row, CPU)
+    rows = torch.from_numpy(embeddings)
+    with simulated_cuda.installed() as cuda:
+        for home in (rows, rows.to("cuda")):
+            cuda.peak = before = cuda.allocated
+            assert_same(whitening.moments(home, building_of_row, torch.device("cuda")), expected)
+            assert cuda.peak - before < 8 * 32 * 32 * 8 + whitening.BLOCK_ROWS * 32 * 24 + 2**18
+        assert not cuda.races
 
 
 def test_whitened_differences_are_white_and_the_axes_are_those_of_the_generalised_eigenproblem():

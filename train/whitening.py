@@ -94,7 +94,8 @@ def moments(embeddings: torch.Tensor | np.ndarray, building_of_row: np.ndarray, 
         center_sum, around, between = zeros(dim), zeros((dim, dim)), zeros((dim, dim))
         for block in first.split(max(1, BLOCK_ROWS // size)):
             which = (block[:, None] + torch.arange(size)).flatten().to(rows.device)
-            x = F.normalize(rows[which].to(device).double(), dim=1).unflatten(0, (-1, size))
+            x = rows[which].to(device).double()
+            x = F.normalize(x, dim=1, out=x).unflatten(0, (-1, size))
             centers = x.mean(dim=1)  # (buildings, D)
             deviations = x.sub_(centers[:, None]).flatten(0, 1)
             center_sum += centers.sum(dim=0)
