@@ -5,20 +5,20 @@
         cuda.races, cuda.counts.launches, cuda.counts.waits, cuda.peak
 
 It raises MixedDevices where tensors or generators of the CPU and of the device meet, and OutOfMemoryError beyond
-its size. It finds races: two streams that touch one memory without an order between them (no `wait_stream`), memory
-that is freed while another stream may still use it (no `record_stream`), and a pinned buffer that the host writes,
-or reads, while a copy out of it, or into it, may be under way. It counts operators (each launches a kernel or
-more), copies, and the host's waits for the device, by file and line.
+its size. It finds races: two streams that touch one memory without an order between them (no `wait_stream`),
+memory that is freed while another stream may still use it (no `record_stream`), and a pinned buffer that the host
+writes, or reads, while a copy out of it, or into it, may be under way. It counts operators (each launches a kernel
+or more), copies, and the host's waits for the device, by file and line.
 
 It computes with the CPU's kernels. So it cannot see what numpy writes into pinned memory; a data type that CUDA's
 kernel for an operator lacks; the rounding of cuBLAS, and CUDA's own random numbers; which operators autocast
-converts on CUDA alone; torch.compile; and time. Parameters are replaced when a module moves to it: an optimiser
-made before that would keep those of the CPU. Processes that are started see no device.
+converts on CUDA alone; what inference mode forbids; torch.compile; and time. Parameters are replaced when a module
+moves to it: an optimiser made before that would keep those of the CPU. Processes that are started see no device.
 
 What it replaces in torch holds for the whole process, until `uninstall` puts everything back. With pytest-xdist
-(--dist loadfile) a process runs one test at a time, so a fixture that installs it for a test, or for a module whose
-tests all need it, disturbs no other test; torch is not imported anew, which a process for each test would take
-seconds for. Threads are counted with the device that was installed when they began.
+(--dist loadfile) a process runs one test at a time, so a fixture that installs it for a test, or for a module
+whose tests all need it, disturbs no other test; torch is not imported anew, which a process for each test would
+take seconds for. Threads see the device if it was installed when they began.
 
 Command  python tests/simulated_cuda.py STAGE [--memory-gb 80] [--no-bf16] [the stage's own options]
          STAGE: a module such as difficulty.compute_visual_neighbors; prints what was counted and found
@@ -41,15 +41,17 @@ import simulated_streams
 import torch
 import torch.nn.utils.clip_grad
 import torch.utils._foreach_utils
-from simulated_streams import CUDA, DEFAULT_STREAM, Counts, Simulation
+from simulated_streams import DEFAULT_STREAM, Counts, Simulation
 from simulated_tensors import FunctionMode, MixedDevices, SimulatedGenerator, SimulatedTensor, is_cuda
+
+from common import cli
 
 __all__ = ["Counts", "MixedDevices", "Simulation", "install", "installed", "uninstall"]
 _undo = contextlib.ExitStack()
 
 
 def install(total_bytes: int = 80 * 2**30, bf16: bool = True) -> Simulation:
-    """Give this process a CUDA device of so many bytes; `bf16`: whether it multiplies bfloat16 (not before 8.0)."""
+    """Give this process a CUDA device of so many bytes; `bf16`: whether it multiplies bfloat16 (from 8.0 on)."""
     if simulated_streams.is_active():
         raise RuntimeError("a simulated CUDA device is installed already")
     simulation = Simulation(total_bytes, bf16)
@@ -57,6 +59,7 @@ def install(total_bytes: int = 80 * 2**30, bf16: bool = True) -> Simulation:
     for owner, names in (
         (torch.cuda, _of_torch_cuda(simulation)),
         (torch, {"Generator": SimulatedGenerator, "autocast": _autocast(torch.autocast)}),
+        (torch.inference_mode, _no_grad()),
         (torch.nn.Module, {"to": _module_to(torch.nn.Module.to)}),
         (threading.Thread, _of_threads()),
         (torch.utils._foreach_utils, {"_get_foreach_kernels_supported_devices": lambda: ["cuda"]}),
@@ -135,17 +138,29 @@ def _autocast(autocast):
     return lambda device_type, *args, **kwargs: autocast("cpu", *args, **kwargs)
 
 
+def _no_grad() -> dict:
+    """Inference mode as no_grad: with subclasses of Tensor it does not work. Decorators enter it for each call."""
+
+    def enter(self):
+        self._no_grad = torch.set_grad_enabled(torch.is_grad_enabled() and not self.mode)
+
+    def leave(self, *exception):
+        torch.set_grad_enabled(self._no_grad.prev)
+
+    return {"__enter__": enter, "__exit__": leave}
+
+
 def _module_to(move):
-    """Module.to, which cannot change the kind of a parameter in place, but must not replace one that is there."""
+    """Module.to, which must replace the parameters that come to the device or leave it, and no others."""
 
     def to(module, *args, **kwargs):
-        own = [*module.parameters(), *module.buffers()]
-        is_here = bool(own) and all(isinstance(tensor, SimulatedTensor) for tensor in own)
         asked = [*args, kwargs.get("device")]
-        if is_here and any(map(is_cuda, asked)) and not any(isinstance(value, torch.dtype) for value in asked):
+        devices = {is_cuda(value) for value in asked if isinstance(value, (str, torch.device))}
+        here = {isinstance(tensor, SimulatedTensor) for tensor in [*module.parameters(), *module.buffers()]}
+        if devices == here == {True} and not any(isinstance(value, torch.dtype) for value in asked):
             return module
         before = torch.__future__.get_overwrite_module_params_on_conversion()
-        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        torch.__future__.set_overwrite_module_params_on_conversion(bool(devices) and devices != here)
         try:
             return move(module, *args, **kwargs)
         finally:
@@ -157,7 +172,7 @@ def _module_to(move):
 def _grouping():
     """The grouping of tensors by device of `clip_grad_norm_`, which asks C++ for the device."""
     group = torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype
-    return lambda tensors: {(CUDA, dtype): found for (_, dtype), found in group(tensors).items()}
+    return lambda tensors: {(found[0][0][0].device, key[1]): found for key, found in group(tensors).items()}
 
 
 def _of_threads() -> dict:
@@ -196,11 +211,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--memory-gb", type=float, default=80, metavar="GB", help="of the device (80)")
     parser.add_argument("--no-bf16", action="store_true", help="a card before compute capability 8.0")
     args, of_stage = parser.parse_known_args(argv)
+    stage = importlib.import_module(args.stage)
     with installed(int(args.memory_gb * 2**30), not args.no_bf16) as simulation:
-        code = importlib.import_module(args.stage).main(of_stage)
+        code = cli.exit_code_of(lambda: stage.main(of_stage))
         print(report(simulation))
     return code or int(bool(simulation.races))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

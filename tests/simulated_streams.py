@@ -59,10 +59,12 @@ class Simulation:
         self.counts.kernels_at[place(), operator] += 1
 
     def waited(self, kind: str, clock: Clock | None = None) -> None:
-        """The host waits for what `clock` covers, or for all of the current stream."""
-        self.counts.waits[kind] += 1
-        self.counts.waits_at[place(), kind] += 1
-        merge(host_clock(), current_stream().clock if clock is None else clock)
+        """The host waits for all of the current stream, or for what `clock` covers: no wait if that is done."""
+        known = host_clock()
+        if clock is None or any(operation > known[stream] for stream, operation in clock.items()):
+            self.counts.waits[kind] += 1
+            self.counts.waits_at[place(), kind] += 1
+            merge(known, current_stream().clock if clock is None else clock)
 
     def copied(self, direction: str, size: int) -> None:
         self.counts.copies[direction] += 1
@@ -302,7 +304,7 @@ def access(reads: list[Block], writes: list[Block]) -> None:
 
 
 class _Pinned:
-    """A pinned buffer of the host, and the copies that may be under way: (stream, operation, where it was begun)."""
+    """A pinned buffer of the host, and the copies that may be under way: (stream, operation, place)."""
 
     def __init__(self) -> None:
         self.out_of: list[tuple[int, int, str]] = []  # to the device

@@ -1,11 +1,12 @@
 """Tensors of the simulated CUDA device: numbers on the CPU that say they are on cuda:0.
 
 Operators on them are computed by the CPU's kernels, after a check that no tensor or generator of the CPU is mixed
-in, and noted as reads and writes of the current stream (simulated_streams.py). `FunctionMode` stands before torch's
-functions and gives such tensors where "cuda" is asked for.
+in, and noted as reads and writes of the current stream (simulated_streams.py). `FunctionMode` stands before
+torch's functions and gives such tensors where "cuda" is asked for.
 """
 
 import weakref
+from collections.abc import Callable, Iterator
 
 import torch
 from simulated_streams import (
@@ -23,7 +24,6 @@ from simulated_streams import (
     release,
 )
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 # Operators that compute nothing: their results are other shapes of the same memory.
 VIEWS = set(
@@ -33,6 +33,8 @@ VIEWS = set(
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 # CUDA takes a scalar tensor of the CPU as an argument of most kernels, but not as the table or index of these.
 NO_SCALARS_OF_THE_CPU = {"index_select", "gather", "searchsorted", "bincount", "scatter_"}
+# Functions that are one kernel on CUDA, and that the CPU splits up for tensors of another class than its own.
+WHOLE = {"scaled_dot_product_attention", "adaptive_avg_pool2d"}
 # Operators for whose result the host waits: its size depends on the values.
 WAITS = {
     "nonzero": ["nonzero"],
@@ -109,6 +111,30 @@ def is_parameter(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, torch.nn.Parameter)
 
 
+def leaves(values) -> Iterator:
+    """What stands in the tuples, lists and dicts of an operator's arguments. (torch's pytree takes far longer.)"""
+    if isinstance(values, (tuple, list)):
+        for value in values:
+            yield from leaves(value)
+    elif isinstance(values, dict):
+        yield from leaves(tuple(values.values()))
+    else:
+        yield values
+
+
+def mapped(function: Callable, values):
+    """`values` with function(leaf) in place of each leaf."""
+    if isinstance(values, (tuple, list)):
+        return type(values)([mapped(function, value) for value in values])
+    if isinstance(values, dict):
+        return {key: mapped(function, value) for key, value in values.items()}
+    return function(values)
+
+
+def tensors_in(values) -> list[torch.Tensor]:
+    return [leaf for leaf in leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
 def wrapped(value):
     """A tensor of the CPU as one of the device, with the same memory; anything else as it is."""
     is_plain = isinstance(value, torch.Tensor) and not isinstance(value, SimulatedTensor)
@@ -120,17 +146,17 @@ def unwrapped(value):
 
 
 def blocks_of(values) -> list[Block]:
-    return [value.block for value in tree_leaves(values) if isinstance(value, SimulatedTensor)]
+    return [leaf.block for leaf in leaves(values) if isinstance(leaf, SimulatedTensor)]
 
 
 def dispatch(func, args: tuple, kwargs: dict):
     """Run an operator of which an argument is on the device."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-        result = func.decompose(*args, **kwargs)  # inference mode leaves them whole
-        if result is not NotImplemented:
-            return result
     name = func.overloadpacket.__name__
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    if (
+        torch._C._current_graph_task_id() != -1
+    ):  # in a backward pass torch makes zeros itself, for lack of a gradient
+        args = mapped(wrapped, args)
+    tensors = tensors_in((args, kwargs))
     refuse_mixed(name, args, kwargs, tensors)
     if name == "copy_" and not all(isinstance(tensor, SimulatedTensor) for tensor in args[:2]):
         return copy_across(*args, **kwargs)
@@ -138,15 +164,12 @@ def dispatch(func, args: tuple, kwargs: dict):
     if kwargs.get("device") is not None:
         kwargs["device"] = torch.device("cpu")
     if name in VIEWS:
-        return tree_map(wrapped, func(*tree_map(unwrapped, args), **tree_map(unwrapped, kwargs)))
+        return mapped(wrapped, func(*mapped(unwrapped, args), **mapped(unwrapped, kwargs)))
     return launch(name, func, args, kwargs, tensors)
 
 
 def refuse_mixed(name: str, args: tuple, kwargs: dict, tensors: list[torch.Tensor]) -> None:
     """Raise MixedDevices as CUDA would. An index on the host is moved to the device, for which the host waits."""
-    for leaf in tree_leaves((args, kwargs)):
-        if isinstance(leaf, torch.Generator):
-            refuse_generator(name, leaf, "cuda")
     for tensor in tensors:
         if isinstance(tensor, SimulatedTensor) or name == "copy_":
             continue
@@ -159,17 +182,12 @@ def refuse_mixed(name: str, args: tuple, kwargs: dict, tensors: list[torch.Tenso
             raise MixedDevices(f"{name} of {shapes} at {place()}")
 
 
-def refuse_generator(name: str, generator: torch.Generator, wanted: str) -> None:
-    if (found := generator.device.type) != wanted:
-        raise MixedDevices(f"{name}: a generator of {found} for a tensor on {wanted} at {place()}")
-
-
 def launch(name: str, func, args: tuple, kwargs: dict, tensors: list[torch.Tensor]):
-    """Run an operator that reads and writes memory of the device; note that, its kernel, and what is waited for."""
+    """Run an operator that reads and writes memory of the device; note that, and what is waited for."""
     written = written_by(func, args, kwargs)
     read = [tensor for tensor in tensors if not any(tensor is one for one in written)]
     access(blocks_of(read), blocks_of(written))
-    result = func(*tree_map(unwrapped, args), **tree_map(unwrapped, kwargs))
+    result = func(*mapped(unwrapped, args), **mapped(unwrapped, kwargs))
     for tensor in written:
         if tensor.shape != tensor.on_cpu.shape or tensor.stride() != tensor.on_cpu.stride():
             raise NotImplementedError(f"{name} changes the shape of a tensor: not simulated")
@@ -180,7 +198,7 @@ def launch(name: str, func, args: tuple, kwargs: dict, tensors: list[torch.Tenso
         return result
     active().launched(name)
     same = {id(tensor.on_cpu): tensor for tensor in written}
-    result = tree_map(lambda value: same.get(id(value)) if id(value) in same else wrapped(value), result)
+    result = mapped(lambda value: same.get(id(value)) if id(value) in same else wrapped(value), result)
     access_made(result)
     return result
 
@@ -198,7 +216,7 @@ def written_by(func, args: tuple, kwargs: dict) -> list[SimulatedTensor]:
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
-            found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, SimulatedTensor)]
+            found += [leaf for leaf in leaves(value) if isinstance(leaf, SimulatedTensor)]
     return found
 
 
@@ -283,18 +301,21 @@ class FunctionMode(TorchFunctionMode):
         if not is_active():
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if isinstance(generator := kwargs.get("generator"), SimulatedGenerator):
+            wanted = "cuda" if is_cuda(kwargs.get("device")) or blocks_of((args, kwargs)) else "cpu"
+            if generator.device.type != wanted:
+                found = generator.device.type
+                raise MixedDevices(f"{name}: a generator of {found} for a tensor on {wanted} at {place()}")
         if func in (torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu):
             return self.move(func, *args, **kwargs)
-        if name == "scaled_dot_product_attention" and isinstance(args[0], SimulatedTensor):
-            return attention(func, args, kwargs)
+        if name in WHOLE and isinstance(args[0], SimulatedTensor):
+            return launch_whole(name, func, args, kwargs)
         if kwargs.pop("pin_memory", False) or name == "pin_memory":
             made = func(*args, **kwargs) if name != "pin_memory" else args[0].clone()
             pin(made)
             return made
         if is_cuda(kwargs.get("device")):
             return self.create(func, name, args, kwargs)
-        if isinstance(kwargs.get("generator"), torch.Generator) and not blocks_of(args):
-            refuse_generator(name, kwargs["generator"], "cpu")
         self.note_use_of_the_host(name, args, kwargs)
         return func(*args, **kwargs)
 
@@ -326,8 +347,6 @@ class FunctionMode(TorchFunctionMode):
 
     def create(self, func, name: str, args: tuple, kwargs: dict):
         """A function with device="cuda"."""
-        if isinstance(kwargs.get("generator"), torch.Generator):
-            refuse_generator(name, kwargs["generator"], "cuda")
         if blocks_of((args, kwargs)):
             return func(*args, **{**kwargs, "device": None})
         made = func(*args, **{**kwargs, "device": "cpu"})
@@ -346,22 +365,22 @@ class FunctionMode(TorchFunctionMode):
         target = kwargs.get("out")
         if name.endswith("_") and not name.endswith("__") and args:
             target = args[0]
-        for tensor in tree_leaves((args, kwargs)):
+        for tensor in leaves((args, kwargs)):
             if type(tensor) is torch.Tensor and not name.startswith("__get__"):
                 is_crossing = name == "copy_" and blocks_of(args)
                 if tensor is target or not is_crossing:
                     host_uses(tensor, writes=tensor is target)
 
 
-def attention(func, args: tuple, kwargs: dict) -> SimulatedTensor:
-    """scaled_dot_product_attention as one kernel, which it is on CUDA; as a whole it would have no gradient."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+def launch_whole(name: str, func, args: tuple, kwargs: dict) -> SimulatedTensor:
+    """A function of torch as one kernel. It has no gradient."""
+    tensors = tensors_in((args, kwargs))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise NotImplementedError("the gradient of attention is not simulated")
-    refuse_mixed("scaled_dot_product_attention", args, kwargs, tensors)
+        raise NotImplementedError(f"the gradient of {name} is not simulated")
+    refuse_mixed(name, args, kwargs, tensors)
     access(blocks_of(tensors), [])
-    active().launched("scaled_dot_product_attention")
+    active().launched(name)
     with torch._C.DisableTorchFunction():
-        result = SimulatedTensor(func(*tree_map(unwrapped, args), **tree_map(unwrapped, kwargs)))
+        result = SimulatedTensor(func(*mapped(unwrapped, args), **mapped(unwrapped, kwargs)))
     access_made(result)
     return result
