@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from common import devices
 from common.places.zones import Csr, ranges
 from train.evaluation.metric_names import METRICS, RECALL_AT
 
@@ -66,12 +67,13 @@ def find_matches(
 ) -> Matches:
     """Rank the gallery for each query by cosine and say where its matches (rows of its building) stand.
 
-    `queries` (Q, D) and `gallery` (G, D) are finite float32 unit vectors, on the device or on the host, from where
-    tiles move to the device when they are needed. `query_building` (Q,) and `gallery_building` (G,) int.
+    `queries` (Q, D) and `gallery` (G, D) are finite float32 unit vectors. A gallery on the host that does not fit
+    on the device stays there, and its tiles move. `query_building` (Q,) and `gallery_building` (G,) int.
     `self_rows` (Q,): the gallery row that is the query itself, or -1. `junk` = (indptr (Q + 1,), indices): the
     gallery rows of each query that are removed from its ranking, be they matches or not.
     """
     queries, gallery = (torch.as_tensor(side, dtype=torch.float32) for side in (queries, gallery))
+    gallery = gallery.to(device) if devices.fits(gallery.nbytes, device) else gallery
     self_rows, (indptr, indices) = np.asarray(self_rows), (np.asarray(part, np.int64) for part in junk)
     order, first, last = _rows_of_buildings(np.asarray(query_building), np.asarray(gallery_building))
     size, width = _tile_sizes(gallery, device, memory_mb)
