@@ -289,7 +289,8 @@ def _load_validation(cfg: Config, path: Path, device: torch.device) -> Validatio
     queries = np.sort(rng.choice(len(buildings), count, replace=False))
     embeddings = devices.place(parquet.read_matrix(path, "embedding"), device)
     junk = zones.rows_of(queries, own=False)
-    return Validation(embeddings, buildings, queries, junk, cfg.infrastructure.search_memory_mb, device)
+    memory_mb = devices.search_memory_mb(cfg.infrastructure, device)
+    return Validation(embeddings, buildings, queries, junk, memory_mb, device)
 
 
 def _read_columns(path: Path) -> dict[str, np.ndarray]:

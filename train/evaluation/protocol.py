@@ -14,7 +14,7 @@ amount for lists of junk.
 import numpy as np
 import torch
 
-from common import cli
+from common import cli, devices
 from common.errors import PipelineError
 from common.places import geo
 from common.sections import Config
@@ -40,13 +40,13 @@ def evaluate(
     """(The figures of metrics.json, the vectors of the method shown in the report, `PerQuery` of each method.)
     Raises PipelineError if no query has a match, or a method yields NaN."""
     shown = shown_of([method.name for method in methods])
-    unordered, vectors = {}, torch.empty(0)
+    unordered, vectors, memory_mb = {}, torch.empty(0), devices.search_memory_mb(cfg.infrastructure, device)
     for method in sorted(methods, key=lambda method: method.name == shown):  # `shown` last: its vectors are kept
         del vectors  # of the previous method: never two at a time
         vectors = method.vectors(gallery, device)
         if not torch.isfinite(vectors.sum()):  # unlike isfinite of all, it needs no memory
             raise PipelineError(f"{method.name} ({method.description}) yields vectors that are not finite")
-        unordered[method.name] = rank(vectors, gallery, cfg.infrastructure.search_memory_mb, device, progress)
+        unordered[method.name] = rank(vectors, gallery, memory_mb, device, progress)
     matches = {method.name: unordered[method.name] for method in methods}
     per_query = {name: metrics.per_query(of_method) for name, of_method in matches.items()}
     if not per_query[shown].has_match.any():

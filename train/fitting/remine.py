@@ -29,17 +29,14 @@ def mine(cfg: Config, rows: TrainRows, head: ProjectionHead, state: dict[str, to
     head = copy.deepcopy(head)
     head.load_state_dict(state)
     vectors = heads.embed(head, rows.embeddings, rows.device, torch.float16)
-    n, k = rows.neighbor_rows.shape
-    neighbors, ratios = np.empty((n, k), np.int32), np.empty((n, k), np.float32)
-    memory_mb = cfg.infrastructure.search_memory_mb
-    together = exact_search.tile_sizes(vectors.shape[1], k, memory_mb, rows.device).together
-    for start in range(0, n, together):
-        block = np.arange(start, min(start + together, n))
-        nearest, similarities = exact_search.exact_neighbors(
-            vectors, rows.zones, k=k, rows=block, memory_mb=memory_mb, device=rows.device
-        )
-        neighbors[block] = nearest
-        ratios[block] = bands.ratios(similarities, nearest, cfg.data.band_reference_rank)
+    neighbors, similarities = exact_search.exact_neighbors(
+        exact_search.SearchVectors(vectors, rows.device),
+        rows.zones,
+        k=rows.neighbor_rows.shape[1],
+        rows=np.arange(len(vectors)),
+        memory_mb=devices.search_memory_mb(cfg.infrastructure, rows.device),
+    )
+    ratios = bands.ratios(similarities, neighbors, cfg.data.band_reference_rank)
     edges = bands.edges_of(bands.histogram(ratios), cfg.data.band_percentiles)
     before = rows.neighbor_rows[:, 0].cpu().numpy()
     log.info(
