@@ -7,7 +7,7 @@ Reads    data/merged_moments/<sample>.safetensors, if it is of this data/merged/
 Writes   that file otherwise. Processes that do so at the same time write the same
 Memory   eight D x D float64 matrices and BLOCK_ROWS x D x 24 bytes, whatever N (768-d: 38 and 151 MB)
 Time     2 (N + buildings) D^2 floating-point operations in float64: 3e13 at 20 M rows of 768-d in buildings of
-         three. On CUDA, divided by the card's rate for float64; on other devices than that, on the CPU
+         three. On CUDA, divided by the card's rate for float64
 """
 
 import functools
@@ -86,7 +86,6 @@ def moments(embeddings: torch.Tensor | np.ndarray, building_of_row: np.ndarray, 
     num_pairs = np.sum(sizes > 1)  # buildings with pairs
     if not num_pairs:
         raise PipelineError("whitening needs buildings with two or more images, and there are none")
-    device = device if device.type == "cuda" else torch.device("cpu")  # others lack float64
     zeros = functools.partial(torch.zeros, dtype=torch.float64, device=device)
     row_mean, mean, row_second, second, within = (zeros(s) for s in (dim, dim, *[(dim, dim)] * 3))
     for size in np.unique(sizes).tolist():
