@@ -1,9 +1,9 @@
 """Bands of difficulty re-mined during training, in the space of the current head instead of the backbone's.
 
 Search (always exact) and bands are those of difficulty/. They are a function of the head, so a resumed run keeps
-the head that it last mined with, and mines again with that. Memory: N x output_dim x 4 bytes more (see
-difficulty/search/exact_search.py), and the new bands beside the old while they are made (N x k x 8, with the
-similarities).
+the head that it last mined with, and mines again with that. Memory: N x output_dim x 2 bytes more, on the
+device if they fit there; what difficulty/search/exact_search.py takes; and the new bands beside the old while they
+are made (N x k x 8, with the similarities).
 """
 
 import copy
@@ -28,7 +28,7 @@ def mine(cfg: Config, rows: TrainRows, head: ProjectionHead, state: dict[str, to
     """`rows` with the bands in the space of `head` with the weights `state`. Raises Stopped on a signal."""
     head = copy.deepcopy(head)
     head.load_state_dict(state)
-    vectors = devices.place(heads.embed(head, rows.embeddings, rows.device).half().cpu().numpy(), rows.device)
+    vectors = heads.embed(head, rows.embeddings, rows.device, torch.float16)
     neighbors, similarities = exact_search.exact_neighbors(
         exact_search.SearchVectors(vectors, rows.device),
         rows.zones,
