@@ -109,9 +109,11 @@ def _travelling(embeddings: torch.Tensor, size: int, device: torch.device) -> It
             arrived[number % 2].record(stream)
         return block
 
-    ahead = send(0) if len(starts) else None
+    ahead = [send(0)]
     for number, start in enumerate(starts):
-        block, ahead = ahead, send(number + 1) if number + 1 < len(starts) else None
-        current.wait_stream(stream)
+        if number + 1 < len(starts):
+            ahead.append(send(number + 1))
+        block = ahead.pop(0)
+        current.wait_event(arrived[number % 2])  # not for the stream, on which the next rows travel
         block.record_stream(current)
         yield start, block
