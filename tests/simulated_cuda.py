@@ -12,8 +12,9 @@ or more), copies, and the host's waits for the device, by file and line.
 
 It computes with the CPU's kernels. So it cannot see what numpy writes into pinned memory; a data type that CUDA's
 kernel for an operator lacks; the rounding of cuBLAS, and CUDA's own random numbers; which operators autocast
-converts on CUDA alone; what inference mode forbids; torch.compile; and time. Parameters are replaced when a module
-moves to it: an optimiser made before that would keep those of the CPU. Processes that are started see no device.
+converts on CUDA alone; what inference mode forbids; memory that a kernel takes for itself, and fragments;
+torch.compile; and time. Parameters are replaced when a module moves to it: an optimiser made before that would
+keep those of the CPU. Processes that are started see no device.
 
 What it replaces in torch holds for the whole process, until `uninstall` puts everything back. With pytest-xdist
 (--dist loadfile) a process runs one test at a time, so a fixture that installs it for a test, or for a module

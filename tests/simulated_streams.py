@@ -6,6 +6,7 @@ Each thread of the host has a clock too, of what it has waited for: what it queu
 """
 
 import contextlib
+import itertools
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -55,23 +57,26 @@ class Simulation:
         return counts
 
     def launched(self, operator: str) -> None:
-        self.counts.kernels[operator] += 1
-        self.counts.kernels_at[place(), operator] += 1
+        with _lock:
+            self.counts.kernels[operator] += 1
+            self.counts.kernels_at[place(), operator] += 1
 
     def waited(self, kind: str, clock: Clock | None = None) -> None:
         """The host waits for all of the current stream, or for what `clock` covers: no wait if that is done."""
-        known = host_clock()
-        if clock is None or any(operation > known[stream] for stream, operation in clock.items()):
-            self.counts.waits[kind] += 1
-            self.counts.waits_at[place(), kind] += 1
-            merge(known, current_stream().clock if clock is None else clock)
+        with _lock:
+            known = host_clock()
+            if clock is None or any(operation > known[stream] for stream, operation in clock.items()):
+                self.counts.waits[kind] += 1
+                self.counts.waits_at[place(), kind] += 1
+                merge(known, current_stream().clock if clock is None else clock)
 
     def copied(self, direction: str, size: int) -> None:
-        self.counts.copies[direction] += 1
-        if direction == "to the device":
-            self.counts.to_device_bytes += size
-        else:
-            self.counts.to_host_bytes += size
+        with _lock:
+            self.counts.copies[direction] += 1
+            if direction == "to the device":
+                self.counts.to_device_bytes += size
+            else:
+                self.counts.to_host_bytes += size
 
     def allocate(self, size: int) -> None:
         """Raises OutOfMemoryError as CUDA's allocator does."""
@@ -100,9 +105,11 @@ def is_active() -> bool:
 
 
 def activate(simulation: Simulation | None) -> None:
+    """Begin or (None) end a simulation. What is left over from another one is done."""
     global _active
-    for stream in Stream.all:  # what is left over from another simulation is done
+    for stream in Stream.all:
         merge(host_clock(), stream.clock)
+    Stream.all[:] = [DEFAULT_STREAM]
     _active = simulation
 
 
@@ -121,11 +128,12 @@ def host_clock() -> Clock:
 class Stream:
     """torch.cuda.Stream."""
 
-    all: list["Stream"] = []  # noqa: RUF012 - of all instances
+    all: ClassVar[list["Stream"]] = []  # of the simulation
+    numbers = itertools.count()
     device = CUDA
 
     def __init__(self, device=None, priority: int = 0):
-        self.number, self.clock = len(Stream.all), Counter()
+        self.number, self.clock = next(Stream.numbers), Counter()
         Stream.all.append(self)
 
     def queue(self) -> int:
@@ -207,7 +215,7 @@ def place() -> str:
     while frame is not None:
         if (path := _path_in_repository(frame.f_code.co_filename)) is not None:
             return f"{path}:{frame.f_lineno} {frame.f_code.co_name}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return "elsewhere"
 
 
@@ -333,7 +341,9 @@ def copy_begins(tensor: torch.Tensor, into: bool) -> None:
     """A copy out of, or `into`, a pinned buffer has been queued on the current stream."""
     stream, buffer = current_stream(), _buffer_of(tensor)
     assert buffer is not None
-    (buffer.into if into else buffer.out_of).append((stream.number, stream.clock[stream.number], place()))
+    copies, known = buffer.into if into else buffer.out_of, host_clock()
+    copies[:] = [copy for copy in copies if copy[1] > known[copy[0]]]
+    copies.append((stream.number, stream.clock[stream.number], place()))
 
 
 def host_uses(tensor: torch.Tensor, writes: bool) -> None:
@@ -351,7 +361,7 @@ def host_uses(tensor: torch.Tensor, writes: bool) -> None:
 
 def start_of_thread(thread: threading.Thread) -> None:
     """Call it in the parent: a new thread begins with what its parent has waited for."""
-    thread._simulated_clock = Counter(host_clock())  # type: ignore[attr-defined]
+    thread._simulated_clock = Counter(host_clock())
 
 
 def in_thread(thread: threading.Thread) -> None:

@@ -47,6 +47,10 @@ WAITS = {
     "bincount": ["bincount (min)", "bincount (max)"],
 }
 
+IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}  # and what ends with a "_"
+# Functions that look at no number of a tensor. Properties are all "__get__".
+METADATA = set("__get__ __len__ size dim stride numel element_size is_pinned data_ptr untyped_storage".split())
+
 
 class MixedDevices(RuntimeError):
     """What CUDA refuses: tensors, or a generator, of the CPU where all must be on the device."""
@@ -362,14 +366,14 @@ class FunctionMode(TorchFunctionMode):
     def note_use_of_the_host(self, name: str, args: tuple, kwargs: dict) -> None:
         """Tell of pinned buffers that a function of the host reads or writes. What numpy does with the memory of
         one is not seen, but that it is handed over is: as a read."""
-        target = kwargs.get("out")
-        if name.endswith("_") and not name.endswith("__") and args:
-            target = args[0]
+        if name in METADATA:
+            return
+        in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        target = args[0] if args and in_place else kwargs.get("out")
+        is_crossing = name == "copy_" and bool(blocks_of(args))  # which the device does
         for tensor in leaves((args, kwargs)):
-            if type(tensor) is torch.Tensor and not name.startswith("__get__"):
-                is_crossing = name == "copy_" and blocks_of(args)
-                if tensor is target or not is_crossing:
-                    host_uses(tensor, writes=tensor is target)
+            if type(tensor) is torch.Tensor and (tensor is target or not is_crossing):
+                host_uses(tensor, writes=tensor is target)
 
 
 def launch_whole(name: str, func, args: tuple, kwargs: dict) -> SimulatedTensor:
