@@ -50,7 +50,7 @@ def make_data(
     columns = {
         "street_view_id": rng.integers(0, PANORAMAS, num_rows),
         "target_lat": building * 40 / 111_195,
-        "target_lon": np.zeros(ROWS),
+        "target_lon": np.zeros(num_rows),
     }
     rows = datasets.make_rows(**arrays, columns=columns, radius_m=cfg.data.ignore_radius_m, device=device)
     torch.manual_seed(0)
