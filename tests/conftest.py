@@ -68,6 +68,16 @@ def full_disk():
 
 
 @pytest.fixture
+def cuda():
+    """A simulated CUDA device of 80 GB. A test on it fails if it finds a race."""
+    import simulated_cuda
+
+    with simulated_cuda.installed() as device:
+        yield device
+    assert not device.races
+
+
+@pytest.fixture
 def no_curves(monkeypatch):
     """Runs leave an empty curves.png: drawing it takes longer than a small training."""
     from train.fitting import history
