@@ -41,7 +41,7 @@ import simulated_streams
 import torch
 import torch.nn.utils.clip_grad
 import torch.utils._foreach_utils
-from simulated_streams import CUDA, DEFAULT_STREAM, Counts, Simulation
+from simulated_streams import DEFAULT_STREAM, Counts, Simulation
 from simulated_tensors import FunctionMode, MixedDevices, SimulatedGenerator, SimulatedTensor, is_cuda
 
 from common import cli
@@ -172,7 +172,7 @@ def _module_to(move):
 def _grouping():
     """The grouping of tensors by device of `clip_grad_norm_`, which asks C++ for the device."""
     group = torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype
-    return lambda tensors: {(CUDA, dtype): found for (_, dtype), found in group(tensors).items()}
+    return lambda lists: {(found[0][0][0].device, dtype): found for (_, dtype), found in group(lists).items()}
 
 
 def _of_threads() -> dict:

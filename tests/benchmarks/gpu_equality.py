@@ -69,6 +69,7 @@ def training(gpu: Gpu) -> Iterator[Row]:
         feed.sampler = DrawnByCpu(data[CPU].train, cfg, device)
         losses[device] = np.array([loss_of_step(cfg, here, run, feed) for _ in range(STEPS)])
         vectors[device] = heads.embed(run.head, data[CPU].train.embeddings, device).cpu()
+    torch.cuda.synchronize()  # the feed has drawn a batch ahead, from tables that are dropped now
     differ = (drawn[CPU] != drawn[gpu.device]).any(dim=0).sum()
     yield equality("training: triplets drawn", int(differ), 0, f"of {u.shape[1]:,} differ")
     apart = np.abs(losses[gpu.device] / losses[CPU] - 1).max()

@@ -19,6 +19,7 @@ class Sizes:
     vits: dict[str, tuple[int, int, int]]  # hidden size, layers, heads
     batch: int | str  # infrastructure.embedding_batch_size
     streets: int  # of photographs, about 57 each, which are decoded over and over
+    rounds: int  # of each measurement, after one to warm up
     seconds: float  # that a round of generation takes, about
     product: int  # rows and columns of the product that shows what the card can do
     rows: int  # of the search, the training and the head
@@ -32,6 +33,7 @@ FULL = Sizes(
     vits={"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)},
     batch="auto",
     streets=2,
+    rounds=3,
     seconds=2.0,
     product=8_192,
     rows=1_000_000,
@@ -44,6 +46,7 @@ SMALL = Sizes(
     vits={"S": (28, 1, 1), "B": (28, 1, 2), "L": (28, 2, 2)},
     batch=2,
     streets=1,
+    rounds=1,
     seconds=0.0,
     product=64,
     rows=600,

@@ -29,7 +29,6 @@ from publish.projection_head import ProjectionHead
 from train.evaluation import heads
 from train.fitting import fit
 
-ROUNDS = 3
 CHECKED = 2_048  # anchors of the large search whose neighbours are compared
 
 
@@ -49,7 +48,7 @@ def product(gpu: Gpu) -> Iterator[Row]:
     """The card's largest share of its peak: a large product in bfloat16."""
     n = gpu.sizes.product
     a, b = (torch.randn((n, n), device=gpu.device).bfloat16() for _ in range(2))
-    seconds = min(timing.seconds({"product": until_done(lambda: a @ b, 10)}, ROUNDS)["product"]) / 10
+    seconds = min(timing.seconds({"product": until_done(lambda: a @ b, 10)}, gpu.sizes.rounds)["product"]) / 10
     what = f"product of two matrices of {n:,} x {n:,}, bfloat16"
     yield at_peak(gpu, Row(what, 2 * n**3 / seconds / 1e12, "TFLOP/s"), 2 * n**3 / seconds)
 
@@ -76,7 +75,7 @@ def feeding(gpu: Gpu) -> tuple[float, int]:
     count = max(int(gpu.sizes.seconds * 1_000 * threads), 8)  # a core decodes about 1,000 in a second
     few_pixels = lambda pixels: pixels[:, :, ::32, ::32].flatten(1)  # noqa: E731
     run = lambda: gpu_feed.embed(images, count, few_pixels, preprocessing, gpu.device, infrastructure)  # noqa: E731
-    return count / min(timing.seconds({"fed": run}, ROUNDS - 1)["fed"]), threads
+    return count / min(timing.seconds({"fed": run}, gpu.sizes.rounds)["fed"]), threads
 
 
 def feed(gpu: Gpu) -> Iterator[Row]:
@@ -110,7 +109,7 @@ def vit(gpu: Gpu, size: str, is_compiled: bool) -> Iterator[Row]:
     settled = with_batch(cfg, batch)  # found once; and torch.compile sees one shape only
     args = gpu_feed.photographs(gpu), fed_count, model, model.preprocessing, gpu.device, settled
     torch.cuda.reset_peak_memory_stats()
-    fed = timing.seconds({"fed": lambda: gpu_feed.embed(*args)}, ROUNDS)["fed"]
+    fed = timing.seconds({"fed": lambda: gpu_feed.embed(*args)}, gpu.sizes.rounds)["fed"]
     bare = [seconds * fed_count / count for seconds in taken["bare forward"]]
     row = speed(f"{name}, from JPEGs", {"fed": fed, "bare": bare}, "fed", "bare", fed_count, "images/s")
     limit = "the card limits" if rate < feed_rate else f"{threads} threads limit: {feed_rate:,.0f} images/s"
@@ -127,10 +126,10 @@ def on_pixels(gpu: Gpu, model: backbone.Backbone, batch: int) -> tuple[int, dict
         pixels = torch.rand((batch, 3, *model.preprocessing.image_size), device=gpu.device)
         views = torch.rand(size, device=gpu.device).to(model.model.dtype)
     prepared, bare = lambda: model(pixels).half(), lambda: model.model(views)
-    once = min(timing.seconds({"once": until_done(prepared)}, rounds=2)["once"])
+    once = min(timing.seconds({"once": until_done(prepared)}, rounds=1)["once"])
     times = max(1, round(gpu.sizes.seconds / once))
     ways = {"prepared": until_done(prepared, times), "bare forward": until_done(bare, times)}
-    return batch * times, timing.seconds(ways, ROUNDS)
+    return batch * times, timing.seconds(ways, gpu.sizes.rounds)
 
 
 def with_batch(cfg: Config, batch: int | str) -> Infrastructure:
@@ -169,7 +168,7 @@ def search(gpu: Gpu) -> Iterator[Row]:
         "plain tiles": until_done(lambda: bench_neighbors.plain_tiles(embeddings, zones, k, gpu.device, rows)),
         "the product alone": until_done(lambda: products(embeddings, len(rows), gpu.device)),
     }
-    taken = timing.seconds(ways, ROUNDS - 1, warm_up=False)  # each has run, but for the product
+    taken = timing.seconds(ways, gpu.sizes.rounds, warm_up=False)  # each has run, but for the product
     for against in ("plain tiles", "the product alone"):
         yield speed(what, taken, "ours", against, len(rows), "anchors/s")
 
@@ -223,7 +222,7 @@ def training(gpu: Gpu) -> Iterator[Row]:
         ours.train(sizes.steps)
         torch.cuda.synchronize()
 
-    taken = timing.seconds({"ours": steps, "one batch, again and again": on_one_batch}, ROUNDS)
+    taken = timing.seconds({"ours": steps, "one batch, again and again": on_one_batch}, gpu.sizes.rounds)
     size = f"{bench_triplets.DIM} to {cfg.training_model.output_dim}, batches of {cfg.training.batch_size}"
     what = f"training, {cfg.training.loss}, {size}, {dtype}"
     yield speed(what, taken, "ours", "one batch, again and again", sizes.steps, "steps/s")
@@ -242,7 +241,7 @@ def head(gpu: Gpu) -> Iterator[Row]:
         "ours": until_done(lambda: heads.embed(model, embeddings, gpu.device)),
         "one block, again and again": until_done(lambda: model(block), times),
     }
-    taken = timing.seconds(ways, ROUNDS)
+    taken = timing.seconds(ways, gpu.sizes.rounds)
     yield speed(f"head embedding, {n:,} rows", taken, "ours", "one block, again and again", n, "rows/s")
 
 
@@ -261,7 +260,7 @@ def evaluation(gpu: Gpu) -> Iterator[Row]:
                 queries @ gallery.T
 
     ways = {"ours": lambda: data.ours(gpu.device), "the product alone": until_done(product_alone)}
-    taken = timing.seconds(ways, ROUNDS, warm_up=False)
+    taken = timing.seconds(ways, gpu.sizes.rounds, warm_up=False)
     yield speed(f"evaluation, {n:,} x {n:,} x {dim}", taken, "ours", "the product alone", n, "queries/s")
 
 

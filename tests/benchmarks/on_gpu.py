@@ -3,8 +3,8 @@
 First each stage is compared with the CPU on little data. Then come rates: a ViT-S, B and L at 224 pixels (random
 weights in DINOv2's form) against their bare forward pass and the card's peak, with torch.compile and without;
 neighbours among a million rows against plain tiles and the product alone; steps of training; a head; the
-evaluation of 200,000 images; and the peak of memory of each against the formula in its docstring. A check that fails
-is a row of the table too, and the others go on. Nothing is downloaded.
+evaluation of 200,000 images; and the peak of memory of each against the formula in its docstring. A check that
+fails is a row of the table too, and the others go on. Nothing is downloaded.
 
 Writes   tests/benchmarks/on_gpu.json, from which a table of docs/benchmarks.md is made
 Command  python tests/benchmarks/on_gpu.py [--json PATH]     (make bench calls it where there is a GPU)
