@@ -3,6 +3,7 @@
 import json
 import sys
 
+import generated_docs
 import numpy as np
 import pytest
 import simulated_cuda
@@ -20,7 +21,9 @@ from common.errors import PipelineError
 from publish.inference import model_sizes
 
 
-def test_a_dry_run_has_all_rows_and_the_results_of_the_cpu(tmp_path, capsys):
+def test_a_dry_run_has_all_rows_and_the_results_of_the_cpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(generated_docs, "MEASURED", tmp_path)
+    assert generated_docs.on_gpu().startswith("No GPU has been measured")
     with simulated_cuda.installed() as cuda:
         code = on_gpu.main(["--small", "--json", str(tmp_path / "on_gpu.json")])
     text = capsys.readouterr().out
@@ -43,6 +46,12 @@ def test_a_dry_run_has_all_rows_and_the_results_of_the_cpu(tmp_path, capsys):
         "the product alone",
     ]
     assert all(row["what"] in text for row in found["rows"])
+    table = generated_docs.on_gpu()
+    assert table.startswith("Measured on simulated, torch ")
+    assert [line.split(" | ")[0] for line in table.splitlines()[4:]] == [
+        f"| {row['what']}" for row in found["rows"]
+    ]
+    assert table.count("| skipped |") == 3
 
 
 def test_a_check_that_fails_costs_no_other_row(monkeypatch, tmp_path, capsys):
@@ -57,6 +66,9 @@ def test_a_check_that_fails_costs_no_other_row(monkeypatch, tmp_path, capsys):
     with simulated_cuda.installed():
         assert on_gpu.main(["--small", "--json", str(tmp_path / "on_gpu.json")]) == 1
     rows = [gpu_rows.Row(**row) for row in json.loads((tmp_path / "on_gpu.json").read_text())["rows"]]
+    monkeypatch.setattr(generated_docs, "MEASURED", tmp_path)
+    found = [line.split(" | ")[1] for line in generated_docs.on_gpu().splitlines()[4:]]
+    assert found == ["1 images/s", "**failed**", "1 of 2 differ, **wrong**", "2 images/s"]
     assert [gpu_rows.found(row) for row in rows] == ["1 images/s", "failed", "1 of 2 differ", "2 images/s"]
     assert [row.is_right for row in rows] == [True, False, False, True]
     assert rows[1].note == "OutOfMemoryError: CUDA out of memory."

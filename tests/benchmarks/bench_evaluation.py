@@ -43,10 +43,12 @@ class Data:
         around = zones.make_zones(self.building, self.lat, np.zeros(rows), 25.0)
         self.junk = around.rows_of(np.arange(rows), own=False)
 
-    def ours(self, device: torch.device = CPU) -> metrics.PerQuery:
+    def ours(self, vectors: torch.Tensor | None = None, device: torch.device = CPU) -> metrics.PerQuery:
+        """On the device, of the vectors, or of a copy of them elsewhere."""
+        vectors = self.vectors if vectors is None else vectors
         return metrics.retrieval(
-            self.vectors,
-            self.vectors,
+            vectors,
+            vectors,
             query_building=self.building,
             gallery_building=self.building,
             self_rows=np.arange(len(self.building)),

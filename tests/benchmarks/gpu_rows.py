@@ -34,7 +34,7 @@ FULL = Sizes(
     batch="auto",
     streets=2,
     rounds=3,
-    seconds=2.0,
+    seconds=1.0,
     product=8_192,
     rows=1_000_000,
     anchors=65_536,
@@ -118,11 +118,11 @@ def peak_since(before: int) -> int:
 
 def as_text(rows: list[Row]) -> str:
     """The table that a person reads."""
-    lines = [f"{'what':74} {'found':>22} {'ratio':>7} against"]
+    lines = [f"{'what':82} {'found':>22} {'ratio':>7} against"]
     for row in rows:
         verdict = "" if row.is_right else "WRONG  "
         ratio = "" if row.ratio is None else f"{row.ratio:.3g}"
-        lines.append(f"{row.what:74} {found(row):>22} {ratio:>7} {verdict}{row.against}  {row.note}".rstrip())
+        lines.append(f"{row.what:82} {found(row):>22} {ratio:>7} {verdict}{row.against}  {row.note}".rstrip())
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import bench_evaluation
 import bench_neighbors
 import bench_triplets
+import gpu_equality
 import gpu_feed
 import numpy as np
 import timing
@@ -22,7 +23,6 @@ from gpu_rows import Gpu, Row, memory, peak_since, reset_peak, speed
 from common import config, devices
 from common.sections import Config, Infrastructure
 from difficulty.search.balltree import recall
-from difficulty.search.exact_search import exact_neighbors, fast_bfloat16
 from generate import backbone, batches, loop
 from publish.inference import model_sizes
 from publish.projection_head import ProjectionHead
@@ -98,7 +98,8 @@ def vit(gpu: Gpu, size: str, is_compiled: bool) -> Iterator[Row]:
     if is_compiled:
         model.model.compile()
     count, taken = on_pixels(gpu, model, batch)
-    name = f"ViT-{size}/14{', compiled' if is_compiled else ''}, {dtype}, batches of {batch}"
+    views = f"{len(cfg.embedding_model.views)} views of {PX} px"
+    name = f"ViT-{size}/14, {views}{', compiled' if is_compiled else ''}, {dtype}, batches of {batch}"
     row = speed(f"{name}, pixels prepared", taken, "prepared", "bare forward", count, "images/s")
     yield row
     rate = row.value or 0.0
@@ -154,9 +155,9 @@ def search(gpu: Gpu) -> Iterator[Row]:
     before = reset_peak()
     embeddings, zones = vectors_on(gpu.device, sizes.rows), bench_neighbors.street_zones(sizes.rows)
     rows, (n, dim) = np.arange(sizes.anchors), embeddings.shape
-    options = {"k": k, "rows": rows, "memory_mb": memory_mb, "device": gpu.device}
+    args = embeddings, zones, k, rows, memory_mb, gpu.device
     torch.cuda.reset_peak_memory_stats()
-    found = exact_neighbors(embeddings, zones, **options)[0]
+    found = gpu_equality.nearest(*args)[0]
     yield memory(f"search, {n:,} x {dim}", peak_since(before), n * dim * 4 + memory_mb * 2**20)
     plain = bench_neighbors.plain_tiles(embeddings, zones, k, gpu.device, rows[:CHECKED]).cpu().numpy()
     what = f"search, {len(rows):,} of {n:,} x {dim}, k = {k}"
@@ -164,9 +165,9 @@ def search(gpu: Gpu) -> Iterator[Row]:
     yield Row(f"{what}: shared with plain tiles", 100 * shared, "%", "99.99 % at least", is_right=shared >= 0.9999)
 
     ways = {
-        "ours": lambda: exact_neighbors(embeddings, zones, **options),
+        "ours": lambda: gpu_equality.nearest(*args),
         "plain tiles": until_done(lambda: bench_neighbors.plain_tiles(embeddings, zones, k, gpu.device, rows)),
-        "the product alone": until_done(lambda: products(embeddings, len(rows), gpu.device)),
+        "the product alone": until_done(lambda: products(embeddings, len(rows))),
     }
     taken = timing.seconds(ways, gpu.sizes.rounds, warm_up=False)  # each has run, but for the product
     for against in ("plain tiles", "the product alone"):
@@ -186,12 +187,11 @@ def vectors_on(device: torch.device, n: int) -> torch.Tensor:
     return vectors
 
 
-def products(embeddings: torch.Tensor, anchors: int, device: torch.device) -> None:
-    """The products of the search, in large tiles."""
-    vectors = embeddings.to(torch.bfloat16 if fast_bfloat16(device) else torch.float16)
-    size, width = bench_neighbors.PLAIN_TILE[device.type]
-    for some in vectors[:anchors].split(size):
-        for block in vectors.split(width):
+def products(embeddings: torch.Tensor, anchors: int) -> None:
+    """The products of the search in float16, in large tiles."""
+    size, width = bench_neighbors.PLAIN_TILE["cuda"]
+    for some in embeddings[:anchors].split(size):
+        for block in embeddings.split(width):
             some @ block.T
 
 
@@ -241,6 +241,10 @@ def head(gpu: Gpu) -> Iterator[Row]:
         "ours": until_done(lambda: heads.embed(model, embeddings, gpu.device)),
         "one block, again and again": until_done(lambda: model(block), times),
     }
+    vectors_bytes, block_bytes = n * settings.output_dim * 4, heads.EMBED_ROWS * bench_neighbors.DIM * 4
+    before = reset_peak()
+    heads.embed(model, embeddings, gpu.device)
+    yield memory(f"head embedding, {n:,} rows", peak_since(before), vectors_bytes + block_bytes)
     taken = timing.seconds(ways, gpu.sizes.rounds)
     yield speed(f"head embedding, {n:,} rows", taken, "ours", "one block, again and again", n, "rows/s")
 
@@ -249,17 +253,17 @@ def evaluation(gpu: Gpu) -> Iterator[Row]:
     """Every image against all others, and nothing but the product."""
     data, before = bench_evaluation.Data(gpu.sizes.evaluated), reset_peak()
     n, dim = data.vectors.shape
-    data.ours(gpu.device)
+    vectors = data.vectors.to(gpu.device)
+    data.ours(vectors, gpu.device)
     formula = n * dim * 4 + bench_evaluation.MEMORY_MB * 2**20
     yield memory(f"evaluation, {n:,} x {n:,}", peak_since(before), formula)
-    vectors = data.vectors.to(gpu.device)
 
     def product_alone() -> None:
         for queries in vectors.split(4_096):
             for gallery in vectors.split(32_768):
                 queries @ gallery.T
 
-    ways = {"ours": lambda: data.ours(gpu.device), "the product alone": until_done(product_alone)}
+    ways = {"ours": lambda: data.ours(vectors, gpu.device), "the product alone": until_done(product_alone)}
     taken = timing.seconds(ways, gpu.sizes.rounds, warm_up=False)
     yield speed(f"evaluation, {n:,} x {n:,} x {dim}", taken, "ours", "the product alone", n, "queries/s")
 
