@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from common.errors import PipelineError, Stopped
+from common.errors import PipelineError, Stopped, explained
 
 log = logging.getLogger("pipeline")
 EXIT_STOPPED = 85  # stopped early by a signal with everything saved: Slurm's wrapper requeues the job
@@ -77,6 +77,8 @@ def run(main, *, resumable: bool = False) -> None:
     scripts are ended by SIGTERM as usual and ignore SIGUSR2, Slurm's warning before the time limit.
     """
     collect_seldom()
+    for device in ("MPS", "XPU"):  # torch reads this as it is imported: the CPU computes what they lack
+        os.environ.setdefault(f"PYTORCH_ENABLE_{device}_FALLBACK", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     if resumable:
@@ -114,14 +116,6 @@ def exit_code_of(main) -> int:
             raise
         missing = f"the Python package {error.name} is not installed for {sys.executable}"
         return _fail(missing, "run `make install`, then `source .venv/bin/activate`")
-    except MemoryError:
-        advice = "--help says how much the script needs; on Slurm set --mem in slurm.<stage>.sbatch"
-        return _fail("out of memory", advice)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
-            raise
-        advice = "free some, lower batch sizes or infrastructure.search_memory_mb, or change infrastructure.device"
-        return _fail("the device is out of memory", advice)
     except BrokenPipeError:
         with contextlib.suppress(OSError):  # the reader of our output has gone: `... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -133,6 +127,12 @@ def exit_code_of(main) -> int:
         path = error.filename if error.errno == errno.EIO else error.filename2 or error.filename
         where = f" ({path})" if path else ""
         return _fail(f"{_DISK_ERRORS[error.errno]}{where}", "fix this and rerun: finished files are kept")
+    except Exception as error:
+        lines = explained(error)
+        if lines is None:
+            raise
+        log.debug("%s", lines[0], exc_info=error)
+        return _fail(*lines)
 
 
 def _fail(*lines: str, code: int = 1) -> int:

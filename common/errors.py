@@ -1,4 +1,24 @@
-"""Errors that a user can cause. Their message is all the user sees: what is wrong, where, and what to do."""
+"""Errors that a user can cause. Their message is all the user sees: what is wrong, where, and what to do.
+
+`explained` says the same of torch's errors about memory and GPUs. torch is not imported here, so it goes by their
+words.
+"""
+
+import re
+
+_NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory|CUBLAS_STATUS_ALLOC_FAILED")  # first the host's
+_CPU = 'or set infrastructure.device to "cpu"'
+_TORCH = "see https://pytorch.org/get-started"
+_OF_GPU = {  # words of an error of a GPU, its driver or libraries -> what to do; the first that match
+    "no kernel image": "torch has no kernels for this GPU: wheels for CUDA 12.6 run on Maxwell to Hopper, for "
+    f"CUDA 13 on Turing and newer. Install the other one ({_TORCH}), {_CPU}",
+    "driver|unsupported toolchain": f"update the driver, install a torch for an older CUDA ({_TORCH}), {_CPU}",
+    "CUBLAS_STATUS|CUSOLVER_STATUS|cuDNN error": "install torch in a new .venv, so that its libraries belong "
+    f"together (make install CONSTRAINTS=), try another GPU, {_CPU}",
+    "CUDA error|HIP error|CUDA call failed|cudaGetDeviceCount": "rerun: finished files are kept. If it recurs, "
+    f"try another GPU, {_CPU}. CUDA_LAUNCH_BLOCKING=1 and --set logging.level=debug show where it happens",
+}
+_IS_OF_GPU = re.compile("NVIDIA driver|CUDA driver|" + "|".join(list(_OF_GPU)[2:]))
 
 
 class PipelineError(Exception):
@@ -19,3 +39,26 @@ class ConfigError(PipelineError):
 
 class Stopped(Exception):
     """SIGTERM or SIGUSR2 arrived, and all finished work is saved (exit code 85)."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host or a device lacks the memory for a request; the process can go on with a smaller one."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY.search(str(error)) is not None)
+    )
+
+
+def explained(error: BaseException) -> tuple[str, str] | None:
+    """What is wrong and what to do, for an error about memory or of a GPU; None for any other error."""
+    if is_out_of_memory(error):
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            advice = "--help says how much the script needs; on Slurm set --mem in slurm.<stage>.sbatch"
+            return "out of memory", advice
+        advice = "free some, lower batch sizes or infrastructure.search_memory_mb, or change infrastructure.device"
+        return "the device is out of memory", advice
+    lines = (line for line in str(error).splitlines() if _IS_OF_GPU.search(line))
+    if (line := next(lines, None)) is None:
+        return None
+    advice = next(advice for words, advice in _OF_GPU.items() if re.search(words, line))
+    return line.partition(" Please ")[0], advice

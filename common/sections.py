@@ -52,7 +52,7 @@ class EmbeddingModel(Section):
     revision: str
     pooling: Literal["cls", "mean", "cls_mean"]
     views: Annotated[list[Annotated[float, Field(ge=0.25, le=1)]], Field(min_length=1)]
-    dtype: Literal["auto", "float32", "bfloat16"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
 
     @field_validator("views")
     @classmethod
@@ -187,7 +187,7 @@ class Tuning(Section):
 class Infrastructure(Section):
     """Settings that affect speed but not results."""
 
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")]
     workers: Count
     embedding_batch_size: Literal["auto"] | Positive
     compile: bool

@@ -53,7 +53,7 @@ class Backbone:
 
 
 def load(settings: EmbeddingModel, dtype: str, device: torch.device) -> Backbone:
-    """The backbone of the settings, in `dtype` ("float32", "bfloat16"). Raises PipelineError, with advice."""
+    """The backbone of the settings, in the `dtype` of that name in torch. Raises PipelineError, with advice."""
     folder = model_files.locate(settings.name, settings.revision)
     check(settings, model_files.read_json(folder / "config.json").get("model_type"))
     preprocessing = read_preprocessing(folder, min(settings.views))

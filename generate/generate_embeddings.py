@@ -59,7 +59,7 @@ def main(argv=None) -> int:
     from generate import embedding_parts, loop
 
     files.refuse_leftovers(cfg.paths.embeddings_dir, "rejects", "rejects/*.parquet")
-    device = devices.pick(cfg.infrastructure.device)
+    device = devices.pick(cfg.infrastructure.device, for_backbone=True)
     dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
     settings = cfg.embedding_model.model_copy(update={"dtype": dtype})
     cfg = cfg.model_copy(update={"embedding_model": settings})

@@ -12,7 +12,7 @@ import functools
 import os
 import shutil
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +32,8 @@ from generate import batches
 from generate.pixels import Preprocessing
 
 CHUNK = 8  # images that a thread prepares at once
+WAITING = "waiting for images"
+TOLERATED_WAIT = 0.2  # of the time, before the summary gives advice
 Parts = list[tuple[int, int, Future]]  # of a job's images: start, stop, and the future of their _Chunk
 
 
@@ -54,23 +56,25 @@ class Result(NamedTuple):
 
 
 class GenerationProgress(cli.Progress):
-    """Progress, and how the main thread's time is spent: reading (waiting for images), computing or writing."""
+    """Progress, and how the main thread's time is spent."""
 
     def __init__(self, *args):
         super().__init__(*args)
-        self._seconds = dict.fromkeys(("read", "compute", "write"), 0.0)
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._since = time.monotonic()
 
     def lap(self, kind: str) -> None:
-        """Attribute the time since the last call to `kind`: "read", "compute" or "write"."""
+        """Attribute the time since the last call to `kind`: "waiting for images", "computing", ..."""
         now = time.monotonic()
         self._seconds[kind] += now - self._since
         self._since = now
 
     def summary(self, note: str = "") -> int:
         total = max(sum(self._seconds.values()), 1e-9)
-        shares = ", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in self._seconds.items())
-        return super().summary(f"{note}{shares} of the time")
+        shares = {kind: seconds / total for kind, seconds in self._seconds.items()}
+        spent = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
+        advice = ": more cores, or a faster disk, would help" if shares.get(WAITING, 0) > TOLERATED_WAIT else ""
+        return super().summary(f"{note}{spent} of the time{advice}")
 
 
 @contextlib.contextmanager
@@ -91,7 +95,7 @@ def run(
 
 class _Chunk(NamedTuple):
     rows: list[int]  # numbers of the images that could be decoded
-    pixels: torch.Tensor  # (len(rows), 3, H, W) on the device
+    pixels: torch.Tensor  # (len(rows), 3, H, W), see Preprocessing
     failed: dict[int, Rejected]
     ready: torch.cuda.Event | None  # set on the device when the pixels are complete
 
@@ -117,14 +121,14 @@ def embed(
     rows: list[int] = []
     failed: dict[int, Rejected] = {}
     try:
-        progress.lap("compute")
+        progress.lap("computing")
         for job, parts, is_last in _prepared_ahead(jobs, pool, prepare, size, settings.threads):
             chunks = [_ready(prepare, job, *part) for part in parts]
-            progress.lap("read")
+            progress.lap(WAITING)
             pixels = [chunk.pixels for chunk in chunks if chunk.rows]
             if pixels:
                 together = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
-                outputs.append(_to_host(batches.forward(forward, together, size)))
+                outputs.append(_to_host(batches.forward(forward, together.to(device), size)))
             if len(outputs) > 1:  # meanwhile the device works on this batch: never on more than two
                 outputs[-2]()
             for chunk in chunks:
@@ -132,13 +136,13 @@ def embed(
                 failed |= chunk.failed
                 rejected = count_reasons(chunk.failed.values())
                 progress.add(len(chunk.rows) + len(chunk.failed), len(chunk.rows), rejected)
-            progress.lap("compute")
+            progress.lap("computing")
             if is_last:
                 vectors = torch.cat([output() for output in outputs]).numpy() if outputs else np.empty((0, 0))
-                progress.lap("compute")
+                progress.lap("computing")
                 yield Result(job, np.array(rows, np.int64), vectors, failed)
                 outputs, rows, failed = [], [], {}
-                progress.lap("write")
+                progress.lap("writing")
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -165,9 +169,9 @@ def _prepared_ahead(
 ) -> Iterator[tuple[Job, Parts, bool]]:
     """Batches in order, with enough of them in the pool: a job, some of its parts, and whether they are its last.
 
-    Memory: three batches, or two chunks per thread, of the pictures that views are made from, on the device (for
-    views down to 0.5 of a 224-pixel backbone, 448 pixels: 2.4 MB); in each thread one decoded image (1.2 MB for
-    640 x 640 pixels), for CUDA a chunk of them, twice.
+    Memory: three batches, or two chunks per thread, of the pictures that views are made from, on CUDA or the host
+    (for views down to 0.5 of a 224-pixel backbone, 448 pixels: 2.4 MB); in each thread one decoded image (1.2 MB
+    for 640 x 640 pixels), for CUDA a chunk of them, twice.
     """
     waiting: deque[tuple[Job, Parts, bool]] = deque()
     for job in jobs:
@@ -220,7 +224,8 @@ def _ready(prepare: Callable, job: Job, start: int, stop: int, future: Future) -
 
 def _to_host(vectors: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Start copying a batch's vectors to the host; returns a function that waits for them."""
-    if vectors.device.type == "cpu":
+    if vectors.device.type != "cuda":
+        vectors = vectors.cpu()
         return lambda: vectors
     host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
     host.copy_(vectors, non_blocking=True)

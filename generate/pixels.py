@@ -43,8 +43,11 @@ class Preprocessing:
         return list(size)
 
     def __call__(self, images: Iterable[np.ndarray], device: torch.device) -> torch.Tensor:
-        """(N, 3, H, W) float32 on `device`, of N images, (h, w, 3) uint8 of any sizes."""
-        if device.type == "cpu":  # one by one as they come: what was just decoded is still in the core's cache
+        """(N, 3, H, W) float32 of N images, (h, w, 3) uint8 of any sizes: on `device` if that is CUDA, which then
+        resizes them, else on the CPU.
+        """
+        if device.type != "cuda":  # one by one as they come: what was just decoded is still in the core's cache
+            device = torch.device("cpu")
             resized = [self._shrink(torch.from_numpy(image)[None].permute(0, 3, 1, 2)) for image in images]
         else:
             runs = groupby(images, key=np.shape)  # consecutive images of one size are resized together

@@ -78,7 +78,7 @@ def convert(cfg, overwrite: bool) -> None:
         return
 
     # write beside the target, check, move into place
-    device = devices.pick(cfg.infrastructure.device)
+    device = devices.pick(cfg.infrastructure.device, for_backbone=True)
     settings = published_folder.backbone_settings(cfg, checkpoint_path, checkpoint)
     with published_folder.new_folder(cfg.paths.published_dir) as folder:
         preprocessing = published_folder.write_model(folder, settings, checkpoint_path, checkpoint)

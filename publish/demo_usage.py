@@ -87,7 +87,7 @@ def main(argv=None) -> int:
         if others:
             raise ConfigError(f"{args.gallery} holds the images of {1 + len(others)} tars: name one of these tars")
 
-    device = devices.pick(cfg.infrastructure.device)
+    device = devices.pick(cfg.infrastructure.device, for_backbone=True)
     dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
     published = published_model.load(folder, dtype, device, cfg.embedding_model.views if args.views else None)
     if args.command == "compare":

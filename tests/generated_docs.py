@@ -308,7 +308,7 @@ def costs() -> str:
             "gpu_images_per_s",
         ),
         row("embeddings: GPU hours", "{:.1f}", "gpu_hours_embeddings"),
-        row("embeddings: CPU cores that keep that GPU busy", "{:.0f}", "decoding_cores_per_gpu"),
+        row("embeddings: CPU cores that keep that GPU busy", "{:.0f}", "cores_per_gpu"),
         row("merge and split: hours", "{:.1f}", "hours_merge"),
         row("neighbour search: GPU hours", "{:.1f}", "gpu_hours_neighbors"),
         row("neighbour search: days without a GPU", "{:,.0f}", "days_neighbors_here"),

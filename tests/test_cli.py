@@ -6,7 +6,9 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 from common import cli, files
@@ -164,6 +166,10 @@ def test_sigterm_ends_a_script_that_saves_nothing_half_way():
     ("error", "message"),
     [
         ("import torch; raise torch.OutOfMemoryError('CUDA')", "error: the device is out of memory"),
+        (
+            "raise RuntimeError('MPS backend out of memory (MPS allocated: 9.0 GB)')",
+            "error: the device is out of memory",
+        ),
         ("raise MemoryError", "error: out of memory"),
     ],
 )
@@ -171,6 +177,54 @@ def test_memory_that_runs_out_is_no_traceback(error, message):
     result = run_main(error)
     assert result.stderr.splitlines()[0] == message
     assert (result.returncode, "Traceback" in result.stderr) == (1, False)
+
+
+def test_torch_running_out_of_the_hosts_memory_is_as_numpy_doing_so(capsys):
+    told = []
+    for request in (lambda: torch.empty(2**60, dtype=torch.uint8), lambda: np.empty(2**60, np.uint8)):
+        assert cli.exit_code_of(request) == 1
+        told.append(capsys.readouterr().err)
+    assert told[0] == told[1]
+    assert told[0].startswith("error: out of memory\n       --help says how much the script needs")
+
+
+ASYNCHRONOUS = "CUDA kernel errors might be asynchronously reported at some other API call.\nFor debugging ..."
+OLD_DRIVER = "The NVIDIA driver on your system is too old (found version 11040)"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "advice"),
+    [
+        (
+            f"CUDA error: no kernel image is available for execution on the device\n{ASYNCHRONOUS}",
+            None,
+            "CUDA 12.6",
+        ),
+        (f"{OLD_DRIVER}. Please update your GPU driver.", f"{OLD_DRIVER}.", "update the driver"),
+        ("CUDA error: the provided PTX was compiled with an unsupported toolchain.", None, "update the driver"),
+        (f"CUDA error: an illegal memory access was encountered\n{ASYNCHRONOUS}", None, "CUDA_LAUNCH_BLOCKING"),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( handle )`", None, "CONSTRAINTS="),
+        ("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED", None, "CONSTRAINTS="),
+        (
+            "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized",
+            None,
+            "try another GPU",
+        ),
+    ],
+)
+def test_an_error_of_a_gpu_is_two_lines_that_say_what_helps(text, line, advice, capsys, caplog):
+    def main():
+        raise RuntimeError(text)
+
+    assert cli.exit_code_of(main) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"error: {line or text.splitlines()[0]}"
+    assert advice in second
+    assert 'infrastructure.device to "cpu"' in second
+    assert "Traceback" not in caplog.text
+    with caplog.at_level("DEBUG", "pipeline"):  # for whoever looks for its cause
+        cli.exit_code_of(main)
+    assert "in main" in caplog.text
 
 
 def test_other_errors_of_the_run_show_where():

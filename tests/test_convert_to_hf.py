@@ -344,7 +344,7 @@ def test_a_folder_that_names_no_views_has_the_whole_image(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_family_is_saved_in_the_dtype_of_its_embeddings_and_gives_the_same(family, dtype, tmp_path):
     settings = {"embedding_model__dtype": dtype, "embedding_model__pooling": "cls_mean"}
     done = Trained(tmp_path, family, **settings)

@@ -1,12 +1,14 @@
 """publish/estimate_model_size.py. Oracles: real models' parameters and files, and arithmetic done by hand."""
 
 import json
+import re
 
 import pytest
 import torch
 from local_backbone import FAMILIES, write_preprocessor, write_tiny_backbone
 from transformers import AutoModel, Dinov2Config
 
+from common import config
 from common.errors import ConfigError, PipelineError
 from publish.estimate_model_size import main
 from publish.inference import model_sizes
@@ -63,6 +65,41 @@ def test_dinov2_base_has_the_published_figures(estimate, tmp_path):
     assert found["embedding_bytes"] == 1_000_000 * 768 * 2
     card = found["gpus"]["H100 SXM"]
     assert card["gpu_hours"] == pytest.approx(1_000_000 / card["images_per_second"] / 3600, abs=0.01)
+
+
+def test_the_cores_feed_each_card_and_slurm_is_asked_for_enough(tmp_path, capsys):
+    Dinov2Config(image_size=518).save_pretrained(tmp_path)
+    write_preprocessor(tmp_path, "dinov2", 224)
+
+    def text(*settings) -> str:
+        flags = [part for setting in settings for part in ("--set", setting)]
+        assert main(["--backbone", str(tmp_path), *flags]) == 0
+        return capsys.readouterr().out
+
+    rates = {"A100 SXM 80 GB": 2357, "H100 SXM": 7472}  # of one view; 760 a core, and a core for the main thread
+    table = text("embedding_model.views=[1.0]", 'slurm.generate_embeddings.sbatch=["-c", "6"]')
+    for name, rate in rates.items():
+        assert re.search(rf"^{name} +{rate:,} +[\d.]+ +{-(-rate // 760) + 1} ", table, re.M)
+    assert "asks for 6 cores, and would let these GPUs wait for images: RTX PRO 6000, H100 SXM, H200\n" in table
+    assert "asks for" not in text()  # the defaults fit one another
+
+
+@pytest.mark.parametrize(
+    ("all_jobs", "stage", "cores"),
+    [
+        (
+            '["--cpus-per-task=4"]',
+            '["--gres=gpu:1", "--cpus-per-task=12"]',
+            12,
+        ),  # the last one counts, as in sbatch
+        ('["-c4"]', '["--gres=gpu:1"]', 4),
+        ('["--cpus-per-task", "7"]', "[]", 7),
+        ('["--account=abc-c3"]', '["--gres=gpu:1"]', None),
+    ],
+)
+def test_the_cores_of_a_task_are_read_from_its_flags(all_jobs, stage, cores):
+    cfg = config.load(None, [f"slurm.sbatch={all_jobs}", f"slurm.generate_embeddings.sbatch={stage}"])
+    assert model_sizes.slurm_cores(cfg) == cores
 
 
 def test_more_pixels_and_more_images_in_a_batch_take_more_memory(estimate, tmp_path):

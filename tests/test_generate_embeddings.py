@@ -107,7 +107,10 @@ def test_parts_hold_the_rows_of_the_intermediates_in_order(setup, capsys):
     expected = sum(vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in plain)
     assert (cosines(ours, expected) > 0.999).all()
     assert parquet.num_rows(setup.part("0090-0")) == 0
-    assert re.search("16 images in, 16 out; .*; 2 views of each; read", capsys.readouterr().out)
+    line = (
+        "16 images in, 16 out; .*; 2 views of each; computing .*%, waiting for images .*%, writing .*% of the time"
+    )
+    assert re.search(line, capsys.readouterr().out)
 
 
 def test_the_footer_tells_what_made_the_file(setup):

@@ -21,18 +21,22 @@ from common.imagery import tar_images
 from common.schemas import Reject
 from generate import batches, loop, pixels
 
+CPU = torch.device("cpu")
+
 
 def mean_colour(x: torch.Tensor) -> torch.Tensor:
     return x.mean(dim=(2, 3))
 
 
-def embed_all(jobs: list[loop.Job], forward=mean_colour, batch_size: int | str = 4) -> list[loop.Result]:
+def embed_all(
+    jobs: list[loop.Job], forward=mean_colour, batch_size: int | str = 4, device: torch.device = CPU
+) -> list[loop.Result]:
     """Jobs through the loop with a "model" that gives an image's mean colour."""
     preprocessing = pixels.Preprocessing(None, (8, 8), None, "bilinear", False, 1.0, (0.0,) * 3, (1.0,) * 3)
     overrides = [f"infrastructure.embedding_batch_size={batch_size}", "infrastructure.workers=2"]
     settings = config.load(None, overrides).infrastructure
     progress = loop.GenerationProgress("test", "image")
-    found = list(loop.embed(jobs, forward, preprocessing, torch.device("cpu"), settings, progress))
+    found = list(loop.embed(jobs, forward, preprocessing, device, settings, progress))
     assert progress.rows_in == sum(job.count for job in jobs)
     return found
 
@@ -145,21 +149,26 @@ def test_an_error_while_reading_is_raised_and_threads_end():
 # ----------------------------------------------------------------------------------------------------- batch sizes
 
 
-def short_of_memory(most: int):
+OF_CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+OF_MPS = RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB, other allocations: 1.00 GB)")
+
+
+def short_of_memory(most: int, error: Exception = OF_CUDA):
     """A "model" that runs out of memory above `most` images, and the sizes of the batches that it was given."""
     seen = []
 
     def forward(x):
         seen.append(len(x))
         if len(x) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise error
         return mean_colour(x)
 
     return forward, seen
 
 
-def test_out_of_memory_halves_the_batches_and_goes_on_and_says_so(caplog):
-    forward, seen = short_of_memory(5)
+@pytest.mark.parametrize("error", [OF_CUDA, OF_MPS, MemoryError()])
+def test_out_of_memory_halves_the_batches_and_goes_on_and_says_so(caplog, error):
+    forward, seen = short_of_memory(5, error)
     (result,) = embed_all([job("a", [flat(v) for v in range(80)])], forward, batch_size=16)
     assert result.vectors[:, 0].tolist() == list(range(80))  # none twice, none lost
     assert seen[:3] == [16, 8, 4]
@@ -167,6 +176,34 @@ def test_out_of_memory_halves_the_batches_and_goes_on_and_says_so(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         f"out of memory: continuing with batches of {images} images" for images in (8, 4)
     ]
+
+
+def test_an_error_of_another_kind_ends_the_run():
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        embed_all(
+            [job("a", [flat(1)] * 3)], short_of_memory(0, RuntimeError("CUDA error: an illegal memory access"))[0]
+        )
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_other_devices_are_given_batches_that_the_cpu_has_prepared(kind, monkeypatch):
+    """With the copy to the device left out, which must be the only thing that is done with it."""
+    to, moved, seen = torch.Tensor.to, [], []
+
+    def leave_out(tensor, *arguments, **more):
+        if arguments != (torch.device(kind),):
+            return to(tensor, *arguments, **more)
+        moved.append(len(tensor))
+        return tensor
+
+    def forward(x):
+        seen.append(len(x))
+        return mean_colour(x)
+
+    monkeypatch.setattr(torch.Tensor, "to", leave_out)
+    (result,) = embed_all([job("a", [flat(v) for v in range(80)])], forward, "auto", torch.device(kind))
+    assert result.vectors[:, 0].tolist() == list(range(80))
+    assert moved == seen == [32, 32, 16]
 
 
 def test_a_model_too_large_for_one_image_is_a_clear_error():
@@ -237,3 +274,15 @@ def test_a_place_that_the_disk_cannot_read_costs_its_own_image_only(tmp_path, mo
 def test_a_file_system_that_has_gone_is_an_error_and_not_a_heap_of_rejects(tmp_path, monkeypatch):
     with pytest.raises(PipelineError, match=r"0088\.tar cannot be read: Stale file handle"):
         embed_all([read_with_errors(tmp_path / "0088.tar", monkeypatch, errno.ESTALE, range(9, 10))])
+
+
+@pytest.mark.parametrize(("waiting_s", "advice"), [(70, ": more cores, or a faster disk, would help"), (10, "")])
+def test_the_summary_says_what_was_waited_for(waiting_s, advice, monkeypatch, capsys):
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now)
+    now = 0
+    progress = loop.GenerationProgress("stage", "image")
+    for now, kind in ((waiting_s, loop.WAITING), (100, "computing")):  # noqa: B007 - the clock reads it
+        progress.lap(kind)
+    progress.summary()
+    shares = f"waiting for images {waiting_s}%, computing {100 - waiting_s}% of the time"
+    assert capsys.readouterr().out.endswith(f"; {shares}{advice}\n")

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import optuna
 import pytest
 import small_study
+import torch
 from conftest import ROOT
 from optuna.trial import TrialState
 from small_study import flags, load, numbers, open_study, stand_in, work
@@ -105,6 +107,32 @@ def test_a_trial_that_fails_counts_and_says_why(cfg, quick, monkeypatch):
     assert study_trials.last_error(tuning) == "the loss is not finite at step 3"
     with pytest.raises(PipelineError, match="none of the study's 6 trials has finished"):
         shared_study.best_trial(tuning)
+
+
+def test_a_trial_that_finds_no_memory_ends_alone_and_a_gpu_that_fails_ends_the_worker(cfg, quick, monkeypatch):
+    tuning, fit = open_study(cfg), study_trials.fit
+    ends = [lambda: np.empty(2**60, np.uint8), lambda: torch.empty(2**60, dtype=torch.uint8), out_of_device_memory]
+
+    def failing(*arguments, **more):
+        if ends:
+            ends.pop(0)()
+        return fit(*arguments, **more)
+
+    monkeypatch.setattr(study_trials, "fit", failing)
+    progress = work(cfg, tuning, max_trials=4)
+    assert (progress.rows_out, progress.rejected) == (1, {"failed": 3})
+    ends.append(illegal_access)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        work(cfg, tuning)
+    assert numbers(tuning, TrialState.RUNNING) == [4]  # for another worker, once this one counts as dead
+
+
+def out_of_device_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def illegal_access():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 # ------------------------------------------------------------------------------------------------ workers that die

@@ -1,5 +1,8 @@
 """Estimates of a model's parameters, memory, arithmetic and time, from its configuration alone."""
 
+import math
+import re
+
 import pandas as pd
 import torch
 from torch import nn
@@ -12,7 +15,7 @@ from generate.pixels import picture_side, read_preprocessing
 from publish.configuration_spatial_embeddings import SpatialEmbeddingsConfig
 from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel, embedding_dim
 
-BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float32": 4, "bfloat16": 2}  # float16: as bfloat16
 BATCHES = (1, 64, 256)
 # Dense bfloat16 peak in TFLOP/s and memory in GB, from NVIDIA's data sheets of these cards.
 GPUS = {
@@ -26,6 +29,9 @@ GPUS = {
 # Share of that peak. timm's published rates on an RTX PRO 6000 (compiled, bfloat16) come to 0.33 for DINOv3 L/16
 # at 256 px (1,027 images/s) and 0.45 for 7B (66 images/s); smaller models, and eager ones, get less.
 EFFICIENCY = 0.35
+# JPEGs of 640 x 640 pixels that a core reads, decodes and stacks for the copy to a GPU, which resizes them.
+# On an AMD EPYC at 2.6 GHz: 520 to 865, the least with other work on all cores.
+IMAGES_PER_CORE = 760
 _RESIDUAL = 1.25  # the residual stream beside a layer's input and output: a quarter of them in a ViT's MLP
 
 
@@ -55,8 +61,8 @@ def estimate(cfg: Config, num_images: int, image_size: int | None) -> dict:
     for name, (tflops, memory_gb) in GPUS.items():
         rate = tflops * 1e12 * EFFICIENCY / flops
         fits = weights["bfloat16"] + per_image["bfloat16"] < memory_gb * 1e9
-        hours = round(num_images / rate / 3600, 2)
-        gpus[name] = {"images_per_second": round(rate, 1), "gpu_hours": hours, "fits": fits}
+        hours, cores = round(num_images / rate / 3600, 2), cores_to_feed(rate)
+        gpus[name] = {"images_per_second": round(rate, 1), "gpu_hours": hours, "cores": cores, "fits": fits}
     return {
         "backbone": settings.name,
         "image_size": size,
@@ -70,6 +76,7 @@ def estimate(cfg: Config, num_images: int, image_size: int | None) -> dict:
         "images": num_images,
         "embedding_bytes": num_images * dim * 2,
         "gpus": gpus,
+        "slurm_cores": slurm_cores(cfg),
         "assumed_share_of_peak": EFFICIENCY,
     }
 
@@ -80,7 +87,9 @@ def as_text(sizes: dict) -> str:
     views = "one view" if len(sizes["views"]) == 1 else f"{len(sizes['views'])} views"
     parameters = pd.Series({**sizes["parameters"], "total": sizes["total_parameters"]}).to_frame("parameters")
     memory = pd.DataFrame(sizes["memory_bytes"]).T.add_prefix("batch ").map(_gigabytes)
-    gpus = pd.DataFrame(sizes["gpus"]).T.set_axis(["images/s", "GPU hours", "fits"], axis=1)
+    gpus = pd.DataFrame(sizes["gpus"]).T.set_axis(["images/s", "GPU hours", "cores", "fits"], axis=1)
+    cores = sizes["slurm_cores"]
+    starved = [name for name, gpu in sizes["gpus"].items() if gpu["fits"] and gpu["cores"] > (cores or math.inf)]
     parts = [
         f"{sizes['backbone']}, {views} of {height} x {width} px -> {sizes['embedding_dim']:,} dimensions",
         parameters.to_string(formatters=["{:,}".format]),
@@ -88,12 +97,29 @@ def as_text(sizes: dict) -> str:
         memory.to_string(),
         f"{sizes['flops_per_image'] / 1e9:,.1f} GFLOP per image (a multiply-add counts as 2)",
         f"{sizes['images']:,} images: {_gigabytes(sizes['embedding_bytes'])} of embeddings (float16)",
-        "GPUs, bfloat16, estimated "
-        f"at {sizes['assumed_share_of_peak']:.0%} of peak, if images are decoded fast enough (1,000/s per core);\n"
+        f"GPUs, bfloat16, estimated at {sizes['assumed_share_of_peak']:.0%} of peak, and the CPU cores that keep\n"
+        f"one busy, at {IMAGES_PER_CORE} images/s each;\n"
         "peak: NVIDIA's data sheets, dense bfloat16; share: timm's published rates of DINOv3, see this module",
-        gpus.to_string(formatters=["{:,.0f}".format, "{:,.1f}".format, None]),
+        gpus.to_string(formatters=["{:,.0f}".format, "{:,.1f}".format, None, None]),
     ]
+    if starved:
+        parts.append(
+            f"slurm.generate_embeddings.sbatch asks for {cores} cores, and would let these GPUs wait for images: "
+            f"{', '.join(starved)}\nset --cpus-per-task as above"
+        )
     return "\n\n".join(parts)
+
+
+def cores_to_feed(images_per_second: float) -> int:
+    """Cores that prepare images as fast as a GPU embeds them, and one for the thread that drives it."""
+    return math.ceil(images_per_second / IMAGES_PER_CORE) + 1
+
+
+def slurm_cores(cfg: Config) -> int | None:
+    """Cores that a task of generate_embeddings asks Slurm for; None if its flags do not say."""
+    flags = " ".join([*cfg.slurm.sbatch, *cfg.slurm.generate_embeddings.sbatch])
+    named = re.findall(r"(?:--cpus-per-task[= ]|(?<!\S)-c ?)(\d+)", flags)
+    return int(named[-1]) if named else None
 
 
 def measure(model: nn.Module, pixels: torch.Tensor) -> tuple[int, int]:

@@ -75,7 +75,7 @@ def building_of(name: str) -> str | None:
 def vector_of(published: Published, photograph: Photograph) -> np.ndarray:
     """The unit vector of a photograph, (D,) float32. Raises PipelineError, see `Photograph.pixels`."""
     pixels = published.preprocessing([photograph.pixels()], published.device)
-    return published.forward(pixels).float().cpu().numpy()[0]
+    return published.forward(pixels.to(published.device)).float().cpu().numpy()[0]
 
 
 def search(

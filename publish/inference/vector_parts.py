@@ -45,7 +45,7 @@ def run(stage: str, unit: str, sources: Iterable[ImageSource | TableSource], arg
     """Write the vectors of all sources that args.out lacks, by the model args.model; returns the exit code."""
     files.refuse_leftovers(args.out, "rejects", "rejects/*.parquet")
     folder = published_model.folder_of(cfg, args.model)
-    device = devices.pick(cfg.infrastructure.device)
+    device = devices.pick(cfg.infrastructure.device, for_backbone=True)
     dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
     settings = {"model.weights": weights_digest(folder), "embedding_model.dtype": dtype}
     settings |= values(cfg, "data.rows_per_part")
@@ -96,17 +96,17 @@ def project(part: VectorPart, published: published_model.Published, progress: lo
     table: Any = part.source
     row, input_dim, dim = part.start, published.model.config.input_dim, published.model.config.output_dim
     with parquet.writer(part.target, part.schema(dim), part.record) as out:
-        progress.lap("write")
+        progress.lap("writing")
         for batch in table.columns(part.start, part.stop, table.column):
             name = lambda number: f"row {row + number}"  # noqa: B023,E731
             embeddings = parquet.embedding_matrix(
                 table.path, batch, table.column, name, input_dim, "the model's backbone and pooling give"
             )
-            progress.lap("read")
+            progress.lap("reading")
             vectors = published.project(torch.from_numpy(embeddings.astype(np.float32))).numpy()
-            progress.lap("compute")
+            progress.lap("computing")
             embedding_parts.append(out, batch, vectors)
             progress.add(len(vectors))
-            progress.lap("write")
+            progress.lap("writing")
             row += len(vectors)
         out.rows, out.facts = {"in": part.count}, {"dim": dim}

@@ -25,7 +25,7 @@ tried instead, and how far it is from Hugging Face's pixels (one grey level is a
     four channels instead of three     no faster
     eight images in one call           no faster: ten megabytes leave the cache
 
-On CUDA the device resizes, and a core does nothing but read and decode.
+On CUDA the device resizes, and a core does nothing but read, decode and stack: see model_sizes.IMAGES_PER_CORE.
 
 Command  python tests/benchmarks/bench_generation.py
 """

@@ -10,8 +10,6 @@ Command  python tests/benchmarks/full_dataset.py
 """
 
 import json
-import math
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -47,13 +45,6 @@ def ours(results: dict, words: str) -> float:
     return next(row["ours"] for row in results["ratios"] if words in row["what"])
 
 
-def decoded(results: dict) -> float:
-    """Images a core decodes in a second: a GPU resizes them itself."""
-    ratios = [row for row in results["ratios"] if "a model of no cost" in row["what"]]
-    row = next(row for row in ratios if row["baseline"] == "decoding alone")
-    return row["ours"] / row["ratio"] / int(re.search(r"(\d+) cores", results["machine"])[1])
-
-
 def grown(growth: dict, step: str, images: int) -> float:
     """Hours of a step of growth.py for so many images, as it was fitted."""
     fitted = growth["steps"][step]
@@ -81,7 +72,7 @@ def of_backbone(vit, results: dict, growth: dict) -> dict:
         "dim": dim,
         "gpu_images_per_s": gpu["images_per_second"],
         "gpu_hours_embeddings": gpu["gpu_hours"],
-        "decoding_cores_per_gpu": math.ceil(gpu["images_per_second"] / decoded(results)),
+        "cores_per_gpu": gpu["cores"],
         "hours_merge": grown(growth, "duplicates and split", IMAGES) + copying_s / 3600,
         "gpu_hours_neighbors": products / 3600,
         "days_neighbors_here": grown(growth, "neighbours, exact, 768-d", train_images) * dim / 768 / 24,

@@ -4,12 +4,11 @@ import logging
 import time
 
 import optuna
-import torch
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from common import cli, config
-from common.errors import PipelineError, Stopped
+from common.errors import PipelineError, Stopped, is_out_of_memory
 from common.sections import Config
 from train.datasets import TrainingData, load_data
 from train.fitting.fit import fit
@@ -69,7 +68,9 @@ def _train(cfg: Config, data: TrainingData, tuning: optuna.Study, trial: optuna.
     except optuna.TrialPruned:
         tuning.tell(trial, state=TrialState.PRUNED)
         return "pruned"
-    except (PipelineError, torch.OutOfMemoryError) as error:
+    except (PipelineError, MemoryError, RuntimeError) as error:
+        if not (isinstance(error, PipelineError) or is_out_of_memory(error)):
+            raise  # a device whose state is lost, or a bug, would fail the next trials as well
         log.warning("trial %s failed: %s", trial.number, error)
         trial.set_user_attr("error", str(error))
         tuning.tell(trial, state=TrialState.FAIL)
