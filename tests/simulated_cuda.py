@@ -151,16 +151,16 @@ def _no_grad() -> dict:
 
 
 def _module_to(move):
-    """Module.to, which cannot change the kind of a parameter in place, but must not replace one that is there."""
+    """Module.to, which must replace the parameters that come to the device or leave it, and no others."""
 
     def to(module, *args, **kwargs):
-        own = [*module.parameters(), *module.buffers()]
-        is_here = bool(own) and all(isinstance(tensor, SimulatedTensor) for tensor in own)
         asked = [*args, kwargs.get("device")]
-        if is_here and any(map(is_cuda, asked)) and not any(isinstance(value, torch.dtype) for value in asked):
+        devices = {is_cuda(value) for value in asked if isinstance(value, (str, torch.device))}
+        here = {isinstance(tensor, SimulatedTensor) for tensor in [*module.parameters(), *module.buffers()]}
+        if devices == here == {True} and not any(isinstance(value, torch.dtype) for value in asked):
             return module
         before = torch.__future__.get_overwrite_module_params_on_conversion()
-        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        torch.__future__.set_overwrite_module_params_on_conversion(bool(devices) and devices != here)
         try:
             return move(module, *args, **kwargs)
         finally:
@@ -172,7 +172,7 @@ def _module_to(move):
 def _grouping():
     """The grouping of tensors by device of `clip_grad_norm_`, which asks C++ for the device."""
     group = torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype
-    return lambda lists: {(found[0][0][0].device, dtype): found for (_, dtype), found in group(lists).items()}
+    return lambda tensors: {(found[0][0][0].device, key[1]): found for key, found in group(tensors).items()}
 
 
 def _of_threads() -> dict:

@@ -6,6 +6,7 @@ torch's functions and gives such tensors where "cuda" is asked for.
 """
 
 import weakref
+from collections.abc import Callable, Iterator
 
 import torch
 from simulated_streams import (
@@ -23,7 +24,6 @@ from simulated_streams import (
     release,
 )
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 # Operators that compute nothing: their results are other shapes of the same memory.
 VIEWS = set(
@@ -111,6 +111,30 @@ def is_parameter(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, torch.nn.Parameter)
 
 
+def leaves(values) -> Iterator:
+    """What stands in the tuples, lists and dicts of an operator's arguments. (torch's pytree takes far longer.)"""
+    if isinstance(values, (tuple, list)):
+        for value in values:
+            yield from leaves(value)
+    elif isinstance(values, dict):
+        yield from leaves(tuple(values.values()))
+    else:
+        yield values
+
+
+def mapped(function: Callable, values):
+    """`values` with function(leaf) in place of each leaf."""
+    if isinstance(values, (tuple, list)):
+        return type(values)([mapped(function, value) for value in values])
+    if isinstance(values, dict):
+        return {key: mapped(function, value) for key, value in values.items()}
+    return function(values)
+
+
+def tensors_in(values) -> list[torch.Tensor]:
+    return [leaf for leaf in leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
 def wrapped(value):
     """A tensor of the CPU as one of the device, with the same memory; anything else as it is."""
     is_plain = isinstance(value, torch.Tensor) and not isinstance(value, SimulatedTensor)
@@ -122,13 +146,17 @@ def unwrapped(value):
 
 
 def blocks_of(values) -> list[Block]:
-    return [value.block for value in tree_leaves(values) if isinstance(value, SimulatedTensor)]
+    return [leaf.block for leaf in leaves(values) if isinstance(leaf, SimulatedTensor)]
 
 
 def dispatch(func, args: tuple, kwargs: dict):
     """Run an operator of which an argument is on the device."""
     name = func.overloadpacket.__name__
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    if (
+        torch._C._current_graph_task_id() != -1
+    ):  # in a backward pass torch makes zeros itself, for lack of a gradient
+        args = mapped(wrapped, args)
+    tensors = tensors_in((args, kwargs))
     refuse_mixed(name, args, kwargs, tensors)
     if name == "copy_" and not all(isinstance(tensor, SimulatedTensor) for tensor in args[:2]):
         return copy_across(*args, **kwargs)
@@ -136,7 +164,7 @@ def dispatch(func, args: tuple, kwargs: dict):
     if kwargs.get("device") is not None:
         kwargs["device"] = torch.device("cpu")
     if name in VIEWS:
-        return tree_map(wrapped, func(*tree_map(unwrapped, args), **tree_map(unwrapped, kwargs)))
+        return mapped(wrapped, func(*mapped(unwrapped, args), **mapped(unwrapped, kwargs)))
     return launch(name, func, args, kwargs, tensors)
 
 
@@ -159,7 +187,7 @@ def launch(name: str, func, args: tuple, kwargs: dict, tensors: list[torch.Tenso
     written = written_by(func, args, kwargs)
     read = [tensor for tensor in tensors if not any(tensor is one for one in written)]
     access(blocks_of(read), blocks_of(written))
-    result = func(*tree_map(unwrapped, args), **tree_map(unwrapped, kwargs))
+    result = func(*mapped(unwrapped, args), **mapped(unwrapped, kwargs))
     for tensor in written:
         if tensor.shape != tensor.on_cpu.shape or tensor.stride() != tensor.on_cpu.stride():
             raise NotImplementedError(f"{name} changes the shape of a tensor: not simulated")
@@ -170,7 +198,7 @@ def launch(name: str, func, args: tuple, kwargs: dict, tensors: list[torch.Tenso
         return result
     active().launched(name)
     same = {id(tensor.on_cpu): tensor for tensor in written}
-    result = tree_map(lambda value: same.get(id(value)) if id(value) in same else wrapped(value), result)
+    result = mapped(lambda value: same.get(id(value)) if id(value) in same else wrapped(value), result)
     access_made(result)
     return result
 
@@ -188,7 +216,7 @@ def written_by(func, args: tuple, kwargs: dict) -> list[SimulatedTensor]:
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
-            found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, SimulatedTensor)]
+            found += [leaf for leaf in leaves(value) if isinstance(leaf, SimulatedTensor)]
     return found
 
 
@@ -337,7 +365,7 @@ class FunctionMode(TorchFunctionMode):
         target = kwargs.get("out")
         if name.endswith("_") and not name.endswith("__") and args:
             target = args[0]
-        for tensor in tree_leaves((args, kwargs)):
+        for tensor in leaves((args, kwargs)):
             if type(tensor) is torch.Tensor and not name.startswith("__get__"):
                 is_crossing = name == "copy_" and blocks_of(args)
                 if tensor is target or not is_crossing:
@@ -346,13 +374,13 @@ class FunctionMode(TorchFunctionMode):
 
 def launch_whole(name: str, func, args: tuple, kwargs: dict) -> SimulatedTensor:
     """A function of torch as one kernel. It has no gradient."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors = tensors_in((args, kwargs))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise NotImplementedError(f"the gradient of {name} is not simulated")
     refuse_mixed(name, args, kwargs, tensors)
     access(blocks_of(tensors), [])
     active().launched(name)
     with torch._C.DisableTorchFunction():
-        result = SimulatedTensor(func(*tree_map(unwrapped, args), **tree_map(unwrapped, kwargs)))
+        result = SimulatedTensor(func(*mapped(unwrapped, args), **mapped(unwrapped, kwargs)))
     access_made(result)
     return result

@@ -139,7 +139,7 @@ def with_batch(cfg: Config, batch: int | str) -> Infrastructure:
 
 def generation_bytes(estimate: dict, dtype: str, batch: int, threads: int, picture: list[int]) -> float:
     """The estimate of a pass (publish/estimate_model_size.py), and the images in flight (generate/loop.py)."""
-    by_batch = estimate["memory_bytes"][dtype]
+    by_batch = estimate["memory_bytes"]["float32" if dtype == "float32" else "bfloat16"]
     per_image = (by_batch[256] - by_batch[64]) / 192
     chunks = threads * loop.CHUNK
     pictures = max(3 * batch, 2 * chunks) * 3 * picture[0] * picture[1] * 4

@@ -216,9 +216,10 @@ def train_step(cfg: Config, data: TrainingData, run: Run, feed: Feed, run_dir: P
     rows = batch.rows
     related = {"none": rows[:0], "anchors": batch.anchors, "all": rows}[run.loss.relations]
     loss, semi_hard = run.loss(vectors, *relations(data.train, related, rows))
-    drawn = torch.bincount(batch.arms, minlength=len(run.bandit.available))
-    semi_hard_by_arm = torch.bincount(batch.arms, weights=semi_hard.double(), minlength=len(drawn))
-    read_stats = reading(torch.cat([loss.detach().double()[None], drawn.double(), semi_hard_by_arm]))
+    # not bincount: it waits for the device, before the backward pass is queued
+    of_arm = batch.arms == torch.arange(len(run.bandit.available), device=rows.device)[:, None]  # (K, A)
+    counts = torch.cat([of_arm.sum(dim=1), (of_arm & semi_hard).sum(dim=1)])
+    read_stats = reading(torch.cat([loss.detach().double()[None], counts.double()]))
 
     total_steps = training.epochs * training.steps_per_epoch
     factor = learning_rate_factor(run.step, training.warmup_steps, total_steps)
