@@ -13,6 +13,7 @@ import torch
 
 from common.errors import ConfigError, explained
 from common.parquet import first_line
+from common.sections import Infrastructure
 
 log = logging.getLogger("pipeline")
 _FIRST_CARD = Path("/dev/nvidia0")
@@ -75,7 +76,21 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
 
 def fits(size: int, device: torch.device) -> bool:
     """Whether `size` bytes fit in two thirds of the free memory of a CUDA device; always on a CPU."""
-    return device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] * 2 // 3
+    return device.type != "cuda" or size <= free_bytes(device) * 2 // 3
+
+
+def free_bytes(device: torch.device) -> int:
+    """The free memory of a CUDA device, with what torch keeps of memory that this process has freed."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def search_memory_mb(settings: Infrastructure, device: torch.device) -> int:
+    """infrastructure.search_memory_mb; "auto" is 1,024 on a CPU, and a quarter of what is free on CUDA, at
+    most 4,096: no tile is larger."""
+    if settings.search_memory_mb != "auto":
+        return settings.search_memory_mb
+    return min(4_096, free_bytes(device) // 2**22) if device.type == "cuda" else 1_024
 
 
 def place(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -191,7 +191,7 @@ class Infrastructure(Section):
     workers: Count
     embedding_batch_size: Literal["auto"] | Positive
     compile: bool
-    search_memory_mb: Annotated[int, Field(ge=16)]
+    search_memory_mb: Literal["auto"] | Annotated[int, Field(ge=16)]
 
     @property
     def threads(self) -> int:

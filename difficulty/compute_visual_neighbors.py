@@ -7,10 +7,10 @@ Writes   data/difficulty_parts/<part>.parquet: the neighbours of 20,000 images (
          the tars are available
 Command  python difficulty/compute_visual_neighbors.py
          or, as a job array: --shard 3 --num-shards 8 for each shard, then once --finish
-Memory   N x D x 2 bytes of embeddings, and as much again where products are in bfloat16 (6 M x 768: 18.4 GB), on
-         the GPU if they fit; tiles of search_memory_mb; about 24 bytes for each pair of buildings within the
-         ignore zone; gathering: 140 bytes an image
-Stopped  it loses the part in progress, or a group of parts where that saves products (see search_parts.groups)
+Memory   N x (D x 2 + 8) bytes of embeddings (6 M x 768: 9.3 GB), on the GPU if they fit in two thirds of what is
+         free; tiles of search_memory_mb; about 24 bytes for each pair of buildings within the ignore zone;
+         gathering: 140 bytes an image
+Stopped  it loses the part in progress
 Time     2 N^2 D floating-point operations: 6 M x 768 are 5.5e16, minutes on a large GPU; 100,000 x 768 on
          two CPU cores take one to two minutes
 """

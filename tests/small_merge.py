@@ -107,12 +107,10 @@ def write_checkpoint(cfg, seed: int = 0, hidden: int = HIDDEN, out: int = OUT) -
     from train import whitening
 
     train = parquet.read(cfg.paths.merged_dir / "train.parquet")
-    embeddings = parquet.to_matrix(train["embedding"])
+    embeddings = parquet.to_matrix(train["embedding"]).copy()  # torch wants them writable
     buildings = zones.number_buildings(train["target_id"].to_numpy())
-    baselines = {
-        "pca": whitening.pca(embeddings, out),
-        "whitening": whitening.whiten(whitening.moments(embeddings, buildings), out, 1e-2),
-    }
+    moments = whitening.moments(embeddings, buildings, torch.device("cpu"))
+    baselines = {"pca": whitening.pca(moments, out), "whitening": whitening.whiten(moments, out, 1e-2)}
     baselines = {
         name: {"mean": torch.tensor(mean).float(), "projection": torch.tensor(projection).float()}
         for name, (mean, projection) in baselines.items()

@@ -19,7 +19,6 @@ from common.places import geo
 from difficulty import bands
 from difficulty.compute_visual_neighbors import main
 from difficulty.report import band_report, band_table
-from difficulty.search import search_parts
 
 
 def test_bands_that_one_can_see():
@@ -201,20 +200,6 @@ def test_shards_give_the_same_file_and_a_second_run_does_nothing(flags, tmp_path
     capsys.readouterr()
     main(flags)
     assert "nothing to do" in capsys.readouterr().out
-
-
-def test_parts_are_searched_together_only_where_that_saves_products():
-    todo = [
-        search_parts.SearchPart(start, start + 10, None, None) for start in (0, 10, 20, 40, 50)
-    ]  # 30 is there already
-
-    def starts(total, together):
-        return [[part.start for part in group] for group in search_parts.groups(todo, total, together)]
-
-    assert starts(60, 30) == [[0, 10, 20], [40, 50]]
-    assert starts(60, 100) == [[0, 10, 20, 40, 50]]
-    assert starts(1_000, 30) == [[0], [10], [20], [40], [50]]  # it would save 3 % of them
-    assert starts(60, 0) == [[0], [10], [20], [40], [50]]
 
 
 def test_other_bands_use_the_same_parts_and_other_neighbours_are_refused(flags, tmp_path):

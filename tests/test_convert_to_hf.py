@@ -2,6 +2,8 @@
 transformers' own AutoModel, pipeline and save_pretrained.
 """
 
+import copy
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -25,6 +27,7 @@ from huggingface_hub.utils import filter_repo_objects
 from invented_metrics import FIGURES
 from local_backbone import FAMILIES
 from packaging.requirements import Requirement
+from safetensors.torch import load_file, save_file
 from trained_model import JPEGS, Trained
 from transformers import AutoImageProcessor
 
@@ -36,6 +39,8 @@ from publish.convert_to_hf import main
 from publish.hub import model_card, parity, published_folder, push
 from publish.inference import published_model
 from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
+
+CPU = torch.device("cpu")
 
 
 def publish_without_check(done: Trained) -> Path:
@@ -153,6 +158,87 @@ def test_the_cards_example_runs_as_it_stands(tmp_path):
         expected.append(float(vectors[0] @ vectors[1]))
     printed = re.findall(r"-?\d\.\d+", in_fresh_environment(tmp_path, code))
     assert [float(number) for number in printed] == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.fixture
+def used_here(monkeypatch):
+    """The parity check's script runs in this process, which has imported everything already."""
+
+    def run(command, *, cwd, **_):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["-c", *command[3:]])
+            patch.chdir(cwd)
+            exec(command[2], {})
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(parity.subprocess, "run", run)
+
+
+def settings_changed(folder: Path, **changes) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, **changes}))
+
+
+def weights_changed(folder: Path, part: str, share: float) -> None:
+    """A share of noise in the weights of a part: another revision of it."""
+    weights = load_file(folder / "model.safetensors")
+    torch.manual_seed(0)
+    for name, tensor in weights.items():
+        if name.startswith(part):
+            tensor += share * tensor.std(correction=0) * torch.randn_like(tensor)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+OTHER_MODELS = {  # what is done to the published folder -> the part that the check names
+    "pooling": (lambda folder: settings_changed(folder, pooling="mean"), "model's embeddings"),
+    "views": (lambda folder: settings_changed(folder, views=[1.0, 0.7]), "model's embeddings"),
+    "backbone": (lambda folder: weights_changed(folder, "backbone.", 0.05), "model's embeddings"),
+    "head": (lambda folder: weights_changed(folder, "head.", 0.01), "head's vectors"),
+}
+
+
+def checked(done: Trained, folder: Path, **resize) -> parity.Parity:
+    checkpoint = torch.load(done.cfg.paths.checkpoints_dir / "default" / "checkpoint_best.pt", weights_only=True)
+    preprocessing = backbone.load(done.cfg.embedding_model, "float32", CPU).preprocessing
+    return parity.check(folder, done.cfg, checkpoint, dataclasses.replace(preprocessing, **resize), CPU)
+
+
+@pytest.mark.parametrize("change", OTHER_MODELS)
+def test_the_parity_check_finds_what_differs(change, trained, tmp_path, used_here):
+    folder = shutil.copytree(trained.cfg.paths.published_dir, tmp_path / f"other_{change}")
+    alter, part = OTHER_MODELS[change]
+    alter(folder)
+    with pytest.raises(PipelineError, match=rf"the published {part} are up to"):
+        checked(trained, folder)
+
+
+def test_the_parity_check_finds_another_resize(trained, used_here):
+    folder = trained.cfg.paths.published_dir
+    found = checked(trained, folder)
+    assert found.parity_images == 7
+    assert found.backbone_cosine_distance < 1e-6  # stored with 11 bits
+    assert found.head_cosine_distance < 1e-12
+    with pytest.raises(PipelineError, match="different backbone or preprocessing"):
+        checked(trained, folder, shortest_edge=160)  # of which the middle 112 pixels are cut, instead of 112
+
+
+def test_the_backbones_rounding_may_be_amplified_by_the_head(trained, monkeypatch):
+    """As by a whitening, where few embeddings differ in a direction: here none does."""
+    stored, head = trained.embeddings(), copy.deepcopy(trained.head)
+    direction = torch.linalg.svd(stored)[2][-1]
+    head.mean.data -= (head.mean @ direction) * direction
+    head.linear.weight.data[0] = 100 * direction
+    rounded = stored + 0.01 * torch.linalg.norm(stored, dim=1, keepdim=True) * direction
+    with torch.inference_mode():
+        vectors = head(rounded)
+        assert (1 - cosines(vectors, head(stored))).min() > 1e-2
+    path = trained.cfg.paths.checkpoints_dir / "default" / "checkpoint_best.pt"
+    checkpoint = {**torch.load(path, weights_only=True), "head": head.state_dict()}
+    monkeypatch.setattr(parity, "outputs_of", lambda *_: (rounded.numpy(), vectors.numpy()))
+    preprocessing = backbone.load(trained.cfg.embedding_model, "float32", CPU).preprocessing
+    found = parity.check(Path("published"), trained.cfg, checkpoint, preprocessing, CPU)
+    assert found.backbone_cosine_distance == pytest.approx(0.01**2 / 2, rel=1e-2)
+    assert found.head_cosine_distance < 1e-12
 
 
 def test_project_gives_the_vectors_of_embeddings_made_earlier(trained):
@@ -319,11 +405,11 @@ def test_processor_and_model_make_the_pipelines_views_of_images_of_every_shape(v
     done = Trained(tmp_path, embedding_model__views=views)
     folder = publish_without_check(done)
     images = [picture(*size, mode).convert("RGB") for size in SIZES for mode in ("RGB", "L")]
-    ours = backbone.load(done.cfg.embedding_model, "float32", torch.device("cpu"))
+    ours = backbone.load(done.cfg.embedding_model, "float32", CPU)
     model = SpatialEmbeddingsModel.from_pretrained(folder)
     inputs = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")
     with torch.inference_mode():
-        expected = done.head(ours(ours.preprocessing(map(np.array, images), torch.device("cpu"))))
+        expected = done.head(ours(ours.preprocessing(map(np.array, images), CPU)))
         vectors = model(**inputs).pooler_output
         exported = torch.export.export(model, (inputs["pixel_values"],)).module()(inputs["pixel_values"])
     assert (1 - cosines(vectors, expected) < 1e-3).all()
@@ -336,9 +422,9 @@ def test_a_folder_that_names_no_views_has_the_whole_image(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert (config.pop("views"), config.pop("view_size")) == ([1.0], [56, 56])
     (folder / "config.json").write_text(json.dumps(config))  # as published before there were views
-    published = published_model.load(folder, "float32", torch.device("cpu"))
+    published = published_model.load(folder, "float32", CPU)
     images = [decode(content) for content in JPEGS]
-    vectors = published.forward(published.preprocessing(images, torch.device("cpu")))
+    vectors = published.forward(published.preprocessing(images, CPU))
     assert published.preprocessing.image_size == [56, 56]
     assert (1 - cosines(vectors, done.vectors()) < 1e-3).all()
 
@@ -361,5 +447,5 @@ def test_every_family_is_saved_in_the_dtype_of_its_embeddings_and_gives_the_same
     rows = parquet.read(done.cfg.paths.merged_dir / "test.parquet")
     images = [parity.decode(encoded) for encoded in parity.of_paths(done.cfg.paths).read(rows)]
     with torch.inference_mode():
-        vectors = model(preprocessing(images, torch.device("cpu"))).pooler_output.numpy()
+        vectors = model(preprocessing(images, CPU)).pooler_output.numpy()
     assert (1 - cosines(vectors, done.vectors()) < 1e-3).all()

@@ -24,9 +24,18 @@ def unpublished(tmp_path) -> Trained:
     return Trained(tmp_path)
 
 
-def test_a_model_that_gives_other_vectors_is_not_published(unpublished, monkeypatch):
-    monkeypatch.setattr(parity, "vectors_of", lambda *_: np.roll(unpublished.vectors(), 1, axis=0))
-    with pytest.raises(PipelineError, match=r"cosine distance from the pipeline's, over 7 images"):
+@pytest.mark.parametrize(
+    ("rolled", "message"),
+    [
+        (0, r"model's embeddings .* cosine distance from the stored ones, over 7 images"),
+        (1, r"head's vectors .* cosine distance from the trained head's for the same embeddings, over 7 images"),
+    ],
+)
+def test_a_model_that_gives_other_vectors_is_not_published(rolled, message, unpublished, monkeypatch):
+    outputs = [unpublished.embeddings().numpy(), unpublished.vectors()]
+    outputs[rolled] = np.roll(outputs[rolled], 1, axis=0)
+    monkeypatch.setattr(parity, "outputs_of", lambda *_: outputs)
+    with pytest.raises(PipelineError, match=message):
         main(unpublished.flags)
     data = unpublished.cfg.paths.published_dir.parent
     assert not [path.name for path in data.iterdir() if "published" in path.name]
@@ -47,15 +56,17 @@ def test_images_damaged_since_are_left_out_of_the_check(unpublished, monkeypatch
     with pytest.raises(PipelineError, match=r"0088\.tar has other images than when process_tar\.py read it"):
         main(unpublished.flags)
     shutil.rmtree(unpublished.cfg.paths.intermediates_dir)  # nobody knows which tar it was
-    kept = np.delete(unpublished.vectors(), 2, axis=0)
-    monkeypatch.setattr(parity, "vectors_of", lambda *_: kept)
+    kept = [np.delete(output, 2, axis=0) for output in (unpublished.embeddings().numpy(), unpublished.vectors())]
+    monkeypatch.setattr(parity, "outputs_of", lambda *_: kept)
     assert main(unpublished.flags) == 0
     made = json.loads((unpublished.cfg.paths.published_dir / "provenance.json").read_text())
     assert made["facts"]["parity_images"] == 6
 
 
-def test_vectors_that_are_not_numbers_are_not_published(unpublished, monkeypatch):
-    monkeypatch.setattr(parity, "vectors_of", lambda *_: unpublished.vectors() * np.nan)
+@pytest.mark.parametrize("factors", [(np.nan, 1), (1, np.nan)])
+def test_vectors_that_are_not_numbers_are_not_published(factors, unpublished, monkeypatch):
+    outputs = unpublished.embeddings().numpy() * factors[0], unpublished.vectors() * factors[1]
+    monkeypatch.setattr(parity, "outputs_of", lambda *_: outputs)
     with pytest.raises(PipelineError, match="nothing was published"):
         main(unpublished.flags)
 
@@ -121,7 +132,7 @@ def test_missing_inputs_name_their_stage(unpublished):
 
 
 def test_a_new_checkpoint_is_refused_and_overwrite_replaces_the_folder(unpublished, monkeypatch):
-    monkeypatch.setattr(parity, "check", lambda *_: (0.0, 7))  # another test has it
+    monkeypatch.setattr(parity, "check", lambda *_: parity.Parity(7, 0.0, 0.0))  # another test has it
     main(unpublished.flags)
     folder = unpublished.cfg.paths.published_dir
     (folder / "leftover").write_text("")

@@ -10,7 +10,7 @@ from common.errors import PipelineError, StaleArtefact
 from common.places import geo
 from common.places.zones import make_zones
 from difficulty import compute_visual_neighbors
-from train import datasets, run_record
+from train import datasets, run_record, whitening
 from train.datasets import Sampler, make_rows, negatives_of, positives_of, random_rows, relations, restrict
 
 CPU = torch.device("cpu")
@@ -184,16 +184,16 @@ def settings(tmp_path):
     return chosen
 
 
-def test_loading_takes_a_seeded_sample_of_queries_and_of_buildings(settings):
+def test_loading_takes_a_seeded_sample_of_queries_and_of_buildings(settings, monkeypatch):
     cfg = config.load(None, settings)
     data = datasets.load_data(cfg)
     assert len(data.validation.query_rows) == 50
     assert data.embedding_model == MODEL
     assert data.inputs == run_record.input_ids(cfg)
-    whitening = data.baselines["whitening"]
-    tried = whitening["map@r_by_shrinkage"]
+    chosen = data.baselines["whitening"]
+    tried = chosen["map@r_by_shrinkage"]
     assert set(tried) == set(cfg.training_model.whitening_shrinkage)
-    assert tried[whitening["shrinkage"]] == whitening["validation"]["map@r"] == max(tried.values())
+    assert tried[chosen["shrinkage"]] == chosen["validation"]["map@r"] == max(tried.values())
     assert len(set(tried.values())) > 1
     part = datasets.load_data(config.load(None, [*settings, "training.sample_buildings=40"]))
     assert len(part.train.starts) == 41
@@ -207,6 +207,11 @@ def test_loading_takes_a_seeded_sample_of_queries_and_of_buildings(settings):
     for i in range(0, len(kept), 17):  # what is left of the neighbours, in the same order
         expected = [row for row in whole[i].tolist() if row in set(kept.tolist())]
         assert kept[near[i][: valid[i]].long()].tolist() == expected
+    monkeypatch.setattr(whitening, "moments", None)  # those of both samples are stored
+    assert datasets.load_data(cfg).baselines["whitening"]["map@r_by_shrinkage"] == tried
+    sampled = datasets.load_data(config.load(None, [*settings, "training.sample_buildings=40"])).baselines["pca"]
+    assert torch.equal(sampled["projection"], part.baselines["pca"]["projection"])
+    assert not torch.equal(sampled["projection"], data.baselines["pca"]["projection"])
 
 
 def test_difficulty_of_another_merge_or_of_other_settings_is_refused(settings, tmp_path):

@@ -166,10 +166,12 @@ def test_equal_vectors_have_equal_scores_wherever_they_stand(monkeypatch):
 @pytest.mark.parametrize("memory_mb", [16, 64, 4096])
 @pytest.mark.parametrize("dim", [256, 4096])
 def test_a_tile_keeps_within_its_memory(memory_mb, dim):
-    queries, width = metrics._tile_sizes(torch.empty(1).expand(3_000_000, dim), memory_mb)
-    assert (
-        queries * width * 6 + queries * dim * 8 <= memory_mb * 2**20
-    )  # a score and its comparison; queries twice
+    gallery = torch.empty(1).expand(3_000_000, dim)
+    for device, tiles in ((CPU, 0), (torch.device("cuda"), 2)):  # those of the gallery that are moved there
+        queries, width = metrics._tile_sizes(gallery, device, memory_mb)
+        size = queries * width * 6 + queries * dim * 8  # a score and its comparison; queries twice
+        smallest = 1024 * 6 + dim * 8 + tiles * 1024 * dim * 4
+        assert size + tiles * width * dim * 4 <= max(memory_mb * 2**20, smallest)
 
 
 def test_a_part_of_the_matches_leaves_the_others_out_of_the_ranking():

@@ -1,5 +1,5 @@
-"""Evaluation on a simulated CUDA device. Oracle: the same on the CPU. Tiles have other sizes there, and products of
-other sizes round differently: similarities are equal to 1e-6. So are the ranks, as no two are that close here.
+"""Evaluation on a simulated CUDA device. Oracle: the CPU. Tiles have other sizes there, and products
+of other sizes round differently: similarities are equal to 1e-6. So are the ranks, as no two are that close here.
 """
 
 import json

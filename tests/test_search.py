@@ -1,11 +1,10 @@
-"""difficulty/search/exact_search.py. Oracle: brute force in float64, and layouts small enough to see the
-answer.
+"""difficulty/search/exact_search.py on the CPU, with products in float32 and, as on CUDA, in float16. Oracle:
+brute force in float64, and layouts small enough to see the answer.
 """
 
 import os
 import subprocess
 import sys
-import weakref
 
 import numpy as np
 import pytest
@@ -13,9 +12,9 @@ import torch
 from conftest import ROOT
 
 from common.places.zones import make_zones
-from difficulty.search import balltree, cosines, exact_search
+from difficulty.search import balltree, exact_search
 from difficulty.search.exact_search import exact_neighbors
-from difficulty.search.search_vectors import SearchVectors
+from difficulty.search.search_vectors import SearchVectors, error_of, products
 
 CPU = torch.device("cpu")
 METRES = 1 / 111_195  # degrees of latitude
@@ -31,10 +30,17 @@ def zones_at(north_m, building_of_row=None, radius_m=25.0):
     return make_zones(buildings, north_m * METRES, np.zeros(len(north_m)), radius_m)
 
 
+@pytest.fixture(params=["float32", "float16"])
+def dtype(request, monkeypatch):
+    """Products in either, though this is a CPU."""
+    monkeypatch.setitem(exact_search.DTYPES, "cpu", getattr(torch, request.param))
+    return exact_search.DTYPES["cpu"]
+
+
 def neighbors(embeddings, zones, k, rows=None, memory_mb=16.0):
     rows = np.arange(len(embeddings)) if rows is None else rows
-    embeddings = torch.from_numpy(np.asarray(embeddings))
-    return exact_neighbors(embeddings, zones, k=k, rows=rows, memory_mb=memory_mb, device=CPU)
+    vectors = SearchVectors(torch.from_numpy(np.asarray(embeddings)), CPU)
+    return exact_neighbors(vectors, zones, k=k, rows=rows, memory_mb=memory_mb)
 
 
 def brute_force(embeddings, zones, k):
@@ -90,133 +96,68 @@ KINDS = {
 
 
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("bfloat16", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_brute_force_in_every_tile_size(kind, bfloat16, masked, monkeypatch):
-    monkeypatch.setattr(exact_search, "fast_bfloat16", lambda device: bfloat16)
+def test_equals_brute_force_in_every_tile_size(kind, dtype, masked):
     rng = np.random.default_rng(0)
     n, k = 260, 20
     embeddings = KINDS[kind](rng, n, 24).astype(np.float16 if masked else np.float32)
     buildings = np.unique(np.sort(rng.integers(0, 80, n)), return_inverse=True)[1] if masked else np.arange(n)
     zones = zones_at(rng.uniform(0, 3_000, n)[buildings], buildings, radius_m=25.0 if masked else 0.0)
     expected_rows, expected_similarities = brute_force(embeddings, zones, k)
-    # tiles of 1 x 27, 34 x 409 and 1024 x 8192; of the smallest there are many: for some anchors only
-    for memory_mb, anchors in ((0.02, np.arange(100, 150)), (0.3, np.arange(n)), (16, np.arange(n))):
+    # tiles of a few x 16, of about 30 x 352, and all in one; of the smallest there are many: for some anchors only
+    for memory_mb, anchors in ((0.02, np.arange(100, 150)), (0.3, np.arange(n)), (64, np.arange(n))):
         rows, similarities = neighbors(embeddings, zones, k, anchors, memory_mb)
         np.testing.assert_array_equal(rows, expected_rows[anchors])
         np.testing.assert_allclose(similarities, expected_similarities[anchors], atol=2e-6)  # sums of 24 terms
 
 
-@pytest.mark.parametrize("bfloat16", [True, False])
-@pytest.mark.parametrize("kind", ["duplicated", "parallel", "constant"])
-def test_scores_that_reach_a_floor_are_listed_only_if_there_is_room_for_them(kind, bfloat16, monkeypatch):
-    monkeypatch.setattr(exact_search, "fast_bfloat16", lambda device: bfloat16)
-    monkeypatch.setitem(exact_search._TILE, "cpu", (200, 64))  # columns with more lines than candidates are kept
-    listing, most, room = exact_search._flat_nonzero, [], max(exact_search.KEPT * 2, 32)
-
-    def flat_nonzero(reach):
-        most.append(int(reach.sum(dim=1).max()))
-        return listing(reach)
-
-    monkeypatch.setattr(exact_search, "_flat_nonzero", flat_nonzero)
-    embeddings = KINDS[kind](np.random.default_rng(4), 500, 24).astype(np.float16)
-    zones = zones_at(np.arange(500) * 100)
-    np.testing.assert_array_equal(neighbors(embeddings, zones, 2)[0], brute_force(embeddings, zones, 2)[0])
-    assert max(most) <= room
-    if kind == "constant":  # every score reaches every floor: all anchors are crowded and none is listed
-        assert most == [0] * len(most)
-
-
-@pytest.mark.parametrize("products", [cosines.sampled_products, cosines.gathered_products])  # of a CPU and a GPU
 @pytest.mark.parametrize("kind", KINDS)
-def test_cosines_of_chosen_pairs_are_those_of_float64(kind, products):
+def test_cosines_of_chosen_pairs_are_those_of_float64(kind):
     rng = np.random.default_rng(10)
     embeddings = torch.from_numpy(KINDS[kind](rng, 300, 24).astype(np.float16))
-    own, rows = torch.arange(5, 45), torch.from_numpy(rng.integers(0, 300, (40, 30)))
-    asked = torch.from_numpy(rng.random((40, 30)) < 0.4)
+    anchors, rows = (torch.from_numpy(rng.integers(0, 300, 700)) for _ in range(2))
     unit = embeddings.double() / embeddings.double().norm(dim=1, keepdim=True).clamp(min=1e-300)
-    expected = torch.where(asked, (unit[own, None] * unit[rows]).sum(dim=2), 0)
-    values = products(SearchVectors(embeddings, torch.float32, CPU), own, rows, asked, at_once=7)
+    expected = (unit[anchors] * unit[rows]).sum(dim=1)
+    values = SearchVectors(embeddings, CPU).cosines(anchors, rows, memory_mb=0.005)  # seven at a time
     assert values.dtype == torch.float64
-    torch.testing.assert_close(values, expected, atol=1e-14, rtol=0)
+    torch.testing.assert_close(values, expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_score_is_as_near_to_the_cosine_as_the_gallery_says(kind):
+def test_products_are_as_near_to_the_cosines_as_their_bound_says(kind, dtype):
     embeddings = torch.from_numpy(KINDS[kind](np.random.default_rng(5), 600, 96).astype(np.float16))
-    gallery = SearchVectors(embeddings, torch.bfloat16, CPU)
-    scores = gallery.scores(gallery.queries(torch.arange(600)), 0, 600).double()
+    vectors, rows = SearchVectors(embeddings, CPU), torch.arange(600)
     unit = torch.nn.functional.normalize(embeddings.double(), dim=1)
-    exact = unit @ unit.T
-    exact -= (exact - scores).mean()
-    allowed = gallery.error + gallery.rounding * scores.abs()
-    assert ((scores - exact).abs() <= allowed).all()
-    for k in (1, 20):  # nothing that belongs to the best k scores below the floor of the best k scores
-        floor = gallery.below(scores.float().topk(k).values[:, -1])
-        best = exact.topk(k).indices
-        assert (scores.gather(1, best) >= floor[:, None].bfloat16()).all()
+    scores = products(vectors.unit(rows, dtype), vectors.unit(rows, dtype)).double()
+    assert (scores - unit @ unit.T).abs().max() <= error_of(dtype, 96)
 
 
-@pytest.mark.parametrize("bfloat16", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-def test_first_floors_that_are_guessed_change_nothing_be_they_right_or_wrong(kind, bfloat16, monkeypatch):
-    monkeypatch.setattr(exact_search, "fast_bfloat16", lambda device: bfloat16)
-    embeddings = KINDS[kind](np.random.default_rng(7), 600, 48).astype(np.float16)
-    buildings = np.arange(600) // 3
-    zones = zones_at(np.random.default_rng(8).uniform(0, 9_000, 200)[buildings], buildings)
-    expected, _ = brute_force(embeddings, zones, 20)
-    guessed, guess = [], exact_search._guess_floors
-
-    def guess_well_or_badly(found, *others):
-        guess(found, *others)
-        guessed.append(float(found.guess.float().mean()))
-        found.guess[::2] += 0.2  # too high: these are found to have fewer than k, and searched again
-        found.floor[::2] += 0.2
-
-    monkeypatch.setattr(exact_search, "_guess_floors", guess_well_or_badly)
-    monkeypatch.setitem(exact_search._TILE, "cpu", (64, 64))
-    np.testing.assert_array_equal(neighbors(embeddings, zones, 20)[0], expected)
-    assert len(guessed) == 1
-    assert guessed[0] > -1
+def test_products_in_float16_are_summed_in_float32_on_cuda():
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True  # torch's default
+    products(torch.ones(2, 2).half(), torch.ones(2, 2).half())
+    assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
 
 
-def test_a_sample_of_fewer_rows_than_a_floor_is_guessed_from_guesses_none(monkeypatch):
-    monkeypatch.setattr(exact_search, "fast_bfloat16", lambda device: True)
-    monkeypatch.setitem(exact_search._TILE, "cpu", (16, 8))
-    embeddings = KINDS["random"](np.random.default_rng(9), 300, 16).astype(np.float16)
-    zones = zones_at(np.arange(300) * 100)
-    rows, _ = neighbors(embeddings, zones, k=250)  # of 8 rows, the 42nd best is asked for
-    np.testing.assert_array_equal(rows, brute_force(embeddings, zones, 250)[0])
+def test_typical_vectors_are_searched_once_and_copies_until_there_is_room_for_them(dtype, monkeypatch):
+    searched, collect = [], exact_search._collect
 
+    def count(vectors, zones, anchors, width, *others):
+        searched.append((width, len(anchors)))
+        return collect(vectors, zones, anchors, width, *others)
 
-def test_candidates_of_one_round_are_gone_before_the_next(monkeypatch):
-    held, collect = [], exact_search._collect
-
-    def collect_when_all_are_gone(*arguments):
-        assert not any(earlier() for earlier in held)  # else twice the candidates' half of the memory is held
-        found = collect(*arguments)
-        held.append(weakref.ref(found))
-        return found
-
-    monkeypatch.setattr(exact_search, "_collect", collect_when_all_are_gone)
-    embeddings = KINDS["clustered"](np.random.default_rng(0), 300, 16).astype(np.float16)
-    neighbors(embeddings, zones_at(np.arange(300) * 100), k=20, memory_mb=0.05)
-    assert len(held) > 3
-
-
-def test_products_in_bfloat16_are_summed_in_float32_on_cuda():
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True  # torch's default
-    SearchVectors(torch.ones(2, 2), torch.bfloat16, CPU)
-    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
-
-
-def test_vectors_that_lean_one_way_need_no_second_search():
+    monkeypatch.setattr(exact_search, "_collect", count)
     rng = np.random.default_rng(6)
-    gallery = SearchVectors(torch.from_numpy(rng.normal(size=(4_000, 256)) + 2.0).half(), torch.bfloat16, CPU)
-    anchors = np.arange(0, 4_000, 8)
-    zones, size, told = zones_at(np.arange(4_000) * 100), exact_search.Sizes(512, 512, 512, 512), []
-    collected = exact_search._collect(gallery, zones, anchors, 20, size, True, told.append)
-    assert collected.crowded.float().mean() < 0.05  # with the mean in them nearly all have too many candidates
+    leaning = (clustered(rng, 3_000, 256) + 1.0).astype(np.float16)
+    neighbors(leaning, zones_at(np.arange(3_000) * 100), k=20, rows=np.arange(0, 3_000, 8), memory_mb=256)
+    assert len(searched) == 1
+    searched.clear()
+    copies = np.repeat(rng.normal(size=(2, 16)), [30, 2_000], axis=0).astype(np.float16)
+    rows, _ = neighbors(copies, zones_at(np.arange(2_030) * 100), k=20, rows=np.arange(0, 2_030, 29), memory_mb=64)
+    widths, sizes = zip(*searched, strict=True)
+    assert sizes[0] == 70
+    assert sizes[-1] == 68  # all but two of the 30: those have room for all their copies
+    assert widths[-1] == 2_030
+    np.testing.assert_array_equal(rows, brute_force(copies, zones_at(np.arange(2_030) * 100), 20)[0][::29])
 
 
 def test_equal_images_stand_by_row_number_though_more_of_them_exist_than_are_kept():
@@ -244,12 +185,13 @@ def test_more_neighbours_asked_for_than_there_are_and_a_single_image():
 
 @pytest.mark.parametrize("memory_mb", [16, 100, 1024])
 @pytest.mark.parametrize("dim", [64, 768, 4096])
-def test_tiles_keep_within_the_memory(dim, memory_mb):
-    anchors, gallery, settled, together = exact_search.tile_sizes(dim, 150, memory_mb, CPU)
-    held = 8 * anchors * (gallery + dim) + 8 * gallery * dim
-    held += settled * (40 * 4 * 150 + 16 * dim) + 8 * together * 4 * 150
-    assert held <= memory_mb * 2**20 * 7 / 8  # an eighth is for what candidates are compared with
-    assert together >= anchors >= 50  # or the products crawl
+def test_tiles_keep_within_the_memory(dim, memory_mb, dtype):
+    vectors, width = SearchVectors(torch.zeros(1, dim), CPU), 300
+    anchors, gallery = exact_search.tile_sizes(vectors, width, memory_mb, dtype)
+    scores = anchors * gallery * dtype.itemsize * 9 / 8
+    candidates = anchors * width * (2 * 8 * (dtype.itemsize + 4) + 24)
+    assert scores + candidates + 8 * dim * (anchors + gallery) <= memory_mb * 2**20 * 3 / 4
+    assert anchors >= 40  # or the products crawl
 
 
 PEAK = """
@@ -258,6 +200,7 @@ from pathlib import Path
 import numpy as np, torch
 from common.places.zones import make_zones
 from difficulty.search.exact_search import exact_neighbors
+from difficulty.search.search_vectors import SearchVectors
 
 def held_mb(kind):
     return int(re.search(kind + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
@@ -268,7 +211,8 @@ def peak_mb(n, memory_mb):
     zones = make_zones(rows, rows * 1e-3, rows * 0.0, 25.0)
     before = held_mb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    exact_neighbors(embeddings, zones, k=100, rows=rows, memory_mb=memory_mb, device=torch.device("cpu"))
+    vectors = SearchVectors(embeddings, torch.device("cpu"))
+    exact_neighbors(vectors, zones, k=100, rows=rows, memory_mb=memory_mb)
     return held_mb("VmHWM") - before
 
 peak_mb(900, 16)  # torch allocates some of its own once
@@ -284,7 +228,7 @@ def test_the_peak_memory_is_what_was_set(memory_mb):
         [sys.executable, "-c", PEAK, str(n), str(memory_mb)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) <= memory_mb + n * (256 * 2 + 100 * 8) / 2**20  # vectors in bfloat16, and the result
+    assert float(done.stdout) <= memory_mb + n * 100 * 8 / 2**20  # the result
 
 
 def test_balltree_in_all_dimensions_is_exact_and_keeps_its_k_in_a_dense_place():
@@ -327,11 +271,9 @@ def test_recall_counts_only_what_there_is_to_find():
     assert balltree.recall(np.array([[4, 5, -1], [1, 2, 3]]), np.array([[5, 9, -1], [3, 1, 2]])) == 4 / 5
 
 
-@pytest.mark.parametrize("dtypes", ["float32", "bfloat16"])
-def test_progress_counts_each_anchor_once_also_those_that_are_searched_again(monkeypatch, dtypes):
-    monkeypatch.setattr(exact_search, "fast_bfloat16", lambda device: dtypes == "bfloat16")
-    copies = np.repeat(np.random.default_rng(0).normal(size=(4, 16)), 50, axis=0)  # all of them are crowded
-    told, vectors = [], torch.from_numpy(copies.astype(np.float16))
-    options = {"k": 3, "rows": np.arange(200), "memory_mb": 64, "device": CPU}
-    exact_neighbors(vectors, zones_at(100.0 * np.arange(200)), on_anchors=told.append, **options)
+def test_progress_counts_each_anchor_once_also_those_that_are_searched_again(dtype):
+    copies = np.repeat(np.random.default_rng(0).normal(size=(4, 16)), 500, axis=0).astype(np.float16)
+    told, vectors = [], SearchVectors(torch.from_numpy(copies), CPU)
+    zones = zones_at(100.0 * np.arange(2_000))
+    exact_neighbors(vectors, zones, k=3, rows=np.arange(200), memory_mb=64, on_anchors=told.append)
     assert sum(told) == 200

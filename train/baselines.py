@@ -7,18 +7,16 @@ from common.sections import TrainingModel
 from train import whitening
 from train.evaluation import heads
 from train.evaluation.validation import Validation
+from train.whitening import Moments
 
 
-def fit(
-    embeddings: np.ndarray, building_of_row: np.ndarray, settings: TrainingModel, validation: Validation
-) -> dict[str, dict]:
-    """PCA and learned whitening of (N, D) embeddings: "mean" (D,) and "projection" (output_dim, D), float64.
+def fit(moments: Moments, settings: TrainingModel, validation: Validation) -> dict[str, dict]:
+    """PCA and learned whitening of rows with these moments: "mean" (D,) and "projection" (output_dim, D), float64.
 
     Whitening uses the "shrinkage" of highest validation mAP@R (the first of equals). It also has its "validation"
     metrics, the mAP@R of each shrinkage tried, and the "spread" of its outputs on the training rows (root mean
     square of a component).
     """
-    moments = whitening.moments(embeddings, building_of_row)
     output_dim, tried = settings.output_dim, []
     for shrinkage in settings.whitening_shrinkage:
         mean, projection = whitening.whiten(moments, output_dim, shrinkage)
@@ -29,7 +27,7 @@ def fit(
     projection = best["projection"].numpy()
     best["spread"] = float(np.sqrt(np.trace(projection @ moments.total @ projection.T) / output_dim))
     best["map@r_by_shrinkage"] = {one["shrinkage"]: one["validation"]["map@r"] for one in tried}
-    return {"pca": _tensors(*whitening.pca(embeddings, output_dim)), "whitening": best}
+    return {"pca": _tensors(*whitening.pca(moments, output_dim)), "whitening": best}
 
 
 def _tensors(mean: np.ndarray, projection: np.ndarray) -> dict:

@@ -6,7 +6,7 @@ evaluate.py, paired for differences. They cover the choice of streets, not of se
 
 Reads    data/merged/{train,val,test}.parquet, data/difficulty/difficulty_metadata.parquet
 Writes   checkpoints/compare/<sampler>-<loss>[-<mining>]-<seed>/, as train.py (existing runs are not repeated);
-         data/evaluation/comparison.{json,md,png}
+         data/evaluation/comparison.{json,md,png}; data/merged_moments/, as train.py
 Command  python train/compare.py [--seeds 3] [--set training.epochs=8]
 Time     that of the runs, see train.py. Fastest on CPU: parallel shards with OMP_NUM_THREADS=1, each training its
          share of the runs, then the command without shards for the table

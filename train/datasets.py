@@ -16,7 +16,7 @@ from common.errors import PipelineError
 from common.places import geo
 from common.places.zones import Zones, make_zones, number_buildings
 from common.sections import Config
-from train import baselines, run_record
+from train import baselines, run_record, whitening
 from train.evaluation.validation import Validation
 
 _COLUMNS = ["dataset_id", "target_id", "street_view_id", "target_lat", "target_lon"]
@@ -95,10 +95,12 @@ def load_data(cfg: Config) -> TrainingData:
             "lower it"
         )
     validation = _load_validation(cfg, val, device)
+    rows = make_rows(embeddings, neighbors, offsets, buildings, columns, cfg.data.ignore_radius_m, device)
+    moments = whitening.stored_moments(cfg, records[train].id, rows.embeddings, buildings, device)
     return TrainingData(
-        train=make_rows(embeddings, neighbors, offsets, buildings, columns, cfg.data.ignore_radius_m, device),
+        train=rows,
         validation=validation,
-        baselines=baselines.fit(embeddings, buildings, settings, validation),
+        baselines=baselines.fit(moments, settings, validation),
         embedding_model=records[train].facts["embedding_model"],
         inputs={path.name: record.id for path, record in records.items()},
     )
@@ -287,7 +289,8 @@ def _load_validation(cfg: Config, path: Path, device: torch.device) -> Validatio
     queries = np.sort(rng.choice(len(buildings), count, replace=False))
     embeddings = devices.place(parquet.read_matrix(path, "embedding"), device)
     junk = zones.rows_of(queries, own=False)
-    return Validation(embeddings, buildings, queries, junk, cfg.infrastructure.search_memory_mb, device)
+    memory_mb = devices.search_memory_mb(cfg.infrastructure, device)
+    return Validation(embeddings, buildings, queries, junk, memory_mb, device)
 
 
 def _read_columns(path: Path) -> dict[str, np.ndarray]:

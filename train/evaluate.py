@@ -15,8 +15,9 @@ Writes   data/evaluation/{report.html,metrics.json}; with --compare in compared/
          folder with the file's name
 Command  python train/evaluate.py [--set evaluation.gallery=all] [--compare checkpoints/other data/published]
 Memory   gallery rows x (D x 2 + 150) bytes on the host and x D x 4 on the device (768-d, 2.5 M rows: 4 and 8 GB),
-         plus 32 bytes for each match and method, and search_memory_mb on each; before that, to look for leaks,
-         about 100 bytes for each row of all splits
+         or also on the host if those are more than two thirds of what is free on the device (25 M rows: 119 GB
+         on the host); plus 32 bytes for each match and method, and search_memory_mb on each; before that, to look
+         for leaks, about 100 bytes for each row of all splits
 """
 
 import json

@@ -9,6 +9,7 @@ is killed, another one repeats its trial.
 Reads    data/merged/{train,val}.parquet, data/difficulty/difficulty_metadata.parquet: once, for all trials
 Writes   data/study/journal.log (or tuning.study_storage);
          data/study/study.html: history, importances and slices of the study
+         data/merged_moments/<sample>.safetensors, as train.py, if no run has written it
 Command  python train/optuna_worker.py [--trials 10] [--minutes 600]
 Memory   as train.py
 A study of other data or settings is refused, and replaced with --overwrite; a matching one is joined either way.

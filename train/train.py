@@ -5,11 +5,12 @@ Writes   checkpoints/<run>/checkpoint_best.pt: the head with the highest validat
          training starts from is epoch 0
          checkpoints/<run>/checkpoint_last.pt: where a stopped run resumes
          checkpoints/<run>/{history.parquet,curves.png}: a row per epoch, and the training curves
+         data/merged_moments/<sample>.safetensors: what PCA and whitening need of the images, for all later runs
 Command  python train/train.py [--set training.run=NAME] [--set training.loss=infonce]
 Memory   D x 2 + k x 4 + 90 bytes per training image (6 M, 768-d, k = 150: 13 GB), on the GPU if it fits; less with
          training.sample_buildings; validation: see search_memory_mb
 Time     per image of a batch 2 D (h + output_dim) floating-point operations forward and as many backward; plus
-         validation after each epoch
+         validation after each epoch, and, once for each merge, the sums of train/whitening.py
 """
 
 import logging

@@ -48,20 +48,16 @@ def write(cfg: Config, todo: list[SearchPart], on_anchors: Callable[[int], objec
     columns = parquet.read(path, ["dataset_id", "target_id", "target_lat", "target_lon"])
     dataset, target, lat, lon = (column.to_numpy() for column in columns.columns)
     near = zones.make_zones(zones.number_buildings(dataset, target), lat, lon, cfg.data.ignore_radius_m)
-    k, memory_mb = cfg.data.neighbors, cfg.infrastructure.search_memory_mb
-    together = exact_search.tile_sizes(embeddings.shape[1], k, memory_mb, device).together
-
-    exact = functools.partial(
-        exact_search.exact_neighbors, embeddings, near, k=k, memory_mb=memory_mb, device=device
-    )
+    vectors, k = exact_search.SearchVectors(embeddings, device), cfg.data.neighbors
+    memory_mb = devices.search_memory_mb(cfg.infrastructure, device)
+    exact = functools.partial(exact_search.exact_neighbors, vectors, near, k=k, memory_mb=memory_mb)
     tree = None
     if cfg.data.search == "balltree":
         from difficulty.search import balltree  # scikit-learn takes seconds to import
 
-        tree, together = balltree.Tree(embeddings.cpu().numpy(), cfg.data.balltree_dim), 0
-    for group in groups(todo, len(embeddings), together):
-        rows = np.concatenate([np.arange(part.start, part.stop) for part in group])
-        recall = 1.0
+        tree = balltree.Tree(embeddings.cpu().numpy(), cfg.data.balltree_dim)
+    for part in todo:
+        rows, recall = np.arange(part.start, part.stop), 1.0
         if tree is None:
             neighbors, similarities = exact(rows=rows, on_anchors=on_anchors)
         else:
@@ -69,26 +65,10 @@ def write(cfg: Config, todo: list[SearchPart], on_anchors: Callable[[int], objec
             sample = np.unique(np.linspace(0, len(rows) - 1, RECALL_SAMPLE).astype(np.int64))
             recall = balltree.recall(neighbors[sample], exact(rows=rows[sample])[0])
             on_anchors(len(rows))
-        for part in group:
-            mine = slice(*np.searchsorted(rows, [part.start, part.stop]))
-            with parquet.writer(part.target, schemas.difficulty_part(k), part.record) as out:
-                out.append({"neighbor_rows": neighbors[mine], "neighbor_similarities": similarities[mine]})
-                out.facts = {"recall": recall}
-            cli.check_stop()
-
-
-def groups(todo: list[SearchPart], total: int, together: int) -> Iterator[list[SearchPart]]:
-    """The parts that are searched at once: runs of up to `together` rows where that saves an eighth of the
-    products or more (see exact_search.py), else one by one, so that a killed job loses little."""
-    group: list[SearchPart] = []
-    most = together if together * 4 > total else 0
-    for part in todo:
-        if group and part.stop - group[0].start > most:
-            yield group
-            group = []
-        group.append(part)
-    if group:
-        yield group
+        with parquet.writer(part.target, schemas.difficulty_part(k), part.record) as out:
+            out.append({"neighbor_rows": neighbors, "neighbor_similarities": similarities})
+            out.facts = {"recall": recall}
+        cli.check_stop()
 
 
 def refuse_missing(parts: list[SearchPart]) -> None:

@@ -1,105 +1,116 @@
-"""All vectors in the precision that a search multiplies in, and how far its scores may be from the cosines.
+"""The vectors that a search multiplies, a tile at a time, and exact cosines of chosen pairs of rows.
 
-The score of two rows is their cosine minus a constant that is the same for all pairs: x . (y - m) + (x . m - c),
-where m is the mean of (a sample of) the unit vectors and c the mean of x . m. A backbone's vectors all lean
-towards m. Subtracting it makes the numbers, and so their rounding errors, smaller.
+Nothing but the embeddings themselves is held: a tile of unit vectors is made when it is needed. Embeddings on the
+host travel to a CUDA device as they are, through two pinned buffers, while the tile before is in use.
+
+Memory: N x 8 bytes, and per row of a tile D x 8 (and as many on the host, pinned).
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch.nn import functional as F
 
-from common import devices
+from common import cli
 
-LOWEST = -8.0  # below every score, above the -inf of forbidden pairs
-_BLOCK_ROWS = 2_048  # converted at a time, D x 24 bytes each
-_MEAN_OF = 2_048  # rows; any vector would do
+DECIMALS = 12  # of cosines: those that differ only by rounding (of parallel vectors, say) are ties
+_BLOCK_ROWS = 8_192  # whose lengths are computed at a time
+_PAIRS = 256  # compared at a time on a CPU: they fit a core's cache, and take a fifth of the time of 6,000
 
 
 class SearchVectors:
-    """The rows y - m in bfloat16, N x D x 2 bytes. In float32 they would take twice the memory, so they are made a
-    block at a time, with m = 0."""
+    """N embeddings (N, D), float16 or float32, on `device` or on the host, for a search on `device`."""
 
-    def __init__(self, embeddings: torch.Tensor, dtype: torch.dtype, device: torch.device):
-        n, dim = embeddings.shape
-        self.embeddings, self.dtype, self.device = embeddings, dtype, device
-        self.scale = torch.empty(n, device=device)  # 1 / length
-        for start in range(0, n, _BLOCK_ROWS):
-            raw = embeddings[start : start + _BLOCK_ROWS].to(device).float()
-            self.scale[start : start + _BLOCK_ROWS] = 1 / raw.norm(dim=1).clamp(min=1e-12)
-        # 8 sqrt(D) unit roundoffs: sums of D terms in float32 exceed that with probability below 1e-13 (Higham &
-        # Mary 2019, theorem 2.4)
-        self.error = 4 * torch.finfo(torch.float32).eps * dim**0.5  # of a score, absolute
-        self.rounding = 0.0  # of a score, relative
-        self.vectors: torch.Tensor | None = None
-        self.shift: torch.Tensor | None = None
-        if dtype != torch.float32:
-            self._round(embeddings, dtype)
+    def __init__(self, embeddings: torch.Tensor, device: torch.device):
+        self.embeddings, self.device = embeddings, device
+        self.inverse_length = torch.empty(len(embeddings), dtype=torch.float64, device=device)
+        for start, block in self._blocks(_BLOCK_ROWS):
+            length = torch.linalg.vector_norm(block, dim=1, dtype=torch.float64)
+            self.inverse_length[start : start + len(block)] = torch.where(length > 0, 1 / length, 0.0)
 
-    def _round(self, embeddings: torch.Tensor, dtype: torch.dtype) -> None:
-        """Make the vectors and bound the error: |x'y' - xy| <= |x' - x| |y'| + |x| |y' - y|, with the longest of
-        all rows, plus three times the error of float32 sums."""
-        # on CUDA partial sums may be rounded to bfloat16 by default, which the bound does not allow for
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        n, dim = embeddings.shape
-        home = self.device if devices.fits(n * dim * dtype.itemsize, self.device) else embeddings.device
-        self.vectors = torch.empty((n, dim), dtype=dtype, device=home)
-        self.rounding = torch.finfo(dtype).eps / 2
-        mean = self.unit(slice(0, None, -(-n // _MEAN_OF))).mean(dim=0)
-        self.shift = torch.empty(n, device=self.device)
-        of_unit, of_centred, length = 0.0, 0.0, 0.0
-        for start in range(0, n, _BLOCK_ROWS):
-            block = slice(start, start + _BLOCK_ROWS)
-            unit = self.unit(block)
-            low = (unit - mean).to(dtype)
-            self.vectors[block] = low.to(home)
-            self.shift[block] = unit @ mean
-            of_unit = max(of_unit, _longest(unit - unit.to(dtype).float()))
-            of_centred = max(of_centred, _longest(unit - mean - low.float()))
-            length = max(length, _longest(low.float()))
-        self.shift -= self.shift.mean()
-        self.error = 1.005 * (of_unit * length + of_centred) + 3 * self.error
-        self.error += self.rounding * float(self.shift.abs().max())  # the shift is rounded, too
+    def unit(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The unit vectors (n, D) of some rows (n,), on the device."""
+        return _scaled(self._take(rows), self.inverse_length[rows], dtype)
 
-    def unit(self, rows: slice | torch.Tensor) -> torch.Tensor:
-        """The unit vectors of some rows (a slice, or indices on the device) in float32, on the device."""
-        place = rows if isinstance(rows, slice) else rows.to(self.embeddings.device)
-        return self.embeddings[place].to(self.device, torch.float32, copy=True).mul_(self.scale[rows, None])
+    def tiles(self, size: int, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, unit vectors (n, D) on the device) of `size` rows after another. Raises Stopped on a signal,
+        between two of them."""
+        for start, block in self._blocks(size):
+            cli.check_stop()
+            yield start, _scaled(block, self.inverse_length[start : start + len(block)], dtype)
 
-    def queries(self, anchors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What `scores` multiplies for some anchors (A,): their vectors (A, D), and what it adds (A, 1)."""
-        shift = None if self.shift is None else self.shift[anchors, None].to(self.dtype)
-        return self.unit(anchors).to(self.dtype), shift
+    def cosines(self, anchors: torch.Tensor, rows: torch.Tensor, memory_mb: float) -> torch.Tensor:
+        """Cosines (P,) float64, to DECIMALS, of pairs of rows. Pairs of equal vectors have equal cosines."""
+        # products of two float16 numbers are exact in float32
+        wide = torch.float32 if self.embeddings.dtype == torch.float16 else torch.float64
+        at_once = int(max(1, memory_mb * 2**20 // (28 * self.embeddings.shape[1])))
+        at_once = min(at_once, _PAIRS) if self.device.type == "cpu" else at_once
+        cosines = torch.empty(len(rows), dtype=torch.float64, device=self.device)
+        for start in range(0, len(rows), at_once):
+            some = slice(start, start + at_once)
+            products = self._take(anchors[some]).to(wide).mul_(self._take(rows[some]))
+            torch.sum(products, dim=1, dtype=torch.float64, out=cosines[some])
+        return cosines.mul_(self.inverse_length[anchors] * self.inverse_length[rows]).round_(decimals=DECIMALS)
 
-    def scores(
-        self, anchors: tuple[torch.Tensor, torch.Tensor | None], start: int, stop: int, step: int = 1
-    ) -> torch.Tensor:
-        """The scores (A, G) of `queries` with the rows start..stop, or every step-th."""
-        queries, shift = anchors
-        block = slice(start, stop, step)
-        if self.vectors is None or shift is None:  # both or neither
-            return _float32_products(queries, self.unit(block))
-        return torch.addmm(shift, queries, self.vectors[block].to(self.device).T)
+    def _take(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.embeddings.index_select(0, rows.to(self.embeddings.device)).to(self.device)
 
-    def below(self, kth: torch.Tensor) -> torch.Tensor:
-        """The floor (A,) of anchors whose k-th best score so far is `kth`: lower scores are not among the best k.
-
-        A score s is within e + r |s| of the exact one, where e is the `error` and r the `rounding`. So k rows
-        reach kth - e - r |kth|, and scores below that minus e + r |floor| do not. The floor is rounded too;
-        r x 0.03 exceeds what r does to e.
-        """
-        kth = kth.clamp(min=LOWEST)  # -inf where there are fewer than k, and 0 x inf is not a number
-        floor = kth - 2 * self.error - 3 * self.rounding * (kth.abs() + 0.03)
-        return floor.clamp(min=LOWEST)
+    def _blocks(self, size: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, raw embeddings (n, D) on the device) of `size` rows after another."""
+        if self.embeddings.device.type != self.device.type:
+            yield from _travelling(self.embeddings, size, self.device)
+            return
+        for start in range(0, len(self.embeddings), size):
+            yield start, self.embeddings[start : start + size]
 
 
-def _float32_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """x y^T (A, G). On a CPU as a 1 x 1 convolution, which torch passes to oneDNN when it has several threads;
     matrix products go to MKL, which takes 1.4 times as long on an AMD."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        # by default CUDA may round partial sums to float16, which the bound on the error does not allow for
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         return x @ y.T
     images, filters = x[None, None].permute(0, 3, 1, 2), y[:, None, None].permute(0, 3, 1, 2)  # channels last
     return F.conv2d(images, filters).permute(0, 2, 3, 1)[0, 0]
 
 
-def _longest(vectors: torch.Tensor) -> float:
-    return 1.001 * float(vectors.norm(dim=1).max())
+def error_of(dtype: torch.dtype, dim: int) -> float:
+    """How far `products` of unit vectors in `dtype` may be from their cosines: the error of sums of D terms in
+    float32, 8 sqrt(D) unit roundoffs (exceeded with probability below 1e-13: Higham & Mary 2019, theorem 2.4);
+    and in float16 the rounding of both vectors and of the result."""
+    sums = 4 * torch.finfo(torch.float32).eps * dim**0.5
+    if dtype == torch.float32:
+        return sums
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2 * dim**0.5  # of components near 0
+    return sums + 1.01 * (3 * torch.finfo(dtype).eps / 2 + 2 * least)
+
+
+def _scaled(block: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    out = torch.empty(block.shape, dtype=dtype, device=block.device)
+    return torch.mul(block, scale.float()[:, None], out=out)
+
+
+def _travelling(embeddings: torch.Tensor, size: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, rows on the CUDA device), the next ones on their way. A pinned buffer is filled again when its
+    copy has arrived, which is the only time that the host waits."""
+    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    shape, starts = (min(size, len(embeddings)), embeddings.shape[1]), range(0, len(embeddings), size)
+    buffers = [torch.empty(shape, dtype=embeddings.dtype, pin_memory=True) for _ in range(2)]
+    arrived = [torch.cuda.Event() for _ in buffers]
+
+    def send(number: int) -> torch.Tensor:
+        rows = embeddings[starts[number] : starts[number] + size]
+        arrived[number % 2].synchronize()
+        pinned = buffers[number % 2][: len(rows)].copy_(rows)
+        with torch.cuda.stream(stream):
+            block = pinned.to(device, non_blocking=True)
+            arrived[number % 2].record(stream)
+        return block
+
+    ahead = send(0) if len(starts) else None
+    for number, start in enumerate(starts):
+        block, ahead = ahead, send(number + 1) if number + 1 < len(starts) else None
+        current.wait_stream(stream)
+        block.record_stream(current)
+        yield start, block

@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from common import config, sections
-from difficulty.search.exact_search import fast_bfloat16
 from publish.projection_head import ProjectionHead
 from train import datasets
 from train.fitting import fit
@@ -161,7 +160,7 @@ def measure() -> list[timing.Ratio]:
     cfg = config.load(None, SETTINGS)
     data, arrays = make_data(cfg)
     targets = {"float32": 2.0, "bfloat16": 3.5}
-    if not fast_bfloat16(data.device):
+    if not torch.cpu._is_avx512_bf16_supported():
         del targets["bfloat16"]
     ours = {dtype: Ours(config.load(None, [*SETTINGS, f"training.dtype={dtype}"]), data) for dtype in targets}
     best_dtype = list(ours)[-1]

@@ -39,7 +39,7 @@ from common.imagery.decoding import decode
 from common.provenance import digest_of
 from common.sections import Config
 from generate import backbone
-from train import baselines, datasets
+from train import baselines, datasets, whitening
 from train.datasets import TrainingData
 from train.evaluation import bootstrap, gallery, methods, protocol
 from train.fitting.fit import fit
@@ -168,11 +168,12 @@ def data_of(cfg: Config, data: TrainingData, vectors: Vectors, arm: Arm) -> Trai
     val = combine(vectors["val"], arm, arm.views)
     buildings, device = data.train.building_of_row.cpu().numpy(), data.train.device
     validation = replace(data.validation, embeddings=devices.place(val, device))
+    moments = whitening.moments(train, buildings, device)
     return replace(
         data,
         train=replace(data.train, embeddings=devices.place(train, device)),
         validation=validation,
-        baselines=baselines.fit(train, buildings, cfg.training_model, validation),
+        baselines=baselines.fit(moments, cfg.training_model, validation),
         inputs={**data.inputs, "views": digest_of(train.tobytes(), val.tobytes())},
     )
 

@@ -20,6 +20,7 @@ from gpu_rows import Gpu, Row, equality
 from common import config
 from common.places.zones import Zones
 from difficulty.search.exact_search import Neighbors, exact_neighbors
+from difficulty.search.search_vectors import SearchVectors
 from generate import backbone
 from publish.projection_head import ProjectionHead
 from train import datasets
@@ -35,7 +36,7 @@ def nearest(
     embeddings: torch.Tensor, zones: Zones, k: int, rows: np.ndarray, memory_mb: float, device: torch.device
 ) -> Neighbors:
     """The search as its stage calls it."""
-    return exact_neighbors(embeddings, zones, k=k, rows=rows, memory_mb=memory_mb, device=device)
+    return exact_neighbors(SearchVectors(embeddings, device), zones, k=k, rows=rows, memory_mb=memory_mb)
 
 
 def search(gpu: Gpu) -> Iterator[Row]:

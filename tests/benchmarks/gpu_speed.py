@@ -151,14 +151,14 @@ def generation_bytes(estimate: dict, dtype: str, batch: int, threads: int, pictu
 
 def search(gpu: Gpu) -> Iterator[Row]:
     """Some anchors among all rows: ours, plain tiles, and nothing but the products of ours."""
-    sizes, k, memory_mb = gpu.sizes, bench_neighbors.K, bench_neighbors.MEMORY_MB
-    before = reset_peak()
+    sizes, k, before = gpu.sizes, bench_neighbors.K, reset_peak()
     embeddings, zones = vectors_on(gpu.device, sizes.rows), bench_neighbors.street_zones(sizes.rows)
     rows, (n, dim) = np.arange(sizes.anchors), embeddings.shape
+    memory_mb = devices.search_memory_mb(config.load().infrastructure, gpu.device)
     args = embeddings, zones, k, rows, memory_mb, gpu.device
     torch.cuda.reset_peak_memory_stats()
     found = gpu_equality.nearest(*args)[0]
-    yield memory(f"search, {n:,} x {dim}", peak_since(before), n * dim * 4 + memory_mb * 2**20)
+    yield memory(f"search, {n:,} x {dim}", peak_since(before), n * (dim * 2 + 8) + memory_mb * 2**20)
     plain = bench_neighbors.plain_tiles(embeddings, zones, k, gpu.device, rows[:CHECKED]).cpu().numpy()
     what = f"search, {len(rows):,} of {n:,} x {dim}, k = {k}"
     shared = recall(found[:CHECKED], plain)

@@ -20,6 +20,7 @@ from scipy.optimize import nnls
 from common import config, files
 from common.places.zones import make_zones
 from difficulty.search.exact_search import exact_neighbors
+from difficulty.search.search_vectors import SearchVectors
 from preprocess.split.split_rules import Images, decide
 from train.evaluation import metrics
 
@@ -55,13 +56,12 @@ def split(n: int):
 
 
 def neighbors(n: int):
-    """The 150 nearest images of each of n, 768-d, exactly; of no run of rows, so that no product serves two of
-    them: what a search of millions does (see difficulty/parts.groups)."""
+    """The 150 nearest images of each of n, 768-d, exactly."""
     building, lat, lon = buildings_and_places(n)
     zones = make_zones(building, lat, lon, 25.0)
     embeddings = vectors(n, DIM).half()
-    cpu, rows = torch.device("cpu"), np.arange(n)[::-1]
-    return lambda: exact_neighbors(embeddings, zones, k=K, rows=rows, memory_mb=1024, device=cpu)
+    cpu, rows = torch.device("cpu"), np.arange(n)
+    return lambda: exact_neighbors(SearchVectors(embeddings, cpu), zones, k=K, rows=rows, memory_mb=1024)
 
 
 def evaluation(n: int):

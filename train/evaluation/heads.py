@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from common import devices
 from common.errors import PipelineError
 from common.parquet import first_line
 from publish.projection_head import ProjectionHead
@@ -41,12 +42,18 @@ def head_of(checkpoint: dict) -> ProjectionHead:
     return head.eval()
 
 
-def embed(head: ProjectionHead, embeddings: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """(N, output_dim) float32 unit vectors, on the device, of raw (N, D) embeddings; float32 throughout."""
+def embed(
+    head: ProjectionHead,
+    embeddings: np.ndarray | torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """(N, output_dim) unit vectors of raw (N, D) embeddings, computed in float32. Where they are: see
+    `by_blocks`."""
     training = head.training
     head.to(device).eval()
     with torch.no_grad():
-        vectors = _by_blocks(head, embeddings, device)
+        vectors = by_blocks(head, embeddings, head.linear.out_features, device, dtype)
     head.train(training)
     return vectors
 
@@ -54,13 +61,34 @@ def embed(head: ProjectionHead, embeddings: np.ndarray | torch.Tensor, device: t
 def project(
     embeddings: np.ndarray | torch.Tensor, mean: np.ndarray, projection: np.ndarray, device: torch.device
 ) -> torch.Tensor:
-    """(N, d) float32 unit vectors, on the device: normalize(projection (normalize(x) - mean)) of raw (N, D) x."""
+    """(N, d) float32 unit vectors: normalize(projection (normalize(x) - mean)) of raw (N, D) x. Where they
+    are: see `by_blocks`."""
     centre, matrix = (torch.as_tensor(m, dtype=torch.float32, device=device) for m in (mean, projection))
-    return _by_blocks(
-        lambda x: F.normalize((F.normalize(x, dim=1) - centre) @ matrix.T, dim=1), embeddings, device
+    return by_blocks(
+        lambda x: F.normalize((F.normalize(x, dim=1) - centre) @ matrix.T, dim=1), embeddings, len(matrix), device
     )
 
 
-def _by_blocks(function: Callable, embeddings: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
-    blocks = torch.as_tensor(embeddings).split(EMBED_ROWS)
-    return torch.cat([function(block.to(device).float()) for block in blocks])
+def normalized(embeddings: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """(N, D) float32 unit vectors, never in the embeddings' own memory. Where they are: see `by_blocks`."""
+    return by_blocks(lambda x: F.normalize(x, dim=1), embeddings, embeddings.shape[1], device)
+
+
+def by_blocks(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    embeddings: np.ndarray | torch.Tensor,
+    dim: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """(N, dim): what `function` makes of (n, D) float32 rows, EMBED_ROWS at a time, on the device.
+
+    The result is on the device if it `fits` there, else on the host. Memory: its N x dim x (4 or 2) bytes, and a
+    block's (EMBED_ROWS x D x 4, and what `function` takes).
+    """
+    rows = torch.as_tensor(embeddings)
+    has_room = devices.fits(len(rows) * dim * dtype.itemsize, device)
+    vectors = torch.empty((len(rows), dim), dtype=dtype, device=device if has_room else "cpu")
+    for block, out in zip(rows.split(EMBED_ROWS), vectors.split(EMBED_ROWS), strict=True):
+        out.copy_(function(block.to(device).float()))
+    return vectors

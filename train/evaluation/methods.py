@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import safe_open
-from torch.nn import functional as F
 
 from common import parquet
 from common.errors import PipelineError
@@ -28,7 +27,7 @@ class Method:
     name: str
     description: str
     id: str  # of the checkpoint or file that its vectors come from
-    vectors: Callable[[Gallery, torch.device], torch.Tensor]  # (G, d) float32 unit vectors, on the device
+    vectors: Callable[[Gallery, torch.device], torch.Tensor]  # (G, d) float32 unit, on the device if they fit
 
 
 def of_checkpoint(checkpoint: dict) -> list[Method]:
@@ -78,9 +77,8 @@ def identity(path: Path) -> str:
 
 
 def raw(gallery: Gallery, device: torch.device) -> torch.Tensor:
-    """The gallery's embeddings, normalized: a copy, since float32 on the host would share its memory."""
-    vectors = torch.from_numpy(gallery.embeddings).to(device, torch.float32, copy=True)
-    return F.normalize(vectors, dim=1, out=vectors)  # in place: no second copy
+    """The gallery's embeddings, normalised."""
+    return heads.normalized(gallery.embeddings, device)
 
 
 def _linear(baseline: dict):
@@ -141,5 +139,4 @@ def _aligned(path: Path, gallery: Gallery, device: torch.device) -> torch.Tensor
             "compare vectors of the same images, or evaluate that file by itself with --embeddings"
         )
     embeddings = np.concatenate([block for _, block in galleries.batches([path], ["streetview_image_id"])])
-    vectors = torch.from_numpy(embeddings[rows]).to(device).float()
-    return F.normalize(vectors, dim=1, out=vectors)
+    return heads.normalized(embeddings[rows], device)

@@ -3,8 +3,9 @@
 Everything else follows from these counts: the rank of the best match, the average precision, and the same for any
 part of the matches (`per_query` of `Matches.select`), so one pass over the scores serves all figures.
 
-Memory: queries and gallery as float32 (the gallery, G x D x 4 bytes, on the device); tiles of scores within
-`memory_mb`; 32 bytes for each match.
+Memory: the gallery as float32, G x D x 4 bytes, on the device or on the host; on the device tiles of scores within
+`memory_mb`; 32 bytes for each match. A gallery on the host crosses the bus once for each tile of at most 16,384
+queries, and its tiles that hold matches twice: Q / 16,384 x G x D x 4 bytes.
 """
 
 from dataclasses import dataclass, fields
@@ -13,11 +14,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from common import devices
 from common.places.zones import Csr, ranges
 from train.evaluation.metric_names import METRICS, RECALL_AT
 
 _TILE_BYTES = 6  # per score: itself (4), a comparison (1), and sums of those
-_LARGEST_TILE = {"cpu": (1024, 4096), "cuda": (4096, 32_768)}  # (queries, gallery): on the CPU it fits its cache
+# (queries, gallery) of a tile. On the CPU it fits its cache; "streamed": the gallery comes from the host each time
+_LARGEST_TILE = {"cpu": (1024, 4096), "cuda": (4096, 32_768), "streamed": (16_384, 8192)}
 _LANES = 1024  # the gallery rows of a tile are a multiple of this; see `_count`
 
 
@@ -64,18 +67,16 @@ def find_matches(
 ) -> Matches:
     """Rank the gallery for each query by cosine and say where its matches (rows of its building) stand.
 
-    `queries` (Q, D) and `gallery` (G, D) are float32 unit vectors; `query_building` (Q,) and `gallery_building`
-    (G,) int. `self_rows` (Q,): the gallery row that is the query itself, or -1. `junk` = (indptr (Q + 1,),
-    indices): the gallery rows of each query that are removed from its ranking, be they matches or not.
+    `queries` (Q, D) and `gallery` (G, D) are finite float32 unit vectors. A gallery on the host that does not fit
+    on the device stays there, and its tiles move. `query_building` (Q,) and `gallery_building` (G,) int.
+    `self_rows` (Q,): the gallery row that is the query itself, or -1. `junk` = (indptr (Q + 1,), indices): the
+    gallery rows of each query that are removed from its ranking, be they matches or not.
     """
     queries, gallery = (torch.as_tensor(side, dtype=torch.float32) for side in (queries, gallery))
-    gallery = gallery.to(device)
-    for name, vectors in (("queries", queries), ("gallery", gallery)):
-        if not torch.isfinite(vectors.sum()):  # unlike isfinite of all, it needs no memory
-            raise ValueError(f"{name} hold values that are not finite")
+    gallery = gallery.to(device) if devices.fits(gallery.nbytes, device) else gallery
     self_rows, (indptr, indices) = np.asarray(self_rows), (np.asarray(part, np.int64) for part in junk)
     order, first, last = _rows_of_buildings(np.asarray(query_building), np.asarray(gallery_building))
-    size, width = _tile_sizes(gallery, memory_mb)
+    size, width = _tile_sizes(gallery, device, memory_mb)
     parts = [(np.empty(0, np.int64),) * 3 + (np.empty(0, np.float32),)]
     for start in range(0, len(queries), size):
         tile = slice(start, min(start + size, len(queries)))
@@ -111,7 +112,12 @@ def per_query(matches: Matches) -> PerQuery:
 
 
 def retrieval(queries: np.ndarray | torch.Tensor, gallery: np.ndarray | torch.Tensor, **options) -> PerQuery:
-    """The figures of each query, all its matches counting; see `find_matches` and `per_query`."""
+    """The figures of each query, all its matches counting; see `find_matches` and `per_query`. Raises ValueError
+    if a value is not finite."""
+    for name, vectors in (("queries", queries), ("gallery", gallery)):
+        total = torch.as_tensor(vectors, dtype=torch.float32).sum()  # unlike isfinite of all, it needs no memory
+        if not torch.isfinite(total):
+            raise ValueError(f"{name} hold values that are not finite")
     return per_query(find_matches(queries, gallery, **options))
 
 
@@ -176,7 +182,7 @@ def _rank_tile(
 def _product(queries: torch.Tensor, gallery: torch.Tensor, start: int, out: torch.Tensor) -> torch.Tensor:
     """The cosines of the queries and the gallery rows from `start` on, as many as `out` is wide; -inf past the
     gallery's end."""
-    block = gallery[start : start + out.shape[1]]
+    block = gallery[start : start + out.shape[1]].to(queries.device)
     missing = out.shape[1] - len(block)
     torch.mm(queries, (F.pad(block, (0, 0, 0, missing)) if missing else block).T, out=out)
     if missing:
@@ -212,12 +218,16 @@ def _without(pairs: tuple, removed: tuple, num_rows: int) -> tuple[np.ndarray, n
     return pairs[0][left], pairs[1][left]
 
 
-def _tile_sizes(gallery: torch.Tensor, memory_mb: int) -> tuple[int, int]:
+def _tile_sizes(gallery: torch.Tensor, device: torch.device, memory_mb: int) -> tuple[int, int]:
     """(queries, gallery rows) of a tile; the latter a multiple of _LANES."""
-    largest = _LARGEST_TILE[gallery.device.type]
-    width = min(largest[1], -(-max(1, len(gallery)) // _LANES) * _LANES)
-    per_query = _TILE_BYTES * width + 8 * gallery.shape[1]  # its scores; itself, twice
-    return int(np.clip(memory_mb * 2**20 // per_query, 1, largest[0])), width
+    memory, dim, is_streamed = memory_mb * 2**20, gallery.shape[1], gallery.device.type != device.type
+    most, width = _LARGEST_TILE["streamed" if is_streamed else device.type]
+    if is_streamed:  # a tile of it, and that padded, in a quarter of the memory
+        width = min(width, max(_LANES, memory // (32 * dim) // _LANES * _LANES))
+        memory -= 8 * dim * width
+    width = min(width, -(-max(1, len(gallery)) // _LANES) * _LANES)
+    per_query = _TILE_BYTES * width + 8 * dim  # its scores; itself, twice
+    return int(np.clip(memory // per_query, 1, most)), width
 
 
 def _rows_of_buildings(query_building: np.ndarray, gallery_building: np.ndarray) -> tuple[np.ndarray, ...]:

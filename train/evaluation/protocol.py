@@ -5,15 +5,16 @@ the ranking. So are, in a breakdown, matches of other classes: easy matches cann
 medium and hard protocols of Radenovic et al. 2018, "Revisiting Oxford and Paris"). Queries without a match are
 left out. Metrics are computed per query, then averaged over bootstrap draws of map cells.
 
-Memory, on the device: G x D x 4 bytes for the vectors of one method (D: of the backbone for "raw", of the head for
-the others) and of the one shown in the report, plus tiles of scores within search_memory_mb; on the host the same
+Memory: G x D x 4 bytes for the vectors of one method at a time (D: of the backbone for "raw", of the head for the
+others): on the device if that is at most two thirds of what is free there, else on the host (25 M, 768-d: 77 GB),
+from where metrics.py streams them. Tiles of scores within search_memory_mb on the device; on the host the same
 amount for lists of junk.
 """
 
 import numpy as np
 import torch
 
-from common import cli
+from common import cli, devices
 from common.errors import PipelineError
 from common.places import geo
 from common.sections import Config
@@ -39,13 +40,13 @@ def evaluate(
     """(The figures of metrics.json, the vectors of the method shown in the report, `PerQuery` of each method.)
     Raises PipelineError if no query has a match, or a method yields NaN."""
     shown = shown_of([method.name for method in methods])
-    unordered, vectors = {}, torch.empty(0)
+    unordered, vectors, memory_mb = {}, torch.empty(0), devices.search_memory_mb(cfg.infrastructure, device)
     for method in sorted(methods, key=lambda method: method.name == shown):  # `shown` last: its vectors are kept
         del vectors  # of the previous method: never two at a time
         vectors = method.vectors(gallery, device)
         if not torch.isfinite(vectors.sum()):  # unlike isfinite of all, it needs no memory
             raise PipelineError(f"{method.name} ({method.description}) yields vectors that are not finite")
-        unordered[method.name] = rank(vectors, gallery, cfg.infrastructure.search_memory_mb, progress)
+        unordered[method.name] = rank(vectors, gallery, memory_mb, device, progress)
     matches = {method.name: unordered[method.name] for method in methods}
     per_query = {name: metrics.per_query(of_method) for name, of_method in matches.items()}
     if not per_query[shown].has_match.any():
@@ -58,8 +59,10 @@ def shown_of(names: list[str]) -> str:
     return "trained" if "trained" in names else names[0]
 
 
-def rank(vectors: torch.Tensor, gallery: Gallery, memory_mb: int, progress: cli.Progress) -> Matches:
-    """The ranks of each query's matches in the rest of the gallery."""
+def rank(
+    vectors: torch.Tensor, gallery: Gallery, memory_mb: int, device: torch.device, progress: cli.Progress
+) -> Matches:
+    """The ranks of each query's matches in the rest of the gallery. `vectors`: on the device, or on the host."""
     building, parts = gallery.zones.building_of_row, []
     for rows in _query_blocks(gallery, memory_mb):
         part = metrics.find_matches(
@@ -70,7 +73,7 @@ def rank(vectors: torch.Tensor, gallery: Gallery, memory_mb: int, progress: cli.
             self_rows=rows,
             junk=gallery.zones.rows_of(rows, own=False),
             memory_mb=memory_mb,
-            device=vectors.device,
+            device=device,
         )
         parts.append(part)
         progress.add(len(rows))

@@ -1,9 +1,9 @@
 """Bands of difficulty re-mined during training, in the space of the current head instead of the backbone's.
 
 Search (always exact) and bands are those of difficulty/. They are a function of the head, so a resumed run keeps
-the head that it last mined with, and mines again with that. Memory: N x output_dim x 4 bytes more (see
-difficulty/search/exact_search.py), and the new bands beside the old while they are made (N x k x 8, with the
-similarities).
+the head that it last mined with, and mines again with that. Memory: N x output_dim x 2 bytes more, on the
+device if they fit there; what difficulty/search/exact_search.py takes; and the new bands beside the old while they
+are made (N x k x 8, with the similarities).
 """
 
 import copy
@@ -28,18 +28,15 @@ def mine(cfg: Config, rows: TrainRows, head: ProjectionHead, state: dict[str, to
     """`rows` with the bands in the space of `head` with the weights `state`. Raises Stopped on a signal."""
     head = copy.deepcopy(head)
     head.load_state_dict(state)
-    vectors = devices.place(heads.embed(head, rows.embeddings, rows.device).half().cpu().numpy(), rows.device)
-    n, k = rows.neighbor_rows.shape
-    neighbors, ratios = np.empty((n, k), np.int32), np.empty((n, k), np.float32)
-    memory_mb = cfg.infrastructure.search_memory_mb
-    together = exact_search.tile_sizes(vectors.shape[1], k, memory_mb, rows.device).together
-    for start in range(0, n, together):
-        block = np.arange(start, min(start + together, n))
-        nearest, similarities = exact_search.exact_neighbors(
-            vectors, rows.zones, k=k, rows=block, memory_mb=memory_mb, device=rows.device
-        )
-        neighbors[block] = nearest
-        ratios[block] = bands.ratios(similarities, nearest, cfg.data.band_reference_rank)
+    vectors = heads.embed(head, rows.embeddings, rows.device, torch.float16)
+    neighbors, similarities = exact_search.exact_neighbors(
+        exact_search.SearchVectors(vectors, rows.device),
+        rows.zones,
+        k=rows.neighbor_rows.shape[1],
+        rows=np.arange(len(vectors)),
+        memory_mb=devices.search_memory_mb(cfg.infrastructure, rows.device),
+    )
+    ratios = bands.ratios(similarities, neighbors, cfg.data.band_reference_rank)
     edges = bands.edges_of(bands.histogram(ratios), cfg.data.band_percentiles)
     before = rows.neighbor_rows[:, 0].cpu().numpy()
     log.info(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from common import cli
+from common import cli, devices
 from common.errors import PipelineError
 from common.imagery import pictures
 from common.sections import Config
@@ -86,13 +86,13 @@ def rank_all(
     Returns the FIGURES of each of n queries with a match, (n, figures) by key; the cell of each query, (n,); and
     how often each cell counts in the bootstrap's draws.
     """
+    memory_mb = devices.search_memory_mb(cfg.infrastructure, device)
     total, values = sum(rows.num_queries for _, rows in compared.values()), {}
     with cli.Progress("compare", "ranking", total, cfg.logging.progress_interval_s) as progress:
         for key, (method, rows) in compared.items():
             vectors = method.vectors(rows, device)
-            queries = metrics.per_query(
-                protocol.rank(vectors, rows, cfg.infrastructure.search_memory_mb, progress)
-            )
+            queries = metrics.per_query(protocol.rank(vectors, rows, memory_mb, device, progress))
+            del vectors  # never those of two methods at a time
             values[key] = protocol.query_values(queries, FIGURES)
     cell_ids = rows.column("cell_id")[: rows.num_queries][queries.has_match]  # the same for all
     cells, cell = np.unique(cell_ids, return_inverse=True)

@@ -1,0 +1,78 @@
+"""Evaluation on a CUDA device that has no room for the vectors: they stay on the host and cross the bus in tiles.
+
+Oracle: the same on the CPU, and the memory of the simulated device (tests/simulated_cuda.py).
+"""
+
+import json
+
+import numpy as np
+import pytest
+import simulated_cuda
+import small_merge
+import torch
+from torch.nn import functional as F
+
+from common import config
+from train import evaluate
+from train.evaluation import heads, metrics
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+MB = 2**20
+
+
+def retrieval(gallery: torch.Tensor, device: torch.device) -> metrics.PerQuery:
+    """Of the first 1,000 rows, in buildings of four; each has two rows of junk."""
+    building, rows = np.arange(len(gallery)) // 4, np.arange(1_000)
+    return metrics.retrieval(
+        gallery[:1_000], gallery, query_building=building[rows], gallery_building=building, self_rows=rows,
+        junk=(np.arange(0, 2_001, 2), np.repeat(rows, 2) + np.tile([8, 9], 1_000)), memory_mb=16, device=device,
+    )  # fmt: skip
+
+
+def test_a_gallery_larger_than_the_device_gives_the_cpus_figures():
+    torch.manual_seed(0)
+    looks, views = (torch.randint(-3, 4, (n, 128)) for n in (10_000, 40_000))
+    gallery = (3 * looks.repeat_interleave(4, dim=0) + 4 * views).float()  # products are exact, and many are equal
+    expected = retrieval(gallery, CPU)
+    with simulated_cuda.installed(17 * MB) as cuda:  # 20 MB of vectors
+        found = retrieval(gallery, CUDA)
+        assert not cuda.races
+    for name, values in vars(expected).items():
+        np.testing.assert_array_equal(getattr(found, name), values, err_msg=name)
+    assert 0.1 < expected.average_precision_at_r.mean() < 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_vectors_take_their_own_memory_and_a_block(dtype, monkeypatch):
+    """Concatenated in the end, as they once were, they took it twice."""
+    monkeypatch.setattr(heads, "EMBED_ROWS", 1_000)
+    embeddings = torch.randn(50_000, 32).half()
+    size, block = 50_000 * 32 * dtype.itemsize, 1_000 * 32 * 4
+    for room in (4 * size, size):  # two thirds of which may be taken
+        with simulated_cuda.installed(room) as cuda:
+            vectors = heads.by_blocks(lambda x: F.normalize(x, dim=1), embeddings, 32, CUDA, dtype)
+            assert vectors.device.type == ("cuda" if room > size else "cpu")
+            assert cuda.peak <= 4 * block + (size if room > size else 0)
+            assert torch.equal(vectors.cpu(), F.normalize(embeddings.float(), dim=1).to(dtype))
+            del vectors
+
+
+def test_an_evaluation_on_a_device_without_room_gives_the_cpus_figures(tmp_path, no_figures, monkeypatch):
+    monkeypatch.setattr(heads, "EMBED_ROWS", 50)
+    settings = [f"paths.root={tmp_path}", "evaluation.gallery=all", "evaluation.bootstrap_samples=20"]
+    cfg = config.load(None, settings)
+    small_merge.write_merge(cfg)
+    small_merge.write_checkpoint(cfg, seed=1)
+    figures = {}
+    for device in ("cpu", "cuda"):
+        asked = [*settings, f"infrastructure.device={device}", f"paths.evaluation_dir={device}"]
+        flags = [flag for setting in asked for flag in ("--set", setting)]
+        with simulated_cuda.installed(2**40) as cuda:
+            monkeypatch.setattr("common.devices.fits", lambda size, device: device.type != "cuda")
+            assert evaluate.main(flags) == 0
+            assert (cuda.counts.launches > 0) == (device == "cuda")
+            assert cuda.counts.to_device_bytes == 0 or device == "cuda"
+        figures[device] = json.loads((tmp_path / device / "metrics.json").read_text())
+    for method, of_cpu in figures["cpu"]["methods"].items():
+        for name, figure in of_cpu.items():
+            assert figures["cuda"]["methods"][method][name] == pytest.approx(figure, abs=1e-9), (method, name)
