@@ -47,8 +47,8 @@ class Backbone:
         """(N, 3, H, W) float32 -> (N, dim) float32: the mean over views of the unit vectors, or the pooled output
         of a single view as it is.
         """
-        views = make_views(pixel_values, self.settings.views, self.view_size)
-        hidden = self.model(views.to(self.model.dtype)).last_hidden_state  # (N x views, tokens, width)
+        views = make_views(pixel_values, self.settings.views, self.view_size).to(self.model.dtype)
+        hidden = self.model(views).last_hidden_state  # (N x views, tokens, width)
         return mean_of_views(pool(hidden, self.model.config, self.settings.pooling), len(self.settings.views))
 
 

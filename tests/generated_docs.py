@@ -2,7 +2,8 @@
 comparison and the benchmarks. They come from the code and from measurements, so they cannot go stale.
 
 Reads    config.toml, common/sections.py, common/schemas.py, tests/benchmarks/{demo,results,full_dataset}.json of
-         `make bench`, comparison.json of `make compare` and views.json of `make views` beside them
+         `make bench`, its on_gpu.json if there is one, comparison.json of `make compare` and views.json of
+         `make views` beside them
 Writes   README.md, CONTRIBUTING.md and docs/*.md, between the comments <!-- NAME --> and <!-- end of NAME -->
 Command  python tests/generated_docs.py     (make docs; tests/test_docs.py fails where a document is out of date)
 """
@@ -275,6 +276,22 @@ def benchmarks() -> str:
     return f"Measured on {results['machine']}.\n\n{table(header, rows)}"
 
 
+def on_gpu() -> str:
+    """What tests/benchmarks/on_gpu.py has found on a card, if it has run on one."""
+    if not (MEASURED / "on_gpu.json").exists():
+        return "No GPU has been measured yet: there are no figures to show."
+    results = measured("on_gpu")
+    rows = []
+    for row in results["rows"]:
+        missing = "skipped" if row["is_right"] else "**failed**"
+        found = missing if row["value"] is None else f"{rate(row['value'])} {row['unit']}"
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3g}"
+        wrong = "" if row["is_right"] or row["value"] is None else ", **wrong**"
+        rows.append([row["what"], found + wrong, row["against"], ratio, row["note"]])
+    header = ["on the GPU", "found", "compared with", "ratio", "note"]
+    return f"Measured on {results['machine']}.\n\n{table(header, rows)}"
+
+
 def costs() -> str:
     """The estimated costs of the full dataset: a column per backbone, then those that do not depend on it."""
     estimate = measured("full_dataset")
@@ -343,6 +360,7 @@ PARTS = {
     "stages": stages,
     "demo": demo,
     "benchmarks": benchmarks,
+    "on a GPU": on_gpu,
     "costs": costs,
     "comparison": compared,
     "gains": gains,

@@ -4,12 +4,14 @@ import json
 import re
 
 import pytest
+import simulated_cuda
 import torch
 from local_backbone import FAMILIES, write_preprocessor, write_tiny_backbone
 from transformers import AutoModel, Dinov2Config
 
 from common import config
 from common.errors import ConfigError, PipelineError
+from generate import backbone
 from publish.estimate_model_size import main
 from publish.inference import model_sizes
 
@@ -65,6 +67,27 @@ def test_dinov2_base_has_the_published_figures(estimate, tmp_path):
     assert found["embedding_bytes"] == 1_000_000 * 768 * 2
     card = found["gpus"]["H100 SXM"]
     assert card["gpu_hours"] == pytest.approx(1_000_000 / card["images_per_second"] / 3600, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_memory_of_a_vit_is_what_a_pass_takes_on_a_device(estimate, tmp_path, dtype):
+    settings = Dinov2Config(hidden_size=96, num_hidden_layers=3, num_attention_heads=3, patch_size=14)
+    AutoModel.from_config(settings).save_pretrained(tmp_path)
+    write_preprocessor(tmp_path, "dinov2", 224)
+    cfg = config.load(None, [f"embedding_model.name={tmp_path}"])
+    found = estimate("--backbone", tmp_path)
+    by_batch, head = found["memory_bytes"][dtype], found["parameters"]["head"] * model_sizes.BYTES[dtype]
+    with simulated_cuda.installed() as cuda:
+        model, peaks = backbone.load(cfg.embedding_model, dtype, torch.device("cuda")), []
+        for images in (1, 5):
+            pixels = torch.zeros((images, 3, *model.preprocessing.image_size), device="cuda")
+            torch.cuda.reset_peak_memory_stats()
+            model(pixels)
+            peaks.append(cuda.peak)
+            del pixels
+        del model
+    assert (by_batch["256"] - by_batch["64"]) / 192 == pytest.approx((peaks[1] - peaks[0]) / 4, rel=0.02)
+    assert by_batch["1"] - head == pytest.approx(peaks[0], rel=0.02)
 
 
 def test_the_cores_feed_each_card_and_slurm_is_asked_for_enough(tmp_path, capsys):

@@ -32,7 +32,9 @@ EFFICIENCY = 0.35
 # JPEGs of 640 x 640 pixels that a core reads, decodes and stacks for the copy to a GPU, which resizes them.
 # On an AMD EPYC at 2.6 GHz: 520 to 865, the least with other work on all cores.
 IMAGES_PER_CORE = 760
-_RESIDUAL = 1.25  # the residual stream beside a layer's input and output: a quarter of them in a ViT's MLP
+# What is in memory when a layer reads and writes most. In a ViT's MLP the activation function reads and writes
+# four times the width of a token each, and the residual stream lies beside that four times (states and copies).
+_BESIDE = 12 / 8
 
 
 def estimate(cfg: Config, num_images: int, image_size: int | None) -> dict:
@@ -56,7 +58,11 @@ def estimate(cfg: Config, num_images: int, image_size: int | None) -> dict:
     }
     parameters["head"] = _count(model.head)
     weights = {dtype: sum(parameters.values()) * size for dtype, size in BYTES.items()}
-    per_image = {dtype: int(largest * _RESIDUAL * size) + pixels.numel() * 4 for dtype, size in BYTES.items()}
+    views = len(settings.views) * 3 * size[0] * size[1]
+    per_image = {
+        dtype: int(largest * _BESIDE * width) + pixels.numel() * 4 + views * width
+        for dtype, width in BYTES.items()
+    }
     gpus = {}
     for name, (tflops, memory_gb) in GPUS.items():
         rate = tflops * 1e12 * EFFICIENCY / flops

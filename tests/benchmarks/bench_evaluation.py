@@ -27,6 +27,7 @@ from train.evaluation import metrics
 ROWS, DIM, SAMPLE = 50_000, 256, 200
 METRES_APART = 12  # buildings along a street: the ignore zone of 25 m holds two on either side
 MEMORY_MB = 1024
+CPU = torch.device("cpu")
 
 
 class Data:
@@ -42,16 +43,18 @@ class Data:
         around = zones.make_zones(self.building, self.lat, np.zeros(rows), 25.0)
         self.junk = around.rows_of(np.arange(rows), own=False)
 
-    def ours(self) -> metrics.PerQuery:
+    def ours(self, vectors: torch.Tensor | None = None, device: torch.device = CPU) -> metrics.PerQuery:
+        """On the device, of the vectors, or of a copy of them elsewhere."""
+        vectors = self.vectors if vectors is None else vectors
         return metrics.retrieval(
-            self.vectors,
-            self.vectors,
+            vectors,
+            vectors,
             query_building=self.building,
             gallery_building=self.building,
             self_rows=np.arange(len(self.building)),
             junk=self.junk,
             memory_mb=MEMORY_MB,
-            device=torch.device("cpu"),
+            device=device,
         )
 
     def loop(self, queries: np.ndarray, best: int) -> np.ndarray:

@@ -4,7 +4,7 @@ On the CPU: a ViT-S/14-sized random model at 224 pixels against its forward pass
 then a "model" that only takes a few pixels, so that the loop's own cost shows, against decoding the JPEGs and
 dropping them, against that with resizing and normalising, and against extracted files through PIL, Hugging Face's
 processor and a DataLoader of as many workers. Ours is all that the stage does: JPEGs by offset from a tar to
-finished Parquet files. Where there is a GPU: ViT-B/14 and L/14 in bfloat16, and their share of the card's peak.
+finished Parquet files. Of a GPU: see on_gpu.py.
 
 Against decoding alone 0.8 is wanted and not to be had on a CPU without other pixels than Hugging Face's. Of a core
 (AMD EPYC, AVX2 paths, nothing else running), microseconds for an image of 640 x 640 px and a single view:
@@ -54,7 +54,7 @@ from generate.pixels import picture_side, read_config, read_preprocessing
 from preprocess import process_tar
 
 PX = 224
-VITS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # hidden size, layers, heads
+VIT_S = (384, 12, 6)  # hidden size, layers, heads
 MODEL_IMAGES = 32  # for the ViT-S on the CPU
 FREE_IMAGES = 1000  # for the model of no cost
 CPU = torch.device("cpu")
@@ -74,9 +74,10 @@ class Files(Dataset):
         return self.processor(image, return_tensors="pt")["pixel_values"][0]
 
 
-def write_vit(folder: Path, size: str) -> Path:
-    """A random ViT/14 of DINOv2's form, with DINOv2's own preprocessing (shortest edge 256, crop 224)."""
-    hidden, layers, heads = VITS[size]
+def write_vit(folder: Path, shape: tuple[int, int, int]) -> Path:
+    """A random ViT/14 of DINOv2's form, with DINOv2's own preprocessing (shortest edge 256, crop 224). `shape`:
+    hidden size, layers, heads."""
+    hidden, layers, heads = shape
     settings = Dinov2Config(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, image_size=518, patch_size=14
     )
@@ -92,9 +93,7 @@ def settings(root: Path, model: Path, *more: str) -> sections.Config:
     return config.load(None, [f"paths.root={root}", f"embedding_model.name={model}", *more])
 
 
-def run_loop(
-    cfg: sections.Config, todo: list[tar_parts.TarPart], forward, preprocessing, device: torch.device
-) -> None:
+def run_loop(cfg: sections.Config, todo: list[tar_parts.TarPart], forward, preprocessing) -> None:
     """All that the stage does for these parts, from the tar to the Parquet files."""
     progress = loop.GenerationProgress("benchmark", "image", None, 3600)
     with progress:
@@ -102,7 +101,7 @@ def run_loop(
             embedding_parts.jobs(todo, tar_images.of_paths(cfg.paths)),
             forward,
             preprocessing,
-            device,
+            CPU,
             cfg.infrastructure,
             progress,
         ):
@@ -117,23 +116,21 @@ def parts_of(cfg: sections.Config, images: int) -> list[tar_parts.TarPart]:
     return [tar_parts.TarPart(part.tar, part.source, 0, min(images, part.count), part.target, part.record)]
 
 
-def against_the_model(cfg: sections.Config, device: torch.device, images: int, rounds: int) -> dict:
-    """Seconds of the loop, and of the same model on the tensors of as many views, which lie on its device."""
-    model = backbone.load(cfg.embedding_model, devices.resolve_dtype("auto", device), device)
+def against_the_model(cfg: sections.Config, images: int, rounds: int) -> dict:
+    """Seconds of the loop, and of the same model on the tensors of as many views."""
+    model = backbone.load(cfg.embedding_model, devices.resolve_dtype("auto", CPU), CPU)
     todo = parts_of(cfg, images)
-    count, batch = todo[0].count, 8 if device.type == "cpu" else 256
+    count, batch = todo[0].count, 8
     num_views = len(cfg.embedding_model.views)
-    pixels = torch.rand(batch * num_views, 3, PX, PX, device=device).to(model.model.dtype)
+    pixels = torch.rand(batch * num_views, 3, PX, PX).to(model.model.dtype)
 
     @torch.inference_mode()
     def bare() -> None:
         for start in range(0, count, batch):
             model.model(pixels[: num_views * min(batch, count - start)])
-        if device.type == "cuda":
-            torch.cuda.synchronize()
 
     ways = {
-        "loop": lambda: run_loop(cfg, todo, lambda x: model(x).half(), model.preprocessing, device),
+        "loop": lambda: run_loop(cfg, todo, lambda x: model(x).half(), model.preprocessing),
         "bare forward": bare,
     }
     return timing.seconds(ways, rounds)
@@ -182,7 +179,7 @@ def almost_free(cfg: sections.Config, folder: Path, rounds: int = 5) -> tuple[di
             few_pixels(pixels)
 
     ways = {
-        "loop": lambda: run_loop(cfg, todo, few_pixels, preprocessing, CPU),
+        "loop": lambda: run_loop(cfg, todo, few_pixels, preprocessing),
         "decoding alone": lambda: in_threads(decode_only),
         "decoding, preparing": lambda: in_threads(prepare_only),
         "files, PIL, HF, DataLoader": usual,
@@ -201,43 +198,17 @@ def extracted(tar: Path, rows, folder: Path) -> list[Path]:
     return files
 
 
-def on_cuda(root: Path, device: torch.device) -> list[timing.Ratio]:
-    """ViT-B/14 and L/14 in bfloat16: the loop's share of the bare forward, and of the card's peak."""
-    from publish.inference import model_sizes
-
-    card = torch.cuda.get_device_name(device)
-    peak = next((tflops for name, (tflops, _) in model_sizes.GPUS.items() if name.split()[0] in card), None)
-    ratios = []
-    for size in ("B", "L"):
-        cfg = settings(root, write_vit(root / size, size))
-        taken = against_the_model(cfg, device, images=10**6, rounds=5)
-        count = parts_of(cfg, 10**6)[0].count
-        what = (
-            f"ViT-{size}/14, {len(cfg.embedding_model.views)} views of {PX} px, bfloat16, {count:,} images, {card}"
-        )
-        ratios.append(timing.ratio(what, taken, "loop", "bare forward", items=count, unit="images/s"))
-        if peak:
-            at_peak = [count * model_sizes.estimate(cfg, 1, PX)["flops_per_image"] / (peak * 1e12)] * len(
-                taken["loop"]
-            )
-            name = f"{peak} TFLOP/s"
-            ratios.append(timing.ratio(what, {**taken, name: at_peak}, "loop", name, items=count, unit="images/s"))
-    return ratios
-
-
 def measure() -> list[timing.Ratio]:
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        streets = 5 if device.type == "cpu" else 200
-        write_dataset(root / "data" / "raw", streets=streets, cities=1, compress=False)
-        cfg = settings(root, write_vit(root / "S", "S"), "infrastructure.device=cpu")
+        write_dataset(root / "data" / "raw", streets=5, cities=1, compress=False)
+        cfg = settings(root, write_vit(root / "S", VIT_S), "infrastructure.device=cpu")
         process_tar.main(["--set", f"paths.root={root}"])
-        taken = against_the_model(cfg, CPU, images=MODEL_IMAGES, rounds=5)
+        taken = against_the_model(cfg, images=MODEL_IMAGES, rounds=5)
         free, count = almost_free(cfg, root / "files")
         side = picture_side(PX, min(cfg.embedding_model.views))
         what = f"{count} JPEGs of 640 x 640 px to {side} px, a model of no cost"
-        ratios = [
+        return [
             timing.ratio(
                 f"ViT-S/14, {len(cfg.embedding_model.views)} views of {PX} px, {MODEL_IMAGES} images",
                 taken,
@@ -251,7 +222,6 @@ def measure() -> list[timing.Ratio]:
             timing.ratio(what, free, "loop", "decoding, preparing", items=count, unit="images/s", target=0.9),
             timing.ratio(what, free, "loop", "files, PIL, HF, DataLoader", items=count, unit="images/s", target=3),
         ]
-        return ratios + (on_cuda(root, device) if device.type == "cuda" else [])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import timing  # puts the repository's root on sys.path
 import torch
 from sklearn.decomposition import PCA
 from sklearn.neighbors import BallTree
+from torch.nn import functional as F
 
 from common.places.zones import Zones, make_zones
 from difficulty.search.balltree import recall
@@ -23,11 +24,20 @@ from difficulty.search.exact_search import exact_neighbors
 DIM, K, RADIUS_M, MEMORY_MB = 768, 150, 25.0, 1024
 TREE_DIM, TREE_QUERIES = 32, 500  # the peer's PCA; the queries that its time is carried on from
 CHECKED = 500  # anchors whose neighbours are compared with float64
+PLAIN_TILE = {"cpu": (1_024, 16_384), "cuda": (8_192, 32_768)}  # anchors, rows
+
+
+def street_zones(n: int) -> Zones:
+    """The zones of n images of buildings of 4, 12 m apart along streets of 25 buildings."""
+    building = np.arange(n) // 4
+    street = building // 25
+    lat = 45 + street % 500 * 200 / 111_195
+    return make_zones(building, lat, street // 500 * 0.05 + building % 25 * 1.53e-4, RADIUS_M)
 
 
 def made_up(n: int) -> tuple[np.ndarray, Zones]:
-    """(n, DIM) float16 vectors and their zones: buildings of 4 images, 12 m apart along streets of 25, in styles
-    that about 80 images share, each image with noise of its own."""
+    """(n, DIM) float16 vectors and their zones: the buildings of `street_zones`, in styles that about 80 images
+    share, each image with noise of its own."""
     rng = np.random.default_rng(0)
     building = np.arange(n) // 4
     styles = rng.normal(size=(max(1, n // 80), DIM)).astype(np.float32)
@@ -36,11 +46,31 @@ def made_up(n: int) -> tuple[np.ndarray, Zones]:
     noise = rng.normal(size=(n, DIM)).astype(np.float32)
     common = rng.normal(size=DIM).astype(np.float32)  # a backbone's vectors all lean one way
     vectors = 0.7 * common + (style + 0.5 * own)[building] + 0.5 * noise
-    street = building // 25
-    lat = 45 + street % 500 * 200 / 111_195
-    return vectors.astype(np.float16), make_zones(
-        building, lat, street // 500 * 0.05 + building % 25 * 1.53e-4, RADIUS_M
-    )
+    return vectors.astype(np.float16), street_zones(n)
+
+
+def plain_tiles(
+    embeddings: torch.Tensor, zones: Zones, k: int, device: torch.device, rows: np.ndarray | None = None
+) -> torch.Tensor:
+    """The neighbours (n, k) int64 of the anchors `rows` (n,), or of all, most similar first, -1 where there are
+    fewer: what anyone would write. Float32 throughout, so that near ties may be in another order than exact."""
+    unit, found = F.normalize(embeddings.to(device).float(), dim=1), []
+    rows, (size, width) = np.arange(len(unit)) if rows is None else rows, PLAIN_TILE[device.type]
+    for some in np.split(rows, range(size, len(rows), size)):
+        indptr, forbidden = zones.rows_of(some, own=True)
+        of_anchor = np.repeat(np.arange(len(some)), np.diff(indptr))
+        anchors = unit[torch.from_numpy(some).to(device)]
+        best = torch.full((len(some), k), -torch.inf, device=device)
+        at = torch.full((len(some), k), -1, device=device)
+        for start in range(0, len(unit), width):
+            scores = anchors @ unit[start : start + width].T
+            here = (forbidden >= start) & (forbidden < start + scores.shape[1])
+            scores[of_anchor[here], forbidden[here] - start] = -torch.inf
+            values, columns = scores.topk(min(k, scores.shape[1]), dim=1)
+            best, order = torch.cat([best, values], dim=1).topk(k, dim=1)
+            at = torch.cat([at, columns + start], dim=1).gather(1, order)
+        found.append(at.masked_fill(best == -torch.inf, -1))
+    return torch.cat(found)
 
 
 def peers_way(vectors: np.ndarray):

@@ -29,28 +29,30 @@ from train.sampling import samplers
 
 ROWS, DIM, VIEWS, PANORAMAS = 100_000, 768, 4, 30_000
 STEPS, ROUNDS = 16, 5
+CPU = torch.device("cpu")
 SETTINGS = ["training.loss=triplet", "training_model.hidden_dim=512", "training_model.output_dim=256"]
 
 
-def make_data(cfg: sections.Config) -> tuple[datasets.TrainingData, dict[str, np.ndarray]]:
+def make_data(
+    cfg: sections.Config, num_rows: int = ROWS, device: torch.device = CPU
+) -> tuple[datasets.TrainingData, dict[str, np.ndarray]]:
     """Random embeddings and neighbours of buildings 40 m apart, as training holds them and as arrays."""
     rng = np.random.default_rng(0)
-    building = np.arange(ROWS) // VIEWS
+    building = np.arange(num_rows) // VIEWS
     k, bands = cfg.data.neighbors, cfg.data.num_bands
     arrays = {
-        "embeddings": rng.standard_normal((ROWS, DIM), np.float32).astype(np.float16),
-        "neighbors": rng.integers(0, ROWS, (ROWS, k), np.int32),
-        "offsets": np.tile(np.linspace(0, k, bands + 1).astype(np.uint8), (ROWS, 1)),
+        "embeddings": rng.standard_normal((num_rows, DIM), np.float32).astype(np.float16),
+        "neighbors": rng.integers(0, num_rows, (num_rows, k), np.int32),
+        "offsets": np.tile(np.linspace(0, k, bands + 1).astype(np.uint8), (num_rows, 1)),
         "building_of_row": building,
     }
     columns = {
-        "street_view_id": rng.integers(0, PANORAMAS, ROWS),
+        "street_view_id": rng.integers(0, PANORAMAS, num_rows),
         "target_lat": building * 40 / 111_195,
-        "target_lon": np.zeros(ROWS),
+        "target_lon": np.zeros(num_rows),
     }
-    rows = datasets.make_rows(
-        **arrays, columns=columns, radius_m=cfg.data.ignore_radius_m, device=torch.device("cpu")
-    )
+    rows = datasets.make_rows(**arrays, columns=columns, radius_m=cfg.data.ignore_radius_m, device=device)
+    torch.manual_seed(0)
     whitening = {
         "mean": torch.zeros(DIM),
         "projection": torch.linalg.qr(torch.randn(DIM, cfg.training_model.output_dim))[0].T,
@@ -67,8 +69,8 @@ class Ours:
         self.cfg, self.data, self.run = cfg, data, fit.start(cfg, data)
         self.feed = fit.make_feed(cfg, data, self.run)
 
-    def train(self) -> None:
-        for _ in range(STEPS):
+    def train(self, steps: int = STEPS) -> None:
+        for _ in range(steps):
             fit.train_step(self.cfg, self.data, self.run, self.feed, None)
 
     def draw(self) -> None:

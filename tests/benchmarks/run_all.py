@@ -1,8 +1,8 @@
 """All benchmarks, one after the other: every ratio with its baseline, how time grows with the number of images,
 and what the full dataset would cost; in files, and in the documentation.
 
-Reads    tests/benchmarks/bench_*.py, growth.py, full_dataset.py
-Writes   tests/benchmarks/{results,demo,growth,full_dataset}.json, growth.svg, search.png, and the tables of
+Reads    tests/benchmarks/bench_*.py, growth.py, full_dataset.py, and on_gpu.py where there is a GPU
+Writes   tests/benchmarks/{results,demo,growth,full_dataset,on_gpu}.json, growth.svg, search.png, and the tables of
          README.md and docs/benchmarks.md
 Command  python tests/benchmarks/run_all.py     (make bench)
 """
@@ -20,6 +20,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import generated_docs
+import torch
 from timing import machine
 
 from common import files
@@ -33,6 +34,15 @@ def run(script: Path, *arguments: str) -> None:
     print(f"{time.monotonic() - started:.0f} s", flush=True)
 
 
+def on_gpu() -> int:
+    """The checks of a GPU; their exit code. If one fails, the rest of the figures are written all the same."""
+    if not torch.cuda.device_count():
+        print("--- on_gpu: skipped, since torch sees no CUDA device", flush=True)
+        return 0
+    print("--- on_gpu", flush=True)
+    return subprocess.call([sys.executable, str(HERE / "on_gpu.py")], cwd=ROOT)
+
+
 def main() -> int:
     found: dict = {"machine": machine(), "ratios": []}
     with tempfile.TemporaryDirectory() as scratch:
@@ -43,10 +53,11 @@ def main() -> int:
     files.write_text(HERE / "results.json", json.dumps(found, indent=1) + "\n")
     run(HERE / "growth.py")
     run(HERE / "full_dataset.py")
+    code = on_gpu()
     generated_docs.write_all()
     missed = [row["what"] for row in found["ratios"] if row["target"] and row["ratio"] < row["target"]]
     print(f"{len(found['ratios'])} ratios, {len(missed)} below what is wanted: {'; '.join(missed) or 'none'}")
-    return 0
+    return code
 
 
 if __name__ == "__main__":
