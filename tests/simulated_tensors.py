@@ -153,6 +153,10 @@ def blocks_of(values) -> list[Block]:
     return [leaf.block for leaf in leaves(values) if isinstance(leaf, SimulatedTensor)]
 
 
+# operators that the CPU lacks
+ON_CUDA_ONLY = {torch.ops.aten.mm.dtype: lambda x, y, out_dtype: torch.mm(x.to(out_dtype), y.to(out_dtype))}
+
+
 def dispatch(func, args: tuple, kwargs: dict):
     """Run an operator of which an argument is on the device."""
     name = func.overloadpacket.__name__
@@ -191,7 +195,7 @@ def launch(name: str, func, args: tuple, kwargs: dict, tensors: list[torch.Tenso
     written = written_by(func, args, kwargs)
     read = [tensor for tensor in tensors if not any(tensor is one for one in written)]
     access(blocks_of(read), blocks_of(written))
-    result = func(*mapped(unwrapped, args), **mapped(unwrapped, kwargs))
+    result = ON_CUDA_ONLY.get(func, func)(*mapped(unwrapped, args), **mapped(unwrapped, kwargs))
     for tensor in written:
         if tensor.shape != tensor.on_cpu.shape or tensor.stride() != tensor.on_cpu.stride():
             raise NotImplementedError(f"{name} changes the shape of a tensor: not simulated")

@@ -70,7 +70,7 @@ def test_a_tile_takes_few_kernels_and_the_host_does_not_wait_for_them(cuda, embe
     def counts(size: int) -> np.ndarray:
         """Kernels and waits of N / size tiles, rounded up."""
         before = np.array([cuda.counts.launches, sum(cuda.counts.waits.values())])
-        exact_search._collect(vectors, places, np.arange(40), 30, size, torch.float16)
+        exact_search._collect(vectors, places, np.arange(40), 30, size)
         return np.array([cuda.counts.launches, sum(cuda.counts.waits.values())]) - before
 
     kernels, waits = (counts(96) - counts(480)) / 12  # 16 tiles and 4

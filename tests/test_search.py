@@ -1,5 +1,5 @@
-"""difficulty/search/exact_search.py on the CPU, with products in float32 and, as on CUDA, in float16. Oracle:
-brute force in float64, and layouts small enough to see the answer.
+"""difficulty/search/exact_search.py on the CPU. Oracle: brute force in float64, and layouts small enough to see
+the answer.
 """
 
 import os
@@ -14,7 +14,7 @@ from conftest import ROOT
 from common.places.zones import make_zones
 from difficulty.search import balltree, exact_search
 from difficulty.search.exact_search import exact_neighbors
-from difficulty.search.search_vectors import SearchVectors, error_of, products
+from difficulty.search.search_vectors import SearchVectors, error_of
 
 CPU = torch.device("cpu")
 METRES = 1 / 111_195  # degrees of latitude
@@ -28,13 +28,6 @@ def zones_at(north_m, building_of_row=None, radius_m=25.0):
     north_m = np.asarray(north_m, np.float64)
     buildings = np.arange(len(north_m)) if building_of_row is None else np.asarray(building_of_row)
     return make_zones(buildings, north_m * METRES, np.zeros(len(north_m)), radius_m)
-
-
-@pytest.fixture(params=["float32", "float16"])
-def dtype(request, monkeypatch):
-    """Products in either, though this is a CPU."""
-    monkeypatch.setitem(exact_search.DTYPES, "cpu", getattr(torch, request.param))
-    return exact_search.DTYPES["cpu"]
 
 
 def neighbors(embeddings, zones, k, rows=None, memory_mb=16.0):
@@ -97,7 +90,7 @@ KINDS = {
 
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_brute_force_in_every_tile_size(kind, dtype, masked):
+def test_equals_brute_force_in_every_tile_size(kind, masked):
     rng = np.random.default_rng(0)
     n, k = 260, 20
     embeddings = KINDS[kind](rng, n, 24).astype(np.float16 if masked else np.float32)
@@ -124,21 +117,17 @@ def test_cosines_of_chosen_pairs_are_those_of_float64(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_products_are_as_near_to_the_cosines_as_their_bound_says(kind, dtype):
+def test_scores_are_as_near_to_the_cosines_as_their_bound_says(kind):
     embeddings = torch.from_numpy(KINDS[kind](np.random.default_rng(5), 600, 96).astype(np.float16))
-    vectors, rows = SearchVectors(embeddings, CPU), torch.arange(600)
+    vectors = SearchVectors(embeddings, CPU)
+    scores, rows = exact_search._collect(vectors, zones_at(np.arange(600) * 100), np.arange(600), 600, 64)
     unit = torch.nn.functional.normalize(embeddings.double(), dim=1)
-    scores = products(vectors.unit(rows, dtype), vectors.unit(rows, dtype)).double()
-    assert (scores - unit @ unit.T).abs().max() <= error_of(dtype, 96)
+    exact = (unit @ unit.T).gather(1, rows.long()).masked_fill(scores.isinf(), -torch.inf)
+    assert (scores.isinf().sum(dim=1) == 1).all()  # itself
+    torch.testing.assert_close(scores.double(), exact, atol=error_of(96), rtol=0)
 
 
-def test_products_in_float16_are_summed_in_float32_on_cuda():
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True  # torch's default
-    products(torch.ones(2, 2).half(), torch.ones(2, 2).half())
-    assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
-
-
-def test_typical_vectors_are_searched_once_and_copies_until_there_is_room_for_them(dtype, monkeypatch):
+def test_typical_vectors_are_searched_once_and_copies_until_there_is_room_for_them(monkeypatch):
     searched, collect = [], exact_search._collect
 
     def count(vectors, zones, anchors, width, *others):
@@ -185,11 +174,11 @@ def test_more_neighbours_asked_for_than_there_are_and_a_single_image():
 
 @pytest.mark.parametrize("memory_mb", [16, 100, 1024])
 @pytest.mark.parametrize("dim", [64, 768, 4096])
-def test_tiles_keep_within_the_memory(dim, memory_mb, dtype):
+def test_tiles_keep_within_the_memory(dim, memory_mb):
     vectors, width = SearchVectors(torch.zeros(1, dim), CPU), 300
-    anchors, gallery = exact_search.tile_sizes(vectors, width, memory_mb, dtype)
-    scores = anchors * gallery * dtype.itemsize * 9 / 8
-    candidates = anchors * width * (2 * 8 * (dtype.itemsize + 4) + 24)
+    anchors, gallery = exact_search.tile_sizes(vectors, width, memory_mb)
+    scores = anchors * gallery * 4 * 9 / 8
+    candidates = anchors * width * (2 * 8 * (4 + 4) + 24)
     assert scores + candidates + 8 * dim * (anchors + gallery) <= memory_mb * 2**20 * 3 / 4
     assert anchors >= 40  # or the products crawl
 
@@ -271,7 +260,7 @@ def test_recall_counts_only_what_there_is_to_find():
     assert balltree.recall(np.array([[4, 5, -1], [1, 2, 3]]), np.array([[5, 9, -1], [3, 1, 2]])) == 4 / 5
 
 
-def test_progress_counts_each_anchor_once_also_those_that_are_searched_again(dtype):
+def test_progress_counts_each_anchor_once_also_those_that_are_searched_again():
     copies = np.repeat(np.random.default_rng(0).normal(size=(4, 16)), 500, axis=0).astype(np.float16)
     told, vectors = [], SearchVectors(torch.from_numpy(copies), CPU)
     zones = zones_at(100.0 * np.arange(2_000))

@@ -1,19 +1,18 @@
 """The k most similar images of each image, by cosine, outside its own building and ignore zone.
 
-`exact_neighbors` compares a tile of anchors with a tile of all rows at a time: product, forbidden pairs set to
--inf, the best candidates kept. Products are float16 on CUDA, float32 on a CPU. The result is exact all the same,
-with ties (cosines equal to 12 decimals) by row number:
+`exact_neighbors` compares a tile of anchors with a tile of all rows at a time: float32 products, forbidden pairs
+set to -inf, the best candidates kept. The neighbours are exact all the same, with ties (cosines equal to 12
+decimals) by row number:
 
-1. A few more candidates than k are kept. A product's error is bounded (`error_of`): if the last candidate scores
-   below the k-th by more than twice the bound, nothing better was lost. The candidates whose order, or in float16
-   whose value, the products do not settle are then compared in float64.
-2. The other anchors (copies, tight clusters) are searched again with float32 products and eight times as many
-   candidates, until none is left.
+1. A few more candidates than k are kept. The error of a product is bounded (`error_of`): if the last candidate
+   scores below the k-th by more than twice the bound, nothing better was lost. Candidates that are so near to each
+   other that the products leave their order open are then compared in float64.
+2. The other anchors (of copies, say) are searched again with eight times as many candidates, until none is left.
 
 Memory: N x (D x 2 + 8) bytes, the former on the device if they fit, else on the host; `memory_mb` for tiles and
 candidates, see `tile_sizes`; and n x k x 8 on the host for the result.
-Traffic, if the embeddings are on the host: N x D x 2 bytes for every tile of A anchors, and A x 2 k x D x 2 of
-candidates. Raises Stopped on a signal, between two tiles.
+Traffic, if the embeddings are on the host: N x D x 2 bytes for every tile of anchors.
+Raises Stopped on a signal, between two tiles.
 """
 
 from collections.abc import Callable
@@ -27,9 +26,8 @@ from common.places.zones import Zones
 from difficulty.search.search_vectors import SearchVectors, error_of, products
 
 NO_ROW, NO_SIMILARITY = -1, -1.0  # where an image has fewer than k neighbours
-DTYPES = {"cuda": torch.float16, "cpu": torch.float32}  # of the products
 _GROUP = 8  # scores of which only the maximum is compared at first
-_SPARE = {torch.float32: 16, torch.float16: 150}  # candidates beyond k
+_SPARE = 16  # candidates beyond k
 _MORE = 8  # times as many for anchors that need them
 _LOWEST = -8.0  # below every score, above the -inf of forbidden pairs
 
@@ -49,22 +47,21 @@ def exact_neighbors(
     the number of anchors that have been compared with all rows since the last call."""
     neighbor_rows = np.full((len(rows), k), NO_ROW, np.int32)
     similarities = np.full((len(rows), k), NO_SIMILARITY, np.float32)
-    dtype = DTYPES[vectors.device.type]
-    total, width, left = len(vectors.embeddings), k + _SPARE[dtype], np.arange(len(rows))
+    total, width, left = len(vectors.embeddings), k + _SPARE, np.arange(len(rows))
     while len(left):
         width, uncertain = min(width, total), []
-        size = tile_sizes(vectors, width, memory_mb, dtype)
+        size = tile_sizes(vectors, width, memory_mb)
         for start in range(0, len(left), size.anchors):
             places = left[start : start + size.anchors]
             anchors = np.asarray(rows[places], np.int64)
-            scores, candidates = _collect(vectors, zones, anchors, width, size.gallery, dtype)
-            certain, best, cosines = _settle(vectors, anchors, scores, candidates, k, dtype, memory_mb)
+            scores, candidates = _collect(vectors, zones, anchors, width, size.gallery)
+            certain, best, cosines = _settle(vectors, anchors, scores, candidates, k, memory_mb)
             done = places[certain]
             neighbor_rows[done, : best.shape[1]] = best[certain]
             similarities[done, : best.shape[1]] = cosines[certain]
             uncertain.append(places[~certain])
             on_anchors(len(places))
-        left, width, dtype = np.concatenate(uncertain), _MORE * width, torch.float32
+        left, width = np.concatenate(uncertain), _MORE * width
         on_anchors = lambda count: None  # noqa: E731 - the anchors that are left have been counted
     return neighbor_rows, similarities
 
@@ -74,7 +71,7 @@ class Sizes(NamedTuple):
     gallery: int  # G, rows of a tile
 
 
-def tile_sizes(vectors: SearchVectors, width: int, memory_mb: float, dtype: torch.dtype) -> Sizes:
+def tile_sizes(vectors: SearchVectors, width: int, memory_mb: float) -> Sizes:
     """The largest useful tile within three quarters of the memory; the rest is for the pairs compared in float64.
     A row of the gallery takes D x 8 bytes; an anchor D x 8, its G scores (and an eighth of them, the maxima) and,
     for each of `width` candidates, the scores and rows of its group, twice, and 24 bytes more. Tiles that travel
@@ -83,23 +80,24 @@ def tile_sizes(vectors: SearchVectors, width: int, memory_mb: float, dtype: torc
     most = (2_048, 16_384) if vectors.device.type == "cpu" else (8_192, 32_768) if stays else (32_768, 8_192)
     size = memory_mb * 2**20 * 3 / 4
     gallery = int(np.clip(size / 4 // (8 * dim), _GROUP, most[1])) // _GROUP * _GROUP
-    per_candidate = 2 * _GROUP * (dtype.itemsize + 4) + 24
-    anchors = (size - 8 * dim * gallery) // (1.125 * dtype.itemsize * gallery + per_candidate * width + 8 * dim)
+    per_candidate = 2 * _GROUP * (4 + 4) + 24
+    anchors = (size - 8 * dim * gallery) // (4 * gallery * (1 + 1 / _GROUP) + per_candidate * width + 8 * dim)
     return Sizes(int(np.clip(anchors, 1, most[0])), gallery)
 
 
 def _collect(
-    vectors: SearchVectors, zones: Zones, anchors: np.ndarray, width: int, size: int, dtype: torch.dtype
+    vectors: SearchVectors, zones: Zones, anchors: np.ndarray, width: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `width` highest scores (A, width) float32 of each anchor, descending, and their rows, int32; -inf where
-    there are fewer. No kernel waits for another's result on the host."""
-    queries = vectors.unit(torch.from_numpy(anchors).to(vectors.device), dtype)
-    forbidden = _forbidden(zones, anchors, vectors.device)
-    scores = torch.empty((len(anchors), 0), dtype=dtype, device=vectors.device)
+    """The `width` highest scores (A, width) float32 of each anchor, descending: cosines, within `error_of`; and
+    their rows, int32. -inf where there are fewer. No tile waits for another's result on the host."""
+    own = torch.from_numpy(anchors).to(vectors.device)
+    queries, forbidden = vectors.take(own), _forbidden(zones, anchors, vectors.device)
+    scores = torch.empty((len(anchors), 0), device=vectors.device)
     rows = torch.empty((len(anchors), 0), dtype=torch.int32, device=vectors.device)
-    for start, block in vectors.tiles(size, dtype):
+    for start, block, inverse_length in vectors.tiles(size):
         missing = -len(block) % _GROUP
         tile = products(queries, F.pad(block, (0, 0, 0, missing)) if missing else block)
+        tile[:, : len(block)].mul_(inverse_length)  # now cosines, but for the anchor's own length
         if missing:
             tile[:, len(block) :] = -torch.inf
         forbidden.remove(tile, start)
@@ -107,8 +105,9 @@ def _collect(
         scores, rows = torch.cat([scores, found], dim=1), torch.cat([rows, found_rows], dim=1)
         scores, place = scores.topk(min(width, scores.shape[1]), dim=1, sorted=False)
         rows = rows.gather(1, place)
-    scores, order = scores.float().sort(dim=1, descending=True)
-    return scores, rows.gather(1, order)
+    scores, order = scores.sort(dim=1, descending=True)
+    own_inverse = vectors.inverse_length[own, None].float().clamp_(min=1e-30)  # -inf x 0 is not a number
+    return scores.mul_(own_inverse), rows.gather(1, order)
 
 
 def _best_groups(tile: torch.Tensor, start: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,22 +148,19 @@ def _settle(
     scores: torch.Tensor,
     rows: torch.Tensor,
     k: int,
-    dtype: torch.dtype,
     memory_mb: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(A,) whether an anchor's best are certain to be among its candidates; if so, their rows and cosines (A, k),
-    ties by row number. `scores`, `rows` (A, W): as `_collect` returns them, with products in `dtype`."""
-    width, margin = scores.shape[1], 2 * error_of(dtype, vectors.embeddings.shape[1])
+    ties by row number. `scores`, `rows` (A, W): as `_collect` returns them."""
+    width, margin = scores.shape[1], 2 * error_of(vectors.embeddings.shape[1])
     floor = scores[:, min(k, width) - 1, None].sub(margin).clamp_(min=_LOWEST)
     certain = scores[:, -1] < floor[:, 0]
     if width == len(vectors.embeddings):
         certain.fill_(True)
     reach = scores >= floor
-    asked = reach & certain[:, None]
-    if dtype == torch.float32:  # accurate enough, unless the order of two candidates hangs on it
-        close = scores.diff(dim=1) >= -margin
-        asked &= F.pad(close, (1, 0)) | F.pad(close, (0, 1))
-    anchor, place = asked.nonzero(as_tuple=True)
+    close = scores.diff(dim=1) >= -margin  # to the next: the order is open
+    open_order = reach & certain[:, None] & (F.pad(close, (1, 0)) | F.pad(close, (0, 1)))
+    anchor, place = open_order.nonzero(as_tuple=True)
     values = scores.double().masked_fill_(~reach, -torch.inf)
     own = torch.from_numpy(anchors).to(vectors.device)[anchor]
     values[anchor, place] = vectors.cosines(own, rows[anchor, place].long(), memory_mb / 8)

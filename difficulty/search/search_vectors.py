@@ -1,11 +1,10 @@
 """The vectors that a search multiplies, a tile at a time, and exact cosines of chosen pairs of rows.
 
-Nothing but the embeddings themselves is held: a tile of unit vectors is made when it is needed. Embeddings on the
-host travel to a CUDA device as they are, through two pinned buffers, while the tile before is in use.
+Nothing but the embeddings and their lengths is held. Embeddings on the host travel to a CUDA device as they are,
+through two pinned buffers, while the tile before is in use.
 
-Memory: N x 8 bytes; per row of a tile D x 8 (if they travel, and D x 4 on the host, pinned); before the first tile
-8,192 x D x 12.
-"""
+Memory: N x 8 bytes; per row of a tile D x 8 on a CPU, D x 4 if they travel (and as much on the host, pinned);
+before the first tile 8,192 x D x 12."""
 
 from collections.abc import Iterator
 
@@ -24,21 +23,21 @@ class SearchVectors:
 
     def __init__(self, embeddings: torch.Tensor, device: torch.device):
         self.embeddings, self.device = embeddings, device
-        self.inverse_length = torch.empty(len(embeddings), dtype=torch.float64, device=device)
+        self.inverse_length = torch.empty(len(embeddings), dtype=torch.float64, device=device)  # 0 of the vector 0
         for start, block in self._blocks(_BLOCK_ROWS):
             length = torch.linalg.vector_norm(block, dim=1, dtype=torch.float64)
             self.inverse_length[start : start + len(block)] = torch.where(length > 0, 1 / length, 0.0)
 
-    def unit(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The unit vectors (n, D) of some rows (n,), on the device."""
-        return _scaled(self._take(rows), self.inverse_length[rows], dtype)
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        """The embeddings (n, D) of some rows (n,), on the device."""
+        return self.embeddings.index_select(0, rows.to(self.embeddings.device)).to(self.device)
 
-    def tiles(self, size: int, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, unit vectors (n, D) on the device) of `size` rows after another. Raises Stopped on a signal,
-        between two of them."""
+    def tiles(self, size: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """(first row, embeddings (n, D), inverse lengths (n,) float32) of `size` rows after another, on the
+        device. Raises Stopped on a signal, between two of them."""
         for start, block in self._blocks(size):
             cli.check_stop()
-            yield start, _scaled(block, self.inverse_length[start : start + len(block)], dtype)
+            yield start, block, self.inverse_length[start : start + len(block)].float()
 
     def cosines(self, anchors: torch.Tensor, rows: torch.Tensor, memory_mb: float) -> torch.Tensor:
         """Cosines (P,) float64, to DECIMALS, of pairs of rows. Pairs of equal vectors have equal cosines."""
@@ -49,12 +48,9 @@ class SearchVectors:
         cosines = torch.empty(len(rows), dtype=torch.float64, device=self.device)
         for start in range(0, len(rows), at_once):
             some = slice(start, start + at_once)
-            products = self._take(anchors[some]).to(wide).mul_(self._take(rows[some]))
+            products = self.take(anchors[some]).to(wide).mul_(self.take(rows[some]))
             torch.sum(products, dim=1, dtype=torch.float64, out=cosines[some])
         return cosines.mul_(self.inverse_length[anchors] * self.inverse_length[rows]).round_(decimals=DECIMALS)
-
-    def _take(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.embeddings.index_select(0, rows.to(self.embeddings.device)).to(self.device)
 
     def _blocks(self, size: int) -> Iterator[tuple[int, torch.Tensor]]:
         """(first row, raw embeddings (n, D) on the device) of `size` rows after another."""
@@ -66,30 +62,21 @@ class SearchVectors:
 
 
 def products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x y^T (A, G). On a CPU as a 1 x 1 convolution, which torch passes to oneDNN when it has several threads;
-    matrix products go to MKL, which takes 1.4 times as long on an AMD."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        # by default CUDA may round partial sums to float16, which the bound on the error does not allow for
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-        return x @ y.T
+    """x y^T (A, G) float32. On CUDA by the units for float16, whose products are exact in float32. On a CPU as a
+    1 x 1 convolution, which torch passes to oneDNN when it has several threads; matrix products go to MKL, which
+    takes 1.4 times as long on an AMD."""
+    if x.device.type == "cuda":
+        return torch.mm(x, y.T, out_dtype=torch.float32) if x.dtype == torch.float16 else x @ y.T
+    x, y = x.float(), y.float()
     images, filters = x[None, None].permute(0, 3, 1, 2), y[:, None, None].permute(0, 3, 1, 2)  # channels last
     return F.conv2d(images, filters).permute(0, 2, 3, 1)[0, 0]
 
 
-def error_of(dtype: torch.dtype, dim: int) -> float:
-    """How far `products` of unit vectors in `dtype` may be from their cosines: the error of sums of D terms in
-    float32, 8 sqrt(D) unit roundoffs (exceeded with probability below 1e-13: Higham & Mary 2019, theorem 2.4);
-    and in float16 the rounding of both vectors and of the result."""
-    sums = 4 * torch.finfo(torch.float32).eps * dim**0.5
-    if dtype == torch.float32:
-        return sums
-    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2 * dim**0.5  # of components near 0
-    return sums + 1.01 * (3 * torch.finfo(dtype).eps / 2 + 2 * least)
-
-
-def _scaled(block: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    out = torch.empty(block.shape, dtype=dtype, device=block.device)
-    return torch.mul(block, scale.float()[:, None], out=out)
+def error_of(dim: int) -> float:
+    """How far a cosine by `products` may be from the exact one: 8 sqrt(D) unit roundoffs, which sums of D terms in
+    float32 exceed with probability below 1e-13 (Higham & Mary 2019, theorem 2.4); or D / 4, since a GPU's float16
+    units add 16 terms at a time and round down."""
+    return torch.finfo(torch.float32).eps * max(4 * dim**0.5, dim / 8)
 
 
 def _travelling(embeddings: torch.Tensor, size: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
