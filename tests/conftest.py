@@ -78,6 +78,15 @@ def cuda():
 
 
 @pytest.fixture
+def racing_cuda():
+    """The same, for a test that provokes races."""
+    import simulated_cuda
+
+    with simulated_cuda.installed() as device:
+        yield device
+
+
+@pytest.fixture
 def no_curves(monkeypatch):
     """Runs leave an empty curves.png: drawing it takes longer than a small training."""
     from train.fitting import history

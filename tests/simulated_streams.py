@@ -56,6 +56,12 @@ class Simulation:
         counts, self.counts = self.counts, Counts()
         return counts
 
+    def take_races(self) -> list[str]:
+        """The kinds of the races found, without their places; none are left."""
+        kinds = sorted({race.partition(":")[0] for race in self.races})
+        self.races.clear()
+        return kinds
+
     def launched(self, operator: str) -> None:
         with _lock:
             self.counts.kernels[operator] += 1
@@ -338,25 +344,29 @@ def is_pinned(tensor: torch.Tensor) -> bool:
 
 
 def copy_begins(tensor: torch.Tensor, into: bool) -> None:
-    """A copy out of, or `into`, a pinned buffer has been queued on the current stream."""
-    stream, buffer = current_stream(), _buffer_of(tensor)
+    """A copy out of, or `into`, a pinned buffer has been queued on the current stream; a race if one of another
+    stream may be under way."""
+    stream, buffer, known = current_stream(), _buffer_of(tensor), host_clock()
     assert buffer is not None
-    copies, known = buffer.into if into else buffer.out_of, host_clock()
-    copies[:] = [copy for copy in copies if copy[1] > known[copy[0]]]
-    copies.append((stream.number, stream.clock[stream.number], place()))
+    _tell_of_copies(buffer, into, stream.clock, f"stream {stream.number}", stream.number)
+    for copies in (buffer.into, buffer.out_of):
+        copies[:] = [copy for copy in copies if copy[1] > known[copy[0]]]
+    (buffer.into if into else buffer.out_of).append((stream.number, stream.clock[stream.number], place()))
 
 
 def host_uses(tensor: torch.Tensor, writes: bool) -> None:
     """The host reads or writes a tensor of its own; a race if it is pinned and a copy may be under way."""
     buffer = _buffer_of(tensor)
-    if buffer is None:
-        return
+    if buffer is not None:
+        _tell_of_copies(buffer, writes, host_clock(), "the host")
+
+
+def _tell_of_copies(buffer: _Pinned, writes: bool, done: Clock, who: str, own_stream: int | None = None) -> None:
+    """Note a race for each copy into the buffer, and if that is written also out of it, that may not be `done`."""
     for stream, operation, begun_at in [*buffer.into, *(buffer.out_of if writes else [])]:
-        if operation > host_clock()[stream]:
-            what = f"the host {'writes' if writes else 'reads'} a pinned buffer while a copy may be under way"
+        if stream != own_stream and operation > done[stream]:
+            what = f"{who} {'writes' if writes else 'reads'} a pinned buffer while a copy may be under way"
             active().races[f"{what}: begun at {begun_at}, found at {place()}"] += 1
-    if writes:
-        buffer.into, buffer.out_of = [], []
 
 
 def start_of_thread(thread: threading.Thread) -> None:

@@ -160,9 +160,7 @@ ON_CUDA_ONLY = {torch.ops.aten.mm.dtype: lambda x, y, out_dtype: torch.mm(x.to(o
 def dispatch(func, args: tuple, kwargs: dict):
     """Run an operator of which an argument is on the device."""
     name = func.overloadpacket.__name__
-    if (
-        torch._C._current_graph_task_id() != -1
-    ):  # in a backward pass torch makes zeros itself, for lack of a gradient
+    if torch._C._current_graph_task_id() != -1:  # in a backward pass torch makes zeros for gradients that lack
         args = mapped(wrapped, args)
     tensors = tensors_in((args, kwargs))
     refuse_mixed(name, args, kwargs, tensors)
@@ -247,28 +245,36 @@ def copy_across(target: torch.Tensor, source: torch.Tensor, non_blocking: bool =
     if to_device and source.dtype != target.dtype:
         active().counts.copies["converted on the host"] += 1
     active().copied("to the device" if to_device else "to the host", source.nbytes)
-    if non_blocking and is_pinned(host):
+    pinned = is_pinned(host)
+    if pinned:
         copy_begins(host, into=not to_device)
-    elif not to_device:
+    if not to_device and not (pinned and non_blocking):
         active().waited("copy to the host")
-    elif host.dim():
-        active().waited("copy from pageable memory" if not is_pinned(host) else "copy from pinned memory")
+    elif to_device and host.dim():  # a scalar goes with the kernel
+        wait_for_copy_to_device(pinned, non_blocking)
     return target
+
+
+def wait_for_copy_to_device(pinned: bool, non_blocking: bool) -> None:
+    if not pinned:
+        active().waited("copy from pageable memory")
+    elif not non_blocking:
+        active().waited("copy from pinned memory")
 
 
 def to_device(tensor: torch.Tensor, dtype: torch.dtype | None, non_blocking: bool) -> SimulatedTensor:
     """tensor.to("cuda", dtype)."""
-    host_uses(tensor, writes=False)
     if dtype not in (None, tensor.dtype):
+        host_uses(tensor, writes=False)
         active().counts.copies["converted on the host"] += 1
     with torch._C.DisableTorchFunction():
         result = SimulatedTensor(tensor.detach().to(dtype or tensor.dtype, copy=True))
     access([], [result.block])
     active().copied("to the device", result.nbytes)
-    if non_blocking and is_pinned(tensor):
+    pinned = is_pinned(tensor)
+    if pinned:
         copy_begins(tensor, into=False)
-    else:
-        active().waited("copy from pinned memory" if is_pinned(tensor) else "copy from pageable memory")
+    wait_for_copy_to_device(pinned, non_blocking)
     return result.requires_grad_(tensor.requires_grad)
 
 
@@ -370,13 +376,12 @@ class FunctionMode(TorchFunctionMode):
     def note_use_of_the_host(self, name: str, args: tuple, kwargs: dict) -> None:
         """Tell of pinned buffers that a function of the host reads or writes. What numpy does with the memory of
         one is not seen, but that it is handed over is: as a read."""
-        if name in METADATA:
+        if name in METADATA or (name == "copy_" and blocks_of(args)):  # the latter is of the device
             return
         in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         target = args[0] if args and in_place else kwargs.get("out")
-        is_crossing = name == "copy_" and bool(blocks_of(args))  # which the device does
         for tensor in leaves((args, kwargs)):
-            if type(tensor) is torch.Tensor and (tensor is target or not is_crossing):
+            if type(tensor) is torch.Tensor:
                 host_uses(tensor, writes=tensor is target)
 
 

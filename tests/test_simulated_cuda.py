@@ -1,6 +1,4 @@
-"""The simulated CUDA device finds what it is for, and nothing else. Oracle: what CUDA and torch document, and the
-real Feed and loop of the pipeline, as they are and with a line of theirs taken out.
-"""
+"""tests/simulated_cuda.py: it finds what it is for, and nothing else. Oracle: what CUDA and torch document."""
 
 import re
 import threading
@@ -12,30 +10,11 @@ import pytest
 import short_training
 import simulated_cuda
 import torch
-from embedding_setup import photographs
-from mutations import mutated
 from simulated_cuda import MixedDevices
 
-from common import config, devices
-from generate import loop, pixels
-from train import datasets
-from train.sampling import feed
+from common import devices
 
-CUDA, CPU = torch.device("cuda"), torch.device("cpu")
-
-
-@pytest.fixture
-def device():
-    """The device, for tests that provoke races."""
-    with simulated_cuda.installed() as simulation:
-        yield simulation
-
-
-def races_of(device) -> list[str]:
-    """The kinds of the races found, without the places; none are left."""
-    kinds = sorted({race.partition(":")[0] for race in device.races})
-    device.races.clear()
-    return kinds
+CUDA = torch.device("cuda")
 
 
 # tensors
@@ -178,33 +157,33 @@ ORDERED = {
 
 
 @pytest.mark.parametrize("order", ORDERED.values(), ids=ORDERED)
-def test_what_another_stream_wrote_is_read_after_it(device, order):
+def test_what_another_stream_wrote_is_read_after_it(racing_cuda, order):
     side = torch.cuda.Stream()
     made = on(side, lambda: torch.ones(3, device=CUDA))
     order(side)
     assert (made + 1).tolist() == [2, 2, 2]
-    assert not races_of(device)
+    assert not racing_cuda.take_races()
     on(side, made.zero_)
     made + 1
     on(side, made.zero_)
-    assert races_of(device) == [
+    assert racing_cuda.take_races() == [
         f"stream 0 reads what stream {side.number} may still be writing",
         f"stream {side.number} writes what stream 0 may still be reading",
     ]
 
 
-def test_an_event_orders_only_what_was_queued_before_it(device):
+def test_an_event_orders_only_what_was_queued_before_it(racing_cuda):
     side = torch.cuda.Stream()
     made = on(side, lambda: torch.ones(3, device=CUDA))
     event = side.record_event()
     on(side, made.zero_)
     torch.cuda.current_stream().wait_event(event)
     made[1:] * 2
-    assert races_of(device) == [f"stream 0 reads what stream {side.number} may still be writing"]
+    assert racing_cuda.take_races() == [f"stream 0 reads what stream {side.number} may still be writing"]
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_memory_is_not_freed_under_another_stream(device, recorded):
+def test_memory_is_not_freed_under_another_stream(racing_cuda, recorded):
     side = torch.cuda.Stream()
     made = torch.ones(3, device=CUDA)
     side.wait_stream(torch.cuda.current_stream())
@@ -213,29 +192,46 @@ def test_memory_is_not_freed_under_another_stream(device, recorded):
         made.record_stream(side)
     del made
     race = f"memory of stream 0 is freed while stream {side.number} may be using it"
-    assert races_of(device) == ([] if recorded else [race])
+    assert racing_cuda.take_races() == ([] if recorded else [race])
 
 
-def test_a_pinned_buffer_is_left_alone_until_it_is_copied(device):
+def test_a_pinned_buffer_is_left_alone_until_it_is_copied(racing_cuda):
     buffer = torch.zeros(3, pin_memory=True)
     there = buffer.to(CUDA, non_blocking=True)
-    assert not device.counts.waits
+    assert not racing_cuda.counts.waits
     buffer.fill_(1)
-    assert races_of(device) == ["the host writes a pinned buffer while a copy may be under way"]
+    assert racing_cuda.take_races() == ["the host writes a pinned buffer while a copy may be under way"]
     there.copy_(buffer, non_blocking=True)
     torch.cuda.current_stream().synchronize()
     torch.add(buffer, 1, out=buffer)
     back = there.to("cpu", non_blocking=True)
     arrived = torch.cuda.current_stream().record_event()
-    assert not races_of(device)
+    assert not racing_cuda.take_races()
     back.numpy()
-    assert races_of(device) == ["the host reads a pinned buffer while a copy may be under way"]
+    assert racing_cuda.take_races() == ["the host reads a pinned buffer while a copy may be under way"]
     arrived.synchronize()
     assert back.numpy().tolist() == [1, 1, 1]
-    assert not races_of(device)
+    assert not racing_cuda.take_races()
 
 
-def test_a_thread_sees_the_device_and_what_was_waited_for_before_it_began(device):
+def test_a_pinned_buffer_is_used_again_in_the_order_of_streams(racing_cuda):
+    buffer, there = torch.zeros(3, pin_memory=True), torch.ones(3, device=CUDA)
+    for _ in range(2):  # out and in, on one stream, without a wait of the host
+        buffer.copy_(there, non_blocking=True)
+        there.copy_(buffer, non_blocking=True)
+    assert not racing_cuda.take_races()
+    side = torch.cuda.Stream()
+    on(side, lambda: buffer.to(CUDA, non_blocking=True))
+    assert racing_cuda.take_races() == [
+        f"stream {side.number} reads a pinned buffer while a copy may be under way"
+    ]
+    side.wait_stream(torch.cuda.current_stream())
+    on(side, lambda: buffer.to(CUDA, non_blocking=True))
+    assert not racing_cuda.take_races()
+    assert not racing_cuda.counts.waits
+
+
+def test_a_thread_sees_the_device_and_what_was_waited_for_before_it_began(racing_cuda):
     side, found = torch.cuda.Stream(), []
     made = on(side, lambda: torch.ones(3, device=CUDA))
     for order in (lambda: None, side.synchronize):
@@ -243,7 +239,7 @@ def test_a_thread_sees_the_device_and_what_was_waited_for_before_it_began(device
         thread = threading.Thread(target=lambda: found.append((made + 1).tolist()))
         thread.start()
         thread.join()
-        found.append(races_of(device))
+        found.append(racing_cuda.take_races())
     assert found == [[2, 2, 2], [f"stream 0 reads what stream {side.number} may still be writing"], [2, 2, 2], []]
 
 
@@ -274,109 +270,6 @@ def test_a_wait_for_what_is_done_is_none(cuda):
     event.synchronize()
     torch.cuda.synchronize()
     assert cuda.counts.waits == {"event.synchronize": 1}
-
-
-# mutations of the pipeline
-
-
-def make_rows() -> datasets.TrainRows:
-    """100 buildings of 4 images each, with 20 neighbours."""
-    rng = np.random.default_rng(0)
-    building = np.repeat(np.arange(100), 4)
-    columns = {"target_lat": building * 0.01, "target_lon": np.zeros(400), "street_view_id": np.arange(400)}
-    neighbors = rng.integers(0, 400, (400, 20)).astype(np.int32)
-    offsets = np.tile(np.array([0, 5, 10, 20], np.uint8), (400, 1))
-    embeddings = rng.normal(size=(400, 16)).astype(np.float16)
-    return datasets.make_rows(embeddings, neighbors, offsets, building, columns, 25.0, CUDA)
-
-
-def take_steps(module, reads_reward: bool = True) -> None:
-    """Five steps of a Feed as training takes them: something is computed of a batch, its reward is read, and the
-    next batch is drawn while the device still computes."""
-    ahead, arms = module.Feed(make_rows(), 32, 4, 0), np.zeros(4, np.int64)
-    weights = torch.randn(16, 8, device=CUDA)
-    ahead.draw(0, arms)
-    for step in range(5):
-        batch, embeddings = ahead.take()
-        vectors = embeddings.float() @ weights
-        read = module.reading((vectors @ vectors.T).sum())
-        later = embeddings * 2
-        if reads_reward:
-            assert np.isfinite(read())
-        if step < 4:
-            ahead.draw(step + 1, arms)
-        del batch, embeddings, vectors, later
-
-
-@pytest.fixture(params=["on the device", "on the host"])
-def place(request, monkeypatch):
-    """Where the embeddings are."""
-    monkeypatch.setattr(devices, "fits", lambda size, device: request.param == "on the device")
-    return request.param
-
-
-OF_FEED = {
-    "current.wait_stream(self._stream)": "reads what",
-    "tensor.record_stream(current)": "is freed while",
-    "torch.cuda.synchronize(rows.device)": "reads what",
-    "copied.synchronize()": "the host reads a pinned buffer",
-}
-
-
-def test_the_feed_as_it_is_has_no_race(cuda, place):
-    take_steps(feed)
-
-
-@pytest.mark.parametrize(("line", "found"), OF_FEED.items(), ids=OF_FEED)
-def test_a_feed_without_one_of_its_lines_has_one(device, place, line, found):
-    take_steps(mutated(feed, line, "pass"))
-    assert any(found in race for race in races_of(device))
-
-
-@pytest.mark.parametrize("reads_reward", [True, False])
-def test_a_pinned_buffer_used_again_before_it_was_copied_is_found(device, monkeypatch, reads_reward):
-    monkeypatch.setattr(devices, "fits", lambda size, device: False)
-    line = "batch = self.sampler.draw(step, arms)"  # which waits for the stream that copies
-    take_steps(mutated(feed, line, f"self._pinned.zero_(); {line}"), reads_reward)
-    expected = [] if reads_reward else ["the host writes a pinned buffer while a copy may be under way"]
-    assert races_of(device) == expected  # the reward comes after the copy
-
-
-def test_a_sampler_with_a_generator_of_the_cpu_is_refused(cuda, monkeypatch):
-    module = mutated(datasets, "torch.Generator(rows.device)", "torch.Generator()")
-    monkeypatch.setattr(feed, "Sampler", module.Sampler)
-    with pytest.raises(MixedDevices, match="rand: a generator of cpu for a tensor on cuda"):
-        take_steps(feed)
-
-
-def embed(module, jpegs: list[bytes]) -> np.ndarray:
-    """Images in batches of two chunks through the loop, with a "model" that gives their mean colour."""
-    preprocessing = pixels.Preprocessing(None, (16, 16), None, "bilinear", False, 1.0, (0.0,) * 3, (1.0,) * 3)
-    overrides = ["infrastructure.embedding_batch_size=16", "infrastructure.workers=2"]
-    settings = config.load(None, overrides).infrastructure
-    job = module.Job("a", len(jpegs), lambda start, stop: jpegs[start:stop])
-    progress = module.GenerationProgress("test", "image")
-    device = devices.pick("auto")
-    (result,) = module.embed([job], lambda x: x.mean(dim=(2, 3)), preprocessing, device, settings, progress)
-    return result.vectors
-
-
-JPEGS = photographs(48)
-OF_LOOP = {
-    "current.wait_event(chunk.ready)": ("pass", "reads what"),
-    "chunk.pixels.record_stream(current)": ("pass", "is freed while"),
-    "arrived.synchronize() or host": ("host", "the host reads a pinned buffer"),
-}
-
-
-def test_the_generation_as_it_is_has_no_race(cuda):
-    assert len(embed(loop, JPEGS)) == 48
-
-
-@pytest.mark.parametrize(("line", "by", "found"), [(line, *rest) for line, rest in OF_LOOP.items()], ids=OF_LOOP)
-def test_a_generation_without_one_of_its_lines_has_a_race(device, line, by, found):
-    embed(mutated(loop, line, by), JPEGS)
-    assert any(found in race for race in races_of(device))
 
 
 def test_the_command_tells_what_a_stage_costs(run_script, tmp_path):
