@@ -33,7 +33,7 @@ def test_a_dry_run_has_all_rows_and_the_results_of_the_cpu(tmp_path, capsys, mon
     assert found["machine"].startswith("simulated, torch ")
     assert all(row["is_right"] for row in found["rows"])
     of_cpu = [row for row in found["rows"] if row["against"].startswith("the CPU")]
-    stages = ("search", "training", "evaluation", "head embedding", "generation")
+    stages = ("search", "moments", "training", "evaluation", "head embedding", "generation")
     assert {row["what"].partition(",")[0].partition(":")[0] for row in of_cpu} == set(stages)
     measured = [row for row in found["rows"] if row not in of_cpu]
     assert all(row["value"] > 0 for row in measured if "compiled" not in row["what"])

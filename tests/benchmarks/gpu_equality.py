@@ -23,7 +23,7 @@ from difficulty.search.exact_search import Neighbors, exact_neighbors
 from difficulty.search.search_vectors import SearchVectors
 from generate import backbone
 from publish.projection_head import ProjectionHead
-from train import datasets
+from train import datasets, whitening
 from train.evaluation import heads, metrics
 from train.fitting import fit
 
@@ -50,7 +50,17 @@ def search(gpu: Gpu) -> Iterator[Row]:
         found, similar = nearest(embeddings, zones, k, rows, SEARCH_MB, gpu.device)
         what = f"search, {len(rows):,} x {vectors.shape[1]}, embeddings on {where}"
         yield equality(what, (found != expected).sum(), 0, f"of {found.size:,} differ")
-        yield equality(f"{what}: similarities", np.abs(similar - similarities).max(), 1e-6, "apart")
+        yield equality(f"{what}: similarities", np.abs(similar - similarities).max(), 1e-5, "apart")
+
+
+def moments(gpu: Gpu) -> Iterator[Row]:
+    """What PCA and whitening are made of, in float64."""
+    data = bench_triplets.make_data(config.load(), gpu.sizes.compared)[0].train
+    expected, found = (
+        whitening.moments(data.embeddings, data.zones.building_of_row, device) for device in (CPU, gpu.device)
+    )
+    apart = max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, expected, strict=True))
+    yield equality(f"moments, {len(data.embeddings):,} rows", apart, 1e-9, "apart, relative")
 
 
 class DrawnByCpu(datasets.Sampler):
@@ -150,6 +160,7 @@ def distance(vectors: dict[torch.device, torch.Tensor], gpu: Gpu) -> float:
 
 CHECKS: dict[str, Callable[[Gpu], Iterator[Row]]] = {
     "search": search,
+    "moments": moments,
     "training": training,
     "evaluation": evaluation,
     "head embedding": head,
