@@ -16,9 +16,11 @@ import gpu_equality
 import gpu_rows
 import gpu_speed
 import on_gpu
+import run_all
 
 from common.errors import PipelineError
 from publish.inference import model_sizes
+from train.evaluation import heads
 
 
 def test_a_dry_run_has_all_rows_and_the_results_of_the_cpu(tmp_path, capsys, monkeypatch):
@@ -33,7 +35,7 @@ def test_a_dry_run_has_all_rows_and_the_results_of_the_cpu(tmp_path, capsys, mon
     assert found["machine"].startswith("simulated, torch ")
     assert all(row["is_right"] for row in found["rows"])
     of_cpu = [row for row in found["rows"] if row["against"].startswith("the CPU")]
-    stages = ("search", "training", "evaluation", "head embedding", "generation")
+    stages = ("search", "moments", "training", "evaluation", "head embedding", "generation")
     assert {row["what"].partition(",")[0].partition(":")[0] for row in of_cpu} == set(stages)
     measured = [row for row in found["rows"] if row not in of_cpu]
     assert all(row["value"] > 0 for row in measured if "compiled" not in row["what"])
@@ -73,6 +75,26 @@ def test_a_check_that_fails_costs_no_other_row(monkeypatch, tmp_path, capsys):
     assert [row.is_right for row in rows] == [True, False, False, True]
     assert rows[1].note == "OutOfMemoryError: CUDA out of memory."
     assert capsys.readouterr().out.count("WRONG") == 2
+
+
+def test_results_that_differ_a_little_are_wrong(monkeypatch):
+    embed, nearest = heads.embed, gpu_equality.nearest
+
+    def embedded(head, embeddings, device):
+        return embed(head, embeddings, device) * (1 + 1e-3 * (device.type == "cuda"))
+
+    def found(*args):
+        rows, similarities = nearest(*args)
+        if args[-1].type == "cuda":
+            rows[7, :2] = rows[7, 1::-1]  # two neighbours in the other order
+        return rows, similarities
+
+    monkeypatch.setattr(heads, "embed", embedded)
+    monkeypatch.setattr(gpu_equality, "nearest", found)
+    with simulated_cuda.installed():
+        gpu = gpu_rows.Gpu(torch.device("cuda"), "", gpu_rows.SMALL)
+        assert [row.is_right for row in gpu_equality.head(gpu)] == [False]
+        assert [row.is_right for row in gpu_equality.search(gpu)] == [False, True] * 2
 
 
 def test_no_check_begins_when_there_is_no_time_left(monkeypatch):
@@ -115,9 +137,11 @@ def test_plain_tiles_find_what_products_in_float64_find(monkeypatch):
         assert (neighbors[len(allowed) :] == -1).all()
 
 
-def test_without_a_card_two_lines_say_what_it_needs(run_script):
+def test_without_a_card_two_lines_say_what_it_needs_and_make_bench_goes_on(run_script, capsys):
     with pytest.raises(PipelineError, match=r"^torch .* sees no CUDA device.*\n.*nvidia-smi.*$"):
         on_gpu.main([])
+    assert run_all.on_gpu() == 0
+    assert "on_gpu: skipped" in capsys.readouterr().out
     shown = run_script("tests/benchmarks/on_gpu.py", "--help")
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "Command  python tests/benchmarks/on_gpu.py" in shown.stdout

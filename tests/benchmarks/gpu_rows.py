@@ -26,7 +26,7 @@ class Sizes:
     anchors: int  # of the search
     steps: int  # of training
     evaluated: int  # queries, and rows of the gallery
-    compared: int  # rows of which the CPU's results are computed as well, and a hundredth of it images
+    compared: int  # rows of which the CPU's results are computed as well; of images the 200th part
 
 
 FULL = Sizes(

@@ -26,6 +26,7 @@ from difficulty.search.balltree import recall
 from generate import backbone, batches, loop
 from publish.inference import model_sizes
 from publish.projection_head import ProjectionHead
+from train import whitening
 from train.evaluation import heads
 from train.fitting import fit
 
@@ -230,6 +231,24 @@ def training(gpu: Gpu) -> Iterator[Row]:
     yield memory(f"training, {sizes.rows:,} rows", peak_since(before), sizes.rows * row_bytes)
 
 
+def moments(gpu: Gpu) -> Iterator[Row]:
+    """What PCA and whitening are made of, against the products alone in float64."""
+    n, before = gpu.sizes.rows, reset_peak()
+    embeddings, building = vectors_on(gpu.device, n), np.arange(n) // 4
+    ours = lambda: whitening.moments(embeddings, building, gpu.device)  # noqa: E731
+    torch.cuda.reset_peak_memory_stats()
+    ours()
+    dim, rows = embeddings.shape[1], whitening.BLOCK_ROWS
+    formula = n * dim * 2 + 8 * dim * dim * 8 + rows * dim * 24
+    yield memory(f"moments, {n:,} x {dim}", peak_since(before), formula)
+    block = embeddings[:rows].double()
+    times = max(1, round(1.25 * n / rows))  # a product of the rows, and one of the buildings
+    ways = {"ours": ours, "the product alone": until_done(lambda: block.T @ block, times)}
+    yield speed(
+        f"moments, {n:,} x {dim}", timing.seconds(ways, gpu.sizes.rounds), "ours", "the product alone", n, "rows/s"
+    )
+
+
 def head(gpu: Gpu) -> Iterator[Row]:
     """All embeddings through a head."""
     settings, n = config.load().training_model, gpu.sizes.rows
@@ -242,9 +261,10 @@ def head(gpu: Gpu) -> Iterator[Row]:
         "one block, again and again": until_done(lambda: model(block), times),
     }
     vectors_bytes, block_bytes = n * settings.output_dim * 4, heads.EMBED_ROWS * bench_neighbors.DIM * 4
+    copies = 4  # of a block: itself, normalised, centred, and normalised for the MLP
     before = reset_peak()
     heads.embed(model, embeddings, gpu.device)
-    yield memory(f"head embedding, {n:,} rows", peak_since(before), vectors_bytes + block_bytes)
+    yield memory(f"head embedding, {n:,} rows", peak_since(before), vectors_bytes + copies * block_bytes)
     taken = timing.seconds(ways, gpu.sizes.rounds)
     yield speed(f"head embedding, {n:,} rows", taken, "ours", "one block, again and again", n, "rows/s")
 
@@ -271,6 +291,7 @@ def evaluation(gpu: Gpu) -> Iterator[Row]:
 CHECKS: dict[str, Callable[[Gpu], Iterator[Row]]] = {
     "product": product,
     "search": search,
+    "moments": moments,
     "training": training,
     "head embedding": head,
     "evaluation": evaluation,

@@ -50,6 +50,7 @@ def rows_of(name: str, check, gpu) -> list:
         traceback.print_exc()
         first_line = str(error).partition("\n")[0]
         rows.append(gpu_rows.Row(name, None, "", is_right=False, note=f"{type(error).__name__}: {first_line}"))
+    print(gpu_rows.as_text(rows), file=sys.stderr, flush=True)
     gc.collect()
     with contextlib.suppress(RuntimeError):  # after an error of the card itself, nothing on it works
         torch.cuda.empty_cache()
