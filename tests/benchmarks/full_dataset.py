@@ -1,8 +1,8 @@
 """What the full dataset costs, on paper: rates and fitted growth of this machine, carried on to 25 million images.
 
 Nothing here has been run at that size. Rates are those of results.json, and grow as growth.json says; hours on a
-GPU are estimates from its data sheet (publish/inference/model_sizes.py), and for neighbours and evaluation of the
-products alone.
+GPU are estimates from its data sheet: for embeddings see publish/inference/model_sizes.py, for neighbours and
+evaluation `search_seconds` and `evaluation_seconds`, which count what their kernels compute, read and write.
 
 Reads    tests/benchmarks/results.json, growth.json and demo.json (make bench writes them)
 Writes   tests/benchmarks/full_dataset.json, from which the table of docs/benchmarks.md is made
@@ -24,7 +24,12 @@ from publish.inference import model_sizes
 HERE = Path(__file__).resolve().parent
 IMAGES = 25_000_000
 GPU = "H100 SXM"
-PRODUCT_SHARE = 0.5  # of the card's peak that large half-precision products reach
+# From the data sheet of that GPU, and the shares of them that large products and copies reach.
+FLOAT16_FLOPS, FLOAT32_FLOPS, BYTES_PER_S = 989e12, 67e12, 3.35e12
+PRODUCT_SHARE, MEMORY_SHARE = 0.5, 0.8
+TOPK_READS = 18  # of a float32 value: the kernel selects two bits at a time. Many of them are from a cache
+SEARCHED = (5_000_000, 20_000_000, 25_000_000)  # rows, 768-d
+MATCHES = 2  # of a query: other images of its building
 VITS = {  # as on the hub
     "ViT-B/14": Dinov2Config(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, patch_size=14),
     "ViT-L/14": Dinov2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, patch_size=14),
@@ -51,6 +56,24 @@ def grown(growth: dict, step: str, images: int) -> float:
     return (fitted["linear"] * images + fitted["quadratic"] * images**2) / 3600
 
 
+def search_seconds(rows: int, dim: int, k: int) -> float:
+    """Of the search for the k neighbours of every row on one GPU, with all embeddings on it: see exact_search.py,
+    whose kernels a tile launches one after the other. Comparing what the tiles leave open is not counted."""
+    anchors, width, group = 8_192, 32_768, 8
+    product = 2 * anchors * width * dim / (FLOAT16_FLOPS * PRODUCT_SHARE)
+    scores, candidates = 4 * anchors * width, 4 * anchors * (k + 16) * group
+    moved = 2 * dim * (anchors + width) + 4 * scores  # product; times the lengths; maxima of groups
+    moved += TOPK_READS * (scores / group + candidates)
+    moved += 32 * anchors * (k + 16) * group + 8 * candidates  # groups gathered in sectors of 32 bytes, and joined
+    return rows**2 / (anchors * width) * (product + moved / (BYTES_PER_S * MEMORY_SHARE))
+
+
+def evaluation_seconds(rows: int, dim: int) -> float:
+    """Of the ranking of all rows for every row on one GPU: see metrics.py. Each match reads the scores again."""
+    product = 2 * rows**2 * dim / (FLOAT32_FLOPS * PRODUCT_SHARE)
+    return product + rows**2 * (4 + 6 * MATCHES) / (BYTES_PER_S * MEMORY_SHARE)
+
+
 def of_backbone(vit, results: dict, growth: dict) -> dict:
     """Hours, bytes and images per second for one backbone."""
     with tempfile.TemporaryDirectory() as folder:
@@ -67,14 +90,13 @@ def of_backbone(vit, results: dict, growth: dict) -> dict:
     )
     training = cfg.training
     triplets = training.epochs * training.steps_per_epoch * training.batch_size
-    products = 2 * train_images**2 * dim / (model_sizes.GPUS[GPU][0] * 1e12 * PRODUCT_SHARE)
     return {
         "dim": dim,
         "gpu_images_per_s": gpu["images_per_second"],
         "gpu_hours_embeddings": gpu["gpu_hours"],
         "cores_per_gpu": gpu["cores"],
         "hours_merge": grown(growth, "duplicates and split", IMAGES) + copying_s / 3600,
-        "gpu_hours_neighbors": products / 3600,
+        "gpu_hours_neighbors": search_seconds(train_images, dim, cfg.data.neighbors) / 3600,
         "days_neighbors_here": grown(growth, "neighbours, exact, 768-d", train_images) * dim / 768 / 24,
         "hours_training_here": triplets / ours(results, "training, InfoNCE") * dim / 768 / 3600,
         "gb_embeddings": embedding_bytes / 1e9,
@@ -98,11 +120,8 @@ def main() -> int:
         "core_hours_process_tar": IMAGES / ours(results, "process_tar on gzip") / 3600,
         "core_hours_fingerprints": IMAGES / ours(results, "pHash") / 3600,
         "days_evaluation_here": grown(growth, "evaluation, 256-d", test_images) / 24,
-        "gpu_hours_evaluation": 2
-        * test_images**2
-        * 256
-        / (model_sizes.GPUS[GPU][0] * 1e12 * PRODUCT_SHARE)
-        / 3600,
+        "gpu_hours_evaluation": evaluation_seconds(test_images, 256) / 3600,
+        "gpu_hours_search": {str(rows): search_seconds(rows, 768, cfg.data.neighbors) / 3600 for rows in SEARCHED},
         "gb_metadata": IMAGES * (per_image["intermediates"] + per_image["fingerprints"]) / 1e9,
         "gb_difficulty": train_images * neighbor_bytes / 1e9,
         "embedding_files": IMAGES // cfg.data.rows_per_part,
