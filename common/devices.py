@@ -70,7 +70,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
     """
     if dtype != "auto":
         return dtype
-    is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    is_fast = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
     return "bfloat16" if is_fast else "float32"
 
 
@@ -86,11 +86,11 @@ def free_bytes(device: torch.device) -> int:
 
 
 def search_memory_mb(settings: Infrastructure, device: torch.device) -> int:
-    """infrastructure.search_memory_mb; "auto" is 1,024 on a CPU, and a quarter of what is free on CUDA, at
-    most 4,096: no tile is larger."""
+    """infrastructure.search_memory_mb; "auto" is 1,024 on a CPU, and a quarter of what is free on CUDA, 256
+    to 4,096: no tile is larger."""
     if settings.search_memory_mb != "auto":
         return settings.search_memory_mb
-    return min(4_096, free_bytes(device) // 2**22) if device.type == "cuda" else 1_024
+    return int(np.clip(free_bytes(device) // 2**22, 256, 4_096)) if device.type == "cuda" else 1_024
 
 
 def place(array: np.ndarray, device: torch.device) -> torch.Tensor:

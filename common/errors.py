@@ -1,7 +1,7 @@
 """Errors that a user can cause. Their message is all the user sees: what is wrong, where, and what to do.
 
-`explained` says the same of torch's errors about memory and GPUs. torch is not imported here, so it goes by their
-words.
+`explained` says the same of torch's errors about memory and GPUs. torch is not imported here, so it
+matches their messages.
 """
 
 import re
@@ -18,7 +18,10 @@ _OF_GPU = {  # words of an error of a GPU, its driver or libraries -> what to do
     "CUDA error|HIP error|CUDA call failed|cudaGetDeviceCount": "rerun: finished files are kept. If it recurs, "
     f"try another GPU, {_CPU}. CUDA_LAUNCH_BLOCKING=1 and --set logging.level=debug show where it happens",
 }
-_IS_OF_GPU = re.compile("NVIDIA driver|CUDA driver|" + "|".join(list(_OF_GPU)[2:]))
+_IS_OF_GPU = re.compile(
+    "NVIDIA driver|CUDA driver|CUBLAS_STATUS|CUSOLVER_STATUS|cuDNN error|CUDA error|HIP error|CUDA call failed|"
+    "cudaGetDeviceCount"
+)
 
 
 class PipelineError(Exception):

@@ -6,7 +6,7 @@ edges[b - 1] <= ratio < edges[b]; band 0 is the hardest. A band may be empty for
 
 import numpy as np
 
-SMALLEST_SCALE = 1e-6  # of 1 - s_k0: k0 neighbours that are copies of the anchor say nothing about its scale
+SMALLEST_SCALE = 1e-4  # of 1 - s_k0: k0 neighbours that are copies of the anchor say nothing about its scale
 _SHIFT = 12  # low bits of a float32 ratio that its histogram ignores: 11 of the 23 of its fraction are kept
 
 

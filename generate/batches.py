@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from common import devices
 from common.errors import PipelineError, is_out_of_memory
 from common.sections import Infrastructure
 
@@ -37,7 +38,7 @@ def size_of(settings: Infrastructure, forward: Forward, image_size: list[int], d
         ahead = 2 * pixels.nbytes  # of batches that are prepared meanwhile, see loop.py
         return torch.cuda.max_memory_allocated(device) - before + ahead
 
-    size = Size(largest(peak_bytes, int(MEMORY_SHARE * torch.cuda.mem_get_info(device)[0])))
+    size = Size(largest(peak_bytes, int(MEMORY_SHARE * devices.free_bytes(device))))
     torch.cuda.empty_cache()
     log.info("batches of %d images", size.images)
     return size
@@ -71,5 +72,6 @@ def forward(model: Forward, pixels: torch.Tensor, size: Size) -> torch.Tensor:
                 ) from None
         # not in the handler: until it ends, the error keeps the failed pass's tensors alive
         size.images //= 2
-        torch.cuda.empty_cache()
+        if pixels.device.type != "cpu":
+            getattr(torch, pixels.device.type).empty_cache()
         log.warning("out of memory: continuing with batches of %d images", size.images)

@@ -317,20 +317,17 @@ def costs() -> str:
         row("training set in memory: GB", "{:,.0f}", "gb_training_in_memory"),
     ]
     hours = {name: f"{estimate[f'core_hours_{name}']:.0f}" for name in ("process_tar", "fingerprints")}
-    searched = "; ".join(
-        f"{rate(hours)} GPU hours for {int(rows) / 1e6:.0f}"
-        for rows, hours in estimate["gpu_hours_search"].items()
-    )
     text = (
         f"Independent of the backbone: `process_tar.py` takes {hours['process_tar']} core-hours and "
         f"`compute_fingerprints.py` {hours['fingerprints']}; the evaluation of one method takes "
         f"{estimate['days_evaluation_here']:.1f} days, or {60 * estimate['gpu_hours_evaluation']:.0f} minutes on "
         f"one GPU. Metadata take {estimate['gb_metadata']:.0f} GB, neighbours {estimate['gb_difficulty']:.0f} GB. "
-        f"The neighbour search of 768 dimensions takes {searched} million rows on that GPU. "
         "Each tar yields three metadata files; fingerprints and embeddings are at least "
         f"{estimate['embedding_files']:,} files each, since every tar starts a new one."
     )
-    return "\n\n".join([table([f"{estimate['images']:,} images", *backbones], rows), text])
+    searched = {f"{int(rows):,} rows": f"{hours:.2f}" for rows, hours in estimate["gpu_hours_search"].items()}
+    search = table(["neighbour search, 768 dimensions", *searched], [["GPU hours", *searched.values()]])
+    return "\n\n".join([table([f"{estimate['images']:,} images", *backbones], rows), search, text])
 
 
 def rate(value: float) -> str:

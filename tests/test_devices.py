@@ -106,8 +106,7 @@ def test_a_torch_without_cuda_is_told_where_there_is_a_card(machine, caplog):
     [("cuda", True, "bfloat16"), ("cuda", False, "float32"), ("xpu", True, "float32"), ("mps", True, "float32")],
 )
 def test_auto_is_bfloat16_on_the_gpus_that_do_not_emulate_it(monkeypatch, device, has_bfloat16, dtype):
-    emulating = lambda including_emulation=True: has_bfloat16 or including_emulation  # noqa: E731
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", emulating)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9) if has_bfloat16 else (7, 5))
     assert devices.resolve_dtype("auto", torch.device(device)) == dtype
     assert devices.resolve_dtype("auto", torch.device("cpu")) == "float32"
     assert devices.resolve_dtype("float16", torch.device(device)) == "float16"

@@ -1,5 +1,5 @@
-"""Races in the training feed and the generation loop: none as they are, and with a line of theirs taken out those
-that the line prevents. So the simulated device sees in real code what it is for.
+"""Races in the training feed, the generation loop and the search: none as they are, and with a line of theirs taken
+out those that the line prevents. So the simulated device sees in real code what it is for.
 """
 
 import numpy as np
@@ -10,6 +10,7 @@ from mutations import mutated
 from simulated_cuda import MixedDevices
 
 from common import config, devices
+from difficulty.search import search_vectors
 from generate import loop, pixels
 from train import datasets
 from train.sampling import feed
@@ -113,4 +114,30 @@ def test_the_generation_as_it_is_has_no_race(cuda):
 @pytest.mark.parametrize(("line", "by", "found"), [(line, *rest) for line, rest in OF_LOOP.items()], ids=OF_LOOP)
 def test_a_generation_without_one_of_its_lines_has_a_race(racing_cuda, line, by, found):
     embed(mutated(loop, line, by), JPEGS)
+    assert any(found in race for race in racing_cuda.take_races())
+
+
+OF_SEARCH = {
+    "current.wait_event(arrived[number % 2])": "reads what",
+    "block.record_stream(current)": "is freed while",
+    "arrived[number % 2].synchronize()": "the host writes a pinned buffer",
+}
+
+
+def multiply_tiles(module) -> None:
+    """Every tile of a gallery on the host, in a product, as the search does."""
+    vectors = module.SearchVectors(torch.ones(200, 16).half(), CUDA)
+    queries = vectors.take(torch.arange(8))
+    for _, block, inverse_length in vectors.tiles(32):
+        module.products(queries, block).mul_(inverse_length)
+        del block
+
+
+def test_a_gallery_that_travels_has_no_race(cuda):
+    multiply_tiles(search_vectors)
+
+
+@pytest.mark.parametrize(("line", "found"), OF_SEARCH.items(), ids=OF_SEARCH)
+def test_a_gallery_that_travels_without_one_of_these_lines_has_one(racing_cuda, line, found):
+    multiply_tiles(mutated(search_vectors, line, "pass"))
     assert any(found in race for race in racing_cuda.take_races())

@@ -1,17 +1,19 @@
 """The k most similar images of each image, by cosine, outside its own building and ignore zone.
 
 `exact_neighbors` compares a tile of anchors with a tile of all rows at a time: float32 products, forbidden pairs
-set to -inf, the best candidates kept. The neighbours are exact all the same, with ties (cosines equal to 12
-decimals) by row number:
+set to -inf, the best candidates kept. Which rows are the neighbours is exact all the same, with ties (cosines
+equal to 12 decimals) by row number:
 
 1. A few more candidates than k are kept. The error of a product is bounded (`error_of`): if the last candidate
-   scores below the k-th by more than twice the bound, nothing better was lost. Candidates that are so near to each
-   other that the products leave their order open are then compared in float64.
+   scores below the k-th by more than twice the bound, nothing better was lost. Float64 decides between candidates
+   that are as near as that to the k-th, and orders neighbours that are so near to each other that products usually
+   do not tell them apart (`near`).
 2. The other anchors (of copies, say) are searched again with eight times as many candidates, until none is left.
 
-Memory: N x (D x 2 + 8) bytes, the former on the device if they fit, else on the host; `memory_mb` for tiles and
-candidates, see `tile_sizes`; and n x k x 8 on the host for the result.
-Traffic, if the embeddings are on the host: N x D x 2 bytes for every tile of anchors.
+Memory: N x D x 2 bytes on the device if they fit, else on the host, and N x 8 on the device; `memory_mb` for tiles
+and candidates, see `tile_sizes`; and n x k x 8 on the host for the result.
+Traffic, if the embeddings are on the host: N x D x 2 bytes for every tile of anchors, and D x 4 for each pair that
+float64 decides (a few per anchor).
 Raises Stopped on a signal, between two tiles.
 """
 
@@ -23,11 +25,13 @@ import torch
 from torch.nn import functional as F
 
 from common.places.zones import Zones
-from difficulty.search.search_vectors import SearchVectors, error_of, products
+from difficulty.search.search_vectors import SearchVectors, error_of, near, products
 
 NO_ROW, NO_SIMILARITY = -1, -1.0  # where an image has fewer than k neighbours
-_GROUP = 8  # scores of which only the maximum is compared at first
-_SPARE = 16  # candidates beyond k
+GROUP = 4  # scores of which only the maximum is compared at first
+SPARE = 16  # candidates beyond k
+# anchors, rows of the gallery; rows that travel from the host meet many anchors, so that the traffic is less
+LARGEST_TILE = {"cpu": (1_024, 4_096), "cuda": (8_192, 32_768), "travelling": (32_768, 8_192)}
 _MORE = 8  # times as many for anchors that need them
 _LOWEST = -8.0  # below every score, above the -inf of forbidden pairs
 
@@ -47,7 +51,7 @@ def exact_neighbors(
     the number of anchors that have been compared with all rows since the last call."""
     neighbor_rows = np.full((len(rows), k), NO_ROW, np.int32)
     similarities = np.full((len(rows), k), NO_SIMILARITY, np.float32)
-    total, width, left = len(vectors.embeddings), k + _SPARE, np.arange(len(rows))
+    total, width, left = len(vectors.embeddings), k + SPARE, np.arange(len(rows))
     while len(left):
         width, uncertain = min(width, total), []
         size = tile_sizes(vectors, width, memory_mb)
@@ -72,16 +76,16 @@ class Sizes(NamedTuple):
 
 
 def tile_sizes(vectors: SearchVectors, width: int, memory_mb: float) -> Sizes:
-    """The largest useful tile within three quarters of the memory; the rest is for the pairs compared in float64.
-    A row of the gallery takes D x 8 bytes; an anchor D x 8, its G scores (and an eighth of them, the maxima) and,
-    for each of `width` candidates, the scores and rows of its group, twice, and 24 bytes more. Tiles that travel
-    have many anchors, so that the traffic is less."""
-    dim, stays = vectors.embeddings.shape[1], vectors.embeddings.device.type == vectors.device.type
-    most = (2_048, 16_384) if vectors.device.type == "cpu" else (8_192, 32_768) if stays else (32_768, 8_192)
+    """The largest useful tile within three quarters of the memory; the rest is for the pairs compared in float64,
+    and for the forbidden pairs (16 bytes each). A row of the gallery takes D x 8 bytes; an anchor D x 8, its G
+    scores (and a quarter of them, the maxima) and, for each of `width` candidates, the scores and rows of its
+    group, twice, and 24 bytes more: one with millions of copies may take more than the memory."""
+    dim, is_here = vectors.embeddings.shape[1], vectors.embeddings.device.type == vectors.device.type
+    most = LARGEST_TILE[vectors.device.type if is_here else "travelling"]
     size = memory_mb * 2**20 * 3 / 4
-    gallery = int(np.clip(size / 4 // (8 * dim), _GROUP, most[1])) // _GROUP * _GROUP
-    per_candidate = 2 * _GROUP * (4 + 4) + 24
-    anchors = (size - 8 * dim * gallery) // (4 * gallery * (1 + 1 / _GROUP) + per_candidate * width + 8 * dim)
+    gallery = int(np.clip(size / 4 // (8 * dim), GROUP, most[1])) // GROUP * GROUP
+    per_candidate = 2 * GROUP * (4 + 4) + 24
+    anchors = (size - 8 * dim * gallery) // (4 * gallery * (1 + 1 / GROUP) + per_candidate * width + 8 * dim)
     return Sizes(int(np.clip(anchors, 1, most[0])), gallery)
 
 
@@ -95,7 +99,7 @@ def _collect(
     scores = torch.empty((len(anchors), 0), device=vectors.device)
     rows = torch.empty((len(anchors), 0), dtype=torch.int32, device=vectors.device)
     for start, block, inverse_length in vectors.tiles(size):
-        missing = -len(block) % _GROUP
+        missing = -len(block) % GROUP
         tile = products(queries, F.pad(block, (0, 0, 0, missing)) if missing else block)
         tile[:, : len(block)].mul_(inverse_length)  # now cosines, but for the anchor's own length
         if missing:
@@ -113,12 +117,12 @@ def _collect(
 def _best_groups(tile: torch.Tensor, start: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The scores and rows in the `width` groups of highest maximum: the `width` highest scores are among them.
     Half of the time of a top-k over the whole tile."""
-    groups = tile.unflatten(1, (_GROUP, -1))  # (A, 8, G / 8): a group is a column
+    groups = tile.unflatten(1, (GROUP, -1))  # (A, 4, G / 4): a group is a column
     number = groups.shape[2]
     chosen = groups.amax(dim=1).topk(min(width, number), dim=1, sorted=False).indices[:, None]
     firsts = torch.arange(start, start + tile.shape[1], number, dtype=torch.int32, device=tile.device)
     rows = chosen.int() + firsts[:, None]
-    return groups.gather(2, chosen.expand(-1, _GROUP, -1)).flatten(1), rows.flatten(1)
+    return groups.gather(2, chosen.expand(-1, GROUP, -1)).flatten(1), rows.flatten(1)
 
 
 class _Forbidden(NamedTuple):
@@ -151,16 +155,20 @@ def _settle(
     memory_mb: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(A,) whether an anchor's best are certain to be among its candidates; if so, their rows and cosines (A, k),
-    ties by row number. `scores`, `rows` (A, W): as `_collect` returns them."""
-    width, margin = scores.shape[1], 2 * error_of(vectors.embeddings.shape[1])
+    ties by row number. `scores`, `rows` (A, W): as `_collect` returns them. The cosines are scores (`error_of`)
+    where float64 had nothing to decide."""
+    width, dim = scores.shape[1], vectors.embeddings.shape[1]
+    margin = 2 * error_of(dim)
     floor = scores[:, min(k, width) - 1, None].sub(margin).clamp_(min=_LOWEST)
     certain = scores[:, -1] < floor[:, 0]
     if width == len(vectors.embeddings):
         certain.fill_(True)
     reach = scores >= floor
-    close = scores.diff(dim=1) >= -margin  # to the next: the order is open
-    open_order = reach & certain[:, None] & (F.pad(close, (1, 0)) | F.pad(close, (0, 1)))
-    anchor, place = open_order.nonzero(as_tuple=True)
+    close = scores.diff(dim=1) >= -near(dim)  # to the next
+    is_open = F.pad(close, (1, 0)) | F.pad(close, (0, 1))
+    if width > k:  # where candidates beyond the k-th reach the floor, it is open which of them are the best k
+        is_open |= reach[:, k, None] & ((scores - scores[:, k - 1, None]).abs() <= margin)
+    anchor, place = (is_open & reach & certain[:, None]).nonzero(as_tuple=True)
     values = scores.double().masked_fill_(~reach, -torch.inf)
     own = torch.from_numpy(anchors).to(vectors.device)[anchor]
     values[anchor, place] = vectors.cosines(own, rows[anchor, place].long(), memory_mb / 8)

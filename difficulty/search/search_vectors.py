@@ -73,10 +73,16 @@ def products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def error_of(dim: int) -> float:
-    """How far a cosine by `products` may be from the exact one: 8 sqrt(D) unit roundoffs, which sums of D terms in
-    float32 exceed with probability below 1e-13 (Higham & Mary 2019, theorem 2.4); or D / 4, since a GPU's float16
-    units add 16 terms at a time and round down."""
-    return torch.finfo(torch.float32).eps * max(4 * dim**0.5, dim / 8)
+    """How far a cosine by `products` may be from the exact one: 8 sqrt(D) unit roundoffs (eps / 2), which a sum of
+    D terms in float32 exceeds with probability below 1e-13 (Higham & Mary 2019, theorem 2.4); or D / 2 of them,
+    since the float16 units of a GPU add 4 terms (V100) to 16 (H100) at a time and cut off what float32 does not
+    hold (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores")."""
+    return torch.finfo(torch.float32).eps * max(4 * dim**0.5, dim / 4)
+
+
+def near(dim: int) -> float:
+    """2 sqrt(D) unit roundoffs: the errors of `products` usually do not exceed it."""
+    return torch.finfo(torch.float32).eps * dim**0.5
 
 
 def _travelling(embeddings: torch.Tensor, size: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:

@@ -19,6 +19,7 @@ from local_backbone import write_preprocessor
 from transformers import Dinov2Config, DINOv3ViTConfig
 
 from common import config, files
+from difficulty.search import exact_search
 from publish.inference import model_sizes
 
 HERE = Path(__file__).resolve().parent
@@ -27,8 +28,9 @@ GPU = "H100 SXM"
 # From the data sheet of that GPU, and the shares of them that large products and copies reach.
 FLOAT16_FLOPS, FLOAT32_FLOPS, BYTES_PER_S = 989e12, 67e12, 3.35e12
 PRODUCT_SHARE, MEMORY_SHARE = 0.5, 0.8
-TOPK_READS = 18  # of a float32 value: the kernel selects two bits at a time. Many of them are from a cache
+TOPK_READS = 6  # of a float32 value: four to select, eight bits at a time, and two to gather
 SEARCHED = (5_000_000, 20_000_000, 25_000_000)  # rows, 768-d
+DECIDED = 4  # pairs of an anchor that float64 decides
 MATCHES = 2  # of a query: other images of its building
 VITS = {  # as on the hub
     "ViT-B/14": Dinov2Config(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, patch_size=14),
@@ -57,15 +59,17 @@ def grown(growth: dict, step: str, images: int) -> float:
 
 
 def search_seconds(rows: int, dim: int, k: int) -> float:
-    """Of the search for the k neighbours of every row on one GPU, with all embeddings on it: see exact_search.py,
-    whose kernels a tile launches one after the other. Comparing what the tiles leave open is not counted."""
-    anchors, width, group = 8_192, 32_768, 8
+    """Of the search for the k neighbours of every row on one GPU, with all embeddings on it: of the operators of a
+    tile in exact_search.py, one after the other, and of the pairs that float64 decides."""
+    (anchors, width), group = exact_search.LARGEST_TILE["cuda"], exact_search.GROUP
+    kept = k + exact_search.SPARE
     product = 2 * anchors * width * dim / (FLOAT16_FLOPS * PRODUCT_SHARE)
-    scores, candidates = 4 * anchors * width, 4 * anchors * (k + 16) * group
+    scores, candidates = 4 * anchors * width, 4 * anchors * kept * group
     moved = 2 * dim * (anchors + width) + 4 * scores  # product; times the lengths; maxima of groups
     moved += TOPK_READS * (scores / group + candidates)
-    moved += 32 * anchors * (k + 16) * group + 8 * candidates  # groups gathered in sectors of 32 bytes, and joined
-    return rows**2 / (anchors * width) * (product + moved / (BYTES_PER_S * MEMORY_SHARE))
+    moved += 32 * anchors * kept * group + 8 * candidates  # groups gathered in sectors of 32 bytes, and joined
+    tiles = rows**2 / (anchors * width) * (product + moved / (BYTES_PER_S * MEMORY_SHARE))
+    return tiles + rows * DECIDED * 32 * dim / (BYTES_PER_S * MEMORY_SHARE)
 
 
 def evaluation_seconds(rows: int, dim: int) -> float:

@@ -69,6 +69,8 @@ class Gpu:
     def peak(self) -> tuple[str, float] | None:
         """(name, dense bfloat16 peak in TFLOP/s) of the card in model_sizes.GPUS, None if it is not there."""
         words = set(self.name.replace("-", " ").split())
+        if words & {"PCIe", "PCIE", "NVL", "Laptop", "D"}:  # slower than the card of that name
+            return None
         for name, (tflops, _) in model_sizes.GPUS.items():
             if set(name.split()) - {"SXM", "80", "GB"} <= words:
                 return name, tflops

@@ -73,7 +73,7 @@ def feeding(gpu: Gpu) -> tuple[float, int]:
         preprocessing = backbone.read_preprocessing(Path(folder) / "vit", min(cfg.embedding_model.views))
     images, threads = gpu_feed.photographs(gpu), cfg.infrastructure.threads
     infrastructure = with_batch(cfg, 64)
-    count = max(int(gpu.sizes.seconds * 1_000 * threads), 8)  # a core decodes about 1,000 in a second
+    count = max(int(gpu.sizes.seconds * model_sizes.IMAGES_PER_CORE * threads), 8)
     few_pixels = lambda pixels: pixels[:, :, ::32, ::32].flatten(1)  # noqa: E731
     run = lambda: gpu_feed.embed(images, count, few_pixels, preprocessing, gpu.device, infrastructure)  # noqa: E731
     return count / min(timing.seconds({"fed": run}, gpu.sizes.rounds)["fed"]), threads

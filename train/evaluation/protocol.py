@@ -44,9 +44,7 @@ def evaluate(
     for method in sorted(methods, key=lambda method: method.name == shown):  # `shown` last: its vectors are kept
         del vectors  # of the previous method: never two at a time
         vectors = method.vectors(gallery, device)
-        if not torch.isfinite(vectors.sum()):  # unlike isfinite of all, it needs no memory
-            raise PipelineError(f"{method.name} ({method.description}) yields vectors that are not finite")
-        unordered[method.name] = rank(vectors, gallery, memory_mb, device, progress)
+        unordered[method.name] = rank(method, vectors, gallery, memory_mb, device, progress)
     matches = {method.name: unordered[method.name] for method in methods}
     per_query = {name: metrics.per_query(of_method) for name, of_method in matches.items()}
     if not per_query[shown].has_match.any():
@@ -60,9 +58,17 @@ def shown_of(names: list[str]) -> str:
 
 
 def rank(
-    vectors: torch.Tensor, gallery: Gallery, memory_mb: int, device: torch.device, progress: cli.Progress
+    method: Method,
+    vectors: torch.Tensor,
+    gallery: Gallery,
+    memory_mb: int,
+    device: torch.device,
+    progress: cli.Progress,
 ) -> Matches:
-    """The ranks of each query's matches in the rest of the gallery. `vectors`: on the device, or on the host."""
+    """The ranks of each query's matches in the rest of the gallery, by the `vectors` of a method, on the device or
+    on the host. Raises PipelineError if one is not finite."""
+    if not torch.isfinite(vectors.sum()):  # unlike isfinite of all, it needs no memory
+        raise PipelineError(f"{method.name} ({method.description}) yields vectors that are not finite")
     building, parts = gallery.zones.building_of_row, []
     for rows in _query_blocks(gallery, memory_mb):
         part = metrics.find_matches(

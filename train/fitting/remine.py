@@ -3,7 +3,7 @@
 Search (always exact) and bands are those of difficulty/. They are a function of the head, so a resumed run keeps
 the head that it last mined with, and mines again with that. Memory: N x output_dim x 2 bytes more, on the
 device if they fit there; what difficulty/search/exact_search.py takes; and the new bands beside the old while they
-are made (N x k x 8, with the similarities).
+are made (N x k x 8, with the ratios).
 """
 
 import copy
@@ -16,7 +16,8 @@ import torch
 from common import devices
 from common.sections import Config
 from difficulty import bands
-from difficulty.search import exact_search
+from difficulty.search.exact_search import exact_neighbors
+from difficulty.search.search_vectors import SearchVectors
 from publish.projection_head import ProjectionHead
 from train.datasets import TrainRows
 from train.evaluation import heads
@@ -28,15 +29,15 @@ def mine(cfg: Config, rows: TrainRows, head: ProjectionHead, state: dict[str, to
     """`rows` with the bands in the space of `head` with the weights `state`. Raises Stopped on a signal."""
     head = copy.deepcopy(head)
     head.load_state_dict(state)
-    vectors = heads.embed(head, rows.embeddings, rows.device, torch.float16)
-    neighbors, similarities = exact_search.exact_neighbors(
-        exact_search.SearchVectors(vectors, rows.device),
-        rows.zones,
-        k=rows.neighbor_rows.shape[1],
-        rows=np.arange(len(vectors)),
-        memory_mb=devices.search_memory_mb(cfg.infrastructure, rows.device),
-    )
-    ratios = bands.ratios(similarities, neighbors, cfg.data.band_reference_rank)
+    vectors = SearchVectors(heads.embed(head, rows.embeddings, rows.device, torch.float16), rows.device)
+    n, k = rows.neighbor_rows.shape
+    neighbors, ratios = np.empty((n, k), np.int32), np.empty((n, k), np.float32)
+    memory_mb = devices.search_memory_mb(cfg.infrastructure, rows.device)
+    for start in range(0, n, cfg.data.rows_per_part):
+        block = np.arange(start, min(start + cfg.data.rows_per_part, n))
+        nearest, similarities = exact_neighbors(vectors, rows.zones, k=k, rows=block, memory_mb=memory_mb)
+        neighbors[block] = nearest
+        ratios[block] = bands.ratios(similarities, nearest, cfg.data.band_reference_rank)
     edges = bands.edges_of(bands.histogram(ratios), cfg.data.band_percentiles)
     before = rows.neighbor_rows[:, 0].cpu().numpy()
     log.info(

@@ -91,7 +91,7 @@ def rank_all(
     with cli.Progress("compare", "ranking", total, cfg.logging.progress_interval_s) as progress:
         for key, (method, rows) in compared.items():
             vectors = method.vectors(rows, device)
-            queries = metrics.per_query(protocol.rank(vectors, rows, memory_mb, device, progress))
+            queries = metrics.per_query(protocol.rank(method, vectors, rows, memory_mb, device, progress))
             del vectors  # never those of two methods at a time
             values[key] = protocol.query_values(queries, FIGURES)
     cell_ids = rows.column("cell_id")[: rows.num_queries][queries.has_match]  # the same for all
