@@ -63,7 +63,7 @@ def test_a_tile_of_queries_costs_no_more_kernels_and_waits(cuda, ranking, monkey
 
     monkeypatch.setattr(metrics, "_rank_tile", counted)
     monkeypatch.setitem(metrics._LARGEST_TILE, "cuda", (64, width))
-    rank(ranking, CUDA)
+    rank(ranking, CUDA, memory_mb=4)
     tiles, matches = -(-G // width), 4  # of the gallery; of each query
     assert len(costs) > 1
     for cost in costs:

@@ -1,5 +1,5 @@
-"""Races in the training feed, the generation loop and the search: none as they are, and with a line of theirs taken
-out those that the line prevents. So the simulated device sees in real code what it is for.
+"""Races in the training feed, the generation loop and the search: none as they are, and with a line of theirs
+taken out those that the line prevents. So the simulated device sees in real code what it is for.
 """
 
 import numpy as np

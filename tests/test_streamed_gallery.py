@@ -20,22 +20,27 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MB = 2**20
 
 
-def retrieval(gallery: torch.Tensor, device: torch.device) -> metrics.PerQuery:
+def retrieval(gallery: torch.Tensor, device: torch.device, memory_mb: int) -> metrics.PerQuery:
     """Of the first 1,000 rows, in buildings of four; each has two rows of junk."""
     building, rows = np.arange(len(gallery)) // 4, np.arange(1_000)
     return metrics.retrieval(
         gallery[:1_000], gallery, query_building=building[rows], gallery_building=building, self_rows=rows,
-        junk=(np.arange(0, 2_001, 2), np.repeat(rows, 2) + np.tile([8, 9], 1_000)), memory_mb=16, device=device,
+        junk=(np.arange(0, 2_001, 2), np.repeat(rows, 2) + np.tile([8, 9], 1_000)),
+        memory_mb=memory_mb, device=device,
     )  # fmt: skip
 
 
-def test_a_gallery_larger_than_the_device_gives_the_cpus_figures():
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.67, 0.9, 1.5])
+def test_a_gallery_of_any_size_is_ranked_within_the_device_as_on_the_cpu(share):
     torch.manual_seed(0)
     looks, views = (torch.randint(-3, 4, (n, 128)) for n in (10_000, 40_000))
     gallery = (3 * looks.repeat_interleave(4, dim=0) + 4 * views).float()  # products are exact, and many are equal
-    expected = retrieval(gallery, CPU)
-    with simulated_cuda.installed(17 * MB) as cuda:  # 20 MB of vectors
-        found = retrieval(gallery, CUDA)
+    expected = retrieval(gallery, CPU, 16)
+    total = int(gallery.nbytes / share)
+    memory_mb = total // 4 // MB  # as "auto"
+    with simulated_cuda.installed(total) as cuda:
+        found = retrieval(gallery, CUDA, memory_mb)
+        assert cuda.peak <= memory_mb * MB + (gallery.nbytes if share <= 2 / 3 else 0)
         assert not cuda.races
     for name, values in vars(expected).items():
         np.testing.assert_array_equal(getattr(found, name), values, err_msg=name)

@@ -222,10 +222,10 @@ def _tile_sizes(gallery: torch.Tensor, device: torch.device, memory_mb: int) -> 
     """(queries, gallery rows) of a tile; the latter a multiple of _LANES."""
     memory, dim, is_streamed = memory_mb * 2**20, gallery.shape[1], gallery.device.type != device.type
     most, width = _LARGEST_TILE["streamed" if is_streamed else device.type]
-    if is_streamed:  # a tile of it, and that padded, in a quarter of the memory
-        width = min(width, max(_LANES, memory // (32 * dim) // _LANES * _LANES))
-        memory -= 8 * dim * width
+    of_row = (8 if is_streamed else 4) * dim  # the gallery's last tile is padded, in a copy
+    width = min(width, max(_LANES, memory // 4 // of_row // _LANES * _LANES))
     width = min(width, -(-max(1, len(gallery)) // _LANES) * _LANES)
+    memory -= of_row * width
     per_query = _TILE_BYTES * width + 8 * dim  # its scores; itself, twice
     return int(np.clip(memory // per_query, 1, most)), width
 
