@@ -25,8 +25,8 @@ def test_bands_that_one_can_see():
     similarities = np.array([[0.9, 0.8, 0.6, 0.5], [1.0, 1.0, 0.5, -1.0]], np.float32)
     rows = np.array([[3, 2, 1, 0], [9, 8, 7, -1]])
     ratio = bands.ratios(similarities, rows, reference_rank=2)
-    # anchor 0: the second neighbour is 0.2 away; anchor 1: two copies of itself, the scale is 1e-6
-    np.testing.assert_allclose(ratio, [[0.5, 1.0, 2.0, 2.5], [0, 0, 5e5, np.inf]], rtol=1e-4)
+    # anchor 0: the second neighbour is 0.2 away; anchor 1: two copies of itself, the scale is 1e-4
+    np.testing.assert_allclose(ratio, [[0.5, 1.0, 2.0, 2.5], [0, 0, 5e3, np.inf]], rtol=1e-4)
     offsets = bands.offsets(ratio, np.array([0.75, 2.2, 3.0], np.float32))
     assert offsets.tolist() == [[0, 1, 3, 4, 4], [0, 2, 2, 2, 3]]
 
