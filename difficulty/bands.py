@@ -1,6 +1,6 @@
 """Bands of difficulty: how near a neighbour is, relative to its anchor's own k0-th neighbour.
 
-The ratio of a neighbour of similarity s is (1 - s) / max(1 - s_k0, 1e-6). Band b holds the neighbours with
+The ratio of a neighbour of similarity s is (1 - s) / max(1 - s_k0, 1e-4). Band b holds the neighbours with
 edges[b - 1] <= ratio < edges[b]; band 0 is the hardest. A band may be empty for an anchor.
 """
 
