@@ -80,10 +80,10 @@ def test_a_tile_takes_few_kernels_and_the_host_does_not_wait_for_them(cuda, embe
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.6, 0.67, 0.9, 1.5])
 def test_embeddings_of_any_size_are_searched_within_the_device(places, share):
-    vectors = np.random.default_rng(0).normal(size=(60_000, 32)).astype(np.float16)
-    building = np.arange(60_000)
-    places = make_zones(building, building * 1e-3, np.zeros(60_000), 25.0)
-    rows = np.arange(0, 60_000, 6_000)
+    vectors = np.random.default_rng(0).normal(size=(80_000, 128)).astype(np.float16)
+    building = np.arange(80_000)
+    places = make_zones(building, building * 1e-3, np.zeros(80_000), 25.0)
+    rows = np.arange(0, 80_000, 80)
     expected = search(torch.from_numpy(vectors), places, rows, CPU, memory_mb=64)
     settings = config.load(None, []).infrastructure
     total = int(vectors.nbytes / share)
@@ -91,13 +91,13 @@ def test_embeddings_of_any_size_are_searched_within_the_device(places, share):
         embeddings = devices.place(vectors, CUDA)
         assert embeddings.is_cuda == (share <= 2 / 3)
         assert devices.search_memory_mb(settings, CUDA) == 256  # at least
-        memory_mb = 0.25
         for part in np.array_split(rows, 2):  # the second finds the memory that the first has freed
-            found = search(embeddings, places, part, CUDA, memory_mb)
+            found = search(embeddings, places, part, CUDA, memory_mb=8)
             assert_same(found, [array[np.isin(rows, part)] for array in expected])
             assert devices.free_bytes(CUDA) == total - cuda.allocated
         held = len(vectors) * 8 + (vectors.nbytes if embeddings.is_cuda else 0)
-        assert cuda.peak <= held + max(memory_mb * 2**20, 8_192 * 32 * 12)  # a tile, or a block to be measured
+        # 5.5 MB if a tile were kept while the next is made; from the host, blocks of 8,192 rows to be measured
+        assert cuda.peak <= held + (5 if embeddings.is_cuda else 8) * 2**20
         assert not cuda.races
 
 

@@ -109,6 +109,7 @@ def _collect(
         scores, rows = torch.cat([scores, found], dim=1), torch.cat([rows, found_rows], dim=1)
         scores, place = scores.topk(min(width, scores.shape[1]), dim=1, sorted=False)
         rows = rows.gather(1, place)
+        del tile, found, found_rows, block  # before the next tile needs their memory
     scores, order = scores.sort(dim=1, descending=True)
     own_inverse = vectors.inverse_length[own, None].float().clamp_(min=1e-30)  # -inf x 0 is not a number
     return scores.mul_(own_inverse), rows.gather(1, order)
