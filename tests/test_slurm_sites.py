@@ -1,0 +1,151 @@
+"""What sites and users' profiles change: a real Slurm with their rules, and one short stage of one small tar.
+
+Skipped, with the reason, where Slurm is not installed; never in continuous integration.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import one_node_slurm
+import pytest
+from conftest import ROOT
+from local_backbone import write_local_backbone
+from one_node_slurm import OneNodeSlurm
+from synthetic import write_dataset
+
+pytestmark = pytest.mark.timeout(300)
+PATIENCE_S = 120  # for what should take seconds on an idle machine
+RULES = """\
+PrivateData=jobs
+JobSubmitPlugins=lua
+PartitionName=short Nodes=ALL MaxTime=00:10:00
+"""
+# refuses the jobs whose names the file lists, with the words and the error number of a limit on submitted jobs
+LIMIT = """\
+function slurm_job_submit(job, partitions, uid)
+    local file = io.open("{refused}")
+    local names = file and file:read("a") or ""
+    if file then file:close() end
+    if names:find(job.name, 1, true) then
+        slurm.log_user("AssocMaxSubmitJobLimit")
+        return 2050
+    end
+    return slurm.SUCCESS
+end
+function slurm_job_modify() return slurm.SUCCESS end
+return slurm.SUCCESS
+"""
+
+
+class Site:
+    """A cluster with a site's rules, a checkout, and what a user calls there."""
+
+    def __init__(self, folder: Path, cluster: OneNodeSlurm):
+        self.folder, self.cluster = folder, cluster
+        self.environment = dict(cluster.environment)
+        self.checkout = folder / "checkout"
+        others = (".*", "data", "demo", "logs", "checkpoints", "__pycache__", "*.egg-info", "tests", "docs")
+        shutil.copytree(ROOT, self.checkout, ignore=shutil.ignore_patterns(*others))
+        write_dataset(folder / "raw", streets=1, cities=1, image_px=64, facades_per_street=2)
+        (folder / "bin").mkdir()
+        self.python = folder / "bin" / "python"  # the jobs' Python, which a test may replace
+        self.python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        self.python.chmod(0o755)
+        with open(self.checkout / "slurm" / "env.sh", "a") as file:
+            file.write(f"export PATH={self.python.parent}:$PATH  # as a module does\n")
+
+    def call(self, program: str, root: Path, *arguments, code: int = 0, **variables) -> str:
+        """What slurm/submit.py or slurm/status.py prints; it must end with `code`."""
+        settings = [f"paths.root={root}", f"paths.raw_dir={self.folder / 'raw'}", "slurm.num_shards=1"]
+        settings += ['slurm.process_tar.sbatch=["--mem=500M"]']
+        flags = [word for setting in settings for word in ("--set", setting)]
+        return self.run(sys.executable, self.checkout / "slurm" / program, *flags, *arguments, code=code, **variables)
+
+    def submit(self, root: Path, *arguments, **options) -> str:
+        return self.call("submit.py", root, "--only", "process_tar", *arguments, **options)
+
+    def run(self, *command, code: int = 0, **variables) -> str:
+        command = [str(word) for word in command]
+        told = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE_S,
+            cwd=self.folder, env={**self.environment, **variables},
+        )  # fmt: skip
+        assert told.returncode == code, f"{shlex.join(command)}\n{told.stdout}"
+        assert "Traceback" not in told.stdout, told.stdout
+        return told.stdout
+
+    def step(self, root: Path, code: int = 0) -> dict:
+        """What status.py tells of the one step."""
+        return json.loads(self.call("status.py", root, "--json", code=code))["steps"][0]
+
+    def wait(self, root: Path) -> str:
+        """Until the newest run's jobs have ended; its log."""
+        (log,) = wait_for(lambda: list(root.glob("logs/runs/*/*.log")), "log")
+        self.wait_for_jobs()
+        return log.read_text()
+
+    def wait_for_jobs(self) -> None:
+        wait_for(lambda: not self.cluster.ask("squeue", "--noheader"), "end of all jobs", every_s=0.2)
+
+
+def wait_for(condition, what: str, every_s: float = 0.1):
+    deadline = time.monotonic() + PATIENCE_S
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"no {what} after {PATIENCE_S} s"
+        time.sleep(every_s)
+    return value
+
+
+@pytest.fixture(scope="module")
+def site():
+    reason = one_node_slurm.why_not()
+    if reason:
+        assert not os.environ.get("CI"), reason
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory() as name:  # not pytest's, which other users may not enter
+        folder = Path(name)
+        folder.chmod(0o755)
+        cluster = OneNodeSlurm(folder / "cluster", more=RULES)
+        (folder / "cluster" / "job_submit.lua").write_text(LIMIT.format(refused=folder / "refused"))
+        with cluster:
+            yield Site(folder, cluster)
+
+
+# ------------------------------------------------------------------------------------------- the environment
+
+
+def test_jobs_without_the_submitting_shells_environment_find_what_env_sh_sets(site, tmp_path):
+    site.submit(tmp_path, SBATCH_EXPORT="NONE")
+    assert "ends with exit code 0" in site.wait(tmp_path)
+    assert site.step(tmp_path)["state"] == "done"
+
+
+def test_prefetch_takes_the_flags_of_jobs(site, tmp_path):
+    """srun has no --no-requeue."""
+    write_local_backbone(tmp_path / "backbone")
+    flags = ["--no-requeue", "--export=NONE", "--mem=500M"]
+    told = site.call(
+        "submit.py", tmp_path, "--prefetch", "--set", f"embedding_model.name={tmp_path / 'backbone'}",
+        "--set", f"slurm.sbatch={json.dumps(flags)}", "--set", "slurm.generate_embeddings.sbatch=[]",
+    )  # fmt: skip
+    assert told.count(str(tmp_path / "backbone")) >= 3
+
+
+def test_a_wrapper_is_submitted_by_hand_from_inside_another_job(site, tmp_path):
+    """srun would ask for that job's GPUs."""
+    inner = ["sbatch", "--mem=500M", "--cpus-per-task=1", "--output=inner.log"]
+    inner += [site.checkout / "slurm" / "stages" / "process_tar.sbatch", "--set", f"paths.root={tmp_path}"]
+    inner += ["--set", f"paths.raw_dir={site.folder / 'raw'}"]
+    outer = ["sbatch", "--gpus=1", "--mem=500M", "--cpus-per-task=2", "--output=outer.log"]
+    wrap = f"srun -n1 -c2 {shlex.join(map(str, inner))}"
+    site.run(*outer, f"--chdir={tmp_path}", f"--wrap={wrap}")
+    site.wait_for_jobs()
+    assert "ends with exit code 0" in (tmp_path / "inner.log").read_text()
