@@ -21,6 +21,9 @@ from common.errors import PipelineError
 
 ROOT = Path(__file__).resolve().parents[1]
 ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
+OPTIONS = ("SBATCH_", "SCANCEL_", "SINFO_", "SQUEUE_")  # of Slurm's clients: prefixes of variables
+KEPT = ["SLURM_CONF", "SLURM_CLUSTERS"]
+KEPT += [f"SBATCH_{name}" for name in "ACCOUNT CLUSTERS CONSTRAINT EXPORT PARTITION QOS RESERVATION".split()]
 WITHOUT_CLUSTER = "run this on a login node,\nor run the chain here with slurm/submit.py --local"
 
 
@@ -38,15 +41,15 @@ class SlurmJob(NamedTuple):
 
 
 def environment() -> dict[str, str]:
-    """The environment for Slurm's clients, without the variables of the job that this process may itself run in.
+    """The environment for Slurm's clients: without the variables of the job that this process may itself run in,
+    and without a profile's options, but for those that say where and on whose account jobs run.
 
     sbatch passes those of an interactive job on to new jobs, where srun takes them as options: another job's
-    number of tasks, memory per core or array index.
+    number of tasks, memory per core or array index. With SQUEUE_PARTITION, squeue would hide jobs; SBATCH_WAIT or
+    SBATCH_ARRAY_INX would change what a submission is. Resources are those of [slurm].
     """
-    if "SLURM_JOB_ID" not in os.environ:
-        return dict(os.environ)
-    jobs, kept = ("SLURM_", "SRUN_", "SLURMD_"), ("SLURM_CONF", "SLURM_CLUSTERS")
-    return {name: value for name, value in os.environ.items() if name in kept or not name.startswith(jobs)}
+    hidden = OPTIONS if "SLURM_JOB_ID" not in os.environ else (*OPTIONS, "SLURM_", "SRUN_", "SLURMD_")
+    return {name: value for name, value in os.environ.items() if name in KEPT or not name.startswith(hidden)}
 
 
 def ask(*command: str, show_warnings: bool = False) -> str:

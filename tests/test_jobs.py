@@ -101,6 +101,14 @@ def test_nothing_of_an_interactive_job_is_handed_on(submitted, tmp_path, monkeyp
     assert [line for line in lines if line.startswith(("SLURM", "SRUN"))] == ["SLURM_CONF=/etc/slurm.conf"]
 
 
+def test_a_profiles_options_do_not_change_what_is_seen_and_submitted(monkeypatch):
+    for name in ("SQUEUE_PARTITION", "SINFO_ALL", "SCANCEL_STATE", "SBATCH_WAIT", "SBATCH_MEM_PER_CPU"):
+        monkeypatch.setenv(name, "1")
+        assert name not in runs.environment()
+    monkeypatch.setenv("SBATCH_ACCOUNT", "abc")  # where and on whose account: no stage's setting
+    assert runs.environment()["SBATCH_ACCOUNT"] == "abc"
+
+
 def test_two_submits_at_once_do_not_submit_twice(submitted, cfg):
     with runs.lock(cfg.paths.logs_dir), pytest.raises(PipelineError, match=r"another slurm/submit\.py is running"):
         submitted()

@@ -67,7 +67,9 @@ class Site:
         settings = [f"paths.root={root}", f"paths.raw_dir={self.folder / 'raw'}", "slurm.num_shards=1"]
         settings += ['slurm.process_tar.sbatch=["--mem=500M"]']
         flags = [word for setting in settings for word in ("--set", setting)]
-        return self.run(sys.executable, self.checkout / "slurm" / program, *flags, *arguments, code=code, **variables)
+        return self.run(
+            sys.executable, self.checkout / "slurm" / program, *flags, *arguments, code=code, **variables
+        )
 
     def submit(self, root: Path, *arguments, **options) -> str:
         return self.call("submit.py", root, "--only", "process_tar", *arguments, **options)
@@ -128,15 +130,17 @@ def test_jobs_without_the_submitting_shells_environment_find_what_env_sh_sets(si
     assert site.step(tmp_path)["state"] == "done"
 
 
-def test_prefetch_takes_the_flags_of_jobs(site, tmp_path):
-    """srun has no --no-requeue."""
+def test_prefetch_looks_for_the_backbone_in_a_job_with_the_flags_of_jobs(site, tmp_path):
+    """Also those that only sbatch has."""
     write_local_backbone(tmp_path / "backbone")
     flags = ["--no-requeue", "--export=NONE", "--mem=500M"]
     told = site.call(
         "submit.py", tmp_path, "--prefetch", "--set", f"embedding_model.name={tmp_path / 'backbone'}",
         "--set", f"slurm.sbatch={json.dumps(flags)}", "--set", "slurm.generate_embeddings.sbatch=[]",
     )  # fmt: skip
-    assert told.count(str(tmp_path / "backbone")) >= 3
+    *_, in_job = told.split("checking from a compute node")
+    assert f"MB of weights in {tmp_path / 'backbone'}" in in_job
+    assert "ends with exit code 0" in in_job
 
 
 def test_a_wrapper_is_submitted_by_hand_from_inside_another_job(site, tmp_path):
@@ -149,3 +153,13 @@ def test_a_wrapper_is_submitted_by_hand_from_inside_another_job(site, tmp_path):
     site.run(*outer, f"--chdir={tmp_path}", f"--wrap={wrap}")
     site.wait_for_jobs()
     assert "ends with exit code 0" in (tmp_path / "inner.log").read_text()
+
+
+def test_options_of_a_profile_hide_no_job(site, tmp_path):
+    site.submit(tmp_path, "--set", 'slurm.sbatch=["--hold"]')
+    profile = {"SQUEUE_PARTITION": "short", "SQUEUE_STATES": "RUNNING", "SCANCEL_STATE": "RUNNING"}
+    assert "held (JobHeldUser)" in site.call("status.py", tmp_path, **profile)
+    assert "still running: process_tar in the queue" in site.submit(tmp_path, code=1, **profile)
+    (run,) = tmp_path.glob("logs/runs/*")
+    site.call("submit.py", tmp_path, "--cancel", run.name, **profile)
+    assert site.step(tmp_path, code=1)["state"] == "cancelled"

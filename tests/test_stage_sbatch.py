@@ -59,7 +59,9 @@ def test_the_wrapper_gives_an_array_task_its_shard(wrapped, tmp_path):
 
 def test_the_wrapper_keeps_another_jobs_shape_from_srun(wrapped):
     """Of the interactive job that sbatch was called from: srun ends at once where it cannot have the same."""
-    names = "MEM_PER_CPU MEM_PER_NODE CPU_BIND CPU_BIND_LIST GPUS GPUS_PER_TASK NTASKS_PER_NODE TRES_PER_TASK".split()
+    names = (
+        "MEM_PER_CPU MEM_PER_NODE CPU_BIND CPU_BIND_LIST GPUS GPUS_PER_TASK NTASKS_PER_NODE TRES_PER_TASK".split()
+    )
     told = wrapped("a/b.py", **{f"SLURM_{name}": "8" for name in names}, SLURM_CPUS_PER_TASK="4").stdout
     assert set(re.findall(r"^SLURM_\w+", told, re.MULTILINE)) == {"SLURM_JOB_ID", "SLURM_CPUS_PER_TASK"}
     assert "SLURM_CPU_BIND=none" in wrapped("a/b.py", env="export SLURM_CPU_BIND=none").stdout  # the user's own
