@@ -47,6 +47,7 @@ class Log(NamedTuple):
     first_start_s: float | None = None  # Unix time of the first start; None: not started
     exit_code: int | None = None  # None: still running, or killed
     killed: str = ""  # the reason that slurmstepd gives, in lower case
+    refusal: str = ""  # why it could not be queued again
     lines: tuple[str, ...] = ()
 
 
@@ -73,12 +74,14 @@ def read_log(path: Path) -> Log:
     last = re.split(r"^-- \d+ job \S+ starts on .*\n", tail, flags=re.MULTILINE)[-1]
     ended = re.search(r"^-- \d+ job \S+ ends with exit code (\d+)", last, re.MULTILINE)
     killed = KILLED.search(last)
+    refused = re.search(r"^-- \d+ job \S+ cannot be queued again \((.*)\)", last, re.MULTILINE)
     lines = [line for line in last.replace("\r", "\n").splitlines() if line.strip() and not line.startswith("-- ")]
     return Log(
         path,
         float(started[1]) if started else None,
         int(ended[1]) if ended else None,
         (killed[1] or "cancelled").lower() if killed else "",
+        refused[1] if refused else "",
         tuple(lines),
     )
 
@@ -93,6 +96,8 @@ def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
         return "waiting", WAITS.get(job.reason, job.reason)
     if step.is_done(cfg, number) or (log.exit_code == 0 and step.stage.outputs is None):  # an Optuna worker
         return "done", ""
+    if log.refusal:  # it may have reached its time limit afterwards
+        return "failed", f"stopped with everything saved, and could not be requeued: {log.refusal}"
     if job and job.state in ENDS:
         return "failed", remedy(ENDS[job.state], step)
     if log.first_start_s is None:

@@ -5,7 +5,6 @@ Skipped, with the reason, where Slurm is not installed; never in continuous inte
 
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -163,3 +162,20 @@ def test_options_of_a_profile_hide_no_job(site, tmp_path):
     (run,) = tmp_path.glob("logs/runs/*")
     site.call("submit.py", tmp_path, "--cancel", run.name, **profile)
     assert site.step(tmp_path, code=1)["state"] == "cancelled"
+
+
+# --------------------------------------------------------------------------------------------- what is refused
+
+
+def test_a_job_that_cannot_be_queued_again_ends_at_once_and_status_names_the_cause(site, tmp_path):
+    python = site.python.read_text()
+    site.python.write_text("#!/bin/sh\nexit 85\n")  # as a stage that was told to stop
+    try:
+        site.submit(tmp_path, "--set", 'slurm.sbatch=["--no-requeue"]')
+        began = time.monotonic()
+        site.wait(tmp_path)
+    finally:
+        site.python.write_text(python)
+    assert time.monotonic() - began < 10
+    why = site.step(tmp_path, code=1)["why"]
+    assert why.startswith("stopped with everything saved, and could not be requeued: Requested operation is")

@@ -88,6 +88,20 @@ def test_requeueing_is_tried_again_while_the_controller_does_not_answer(wrapped,
     assert (tmp_path / "requeued").read_text().splitlines() == ["requeue 9"] * 3
 
 
+@pytest.mark.parametrize(
+    ("scontrol", "cause"),
+    [
+        ("echo 'Requested operation is presently disabled for job 9' >&2; exit 1", "presently disabled"),
+        ("echo 'slurm_requeue error: Access/permission denied' >&2; exit 1", "Access/permission denied"),
+        ("echo 'line 36: scontrol: Kommando nicht gefunden.' >&2; exit 127", "Kommando nicht gefunden"),
+    ],
+)
+def test_a_refused_requeueing_ends_the_job_at_once_with_the_cause(wrapped, scontrol, cause):
+    told = wrapped("a/b.py", code=85, scontrol=scontrol)
+    assert told.returncode == 85  # it has not slept
+    assert re.search(rf"^-- \d+ job 9 cannot be queued again \(.*{cause}", told.stdout, re.MULTILINE)
+
+
 def test_what_goes_wrong_in_env_sh_is_in_the_log_after_its_start(wrapped):
     told = wrapped("a/b.py", env="no_such_module load x; exit 3")
     assert told.returncode == 3

@@ -82,6 +82,12 @@ def test_a_log_is_read_from_its_last_start_on(tmp_path):
             "slurmstepd: error: *** JOB 7 ON a CANCELLED AT 2026-01-01T00:00:00 DUE TO JOB REQUEUE ***\n",
             ("cancelled", "before it restarted"),
         ),
+        (
+            ("TIMEOUT", "TimeLimit"),
+            "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 85\n"
+            "-- 2 job 7 cannot be queued again (Access/permission denied): submit it again\n",
+            ("failed", "stopped with everything saved, and could not be requeued: Access/permission denied"),
+        ),
         (None, "", ("cancelled", "before it started")),  # Slurm has forgotten the job: the log alone tells
         (None, "-- 1 job 7 starts on a\n", ("failed", "killed")),
         (None, "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 1\n", ("failed", "exit code 1")),
