@@ -5,6 +5,7 @@ Skipped, with the reason, where Slurm is not installed; never in continuous inte
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -179,3 +180,24 @@ def test_a_job_that_cannot_be_queued_again_ends_at_once_and_status_names_the_cau
     assert time.monotonic() - began < 10
     why = site.step(tmp_path, code=1)["why"]
     assert why.startswith("stopped with everything saved, and could not be requeued: Requested operation is")
+
+
+def test_watching_ends_where_a_job_will_never_start(site, tmp_path):
+    flags = ["--set", 'slurm.sbatch=["--partition=short"]', "--to", "compute_fingerprints"]
+    site.call("submit.py", tmp_path, *flags)
+    wait_for(lambda: "PartitionTimeLimit" in site.cluster.ask("squeue", "--format=%r"), "reason")
+    told = site.call("status.py", tmp_path, "--watch", code=1)
+    assert "forever: its time limit exceeds the partition's" in told
+    assert "waiting" in told  # compute_fingerprints, for what will never run
+    cancel, proceed = re.findall("(?:after|with:)  python (.*)", told)
+    site.run(sys.executable, *shlex.split(cancel))
+    shorter = ["--set", "slurm.process_tar.time=00:10:00", "--to", "process_tar"]
+    site.run(sys.executable, *shlex.split(proceed), *shorter)
+    site.wait_for_jobs()
+    assert site.step(tmp_path)["state"] == "done"
+
+
+def test_a_job_with_a_start_time_is_not_told_as_queued_again(site, tmp_path):
+    site.submit(tmp_path, "--set", 'slurm.sbatch=["--begin=now+1hour"]')
+    wait_for(lambda: site.step(tmp_path)["why"] == "for its start time (--begin)", "start time")
+    site.call("submit.py", tmp_path, "--cancel", max(tmp_path.glob("logs/runs/*")).name)

@@ -55,7 +55,24 @@ def test_a_log_is_read_from_its_last_start_on(tmp_path):
             ("waiting", "held (launch failed requeued held): scontrol release 7"),
         ),
         (("PENDING", "QOSUsageThreshold"), "", ("waiting", "QOSUsageThreshold")),  # not held
-        (("PENDING", "PartitionTimeLimit"), "", ("waiting", "forever: its time limit exceeds the partition's")),
+        (("PENDING", "PartitionTimeLimit"), "", ("stuck", "forever: its time limit exceeds the partition's")),
+        (
+            ("PENDING", "QOSMaxGRESPerJob"),
+            "",
+            ("stuck", "forever: it asks for too much (QOSMaxGRESPerJob)"),
+        ),
+        (("PENDING", "QOSMaxCpuPerUserLimit"), "", ("waiting", "QOSMaxCpuPerUserLimit")),  # until others end
+        (("PENDING", "BeginTime"), "", ("waiting", "for its start time (--begin)")),
+        (
+            ("PENDING", "BeginTime"),
+            "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 85\n",
+            ("waiting", "requeued, starts shortly"),
+        ),
+        (
+            None,
+            "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 0\n",
+            ("done", "what it read has been removed since"),
+        ),
         (("NODE_FAIL", "NodeDown"), "", ("failed", "its node failed")),
         (("BOOT_FAIL", "None"), "", ("failed", "its node did not boot")),
         (("PREEMPTED", "None"), "-- 1 job 7 starts on a\n", ("failed", "preempted")),
