@@ -124,6 +124,20 @@ def missing(steps: list[Step], cfg) -> dict[str, list[int]]:
     return todo
 
 
+def complete(steps: list[Step], todo: dict[str, list[int]], cfg) -> list[str]:
+    """The steps whose tasks in `todo` are all done, and only to be redone because what they need is."""
+    return [s.name for s in steps if todo[s.name] and all(s.is_done(cfg, task) for task in todo[s.name])]
+
+
+def refuse_purged(complete: list[str], cfg) -> None:
+    """Raise PipelineError if the tars are gone from which `complete` steps would be redone."""
+    if complete and not num_tars(cfg):
+        raise PipelineError(
+            f"{cfg.paths.raw_dir} has no tars, of which these would be redone, though complete: "
+            f"{', '.join(complete)}\nrestore the tars, or work on what is there with --from {complete[0]}"
+        )
+
+
 def idle_note(step: Step, cfg) -> str:
     """How many of a step's tasks have no work, if any do or may."""
     if step.tasks == 1 or step.stage.outputs is None:

@@ -141,7 +141,9 @@ def as_text(run: dict, width: int | None = None) -> str:
         lines += ["", f"and {len(run['failures']) - SHOWN_FAILURES} more tasks failed: see --json"]
     if not run["failed"]:
         return "\n".join(lines)
-    halted, stuck = (any(step["tasks"].get(state) for step in run["steps"]) for state in ("not submitted", "stuck"))
+    halted, stuck = (
+        any(step["tasks"].get(state) for step in run["steps"]) for state in ("not submitted", "stuck")
+    )
     if halted and not run["failures"]:
         advice = [f"the submission was interrupted; submit the rest:  {run['continue_submission']}"]
     elif run["live"] or stuck:

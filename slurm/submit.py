@@ -23,13 +23,15 @@ from common import cli
 from common.errors import ConfigError
 
 
-def print_plan(steps: list, todo: dict[str, list[int]], commands: list[list[str]], cfg) -> None:
+def print_plan(steps: list, todo: dict[str, list[int]], complete: list[str], commands: list, cfg) -> None:
     """Print a line per step, with what is left of it and what it waits for; then the command lines."""
     from slurm import chain, jobs
 
     for step in steps:
         left = todo[step.name]
-        if step.tasks == 1:
+        if step.name in complete:
+            state = "complete, would be redone"
+        elif step.tasks == 1:
             state = "to do" if left else "done"
         elif left:
             state = f"{len(left)} of {step.tasks} tasks to do ({jobs.ranges(left)})"
@@ -98,10 +100,12 @@ def main(argv: list[str] | None = None) -> int:
     todo = {step.name: list(range(step.tasks)) for step in steps} if args.overwrite else chain.missing(steps, cfg)
     flags = [*jobs.settings_flags(args), *["--overwrite"][: args.overwrite]]
     commands = local.commands(steps, todo, flags, args.jobs)
+    complete = [] if args.overwrite else chain.complete(steps, todo, cfg)
     if args.dry_run:
         lines = [line for _, line in commands] if args.local else jobs.planned(steps, todo, cfg)
-        print_plan(steps, todo, lines, cfg)
+        print_plan(steps, todo, complete, lines, cfg)
         return 0
+    chain.refuse_purged(complete, cfg)
     return local.run_chain(steps, commands, cfg, args.jobs) if args.local else jobs.submit(steps, todo, cfg, args)
 
 
