@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import os
+import pwd
 import re
 import subprocess
 import sys
@@ -18,12 +19,14 @@ from typing import NamedTuple
 
 from common import files
 from common.errors import PipelineError
+from slurm import fates
 
 ROOT = Path(__file__).resolve().parents[1]
 ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
 OPTIONS = ("SBATCH_", "SCANCEL_", "SINFO_", "SQUEUE_")  # of Slurm's clients: prefixes of variables
 KEPT = ["SLURM_CONF", "SLURM_CLUSTERS"]
 KEPT += [f"SBATCH_{name}" for name in "ACCOUNT CLUSTERS CONSTRAINT EXPORT PARTITION QOS RESERVATION".split()]
+HIDDEN = "this cluster hides the jobs of {} (PrivateData)"
 WITHOUT_CLUSTER = "run this on a login node,\nor run the chain here with slurm/submit.py --local"
 
 
@@ -68,17 +71,46 @@ def ask(*command: str, show_warnings: bool = False) -> str:
     return result.stdout
 
 
-def queue(owner: int) -> dict[str, SlurmJob]:
-    """Job id -> job, of all jobs and array tasks of a user (by uid) that Slurm still knows."""
+def queue(owner: int) -> dict[str, SlurmJob] | None:
+    """Job id -> job, of all jobs and array tasks of a user (by uid) that Slurm still knows; None if this user may
+    not see them."""
     flags = [f"--user={owner}", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r"]
     lines = ask("squeue", *flags).splitlines()
+    if not lines and owner != os.getuid() and re.search(r"^PrivateData\s*=.*\bjobs\b", settings(), re.MULTILINE):
+        return None
     return {job.id: job for job in (SlurmJob(*line.strip().split("|", 3)) for line in lines)}
 
 
-def live_steps(record: dict, jobs: dict[str, SlurmJob]) -> dict[str, str]:
-    """Step -> job id, of a run's live steps. Names must match, too: a cluster may restart its ids."""
+def settings() -> str:
+    """The cluster's settings, a line each."""
+    return ask("scontrol", "show", "config")
+
+
+def live_steps(record: dict, jobs: dict[str, SlurmJob] | None) -> dict[str, str]:
+    """Step -> job id, of a run's live steps. Names must match, too: a cluster may restart its ids.
+
+    Where the jobs cannot be seen (None), those are live whose logs do not all say that they have ended.
+    """
+    if jobs is None:
+        return {
+            name: job
+            for name, job in job_ids(record).items()
+            if not all(fates.read_log(path).has_ended for path in logs_of(record["steps"][name]))
+        }
     live = {(job.id.partition("_")[0], job.name) for job in jobs.values() if job.is_live}
     return {name: job for name, job in job_ids(record).items() if (job, name) in live}
+
+
+def logs_of(entry: dict) -> list[Path]:
+    """The logs of a step's tasks."""
+    return [Path(entry["log"].replace("%a", str(number))) for number in entry["tasks"]]
+
+
+def name_of(owner: int) -> str:
+    try:
+        return pwd.getpwuid(owner).pw_name
+    except KeyError:
+        return f"user {owner}"
 
 
 @contextlib.contextmanager
@@ -152,6 +184,10 @@ def adopt(folder: Path, record: dict) -> None:
 
     They are recognised by their names and by the folder of their logs, in whose names Slurm may expand %a or not.
     """
+    if record["owner"] != os.getuid() and queue(record["owner"]) is None:
+        raise PipelineError(
+            f"{HIDDEN.format(name_of(record['owner']))}: only they can continue or cancel this run"
+        )
     flags = [f"--user={record['owner']}", "--noheader", "--Format=ArrayJobID:20,Name:40,STDOUT:4096"]
     for line in ask("squeue", *flags).splitlines():
         job, name, log = line[:20].strip(), line[20:60].strip(), Path(line[60:].strip())
@@ -171,8 +207,15 @@ def refuse_busy(logs_dir: Path, entries: Collection[dict], but: Path | None = No
         if but and folder.samefile(but):
             continue
         record = load(folder)
-        live = {name: record["steps"][name] for name in live_steps(record, queue_of(record["owner"]))}
+        jobs = queue_of(record["owner"])
+        live = {name: record["steps"][name] for name in live_steps(record, jobs)}
         busy = [n for n, entry in live.items() if entry["target"] in touches or writes & set(entry["reads"])]
+        if busy and jobs is None:
+            hidden = HIDDEN.format(name_of(record["owner"]))
+            raise PipelineError(
+                f"run {folder.name} may still be running: {', '.join(busy)}. {hidden}\n"
+                f"ask them for slurm/status.py {folder}; if nothing of it is left in the queue, move that folder away"
+            )
         if busy:
             halted = len(job_ids(record)) < len(record["steps"])
             run = handle(folder, record)
@@ -195,7 +238,7 @@ def cancel(folder: Path) -> int:
 
 def max_array_size() -> int:
     """The cluster's MaxArraySize, one more than the largest array index."""
-    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"), re.MULTILINE)
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", settings(), re.MULTILINE)
     if match is None:
         raise PipelineError("scontrol show config does not list MaxArraySize")
     return int(match[1])

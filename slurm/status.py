@@ -7,10 +7,10 @@ Reads    logs/runs/<time>/{run.json,config.toml,*.log}, squeue, the records in t
 Command  python slurm/status.py [RUN] [--watch] [--json]       RUN: by default the newest in logs/runs
 
 --json: run, folder; steps, in the order of the chain, each with name, job, state ("failed", "stuck", "running",
-"waiting", "not submitted", "cancelled" or "done"), why, tasks (state -> count) and progress (done, total, unit;
-per_hour and seconds_left while it runs); failures, each with step, task, job, why, log and last_lines; live: some
-job is running, or waits for something that can come; failed: some task failed, was cancelled, was not submitted or
-is stuck; continue, continue_submission and cancel: command lines.
+"waiting", "unknown" (another user's, and hidden), "not submitted", "cancelled" or "done"), why, tasks (state ->
+count) and progress (done, total, unit; per_hour and seconds_left while it runs); failures, each with step, task,
+job, why, log and last_lines; live: some job is or may be running, or waits for what can come; failed: some task
+failed, was cancelled, was not submitted or is stuck; continue, continue_submission and cancel: command lines.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from common.errors import PipelineError
 WATCH_EVERY_S = 10
 SHOWN_FAILURES, SHOWN_LINES = 3, 12
 # a step is in the first of these states that any of its tasks is in
-STATES = ("failed", "stuck", "running", "waiting", "not submitted", "cancelled", "done")
+STATES = ("failed", "stuck", "running", "waiting", "unknown", "not submitted", "cancelled", "done")
 
 
 def report(folder: Path) -> dict:
@@ -55,7 +55,7 @@ def report(folder: Path) -> dict:
         state = next(state for state in STATES if counts[state])
         if state == "stuck" or (state == "waiting" and stuck.intersection(step.needs)):
             stuck.add(name)
-        live |= counts["running"] > 0 or (counts["waiting"] > 0 and name not in stuck)
+        live |= counts["running"] + counts["unknown"] > 0 or (counts["waiting"] > 0 and name not in stuck)
         counts["done"] += step.tasks - len(tasks)
         unfinished = [need for need in step.needs if need in summaries and summaries[need]["state"] != "done"]
         summaries[name] = {
@@ -112,7 +112,7 @@ def row_of(step: dict) -> tuple[str, ...]:
     tasks, notes = "", [step["why"]]
     if total > 1:
         tasks = f"{counts.get('done', 0)} of {total}"
-        live = [f"{counts[state]} {state}" for state in STATES[:4] if state in counts]
+        live = [f"{counts[state]} {state}" for state in STATES[:5] if state in counts]
         notes = [", ".join(live) if len(live) > 1 or step["state"] == "running" else "", step["why"]]
     files = ""
     if progress:

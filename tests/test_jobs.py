@@ -154,7 +154,7 @@ def test_the_queue_is_asked_for_the_jobs_of_who_submitted_them(submitted, client
     status.report(folder)
     assert runs.cancel(folder) == 0
     runs.refuse_busy(folder.parents[1], [])
-    assert (tmp_path / "asked").read_text().count("--user=12345") == 4
+    assert (tmp_path / "asked").read_text().count("--user=12345") == 5
 
 
 @pytest.mark.parametrize("written_out", ["process_tar-%a.log", "process_tar-0.log"])

@@ -21,6 +21,9 @@ from local_backbone import write_local_backbone
 from one_node_slurm import OneNodeSlurm
 from synthetic import write_dataset
 
+from common.errors import PipelineError
+from slurm import runs, status
+
 pytestmark = pytest.mark.timeout(300)
 PATIENCE_S = 120  # for what should take seconds on an idle machine
 RULES = """\
@@ -201,3 +204,38 @@ def test_a_job_with_a_start_time_is_not_told_as_queued_again(site, tmp_path):
     site.submit(tmp_path, "--set", 'slurm.sbatch=["--begin=now+1hour"]')
     wait_for(lambda: site.step(tmp_path)["why"] == "for its start time (--begin)", "start time")
     site.call("submit.py", tmp_path, "--cancel", max(tmp_path.glob("logs/runs/*")).name)
+
+
+# ---------------------------------------------------------------------------------------------- another user
+
+
+def test_jobs_that_a_cluster_hides_are_told_as_that_and_not_submitted_again(site, tmp_path, monkeypatch):
+    """PrivateData=jobs; a folder of two users. The second one is this process, whose clients ask as nobody."""
+    site.submit(tmp_path, "--set", 'slurm.sbatch=["--hold"]')
+    (folder,) = tmp_path.glob("logs/runs/*")
+    for name in ("squeue", "scontrol", "sbatch", "scancel"):
+        real = shutil.which(name, path=site.environment["PATH"])
+        (tmp_path / name).write_text(f'#!/bin/sh\nexec setpriv --reuid=65534 --clear-groups {real} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("SLURM_CONF", site.environment["SLURM_CONF"])
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(os, "getuid", lambda: 65534)
+    entry = runs.load(folder)["steps"]["process_tar"]
+    try:
+        report = status.report(folder)
+        assert (report["steps"][0]["state"], report["live"], report["failed"]) == ("unknown", True, False)
+        assert "(PrivateData)" in report["steps"][0]["why"]
+        with pytest.raises(PipelineError, match=r"may still be running: process_tar\. .* hides the jobs of root"):
+            runs.refuse_busy(tmp_path / "logs", [entry])
+        with pytest.raises(PipelineError, match="only they can continue or cancel"):
+            runs.cancel(folder)
+        log = Path(entry["log"])
+        log.write_text("-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 1\n")
+        runs.refuse_busy(tmp_path / "logs", [entry])  # its log says that it has ended
+        assert status.report(folder)["steps"][0]["state"] == "failed"
+        log.write_text("-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 85\n")  # and is queued again
+        with pytest.raises(PipelineError, match="may still be running"):
+            runs.refuse_busy(tmp_path / "logs", [entry])
+    finally:
+        monkeypatch.undo()
+        site.call("submit.py", tmp_path, "--cancel", folder.name)
