@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from common.errors import ConfigError, PipelineError
 from common.stages import Stage
 
+DIVIDED_BY = {  # setting of [slurm] -> the steps whose number of tasks it is
+    "num_shards": ("process_tar", "compute_fingerprints", "generate_embeddings"),
+    "difficulty_shards": ("neighbor_parts", "compute_visual_neighbors"),
+}
+
 
 @dataclass(frozen=True)
 class Step:

@@ -5,10 +5,14 @@ logs/runs/<time>/config.toml, which is written once. Editing the user's file aff
 """
 
 import argparse
+import functools
 import itertools
 import os
 import re
 import shutil
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from common import config
@@ -16,6 +20,16 @@ from common.errors import PipelineError
 from common.sections import Config
 from slurm import chain, runs
 from slurm.runs import ROOT
+
+SUBMIT_LIMIT = re.compile(r"\w+Submit\w*Job\w*")  # AssocMaxSubmitJobLimit, QOSMaxSubmitJobPerUserLimit, ...
+WAIT_S = 60
+
+
+class LimitReached(PipelineError):
+    """Slurm takes no more jobs of this user at present. Arguments: the message, and what names the run."""
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 def sbatch_command(step, todo: dict, job_ids: dict[str, str], cfg: Config, folder: Path) -> list[str]:
@@ -81,24 +95,12 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
             f"an array of {widest} tasks is too large: this cluster allows {limit} (MaxArraySize)\n"
             "lower slurm.num_shards, slurm.difficulty_shards or --tune; a shard may take any number of tars"
         )
-    by_name = {step.name: step for step in chain.steps_of(cfg, args.tune)}
-    entries: dict[str, dict] = {
-        step.name: {
-            "job": None,  # its id, once submitted
-            "tasks": todo[step.name],
-            "reads": [str(by_name[name].stage.folder(cfg)) for name in step.needs],
-            "target": str(step.stage.folder(cfg)),
-        }
-        for step in left
-    }
     selection = {"--only": args.only, "--from": args.first, "--to": args.last, "--tune": args.tune}
     selected = [word for flag, value in selection.items() if value for word in (flag, str(value))]
     with runs.lock(cfg.paths.logs_dir):
-        runs.refuse_busy(cfg.paths.logs_dir, entries.values())
+        runs.refuse_busy(cfg.paths.logs_dir, entries_of(left, todo, cfg, args.tune, Path()).values())
         folder = runs.create(cfg.paths.logs_dir)
         freeze(cfg, folder / "config.toml")
-        for step in left:
-            entries[step.name]["log"] = str(log_of(step, folder))
         record = {
             "owner": os.getuid(),
             "tune": args.tune,
@@ -106,10 +108,25 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
             "set": args.set,
             "continue_with": [*settings_flags(args), *selected],
             "done_before": [step.name for step in steps if not todo[step.name]],
-            "steps": entries,
+            "steps": entries_of(left, todo, cfg, args.tune, folder),
         }
         runs.save(folder, record)
         return submit_rest(folder, record, left, cfg, {})
+
+
+def entries_of(steps: list, todo: dict, cfg: Config, tune: int, folder: Path) -> dict[str, dict]:
+    """Steps as the record of the run in `folder` lists them before they are submitted."""
+    by_name = {step.name: step for step in chain.steps_of(cfg, tune)}
+    return {
+        step.name: {
+            "job": None,  # its id, once submitted
+            "tasks": todo[step.name],
+            "reads": [str(by_name[name].stage.folder(cfg)) for name in step.needs],
+            "target": str(step.stage.folder(cfg)),
+            "log": str(log_of(step, folder)),
+        }
+        for step in steps
+    }
 
 
 def freeze(cfg: Config, path: Path) -> None:
@@ -130,12 +147,19 @@ def submit_rest(folder: Path, record: dict, steps: list, cfg: Config, job_ids: d
         try:
             entry["job"] = job_ids[step.name] = sbatch(entry["command"])
         except PipelineError as error:
-            run = runs.handle(folder, record)
-            raise PipelineError(
+            run, limit = runs.handle(folder, record), SUBMIT_LIMIT.search(str(error))
+            advice = "fix this"
+            if limit:
+                advice = (
+                    f"{limit[0]}: no more jobs of yours may be in the queue, and each task of an array is one\n"
+                    "lower slurm.num_shards or slurm.difficulty_shards, or add --wait, to submit as jobs end"
+                )
+            message = (
                 f"{step.name} was not submitted: {error}\n"
-                f"fix this, then submit the rest with slurm/submit.py --continue {run},\n"
+                f"{advice}, then submit the rest with slurm/submit.py --continue {run},\n"
                 f"or cancel the submitted jobs with --cancel {run}"
-            ) from None
+            )
+            raise (LimitReached(message, run) if limit else PipelineError(message)) from None
         runs.save(folder, record)
         shards = f", shards {ranges(entry['tasks'])} of {step.tasks}" if step.tasks > 1 else ""
         print(f"{step.name:26} job {job_ids[step.name]}{shards}", flush=True)
@@ -152,6 +176,21 @@ def sbatch(command: list[str]) -> str:
     return match[1]
 
 
+def submit_all(submission: Callable[[], int], args: argparse.Namespace, logs_dir: Path) -> int:
+    """Call `submission`. With --wait, continue its run until all is submitted, whenever jobs of this user may have
+    ended."""
+    while True:
+        try:
+            return submission()
+        except LimitReached as error:
+            queue = runs.queue(os.getuid()) or {}
+            if not args.wait or not any(job.is_live for job in queue.values()):
+                raise
+            print(f"{error.args[0].splitlines()[0]}; trying again every {WAIT_S} s", file=sys.stderr, flush=True)
+            submission = functools.partial(continue_run, error.args[1], args, logs_dir)
+        time.sleep(WAIT_S)
+
+
 def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
     """Submit the rest of an interrupted submission with its settings, but with today's resources: they may be what
     sbatch refused."""
@@ -161,7 +200,8 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
         runs.adopt(folder, record)
         cfg = config.load(folder / "config.toml")
         today = config.load(record["config"] and Path(record["config"]), [*record["set"], *args.set]).slurm
-        cut = {name: getattr(cfg.slurm, name) for name in ("num_shards", "difficulty_shards")}
+        cfg = divided_anew(cfg, today, record, folder)
+        cut = {name: getattr(cfg.slurm, name) for name in chain.DIVIDED_BY}
         cfg = cfg.model_copy(update={"slurm": today.model_copy(update=cut)})
         steps = [step for step in chain.steps_of(cfg, record["tune"]) if step.name in record["steps"]]
         live = runs.live_steps(record, runs.queue(record["owner"]))
@@ -176,6 +216,30 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
         rest = [entry for entry in record["steps"].values() if not entry["job"]]
         runs.refuse_busy(logs_dir, rest, but=folder)
         return submit_rest(folder, record, steps, cfg, live)
+
+
+def divided_anew(cfg: Config, today, record: dict, folder: Path) -> Config:
+    """The run's settings with today's numbers of shards, where no step that they divide has been submitted; record
+    and config.toml are changed accordingly."""
+    submitted = runs.job_ids(record)
+    cut = {
+        name: getattr(today, name)
+        for name, steps in chain.DIVIDED_BY.items()
+        if submitted.keys().isdisjoint(steps)
+    }
+    anew = cfg.model_copy(update={"slurm": cfg.slurm.model_copy(update=cut)})
+    if anew == cfg:
+        return cfg
+    names = {*record["steps"], *(["neighbor_parts"] if "compute_visual_neighbors" in record["steps"] else [])}
+    steps = [step for step in chain.steps_of(anew, record["tune"]) if step.name in names]
+    todo = chain.missing(steps, anew)
+    entries = entries_of(steps, todo, anew, record["tune"], folder)
+    entries |= {name: record["steps"][name] for name in submitted}
+    record["steps"] = {name: entry for name, entry in entries.items() if entry["tasks"]}
+    freeze(anew, folder / "config.new")
+    os.replace(folder / "config.new", folder / "config.toml")  # at once: jobs may be reading it
+    runs.save(folder, record)
+    return anew
 
 
 def settings_flags(args: argparse.Namespace) -> list[str]:

@@ -206,8 +206,35 @@ def test_what_sbatch_refused_is_mended_and_the_rest_submitted_with_the_same_sett
     assert len(runs.job_ids(record)) == 9
     command = record["steps"]["process_tar"]["command"]
     assert "--account=right" in command
-    assert "--array=0-3" in command
+    assert "--array=0-8" in command  # nor is the number of shards, of which none was submitted
+    assert record["steps"]["process_tar"]["tasks"] == list(range(9))
+    assert status.report(folder)["steps"][0]["tasks"] == {"cancelled": 9}
     assert config.load(folder / "config.toml").training.epochs == 20
+
+
+def test_what_is_submitted_keeps_its_number_of_shards(submitted, clients, cfg):
+    folder = submitted()
+    record = runs.load(folder)
+    for name, entry in record["steps"].items():
+        if name not in ("process_tar", "compute_fingerprints"):
+            entry["job"] = None
+    runs.save(folder, record)
+    lines = "".join(
+        f"echo '{n}_0|{name}|PENDING|None';" for n, name in [(1, "process_tar"), (2, "compute_fingerprints")]
+    )
+    clients(squeue=f"case $* in *--Format*) ;; *) {lines} esac")
+    flags = ["--set", f"paths.root={cfg.paths.root}", "--set", "slurm.num_shards=2"]
+    assert submit.main([*flags, "--set", "slurm.difficulty_shards=3", "--continue", folder.name]) == 0
+    steps = runs.load(folder)["steps"]
+    assert {name: len(entry["tasks"]) for name, entry in steps.items() if len(entry["tasks"]) > 1} == {
+        "process_tar": 4,
+        "compute_fingerprints": 4,
+        "generate_embeddings": 4,
+        "neighbor_parts": 3,
+    }
+    assert "--array=0-2" in steps["neighbor_parts"]["command"]
+    frozen = config.load(folder / "config.toml").slurm
+    assert (frozen.num_shards, frozen.difficulty_shards) == (4, 3)
 
 
 def test_the_rest_of_a_run_is_not_submitted_beside_another_that_writes_the_same(submitted, clients, cfg):

@@ -22,7 +22,7 @@ from one_node_slurm import OneNodeSlurm
 from synthetic import write_dataset
 
 from common.errors import PipelineError
-from slurm import runs, status
+from slurm import jobs, runs, status, submit
 
 pytestmark = pytest.mark.timeout(300)
 PATIENCE_S = 120  # for what should take seconds on an idle machine
@@ -35,7 +35,7 @@ PartitionName=short Nodes=ALL MaxTime=00:10:00
 LIMIT = """\
 function slurm_job_submit(job, partitions, uid)
     local file = io.open("{refused}")
-    local names = file and file:read("a") or ""
+    local names = file and file:read("*a") or ""
     if file then file:close() end
     if names:find(job.name, 1, true) then
         slurm.log_user("AssocMaxSubmitJobLimit")
@@ -204,6 +204,35 @@ def test_a_job_with_a_start_time_is_not_told_as_queued_again(site, tmp_path):
     site.submit(tmp_path, "--set", 'slurm.sbatch=["--begin=now+1hour"]')
     wait_for(lambda: site.step(tmp_path)["why"] == "for its start time (--begin)", "start time")
     site.call("submit.py", tmp_path, "--cancel", max(tmp_path.glob("logs/runs/*")).name)
+
+
+def test_a_limit_on_submitted_jobs_is_named_and_fewer_shards_are_submitted_instead(site, tmp_path):
+    refused = site.folder / "refused"
+    refused.write_text("process_tar")
+    told = site.submit(tmp_path, "--wait", "--set", "slurm.num_shards=2", code=1)  # nothing of ours will ever end
+    refused.unlink()
+    assert "AssocMaxSubmitJobLimit: no more jobs of yours" in told
+    assert "lower slurm.num_shards" in told
+    (run,) = tmp_path.glob("logs/runs/*")
+    site.call("submit.py", tmp_path, "--continue", run.name, "--set", "slurm.num_shards=1")
+    site.wait(tmp_path)
+    assert site.step(tmp_path)["tasks"] == {"done": 1}
+
+
+def test_the_rest_is_submitted_when_there_is_room(site, tmp_path, monkeypatch, capsys):
+    refused = site.folder / "refused"
+    refused.write_text("compute_fingerprints")
+    settings = [f"paths.root={tmp_path}", f"paths.raw_dir={site.folder / 'raw'}", "slurm.num_shards=1"]
+    flags = [word for setting in settings for word in ("--set", setting)]
+    with monkeypatch.context() as patched:
+        patched.setenv("SLURM_CONF", site.environment["SLURM_CONF"])
+        patched.setenv("PATH", f"{site.python.parent}:{site.environment['PATH']}")
+        patched.setattr(jobs.time, "sleep", lambda _: refused.unlink())
+        assert submit.main([*flags, "--to", "compute_fingerprints", "--wait"]) == 0
+    assert "compute_fingerprints was not submitted: " in capsys.readouterr().err
+    site.wait_for_jobs()
+    report = json.loads(site.call("status.py", tmp_path, "--json"))
+    assert [step["state"] for step in report["steps"]] == ["done", "done"]
 
 
 # ---------------------------------------------------------------------------------------------- another user

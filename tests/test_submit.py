@@ -77,6 +77,7 @@ def test_select_takes_both_ends_and_refuses_what_is_not_there(cfg):
         (["--cancel", "20260101-000000", "--only", "train"], "do not apply to"),
         (["--continue", "20260101-000000", "--to", "evaluate"], "do not apply to"),
         (["--prefetch", "--tune", "3"], "do not apply to"),
+        (["--local", "--wait"], "--wait does not apply to"),
     ],
 )
 def test_unusable_arguments_say_so(arguments, message):
