@@ -118,7 +118,7 @@ def lock(logs_dir: Path) -> Iterator[None]:
     """Allow one submission at a time: two would find the same work missing, and both submit it. (A file system
     without locks cannot prevent that.)"""
     logs_dir.mkdir(parents=True, exist_ok=True)
-    with open(logs_dir / ".submit.lock", "ab") as file:
+    with files.open_shared(logs_dir / ".submit.lock") as file:
         try:
             files.lock(file, wait=False)
         except BlockingIOError:
