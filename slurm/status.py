@@ -47,7 +47,7 @@ def report(folder: Path) -> dict:
         for name in record["done_before"]
     }
     failures: list[dict] = []
-    live, stuck = False, set()
+    live, stuck = False, set[str]()
     for name, entry in record["steps"].items():
         step = steps[name]
         tasks = fates.tasks_of(step, entry, jobs, cfg)
