@@ -134,12 +134,12 @@ def complete(steps: list[Step], todo: dict[str, list[int]], cfg) -> list[str]:
     return [s.name for s in steps if todo[s.name] and all(s.is_done(cfg, task) for task in todo[s.name])]
 
 
-def refuse_purged(complete: list[str], cfg) -> None:
-    """Raise PipelineError if the tars are gone from which `complete` steps would be redone."""
-    if complete and not num_tars(cfg):
+def refuse_purged(steps: list[Step], todo: dict[str, list[int]], cfg) -> None:
+    """Raise PipelineError if complete steps would be redone from tars that have been removed."""
+    if not num_tars(cfg) and (names := complete(steps, todo, cfg)):
         raise PipelineError(
-            f"{cfg.paths.raw_dir} has no tars, of which these would be redone, though complete: "
-            f"{', '.join(complete)}\nrestore the tars, or work on what is there with --from {complete[0]}"
+            f"{cfg.paths.raw_dir} has no tars to redo these steps from, which are complete: {', '.join(names)}\n"
+            f"restore the tars, or work on what is there with --from {names[0]}"
         )
 
 

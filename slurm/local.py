@@ -111,7 +111,7 @@ def prefetch(cfg, shared: list[str]) -> int:
     look = ["python", f"{runs.ROOT}/slurm/prefetch.py", *shared]
     log = cfg.paths.logs_dir / "prefetch.log"
     job = ["sbatch", "--wait", "--time=10", *cfg.slurm.sbatch, *cfg.slurm.generate_embeddings.sbatch]
-    job += ["--job-name=prefetch", f"--chdir={runs.ROOT}", f"--output={log}", "--open-mode=truncate"]
+    job += ["--ntasks=1", "--job-name=prefetch", f"--chdir={runs.ROOT}", f"--output={log}", "--open-mode=truncate"]
     job += [f"{runs.ROOT}/slurm/stage.sbatch", str(runs.ROOT), "0", "slurm/prefetch.py", *shared]
     attempts = [
         ("fetching the backbone", [*in_environment, "env", "HF_HUB_OFFLINE=0", *look]),

@@ -107,12 +107,13 @@ def main(argv: list[str] | None = None) -> int:
     todo = {step.name: list(range(step.tasks)) for step in steps} if args.overwrite else chain.missing(steps, cfg)
     flags = [*jobs.settings_flags(args), *["--overwrite"][: args.overwrite]]
     commands = local.commands(steps, todo, flags, args.jobs)
-    complete = [] if args.overwrite else chain.complete(steps, todo, cfg)
     if args.dry_run:
+        complete = [] if args.overwrite else chain.complete(steps, todo, cfg)
         lines = [line for _, line in commands] if args.local else jobs.planned(steps, todo, cfg)
         print_plan(steps, todo, complete, lines, cfg)
         return 0
-    chain.refuse_purged(complete, cfg)
+    if not args.overwrite:
+        chain.refuse_purged(steps, todo, cfg)
     if args.local:
         return local.run_chain(steps, commands, cfg, args.jobs)
     return jobs.submit_all(functools.partial(jobs.submit, steps, todo, cfg, args), args, cfg.paths.logs_dir)

@@ -111,7 +111,7 @@ def test_without_tars_the_plan_tells_what_is_complete_and_nothing_is_redone(cfg,
     assert re.search("^merge_and_split +to do +after", plan, re.MULTILINE)
     assert re.search("^summarize_ids +complete, would be redone +after merge_and_split$", plan, re.MULTILINE)
     for local_flag in ([], ["--local"]):
-        with pytest.raises(PipelineError, match=r"has no tars, .*: summarize_ids, .*\n.*--from summarize_ids$"):
+        with pytest.raises(PipelineError, match=r"has no tars .*: summarize_ids, .*\n.*--from summarize_ids$"):
             submit.main([*flags, *local_flag])
     assert not (cfg.paths.root / "logs").exists()
     assert submit.main([*flags, "--local", "--from", "summarize_ids"]) == 0
