@@ -97,8 +97,9 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
         )
     selection = {"--only": args.only, "--from": args.first, "--to": args.last, "--tune": args.tune}
     selected = [word for flag, value in selection.items() if value for word in (flag, str(value))]
+    entries = functools.partial(entries_of, left, chain.steps_of(cfg, args.tune), todo, cfg)
     with runs.lock(cfg.paths.logs_dir):
-        runs.refuse_busy(cfg.paths.logs_dir, entries_of(left, todo, cfg, args.tune, Path()).values())
+        runs.refuse_busy(cfg.paths.logs_dir, entries(Path()).values())
         folder = runs.create(cfg.paths.logs_dir)
         freeze(cfg, folder / "config.toml")
         record = {
@@ -108,21 +109,21 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
             "set": args.set,
             "continue_with": [*settings_flags(args), *selected],
             "done_before": [step.name for step in steps if not todo[step.name]],
-            "steps": entries_of(left, todo, cfg, args.tune, folder),
+            "steps": entries(folder),
         }
         runs.save(folder, record)
         return submit_rest(folder, record, left, cfg, {})
 
 
-def entries_of(steps: list, todo: dict, cfg: Config, tune: int, folder: Path) -> dict[str, dict]:
-    """Steps as the record of the run in `folder` lists them before they are submitted."""
-    by_name = {step.name: step for step in chain.steps_of(cfg, tune)}
+def entries_of(steps: list, chain_steps: list, todo: dict, cfg: Config, folder: Path) -> dict[str, dict]:
+    """Steps of the chain as the record of the run in `folder` lists them before they are submitted."""
+    folders = {step.name: str(step.stage.folder(cfg)) for step in chain_steps}
     return {
         step.name: {
             "job": None,  # its id, once submitted
             "tasks": todo[step.name],
-            "reads": [str(by_name[name].stage.folder(cfg)) for name in step.needs],
-            "target": str(step.stage.folder(cfg)),
+            "reads": [folders[name] for name in step.needs],
+            "target": folders[step.name],
             "log": str(log_of(step, folder)),
         }
         for step in steps
@@ -200,10 +201,10 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
         runs.adopt(folder, record)
         cfg = config.load(folder / "config.toml")
         today = config.load(record["config"] and Path(record["config"]), [*record["set"], *args.set]).slurm
-        cfg = divided_anew(cfg, today, record, folder)
-        cut = {name: getattr(cfg.slurm, name) for name in chain.DIVIDED_BY}
-        cfg = cfg.model_copy(update={"slurm": today.model_copy(update=cut)})
-        steps = [step for step in chain.steps_of(cfg, record["tune"]) if step.name in record["steps"]]
+        before, cfg = cfg, cfg.model_copy(update={"slurm": today})
+        divide_anew(record, before, cfg, folder)
+        steps = chain.steps_of(cfg, record["tune"], record["shards"])
+        steps = [step for step in steps if step.name in record["steps"]]
         live = runs.live_steps(record, runs.queue(record["owner"]))
         left = chain.missing(steps, cfg)
         for name, job in runs.job_ids(record).items():
@@ -218,28 +219,23 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
         return submit_rest(folder, record, steps, cfg, live)
 
 
-def divided_anew(cfg: Config, today, record: dict, folder: Path) -> Config:
-    """The run's settings with today's numbers of shards, where no step that they divide has been submitted; record
-    and config.toml are changed accordingly."""
+def divide_anew(record: dict, before: Config, cfg: Config, folder: Path) -> None:
+    """Divide what has not been submitted as `cfg` says now. `before`: the run's settings."""
     submitted = runs.job_ids(record)
-    cut = {
-        name: getattr(today, name)
-        for name, steps in chain.DIVIDED_BY.items()
-        if submitted.keys().isdisjoint(steps)
+    shards = chain.shards_of(before) | record.get("shards", {})
+    fixed = {"neighbor_parts" if name == "compute_visual_neighbors" else name for name in submitted}
+    record["shards"] = {
+        name: shards[name] if name in fixed else count for name, count in chain.shards_of(cfg).items()
     }
-    anew = cfg.model_copy(update={"slurm": cfg.slurm.model_copy(update=cut)})
-    if anew == cfg:
-        return cfg
+    if record["shards"] == shards:
+        return
     names = {*record["steps"], *(["neighbor_parts"] if "compute_visual_neighbors" in record["steps"] else [])}
-    steps = [step for step in chain.steps_of(anew, record["tune"]) if step.name in names]
-    todo = chain.missing(steps, anew)
-    entries = entries_of(steps, todo, anew, record["tune"], folder)
+    steps = chain.steps_of(cfg, record["tune"], record["shards"])
+    chosen = [step for step in steps if step.name in names]
+    entries = entries_of(chosen, steps, chain.missing(chosen, cfg), cfg, folder)
     entries |= {name: record["steps"][name] for name in submitted}
     record["steps"] = {name: entry for name, entry in entries.items() if entry["tasks"]}
-    freeze(anew, folder / "config.new")
-    os.replace(folder / "config.new", folder / "config.toml")  # at once: jobs may be reading it
     runs.save(folder, record)
-    return anew
 
 
 def settings_flags(args: argparse.Namespace) -> list[str]:

@@ -229,12 +229,18 @@ def test_what_is_submitted_keeps_its_number_of_shards(submitted, clients, cfg):
     assert {name: len(entry["tasks"]) for name, entry in steps.items() if len(entry["tasks"]) > 1} == {
         "process_tar": 4,
         "compute_fingerprints": 4,
-        "generate_embeddings": 4,
+        "generate_embeddings": 2,
         "neighbor_parts": 3,
     }
-    assert "--array=0-2" in steps["neighbor_parts"]["command"]
-    frozen = config.load(folder / "config.toml").slurm
-    assert (frozen.num_shards, frozen.difficulty_shards) == (4, 3)
+    assert {"--array=0-2", "--num-shards", "3"} <= set(steps["neighbor_parts"]["command"])
+    command = steps["generate_embeddings"]["command"]
+    assert {"--array=0-1%4", "--num-shards", "2", "--dependency=afterok:1"} <= set(
+        command
+    )  # 2 shards of 4: unpaired
+    told = {step["name"]: step for step in status.report(folder)["steps"]}
+    assert told["process_tar"]["tasks"] == {"waiting": 1, "cancelled": 3}
+    assert told["generate_embeddings"]["tasks"] == {"cancelled": 2}
+    assert list(told) == list(steps)
 
 
 def test_the_rest_of_a_run_is_not_submitted_beside_another_that_writes_the_same(submitted, clients, cfg):
