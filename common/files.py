@@ -6,6 +6,7 @@ import fcntl
 import glob
 import os
 import shlex
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -113,6 +114,16 @@ def lock(file: BinaryIO | int, wait: bool) -> bool:
             raise
         return False
     return True
+
+
+def open_shared(path: Path) -> BinaryIO:
+    """Open a file for appending, writable for all who may write its folder: for the group, if that is."""
+    file = open(path, "ab")  # noqa: SIM115 - the caller's
+    own, folder = os.fstat(file.fileno()), path.parent.stat()
+    if folder.st_mode & stat.S_IWGRP and own.st_gid == folder.st_gid and not own.st_mode & stat.S_IWGRP:
+        with contextlib.suppress(PermissionError):  # another user's, who has to
+            os.fchmod(file.fileno(), own.st_mode & 0o777 | stat.S_IRGRP | stat.S_IWGRP)
+    return file
 
 
 def _open_locked(path: Path) -> tuple[BinaryIO, Path]:

@@ -54,16 +54,28 @@ class Step:
         return self.stage.is_done(cfg, task, self.tasks)
 
 
-def steps_of(cfg, tune: int = 0) -> list[Step]:
-    """The steps in the order in which they run. `tune`: how many Optuna workers choose the settings first."""
-    shards, difficulty_shards = cfg.slurm.num_shards, cfg.slurm.difficulty_shards
-    by_tar = ("--num-shards", str(shards))
+def shards_of(cfg) -> dict[str, int]:
+    """Step -> the number of tasks that it is cut into, of those that can be cut."""
+    by_tar = ("process_tar", "compute_fingerprints", "generate_embeddings")
+    return dict.fromkeys(by_tar, cfg.slurm.num_shards) | {"neighbor_parts": cfg.slurm.difficulty_shards}
+
+
+def steps_of(cfg, tune: int = 0, shards: dict[str, int] | None = None) -> list[Step]:
+    """The steps in the order in which they run. `tune`: how many Optuna workers choose the settings first.
+    `shards`: see `shards_of`, if other than those of `cfg`."""
+    shards = shards_of(cfg) | (shards or {})
+    difficulty_shards = shards["neighbor_parts"]
     merge, neighbors = "merge_and_split", "difficulty.compute_visual_neighbors"
 
+    def by_tar(module: str, *needs: str) -> Step:
+        name = module.split(".")[-1]
+        alike = bool(needs) and all(shards[need] == shards[name] for need in needs)
+        return Step(name, module, needs, shards[name], alike, ("--num-shards", str(shards[name])))
+
     steps = [
-        Step("process_tar", "preprocess.process_tar", (), shards, arguments=by_tar),
-        Step("compute_fingerprints", "preprocess.compute_fingerprints", ("process_tar",), shards, True, by_tar),
-        Step("generate_embeddings", "generate.generate_embeddings", ("process_tar",), shards, True, by_tar),
+        by_tar("preprocess.process_tar"),
+        by_tar("preprocess.compute_fingerprints", "process_tar"),
+        by_tar("generate.generate_embeddings", "process_tar"),
         Step(merge, "preprocess.merge_and_split", ("process_tar", "compute_fingerprints", "generate_embeddings")),
         Step("summarize_ids", "preprocess.summarize_ids", (merge,)),
     ]
@@ -122,6 +134,20 @@ def missing(steps: list[Step], cfg) -> dict[str, list[int]]:
             if task in rewritten or task % period in rewritten or not step.is_done(cfg, task)
         ]
     return todo
+
+
+def complete(steps: list[Step], todo: dict[str, list[int]], cfg) -> list[str]:
+    """The steps whose tasks in `todo` are all done, and only to be redone because what they need is."""
+    return [s.name for s in steps if todo[s.name] and all(s.is_done(cfg, task) for task in todo[s.name])]
+
+
+def refuse_purged(steps: list[Step], todo: dict[str, list[int]], cfg) -> None:
+    """Raise PipelineError if complete steps would be redone from tars that have been removed."""
+    if not num_tars(cfg) and (names := complete(steps, todo, cfg)):
+        raise PipelineError(
+            f"{cfg.paths.raw_dir} has no tars to redo these steps from, which are complete: {', '.join(names)}\n"
+            f"restore the tars, or work on what is there with --from {names[0]}"
+        )
 
 
 def idle_note(step: Step, cfg) -> str:

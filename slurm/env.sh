@@ -3,6 +3,7 @@
 
 # module load python/3.11 cuda/12.6
 # conda activate embeddings
+# umask 002 # where several people share the project's folder: see docs/slurm.md
 if [ -f "$root/.venv/bin/activate" ]; then
     # shellcheck source=/dev/null
     source "$root/.venv/bin/activate"

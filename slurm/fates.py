@@ -1,6 +1,7 @@
 """The state of each task of a run, from its job in Slurm's queue, its log and its files."""
 
 import re
+import signal
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -22,10 +23,13 @@ WAITS = {
     "Priority": "for the jobs before it",
     "JobArrayTaskLimit": "for other tasks of its array (throttle)",
     "BeginTime": "requeued, starts shortly",
-    "PartitionTimeLimit": "forever: its time limit exceeds the partition's",
-    "PartitionNodeLimit": "forever: it needs more nodes than the partition has",
-    "BadConstraints": "forever: no node satisfies its constraints",
 }
+FOREVER = {
+    "PartitionTimeLimit": "its time limit exceeds the partition's",
+    "PartitionNodeLimit": "it needs more nodes than the partition has",
+    "BadConstraints": "no node satisfies its constraints",
+}
+LIMIT_OF_ONE_JOB = re.compile(r"^(QOS|Assoc)M(ax|in)\w+PerJob(Limit)?$")  # a limit on all jobs together passes
 ENDS = {
     "BOOT_FAIL": "its node did not boot",
     "DEADLINE": "deadline reached",
@@ -38,6 +42,7 @@ HELD = re.compile("JobHeld|JobHold|held")  # JobHeldUser, JobHoldMaxRequeue, lau
 # what slurmstepd writes to a log, for jobs that Slurm has forgotten
 OUT_OF_MEMORY = re.compile("oom.kill", re.IGNORECASE)
 KILLED = re.compile(r"CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))? \*\*\*")
+REFUSED = re.compile(r"^-- \d+ job \S+ (?:cannot be queued again \((.*)\)|was queued again)", re.MULTILINE)
 
 
 class Log(NamedTuple):
@@ -47,7 +52,15 @@ class Log(NamedTuple):
     first_start_s: float | None = None  # Unix time of the first start; None: not started
     exit_code: int | None = None  # None: still running, or killed
     killed: str = ""  # the reason that slurmstepd gives, in lower case
+    refusal: str = ""  # why it could not be queued again
     lines: tuple[str, ...] = ()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it says that the job has ended, and will not start again."""
+        if self.refusal or self.killed in ("cancelled", "time limit"):
+            return True
+        return self.exit_code not in (None, cli.EXIT_STOPPED, 128 + signal.SIGTERM)
 
 
 class JobTask(NamedTuple):
@@ -73,12 +86,14 @@ def read_log(path: Path) -> Log:
     last = re.split(r"^-- \d+ job \S+ starts on .*\n", tail, flags=re.MULTILINE)[-1]
     ended = re.search(r"^-- \d+ job \S+ ends with exit code (\d+)", last, re.MULTILINE)
     killed = KILLED.search(last)
+    refused = REFUSED.search(last)
     lines = [line for line in last.replace("\r", "\n").splitlines() if line.strip() and not line.startswith("-- ")]
     return Log(
         path,
         float(started[1]) if started else None,
         int(ended[1]) if ended else None,
         (killed[1] or "cancelled").lower() if killed else "",
+        (refused[1] or "slurm.max_requeues") if refused else "",
         tuple(lines),
     )
 
@@ -90,9 +105,17 @@ def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
             return "running", BUSY.get(job.state, "")
         if HELD.search(job.reason) or job.state in HELD_STATES:
             return "waiting", f"held ({job.reason}): scontrol release {job.id.partition('_')[0]}"
+        if job.reason in FOREVER or LIMIT_OF_ONE_JOB.match(job.reason):
+            return "stuck", f"forever: {FOREVER.get(job.reason, f'it asks for too much ({job.reason})')}"
+        if job.reason == "BeginTime" and log.first_start_s is None:
+            return "waiting", "for its start time (--begin)"
         return "waiting", WAITS.get(job.reason, job.reason)
     if step.is_done(cfg, number) or (log.exit_code == 0 and step.stage.outputs is None):  # an Optuna worker
         return "done", ""
+    if log.exit_code == 0 and step.stage.outputs_of(cfg, number, step.tasks) is None:
+        return "done", "what it read has been removed since"
+    if log.refusal:  # it may have reached its time limit afterwards
+        return "failed", f"stopped with everything saved, and could not be requeued: {log.refusal}"
     if job and job.state in ENDS:
         return "failed", remedy(ENDS[job.state], step)
     if log.first_start_s is None:
@@ -122,7 +145,7 @@ def remedy(end: str, step) -> str:
     return f"{end}: raise slurm.{step.resources}.{settings[end]}" if end in settings else end
 
 
-def tasks_of(step, entry: dict, jobs: dict, cfg) -> list[JobTask]:
+def tasks_of(step, entry: dict, jobs: dict | None, cfg) -> list[JobTask]:
     """The tasks of a step of the record. `jobs`: see `runs.queue`."""
     tasks = []
     for number in entry["tasks"]:
@@ -131,10 +154,13 @@ def tasks_of(step, entry: dict, jobs: dict, cfg) -> list[JobTask]:
             tasks.append(JobTask(number, "", "not submitted", "", log))
             continue
         job_id = f"{entry['job']}_{number}" if step.tasks > 1 else entry["job"]
-        job = jobs.get(job_id)
+        job = jobs.get(job_id) if jobs else None
         if job and job.name != step.name:  # a reinstalled cluster counts from 1 again
             job = None
-        tasks.append(JobTask(number, job_id, *fate(step, number, job, log, cfg), log))
+        state, why = fate(step, number, job, log, cfg)
+        if jobs is None and state != "done" and not log.has_ended:
+            state, why = "unknown", "its owner alone may see it in the queue (PrivateData)"
+        tasks.append(JobTask(number, job_id, state, why, log))
     return tasks
 
 

@@ -5,10 +5,14 @@ logs/runs/<time>/config.toml, which is written once. Editing the user's file aff
 """
 
 import argparse
+import functools
 import itertools
 import os
 import re
 import shutil
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from common import config
@@ -16,6 +20,16 @@ from common.errors import PipelineError
 from common.sections import Config
 from slurm import chain, runs
 from slurm.runs import ROOT
+
+SUBMIT_LIMIT = re.compile(r"\w+Submit\w*Job\w*")  # AssocMaxSubmitJobLimit, QOSMaxSubmitJobPerUserLimit, ...
+WAIT_S = 60
+
+
+class LimitReached(PipelineError):
+    """Slurm takes no more jobs of this user at present. Arguments: the message, and what names the run."""
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 def sbatch_command(step, todo: dict, job_ids: dict[str, str], cfg: Config, folder: Path) -> list[str]:
@@ -81,24 +95,13 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
             f"an array of {widest} tasks is too large: this cluster allows {limit} (MaxArraySize)\n"
             "lower slurm.num_shards, slurm.difficulty_shards or --tune; a shard may take any number of tars"
         )
-    by_name = {step.name: step for step in chain.steps_of(cfg, args.tune)}
-    entries: dict[str, dict] = {
-        step.name: {
-            "job": None,  # its id, once submitted
-            "tasks": todo[step.name],
-            "reads": [str(by_name[name].stage.folder(cfg)) for name in step.needs],
-            "target": str(step.stage.folder(cfg)),
-        }
-        for step in left
-    }
     selection = {"--only": args.only, "--from": args.first, "--to": args.last, "--tune": args.tune}
     selected = [word for flag, value in selection.items() if value for word in (flag, str(value))]
+    entries = functools.partial(entries_of, left, chain.steps_of(cfg, args.tune), todo, cfg)
     with runs.lock(cfg.paths.logs_dir):
-        runs.refuse_busy(cfg.paths.logs_dir, entries.values())
+        runs.refuse_busy(cfg.paths.logs_dir, entries(Path()).values())
         folder = runs.create(cfg.paths.logs_dir)
         freeze(cfg, folder / "config.toml")
-        for step in left:
-            entries[step.name]["log"] = str(log_of(step, folder))
         record = {
             "owner": os.getuid(),
             "tune": args.tune,
@@ -106,10 +109,25 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
             "set": args.set,
             "continue_with": [*settings_flags(args), *selected],
             "done_before": [step.name for step in steps if not todo[step.name]],
-            "steps": entries,
+            "steps": entries(folder),
         }
         runs.save(folder, record)
         return submit_rest(folder, record, left, cfg, {})
+
+
+def entries_of(steps: list, chain_steps: list, todo: dict, cfg: Config, folder: Path) -> dict[str, dict]:
+    """Steps of the chain as the record of the run in `folder` lists them before they are submitted."""
+    folders = {step.name: str(step.stage.folder(cfg)) for step in chain_steps}
+    return {
+        step.name: {
+            "job": None,  # its id, once submitted
+            "tasks": todo[step.name],
+            "reads": [folders[name] for name in step.needs],
+            "target": folders[step.name],
+            "log": str(log_of(step, folder)),
+        }
+        for step in steps
+    }
 
 
 def freeze(cfg: Config, path: Path) -> None:
@@ -130,12 +148,19 @@ def submit_rest(folder: Path, record: dict, steps: list, cfg: Config, job_ids: d
         try:
             entry["job"] = job_ids[step.name] = sbatch(entry["command"])
         except PipelineError as error:
-            run = runs.handle(folder, record)
-            raise PipelineError(
+            run, limit = runs.handle(folder, record), SUBMIT_LIMIT.search(str(error))
+            advice = "fix this"
+            if limit:
+                advice = (
+                    f"{limit[0]}: no more jobs of yours may be in the queue, and each task of an array is one\n"
+                    "lower slurm.num_shards or slurm.difficulty_shards, or add --wait, to submit as jobs end"
+                )
+            message = (
                 f"{step.name} was not submitted: {error}\n"
-                f"fix this, then submit the rest with slurm/submit.py --continue {run},\n"
+                f"{advice}, then submit the rest with slurm/submit.py --continue {run},\n"
                 f"or cancel the submitted jobs with --cancel {run}"
-            ) from None
+            )
+            raise (LimitReached(message, run) if limit else PipelineError(message)) from None
         runs.save(folder, record)
         shards = f", shards {ranges(entry['tasks'])} of {step.tasks}" if step.tasks > 1 else ""
         print(f"{step.name:26} job {job_ids[step.name]}{shards}", flush=True)
@@ -152,6 +177,21 @@ def sbatch(command: list[str]) -> str:
     return match[1]
 
 
+def submit_all(submission: Callable[[], int], args: argparse.Namespace, logs_dir: Path) -> int:
+    """Call `submission`. With --wait, continue its run until all is submitted, whenever jobs of this user may have
+    ended."""
+    while True:
+        try:
+            return submission()
+        except LimitReached as error:
+            queue = runs.queue(os.getuid()) or {}
+            if not args.wait or not any(job.is_live for job in queue.values()):
+                raise
+            print(f"{error.args[0].splitlines()[0]}; trying again every {WAIT_S} s", file=sys.stderr, flush=True)
+            submission = functools.partial(continue_run, error.args[1], args, logs_dir)
+        time.sleep(WAIT_S)
+
+
 def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
     """Submit the rest of an interrupted submission with its settings, but with today's resources: they may be what
     sbatch refused."""
@@ -161,9 +201,10 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
         runs.adopt(folder, record)
         cfg = config.load(folder / "config.toml")
         today = config.load(record["config"] and Path(record["config"]), [*record["set"], *args.set]).slurm
-        cut = {name: getattr(cfg.slurm, name) for name in ("num_shards", "difficulty_shards")}
-        cfg = cfg.model_copy(update={"slurm": today.model_copy(update=cut)})
-        steps = [step for step in chain.steps_of(cfg, record["tune"]) if step.name in record["steps"]]
+        before, cfg = cfg, cfg.model_copy(update={"slurm": today})
+        divide_anew(record, before, cfg, folder)
+        steps = chain.steps_of(cfg, record["tune"], record["shards"])
+        steps = [step for step in steps if step.name in record["steps"]]
         live = runs.live_steps(record, runs.queue(record["owner"]))
         left = chain.missing(steps, cfg)
         for name, job in runs.job_ids(record).items():
@@ -176,6 +217,25 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
         rest = [entry for entry in record["steps"].values() if not entry["job"]]
         runs.refuse_busy(logs_dir, rest, but=folder)
         return submit_rest(folder, record, steps, cfg, live)
+
+
+def divide_anew(record: dict, before: Config, cfg: Config, folder: Path) -> None:
+    """Divide what has not been submitted as `cfg` says now. `before`: the run's settings."""
+    submitted = runs.job_ids(record)
+    shards = chain.shards_of(before) | record.get("shards", {})
+    fixed = {"neighbor_parts" if name == "compute_visual_neighbors" else name for name in submitted}
+    record["shards"] = {
+        name: shards[name] if name in fixed else count for name, count in chain.shards_of(cfg).items()
+    }
+    if record["shards"] == shards:
+        return
+    names = {*record["steps"], *(["neighbor_parts"] if "compute_visual_neighbors" in record["steps"] else [])}
+    steps = chain.steps_of(cfg, record["tune"], record["shards"])
+    chosen = [step for step in steps if step.name in names]
+    entries = entries_of(chosen, steps, chain.missing(chosen, cfg), cfg, folder)
+    entries |= {name: record["steps"][name] for name in submitted}
+    record["steps"] = {name: entry for name, entry in entries.items() if entry["tasks"]}
+    runs.save(folder, record)
 
 
 def settings_flags(args: argparse.Namespace) -> list[str]:

@@ -109,18 +109,26 @@ def prefetch(cfg, shared: list[str]) -> int:
     there is Slurm, on a compute node."""
     in_environment = ["bash", "-c", 'root=$0; source "$root/slurm/env.sh"; "$@"', str(runs.ROOT)]
     look = ["python", f"{runs.ROOT}/slurm/prefetch.py", *shared]
-    node = ["srun", "--job-name=prefetch", "--ntasks=1", "--time=10", *cfg.slurm.sbatch]
-    node += cfg.slurm.generate_embeddings.sbatch
+    log = cfg.paths.logs_dir / "prefetch.log"
+    job = ["sbatch", "--wait", "--time=10", *cfg.slurm.sbatch, *cfg.slurm.generate_embeddings.sbatch]
+    job += ["--ntasks=1", "--job-name=prefetch", f"--chdir={runs.ROOT}", f"--output={log}", "--open-mode=truncate"]
+    job += [f"{runs.ROOT}/slurm/stage.sbatch", str(runs.ROOT), "0", "slurm/prefetch.py", *shared]
     attempts = [
         ("fetching the backbone", [*in_environment, "env", "HF_HUB_OFFLINE=0", *look]),
         ("checking that it is found without a network, as jobs do", [*in_environment, *look]),
-        ("checking from a compute node, as soon as one is free", [*node, *in_environment, *look]),
+        ("checking from a compute node, in a job, as soon as one is free", job),
     ]
-    for what, command in attempts if shutil.which("srun") else attempts[:2]:
+    log.unlink(missing_ok=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    for what, command in attempts if shutil.which("sbatch") else attempts[:2]:
         print(f"{what}:", flush=True)
         code = subprocess.run(command, cwd=runs.ROOT, env=runs.environment()).returncode
+        told = log.read_text(errors="replace") if log.exists() else ""
+        print(told, end="", flush=True)
         if code:
             advice = "HF_HOME in slurm/env.sh must name a folder that compute nodes can see"
+            if command is job and not told:
+                advice = "the job left no log: see above, and slurm.sbatch, slurm.generate_embeddings.sbatch"
             print(f"the jobs would not find the backbone; {advice}", file=sys.stderr)
             return code if code > 0 else 1
     return 0

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import os
+import pwd
 import re
 import subprocess
 import sys
@@ -18,9 +19,14 @@ from typing import NamedTuple
 
 from common import files
 from common.errors import PipelineError
+from slurm import fates
 
 ROOT = Path(__file__).resolve().parents[1]
 ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
+OPTIONS = ("SBATCH_", "SCANCEL_", "SINFO_", "SQUEUE_")  # of Slurm's clients: prefixes of variables
+KEPT = ["SLURM_CONF", "SLURM_CLUSTERS"]
+KEPT += [f"SBATCH_{name}" for name in "ACCOUNT CLUSTERS CONSTRAINT EXPORT PARTITION QOS RESERVATION".split()]
+HIDDEN = "this cluster hides the jobs of {} (PrivateData)"
 WITHOUT_CLUSTER = "run this on a login node,\nor run the chain here with slurm/submit.py --local"
 
 
@@ -38,15 +44,15 @@ class SlurmJob(NamedTuple):
 
 
 def environment() -> dict[str, str]:
-    """The environment for Slurm's clients, without the variables of the job that this process may itself run in.
+    """The environment for Slurm's clients: without the variables of the job that this process may itself run in,
+    and without a profile's options, but for those that say where and on whose account jobs run.
 
     sbatch passes those of an interactive job on to new jobs, where srun takes them as options: another job's
-    number of tasks, memory per core or array index.
+    number of tasks, memory per core or array index. With SQUEUE_PARTITION, squeue would hide jobs; SBATCH_WAIT or
+    SBATCH_ARRAY_INX would change what a submission is. Resources are those of [slurm].
     """
-    if "SLURM_JOB_ID" not in os.environ:
-        return dict(os.environ)
-    jobs, kept = ("SLURM_", "SRUN_", "SLURMD_"), ("SLURM_CONF", "SLURM_CLUSTERS")
-    return {name: value for name, value in os.environ.items() if name in kept or not name.startswith(jobs)}
+    hidden = OPTIONS if "SLURM_JOB_ID" not in os.environ else (*OPTIONS, "SLURM_", "SRUN_", "SLURMD_")
+    return {name: value for name, value in os.environ.items() if name in KEPT or not name.startswith(hidden)}
 
 
 def ask(*command: str, show_warnings: bool = False) -> str:
@@ -65,17 +71,46 @@ def ask(*command: str, show_warnings: bool = False) -> str:
     return result.stdout
 
 
-def queue(owner: int) -> dict[str, SlurmJob]:
-    """Job id -> job, of all jobs and array tasks of a user (by uid) that Slurm still knows."""
+def queue(owner: int) -> dict[str, SlurmJob] | None:
+    """Job id -> job, of all jobs and array tasks of a user (by uid) that Slurm still knows; None if this user may
+    not see them."""
     flags = [f"--user={owner}", "--array", "--noheader", "--states=all", "--format=%i|%j|%T|%r"]
     lines = ask("squeue", *flags).splitlines()
+    if not lines and owner != os.getuid() and re.search(r"^PrivateData\s*=.*\bjobs\b", settings(), re.MULTILINE):
+        return None
     return {job.id: job for job in (SlurmJob(*line.strip().split("|", 3)) for line in lines)}
 
 
-def live_steps(record: dict, jobs: dict[str, SlurmJob]) -> dict[str, str]:
-    """Step -> job id, of a run's live steps. Names must match, too: a cluster may restart its ids."""
+def settings() -> str:
+    """The cluster's settings, a line each."""
+    return ask("scontrol", "show", "config")
+
+
+def live_steps(record: dict, jobs: dict[str, SlurmJob] | None) -> dict[str, str]:
+    """Step -> job id, of a run's live steps. Names must match, too: a cluster may restart its ids.
+
+    Where the jobs cannot be seen (None), those are live whose logs do not all say that they have ended.
+    """
+    if jobs is None:
+        return {
+            name: job
+            for name, job in job_ids(record).items()
+            if not all(fates.read_log(path).has_ended for path in logs_of(record["steps"][name]))
+        }
     live = {(job.id.partition("_")[0], job.name) for job in jobs.values() if job.is_live}
     return {name: job for name, job in job_ids(record).items() if (job, name) in live}
+
+
+def logs_of(entry: dict) -> list[Path]:
+    """The logs of a step's tasks."""
+    return [Path(entry["log"].replace("%a", str(number))) for number in entry["tasks"]]
+
+
+def name_of(owner: int) -> str:
+    try:
+        return pwd.getpwuid(owner).pw_name
+    except KeyError:
+        return f"user {owner}"
 
 
 @contextlib.contextmanager
@@ -83,7 +118,7 @@ def lock(logs_dir: Path) -> Iterator[None]:
     """Allow one submission at a time: two would find the same work missing, and both submit it. (A file system
     without locks cannot prevent that.)"""
     logs_dir.mkdir(parents=True, exist_ok=True)
-    with open(logs_dir / ".submit.lock", "ab") as file:
+    with files.open_shared(logs_dir / ".submit.lock") as file:
         try:
             files.lock(file, wait=False)
         except BlockingIOError:
@@ -149,6 +184,10 @@ def adopt(folder: Path, record: dict) -> None:
 
     They are recognised by their names and by the folder of their logs, in whose names Slurm may expand %a or not.
     """
+    if record["owner"] != os.getuid() and queue(record["owner"]) is None:
+        raise PipelineError(
+            f"{HIDDEN.format(name_of(record['owner']))}: only they can continue or cancel this run"
+        )
     flags = [f"--user={record['owner']}", "--noheader", "--Format=ArrayJobID:20,Name:40,STDOUT:4096"]
     for line in ask("squeue", *flags).splitlines():
         job, name, log = line[:20].strip(), line[20:60].strip(), Path(line[60:].strip())
@@ -168,8 +207,15 @@ def refuse_busy(logs_dir: Path, entries: Collection[dict], but: Path | None = No
         if but and folder.samefile(but):
             continue
         record = load(folder)
-        live = {name: record["steps"][name] for name in live_steps(record, queue_of(record["owner"]))}
+        jobs = queue_of(record["owner"])
+        live = {name: record["steps"][name] for name in live_steps(record, jobs)}
         busy = [n for n, entry in live.items() if entry["target"] in touches or writes & set(entry["reads"])]
+        if busy and jobs is None:
+            hidden = HIDDEN.format(name_of(record["owner"]))
+            raise PipelineError(
+                f"run {folder.name} may still be running: {', '.join(busy)}. {hidden}\n"
+                f"ask them for slurm/status.py {folder}\nif nothing of it is left in the queue, move that folder"
+            )
         if busy:
             halted = len(job_ids(record)) < len(record["steps"])
             run = handle(folder, record)
@@ -192,7 +238,7 @@ def cancel(folder: Path) -> int:
 
 def max_array_size() -> int:
     """The cluster's MaxArraySize, one more than the largest array index."""
-    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"), re.MULTILINE)
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", settings(), re.MULTILINE)
     if match is None:
         raise PipelineError("scontrol show config does not list MaxArraySize")
     return int(match[1])

@@ -1,16 +1,16 @@
 """Report on a submitted run: what is done, running or waiting, what failed and why, and how to continue.
 
 Slurm forgets a job minutes after it ends, and not every cluster has accounting: from then on its log and its files
-say how it ended. Exit code 1: some task failed, was cancelled, or was never submitted.
+say how it ended. Exit code 1: some task failed, was cancelled, was never submitted, or will never start.
 
 Reads    logs/runs/<time>/{run.json,config.toml,*.log}, squeue, the records in the artefacts
 Command  python slurm/status.py [RUN] [--watch] [--json]       RUN: by default the newest in logs/runs
 
---json: run, folder; steps, in the order of the chain, each with name, job, state ("failed", "running", "waiting",
-"not submitted", "cancelled" or "done"), why, tasks (state -> count) and progress (done, total, unit; per_hour and
-seconds_left while it runs); failures, each with step, task, job, why, log and last_lines; live: some job is
-waiting or running; failed: some task failed, was cancelled or was not submitted; continue, continue_submission and
-cancel: command lines.
+--json: run, folder; steps, in the order of the chain, each with name, job, state ("failed", "stuck", "running",
+"waiting", "unknown" (another user's, and hidden), "not submitted", "cancelled" or "done"), why, tasks (state ->
+count) and progress (done, total, unit; per_hour and seconds_left while it runs); failures, each with step, task,
+job, why, log and last_lines; live: some job is or may be running, or waits for what can come; failed: some task
+failed, was cancelled, was not submitted or is stuck; continue, continue_submission and cancel: command lines.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from common.errors import PipelineError
 WATCH_EVERY_S = 10
 SHOWN_FAILURES, SHOWN_LINES = 3, 12
 # a step is in the first of these states that any of its tasks is in
-STATES = ("failed", "running", "waiting", "not submitted", "cancelled", "done")
+STATES = ("failed", "stuck", "running", "waiting", "unknown", "not submitted", "cancelled", "done")
 
 
 def report(folder: Path) -> dict:
@@ -41,17 +41,21 @@ def report(folder: Path) -> dict:
 
     record = runs.load(folder)
     jobs, cfg = runs.queue(record["owner"]), config.load(folder / "config.toml")
-    steps = {step.name: step for step in chain.steps_of(cfg, record["tune"])}
+    steps = {step.name: step for step in chain.steps_of(cfg, record["tune"], record.get("shards"))}
     summaries: dict[str, dict] = {
         name: {"name": name, "job": None, "state": "done", "why": "before this run", "tasks": {}, "progress": {}}
         for name in record["done_before"]
     }
     failures: list[dict] = []
+    live, stuck = False, set[str]()
     for name, entry in record["steps"].items():
         step = steps[name]
         tasks = fates.tasks_of(step, entry, jobs, cfg)
         counts = {state: sum(task.state == state for task in tasks) for state in STATES}
         state = next(state for state in STATES if counts[state])
+        if state == "stuck" or (state == "waiting" and stuck.intersection(step.needs)):
+            stuck.add(name)
+        live |= counts["running"] + counts["unknown"] > 0 or (counts["waiting"] > 0 and name not in stuck)
         counts["done"] += step.tasks - len(tasks)
         unfinished = [need for need in step.needs if need in summaries and summaries[need]["state"] != "done"]
         summaries[name] = {
@@ -83,8 +87,8 @@ def report(folder: Path) -> dict:
         "folder": str(folder),
         "steps": [summaries[name] for name in steps if name in summaries],
         "failures": failures,
-        "live": not present.isdisjoint(("running", "waiting")),
-        "failed": not present.isdisjoint(("failed", "cancelled", "not submitted")),
+        "live": live,
+        "failed": not present.isdisjoint(("failed", "stuck", "cancelled", "not submitted")),
         "continue": shlex.join([*submit, *record["continue_with"]]),
         "continue_submission": shlex.join([*submit, "--continue", run]),
         "cancel": shlex.join([*submit, "--cancel", run]),
@@ -108,7 +112,7 @@ def row_of(step: dict) -> tuple[str, ...]:
     tasks, notes = "", [step["why"]]
     if total > 1:
         tasks = f"{counts.get('done', 0)} of {total}"
-        live = [f"{counts[state]} {state}" for state in ("failed", "running", "waiting") if state in counts]
+        live = [f"{counts[state]} {state}" for state in STATES[:5] if state in counts]
         notes = [", ".join(live) if len(live) > 1 or step["state"] == "running" else "", step["why"]]
     files = ""
     if progress:
@@ -137,12 +141,14 @@ def as_text(run: dict, width: int | None = None) -> str:
         lines += ["", f"and {len(run['failures']) - SHOWN_FAILURES} more tasks failed: see --json"]
     if not run["failed"]:
         return "\n".join(lines)
-    halted = any(step["tasks"].get("not submitted") for step in run["steps"])
+    halted, stuck = (
+        any(step["tasks"].get(state) for step in run["steps"]) for state in ("not submitted", "stuck")
+    )
     if halted and not run["failures"]:
         advice = [f"the submission was interrupted; submit the rest:  {run['continue_submission']}"]
-    elif run["live"]:
-        wait = f"once the running jobs have ended, or after  {run['cancel']}"
-        advice = [wait, f"continue with:  {run['continue']}"]
+    elif run["live"] or stuck:
+        when = "once that is fixed, and after" if stuck else "once the running jobs have ended, or after"
+        advice = [f"{when}  {run['cancel']}", f"continue with:  {run['continue']}"]
     else:
         advice = [f"once that is fixed, continue with:  {run['continue']}"]
     return "\n".join([*lines, "", *advice])

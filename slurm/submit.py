@@ -9,9 +9,11 @@ Command  python slurm/submit.py              submit what is missing to Slurm (fo
          python slurm/submit.py --local --from merge_and_split --overwrite    after adding tars or settings
          python slurm/submit.py --prefetch   fetch the backbone for compute nodes without a network
          python slurm/submit.py --cancel RUN, or --continue RUN after an interrupted submission
+         python slurm/submit.py --wait       where a limit on submitted jobs is in the way: the rest as jobs end
 """
 
 import argparse
+import functools
 import shlex
 import sys
 from pathlib import Path
@@ -23,13 +25,15 @@ from common import cli
 from common.errors import ConfigError
 
 
-def print_plan(steps: list, todo: dict[str, list[int]], commands: list[list[str]], cfg) -> None:
+def print_plan(steps: list, todo: dict[str, list[int]], complete: list[str], commands: list, cfg) -> None:
     """Print a line per step, with what is left of it and what it waits for; then the command lines."""
     from slurm import chain, jobs
 
     for step in steps:
         left = todo[step.name]
-        if step.tasks == 1:
+        if step.name in complete:
+            state = "complete, would be redone"
+        elif step.tasks == 1:
             state = "to do" if left else "done"
         elif left:
             state = f"{len(left)} of {step.tasks} tasks to do ({jobs.ranges(left)})"
@@ -53,6 +57,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments.add_argument("--overwrite", action="store_true", help=redo)
     arguments.add_argument("--tune", type=int, default=0, metavar="N", help="tune first, with N Optuna workers")
     arguments.add_argument("--jobs", type=int, default=1, metavar="N", help="with --local: commands at once (1)")
+    wait = "where so many jobs may not be submitted at once: submit the rest as jobs end"
+    arguments.add_argument("--wait", action="store_true", help=wait)
     where = arguments.add_mutually_exclusive_group()
     where.add_argument("--local", action="store_true", help="run the stages on this machine")
     fetch = "fetch the backbone, and check that jobs will find it"
@@ -70,6 +76,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if of_chain and (args.prefetch or args.rest or args.cancel):
         flags = "--only, --from, --to, --tune and --dry-run"
         raise ConfigError(f"{flags} do not apply to --prefetch, --continue or --cancel")
+    if args.wait and (args.local or args.prefetch or args.cancel or args.dry_run):
+        raise ConfigError("--wait does not apply to --local, --prefetch, --cancel or --dry-run")
     if args.only and (args.first or args.last):
         raise ConfigError("--only cannot be combined with --from or --to")
     return args
@@ -83,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.prefetch:
         return local.prefetch(cfg, jobs.settings_flags(args))
     if args.rest:
-        return jobs.continue_run(args.rest, args, cfg.paths.logs_dir)
+        rest = functools.partial(jobs.continue_run, args.rest, args, cfg.paths.logs_dir)
+        return jobs.submit_all(rest, args, cfg.paths.logs_dir)
     if args.cancel:
         folder = runs.find(cfg.paths.logs_dir, args.cancel)
         print(f"run {folder.name}: {runs.cancel(folder)} jobs cancelled")
@@ -99,10 +108,15 @@ def main(argv: list[str] | None = None) -> int:
     flags = [*jobs.settings_flags(args), *["--overwrite"][: args.overwrite]]
     commands = local.commands(steps, todo, flags, args.jobs)
     if args.dry_run:
+        complete = [] if args.overwrite else chain.complete(steps, todo, cfg)
         lines = [line for _, line in commands] if args.local else jobs.planned(steps, todo, cfg)
-        print_plan(steps, todo, lines, cfg)
+        print_plan(steps, todo, complete, lines, cfg)
         return 0
-    return local.run_chain(steps, commands, cfg, args.jobs) if args.local else jobs.submit(steps, todo, cfg, args)
+    if not args.overwrite:
+        chain.refuse_purged(steps, todo, cfg)
+    if args.local:
+        return local.run_chain(steps, commands, cfg, args.jobs)
+    return jobs.submit_all(functools.partial(jobs.submit, steps, todo, cfg, args), args, cfg.paths.logs_dir)
 
 
 if __name__ == "__main__":

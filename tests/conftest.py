@@ -22,7 +22,7 @@ from common import cli
 cli.collect_seldom()
 
 SLOWEST = (  # half a minute to minutes each
-    *("test_slurm", "test_pipeline", "test_docs_commands"),
+    *("test_slurm", "test_slurm_sites", "test_pipeline", "test_docs_commands"),
     *("test_optuna_storage", "test_optuna_worker"),
 )
 

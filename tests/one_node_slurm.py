@@ -72,7 +72,8 @@ def why_not() -> str:
 class OneNodeSlurm:
     """The cluster; `environment` is what its clients (sbatch, squeue, ...) need."""
 
-    def __init__(self, folder: Path, cpus: int = 4):
+    def __init__(self, folder: Path, cpus: int = 4, more: str = ""):
+        """`more`: further lines of slurm.conf."""
         self.folder = folder
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))},
@@ -86,7 +87,7 @@ class OneNodeSlurm:
             os.mknod(folder / "dev" / f"gpu{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
         controller_port, node_port = _free_ports(2)
         conf = CONF.format(folder=folder, controller_port=controller_port, node_port=node_port, cpus=cpus)
-        (folder / "slurm.conf").write_text(conf)
+        (folder / "slurm.conf").write_text(conf + more)
         (folder / "gres.conf").write_text(f"NodeName=localhost Name=gpu File={folder}/dev/gpu[0-1]\n")
         (folder / "munge.key").write_bytes(os.urandom(128))
         (folder / "munge.key").chmod(0o600)
@@ -99,7 +100,7 @@ class OneNodeSlurm:
             _wait(files["sock"].exists, "munge's socket")
             self.start_controller()
             self.start_node()
-            _wait(lambda: self.ask("sinfo", "--noheader", "--format=%t") == "idle", "the node")
+            _wait(lambda: "idle" in self.ask("sinfo", "--noheader", "--format=%t"), "the node")
         except BaseException:
             self.stop()
             raise

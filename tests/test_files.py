@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from common import files
+from common import config, files
 from common.errors import PipelineError
+from slurm import runs
+from train.tuning import study_storage
 
 
 def in_another_process(code: str, *arguments) -> subprocess.Popen:
@@ -136,3 +139,34 @@ def test_a_folder_beside_has_the_folders_name_and_more_whatever_the_folder_is_ca
     monkeypatch.chdir(folder)
     assert files.beside(Path("."), "rejects") == tmp_path / "v1.0_rejects"  # with_name has no name to change
     assert files.beside(Path("out/"), "rejects") == folder / "out_rejects"
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.parametrize(("folder_mode", "expected"), [(0o2775, 0o664), (0o755, 0o644)])
+def test_a_lock_is_as_writable_as_its_folder(tmp_path, umask, folder_mode, expected):
+    """Whatever the umask of who came first."""
+    tmp_path.chmod(folder_mode)
+    for _ in range(2):
+        with files.open_shared(tmp_path / "lock") as file:
+            assert files.lock(file, wait=False)
+    assert (tmp_path / "lock").stat().st_mode & 0o777 == expected
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+def test_two_users_of_a_project_share_submit_py_s_and_a_study_s_lock(umask):
+    with tempfile.TemporaryDirectory() as name:  # not pytest's, which other users may not enter
+        folder, group = Path(name), 54321
+        os.chown(folder, -1, group)
+        folder.chmod(0o2775)
+        cfg = config.load(None, [f"paths.root={folder}", f"paths.study_dir={folder}"])
+        with runs.lock(folder), study_storage.locked(cfg):
+            study_storage.open_storage(cfg)
+        for path in (".submit.lock", "lock", "journal.log"):
+            colleague = {"user": 65534, "group": 65534, "extra_groups": [group]}
+            assert subprocess.run(["sh", "-c", f": >> {folder / path}"], **colleague).returncode == 0

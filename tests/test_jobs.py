@@ -101,6 +101,14 @@ def test_nothing_of_an_interactive_job_is_handed_on(submitted, tmp_path, monkeyp
     assert [line for line in lines if line.startswith(("SLURM", "SRUN"))] == ["SLURM_CONF=/etc/slurm.conf"]
 
 
+def test_a_profiles_options_do_not_change_what_is_seen_and_submitted(monkeypatch):
+    for name in ("SQUEUE_PARTITION", "SINFO_ALL", "SCANCEL_STATE", "SBATCH_WAIT", "SBATCH_MEM_PER_CPU"):
+        monkeypatch.setenv(name, "1")
+        assert name not in runs.environment()
+    monkeypatch.setenv("SBATCH_ACCOUNT", "abc")  # where and on whose account: no stage's setting
+    assert runs.environment()["SBATCH_ACCOUNT"] == "abc"
+
+
 def test_two_submits_at_once_do_not_submit_twice(submitted, cfg):
     with runs.lock(cfg.paths.logs_dir), pytest.raises(PipelineError, match=r"another slurm/submit\.py is running"):
         submitted()
@@ -146,7 +154,7 @@ def test_the_queue_is_asked_for_the_jobs_of_who_submitted_them(submitted, client
     status.report(folder)
     assert runs.cancel(folder) == 0
     runs.refuse_busy(folder.parents[1], [])
-    assert (tmp_path / "asked").read_text().count("--user=12345") == 4
+    assert (tmp_path / "asked").read_text().count("--user=12345") == 5
 
 
 @pytest.mark.parametrize("written_out", ["process_tar-%a.log", "process_tar-0.log"])
@@ -198,8 +206,41 @@ def test_what_sbatch_refused_is_mended_and_the_rest_submitted_with_the_same_sett
     assert len(runs.job_ids(record)) == 9
     command = record["steps"]["process_tar"]["command"]
     assert "--account=right" in command
-    assert "--array=0-3" in command
+    assert "--array=0-8" in command  # nor is the number of shards, of which none was submitted
+    assert record["steps"]["process_tar"]["tasks"] == list(range(9))
+    assert status.report(folder)["steps"][0]["tasks"] == {"cancelled": 9}
     assert config.load(folder / "config.toml").training.epochs == 20
+
+
+def test_what_is_submitted_keeps_its_number_of_shards(submitted, clients, cfg):
+    folder = submitted()
+    record = runs.load(folder)
+    for name, entry in record["steps"].items():
+        if name not in ("process_tar", "compute_fingerprints"):
+            entry["job"] = None
+    runs.save(folder, record)
+    lines = "".join(
+        f"echo '{n}_0|{name}|PENDING|None';" for n, name in [(1, "process_tar"), (2, "compute_fingerprints")]
+    )
+    clients(squeue=f"case $* in *--Format*) ;; *) {lines} esac")
+    flags = ["--set", f"paths.root={cfg.paths.root}", "--set", "slurm.num_shards=2"]
+    assert submit.main([*flags, "--set", "slurm.difficulty_shards=3", "--continue", folder.name]) == 0
+    steps = runs.load(folder)["steps"]
+    assert {name: len(entry["tasks"]) for name, entry in steps.items() if len(entry["tasks"]) > 1} == {
+        "process_tar": 4,
+        "compute_fingerprints": 4,
+        "generate_embeddings": 2,
+        "neighbor_parts": 3,
+    }
+    assert {"--array=0-2", "--num-shards", "3"} <= set(steps["neighbor_parts"]["command"])
+    command = steps["generate_embeddings"]["command"]
+    assert {"--array=0-1%4", "--num-shards", "2", "--dependency=afterok:1"} <= set(
+        command
+    )  # 2 shards of 4: unpaired
+    told = {step["name"]: step for step in status.report(folder)["steps"]}
+    assert told["process_tar"]["tasks"] == {"waiting": 1, "cancelled": 3}
+    assert told["generate_embeddings"]["tasks"] == {"cancelled": 2}
+    assert list(told) == list(steps)
 
 
 def test_the_rest_of_a_run_is_not_submitted_beside_another_that_writes_the_same(submitted, clients, cfg):

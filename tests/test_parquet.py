@@ -2,6 +2,9 @@
 
 import errno
 import os
+import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -9,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 
 from common import files, parquet, provenance, schemas, stages
 from common.errors import PipelineError, StaleArtefact
@@ -269,3 +273,22 @@ def test_records_of_older_versions_are_read_by_todays_names_of_settings():
     for mining, same in (("none", True), ("semi_hard", False)):
         now = provenance.record("train", {"training.sampler": "ucb", "training.mining": mining}, {})
         assert (provenance.differences(older, now) == []) == same
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+def test_the_commit_is_recorded_in_a_colleagues_checkout(tmp_path):
+    """git refuses a repository of another owner, unless it is told that this one is safe."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT / "common", checkout / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    git = ["git", "-C", checkout, "-c", f"safe.directory={checkout}", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=a"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    for path in (checkout, checkout / ".git"):
+        os.chown(path, 65534, 65534)
+    code = "from common import provenance; print(provenance.record('a', {}, {}).finished('', {}).git_commit)"
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
+    told = subprocess.run(
+        [sys.executable, "-c", code], cwd=checkout, env=environment, capture_output=True, text=True
+    )
+    assert told.stdout.strip() == head, told.stderr

@@ -210,12 +210,6 @@ def test_an_array_wider_than_the_cluster_takes_is_refused_before_anything_is_sub
     assert not root.exists()
 
 
-def test_prefetch_looks_for_the_backbone_on_a_compute_node(place):
-    told = place.submit(place.local, "--prefetch")
-    assert told.count(str(place.folder / "backbone")) >= 3
-    assert "from a compute node" in told
-
-
 def test_three_optuna_workers_share_a_study_and_its_best_trial_is_trained(place):
     root = place.copy("tuned", "checkpoints")
     flags = (

@@ -28,7 +28,7 @@ def wrapped(tmp_path):
         **variables,
     ) -> subprocess.CompletedProcess:
         for name, text in {
-            "srun": f'env | grep ^SLURM_MEM; echo "$@"; exit {code}',
+            "srun": f'env | grep ^SLURM_; echo "$@"; exit {code}',
             "scontrol": f'echo "$@" >> {tmp_path}/requeued; {scontrol}',
             "sleep": sleep,  # the controller kills the script while it sleeps, once it is queued again
         }.items():
@@ -48,7 +48,8 @@ def test_the_wrapper_gives_an_array_task_its_shard(wrapped, tmp_path):
     """The shard is added to what works by shards and to nothing else."""
 
     def words(*arguments):
-        return wrapped(*arguments, SLURM_ARRAY_TASK_ID="2").stdout.splitlines()[1].split()[1:]
+        (line,) = re.findall("^.* python .*$", wrapped(*arguments, SLURM_ARRAY_TASK_ID="2").stdout, re.MULTILINE)
+        return line[line.index("python") :].split()
 
     script = str(tmp_path / "a" / "b.py")
     assert words("a/b.py", "--num-shards", "4") == ["python", script, "--num-shards", "4", "--shard", "2"]
@@ -56,10 +57,14 @@ def test_the_wrapper_gives_an_array_task_its_shard(wrapped, tmp_path):
     assert words("a/b.py") == ["python", script]
 
 
-def test_the_wrapper_keeps_another_jobs_memory_from_srun(wrapped):
-    """Of the interactive job that sbatch was called from: srun ends at once where it finds two of them."""
-    told = wrapped("a/b.py", SLURM_MEM_PER_CPU="100", SLURM_MEM_PER_NODE="8000").stdout
-    assert "SLURM_MEM" not in told
+def test_the_wrapper_keeps_another_jobs_shape_from_srun(wrapped):
+    """Of the interactive job that sbatch was called from: srun ends at once where it cannot have the same."""
+    names = (
+        "MEM_PER_CPU MEM_PER_NODE CPU_BIND CPU_BIND_LIST GPUS GPUS_PER_TASK NTASKS_PER_NODE TRES_PER_TASK".split()
+    )
+    told = wrapped("a/b.py", **{f"SLURM_{name}": "8" for name in names}, SLURM_CPUS_PER_TASK="4").stdout
+    assert set(re.findall(r"^SLURM_\w+", told, re.MULTILINE)) == {"SLURM_JOB_ID", "SLURM_CPUS_PER_TASK"}
+    assert "SLURM_CPU_BIND=none" in wrapped("a/b.py", env="export SLURM_CPU_BIND=none").stdout  # the user's own
 
 
 def test_a_stage_that_was_told_to_stop_is_queued_again_by_itself_up_to_the_limit(wrapped, tmp_path):
@@ -81,6 +86,20 @@ def test_requeueing_is_tried_again_while_the_controller_does_not_answer(wrapped,
     told = wrapped("a/b.py", code=85, scontrol=answers, sleep="[ $1 = 10 ] || kill -KILL $PPID")
     assert told.returncode == -signal.SIGKILL
     assert (tmp_path / "requeued").read_text().splitlines() == ["requeue 9"] * 3
+
+
+@pytest.mark.parametrize(
+    ("scontrol", "cause"),
+    [
+        ("echo 'Requested operation is presently disabled for job 9' >&2; exit 1", "presently disabled"),
+        ("echo 'slurm_requeue error: Access/permission denied' >&2; exit 1", "Access/permission denied"),
+        ("echo 'line 36: scontrol: Kommando nicht gefunden.' >&2; exit 127", "Kommando nicht gefunden"),
+    ],
+)
+def test_a_refused_requeueing_ends_the_job_at_once_with_the_cause(wrapped, scontrol, cause):
+    told = wrapped("a/b.py", code=85, scontrol=scontrol)
+    assert told.returncode == 85  # it has not slept
+    assert re.search(rf"^-- \d+ job 9 cannot be queued again \(.*{cause}", told.stdout, re.MULTILINE)
 
 
 def test_what_goes_wrong_in_env_sh_is_in_the_log_after_its_start(wrapped):

@@ -55,7 +55,24 @@ def test_a_log_is_read_from_its_last_start_on(tmp_path):
             ("waiting", "held (launch failed requeued held): scontrol release 7"),
         ),
         (("PENDING", "QOSUsageThreshold"), "", ("waiting", "QOSUsageThreshold")),  # not held
-        (("PENDING", "PartitionTimeLimit"), "", ("waiting", "forever: its time limit exceeds the partition's")),
+        (("PENDING", "PartitionTimeLimit"), "", ("stuck", "forever: its time limit exceeds the partition's")),
+        (
+            ("PENDING", "QOSMaxGRESPerJob"),
+            "",
+            ("stuck", "forever: it asks for too much (QOSMaxGRESPerJob)"),
+        ),
+        (("PENDING", "QOSMaxCpuPerUserLimit"), "", ("waiting", "QOSMaxCpuPerUserLimit")),  # until others end
+        (("PENDING", "BeginTime"), "", ("waiting", "for its start time (--begin)")),
+        (
+            ("PENDING", "BeginTime"),
+            "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 85\n",
+            ("waiting", "requeued, starts shortly"),
+        ),
+        (
+            None,
+            "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 0\n",
+            ("done", "what it read has been removed since"),
+        ),
         (("NODE_FAIL", "NodeDown"), "", ("failed", "its node failed")),
         (("BOOT_FAIL", "None"), "", ("failed", "its node did not boot")),
         (("PREEMPTED", "None"), "-- 1 job 7 starts on a\n", ("failed", "preempted")),
@@ -81,6 +98,12 @@ def test_a_log_is_read_from_its_last_start_on(tmp_path):
             "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 85\n"
             "slurmstepd: error: *** JOB 7 ON a CANCELLED AT 2026-01-01T00:00:00 DUE TO JOB REQUEUE ***\n",
             ("cancelled", "before it restarted"),
+        ),
+        (
+            ("TIMEOUT", "TimeLimit"),
+            "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 85\n"
+            "-- 2 job 7 cannot be queued again (Access/permission denied): submit it again\n",
+            ("failed", "stopped with everything saved, and could not be requeued: Access/permission denied"),
         ),
         (None, "", ("cancelled", "before it started")),  # Slurm has forgotten the job: the log alone tells
         (None, "-- 1 job 7 starts on a\n", ("failed", "killed")),

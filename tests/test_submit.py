@@ -77,6 +77,7 @@ def test_select_takes_both_ends_and_refuses_what_is_not_there(cfg):
         (["--cancel", "20260101-000000", "--only", "train"], "do not apply to"),
         (["--continue", "20260101-000000", "--to", "evaluate"], "do not apply to"),
         (["--prefetch", "--tune", "3"], "do not apply to"),
+        (["--local", "--wait"], "--wait does not apply to"),
     ],
 )
 def test_unusable_arguments_say_so(arguments, message):
@@ -98,6 +99,22 @@ def test_what_depends_on_something_left_is_left_too(cfg, monkeypatch):
     assert left["generate_embeddings"] == [1]
     assert left["merge_and_split"] == [0]
     assert chain.missing(steps[2:3], cfg) == {"generate_embeddings": []}  # --only: no step before it is looked at
+
+
+def test_without_tars_the_plan_tells_what_is_complete_and_nothing_is_redone(cfg, monkeypatch, capsys):
+    """Of a finished chain whose raw data have been removed to make room."""
+    needs_tars = {"process_tar", "compute_fingerprints", "generate_embeddings", "merge_and_split"}
+    monkeypatch.setattr(chain.Step, "is_done", lambda step, *_: step.name not in needs_tars)
+    flags = ["--set", f"paths.root={cfg.paths.root}"]
+    assert submit.main([*flags, "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert re.search("^merge_and_split +to do +after", plan, re.MULTILINE)
+    assert re.search("^summarize_ids +complete, would be redone +after merge_and_split$", plan, re.MULTILINE)
+    for local_flag in ([], ["--local"]):
+        with pytest.raises(PipelineError, match=r"has no tars .*: summarize_ids, .*\n.*--from summarize_ids$"):
+            submit.main([*flags, *local_flag])
+    assert not (cfg.paths.root / "logs").exists()
+    assert submit.main([*flags, "--local", "--from", "summarize_ids"]) == 0
 
 
 def test_a_file_is_done_if_its_settings_and_inputs_are_the_same(cfg, tmp_path):

@@ -37,6 +37,7 @@ def open_storage(cfg: Config) -> JournalStorage | RDBStorage:
     if not isinstance(journal, Path):
         url = _url(cfg).render_as_string(hide_password=False)
         return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # a server may close idle connections
+    files.open_shared(journal).close()
     try:  # the type of a lock is private
         return JournalStorage(JournalFileBackend(str(journal), JournalLock(journal)))  # type: ignore[arg-type]
     except ValueError as error:  # a line in the middle that is not Optuna's
@@ -50,7 +51,7 @@ def locked(cfg: Config) -> Iterator[None]:
     """Hold the study's lock, which one worker at a time can have, on whatever node."""
     cfg.paths.study_dir.mkdir(parents=True, exist_ok=True)
     if cfg.tuning.study_storage == "journal":
-        with open(cfg.paths.study_dir / "lock", "ab") as file:
+        with files.open_shared(cfg.paths.study_dir / "lock") as file:
             _lock(file)
             yield
         return
