@@ -4,6 +4,7 @@ A step is a stage (see common/stages.py) with the number of tasks that its work 
 """
 
 import importlib
+import re
 from dataclasses import dataclass
 
 from common.errors import ConfigError, PipelineError
@@ -17,7 +18,7 @@ class Step:
     name: str
     module: str
     needs: tuple[str, ...] = ()  # all steps whose files it reads
-    tasks: int = 1  # more than 1: a job array whose task i takes shard i
+    tasks: int = 1  # more than 1: a job array; task i takes shard i
     shards_match: bool = False  # shard i needs only shard i of what it needs: aftercorr instead of afterok
     arguments: tuple[str, ...] = ()
     declaration: str = "STAGE"  # the stage's name in the module
@@ -48,6 +49,13 @@ class Step:
         if not hasattr(cfg.slurm, self.resources):
             raise ConfigError(f"there is no [slurm.{self.resources}], with the resources of {self.script}")
         return getattr(cfg.slurm, self.resources)
+
+    def tasks_per_job(self, cfg) -> int:
+        """n, how many of its tasks one job runs: array index i runs tasks i * n to i * n + n - 1."""
+        flags = " ".join(["", *cfg.slurm.sbatch, *self.resources_in(cfg).sbatch])
+        per_node = re.findall(r" --ntasks-per-node[ =](\d+)", flags)
+        given = re.findall(r" (?:--ntasks[ =]|-n *)(\d+)", flags) or per_node
+        return min(int(given[-1]), self.tasks) if given else 1
 
     def is_done(self, cfg, task: int) -> bool:
         """Whether a task has nothing left to do."""

@@ -28,7 +28,7 @@ def wrapped(tmp_path):
         **variables,
     ) -> subprocess.CompletedProcess:
         for name, text in {
-            "srun": f'env | grep ^SLURM_MEM; echo "$@"; exit {code}',
+            "srun": f'env | grep ^SLURM_MEM; echo srun "$@"; exit {code}',
             "scontrol": f'echo "$@" >> {tmp_path}/requeued; {scontrol}',
             "sleep": sleep,  # the controller kills the script while it sleeps, once it is queued again
         }.items():
@@ -44,16 +44,20 @@ def wrapped(tmp_path):
     return run
 
 
-def test_the_wrapper_gives_an_array_task_its_shard(wrapped, tmp_path):
-    """The shard is added to what works by shards and to nothing else."""
+def test_an_array_is_divided_among_the_tasks_of_its_jobs_and_nothing_else_is(wrapped, tmp_path):
+    def step(*arguments, **variables):
+        told = wrapped(*arguments, **{"SLURM_ARRAY_TASK_ID": "2", "SLURM_NTASKS": "4", **variables}).stdout
+        return next(line for line in told.splitlines() if line.startswith("srun ")).split()[1:]
 
-    def words(*arguments):
-        return wrapped(*arguments, SLURM_ARRAY_TASK_ID="2").stdout.splitlines()[1].split()[1:]
-
-    script = str(tmp_path / "a" / "b.py")
-    assert words("a/b.py", "--num-shards", "4") == ["python", script, "--num-shards", "4", "--shard", "2"]
-    assert words("a/b.py", "--num-shards=4") == ["python", script, "--num-shards=4", "--shard", "2"]
-    assert words("a/b.py") == ["python", script]
+    task, script = str(tmp_path / "slurm" / "task.py"), str(tmp_path / "a" / "b.py")
+    several = ["--ntasks=4", "--label", "--kill-on-bad-exit=0", "--wait=0", "python", task]
+    assert step("a/b.py", "--num-shards", "9") == [*several, script, "--num-shards", "9"]
+    assert step("a/b.py", "--num-shards=9") == [*several, script, "--num-shards=9"]
+    assert step("train/optuna_worker.py") == [*several, str(tmp_path / "train" / "optuna_worker.py")]
+    assert step("a/b.py") == ["--ntasks=1", "python", task, script]
+    one = ["--ntasks=1", "python", task, script, "--num-shards=9"]
+    assert step("a/b.py", "--num-shards=9", SLURM_NTASKS="1") == one
+    assert step("a/b.py", "--num-shards=9", SLURM_ARRAY_TASK_ID="") == one  # joins the parts of the others
 
 
 def test_the_wrapper_keeps_another_jobs_memory_from_srun(wrapped):
