@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from common.errors import ConfigError, PipelineError
 from common.stages import Stage
 
+# in sbatch's flags, the number of GPUs of a job on one node: "--gres=gpu:h100:4"
+GPUS = re.compile(r" (?:--gres[ =]gpu:|--gpus(?:-per-node)?[ =]|-G *)(?:[\w.]+:)?(\d+)(?![\w.])")
+
 
 @dataclass(frozen=True)
 class Step:
@@ -50,9 +53,13 @@ class Step:
             raise ConfigError(f"there is no [slurm.{self.resources}], with the resources of {self.script}")
         return getattr(cfg.slurm, self.resources)
 
+    def sbatch_flags(self, cfg) -> str:
+        """The user's flags for sbatch, those of all jobs first, each with a blank before it."""
+        return "".join(f" {flag}" for flag in [*cfg.slurm.sbatch, *self.resources_in(cfg).sbatch])
+
     def tasks_per_job(self, cfg) -> int:
         """n, how many of its tasks one job runs: array index i runs tasks i * n to i * n + n - 1."""
-        flags = " ".join(["", *cfg.slurm.sbatch, *self.resources_in(cfg).sbatch])
+        flags = self.sbatch_flags(cfg)
         per_node = re.findall(r" --ntasks-per-node[ =](\d+)", flags)
         given = re.findall(r" (?:--ntasks[ =]|-n *)(\d+)", flags) or per_node
         return min(int(given[-1]), self.tasks) if given else 1
@@ -140,6 +147,17 @@ def idle_note(step: Step, cfg) -> str:
     if None in outputs:  # known once its inputs exist
         return "(some tasks may have no work)" if num_tars(cfg) < step.tasks else ""
     return f"({outputs.count([])} of the tasks have no work)" if [] in outputs else ""
+
+
+def idle_gpus(step: Step, cfg) -> str:
+    """What to do about GPUs that its jobs ask for and have no task for; empty if there are none."""
+    asked = re.findall(
+        r" (?:--gres[ =]gpu:|--gpus(?:-per-node)?[ =]|-G *)(?:[\w.]+:)?(\d+)(?![\w.])", step.sbatch_flags(cfg)
+    )
+    gpus, tasks = int(asked[-1]) if asked else 0, step.tasks_per_job(cfg)
+    if gpus <= tasks or step.tasks <= tasks:
+        return ""
+    return f"(uses {tasks} of the {gpus} GPUs of each job: add --ntasks={gpus} to slurm.{step.resources}.sbatch)"
 
 
 def num_tars(cfg) -> int:

@@ -144,7 +144,8 @@ def submit_rest(folder: Path, record: dict, steps: list, cfg: Config, job_ids: d
         runs.save(folder, record)
         shards = f", shards {ranges(entry['tasks'])} of {step.tasks}" if step.tasks > 1 else ""
         together = f", {per_job[step.name]} to a job" if per_job[step.name] > 1 else ""
-        print(f"{step.name:26} job {job_ids[step.name]}{shards}{together}", flush=True)
+        note = chain.idle_gpus(step, cfg)
+        print(f"{step.name:26} job {job_ids[step.name]}{shards}{together} {note}".rstrip(), flush=True)
     print(f"run {folder.name}: logs in {folder}; follow it with slurm/status.py")
     return 0
 

@@ -23,7 +23,7 @@ from common import cli
 from common.errors import ConfigError
 
 
-def print_plan(steps: list, todo: dict[str, list[int]], commands: list[list[str]], cfg) -> None:
+def print_plan(steps: list, todo: dict[str, list[int]], commands: list[list[str]], cfg, on_slurm: bool) -> None:
     """Print a line per step, with what is left of it and what it waits for; then the command lines."""
     from slurm import chain, jobs
 
@@ -36,8 +36,8 @@ def print_plan(steps: list, todo: dict[str, list[int]], commands: list[list[str]
         else:
             state = f"{step.tasks} tasks done"
         after = f"after {', '.join(step.needs)}" if step.needs else ""
-        note = chain.idle_note(step, cfg)
-        print(" ".join(filter(None, [f"{step.name:26} {state:34}", after, note])).rstrip())
+        notes = [chain.idle_note(step, cfg), chain.idle_gpus(step, cfg) if on_slurm else ""]
+        print(" ".join(filter(None, [f"{step.name:26} {state:34}", after, *notes])).rstrip())
     for command in commands:
         print(f"\n{shlex.join(command)}")
 
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = local.commands(steps, todo, flags, args.jobs)
     if args.dry_run:
         lines = [line for _, line in commands] if args.local else jobs.planned(steps, todo, cfg)
-        print_plan(steps, todo, lines, cfg)
+        print_plan(steps, todo, lines, cfg, on_slurm=not args.local)
         return 0
     return local.run_chain(steps, commands, cfg, args.jobs) if args.local else jobs.submit(steps, todo, cfg, args)
 

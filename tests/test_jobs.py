@@ -78,6 +78,28 @@ def test_a_job_runs_as_many_shards_as_its_flags_have_tasks(of_all, of_stage, per
     assert [word for word in line if word.startswith("--ntasks=")][-1] == f"--ntasks={per_job}"
 
 
+@pytest.mark.parametrize(
+    ("flags", "used"),
+    [
+        (["--gres=gpu:1"], ""),
+        (["--gres=gpu:3g.20gb:1"], ""),
+        (["--gres=gpu:h100:4"], "1 of the 4"),
+        (["--gpus-per-node=a100:4", "--ntasks=2"], "2 of the 4"),
+        (["--gpus", "4", "--ntasks=4"], ""),
+        (["--gpus-per-task=1", "--ntasks=4"], ""),
+        (["--gres=gpu:8", "--ntasks=4"], ""),  # all shards that there are
+    ],
+)
+def test_gpus_without_a_task_are_told(flags, used):
+    name = "generate_embeddings"
+    cfg = config.load(None, ["slurm.num_shards=4", f"slurm.{name}.sbatch={json.dumps(flags)}"])
+    steps = {step.name: step for step in chain.steps_of(cfg)}
+    advice = f"(uses {used} GPUs of each job: add --ntasks=4 to slurm.{name}.sbatch)" if used else ""
+    assert chain.idle_gpus(steps[name], cfg) == advice
+    alone = config.load(None, [f"slurm.train.sbatch={json.dumps(flags)}"])
+    assert chain.idle_gpus(steps["train"], alone) == ""  # it cannot use more
+
+
 def test_a_job_holds_the_shards_that_are_left_with_their_neighbours(cfg):
     step = next(step for step in chain.steps_of(cfg) if step.name == "compute_fingerprints")
     todo = {"compute_fingerprints": [1, 3, 4, 13]}

@@ -103,12 +103,10 @@ def test_the_wrappers_ask_for_what_config_toml_says():
         assert len(lines) == 3
         flags = set(shlex.split(lines[1])[1:])
         assert flags >= {f"--time={resources.time}", f"--signal=USR2@{cfg.slurm.signal_before_s}", "--requeue"}
-        assert {
-            flag for flag in flags if not re.match("--(job-name|output|open-mode|requeue|signal|time)", flag)
-        } == {
-            *cfg.slurm.sbatch,
-            *resources.sbatch,
-        }
+        # --ntasks=1 where arrays are divided: or sbatch hands on SLURM_NTASKS of the job that it is called in
+        ours = re.compile("--(job-name|output|open-mode|requeue|signal|time|ntasks)")
+        assert {flag for flag in flags if not ours.match(flag)} == {*cfg.slurm.sbatch, *resources.sbatch}
+        assert ("--ntasks=1" in flags) == isinstance(resources, sections.SlurmArray)
         (script,) = [path.relative_to(ROOT) for path in ROOT.glob(f"*/{name}.py")]
         assert lines[2].endswith(f'"$root" {cfg.slurm.max_requeues} {script} "$@"')
         assert f"/slurm/stages/{name}[.]sbatch" in lines[2]
