@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 from common.errors import Stopped
 from slurm import runs
-from slurm.task import gpu_of
+from slurm.node.task import gpu_of
 
 
 class RunningCommand(NamedTuple):

@@ -307,11 +307,12 @@ def test_a_whole_node_keeps_its_four_gpus_busy_though_one_task_stops_and_one_is_
     (tmp_path / "sitecustomize.py").write_text(RECORD)  # each Python reads it as it starts
     scripts = ("generate_embeddings.py", "compute_visual_neighbors.py", "optuna_worker.py")
     environment = {**place.environment, "PYTHONPATH": str(tmp_path), "RECORDED": " ".join(scripts)}
+    environment["NODE_DISK"] = str(tmp_path / "disk")
     root = place.copy("whole-node", "data/embeddings", "data/difficulty*", "checkpoints")
     bound, dealt = '["--mem=4G", "--ntasks=4", "--gpus-per-task=1"]', '["--mem=4G", "--ntasks=4", "--gres=gpu:4"]'
     settings = ['slurm.sbatch=["--partition=whole"]', "slurm.num_shards=4", "slurm.difficulty_shards=4"]
     settings += [f"slurm.generate_embeddings.sbatch={bound}", f"slurm.optuna_worker.sbatch={dealt}"]
-    settings += [f"slurm.compute_visual_neighbors.sbatch={dealt}"]
+    settings += [f"slurm.compute_visual_neighbors.sbatch={dealt}", "slurm.stage_to=$NODE_DISK"]
     flags = [word for setting in settings for word in ("--set", setting)]
     flags += ["--from", "generate_embeddings", "--to", "optuna_worker", "--tune", "4"]
     assert "shards 0-3 of 4, 4 to a job" in place.submit(root, *flags, env=environment)
@@ -325,6 +326,8 @@ def test_a_whole_node_keeps_its_four_gpus_busy_though_one_task_stops_and_one_is_
     log = (run / "generate_embeddings-0.log").read_text()
     assert re.findall("exit code ([0-9]+)", log) == ["85", "0"]  # the job was queued again, and then finished
     assert log.count("nothing to do") == 3
+    assert log.count("1 of 1 tars copied") == 5  # four, and again the one of the task that was stopped
+    assert not list((tmp_path / "disk").iterdir())
     report = place.told(root, code=1)
     (failure,) = report["failures"]  # of four shards
     assert (failure["step"], failure["job"], failure["why"]) == (

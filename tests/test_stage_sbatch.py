@@ -49,7 +49,7 @@ def test_an_array_is_divided_among_the_tasks_of_its_jobs_and_nothing_else_is(wra
         told = wrapped(*arguments, **{"SLURM_ARRAY_TASK_ID": "2", "SLURM_NTASKS": "4", **variables}).stdout
         return next(line for line in told.splitlines() if line.startswith("srun ")).split()[1:]
 
-    task, script = str(tmp_path / "slurm" / "task.py"), str(tmp_path / "a" / "b.py")
+    task, script = str(tmp_path / "slurm" / "node" / "task.py"), str(tmp_path / "a" / "b.py")
     several = ["--ntasks=4", "--label", "--kill-on-bad-exit=0", "--wait=0", "python", task]
     assert step("a/b.py", "--num-shards", "9") == [*several, script, "--num-shards", "9"]
     assert step("a/b.py", "--num-shards=9") == [*several, script, "--num-shards=9"]

@@ -1,4 +1,4 @@
-"""slurm/task.py: the shard and the GPU of each task of a job, with Slurm's variables made up."""
+"""slurm/node/task.py: the shard and the GPU of each task of a job, with Slurm's variables made up."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from slurm import task
+from slurm.node import task
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def step(tmp_path):
         for place in range(num_tasks):
             places = {"SLURM_STEP_NUM_TASKS": num_tasks, "SLURM_PROCID": place, "SLURM_LOCALID": place}
             environment = os.environ | {name: str(value) for name, value in (places | variables).items()}
-            command = [sys.executable, ROOT / "slurm" / "task.py", script, *arguments]
+            command = [sys.executable, ROOT / "slurm" / "node" / "task.py", script, *arguments]
             told.append(subprocess.check_output(command, env=environment, text=True).strip())
         return told
 
