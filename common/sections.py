@@ -231,6 +231,7 @@ class Slurm(Section):
     difficulty_shards: Positive
     max_requeues: Count
     signal_before_s: Count
+    stage_to: str
     sbatch: list[str]
     process_tar: SlurmArray
     compute_fingerprints: SlurmArray

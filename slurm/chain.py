@@ -4,10 +4,14 @@ A step is a stage (see common/stages.py) with the number of tasks that its work 
 """
 
 import importlib
+import re
 from dataclasses import dataclass
 
 from common.errors import ConfigError, PipelineError
 from common.stages import Stage
+
+# in sbatch's flags, the number of GPUs of a job on one node: "--gres=gpu:h100:4"
+GPUS = re.compile(r" (?:--gres[ =]gpu:|--gpus(?:-per-node)?[ =]|-G *)(?:[\w.]+:)?(\d+)(?![\w.])")
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,7 @@ class Step:
     name: str
     module: str
     needs: tuple[str, ...] = ()  # all steps whose files it reads
-    tasks: int = 1  # more than 1: a job array whose task i takes shard i
+    tasks: int = 1  # more than 1: a job array; task i takes shard i
     shards_match: bool = False  # shard i needs only shard i of what it needs: aftercorr instead of afterok
     arguments: tuple[str, ...] = ()
     declaration: str = "STAGE"  # the stage's name in the module
@@ -48,6 +52,17 @@ class Step:
         if not hasattr(cfg.slurm, self.resources):
             raise ConfigError(f"there is no [slurm.{self.resources}], with the resources of {self.script}")
         return getattr(cfg.slurm, self.resources)
+
+    def sbatch_flags(self, cfg) -> str:
+        """The user's flags for sbatch, those of all jobs first, each with a blank before it."""
+        return "".join(f" {flag}" for flag in [*cfg.slurm.sbatch, *self.resources_in(cfg).sbatch])
+
+    def tasks_per_job(self, cfg) -> int:
+        """n, how many of its tasks one job runs: array index i runs tasks i * n to i * n + n - 1."""
+        flags = self.sbatch_flags(cfg)
+        per_node = re.findall(r" --ntasks-per-node[ =](\d+)", flags)
+        given = re.findall(r" (?:--ntasks[ =]|-n *)(\d+)", flags) or per_node
+        return min(int(given[-1]), self.tasks) if given else 1
 
     def is_done(self, cfg, task: int) -> bool:
         """Whether a task has nothing left to do."""
@@ -158,6 +173,17 @@ def idle_note(step: Step, cfg) -> str:
     if None in outputs:  # known once its inputs exist
         return "(some tasks may have no work)" if num_tars(cfg) < step.tasks else ""
     return f"({outputs.count([])} of the tasks have no work)" if [] in outputs else ""
+
+
+def idle_gpus(step: Step, cfg) -> str:
+    """What to do about GPUs that its jobs ask for and have no task for; empty if there are none."""
+    asked = re.findall(
+        r" (?:--gres[ =]gpu:|--gpus(?:-per-node)?[ =]|-G *)(?:[\w.]+:)?(\d+)(?![\w.])", step.sbatch_flags(cfg)
+    )
+    gpus, tasks = int(asked[-1]) if asked else 0, step.tasks_per_job(cfg)
+    if gpus <= tasks or step.tasks <= tasks:
+        return ""
+    return f"(uses {tasks} of the {gpus} GPUs of each job: add --ntasks={gpus} to slurm.{step.resources}.sbatch)"
 
 
 def num_tars(cfg) -> int:

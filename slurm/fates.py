@@ -1,5 +1,6 @@
 """The state of each task of a run, from its job in Slurm's queue, its log and its files."""
 
+import functools
 import re
 import signal
 import time
@@ -64,7 +65,7 @@ class Log(NamedTuple):
 
 
 class JobTask(NamedTuple):
-    """One job, or one task of an array."""
+    """One task of a step, and the job that runs it, maybe with others."""
 
     number: int
     job: str
@@ -145,22 +146,31 @@ def remedy(end: str, step) -> str:
     return f"{end}: raise slurm.{step.resources}.{settings[end]}" if end in settings else end
 
 
+def of_place(log: Log, place: int) -> Log:
+    """The log without the other tasks' lines, of a job in which each line begins with its task's place."""
+    labelled = [(re.match(r" *(\d+): ", line), line) for line in log.lines]
+    own = tuple(line[m.end() if m else 0 :] for m, line in labelled if m is None or int(m[1]) == place)
+    return log._replace(lines=own)
+
+
 def tasks_of(step, entry: dict, jobs: dict | None, cfg) -> list[JobTask]:
     """The tasks of a step of the record. `jobs`: see `runs.queue`."""
-    tasks = []
+    tasks, per_job = [], entry.get("tasks_per_job", 1)
+    logs = functools.cache(read_log)
     for number in entry["tasks"]:
-        log = read_log(Path(entry["log"].replace("%a", str(number))))
+        index, place = divmod(number, per_job)
+        log = logs(Path(entry["log"].replace("%a", str(index))))
         if not entry["job"]:
             tasks.append(JobTask(number, "", "not submitted", "", log))
             continue
-        job_id = f"{entry['job']}_{number}" if step.tasks > 1 else entry["job"]
+        job_id = f"{entry['job']}_{index}" if step.tasks > 1 else entry["job"]
         job = jobs.get(job_id) if jobs else None
         if job and job.name != step.name:  # a reinstalled cluster counts from 1 again
             job = None
         state, why = fate(step, number, job, log, cfg)
         if jobs is None and state != "done" and not log.has_ended:
             state, why = "unknown", "its owner alone may see it in the queue (PrivateData)"
-        tasks.append(JobTask(number, job_id, state, why, log))
+        tasks.append(JobTask(number, job_id, state, why, of_place(log, place) if per_job > 1 else log))
     return tasks
 
 

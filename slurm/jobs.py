@@ -32,25 +32,26 @@ class LimitReached(PipelineError):
         return self.args[0]
 
 
-def sbatch_command(step, todo: dict, job_ids: dict[str, str], cfg: Config, folder: Path) -> list[str]:
+def sbatch_command(step, todo: dict, job_ids: dict, per_job: dict, cfg: Config, folder: Path) -> list[str]:
     """The sbatch command line of a step of the run in `folder`, for its tasks in `todo`; see `dependency_of`."""
     resources = step.resources_in(cfg)
     command = ["sbatch", "--parsable", f"--time={resources.time}", "--requeue"]
     command += [f"--signal=USR2@{cfg.slurm.signal_before_s}", *cfg.slurm.sbatch, *resources.sbatch]
     # these override the user's flags: status.py and the next submit.py find jobs and logs by them
     command += [f"--job-name={step.name}", f"--chdir={ROOT}", f"--output={log_of(step, folder)}"]
-    command += ["--open-mode=append", "--kill-on-invalid-dep=yes"]
+    command += ["--open-mode=append", "--kill-on-invalid-dep=yes", f"--ntasks={per_job[step.name]}"]
     if step.tasks > 1:
         throttle = f"%{resources.throttle}" if resources.throttle else ""
-        command.append(f"--array={ranges(todo[step.name])}{throttle}")
-    if dependency := dependency_of(step, todo, job_ids):
+        indices = sorted({task // per_job[step.name] for task in todo[step.name]})
+        command.append(f"--array={ranges(indices)}{throttle}")
+    if dependency := dependency_of(step, todo, job_ids, per_job):
         command.append(f"--dependency={dependency}")
     command += [f"{ROOT}/slurm/stage.sbatch", str(ROOT), str(cfg.slurm.max_requeues), step.script, *step.arguments]
     return [*command, "--config", str(folder / "config.toml")]
 
 
 def log_of(step, folder: Path) -> Path:
-    """The log of a step; Slurm replaces %a by the number of an array's task."""
+    """The log of a step; Slurm replaces %a by the index of an array's job."""
     return folder / (f"{step.name}-%a.log" if step.tasks > 1 else f"{step.name}.log")
 
 
@@ -61,16 +62,17 @@ def ranges(tasks: list[int]) -> str:
     return ",".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
 
 
-def dependency_of(step, todo: dict[str, list[int]], job_ids: dict[str, str]) -> str:
-    """The --dependency of `step`, given the job ids of the steps that it may wait for.
+def dependency_of(step, todo: dict[str, list[int]], job_ids: dict[str, str], per_job: dict[str, int]) -> str:
+    """The --dependency of `step`, given the job ids of the steps that it may wait for. `per_job`: tasks to a job.
 
-    aftercorr pairs tasks by number. How it treats a number that the other array lacks is undocumented, so it is
-    used only between arrays of the same numbers.
+    aftercorr pairs jobs by index. How it treats an index that the other array lacks is undocumented, so it is
+    used only between arrays of the same tasks, as many to a job.
     """
     needs = [name for name in step.needs if name in job_ids]
     if not needs:
         return ""
-    paired = step.shards_match and step.tasks > 1 and all(todo[name] == todo[step.name] for name in needs)
+    alike = all((todo[name], per_job[name]) == (todo[step.name], per_job[step.name]) for name in needs)
+    paired = step.shards_match and step.tasks > 1 and alike
     return ":".join(["aftercorr" if paired else "afterok", *(job_ids[name] for name in needs)])
 
 
@@ -78,7 +80,8 @@ def planned(steps: list, todo: dict[str, list[int]], cfg: Config) -> list[list[s
     """The sbatch command lines of the steps that are left, with step names in place of job ids."""
     folder, left = cfg.paths.logs_dir / "runs" / "TIME", [step for step in steps if todo[step.name]]
     job_ids = {step.name: f"${step.name}" for step in left}
-    return [sbatch_command(step, todo, job_ids, cfg, folder) for step in left]
+    per_job = {step.name: step.tasks_per_job(cfg) for step in left}
+    return [sbatch_command(step, todo, job_ids, per_job, cfg, folder) for step in left]
 
 
 def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.Namespace) -> int:
@@ -89,10 +92,10 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
     if not left:
         print(f"nothing to do: {', '.join(step.name for step in steps)} done")
         return 0
-    widest, limit = max(step.tasks for step in left), runs.max_array_size()
+    widest, limit = max(-(-step.tasks // step.tasks_per_job(cfg)) for step in left), runs.max_array_size()
     if widest > limit:
         raise PipelineError(
-            f"an array of {widest} tasks is too large: this cluster allows {limit} (MaxArraySize)\n"
+            f"an array of {widest} jobs is too large: this cluster allows {limit} (MaxArraySize)\n"
             "lower slurm.num_shards, slurm.difficulty_shards or --tune; a shard may take any number of tars"
         )
     selection = {"--only": args.only, "--from": args.first, "--to": args.last, "--tune": args.tune}
@@ -122,6 +125,7 @@ def entries_of(steps: list, chain_steps: list, todo: dict, cfg: Config, folder: 
         step.name: {
             "job": None,  # its id, once submitted
             "tasks": todo[step.name],
+            "tasks_per_job": step.tasks_per_job(cfg),
             "reads": [folders[name] for name in step.needs],
             "target": folders[step.name],
             "log": str(log_of(step, folder)),
@@ -140,11 +144,12 @@ def freeze(cfg: Config, path: Path) -> None:
 def submit_rest(folder: Path, record: dict, steps: list, cfg: Config, job_ids: dict[str, str]) -> int:
     """Submit the steps of a record that have no job yet. `job_ids`: of the steps that they may wait for."""
     todo = {name: entry["tasks"] for name, entry in record["steps"].items()}
+    per_job = runs.tasks_per_job(record)
     for step in steps:
         entry = record["steps"][step.name]
         if entry["job"]:
             continue
-        entry["command"] = sbatch_command(step, todo, job_ids, cfg, folder)
+        entry["command"] = sbatch_command(step, todo, job_ids, per_job, cfg, folder)
         try:
             entry["job"] = job_ids[step.name] = sbatch(entry["command"])
         except PipelineError as error:
@@ -163,7 +168,9 @@ def submit_rest(folder: Path, record: dict, steps: list, cfg: Config, job_ids: d
             raise (LimitReached(message, run) if limit else PipelineError(message)) from None
         runs.save(folder, record)
         shards = f", shards {ranges(entry['tasks'])} of {step.tasks}" if step.tasks > 1 else ""
-        print(f"{step.name:26} job {job_ids[step.name]}{shards}", flush=True)
+        together = f", {per_job[step.name]} to a job" if per_job[step.name] > 1 else ""
+        note = chain.idle_gpus(step, cfg)
+        print(f"{step.name:26} job {job_ids[step.name]}{shards}{together} {note}".rstrip(), flush=True)
     print(f"run {folder.name}: logs in {folder}; follow it with slurm/status.py")
     return 0
 
@@ -216,6 +223,10 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
                 )
         rest = [entry for entry in record["steps"].values() if not entry["job"]]
         runs.refuse_busy(logs_dir, rest, but=folder)
+        for step in steps:  # today's, like all resources of what is yet to be submitted
+            if not record["steps"][step.name]["job"]:
+                record["steps"][step.name]["tasks_per_job"] = step.tasks_per_job(cfg)
+        runs.save(folder, record)
         return submit_rest(folder, record, steps, cfg, live)
 
 

@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 from common.errors import Stopped
 from slurm import runs
+from slurm.node.task import gpu_of
 
 
 class RunningCommand(NamedTuple):
@@ -22,6 +23,7 @@ class RunningCommand(NamedTuple):
     command: list[str]
     process: subprocess.Popen
     output: BinaryIO | None  # captured if several run at once
+    place: int  # among those that run at once: it decides the GPU
 
 
 def commands(steps: list, todo: dict[str, list[int]], shared: list[str], jobs: int) -> list[tuple]:
@@ -58,8 +60,8 @@ def run_chain(steps: list, commands: list[tuple], cfg, jobs: int) -> int:
 def run(commands: list[tuple], jobs: int) -> int:
     """Run the commands here, `jobs` at once, each after those it needs; stops when one fails, with its exit code.
 
-    One at a time they write to the terminal; several at once have their output printed when they end. SIGTERM is
-    passed on to running commands and ends the chain with exit code 85.
+    One at a time they write to the terminal; several at once have their output printed when they end, and take one
+    GPU each, in turn. SIGTERM is passed on to running commands and ends the chain with exit code 85.
     """
     running: list[RunningCommand] = []
     stopped: list[int] = []  # SIGTERM, once it has arrived
@@ -85,8 +87,10 @@ def run(commands: list[tuple], jobs: int) -> int:
             title = f"[{number}/{len(commands)}] {step.name}"
             print(title, flush=True)
             output = tempfile.TemporaryFile() if jobs > 1 else None  # noqa: SIM115 - closed with its RunningCommand
-            process = subprocess.Popen(command, cwd=runs.ROOT, env=environment, stdout=output, stderr=output)
-            running.append(RunningCommand(title, step.name, command, process, output))
+            place = min(set(range(jobs)) - {task.place for task in running})
+            own = environment | (gpu_of(place) if jobs > 1 else {})
+            process = subprocess.Popen(command, cwd=runs.ROOT, env=own, stdout=output, stderr=output)
+            running.append(RunningCommand(title, step.name, command, process, output, place))
         time.sleep(0.02)
         for task in [task for task in running if task.process.poll() is not None]:
             running.remove(task)

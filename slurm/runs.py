@@ -179,6 +179,11 @@ def job_ids(record: dict) -> dict[str, str]:
     return {name: entry["job"] for name, entry in record["steps"].items() if entry["job"]}
 
 
+def tasks_per_job(record: dict) -> dict[str, int]:
+    """Step -> how many of its tasks one job runs; 1 in records of older versions."""
+    return {name: entry.get("tasks_per_job", 1) for name, entry in record["steps"].items()}
+
+
 def adopt(folder: Path, record: dict) -> None:
     """Record jobs of this run that are queued but not in its record, because the submission died in between.
 

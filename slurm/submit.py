@@ -25,7 +25,9 @@ from common import cli
 from common.errors import ConfigError
 
 
-def print_plan(steps: list, todo: dict[str, list[int]], complete: list[str], commands: list, cfg) -> None:
+def print_plan(
+    steps: list, todo: dict[str, list[int]], complete: list[str], commands: list, cfg, on_slurm: bool
+) -> None:
     """Print a line per step, with what is left of it and what it waits for; then the command lines."""
     from slurm import chain, jobs
 
@@ -40,8 +42,8 @@ def print_plan(steps: list, todo: dict[str, list[int]], complete: list[str], com
         else:
             state = f"{step.tasks} tasks done"
         after = f"after {', '.join(step.needs)}" if step.needs else ""
-        note = chain.idle_note(step, cfg)
-        print(" ".join(filter(None, [f"{step.name:26} {state:34}", after, note])).rstrip())
+        notes = [chain.idle_note(step, cfg), chain.idle_gpus(step, cfg) if on_slurm else ""]
+        print(" ".join(filter(None, [f"{step.name:26} {state:34}", after, *notes])).rstrip())
     for command in commands:
         print(f"\n{shlex.join(command)}")
 
@@ -110,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         complete = [] if args.overwrite else chain.complete(steps, todo, cfg)
         lines = [line for _, line in commands] if args.local else jobs.planned(steps, todo, cfg)
-        print_plan(steps, todo, complete, lines, cfg)
+        print_plan(steps, todo, complete, lines, cfg, on_slurm=not args.local)
         return 0
     if not args.overwrite:
         chain.refuse_purged(steps, todo, cfg)

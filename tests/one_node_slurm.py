@@ -1,4 +1,5 @@
-"""A real Slurm cluster of one node with two fake GPUs, for tests, with its own munge, ports, state and logs.
+"""A real Slurm cluster of one node with two fake GPUs, for tests, with its own munge, ports, state and logs; with
+`whole_node` of a second one, with four, which the partition "whole" hands out as a whole.
 
 Needs root and Debian's slurmctld, slurmd, slurm-client and munge (`.ci/system-packages` installs them); no service
 of the machine is used or touched. What it starts ends with the `with` block, and with the process that started it.
@@ -33,11 +34,11 @@ AuthType=auth/munge
 AuthInfo=socket={folder}/munge.sock,cred_expire=15
 CredType=cred/munge
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -54,8 +55,12 @@ SelectType=select/cons_tres
 DefMemPerCPU=1000
 SlurmdParameters=config_overrides
 GresTypes=gpu
-NodeName=localhost Gres=gpu:2 CPUs={cpus} RealMemory=200000
-PartitionName=debug Nodes=ALL Default=YES MaxTime=UNLIMITED
+NodeName=divided NodeAddr=127.0.0.1 Gres=gpu:2 CPUs={cpus} RealMemory=200000
+PartitionName=debug Nodes=divided Default=YES MaxTime=UNLIMITED
+"""
+WHOLE_NODE = """\
+NodeName=whole NodeAddr=127.0.0.1 Port={port} Gres=gpu:4 CPUs=8 RealMemory=200000
+PartitionName=whole Nodes=whole OverSubscribe=EXCLUSIVE
 """
 
 
@@ -72,7 +77,7 @@ def why_not() -> str:
 class OneNodeSlurm:
     """The cluster; `environment` is what its clients (sbatch, squeue, ...) need."""
 
-    def __init__(self, folder: Path, cpus: int = 4, more: str = ""):
+    def __init__(self, folder: Path, cpus: int = 4, whole_node: bool = False, more: str = ""):
         """`more`: further lines of slurm.conf."""
         self.folder = folder
         self.environment = {
@@ -81,14 +86,19 @@ class OneNodeSlurm:
             "PATH": _path(),
         }
         self.daemons: dict[str, subprocess.Popen] = {}
-        for name in ("state", "spool", "dev"):
+        self.whole_node = whole_node
+        for name in ("state", "dev"):
             (folder / name).mkdir(parents=True)
-        for number in range(2):  # Slurm wants a character device for each GPU; these two are /dev/null's twins
+        for number in range(6):  # Slurm wants a character device for each GPU; these are /dev/null's twins
             os.mknod(folder / "dev" / f"gpu{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
-        controller_port, node_port = _free_ports(2)
+        controller_port, node_port, whole_port = _free_ports(3)
         conf = CONF.format(folder=folder, controller_port=controller_port, node_port=node_port, cpus=cpus)
+        gres = f"NodeName=divided Name=gpu File={folder}/dev/gpu[0-1]\n"
+        if whole_node:
+            conf += WHOLE_NODE.format(port=whole_port)
+            gres += f"NodeName=whole Name=gpu File={folder}/dev/gpu[2-5]\n"
         (folder / "slurm.conf").write_text(conf + more)
-        (folder / "gres.conf").write_text(f"NodeName=localhost Name=gpu File={folder}/dev/gpu[0-1]\n")
+        (folder / "gres.conf").write_text(gres)
         (folder / "munge.key").write_bytes(os.urandom(128))
         (folder / "munge.key").chmod(0o600)
 
@@ -100,7 +110,9 @@ class OneNodeSlurm:
             _wait(files["sock"].exists, "munge's socket")
             self.start_controller()
             self.start_node()
-            _wait(lambda: "idle" in self.ask("sinfo", "--noheader", "--format=%t"), "the node")
+            if self.whole_node:
+                self._start("slurmd whole", "slurmd", "-D", "-f", str(self.folder / "slurm.conf"), "-N", "whole")
+            _wait(lambda: set(self.ask("sinfo", "--noheader", "--format=%t").split()) == {"idle"}, "the nodes")
         except BaseException:
             self.stop()
             raise
@@ -115,7 +127,7 @@ class OneNodeSlurm:
         _wait(lambda: "UP" in self.ask("scontrol", "ping"), "slurmctld")
 
     def start_node(self) -> None:
-        self._start("slurmd", "slurmd", "-D", "-f", str(self.folder / "slurm.conf"), "-N", "localhost")
+        self._start("slurmd", "slurmd", "-D", "-f", str(self.folder / "slurm.conf"), "-N", "divided")
 
     def end(self, name: str) -> None:
         """End a daemon as a restart does: slurmctld saves its state."""
@@ -134,12 +146,12 @@ class OneNodeSlurm:
         self.daemons["slurmd"].kill()
         self.daemons.pop("slurmd").wait()
         self._kill_jobs()
-        self.ask("scontrol", "update", "NodeName=localhost", "State=down", "Reason=crash")
+        self.ask("scontrol", "update", "NodeName=divided", "State=down", "Reason=crash")
 
     def boot_node(self) -> None:
         """The node after a crash is there again."""
         self.start_node()
-        self.ask("scontrol", "update", "NodeName=localhost", "State=resume")
+        self.ask("scontrol", "update", "NodeName=divided", "State=resume")
 
     def ask(self, *command: str) -> str:
         """What a client prints; empty if it fails."""
@@ -150,7 +162,7 @@ class OneNodeSlurm:
         if "slurmctld" in self.daemons and "slurmd" in self.daemons:
             self.ask("scancel", "--user=root")
         self._kill_jobs()
-        for name in ("slurmd", "slurmctld", "munged"):
+        for name in ("slurmd", "slurmd whole", "slurmctld", "munged"):
             self.end(name)
 
     def _start(self, name: str, *command: str) -> None:

@@ -17,8 +17,9 @@ def everything(steps) -> dict[str, list[int]]:
     return {step.name: list(range(step.tasks)) for step in steps}
 
 
-def sbatch_line(step, cfg, todo=None, job_ids=None) -> list[str]:
-    return jobs.sbatch_command(step, todo or everything([step]), job_ids or {}, cfg, cfg.paths.logs_dir)
+def sbatch_line(step, cfg, todo=None, job_ids=None, per_job=1) -> list[str]:
+    todo = todo or everything([step])
+    return jobs.sbatch_command(step, todo, job_ids or {}, dict.fromkeys(todo, per_job), cfg, cfg.paths.logs_dir)
 
 
 def writer(folder, *reads) -> dict:
@@ -29,7 +30,8 @@ def writer(folder, *reads) -> dict:
 def test_shard_i_waits_for_shard_i_only_where_that_is_enough(cfg):
     steps = chain.steps_of(cfg)
     ids = {step.name: str(number) for number, step in enumerate(steps, 1)}
-    waits = {step.name: jobs.dependency_of(step, everything(steps), ids) for step in steps}
+    todo = everything(steps)
+    waits = {step.name: jobs.dependency_of(step, todo, ids, dict.fromkeys(todo, 1)) for step in steps}
     assert waits["process_tar"] == ""
     assert waits["generate_embeddings"] == "aftercorr:1"
     assert waits["merge_and_split"] == "afterok:1:2:3"  # a merge waits for all shards of both
@@ -40,7 +42,68 @@ def test_arrays_of_different_shards_are_not_paired(cfg):
     embeddings = next(step for step in chain.steps_of(cfg) if step.name == "generate_embeddings")
     for theirs, ours, expected in [([1, 3], [1, 3], "aftercorr:7"), ([1], [1, 3], "afterok:7")]:
         todo = {"process_tar": theirs, "generate_embeddings": ours}
-        assert jobs.dependency_of(embeddings, todo, {"process_tar": "7"}) == expected
+        assert jobs.dependency_of(embeddings, todo, {"process_tar": "7"}, dict.fromkeys(todo, 1)) == expected
+
+
+def test_arrays_are_paired_only_with_as_many_tasks_to_a_job(cfg):
+    embeddings = next(step for step in chain.steps_of(cfg) if step.name == "generate_embeddings")
+    todo = {name: [0, 1, 2, 3] for name in ("process_tar", "generate_embeddings")}
+    for theirs, expected in [(4, "aftercorr:7"), (1, "afterok:7")]:
+        per_job = {"process_tar": theirs, "generate_embeddings": 4}
+        assert jobs.dependency_of(embeddings, todo, {"process_tar": "7"}, per_job) == expected
+
+
+@pytest.mark.parametrize(
+    ("of_all", "of_stage", "per_job"),
+    [
+        ([], ["--gres=gpu:1"], 1),
+        ([], ["--gpus-per-task=1", "--ntasks=4"], 4),
+        (["--nodes=1", "-n", "4"], [], 4),
+        (["-n2"], ["--ntasks", "8"], 8),  # the stage's own flags come last
+        (["--ntasks-per-node=4"], ["--nodes=1"], 4),
+        ([], ["--ntasks=8", "--ntasks-per-node=4"], 8),
+        ([], ["--ntasks=99"], 16),  # all of its tasks
+        (["--account=abc-n4"], [], 1),
+    ],
+)
+def test_a_job_runs_as_many_shards_as_its_flags_have_tasks(of_all, of_stage, per_job):
+    flags = [f"slurm.sbatch={json.dumps(of_all)}", f"slurm.generate_embeddings.sbatch={json.dumps(of_stage)}"]
+    flags += [f"slurm.train.sbatch={json.dumps(of_stage)}"]
+    cfg = config.load(None, flags)
+    steps = {step.name: step for step in chain.steps_of(cfg)}
+    assert steps["generate_embeddings"].tasks_per_job(cfg) == per_job
+    assert steps["train"].tasks_per_job(cfg) == 1  # not divided
+    (line,) = jobs.planned([steps["generate_embeddings"]], everything(steps.values()), cfg)
+    assert f"--array=0-{16 // per_job - 1}%4".replace("0-0", "0") in line
+    assert [word for word in line if word.startswith("--ntasks=")][-1] == f"--ntasks={per_job}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "used"),
+    [
+        (["--gres=gpu:1"], ""),
+        (["--gres=gpu:3g.20gb:1"], ""),
+        (["--gres=gpu:h100:4"], "1 of the 4"),
+        (["--gpus-per-node=a100:4", "--ntasks=2"], "2 of the 4"),
+        (["--gpus", "4", "--ntasks=4"], ""),
+        (["--gpus-per-task=1", "--ntasks=4"], ""),
+        (["--gres=gpu:8", "--ntasks=4"], ""),  # all shards that there are
+    ],
+)
+def test_gpus_without_a_task_are_told(flags, used):
+    name = "generate_embeddings"
+    cfg = config.load(None, ["slurm.num_shards=4", f"slurm.{name}.sbatch={json.dumps(flags)}"])
+    steps = {step.name: step for step in chain.steps_of(cfg)}
+    advice = f"(uses {used} GPUs of each job: add --ntasks=4 to slurm.{name}.sbatch)" if used else ""
+    assert chain.idle_gpus(steps[name], cfg) == advice
+    alone = config.load(None, [f"slurm.train.sbatch={json.dumps(flags)}"])
+    assert chain.idle_gpus(steps["train"], alone) == ""  # it cannot use more
+
+
+def test_a_job_holds_the_shards_that_are_left_with_their_neighbours(cfg):
+    step = next(step for step in chain.steps_of(cfg) if step.name == "compute_fingerprints")
+    todo = {"compute_fingerprints": [1, 3, 4, 13]}
+    assert "--array=0-1,3" in sbatch_line(step, cfg, todo, per_job=4)
 
 
 def test_an_array_holds_the_shards_that_are_left_and_is_throttled(cfg):
@@ -197,7 +260,7 @@ def test_what_sbatch_refused_is_mended_and_the_rest_submitted_with_the_same_sett
         submit.main(["--config", str(settings)])
     folder = runs.find(tmp_path / "logs", None)
     assert not runs.job_ids(runs.load(folder))
-    right = written.replace("sbatch = []", 'sbatch = ["--account=right"]').replace(
+    right = written.replace("sbatch = []", 'sbatch = ["--account=right", "--ntasks=2"]').replace(
         "num_shards = 4", "num_shards = 9"
     )
     settings.write_text(right.replace("epochs = 20", "epochs = 3"))
@@ -206,9 +269,10 @@ def test_what_sbatch_refused_is_mended_and_the_rest_submitted_with_the_same_sett
     assert len(runs.job_ids(record)) == 9
     command = record["steps"]["process_tar"]["command"]
     assert "--account=right" in command
-    assert "--array=0-8" in command  # nor is the number of shards, of which none was submitted
+    assert "--array=0-4" in command  # nine shards, two to a job: none was submitted, so both are today's
     assert record["steps"]["process_tar"]["tasks"] == list(range(9))
     assert status.report(folder)["steps"][0]["tasks"] == {"cancelled": 9}
+    assert runs.tasks_per_job(record)["process_tar"] == 2
     assert config.load(folder / "config.toml").training.epochs == 20
 
 

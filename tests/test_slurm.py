@@ -1,4 +1,5 @@
-"""The chain on a real Slurm: a cluster of one node and two fake GPUs, which this file starts and stops.
+"""The chain on a real Slurm, which this file starts and stops: one node has two fake GPUs, another has four and is
+handed out whole.
 
 Oracle: the stages run here in order, without Slurm and undisturbed. Skipped, with the reason, where Slurm is not
 installed; never in continuous integration.
@@ -6,6 +7,7 @@ installed; never in continuous integration.
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -36,7 +38,7 @@ def place(tmp_path_factory):
         assert not os.environ.get("CI"), reason
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("slurm")
-    with OneNodeSlurm(folder / "cluster", cpus=6) as cluster:
+    with OneNodeSlurm(folder / "cluster", cpus=6, whole_node=True) as cluster:
         place = Place(folder, cluster)
         for step in chain.steps_of(config.load(place.config)):
             if step.name != "neighbor_parts":  # one task finds them all, and joins them
@@ -78,6 +80,12 @@ def frozen_until_signalled(place, root: Path, stage: str, sign: str) -> threadin
     thread = threading.Thread(target=freeze, daemon=True)
     thread.start()
     return thread
+
+
+def catches(number: int, process: int) -> bool:
+    """Whether a process has a handler for a signal by now."""
+    (mask,) = re.findall(r"^SigCgt:\t(\w+)", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def has_arrived(number: int, process: int) -> bool:
@@ -276,6 +284,65 @@ def test_a_chain_is_submitted_from_inside_an_interactive_job(place):
     place.wait(root)
     assert "5 of 5 stages done" in place.status(root)
     assert_same_artefacts(root, place.local)
+
+
+RECORD = """
+import os, sys
+words = sys.orig_argv
+if len(words) > 1 and os.path.basename(words[1]) in os.environ["RECORDED"].split() and "--finish" not in words:
+    start = os.environ["SLURM_JOB_ID"] + "-" + os.environ.get("SLURM_RESTART_COUNT", "0")
+    line = " ".join([os.path.basename(words[1]), start, os.environ.get("CUDA_VISIBLE_DEVICES", "")])
+    with open(os.path.dirname(__file__) + "/started", "a") as file:
+        file.write(line + "\\n")
+"""
+
+
+def test_a_whole_node_keeps_its_four_gpus_busy_though_one_task_stops_and_one_is_killed(place, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(RECORD)  # each Python reads it as it starts
+    scripts = ("generate_embeddings.py", "compute_visual_neighbors.py", "optuna_worker.py")
+    environment = {**place.environment, "PYTHONPATH": str(tmp_path), "RECORDED": " ".join(scripts)}
+    environment["NODE_DISK"] = str(tmp_path / "disk")
+    root = place.copy("whole-node", "data/embeddings", "data/difficulty*", "checkpoints")
+    bound, dealt = '["--mem=4G", "--ntasks=4", "--gpus-per-task=1"]', '["--mem=4G", "--ntasks=4", "--gres=gpu:4"]'
+    settings = ['slurm.sbatch=["--partition=whole"]', "slurm.num_shards=4", "slurm.difficulty_shards=4"]
+    settings += [f"slurm.generate_embeddings.sbatch={bound}", f"slurm.optuna_worker.sbatch={dealt}"]
+    settings += [f"slurm.compute_visual_neighbors.sbatch={dealt}", "slurm.stage_to=$NODE_DISK"]
+    flags = [word for setting in settings for word in ("--set", setting)]
+    flags += ["--from", "generate_embeddings", "--to", "optuna_worker", "--tune", "4"]
+    assert "shards 0-3 of 4, 4 to a job" in place.submit(root, *flags, env=environment)
+
+    four = wait_for(lambda: len(p := place.python_of(scripts[0], root)) == 4 and p, "one process for each GPU")
+    wait_for(lambda: catches(signal.SIGUSR2, four[2]), "handler")
+    os.kill(four[2], signal.SIGUSR2)  # as before the time limit; the other three go on
+    os.kill(wait_for(lambda: place.python_of(scripts[1], root), "search")[0], signal.SIGKILL)
+    place.wait(root)
+    (run,) = (root / "logs" / "runs").iterdir()
+    log = (run / "generate_embeddings-0.log").read_text()
+    assert re.findall("exit code ([0-9]+)", log) == ["85", "0"]  # the job was queued again, and then finished
+    assert log.count("nothing to do") == 3
+    assert log.count("1 of 1 tars copied") == 5  # four, and again the one of the task that was stopped
+    assert not list((tmp_path / "disk").iterdir())
+    report = place.told(root, code=1)
+    (failure,) = report["failures"]  # of four shards
+    assert (failure["step"], failure["job"], failure["why"]) == (
+        "neighbor_parts",
+        f"{place.jobs(root)['neighbor_parts']}_0",
+        "exit code 137",
+    )
+    assert report["steps"]["neighbor_parts"]["tasks"] == {"failed": 1, "done": 3}
+    for name in ("compute_visual_neighbors", "optuna_worker"):
+        assert report["steps"][name]["state"] == "cancelled"
+
+    place.run(*shlex.split(report["continue"]), env=environment)
+    place.wait(root)
+    assert {step["state"] for step in place.told(root)["steps"].values()} == {"done"}
+    assert_same_artefacts(root, place.local, ("data/embeddings", "data/difficulty"))
+    started = {}
+    for line in (tmp_path / "started").read_text().splitlines():
+        script, start, gpu = line.split(" ")
+        started.setdefault((script, start), []).append(gpu)
+    assert [script for script, _ in started] == [scripts[0], scripts[0], scripts[1], scripts[1], scripts[2]]
+    assert {tuple(sorted(gpus)) for gpus in started.values()} == {("0", "1", "2", "3")}
 
 
 def test_one_submit_runs_the_whole_chain_and_leaves_what_a_local_run_leaves(place):

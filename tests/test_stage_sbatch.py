@@ -28,7 +28,7 @@ def wrapped(tmp_path):
         **variables,
     ) -> subprocess.CompletedProcess:
         for name, text in {
-            "srun": f'env | grep ^SLURM_; echo "$@"; exit {code}',
+            "srun": f'env | grep ^SLURM_; echo srun "$@"; exit {code}',
             "scontrol": f'echo "$@" >> {tmp_path}/requeued; {scontrol}',
             "sleep": sleep,  # the controller kills the script while it sleeps, once it is queued again
         }.items():
@@ -44,17 +44,20 @@ def wrapped(tmp_path):
     return run
 
 
-def test_the_wrapper_gives_an_array_task_its_shard(wrapped, tmp_path):
-    """The shard is added to what works by shards and to nothing else."""
+def test_an_array_is_divided_among_the_tasks_of_its_jobs_and_nothing_else_is(wrapped, tmp_path):
+    def step(*arguments, **variables):
+        told = wrapped(*arguments, **{"SLURM_ARRAY_TASK_ID": "2", "SLURM_NTASKS": "4", **variables}).stdout
+        return next(line for line in told.splitlines() if line.startswith("srun ")).split()[1:]
 
-    def words(*arguments):
-        (line,) = re.findall("^.* python .*$", wrapped(*arguments, SLURM_ARRAY_TASK_ID="2").stdout, re.MULTILINE)
-        return line[line.index("python") :].split()
-
-    script = str(tmp_path / "a" / "b.py")
-    assert words("a/b.py", "--num-shards", "4") == ["python", script, "--num-shards", "4", "--shard", "2"]
-    assert words("a/b.py", "--num-shards=4") == ["python", script, "--num-shards=4", "--shard", "2"]
-    assert words("a/b.py") == ["python", script]
+    task, script = str(tmp_path / "slurm" / "node" / "task.py"), str(tmp_path / "a" / "b.py")
+    several = ["--export=ALL", "--ntasks=4", "--label", "--kill-on-bad-exit=0", "--wait=0", "python", task]
+    assert step("a/b.py", "--num-shards", "9") == [*several, script, "--num-shards", "9"]
+    assert step("a/b.py", "--num-shards=9") == [*several, script, "--num-shards=9"]
+    assert step("train/optuna_worker.py") == [*several, str(tmp_path / "train" / "optuna_worker.py")]
+    assert step("a/b.py") == ["--export=ALL", "--ntasks=1", "python", task, script]
+    one = ["--export=ALL", "--ntasks=1", "python", task, script, "--num-shards=9"]
+    assert step("a/b.py", "--num-shards=9", SLURM_NTASKS="1") == one
+    assert step("a/b.py", "--num-shards=9", SLURM_ARRAY_TASK_ID="") == one  # joins the parts of the others
 
 
 def test_the_wrapper_keeps_another_jobs_shape_from_srun(wrapped):
@@ -118,12 +121,10 @@ def test_the_wrappers_ask_for_what_config_toml_says():
         assert len(lines) == 3
         flags = set(shlex.split(lines[1])[1:])
         assert flags >= {f"--time={resources.time}", f"--signal=USR2@{cfg.slurm.signal_before_s}", "--requeue"}
-        assert {
-            flag for flag in flags if not re.match("--(job-name|output|open-mode|requeue|signal|time)", flag)
-        } == {
-            *cfg.slurm.sbatch,
-            *resources.sbatch,
-        }
+        # --ntasks=1 where arrays are divided: or sbatch hands on SLURM_NTASKS of the job that it is called in
+        ours = re.compile("--(job-name|output|open-mode|requeue|signal|time|ntasks)")
+        assert {flag for flag in flags if not ours.match(flag)} == {*cfg.slurm.sbatch, *resources.sbatch}
+        assert ("--ntasks=1" in flags) == isinstance(resources, sections.SlurmArray)
         (script,) = [path.relative_to(ROOT) for path in ROOT.glob(f"*/{name}.py")]
         assert lines[2].endswith(f'"$root" {cfg.slurm.max_requeues} {script} "$@"')
         assert f"/slurm/stages/{name}[.]sbatch" in lines[2]

@@ -273,6 +273,18 @@ def test_jobs_cut_what_goes_by_tars_and_the_others_wait_for_all_of_it(cfg, tmp_p
             assert max(i for i, line in enumerate(lines) if line == f"end {need}") < begin
 
 
+def test_commands_at_once_take_a_gpu_each_and_one_alone_sees_all(cfg, tmp_path, monkeypatch):
+    """Each waits until all have begun, so that none takes the place of one that has ended."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    steps = [step for step in chain.steps_of(cfg) if step.name == "process_tar"]
+    says = f"touch {tmp_path}/$CUDA_VISIBLE_DEVICES; until [ $(ls {tmp_path} | wc -l) = 4 ]; do sleep 0.02; done"
+    assert local.run([(steps[0], ["sh", "-c", says])] * 4, jobs=4) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3"]
+    alone = ["sh", "-c", f"touch {tmp_path}/$CUDA_VISIBLE_DEVICES"]
+    assert local.run([(steps[0], alone)], jobs=1) == 0
+    assert (tmp_path / "0,1,2,3").exists()
+
+
 def test_after_a_failure_nothing_new_is_started(cfg, tmp_path):
     steps = chain.steps_of(cfg)
     commands = [(step, ["sh", "-c", "exit 3" if step.name == "summarize_ids" else "true"]) for step in steps]
