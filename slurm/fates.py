@@ -1,5 +1,6 @@
 """The state of each task of a run, from its job in Slurm's queue, its log and its files."""
 
+import math
 import re
 import time
 from pathlib import Path
@@ -92,6 +93,8 @@ def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
             return "waiting", f"held ({job.reason}): scontrol release {job.id.partition('_')[0]}"
         return "waiting", WAITS.get(job.reason, job.reason)
     if step.is_done(cfg, number) or (log.exit_code == 0 and step.stage.outputs is None):  # an Optuna worker
+        if log.exit_code and not made_after(log, step, number, cfg):
+            return "failed", f"exit code {log.exit_code}, although its files are complete"
         return "done", ""
     if job and job.state in ENDS:
         return "failed", remedy(ENDS[job.state], step)
@@ -114,6 +117,13 @@ def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
         cli.EXIT_STOPPED: "stopped with everything saved, and not requeued (slurm.max_requeues)",
     }
     return "failed", ends.get(log.exit_code, f"exit code {log.exit_code}")
+
+
+def made_after(log: Log, step, number: int, cfg) -> bool:
+    """Whether some file of a finished task is newer than its log, so made by a later run."""
+    outputs = step.stage.outputs_of(cfg, number, step.tasks) or ()
+    newest = max((output.path.stat().st_mtime for output in outputs), default=math.inf)
+    return newest > log.path.stat().st_mtime
 
 
 def remedy(end: str, step) -> str:

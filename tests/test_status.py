@@ -8,10 +8,12 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
+from common import provenance, stages
 from common.errors import PipelineError
 from slurm import chain, fates, runs, status
 
@@ -92,6 +94,25 @@ def test_what_became_of_a_task(cfg, tmp_path, job, text, expected):
     job = job and runs.SlurmJob("7_0", "process_tar", *job)
     log = log_of(tmp_path, text) if text else fates.read_log(tmp_path / "none.log")
     assert fates.fate(step, 0, job, log, cfg) == expected
+
+
+def test_a_job_that_failed_though_its_files_are_there_is_told_until_a_later_run_has_made_them(cfg, tmp_path):
+    made = tmp_path / "made.json"
+    record = provenance.record("stage", {}, {})
+    made.write_text(json.dumps({"provenance": record.to_dict()}))
+    stage = stages.Stage("train", lambda cfg: tmp_path, lambda cfg, task, of: [stages.Output(made, record)])
+    step = SimpleNamespace(stage=stage, tasks=1, is_done=stage.is_done)
+    log = log_of(tmp_path, "-- 1 job 7 starts on a\nTraceback\n-- 2 job 7 ends with exit code 1\n")
+    os.utime(made, (100, 100))
+    for written, expected in (
+        (100, ("failed", "exit code 1, although its files are complete")),  # what needs it was cancelled
+        (101, ("failed", "exit code 1, although its files are complete")),
+        (99, ("done", "")),
+    ):
+        os.utime(log.path, (written, written))
+        assert fates.fate(step, 0, None, log, cfg) == expected
+    succeeded = log_of(tmp_path, "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 0\n")
+    assert fates.fate(step, 0, None, succeeded, cfg) == ("done", "")
 
 
 REPORT = {
