@@ -44,7 +44,7 @@ class Tracker:
         """What `action` returns; None if it fails, which is a warning and the end of the tracking."""
         try:
             return action()
-        except (Exception, SystemExit) as error:  # wandb.teardown() exits if wandb's own process has failed
+        except (Exception, SystemExit) as error:  # its teardown exits if wandb's own process has failed
             if not self.has_failed:
                 log.warning("wandb: %s; the run goes on without tracking", first_line(error))
                 log.debug("wandb", exc_info=error)
@@ -106,7 +106,7 @@ def _end(run: Any, exit_code: int) -> None:
 
     if run is not None:
         run.finish(exit_code)
-    wandb.teardown(exit_code)  # waits for wandb's process, which writes the last records after `finish` returns
+    wandb.sdk.teardown(exit_code)  # waits for wandb's process, which goes on writing after `finish` has returned
 
 
 def _log_results(run: Any, run_dir: Path, best: dict) -> None:
