@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE # otherwise every process recompiles the pipeli
 RUN = .venv/bin/python
 MARK = .venv/.installed# in every environment that `make` creates; newer than its inputs once all are installed
 # the mark, or nothing where the environment is not ours to change
-VENV := $(and $(filter .venv/bin/python,$(RUN)),$(if $(wildcard .venv),$(wildcard $(MARK)),$(MARK)))
+VENV := $(shell [ "$(RUN)" = .venv/bin/python ] && [ ! -L .venv ] && { [ ! -e .venv ] || [ -e $(MARK) ]; } && echo $(MARK))
 PIP_INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 # The demo's cells are as large as the distance between its streets, so that whole streets are held out, and its

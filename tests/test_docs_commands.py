@@ -85,10 +85,7 @@ class Checkout:
             if name and (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, folder / name)
-        # the environment is another checkout's; if `make` made it, its inputs must be older than it
-        (folder / ".venv").symlink_to(sys.prefix)
-        for name in ("pyproject.toml", "constraints.txt"):
-            os.utime(folder / name, (0, 0))
+        (folder / ".venv").symlink_to(sys.prefix)  # which make leaves as it is
         by_make = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")  # of the one that runs these tests
         self.environment = {
             **{name: value for name, value in os.environ.items() if name not in by_make},
