@@ -1,4 +1,5 @@
-# `make` lists the targets. Everything runs in .venv, which is recreated only when its inputs change.
+# `make` lists the targets. They run in .venv, which `make` creates, and updates when its inputs change. An environment
+# that it did not create is used as it is: a .venv of yours, or with RUN=python the active one (docs/installing.md).
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
@@ -8,8 +9,11 @@ STREETS ?= 80
 
 unexport PYTHONDONTWRITEBYTECODE # otherwise every process recompiles the pipeline's modules
 
-VENV = .venv/.installed
 RUN = .venv/bin/python
+MARK = .venv/.installed# in every environment that `make` creates; newer than its inputs once all are installed
+# the mark, or nothing where the environment is not ours to change
+VENV := $(shell [ "$(RUN)" = .venv/bin/python ] && [ ! -L .venv ] && { [ ! -e .venv ] || [ -e $(MARK) ]; } && echo $(MARK))
+PIP_INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 # The demo's cells are as large as the distance between its streets, so that whole streets are held out, and its
 # test split large enough (20 cells or more) for intervals. Its model and its training are small.
@@ -40,12 +44,14 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 install: $(VENV)  ## create .venv with all dependencies (CONSTRAINTS= for a torch with CUDA)
+	@$(if $(VENV),:,echo "$(RUN) is used as it is: make did not create its environment (docs/installing.md)")
 
-$(VENV): pyproject.toml $(CONSTRAINTS)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-	    || { echo "error: Python 3.10 or newer is needed; name one with make PYTHON=python3.11"; exit 2; }
-	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
+$(MARK): pyproject.toml $(CONSTRAINTS)
+	@$(RUN) -m pip --version > /dev/null 2>&1 || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "error: Python 3.11 or newer is needed; name one with make PYTHON=python3.11"; exit 2; }
+	@mkdir -p .venv && touch -t 200001010000 $@ # ours, though not installed yet
+	$(RUN) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv .venv
+	$(PIP_INSTALL) --no-compile -e '.[dev]'
 	@$(RUN) -W ignore -m compileall -q -j 0 .venv/lib > /dev/null || true # on all cores; whatever fails is compiled on first use
 	@touch $@
 
@@ -95,14 +101,14 @@ unit: $(VENV)  ## the tests only
 lint: style types  ## style, imports, formatting and types
 
 style: $(VENV)
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 types: $(VENV)
-	.venv/bin/mypy
+	$(RUN) -m mypy
 
 bench: $(VENV)  ## time everything against its baselines; update README.md and docs/benchmarks.md
-	@$(RUN) -c 'import faiss' 2>/dev/null || $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) 'faiss-cpu>=1.8'
+	@$(RUN) -c 'import faiss' 2>/dev/null || $(if $(VENV),$(PIP_INSTALL) --no-deps 'faiss-cpu>=1.8',{ echo "error: this needs the Python package faiss-cpu"; exit 2; })
 	$(RUN) tests/benchmarks/run_all.py
 
 docs: $(VENV)  ## update the generated parts of README.md and docs/*.md

@@ -115,7 +115,8 @@ def exit_code_of(main) -> int:
         if error.name is None or error.name.split(".")[0] in _OUR_PACKAGES:
             raise
         missing = f"the Python package {error.name} is not installed for {sys.executable}"
-        return _fail(missing, "run `make install`, then `source .venv/bin/activate`")
+        advice = "run `make install`, then `source .venv/bin/activate`; docs/installing.md has other ways"
+        return _fail(missing, advice)
     except BrokenPipeError:
         with contextlib.suppress(OSError):  # the reader of our output has gone: `... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

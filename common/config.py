@@ -29,6 +29,11 @@ def load(path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) 
         text = path.read_text(encoding="utf-8")
         tree = tomli.loads(text)
     except OSError as error:
+        if path == DEFAULT_PATH and not (path.parent / "pyproject.toml").exists():
+            raise ConfigError(
+                f"{path.parent} is not a checkout of the repository, from which the pipeline runs\n"
+                "clone it, and there run `pip install -e .` instead of `pip install .` (docs/installing.md)"
+            ) from None
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None

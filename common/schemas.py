@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from enum import Enum
+from enum import StrEnum
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -10,7 +10,7 @@ import pyarrow as pa
 SPLITS = ("train", "val", "test")
 
 
-class Reject(str, Enum):
+class Reject(StrEnum):
     """Why a member of a tar was rejected. The value is written to the rejects file and the summary."""
 
     LABEL_EMPTY = "label_empty"  # the text file has no text: the dataset has no label for this image

@@ -1,6 +1,7 @@
 """The state of each task of a run, from its job in Slurm's queue, its log and its files."""
 
 import functools
+import math
 import re
 import signal
 import time
@@ -112,6 +113,8 @@ def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
             return "waiting", "for its start time (--begin)"
         return "waiting", WAITS.get(job.reason, job.reason)
     if step.is_done(cfg, number) or (log.exit_code == 0 and step.stage.outputs is None):  # an Optuna worker
+        if step.tasks == 1 and log.exit_code and not made_after(log, step, number, cfg):
+            return "failed", f"exit code {log.exit_code}, although its files are complete"
         return "done", ""
     if log.exit_code == 0 and step.stage.outputs_of(cfg, number, step.tasks) is None:
         return "done", "what it read has been removed since"
@@ -138,6 +141,13 @@ def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
         cli.EXIT_STOPPED: "stopped with everything saved, and not requeued (slurm.max_requeues)",
     }
     return "failed", ends.get(log.exit_code, f"exit code {log.exit_code}")
+
+
+def made_after(log: Log, step, number: int, cfg) -> bool:
+    """Whether some file of a finished task is newer than its log, so made by a later run."""
+    outputs = step.stage.outputs_of(cfg, number, step.tasks) or ()
+    newest = max((output.path.stat().st_mtime for output in outputs), default=math.inf)
+    return newest > log.path.stat().st_mtime
 
 
 def remedy(end: str, step) -> str:

@@ -222,8 +222,13 @@ def test_the_version_is_the_same_everywhere():
 
 def test_ci_runs_the_supported_pythons_and_pre_commit_the_pinned_ruff():
     workflow = yaml.safe_load(Path(ROOT / ".github" / "workflows" / "ci.yml").read_text())
-    pythons = workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
-    assert f">={pythons[0]}" == PROJECT["requires-python"]
+    matrix = workflow["jobs"]["test"]["strategy"]["matrix"]
+    oldest, newest = matrix["python"][0], matrix["python"][-1]
+    assert f">={oldest}" == PROJECT["requires-python"]
+    others = [{"python": oldest, "versions": "lowest"}, {"python": newest, "versions": "newest"}]
+    assert (matrix["versions"], matrix["include"]) == (["pinned"], others)
+    assert f"Python {oldest} to {newest}" in " ".join(TEXTS["docs/installing.md"].split())
+    assert f"Python {oldest} or newer" in TEXTS["README.md"]
     pinned = re.search(r"^ruff==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
     (hooks,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert hooks["rev"] == f"v{pinned}"

@@ -12,7 +12,14 @@ from conftest import ROOT
 
 from common import config, sections
 
-SHELL_FILES = sorted([*ROOT.glob("slurm/**/*.sbatch"), ROOT / "slurm" / "env.sh", ROOT / ".ci" / "run"])
+SHELL_FILES = sorted(
+    [
+        *ROOT.glob("slurm/**/*.sbatch"),
+        *ROOT.glob("slurm/**/*.sh"),
+        ROOT / "slurm" / "sites" / "in_container" / "python",
+        ROOT / ".ci" / "run",
+    ]
+)
 
 
 @pytest.fixture

@@ -8,10 +8,12 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
+from common import provenance, stages
 from common.errors import PipelineError
 from slurm import chain, fates, runs, status
 
@@ -135,6 +137,25 @@ def test_shards_of_one_job_share_its_state_and_each_has_its_own_lines(cfg, tmp_p
     assert tasks[0].why == tasks[2].why == "exit code 137"
     queue |= {"7_1": runs.SlurmJob("7_1", "process_tar", "RUNNING", "None")}
     assert {task.state for task in fates.tasks_of(step, entry, queue, cfg)} == {"running"}
+
+
+def test_a_job_that_failed_though_its_files_are_there_is_told_until_a_later_run_has_made_them(cfg, tmp_path):
+    made = tmp_path / "made.json"
+    record = provenance.record("stage", {}, {})
+    made.write_text(json.dumps({"provenance": record.to_dict()}))
+    stage = stages.Stage("train", lambda cfg: tmp_path, lambda cfg, task, of: [stages.Output(made, record)])
+    step = SimpleNamespace(stage=stage, tasks=1, is_done=stage.is_done)
+    log = log_of(tmp_path, "-- 1 job 7 starts on a\nTraceback\n-- 2 job 7 ends with exit code 1\n")
+    os.utime(made, (100, 100))
+    for written, expected in (
+        (100, ("failed", "exit code 1, although its files are complete")),  # what needs it was cancelled
+        (101, ("failed", "exit code 1, although its files are complete")),
+        (99, ("done", "")),
+    ):
+        os.utime(log.path, (written, written))
+        assert fates.fate(step, 0, None, log, cfg) == expected
+    succeeded = log_of(tmp_path, "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 0\n")
+    assert fates.fate(step, 0, None, succeeded, cfg) == ("done", "")
 
 
 REPORT = {

@@ -5,7 +5,10 @@ whitening that it starts from, and its own steps as a spy sees them.
 
 import json
 import logging
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -292,11 +295,26 @@ def wandb_records(path):
             record = b""
 
 
-def test_wandb_offline_records_settings_epochs_and_what_the_run_came_to(root, data, tmp_path, monkeypatch):
+def warnings_of_wandb(caplog) -> list[str]:
+    return [record.message for record in caplog.records if record.message.startswith("wandb: ")]
+
+
+@pytest.fixture
+def no_home(tmp_path, monkeypatch):
+    """A home below which nobody can write, root included: a file is in its place."""
+    (tmp_path / "home").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "XDG_"))]:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("no_home")
+def test_wandb_offline_records_settings_epochs_and_what_the_run_came_to(root, data, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(history, "draw", draw)  # wandb takes no empty file for a picture
-    more = ("logging.wandb_mode=offline", f"paths.logs_dir={tmp_path / 'logs'}", "training.epochs=2")
-    result = train(root, data, tmp_path / "run", *more)
-    (path,) = (tmp_path / "logs" / "wandb").glob("offline-run-*/*.wandb")
+    result = train(root, data, tmp_path / "run", "logging.wandb_mode=offline", "training.epochs=2")
+    assert not warnings_of_wandb(caplog)
+    assert "WANDB_DATA_DIR" not in os.environ  # it was this run's
+    (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     records = list(wandb_records(path))
 
     def values(items):  # the last of each key
@@ -318,13 +336,41 @@ def test_wandb_offline_records_settings_epochs_and_what_the_run_came_to(root, da
     assert json.loads(files["best.json"].read_text())["map@r"] == result.best["metrics"]["map@r"]
 
 
-def test_wandb_that_cannot_start_is_told_in_a_line(root, data, tmp_path, monkeypatch):
+def test_wandb_that_cannot_start_is_a_warning(root, data, tmp_path, monkeypatch, caplog):
     def refuse(**_):
         raise wandb.errors.UsageError(
-            "No API key configured. Use `wandb login` to log in."
+            "No API key configured. Use `wandb login` to log in.\nMore"
         )  # as without a terminal
 
     monkeypatch.setattr(wandb, "init", refuse)
-    more = ("logging.wandb_mode=online", f"paths.logs_dir={tmp_path}")
-    with pytest.raises(PipelineError, match=r"wandb cannot start: No API key .*\n.*logging\.wandb_mode"):
-        train(root, data, tmp_path / "run", *more)
+    train(root, data, tmp_path / "run", "logging.wandb_mode=online", "training.epochs=2")
+    (told,) = warnings_of_wandb(caplog)
+    assert told == ("wandb: No API key configured. Use `wandb login` to log in.; the run goes on without tracking")
+    assert parquet.num_rows(tmp_path / "run" / "history.parquet") == 3
+
+
+def test_a_run_outlives_wandbs_own_process(root, data, tmp_path, monkeypatch, caplog):
+    started, popen = [], subprocess.Popen
+
+    def start(command, *args, **options):
+        process = popen(command, *args, **options)
+        started.extend([process] if "wandb-core" in str(command) else [])
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+
+    def kill_it(epoch, _map_at_r):
+        if epoch == 1:
+            (core,) = started  # wandb's own process
+            core.kill()
+
+    train(root, data, tmp_path / "run", "logging.wandb_mode=offline", on_epoch=kill_it)
+    assert len(warnings_of_wandb(caplog)) == 1
+    assert parquet.num_rows(tmp_path / "run" / "history.parquet") == 5
+
+
+def test_a_run_that_wandb_is_to_track_needs_wandb(root, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it is an ImportError then
+    with pytest.raises(PipelineError, match=r'wandb_mode = "offline" needs .*\n.*pip install .*\[tracking\]'):
+        main(flags(root, f"paths.checkpoints_dir={tmp_path}", "logging.wandb_mode=offline"))
+    train(root, load_data(config.load(None, settings(root))), None, "training.epochs=1")  # not needed otherwise

@@ -62,7 +62,7 @@ def main(argv=None) -> int:
     args = cli.parser(__doc__).parse_args(argv)
     cfg = cli.load_config(args)
     from train import datasets, run_record
-    from train.fitting import checkpoints
+    from train.fitting import checkpoints, tracking
     from train.fitting.fit import fit
 
     run_dir = run_record.run_dir(cfg)
@@ -72,6 +72,7 @@ def main(argv=None) -> int:
             reached = saved["resume"]["best"]["metrics"]["map@r"]
             return cli.nothing_to_do("train", f"{run_dir / run_record.BEST} (validation mAP@R {reached:.4f})")
 
+    tracking.require_wandb(cfg)
     data = datasets.load_data(cfg)
     whitening = data.baselines["whitening"]
     tried = [f"{map_at_r:.4f} ({by})" for by, map_at_r in whitening["map@r_by_shrinkage"].items()]

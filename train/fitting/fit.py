@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -91,8 +90,8 @@ def fit(
     if not finished:
         with tracking.session(cfg, run_dir, record) as tracker:
             train(cfg, data, run, store, tracker, on_epoch, progress)
-            if run_dir and tracker is not None:
-                tracking.finish(tracker, run_dir, store.best(run))
+            if run_dir:
+                tracker.log_results(run_dir, store.best(run))
     return FitResult(store.best(run), history.frame(run.history, run.timings))
 
 
@@ -101,11 +100,11 @@ def train(
     data: TrainingData,
     run: Run,
     store: checkpoints.RunFolder,
-    tracker: Any,
+    tracker: tracking.Tracker,
     on_epoch: Callable[[int, float], None] | None,
     progress: cli.Progress | None,
 ) -> None:
-    """Run the remaining epochs; see `fit`. `tracker`: see `tracking.session`."""
+    """Run the remaining epochs; see `fit`."""
     training, finished = cfg.training, False
     feed = make_feed(cfg, data, run)
     while not finished:
@@ -124,8 +123,7 @@ def train(
         if due:
             run.mined_with = checkpoints.weights_of(run.head)
         store.save(run, finished)
-        if tracker is not None:
-            tracker.log({**run.history[-1], **run.timings[-1]}, step=epoch)
+        tracker.log({**run.history[-1], **run.timings[-1]}, epoch)
         if on_epoch:
             on_epoch(epoch, run.history[-1]["val_map_at_r"])
         if due:
