@@ -31,8 +31,8 @@ def sbatch_command(step, todo: dict, job_ids: dict[str, str], cfg: Config, folde
         command.append(f"--array={ranges(todo[step.name])}{throttle}")
     if dependency := dependency_of(step, todo, job_ids):
         command.append(f"--dependency={dependency}")
-    command += [f"{ROOT}/slurm/stage.sbatch", str(ROOT), str(cfg.slurm.max_requeues), step.script, *step.arguments]
-    return [*command, "--config", str(folder / "config.toml")]
+    command += [f"{ROOT}/slurm/stage.sbatch", str(ROOT), str(cfg.slurm.max_requeues), step.script]
+    return [*command, *step.operands, *step.arguments, "--config", str(folder / "config.toml")]
 
 
 def log_of(step, folder: Path) -> Path:
@@ -86,13 +86,15 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
         step.name: {
             "job": None,  # its id, once submitted
             "tasks": todo[step.name],
-            "reads": [str(by_name[name].stage.folder(cfg)) for name in step.needs],
+            "reads": [*(str(by_name[name].stage.folder(cfg)) for name in step.needs), *map(str, step.stage.reads)],
             "target": str(step.stage.folder(cfg)),
         }
         for step in left
     }
     selection = {"--only": args.only, "--from": args.first, "--to": args.last, "--tune": args.tune}
     selected = [word for flag, value in selection.items() if value for word in (flag, str(value))]
+    if args.embed:
+        selected = ["--embed", *steps[0].operands]
     with runs.lock(cfg.paths.logs_dir):
         runs.refuse_busy(cfg.paths.logs_dir, entries.values())
         folder = runs.create(cfg.paths.logs_dir)
@@ -102,6 +104,7 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
         record = {
             "owner": os.getuid(),
             "tune": args.tune,
+            "embed": args.embed and [steps[0].module, *steps[0].operands],  # see chain.embed_step
             "config": args.config and str(args.config.resolve()),
             "set": args.set,
             "continue_with": [*settings_flags(args), *selected],
@@ -163,7 +166,11 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
         today = config.load(record["config"] and Path(record["config"]), [*record["set"], *args.set]).slurm
         cut = {name: getattr(cfg.slurm, name) for name in ("num_shards", "difficulty_shards")}
         cfg = cfg.model_copy(update={"slurm": today.model_copy(update=cut)})
-        steps = [step for step in chain.steps_of(cfg, record["tune"]) if step.name in record["steps"]]
+        steps = [
+            step
+            for step in chain.steps_of(cfg, record["tune"], record.get("embed", ()))
+            if step.name in record["steps"]
+        ]
         live = runs.live_steps(record, runs.queue(record["owner"]))
         left = chain.missing(steps, cfg)
         for name, job in runs.job_ids(record).items():
