@@ -3,6 +3,7 @@
 Oracle: one undisturbed process; the published model run plainly.
 """
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -205,6 +206,11 @@ def test_another_validity_column_makes_the_files_stale_and_another_id_does_not(f
     assert EMBED["parquet"](command) == 0
     with pytest.raises(StaleArtefact, match='valid = null; this run uses "is_valid"'):
         EMBED["parquet"]([*command, "--valid", "is_valid"])
+    part = tmp_path / "out" / "a-0.parquet"
+    record, rows = parquet.read_provenance(part), parquet.read(part)
+    older = dataclasses.replace(record, config={key: v for key, v in record.config.items() if key != "valid"})
+    with parquet.writer(part, rows.schema.remove_metadata(), older) as out:  # as of before there was --valid
+        out.append(rows)
     capsys.readouterr()
     assert EMBED["parquet"]([*command, "--id", "osm_id"]) == 0
     assert "nothing to do" in capsys.readouterr().out
