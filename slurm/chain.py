@@ -56,14 +56,14 @@ class Step:
             raise ConfigError(f"there is no [slurm.{self.resources}], with the resources of {self.script}")
         return getattr(cfg.slurm, self.resources)
 
-    def refuse_inputs(self, cfg) -> None:
-        """Raise PipelineError if no step makes an input that is missing or cannot be used."""
-        if self.given and self.given.outputs:
-            self.given.outputs(cfg, 0, self.tasks)
-
     def is_done(self, cfg, task: int) -> bool:
         """Whether a task has nothing left to do."""
         return self.stage.is_done(cfg, task, self.tasks)
+
+    def refuse_inputs(self, cfg) -> None:
+        """Raise PipelineError if an input that no step makes is missing, or cannot be used."""
+        if self.given and self.given.outputs:
+            self.given.outputs(cfg, 0, self.tasks)
 
 
 def steps_of(cfg, tune: int = 0, embed: Sequence[str] = ()) -> list[Step]:
