@@ -33,6 +33,7 @@ class Reject(StrEnum):
     TAR_TRUNCATED = "tar_truncated"  # the tar ends early; everything before was kept
     TAR_DAMAGED = "tar_damaged"  # bytes outside any member; everything before and after was kept
     GZIP_DAMAGED = "gzip_damaged"  # the gzip stream has a wrong checksum or length, or ends here
+    MARKED_INVALID = "marked_invalid"  # of new data: its column named by --valid is false or empty
 
 
 class Rejected(NamedTuple):
@@ -89,7 +90,7 @@ RESTART_POINTS = pa.schema(
 
 REJECTS = pa.schema(
     [
-        ("member", pa.string()),  # its name in the tar
+        ("member", pa.string()),  # its name in the tar; of new data the path, row or id
         ("reason", pa.string()),  # one of Reject
         ("detail", pa.string()),  # what exactly was found
     ]

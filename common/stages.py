@@ -41,6 +41,7 @@ class Stage:
     progress: Callable[["Config"], tuple[int, int, str]] | None = (
         None  # (done, total, unit), if not counted in files
     )
+    reads: tuple[Path, ...] = ()  # folders of its inputs beside those of the steps that it needs
 
     def record(self, cfg: "Config", inputs: dict[str, str]) -> Provenance:
         """The record of a file that this stage makes from `inputs`: name -> identity."""

@@ -35,7 +35,7 @@ def write(result: Result, facts: dict, max_reject_share: float) -> str:
             f"longer be decoded (more than data.max_reject_share); see {_rejects(part.target)}"
         )
     if failure:
-        _write_rejects(part.target, part.record, result.failed, names)
+        write_rejects(part.target, part.record, result.failed, names)
         part.target.unlink(missing_ok=True)  # an earlier run's, with --overwrite: it would count as done
     else:
         write_file(part.target, part.record, schemas.embeddings(facts["dim"]), [rows], names, result, facts)
@@ -68,7 +68,7 @@ def write_file(
             f"{infinite.sum():,} of those for {target})\n"
             "the backbone overflows: set embedding_model.dtype to float32, and check its weights"
         )
-    _write_rejects(target, record, result.failed, names)
+    write_rejects(target, record, result.failed, names)
     with parquet.writer(target, schema, record) as out:
         start = 0
         for table in columns:
@@ -85,7 +85,7 @@ def append(out: parquet.Writer, columns: pa.Table, vectors: np.ndarray) -> None:
     out.flush()
 
 
-def _write_rejects(target: Path, record: Provenance, failed: dict[int, Rejected], names: pa.ChunkedArray) -> None:
+def write_rejects(target: Path, record: Provenance, failed: dict[int, Rejected], names: pa.ChunkedArray) -> None:
     """Images without a vector, and why, beside `target`'s folder; no file if there are none."""
     path = _rejects(target)
     if not failed:

@@ -43,7 +43,7 @@ class Job:
 
     name: Any  # identifies the job to the caller
     count: int
-    read: Callable[[int, int], Sequence[bytes | None]]  # encoded images start..stop; None: unreadable
+    read: Callable[[int, int], Sequence[bytes | Rejected | None]]  # encoded images start..stop; None: unreadable
 
 
 class Result(NamedTuple):

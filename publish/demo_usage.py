@@ -70,9 +70,9 @@ def main(argv=None) -> int:
     cfg = cli.load_config(args)
     from common import devices
     from common.imagery import tar_images
-    from publish.inference import image_sources, photo_search, published_model
+    from publish.inference import image_sources, model_record, photo_search, published_model
 
-    folder = published_model.folder_of(cfg, args.model)
+    folder = model_record.folder_of(cfg, args.model)
     store, query = tar_images.of_paths(cfg.paths), None
     if args.command == "compare":  # images are read before the model is loaded: mistakes show at once
         pair = [
@@ -96,7 +96,7 @@ def main(argv=None) -> int:
         print(f"similarity {similarity:.3f} (1: the same direction, 0: unrelated)")
         if not args.views:  # the evaluation is of the model's own
             metrics = cfg.paths.evaluation_dir / "metrics.json"
-            print(photo_search.percentiles_of(similarity, metrics, published_model.evaluation_of(folder)))
+            print(photo_search.percentiles_of(similarity, metrics, model_record.evaluation_of(folder)))
     else:
         nearest = photo_search.search(published, query, gallery, cfg.infrastructure, args.top)
         print(photo_search.table(nearest))

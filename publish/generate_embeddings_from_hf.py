@@ -4,12 +4,15 @@ Reads    IMAGES: a folder (with all below it), a text file with a path per line 
          file), a .tar, or the intermediates' folder (then also the tars of paths.raw_dir); the published model
 Writes   OUT/<name>-<part>.parquet: `image` (path, member, or streetview_image_id) and `embedding` (float32, of
          length 1), data.rows_per_part images each; OUT_rejects/: images that cannot be read or decoded
-Command  python publish/generate_embeddings_from_hf.py IMAGES OUT [--model FOLDER]
+Command  python publish/generate_embeddings_from_hf.py IMAGES OUT [--model FOLDER] [--shard 3 --num-shards 40];
+         slurm/submit.py --embed IMAGES OUT submits it as a job array
 Memory   the images in flight (see generate/loop.py: some tens of MB), two parts (20,000 x 256 x 4 bytes: 20 MB),
          the images' names, and the model
 """
 
+import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 if not __package__:  # run by path: import from the repository root, not from this folder
@@ -18,18 +21,28 @@ if not __package__:  # run by path: import from the repository root, not from th
 from common import cli
 
 
-def main(argv=None) -> int:
-    arguments = cli.parser(__doc__)
-    arguments.add_argument("images", type=Path, help="folder, text list, .tar, or folder of intermediates")
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    arguments = cli.parser(__doc__, shards=True)
+    images = "folder, text list, .tar, or folder of intermediates"
+    arguments.add_argument("input", type=Path, metavar="images", help=images)
     arguments.add_argument("out", type=Path, help="folder for the vectors")
     arguments.add_argument("--model", type=Path, metavar="FOLDER", help="published model (paths.published_dir)")
-    args = arguments.parse_args(argv)
-    cfg = cli.load_config(args)
-    from common.imagery.tar_images import of_paths
-    from publish.inference import image_sources, vector_parts
+    return arguments.parse_args(argv)
 
-    sources = image_sources.groups(args.images, of_paths(cfg.paths))
-    return vector_parts.run("generate_embeddings_from_hf", "image", sources, args, cfg)
+
+def sources(args: argparse.Namespace, cfg) -> Iterator:
+    from common.imagery.tar_images import of_paths
+    from publish.inference import image_sources
+
+    return image_sources.groups(args.input, of_paths(cfg.paths))
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    cfg = cli.load_config(args)
+    from publish.inference import vector_parts
+
+    return vector_parts.run("generate_embeddings_from_hf", "image", sources(args, cfg), args, cfg)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """The chain: its steps, what each needs, and what is left of it, down to single shards.
 
-A step is a stage (see common/stages.py) with the number of tasks that its work is cut into.
+A step is a stage (see common/stages.py) with the number of tasks that its work is cut into. New data through a
+published model is a chain of one step.
 """
 
 import importlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from common.errors import ConfigError, PipelineError
 from common.stages import Stage
@@ -25,11 +28,13 @@ class Step:
     shards_match: bool = False  # shard i needs only shard i of what it needs: aftercorr instead of afterok
     arguments: tuple[str, ...] = ()
     declaration: str = "STAGE"  # the stage's name in the module
+    operands: tuple[str, ...] = ()  # the script's further arguments, also where the work is not cut
+    given: Stage | None = None  # the stage, if it depends on them: the module declares none
 
     @property
     def resources(self) -> str:
-        """The table of [slurm] with this step's resources: its module's own name."""
-        return self.module.split(".")[-1]
+        """The table of [slurm] with this step's resources: its module's own name; all that embeds has the same."""
+        return self.module.split(".")[-1] if self.given is None else "generate_embeddings"
 
     @property
     def script(self) -> str:
@@ -38,6 +43,8 @@ class Step:
     @property
     def stage(self) -> Stage:
         """The stage's declaration. Raises PipelineError if its script has none, or does not exist."""
+        if self.given:
+            return self.given
         try:
             return getattr(importlib.import_module(self.module), self.declaration)
         except ModuleNotFoundError as error:
@@ -68,6 +75,10 @@ class Step:
         """Whether a task has nothing left to do."""
         return self.stage.is_done(cfg, task, self.tasks)
 
+    def refuse_inputs(self, cfg) -> None:
+        """Raise PipelineError if an input that no step makes is missing, or cannot be used."""
+        if self.given and self.given.outputs:
+            self.given.outputs(cfg, 0, self.tasks)
 
 def shards_of(cfg) -> dict[str, int]:
     """Step -> the number of tasks that it is cut into, of those that can be cut."""
@@ -75,9 +86,13 @@ def shards_of(cfg) -> dict[str, int]:
     return dict.fromkeys(by_tar, cfg.slurm.num_shards) | {"neighbor_parts": cfg.slurm.difficulty_shards}
 
 
-def steps_of(cfg, tune: int = 0, shards: dict[str, int] | None = None) -> list[Step]:
+def steps_of(
+    cfg, tune: int = 0, shards: dict[str, int] | None = None, embed: Sequence[str] = ()
+) -> list[Step]:
     """The steps in the order in which they run. `tune`: how many Optuna workers choose the settings first.
-    `shards`: see `shards_of`, if other than those of `cfg`."""
+    `shards`: see `shards_of`, if other than those of `cfg`. `embed`: instead of the chain, see `embed_step`."""
+    if embed:
+        return [embed_step(cfg, *embed)]
     shards = shards_of(cfg) | (shards or {})
     difficulty_shards = shards["neighbor_parts"]
     merge, neighbors = "merge_and_split", "difficulty.compute_visual_neighbors"
@@ -118,6 +133,36 @@ def steps_of(cfg, tune: int = 0, shards: dict[str, int] | None = None) -> list[S
     ]
 
 
+def embed_step(cfg, module: str, *words: str) -> Step:
+    """New data through a published model, by a module that `embedding_module` names. `words`: its arguments."""
+    from publish.inference import vector_stage
+
+    script, shards = importlib.import_module(module), str(cfg.slurm.num_shards)
+    args = script.parse(words)
+    if args.shard or args.num_shards > 1:
+        raise ConfigError("--embed makes slurm.num_shards shards: set that instead of --shard and --num-shards")
+    stage = vector_stage.stage_of(module.split(".")[-1], script.sources, args, cfg)
+    return Step(
+        "embed",
+        module,
+        tasks=cfg.slurm.num_shards,
+        arguments=("--num-shards", shards),
+        operands=vector_stage.words_of(args),
+        given=stage,
+    )
+
+
+def embedding_module(source: Path) -> str:
+    """The script for new data: that for tables if they are Parquet files, else that for images.
+
+    Raises PipelineError if there is nothing at `source`.
+    """
+    if not source.exists():
+        raise PipelineError(f"{source} does not exist")
+    is_table = source.suffix == ".parquet" or any(source.glob("*.parquet"))
+    return f"publish.generate_embeddings_from_{'parquet' if is_table else 'hf'}"
+
+
 def select(steps: list[Step], first: str | None, last: str | None) -> list[Step]:
     """The steps from `first` to `last`, both included, a neighbour search with its parts. Raises ConfigError."""
     names = [step.name for step in steps]
@@ -142,7 +187,7 @@ def missing(steps: list[Step], cfg) -> dict[str, list[int]]:
         if rewritten and not step.shards_match:
             todo[step.name] = list(range(step.tasks))
             continue
-        period = num_tars(cfg) or step.tasks  # tasks so far apart take the same tar
+        period = (num_tars(cfg) if rewritten else 0) or step.tasks  # tasks so far apart take the same tar
         todo[step.name] = [
             task
             for task in range(step.tasks)

@@ -46,8 +46,8 @@ def sbatch_command(step, todo: dict, job_ids: dict, per_job: dict, cfg: Config, 
         command.append(f"--array={ranges(indices)}{throttle}")
     if dependency := dependency_of(step, todo, job_ids, per_job):
         command.append(f"--dependency={dependency}")
-    command += [f"{ROOT}/slurm/stage.sbatch", str(ROOT), str(cfg.slurm.max_requeues), step.script, *step.arguments]
-    return [*command, "--config", str(folder / "config.toml")]
+    command += [f"{ROOT}/slurm/stage.sbatch", str(ROOT), str(cfg.slurm.max_requeues), step.script]
+    return [*command, *step.operands, *step.arguments, "--config", str(folder / "config.toml")]
 
 
 def log_of(step, folder: Path) -> Path:
@@ -100,6 +100,8 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
         )
     selection = {"--only": args.only, "--from": args.first, "--to": args.last, "--tune": args.tune}
     selected = [word for flag, value in selection.items() if value for word in (flag, str(value))]
+    if args.embed:
+        selected = ["--embed", *steps[0].operands]
     entries = functools.partial(entries_of, left, chain.steps_of(cfg, args.tune), todo, cfg)
     with runs.lock(cfg.paths.logs_dir):
         runs.refuse_busy(cfg.paths.logs_dir, entries(Path()).values())
@@ -108,6 +110,7 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
         record = {
             "owner": os.getuid(),
             "tune": args.tune,
+            "embed": args.embed and [steps[0].module, *steps[0].operands],  # see chain.embed_step
             "config": args.config and str(args.config.resolve()),
             "set": args.set,
             "continue_with": [*settings_flags(args), *selected],
@@ -120,13 +123,13 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
 
 def entries_of(steps: list, chain_steps: list, todo: dict, cfg: Config, folder: Path) -> dict[str, dict]:
     """Steps of the chain as the record of the run in `folder` lists them before they are submitted."""
-    folders = {step.name: str(step.stage.folder(cfg)) for step in chain_steps}
+    folders = {step.name: str(step.stage.folder(cfg)) for step in [*chain_steps, *steps]}
     return {
         step.name: {
             "job": None,  # its id, once submitted
             "tasks": todo[step.name],
             "tasks_per_job": step.tasks_per_job(cfg),
-            "reads": [folders[name] for name in step.needs],
+            "reads": [*(folders[name] for name in step.needs), *map(str, step.stage.reads)],
             "target": folders[step.name],
             "log": str(log_of(step, folder)),
         }
@@ -208,9 +211,13 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
         runs.adopt(folder, record)
         cfg = config.load(folder / "config.toml")
         today = config.load(record["config"] and Path(record["config"]), [*record["set"], *args.set]).slurm
-        before, cfg = cfg, cfg.model_copy(update={"slurm": today})
-        divide_anew(record, before, cfg, folder)
-        steps = chain.steps_of(cfg, record["tune"], record["shards"])
+        before = cfg
+        if record.get("embed"):  # one step, divided once and for all
+            today = today.model_copy(update={"num_shards": before.slurm.num_shards})
+        cfg = cfg.model_copy(update={"slurm": today})
+        if not record.get("embed"):
+            divide_anew(record, before, cfg, folder)
+        steps = chain.steps_of(cfg, record["tune"], record.get("shards"), record.get("embed", ()))
         steps = [step for step in steps if step.name in record["steps"]]
         live = runs.live_steps(record, runs.queue(record["owner"]))
         left = chain.missing(steps, cfg)

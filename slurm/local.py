@@ -30,10 +30,10 @@ def commands(steps: list, todo: dict[str, list[int]], shared: list[str], jobs: i
     """(step, command line) of everything that is left; steps that divide are cut into `jobs` commands."""
     commands = []
     for step in steps:
-        whole = [sys.executable, str(runs.ROOT / step.script), *shared]
+        whole = [sys.executable, str(runs.ROOT / step.script), *step.operands, *shared]
         if not todo[step.name]:
             continue
-        if step.arguments and jobs > 1:  # by tars
+        if step.arguments and jobs > 1:  # by tars, or by parts of new data
             commands += [(step, [*whole, "--num-shards", str(jobs), "--shard", str(i)]) for i in range(jobs)]
         else:  # more than one task: Optuna's workers
             commands += [(step, whole)] * min(step.tasks, jobs)

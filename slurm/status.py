@@ -41,7 +41,10 @@ def report(folder: Path) -> dict:
 
     record = runs.load(folder)
     jobs, cfg = runs.queue(record["owner"]), config.load(folder / "config.toml")
-    steps = {step.name: step for step in chain.steps_of(cfg, record["tune"], record.get("shards"))}
+    steps = {
+        step.name: step
+        for step in chain.steps_of(cfg, record["tune"], record.get("shards"), record.get("embed", ()))
+    }
     summaries: dict[str, dict] = {
         name: {"name": name, "job": None, "state": "done", "why": "before this run", "tasks": {}, "progress": {}}
         for name in record["done_before"]

@@ -1,4 +1,4 @@
-"""Run the whole chain, on Slurm or on this machine.
+"""Run the whole chain, on Slurm or on this machine; or new data through a published model.
 
 Reads    config.toml; the records in the artefacts: finished work is skipped, down to single shards
 Writes   logs/runs/<time>/{run.json,config.toml}: the jobs and their settings; everything else through the stages
@@ -8,6 +8,8 @@ Command  python slurm/submit.py              submit what is missing to Slurm (fo
          [--from STAGE] [--to STAGE] [--only STAGE] [--tune N] [--config PATH] [--set section.key=value]
          python slurm/submit.py --local --from merge_and_split --overwrite    after adding tars or settings
          python slurm/submit.py --prefetch   fetch the backbone for compute nodes without a network
+         python slurm/submit.py --embed INPUT OUT [--model FOLDER]    vectors of photographs or tables, as a job
+         array; with the flags of publish/generate_embeddings_from_parquet.py if INPUT is Parquet files
          python slurm/submit.py --cancel RUN, or --continue RUN after an interrupted submission
          python slurm/submit.py --wait       where a limit on submitted jobs is in the way: the rest as jobs end
 """
@@ -61,25 +63,35 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments.add_argument("--jobs", type=int, default=1, metavar="N", help="with --local: commands at once (1)")
     wait = "where so many jobs may not be submitted at once: submit the rest as jobs end"
     arguments.add_argument("--wait", action="store_true", help=wait)
+    embed = "new data through the published model; further flags as of the script for it"
+    arguments.add_argument("--embed", nargs=2, default=[], metavar=("INPUT", "OUT"), help=embed)
     where = arguments.add_mutually_exclusive_group()
     where.add_argument("--local", action="store_true", help="run the stages on this machine")
     fetch = "fetch the backbone, and check that jobs will find it"
     where.add_argument("--prefetch", action="store_true", help=fetch)
     where.add_argument("--continue", dest="rest", metavar="RUN", help="finish an interrupted submission")
     where.add_argument("--cancel", metavar="RUN", help="cancel the run in logs/runs/RUN")
-    args = arguments.parse_args(argv)
+    args, more = arguments.parse_known_args(argv)
+    if more and not args.embed:
+        arguments.error(f"unrecognized arguments: {' '.join(more)}")
+    args.embed = [*args.embed, *more]
     if args.tune < 0:
         raise ConfigError("--tune must be 1 or more")
     if args.jobs < 1 or (args.jobs > 1 and not args.local):
         raise ConfigError("--jobs must be 1 or more and belongs to --local; for Slurm set slurm.<stage>.throttle")
-    if args.overwrite and not (args.only or args.first):
+    if args.overwrite and not (args.only or args.first or args.embed):
         raise ConfigError("--overwrite needs --from STAGE or --only STAGE: which stages to redo")
-    of_chain = args.only or args.first or args.last or args.tune or args.dry_run
-    if of_chain and (args.prefetch or args.rest or args.cancel):
+    of_chain, elsewhere = (
+        args.only or args.first or args.last or args.tune,
+        args.prefetch or args.rest or args.cancel,
+    )
+    if (of_chain or args.dry_run) and elsewhere:
         flags = "--only, --from, --to, --tune and --dry-run"
         raise ConfigError(f"{flags} do not apply to --prefetch, --continue or --cancel")
     if args.wait and (args.local or args.prefetch or args.cancel or args.dry_run):
         raise ConfigError("--wait does not apply to --local, --prefetch, --cancel or --dry-run")
+    if args.embed and (of_chain or elsewhere):
+        raise ConfigError("--embed runs no stage of the chain: it can be combined with --local and --dry-run only")
     if args.only and (args.first or args.last):
         raise ConfigError("--only cannot be combined with --from or --to")
     return args
@@ -102,7 +114,11 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.local:  # one process with all cores: the neighbour search is cut for job arrays only
         cfg = cfg.model_copy(update={"slurm": cfg.slurm.model_copy(update={"difficulty_shards": 1})})
-    steps = chain.select(chain.steps_of(cfg, args.tune), args.only or args.first, args.only or args.last)
+    embed = [chain.embedding_module(Path(args.embed[0])), *args.embed] if args.embed else []
+    steps = chain.steps_of(cfg, args.tune, embed=embed)
+    steps = chain.select(steps, args.only or args.first, args.only or args.last)
+    for step in steps:
+        step.refuse_inputs(cfg)
     if args.overwrite and not args.local:  # a requeued job would start over each time
         folders = " ".join(str(step.stage.folder(cfg)) for step in steps)
         raise ConfigError(f"--overwrite works with --local only; on Slurm, remove what to redo:\n{folders}")

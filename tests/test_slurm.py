@@ -16,6 +16,8 @@ import threading
 from pathlib import Path
 
 import one_node_slurm
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import warm
 from conftest import ROOT
@@ -23,7 +25,8 @@ from one_node_slurm import OneNodeSlurm
 from same_artefacts import assert_same_artefacts
 from slurm_place import Place, over, wait_for
 
-from common import config
+from common import config, parquet
+from common.imagery import tar_images
 from slurm import chain
 from train.tuning import shared_study
 
@@ -367,6 +370,41 @@ def test_time_limits_in_training_and_generation_lead_to_the_same_results(place):
         assert log.count("ends with exit code 85") == starts - 1 >= 1
         assert "1 of 1 stages done" in place.status(root, run.name)
     assert_same_artefacts(root, place.local)
+
+
+def test_new_data_are_an_array_whose_stopped_shard_is_queued_again(place):
+    """A row of photographs to a part: the first shard is frozen after its first parts, until it has the signal."""
+    root, published = place.folder / "new data", place.local / "data" / "published"
+    cfg = config.load(place.config, [f"paths.root={place.local}"])
+    rows = parquet.read(cfg.paths.intermediates_dir / "0088.parquet")
+    columns = {"osm_id": rows["target_id"], "jpeg": tar_images.of_paths(cfg.paths).read(rows)}
+    table = pa.table({**columns, "ok": [number % 5 > 0 for number in range(len(rows))]})
+    root.mkdir()
+    pq.write_table(table, root / "in.parquet", row_group_size=1)
+    flags = ["--model", published, "--id", "osm_id", "--valid", "ok", "--set", "data.rows_per_part=1"]
+    place.submit(root, "--embed", root / "in.parquet", root / "out", *flags)
+
+    wait_for(lambda: any((root / "out").glob("*.parquet")), "vectors", every_s=0.01)
+    process = place.python_of("generate_embeddings_from_parquet.py", root)[0]
+    os.kill(process, signal.SIGSTOP)
+    variables = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
+    (task,) = [name.partition("=")[2] for name in variables if name.startswith("SLURM_ARRAY_TASK_ID=")]
+    place.run("scancel", "--signal=USR2", f"{place.jobs(root)['embed']}_{task}")
+    wait_for(lambda: has_arrived(signal.SIGUSR2, process), "signal from Slurm")
+    os.kill(process, signal.SIGCONT)
+    place.wait(root)
+
+    (run,) = (root / "logs" / "runs").iterdir()
+    assert (run / f"embed-{task}.log").read_text().count("ends with exit code 85") == 1
+    assert "1 of 1 stages done" in place.status(root)
+    one = [root / "in.parquet", root / "one", "--config", place.config, *flags]
+    assert warm.run("publish/generate_embeddings_from_parquet.py", *one).returncode == 0
+    for folder in ("", "_rejects"):
+        paths = {path.name: path for path in (root / f"one{folder}").iterdir()}
+        assert paths.keys() == {path.name for path in (root / f"out{folder}").iterdir()}
+        for name, path in paths.items():
+            assert parquet.read(root / f"out{folder}" / name).equals(parquet.read(path))
+    assert "nothing to do" in place.submit(root, "--embed", root / "in.parquet", root / "out", *flags)
 
 
 def test_a_crashed_node_and_a_restarted_controller_are_told_and_the_job_starts_again(place):

@@ -2,69 +2,42 @@
 
 from argparse import Namespace
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from common import cli, devices, files, parquet, provenance, schemas
+from common import cli, devices, files, parquet
 from common.archives.tar_parts import refuse_surplus
-from common.config import values
 from common.errors import PipelineError
-from common.provenance import Provenance
+from common.schemas import Reject, count_reasons
 from common.sections import Config
 from generate import embedding_parts, loop
-from generate.model_files import weights_digest
-from publish.inference import published_model
+from publish.inference import model_record, published_model, vector_stage
 from publish.inference.image_sources import ImageSource
-from publish.inference.vector_tables import EMBEDDING, TableSource
-
-
-@dataclass(frozen=True)
-class VectorPart:
-    """Rows start..stop of a source, and the file for their vectors."""
-
-    source: ImageSource | TableSource
-    start: int
-    stop: int
-    target: Path
-    record: Provenance
-
-    @property
-    def count(self) -> int:
-        return self.stop - self.start
-
-    def schema(self, dim: int) -> pa.Schema:
-        return self.source.schema.append(pa.field(EMBEDDING, schemas.vector(pa.float32(), dim)))
+from publish.inference.vector_stage import VectorPart
+from publish.inference.vector_tables import TableSource
 
 
 def run(stage: str, unit: str, sources: Iterable[ImageSource | TableSource], args: Namespace, cfg: Config) -> int:
-    """Write the vectors of all sources that args.out lacks, by the model args.model; returns the exit code."""
+    """Write what args.out lacks of the shard's vectors, by the model args.model; returns the exit code."""
     files.refuse_leftovers(args.out, "rejects", "rejects/*.parquet")
-    folder = published_model.folder_of(cfg, args.model)
     device = devices.pick(cfg.infrastructure.device, for_backbone=True)
     dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
-    settings = {"model.weights": weights_digest(folder), "embedding_model.dtype": dtype}
-    settings |= values(cfg, "data.rows_per_part")
+    cfg = cfg.model_copy(update={"embedding_model": cfg.embedding_model.model_copy(update={"dtype": dtype})})
+    folder = model_record.folder_of(cfg, args.model)
 
-    todo: list[VectorPart] = []
-    num_parts = 0
-    for source in sources:
+    whole: list[VectorPart] = []
+    for source, parts in vector_stage.divided(stage, sources, args, cfg):
         if isinstance(source, TableSource) and not source.holds_images:
-            published_model.refuse_other_embeddings(folder, source.path)
-        cuts = list(source.parts(cfg.data.rows_per_part))
-        for number, (start, stop) in enumerate(cuts):
-            target = args.out / f"{source.name}-{number}.parquet"
-            record = provenance.record(stage, {**settings, **source.settings}, source.identity(start, stop))
-            if not parquet.is_done(target, record, args.overwrite):
-                todo.append(VectorPart(source, start, stop, target, record))
-        refuse_surplus(args.out, source.name, len(cuts), args.overwrite)
-        num_parts += len(cuts)
+            model_record.refuse_other_embeddings(folder, source.path)
+        refuse_surplus(args.out, source.name, len(parts), args.overwrite)
+        whole += parts
+    own = whole[args.shard :: args.num_shards]
+    todo = [part for part in own if not parquet.is_done(part.target, part.record, args.overwrite)]
     if not todo:
-        return cli.nothing_to_do(stage, f"{num_parts:,} files")
+        return cli.nothing_to_do(stage, f"{len(own):,} files")
 
     published = published_model.load(folder, dtype, device)
     images = [part for part in todo if part.source.holds_images]
@@ -94,19 +67,24 @@ def write(result: loop.Result, dim: int) -> None:
 def project(part: VectorPart, published: published_model.Published, progress: loop.GenerationProgress) -> None:
     """A part's embeddings through the head."""
     table: Any = part.source
-    row, input_dim, dim = part.start, published.model.config.input_dim, published.model.config.output_dim
+    row, input_dim, dim = 0, published.model.config.input_dim, published.model.config.output_dim
+    failed, names = table.failed(part.start, part.stop), table.names_of(part.start, part.stop)
+    embedding_parts.write_rejects(part.target, part.record, failed, names)
     with parquet.writer(part.target, part.schema(dim), part.record) as out:
         progress.lap("writing")
         for batch in table.columns(part.start, part.stop, table.column):
-            name = lambda number: f"row {row + number}"  # noqa: B023,E731
+            rows = np.array([n for n in range(row, row + len(batch)) if n not in failed], np.int64)
+            kept = batch.take(pa.array(rows - row))
+            name = lambda number: names[int(rows[number])].as_py()  # noqa: B023,E731
             embeddings = parquet.embedding_matrix(
-                table.path, batch, table.column, name, input_dim, "the model's backbone and pooling give"
+                table.path, kept, table.column, name, input_dim, "the model's backbone and pooling give"
             )
             progress.lap("reading")
             vectors = published.project(torch.from_numpy(embeddings.astype(np.float32))).numpy()
             progress.lap("computing")
-            embedding_parts.append(out, batch, vectors)
-            progress.add(len(vectors))
+            embedding_parts.append(out, kept, vectors)
+            rejected = {Reject.MARKED_INVALID.value: len(batch) - len(kept)} if len(kept) < len(batch) else {}
+            progress.add(len(batch), len(kept), rejected)
             progress.lap("writing")
-            row += len(vectors)
-        out.rows, out.facts = {"in": part.count}, {"dim": dim}
+            row += len(batch)
+        out.rows, out.facts = {"in": part.count, **count_reasons(failed.values())}, {"dim": dim}

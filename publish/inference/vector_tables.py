@@ -1,20 +1,24 @@
 """Parquet files of any origin, with images or embeddings for the published model, read by row groups."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import types
 from pyarrow.parquet import ParquetFile
 
 from common import parquet
 from common.errors import PipelineError
 from common.imagery.tar_images import TarImages
 from common.provenance import digest_of
+from common.schemas import Reject, Rejected
 
 BATCH_ROWS = 8_192  # read at a time: 25 MB of float32 embeddings at 768 dimensions
 EMBEDDING = "embedding"  # the column that is written
@@ -22,19 +26,30 @@ LOCATION = {"tar_file", "image_offset", "image_size"}  # columns of the intermed
 _TAIL_BYTES = 65_536  # of a file, with its footer: the places, sizes and extremes of the row groups
 
 
-class TableSource:
-    """A Parquet file and its usable column. Raises PipelineError without one."""
+class Columns(NamedTuple):
+    """The columns to use, by name."""
 
-    def __init__(self, path: Path, column: str | None, store: TarImages):
-        """`column`: of embeddings or images; None: the only one that fits. `store`: the tars of intermediates."""
+    data: str | None = None  # of embeddings or images; None: the only one that fits
+    id: str | None = None  # what rejects are called; None: "row 5"
+    valid: str | None = None  # false or empty: the row is rejected, whatever its data are; None: no row
+
+
+class TableSource:
+    """A Parquet file and its usable column. Raises PipelineError without one, or without another that is named."""
+
+    def __init__(self, path: Path, columns: Columns, store: TarImages):
+        """`store`: the tars of intermediates."""
         self.path, self.name, self._store = path, path.stem, store
         with parquet.open_file(path) as file:
             schema = file.schema_arrow
             self._group_rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         self._ends = list(accumulate(self._group_rows))
-        self.column, self.holds_images = _usable(path, schema, column)
+        self.column, self.holds_images = _usable(path, schema, columns.data)
         self.schema = pa.schema([field for field in schema if field.name != self.column])  # the columns to keep
-        self.settings = {"column": self.column}
+        self._id, self._valid = columns.id, columns.valid
+        self._require(self._id, "names", types.is_integer, types.is_string, types.is_large_string)
+        self._require(self._valid, "true or false", types.is_boolean, types.is_integer)
+        self.settings = {"column": self.column, "valid": self._valid}
         size = path.stat().st_size
         with path.open("rb") as tail:
             tail.seek(max(0, size - _TAIL_BYTES))
@@ -53,19 +68,53 @@ class TableSource:
         return {self.path.name: self._identity}
 
     def names_of(self, start: int, stop: int) -> pa.ChunkedArray:
-        return pa.chunked_array([[f"row {row}" for row in range(start, stop)]], pa.string())
+        """What the rows of a part are called: their ids, or where these are absent their numbers."""
+        numbers = pa.chunked_array([[f"row {row}" for row in range(start, stop)]], pa.string())
+        return pc.coalesce(self._column(start, stop, self._id).cast(pa.string()), numbers) if self._id else numbers
+
+    def failed(self, start: int, stop: int) -> dict[int, Rejected]:
+        """The rows of a part that the validity column rejects, by their numbers in it."""
+        if not self._valid:
+            return {}
+        valid = pc.fill_null(self._column(start, stop, self._valid).cast(pa.bool_()), False)
+        why = Rejected(Reject.MARKED_INVALID, f"{self._valid} is not true")
+        return dict.fromkeys(np.flatnonzero(~valid.to_numpy()).tolist(), why)
 
     def columns(self, start: int, stop: int, *more: str) -> Iterator[pa.Table]:
         """The columns of `schema` and `more` of a part, some rows of a row group at a time."""
+        return self._rows(start, stop, [*self.schema.names, *more])
+
+    def _column(self, start: int, stop: int, name: str) -> pa.ChunkedArray:
+        """A column of `schema` of a part."""
+        return pa.concat_tables([self.schema.empty_table().select([name]), *self._rows(start, stop, [name])])[name]
+
+    def _require(self, column: str | None, what: str, *kinds: Callable[[pa.DataType], bool]) -> None:
+        """Raise PipelineError unless the column, if one is named, is one of `schema` and of one of these kinds."""
+        if column is None:
+            return
+        if column not in self.schema.names:
+            listing = ", ".join(self.schema.names) or "none"
+            raise PipelineError(f"{self.path} has no column {column} beside that of the data: {listing}")
+        kind = self.schema.field(column).type
+        if not any(fits(kind) for fits in kinds):
+            raise PipelineError(f"{self.path}: the column {column} ({kind}) cannot be read as {what}")
+
+    def _rows(self, start: int, stop: int, columns: list[str]) -> Iterator[pa.Table]:
         with parquet.open_file(self.path) as file:
             for group in range(bisect_right(self._ends, start), bisect_right(self._ends, stop)):
-                yield from self._batches(file, group, [*self.schema.names, *more])
+                yield from self._batches(file, group, columns)
 
     def _batches(self, file: ParquetFile, group: int, columns: list[str]) -> Iterator[pa.Table]:
         return parquet.batches_of(self.path, file, range(group, group + 1), columns, BATCH_ROWS)
 
-    def reader(self, start: int, stop: int) -> Callable[[int, int], Sequence[bytes | None]]:
+    def reader(self, start: int, stop: int) -> Callable[[int, int], Sequence[bytes | Rejected | None]]:
         """A function that reads encoded images of a part by their numbers in it, best in nearly rising order."""
+        read, failed = self._image_reader(start, stop), self.failed(start, stop)
+        return lambda first, last: [
+            failed.get(number, image) for number, image in enumerate(read(first, last), first)
+        ]
+
+    def _image_reader(self, start: int, stop: int) -> Callable[[int, int], Iterable[bytes | None]]:
         if self.column is None:
             rows = pa.concat_tables([self.schema.empty_table(), *self.columns(start, stop)])
             return lambda first, last: self._store.read(rows.slice(first, last - first))
@@ -74,7 +123,7 @@ class TableSource:
         @lru_cache(2)  # threads take images out of two row groups at a time
         def images_of(group: int) -> pa.ChunkedArray:
             images = pa.concat_tables(self._batches(file, group, [column]))[column]
-            return pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
+            return pc.struct_field(images, "bytes") if types.is_struct(images.type) else images
 
         def read(first: int, last: int) -> list[bytes | None]:
             images: list[bytes | None] = []
@@ -89,14 +138,14 @@ class TableSource:
         return read
 
 
-def tables(source: Path, out: Path, column: str | None, store: TarImages) -> Iterator[TableSource]:
+def tables(source: Path, out: Path, columns: Columns, store: TarImages) -> Iterator[TableSource]:
     """The Parquet files at `source`. Raises PipelineError if there are none, or if they are in `out`."""
     paths = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
     if not paths or not source.exists():
         raise PipelineError(f"{source} {'holds no .parquet file' if source.exists() else 'does not exist'}")
     if paths[0].parent.resolve() == out.resolve():
         raise PipelineError(f"{out} is the folder of the input: its files would be replaced; name another")
-    yield from (TableSource(path, column, store) for path in paths)
+    yield from (TableSource(path, columns, store) for path in paths)
 
 
 def _usable(path: Path, schema: pa.Schema, column: str | None) -> tuple[str | None, bool]:
@@ -120,8 +169,8 @@ def _usable(path: Path, schema: pa.Schema, column: str | None) -> tuple[str | No
 
 def _kind(kind: pa.DataType) -> str | None:
     """What a column of this type may hold: "embeddings", "images" or neither."""
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return "embeddings" if pa.types.is_floating(kind.value_type) else None
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:  # as Hugging Face stores images
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return "embeddings" if types.is_floating(kind.value_type) else None
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:  # as Hugging Face stores images
         kind = kind.field("bytes").type
-    return "images" if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else None
+    return "images" if types.is_binary(kind) or types.is_large_binary(kind) else None
