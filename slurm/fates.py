@@ -31,7 +31,7 @@ FOREVER = {
     "PartitionNodeLimit": "it needs more nodes than the partition has",
     "BadConstraints": "no node satisfies its constraints",
 }
-LIMIT_OF_ONE_JOB = re.compile(r"^(QOS|Assoc)M(ax|in)\w+PerJob(Limit)?$")  # a limit on all jobs together passes
+LIMIT_OF_ONE_JOB = re.compile(r"^(QOS|Assoc)(Min\w+|Max\w+PerJob(Limit)?)$")  # a limit on all together passes
 ENDS = {
     "BOOT_FAIL": "its node did not boot",
     "DEADLINE": "deadline reached",
@@ -108,7 +108,7 @@ def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
         if HELD.search(job.reason) or job.state in HELD_STATES:
             return "waiting", f"held ({job.reason}): scontrol release {job.id.partition('_')[0]}"
         if job.reason in FOREVER or LIMIT_OF_ONE_JOB.match(job.reason):
-            return "stuck", f"forever: {FOREVER.get(job.reason, f'it asks for too much ({job.reason})')}"
+            return "stuck", f"forever: {FOREVER.get(job.reason, f'a limit on single jobs ({job.reason})')}"
         if job.reason == "BeginTime" and log.first_start_s is None:
             return "waiting", "for its start time (--begin)"
         return "waiting", WAITS.get(job.reason, job.reason)
@@ -117,7 +117,7 @@ def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
             return "failed", f"exit code {log.exit_code}, although its files are complete"
         return "done", ""
     if log.exit_code == 0 and step.stage.outputs_of(cfg, number, step.tasks) is None:
-        return "done", "what it read has been removed since"
+        return "done", "its inputs have been removed or changed since"
     if log.refusal:  # it may have reached its time limit afterwards
         return "failed", f"stopped with everything saved, and could not be requeued: {log.refusal}"
     if job and job.state in ENDS:

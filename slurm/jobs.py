@@ -252,6 +252,7 @@ def divide_anew(record: dict, before: Config, cfg: Config, folder: Path) -> None
     chosen = [step for step in steps if step.name in names]
     entries = entries_of(chosen, steps, chain.missing(chosen, cfg), cfg, folder)
     entries |= {name: record["steps"][name] for name in submitted}
+    record["done_before"] += [name for name, entry in entries.items() if not entry["tasks"]]
     record["steps"] = {name: entry for name, entry in entries.items() if entry["tasks"]}
     runs.save(folder, record)
 

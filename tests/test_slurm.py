@@ -353,6 +353,9 @@ def test_one_submit_runs_the_whole_chain_and_leaves_what_a_local_run_leaves(plac
     assert "10 of 10 stages done" in place.status(place.whole)
     assert_same_artefacts(place.whole, place.local)
     assert "nothing to do" in place.submit(place.whole)
+    without_tars = ("--set", f"paths.raw_dir={place.folder / 'removed'}")
+    assert "complete: summarize_ids, neighbor_parts, " in place.submit(place.whole, *without_tars, code=1)
+    assert "nothing to do" in place.submit(place.whole, *without_tars, "--from", "summarize_ids")
     assert len(list((place.whole / "logs" / "runs").iterdir())) == 1
 
 

@@ -61,7 +61,7 @@ def test_a_log_is_read_from_its_last_start_on(tmp_path):
         (
             ("PENDING", "QOSMaxGRESPerJob"),
             "",
-            ("stuck", "forever: it asks for too much (QOSMaxGRESPerJob)"),
+            ("stuck", "forever: a limit on single jobs (QOSMaxGRESPerJob)"),
         ),
         (("PENDING", "QOSMaxCpuPerUserLimit"), "", ("waiting", "QOSMaxCpuPerUserLimit")),  # until others end
         (("PENDING", "BeginTime"), "", ("waiting", "for its start time (--begin)")),
@@ -73,7 +73,7 @@ def test_a_log_is_read_from_its_last_start_on(tmp_path):
         (
             None,
             "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code 0\n",
-            ("done", "what it read has been removed since"),
+            ("done", "its inputs have been removed or changed since"),
         ),
         (("NODE_FAIL", "NodeDown"), "", ("failed", "its node failed")),
         (("BOOT_FAIL", "None"), "", ("failed", "its node did not boot")),
