@@ -102,8 +102,9 @@ def live_steps(record: dict, jobs: dict[str, SlurmJob] | None) -> dict[str, str]
 
 
 def logs_of(entry: dict) -> list[Path]:
-    """The logs of a step's tasks."""
-    return [Path(entry["log"].replace("%a", str(number))) for number in entry["tasks"]]
+    """The logs of a step's jobs, each of which runs one or more of its tasks."""
+    indices = sorted({number // entry.get("tasks_per_job", 1) for number in entry["tasks"]})
+    return [Path(entry["log"].replace("%a", str(index))) for index in indices]
 
 
 def name_of(owner: int) -> str:

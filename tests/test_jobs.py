@@ -321,6 +321,17 @@ def test_the_rest_of_a_run_is_not_submitted_beside_another_that_writes_the_same(
         submit.main([*flags, "--continue", broken.name])
 
 
+def test_jobs_that_cannot_be_seen_are_live_until_all_their_logs_have_an_end(tmp_path):
+    entry = {"job": "7", "tasks": [1, 4, 5, 6], "tasks_per_job": 4, "log": str(tmp_path / "a-%a.log")}
+    ends = "-- 1 job 7 starts on a\n-- 2 job 7 ends with exit code {}\n"
+    (tmp_path / "a-0.log").write_text(ends.format(1))
+    assert runs.live_steps({"steps": {"train": entry}}, None) == {"train": "7"}
+    (tmp_path / "a-1.log").write_text(ends.format(85))  # and will start again
+    assert runs.live_steps({"steps": {"train": entry}}, None) == {"train": "7"}
+    (tmp_path / "a-1.log").write_text(ends.format(0))
+    assert runs.live_steps({"steps": {"train": entry}}, None) == {}
+
+
 def test_a_reused_job_id_is_not_taken_for_the_runs_own(cfg, tmp_path):
     """A cluster that was set up anew counts from 1 again: --cancel must not end somebody else's job 7."""
     record = {"steps": {"train": {"job": "7"}, "evaluate": {"job": "8"}}}
