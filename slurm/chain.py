@@ -80,15 +80,14 @@ class Step:
         if self.given and self.given.outputs:
             self.given.outputs(cfg, 0, self.tasks)
 
+
 def shards_of(cfg) -> dict[str, int]:
     """Step -> the number of tasks that it is cut into, of those that can be cut."""
     by_tar = ("process_tar", "compute_fingerprints", "generate_embeddings")
     return dict.fromkeys(by_tar, cfg.slurm.num_shards) | {"neighbor_parts": cfg.slurm.difficulty_shards}
 
 
-def steps_of(
-    cfg, tune: int = 0, shards: dict[str, int] | None = None, embed: Sequence[str] = ()
-) -> list[Step]:
+def steps_of(cfg, tune: int = 0, shards: dict[str, int] | None = None, embed: Sequence[str] = ()) -> list[Step]:
     """The steps in the order in which they run. `tune`: how many Optuna workers choose the settings first.
     `shards`: see `shards_of`, if other than those of `cfg`. `embed`: instead of the chain, see `embed_step`."""
     if embed:
