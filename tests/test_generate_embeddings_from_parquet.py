@@ -223,7 +223,9 @@ def test_a_matrix_of_lists_keeps_float16_and_takes_its_dimensions_from_the_first
         "the v of image 1 has 1 dimensions; the rows before it have 2": pa.array([[1.0, 2.0], [3.0]]),
         "the v of image 0 has 0 dimensions": pa.array([[]], pa.list_(pa.float32())),
         "image 1 has no v": pa.array([[1.0], None]),
-        "the v of image 1 holds a value": as_lists(np.array([[1.0], [np.inf]]), pa.list_(pa.float16())),
+        "the v of image 1 holds a value": as_lists(
+            np.array([[1.0], [np.inf]], np.float16), pa.list_(pa.float16())
+        ),
     }
     for message, column in wrong.items():
         with pytest.raises(PipelineError, match=message):

@@ -354,7 +354,7 @@ def test_a_run_outlives_wandbs_own_process(root, data, tmp_path, monkeypatch, ca
 
     def start(command, *args, **options):
         process = popen(command, *args, **options)
-        started.extend([process] if "wandb-core" in str(command) else [])
+        started.extend([process] if "--port-filename" in command else [])
         return process
 
     monkeypatch.setattr(subprocess, "Popen", start)
