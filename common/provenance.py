@@ -152,9 +152,9 @@ def digest_of(*parts: bytes | str) -> str:
 @functools.cache
 def _git_commit() -> str:
     root = Path(__file__).resolve().parents[1]
-    # a checkout of a colleague's whose code runs here is safe to ask; without locks: if a full disk kills git, a
+    # with the folders named, git asks a colleague's checkout, too; without locks: if a full disk kills git, a
     # leftover lock would block the user's next commit
-    command = ["git", "-c", f"safe.directory={root}", "--no-optional-locks", "-C", str(root)]
+    command = ["git", f"--git-dir={root}/.git", f"--work-tree={root}", "--no-optional-locks", "-C", str(root)]
     command += ["describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

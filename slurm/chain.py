@@ -83,16 +83,16 @@ class Step:
 
 def shards_of(cfg) -> dict[str, int]:
     """Step -> the number of tasks that it is cut into, of those that can be cut."""
-    by_tar = ("process_tar", "compute_fingerprints", "generate_embeddings")
+    by_tar = ("process_tar", "compute_fingerprints", "generate_embeddings", "embed")
     return dict.fromkeys(by_tar, cfg.slurm.num_shards) | {"neighbor_parts": cfg.slurm.difficulty_shards}
 
 
 def steps_of(cfg, tune: int = 0, shards: dict[str, int] | None = None, embed: Sequence[str] = ()) -> list[Step]:
     """The steps in the order in which they run. `tune`: how many Optuna workers choose the settings first.
     `shards`: see `shards_of`, if other than those of `cfg`. `embed`: instead of the chain, see `embed_step`."""
-    if embed:
-        return [embed_step(cfg, *embed)]
     shards = shards_of(cfg) | (shards or {})
+    if embed:
+        return [embed_step(cfg, shards["embed"], *embed)]
     difficulty_shards = shards["neighbor_parts"]
     merge, neighbors = "merge_and_split", "difficulty.compute_visual_neighbors"
 
@@ -132,11 +132,16 @@ def steps_of(cfg, tune: int = 0, shards: dict[str, int] | None = None, embed: Se
     ]
 
 
-def embed_step(cfg, module: str, *words: str) -> Step:
+def steps_of_record(record: dict, cfg) -> list[Step]:
+    """The steps that the record of a run was made from."""
+    return steps_of(cfg, record["tune"], record.get("shards"), record.get("embed", ()))
+
+
+def embed_step(cfg, num_shards: int, module: str, *words: str) -> Step:
     """New data through a published model, by a module that `embedding_module` names. `words`: its arguments."""
     from publish.inference import vector_stage
 
-    script, shards = importlib.import_module(module), str(cfg.slurm.num_shards)
+    script = importlib.import_module(module)
     args = script.parse(words)
     if args.shard or args.num_shards > 1:
         raise ConfigError("--embed makes slurm.num_shards shards: set that instead of --shard and --num-shards")
@@ -144,8 +149,8 @@ def embed_step(cfg, module: str, *words: str) -> Step:
     return Step(
         "embed",
         module,
-        tasks=cfg.slurm.num_shards,
-        arguments=("--num-shards", shards),
+        tasks=num_shards,
+        arguments=("--num-shards", str(num_shards)),
         operands=vector_stage.words_of(args),
         given=stage,
     )
@@ -202,7 +207,7 @@ def complete(steps: list[Step], todo: dict[str, list[int]], cfg) -> list[str]:
 
 def refuse_purged(steps: list[Step], todo: dict[str, list[int]], cfg) -> None:
     """Raise PipelineError if complete steps would be redone from tars that have been removed."""
-    if not num_tars(cfg) and (names := complete(steps, todo, cfg)):
+    if (names := complete(steps, todo, cfg)) and not num_tars(cfg):
         raise PipelineError(
             f"{cfg.paths.raw_dir} has no tars to redo these steps from, which are complete: {', '.join(names)}\n"
             f"restore the tars, or work on what is there with --from {names[0]}"
@@ -221,9 +226,7 @@ def idle_note(step: Step, cfg) -> str:
 
 def idle_gpus(step: Step, cfg) -> str:
     """What to do about GPUs that its jobs ask for and have no task for; empty if there are none."""
-    asked = re.findall(
-        r" (?:--gres[ =]gpu:|--gpus(?:-per-node)?[ =]|-G *)(?:[\w.]+:)?(\d+)(?![\w.])", step.sbatch_flags(cfg)
-    )
+    asked = GPUS.findall(step.sbatch_flags(cfg))
     gpus, tasks = int(asked[-1]) if asked else 0, step.tasks_per_job(cfg)
     if gpus <= tasks or step.tasks <= tasks:
         return ""

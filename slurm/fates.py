@@ -30,6 +30,8 @@ FOREVER = {
     "PartitionTimeLimit": "its time limit exceeds the partition's",
     "PartitionNodeLimit": "it needs more nodes than the partition has",
     "BadConstraints": "no node satisfies its constraints",
+    **dict.fromkeys(("InvalidAccount", "AccountNotAllowed"), "its account may not run jobs there"),
+    **dict.fromkeys(("InvalidQOS", "QOSNotAllowed"), "its QOS may not be used there"),
 }
 LIMIT_OF_ONE_JOB = re.compile(r"^(QOS|Assoc)(Min\w+|Max\w+PerJob(Limit)?)$")  # a limit on all together passes
 ENDS = {
@@ -113,7 +115,7 @@ def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
             return "waiting", "for its start time (--begin)"
         return "waiting", WAITS.get(job.reason, job.reason)
     if step.is_done(cfg, number) or (log.exit_code == 0 and step.stage.outputs is None):  # an Optuna worker
-        if step.tasks == 1 and log.exit_code and not made_after(log, step, number, cfg):
+        if log.exit_code and not made_after(log, step, number, cfg):
             return "failed", f"exit code {log.exit_code}, although its files are complete"
         return "done", ""
     if log.exit_code == 0 and step.stage.outputs_of(cfg, number, step.tasks) is None:
@@ -157,10 +159,13 @@ def remedy(end: str, step) -> str:
 
 
 def of_place(log: Log, place: int) -> Log:
-    """The log without the other tasks' lines, of a job in which each line begins with its task's place."""
+    """The log of one task of a job in which each line begins with its task's place: without the others' lines, and
+    with its own exit code."""
     labelled = [(re.match(r" *(\d+): ", line), line) for line in log.lines]
-    own = tuple(line[m.end() if m else 0 :] for m, line in labelled if m is None or int(m[1]) == place)
-    return log._replace(lines=own)
+    own = [line[m.end() if m else 0 :] for m, line in labelled if m is None or int(m[1]) == place]
+    codes = [int(m[1]) for line in own if (m := re.fullmatch(r"-- task ends with exit code (\d+)", line))]
+    lines = tuple(line for line in own if not line.startswith("-- "))
+    return log._replace(lines=lines, exit_code=codes[-1] if codes else None)
 
 
 def tasks_of(step, entry: dict, jobs: dict | None, cfg) -> list[JobTask]:
@@ -177,10 +182,11 @@ def tasks_of(step, entry: dict, jobs: dict | None, cfg) -> list[JobTask]:
         job = jobs.get(job_id) if jobs else None
         if job and job.name != step.name:  # a reinstalled cluster counts from 1 again
             job = None
-        state, why = fate(step, number, job, log, cfg)
+        own = of_place(log, place) if per_job > 1 else log
+        state, why = fate(step, number, job, own, cfg)
         if jobs is None and state != "done" and not log.has_ended:
             state, why = "unknown", "its owner alone may see it in the queue (PrivateData)"
-        tasks.append(JobTask(number, job_id, state, why, of_place(log, place) if per_job > 1 else log))
+        tasks.append(JobTask(number, job_id, state, why, own))
     return tasks
 
 

@@ -211,14 +211,9 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
         runs.adopt(folder, record)
         cfg = config.load(folder / "config.toml")
         today = config.load(record["config"] and Path(record["config"]), [*record["set"], *args.set]).slurm
-        before = cfg
-        if record.get("embed"):  # one step, divided once and for all
-            today = today.model_copy(update={"num_shards": before.slurm.num_shards})
-        cfg = cfg.model_copy(update={"slurm": today})
-        if not record.get("embed"):
-            divide_anew(record, before, cfg, folder)
-        steps = chain.steps_of(cfg, record["tune"], record.get("shards"), record.get("embed", ()))
-        steps = [step for step in steps if step.name in record["steps"]]
+        before, cfg = cfg, cfg.model_copy(update={"slurm": today})
+        divide_anew(record, before, cfg, folder)
+        steps = [step for step in chain.steps_of_record(record, cfg) if step.name in record["steps"]]
         live = runs.live_steps(record, runs.queue(record["owner"]))
         left = chain.missing(steps, cfg)
         for name, job in runs.job_ids(record).items():
@@ -248,7 +243,7 @@ def divide_anew(record: dict, before: Config, cfg: Config, folder: Path) -> None
     if record["shards"] == shards:
         return
     names = {*record["steps"], *(["neighbor_parts"] if "compute_visual_neighbors" in record["steps"] else [])}
-    steps = chain.steps_of(cfg, record["tune"], record["shards"])
+    steps = chain.steps_of_record(record, cfg)
     chosen = [step for step in steps if step.name in names]
     entries = entries_of(chosen, steps, chain.missing(chosen, cfg), cfg, folder)
     entries |= {name: record["steps"][name] for name in submitted}

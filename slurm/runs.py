@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
 OPTIONS = ("SBATCH_", "SCANCEL_", "SINFO_", "SQUEUE_")  # of Slurm's clients: prefixes of variables
 KEPT = ["SLURM_CONF", "SLURM_CLUSTERS"]
-KEPT += [f"SBATCH_{name}" for name in "ACCOUNT CONSTRAINT EXPORT PARTITION QOS RESERVATION".split()]
+KEPT += [f"SBATCH_{name}" for name in "ACCOUNT CONSTRAINT EXPORT PARTITION QOS RESERVATION WCKEY".split()]
 HIDDEN = "this cluster hides the jobs of {} (PrivateData)"
 WITHOUT_CLUSTER = "run this on a login node,\nor run the chain here with slurm/submit.py --local"
 

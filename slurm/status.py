@@ -41,10 +41,7 @@ def report(folder: Path) -> dict:
 
     record = runs.load(folder)
     jobs, cfg = runs.queue(record["owner"]), config.load(folder / "config.toml")
-    steps = {
-        step.name: step
-        for step in chain.steps_of(cfg, record["tune"], record.get("shards"), record.get("embed", ()))
-    }
+    steps = {step.name: step for step in chain.steps_of_record(record, cfg)}
     summaries: dict[str, dict] = {
         name: {"name": name, "job": None, "state": "done", "why": "before this run", "tasks": {}, "progress": {}}
         for name in record["done_before"]
@@ -69,18 +66,7 @@ def report(folder: Path) -> dict:
             "tasks": {state: count for state, count in counts.items() if count},
             "progress": fates.progress_of(step, tasks, cfg),
         }
-        failures += [
-            {
-                "step": name,
-                "task": task.number if step.tasks > 1 else None,
-                "job": task.job,
-                "why": task.why,
-                "log": str(task.log.path),
-                "last_lines": task.log.lines[-SHOWN_LINES:],
-            }
-            for task in tasks
-            if task.state == "failed"
-        ]
+        failures += failures_of(step, tasks)
     program, run = runs.ROOT / "slurm" / "submit.py", runs.handle(folder, record)
     here = os.path.relpath(program)
     submit = ["python", str(program) if here.startswith("..") else here]
@@ -96,6 +82,21 @@ def report(folder: Path) -> dict:
         "continue_submission": shlex.join([*submit, "--continue", run]),
         "cancel": shlex.join([*submit, "--cancel", run]),
     }
+
+
+def failures_of(step, tasks: list) -> list[dict]:
+    return [
+        {
+            "step": step.name,
+            "task": task.number if step.tasks > 1 else None,
+            "job": task.job,
+            "why": task.why,
+            "log": str(task.log.path),
+            "last_lines": task.log.lines[-SHOWN_LINES:],
+        }
+        for task in tasks
+        if task.state == "failed"
+    ]
 
 
 def why(state: str, tasks: list, unfinished: list[str]) -> str:

@@ -123,7 +123,8 @@ def test_shards_of_one_job_share_its_state_and_each_has_its_own_lines(cfg, tmp_p
     monkeypatch.setattr(chain.Step, "is_done", lambda step, _, task: task == 4)
     step = next(step for step in chain.steps_of(cfg) if step.name == "process_tar")
     entry = {"job": "7", "tasks": [3, 4, 5], "log": str(tmp_path / "a-%a.log"), "tasks_per_job": 3}
-    log = "-- 1 job 7_1 starts on a\n0: shard 3\n2: 5: five\nsrun: error: a: task 2: Killed\n"
+    log = "-- 1 job 7_1 starts on a\n0: shard 3\n2: 5: five\n0: -- task ends with exit code 85\n"
+    log += "1: -- task ends with exit code 0\nsrun: error: a: task 2: Killed\n"
     (tmp_path / "a-1.log").write_text(log + "-- 2 job 7_1 ends with exit code 137\n")
     queue = {"7_0": runs.SlurmJob("7_0", "process_tar", "RUNNING", "None")}
     tasks = fates.tasks_of(step, entry, queue, cfg)
@@ -134,7 +135,8 @@ def test_shards_of_one_job_share_its_state_and_each_has_its_own_lines(cfg, tmp_p
     ]
     killed = "srun: error: a: task 2: Killed"
     assert [task.log.lines for task in tasks] == [("shard 3", killed), (killed,), ("5: five", killed)]
-    assert tasks[0].why == tasks[2].why == "exit code 137"
+    assert tasks[0].why == "stopped with everything saved, and not requeued (slurm.max_requeues)"
+    assert tasks[2].why == "killed"
     queue |= {"7_1": runs.SlurmJob("7_1", "process_tar", "RUNNING", "None")}
     assert {task.state for task in fates.tasks_of(step, entry, queue, cfg)} == {"running"}
 

@@ -169,8 +169,10 @@ def test_an_interrupted_submission_is_continued(arguments, tmp_path, clients):
         submit.main(arguments)
     clients(sbatch="echo 5")
     folder = runs.find(tmp_path / "logs", None)
-    assert submit.main(["--continue", folder.name, *arguments[-8:]]) == 0
+    today = ["--set", "slurm.num_shards=3"]
+    assert submit.main(["--continue", folder.name, *arguments[-8:], *today]) == 0
     assert entry(tmp_path)["job"] == "5"
+    assert {"--array=0-2%4", "--num-shards", "3"} <= set(entry(tmp_path)["command"])
 
 
 def test_what_cannot_be_embedded_is_told_before_anything_is_submitted(arguments, tmp_path):

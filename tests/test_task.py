@@ -1,6 +1,7 @@
 """slurm/node/task.py: the shard and the GPU of each task of a job, with Slurm's variables made up."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -22,7 +23,8 @@ def step(tmp_path):
             places = {"SLURM_STEP_NUM_TASKS": num_tasks, "SLURM_PROCID": place, "SLURM_LOCALID": place}
             environment = os.environ | {name: str(value) for name, value in (places | variables).items()}
             command = [sys.executable, ROOT / "slurm" / "node" / "task.py", script, *arguments]
-            told.append(subprocess.check_output(command, env=environment, text=True).strip())
+            lines = subprocess.check_output(command, env=environment, text=True).splitlines()
+            told += [line for line in lines if not line.startswith("-- ")]
         return told
 
     return run
@@ -66,3 +68,15 @@ def test_without_a_list_the_gpus_of_the_machine_are_counted(monkeypatch, tmp_pat
     assert task.gpu_of(1) == {}
     (tmp_path / "nvidia5").touch()  # a container may have two of eight: CUDA counts from 0
     assert [task.gpu_of(place)["CUDA_VISIBLE_DEVICES"] for place in range(3)] == ["0", "1", "0"]
+
+
+@pytest.mark.parametrize(
+    ("own", "srun_sees"), [(0, 0), (1, 1), (2, 1), (85, 85), (-signal.SIGTERM, 85), (-signal.SIGKILL, 1)]
+)
+def test_a_task_that_was_stopped_outranks_one_that_failed(tmp_path, own, srun_sees):
+    script = tmp_path / "stage.py"
+    script.write_text(f"import os, sys\nif {own} < 0: os.kill(os.getpid(), {-own})\nsys.exit({own})")
+    command = [sys.executable, ROOT / "slurm" / "node" / "task.py", script]
+    done = subprocess.run(command, env=os.environ | {"SLURM_STEP_NUM_TASKS": "2"}, capture_output=True, text=True)
+    assert done.returncode == srun_sees
+    assert done.stdout == f"-- task ends with exit code {own if own >= 0 else 128 - own}\n"

@@ -9,12 +9,12 @@ Writes   <slurm.stage_to>/staged-<job>-<shard>/, and removes it when the stage h
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 from common import cli
 from common.archives import tars
 from slurm import chain
+from slurm.node.child import run
 
 SPARE_BYTES = 2**30  # left free on the disk
 
@@ -79,17 +79,3 @@ def copy(folder: Path, own: list[Path]) -> int:
             print(f"no copy of {tar}, which is read where it is: {error}", flush=True)
     print(f"{copies} of {len(own)} tars copied to {folder}", flush=True)
     return copies
-
-
-def run(command: list[str]) -> int:
-    """Run a command, and stop it if a signal asks for that; its exit code, as a shell gives it."""
-    process, told = subprocess.Popen(command), False
-    while True:
-        try:
-            code = process.wait(timeout=0.2)
-        except subprocess.TimeoutExpired:
-            if cli.stop_requested() and not told:
-                process.terminate()
-                told = True
-        else:
-            return code if code >= 0 else 128 - code

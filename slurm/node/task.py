@@ -12,6 +12,7 @@ Command  python slurm/node/task.py SCRIPT [the script's arguments]
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ if not __package__:  # run by path: import from the repository root, not from th
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from common import cli
+from slurm.node.child import run
 
 DEVICES = Path("/dev")
 STAGED = ("compute_fingerprints", "generate_embeddings")  # what slurm.stage_to applies to
@@ -64,9 +66,19 @@ def main(argv: list[str] | None = None) -> int:
 
             code = staging.run_on_copies([sys.executable, args.script, *words], cfg, name, shard, num_shards)
             if code is not None:
-                return code
+                return code if num_tasks == 1 else one_of_several(code)
     cli.check_stop()
-    os.execv(sys.executable, [sys.executable, args.script, *words])
+    command = [sys.executable, args.script, *words]
+    if num_tasks == 1:
+        os.execv(sys.executable, command)
+    return one_of_several(run(command))
+
+
+def one_of_several(code: int) -> int:
+    """What a task of several exits with, once its own code is in the log: srun returns the highest of all, and the
+    job is requeued if any task was stopped."""
+    print(f"-- task ends with exit code {code}", flush=True)
+    return cli.EXIT_STOPPED if code in (cli.EXIT_STOPPED, 128 + signal.SIGTERM) else min(code, 1)
 
 
 if __name__ == "__main__":
