@@ -95,7 +95,7 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
     widest, limit = max(-(-step.tasks // step.tasks_per_job(cfg)) for step in left), runs.max_array_size()
     if widest > limit:
         raise PipelineError(
-            f"an array of {widest} jobs is too large: this cluster allows {limit} (MaxArraySize)\n"
+            f"an array of {widest} tasks is too large: this cluster allows {limit} (MaxArraySize)\n"
             "lower slurm.num_shards, slurm.difficulty_shards or --tune; a shard may take any number of tars"
         )
     selection = {"--only": args.only, "--from": args.first, "--to": args.last, "--tune": args.tune}
