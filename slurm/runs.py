@@ -220,7 +220,8 @@ def refuse_busy(logs_dir: Path, entries: Collection[dict], but: Path | None = No
             hidden = HIDDEN.format(name_of(record["owner"]))
             raise PipelineError(
                 f"run {folder.name} may still be running: {', '.join(busy)}. {hidden}\n"
-                f"ask them for slurm/status.py {folder}\nif nothing of it is left in the queue, move that folder"
+                f"ask that user to run slurm/status.py {folder}\n"
+                "if nothing of it is left in the queue, move that folder"
             )
         if busy:
             halted = len(job_ids(record)) < len(record["steps"])

@@ -61,9 +61,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments.add_argument("--overwrite", action="store_true", help=redo)
     arguments.add_argument("--tune", type=int, default=0, metavar="N", help="tune first, with N Optuna workers")
     arguments.add_argument("--jobs", type=int, default=1, metavar="N", help="with --local: commands at once (1)")
-    wait = "where so many jobs may not be submitted at once: submit the rest as jobs end"
+    wait = "at a limit on submitted jobs: wait, and submit the rest as jobs end"
     arguments.add_argument("--wait", action="store_true", help=wait)
-    embed = "new data through the published model; further flags as of the script for it"
+    embed = "new data through the published model; takes the flags of the script for it"
     arguments.add_argument("--embed", nargs=2, default=[], metavar=("INPUT", "OUT"), help=embed)
     where = arguments.add_mutually_exclusive_group()
     where.add_argument("--local", action="store_true", help="run the stages on this machine")

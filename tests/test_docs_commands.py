@@ -45,6 +45,9 @@ LEFT_OUT = {
     "srun": "a cluster",
     "python slurm/submit.py": "a cluster",
     "python slurm/status.py": "a cluster",
+    "chgrp ": "a project folder",
+    "chmod ": "a project folder",
+    "find ": "a project folder",
     "source .venv/bin/activate": "done by the environment here",
 }
 RUNS_ANYWHERE = ("--dry-run", "--local", "--help")

@@ -321,7 +321,7 @@ def test_a_whole_node_keeps_its_four_gpus_busy_though_one_task_stops_and_one_is_
     place.wait(root)
     (run,) = (root / "logs" / "runs").iterdir()
     log = (run / "generate_embeddings-0.log").read_text()
-    assert re.findall("ends with exit code ([0-9]+)", log) == ["85", "0"]  # queued again, and finished
+    assert re.findall(r"job \S+ ends with exit code ([0-9]+)", log) == ["85", "0"]  # queued again, and finished
     assert log.count("nothing to do") == 3
     assert log.count("1 of 1 tars copied") == 5  # four, and again the one of the task that was stopped
     assert not list((tmp_path / "disk").iterdir())

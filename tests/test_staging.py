@@ -87,7 +87,7 @@ def test_a_folder_that_is_none_on_the_node_is_told_and_the_tars_are_read_where_t
     root = tmp_path / "root"
     shutil.copytree(place, root)
     told = task(ROOT / "preprocess" / "compute_fingerprints.py", root, stage_to)
-    assert f"no copies: slurm.stage_to is {stage_to} on this node, which is no absolute path" in told
+    assert f"no copies: slurm.stage_to is {stage_to} on this node, not an absolute path" in told
     assert len(list(root.glob("data/fingerprints/*"))) == 2
 
 

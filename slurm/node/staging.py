@@ -31,7 +31,7 @@ def run_on_copies(command: list[str], cfg, step_name: str, shard: int, num_shard
     if not own:
         return None
     if not disk.is_absolute():
-        print(f"no copies: slurm.stage_to is {disk} on this node, which is no absolute path", flush=True)
+        print(f"no copies: slurm.stage_to is {disk} on this node, not an absolute path", flush=True)
         return None
     try:
         if not link(folder, cfg.paths.raw_dir) or not copy(folder, own):
