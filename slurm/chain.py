@@ -14,7 +14,7 @@ from common.errors import ConfigError, PipelineError
 from common.stages import Stage
 
 # in sbatch's flags, the number of GPUs of a job on one node: "--gres=gpu:h100:4"
-GPUS = re.compile(r" (?:--gres[ =]gpu:|--gpus(?:-per-node)?[ =]|-G *)(?:[\w.]+:)?(\d+)(?![\w.])")
+GPUS = re.compile(r" (?:--gres[ =](?:\S*,)?gpu:|--gpus(?:-per-node)?[ =]|-G *)(?:[\w.]+:)?(\d+)(?![\w.])")
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,12 @@ class Step:
 
     def tasks_per_job(self, cfg) -> int:
         """n, how many of its tasks one job runs: array index i runs tasks i * n to i * n + n - 1."""
-        flags = self.sbatch_flags(cfg)
-        per_node = re.findall(r" --ntasks-per-node[ =](\d+)", flags)
-        given = re.findall(r" (?:--ntasks[ =]|-n *)(\d+)", flags) or per_node
-        return min(int(given[-1]), self.tasks) if given else 1
+
+        def last(flag: str) -> int:  # 0 if it is not given
+            return int([0, *re.findall(rf" (?:{flag})(\d+)", self.sbatch_flags(cfg))][-1])
+
+        given = last("--ntasks[ =]|-n *") or last("--ntasks-per-node[ =]") * max(1, last("--nodes[ =]|-N *"))
+        return min(given or 1, self.tasks)
 
     def is_done(self, cfg, task: int) -> bool:
         """Whether a task has nothing left to do."""

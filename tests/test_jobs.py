@@ -61,6 +61,8 @@ def test_arrays_are_paired_only_with_as_many_tasks_to_a_job(cfg):
         (["--nodes=1", "-n", "4"], [], 4),
         (["-n2"], ["--ntasks", "8"], 8),  # the stage's own flags come last
         (["--ntasks-per-node=4"], ["--nodes=1"], 4),
+        (["--ntasks-per-node=4"], ["-N2"], 8),
+        (["--nodes=2"], [], 1),
         ([], ["--ntasks=8", "--ntasks-per-node=4"], 8),
         ([], ["--ntasks=99"], 16),  # all of its tasks
         (["--account=abc-n4"], [], 1),
@@ -84,6 +86,7 @@ def test_a_job_runs_as_many_shards_as_its_flags_have_tasks(of_all, of_stage, per
         (["--gres=gpu:1"], ""),
         (["--gres=gpu:3g.20gb:1"], ""),
         (["--gres=gpu:h100:4"], "1 of the 4"),
+        (["--gres=nvme:1,gpu:4"], "1 of the 4"),
         (["--gpus-per-node=a100:4", "--ntasks=2"], "2 of the 4"),
         (["--gpus", "4", "--ntasks=4"], ""),
         (["--gpus-per-task=1", "--ntasks=4"], ""),
