@@ -22,6 +22,7 @@ from slurm import chain, runs
 from slurm.runs import ROOT
 
 SUBMIT_LIMIT = re.compile(r"\w+Submit\w*Job\w*")  # AssocMaxSubmitJobLimit, QOSMaxSubmitJobPerUserLimit, ...
+AWAY = re.compile("[Uu]nable to contact slurm controller|[Tt]imed out")  # what clients say while it restarts
 WAIT_S = 60
 
 
@@ -189,7 +190,8 @@ def sbatch(command: list[str]) -> str:
 
 def submit_all(submission: Callable[[], int], args: argparse.Namespace, logs_dir: Path) -> int:
     """Call `submission`. With --wait, continue its run until all is submitted, whenever jobs of this user may have
-    ended."""
+    ended; a controller that is away for a while does not end that."""
+    waits = False
     while True:
         try:
             return submission()
@@ -197,8 +199,13 @@ def submit_all(submission: Callable[[], int], args: argparse.Namespace, logs_dir
             queue = runs.queue(os.getuid()) or {}
             if not args.wait or not any(job.is_live for job in queue.values()):
                 raise
-            print(f"{error.args[0].splitlines()[0]}; trying again every {WAIT_S} s", file=sys.stderr, flush=True)
+            waits, message = True, error.args[0]
             submission = functools.partial(continue_run, error.args[1], args, logs_dir)
+        except PipelineError as error:
+            if not (waits and AWAY.search(str(error))):
+                raise
+            message = str(error)
+        print(f"{message.splitlines()[0]}; trying again every {WAIT_S} s", file=sys.stderr, flush=True)
         time.sleep(WAIT_S)
 
 

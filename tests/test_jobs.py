@@ -3,7 +3,9 @@
 tests/test_slurm.py submits to a real one.
 """
 
+import argparse
 import json
+from unittest import mock
 
 import pytest
 from conftest import ROOT
@@ -308,6 +310,34 @@ def test_what_is_submitted_keeps_its_number_of_shards(submitted, clients, cfg):
     assert told["process_tar"]["tasks"] == {"waiting": 1, "cancelled": 3}
     assert told["generate_embeddings"]["tasks"] == {"cancelled": 2}
     assert list(told) == list(steps)
+
+
+def test_waiting_for_room_outlasts_a_controller_that_restarts_and_nothing_else(cfg, monkeypatch, capsys):
+    running = {"1": runs.SlurmJob("1", "process_tar", "RUNNING", "None")}
+    answers = iter(
+        ["squeue failed: slurm_load_jobs error: Unable to contact slurm controller (connect failure)", None]
+    )
+
+    def continued(name, args, logs_dir):
+        if (answer := next(answers)) is not None:
+            raise PipelineError(answer)
+        return 0
+
+    def limited():
+        raise jobs.LimitReached("process_tar was not submitted", "20260101-000000")
+
+    monkeypatch.setattr(runs, "queue", lambda owner: running)
+    monkeypatch.setattr(jobs, "continue_run", continued)
+    monkeypatch.setattr(jobs.time, "sleep", lambda _: None)
+    args = argparse.Namespace(wait=True)
+    assert jobs.submit_all(limited, args, cfg.paths.logs_dir) == 0
+    assert capsys.readouterr().err.count("trying again every") == 2
+    answers = iter(["process_tar (job 1) of that run ended unfinished"])
+    with pytest.raises(PipelineError, match="ended unfinished"):
+        jobs.submit_all(limited, args, cfg.paths.logs_dir)
+    away = PipelineError("sbatch failed: Unable to contact slurm controller")
+    with pytest.raises(PipelineError, match="Unable to contact"):  # the first submission is not waited for
+        jobs.submit_all(mock.Mock(side_effect=away), args, cfg.paths.logs_dir)
 
 
 def test_the_rest_of_a_run_is_not_submitted_beside_another_that_writes_the_same(submitted, clients, cfg):
