@@ -168,13 +168,22 @@ def of_place(log: Log, place: int) -> Log:
     return log._replace(lines=lines, exit_code=codes[-1] if codes else None)
 
 
+def tasks_per_job(entry: dict) -> int:
+    """How many tasks of a step of the record one job runs; 1 in records of older versions."""
+    return entry.get("tasks_per_job", 1)
+
+
+def log_of_job(entry: dict, index: int) -> Path:
+    return Path(entry["log"].replace("%a", str(index)))
+
+
 def tasks_of(step, entry: dict, jobs: dict | None, cfg) -> list[JobTask]:
     """The tasks of a step of the record. `jobs`: see `runs.queue`."""
-    tasks, per_job = [], entry.get("tasks_per_job", 1)
+    tasks, per_job = [], tasks_per_job(entry)
     logs = functools.cache(read_log)
     for number in entry["tasks"]:
         index, place = divmod(number, per_job)
-        log = logs(Path(entry["log"].replace("%a", str(index))))
+        log = logs(log_of_job(entry, index))
         if not entry["job"]:
             tasks.append(JobTask(number, "", "not submitted", "", log))
             continue

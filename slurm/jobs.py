@@ -18,7 +18,7 @@ from pathlib import Path
 from common import config
 from common.errors import PipelineError
 from common.sections import Config
-from slurm import chain, runs
+from slurm import chain, fates, runs
 from slurm.runs import ROOT
 
 SUBMIT_LIMIT = re.compile(r"\w+Submit\w*Job\w*")  # AssocMaxSubmitJobLimit, QOSMaxSubmitJobPerUserLimit, ...
@@ -148,7 +148,7 @@ def freeze(cfg: Config, path: Path) -> None:
 def submit_rest(folder: Path, record: dict, steps: list, cfg: Config, job_ids: dict[str, str]) -> int:
     """Submit the steps of a record that have no job yet. `job_ids`: of the steps that they may wait for."""
     todo = {name: entry["tasks"] for name, entry in record["steps"].items()}
-    per_job = runs.tasks_per_job(record)
+    per_job = {name: fates.tasks_per_job(entry) for name, entry in record["steps"].items()}
     for step in steps:
         entry = record["steps"][step.name]
         if entry["job"]:

@@ -103,8 +103,8 @@ def live_steps(record: dict, jobs: dict[str, SlurmJob] | None) -> dict[str, str]
 
 def logs_of(entry: dict) -> list[Path]:
     """The logs of a step's jobs, each of which runs one or more of its tasks."""
-    indices = sorted({number // entry.get("tasks_per_job", 1) for number in entry["tasks"]})
-    return [Path(entry["log"].replace("%a", str(index))) for index in indices]
+    indices = sorted({number // fates.tasks_per_job(entry) for number in entry["tasks"]})
+    return [fates.log_of_job(entry, index) for index in indices]
 
 
 def name_of(owner: int) -> str:
@@ -178,11 +178,6 @@ def folders(logs_dir: Path) -> list[Path]:
 def job_ids(record: dict) -> dict[str, str]:
     """Step -> job id, of the submitted steps."""
     return {name: entry["job"] for name, entry in record["steps"].items() if entry["job"]}
-
-
-def tasks_per_job(record: dict) -> dict[str, int]:
-    """Step -> how many of its tasks one job runs; 1 in records of older versions."""
-    return {name: entry.get("tasks_per_job", 1) for name, entry in record["steps"].items()}
 
 
 def adopt(folder: Path, record: dict) -> None:

@@ -277,7 +277,7 @@ def test_what_sbatch_refused_is_mended_and_the_rest_submitted_with_the_same_sett
     assert "--array=0-4" in command  # nine shards, two to a job: none was submitted, so both are today's
     assert record["steps"]["process_tar"]["tasks"] == list(range(9))
     assert status.report(folder)["steps"][0]["tasks"] == {"cancelled": 9}
-    assert runs.tasks_per_job(record)["process_tar"] == 2
+    assert fates.tasks_per_job(record["steps"]["process_tar"]) == 2
     assert config.load(folder / "config.toml").training.epochs == 20
 
 

@@ -4,7 +4,8 @@ Nothing but the embeddings and their lengths is held. Embeddings on the host tra
 through two pinned buffers, while the tile before is in use.
 
 Memory: N x 8 bytes; per row of a tile D x 8 on a CPU, D x 4 if they travel (and as much on the host, pinned);
-before the first tile 8,192 x D x 12."""
+before the first tile 8,192 x D x 12.
+"""
 
 from collections.abc import Iterator
 
