@@ -300,19 +300,20 @@ if len(words) > 1 and os.path.basename(words[1]) in os.environ["RECORDED"].split
 """
 
 
-def test_a_whole_node_keeps_its_four_gpus_busy_though_one_task_stops_and_one_is_killed(place, tmp_path):
+def test_the_chain_keeps_a_whole_nodes_four_gpus_busy_though_one_task_stops_and_one_is_killed(place, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(RECORD)  # each Python reads it as it starts
     scripts = ("generate_embeddings.py", "compute_visual_neighbors.py", "optuna_worker.py")
     environment = {**place.environment, "PYTHONPATH": str(tmp_path), "RECORDED": " ".join(scripts)}
     environment["NODE_DISK"] = str(tmp_path / "disk")
-    root = place.copy("whole-node", "data/embeddings", "data/difficulty*", "checkpoints")
+    root = place.folder / "whole-node"
     bound, dealt = '["--mem=4G", "--ntasks=4", "--gpus-per-task=1"]', '["--mem=4G", "--ntasks=4", "--gres=gpu:4"]'
     settings = ['slurm.sbatch=["--partition=whole"]', "slurm.num_shards=4", "slurm.difficulty_shards=4"]
+    settings += [f'slurm.{name}.sbatch=["--mem=4G", "-n4"]' for name in ("process_tar", "compute_fingerprints")]
     settings += [f"slurm.generate_embeddings.sbatch={bound}", f"slurm.optuna_worker.sbatch={dealt}"]
     settings += [f"slurm.compute_visual_neighbors.sbatch={dealt}", "slurm.stage_to=$NODE_DISK"]
+    settings += ["training.epochs=3", "tuning.trial_epochs=1"]
     flags = [word for setting in settings for word in ("--set", setting)]
-    flags += ["--from", "generate_embeddings", "--to", "optuna_worker", "--tune", "4"]
-    assert "shards 0-3 of 4, 4 to a job" in place.submit(root, *flags, env=environment)
+    assert "shards 0-3 of 4, 4 to a job" in place.submit(root, *flags, "--tune", "4", env=environment)
 
     for script, number in [(scripts[0], signal.SIGUSR2), (scripts[1], signal.SIGKILL)]:
         four = wait_for(lambda s=script: len(p := place.python_of(s, root)) == 4 and p, "one process for each GPU")
@@ -333,13 +334,21 @@ def test_a_whole_node_keeps_its_four_gpus_busy_though_one_task_stops_and_one_is_
         "exit code 137",
     )
     assert report["steps"]["neighbor_parts"]["tasks"] == {"failed": 1, "done": 3}
-    for name in ("compute_visual_neighbors", "optuna_worker"):
-        assert report["steps"][name]["state"] == "cancelled"
+    states = {name: step["state"] for name, step in report["steps"].items()}
+    assert {name for name, state in states.items() if state == "cancelled"} == {
+        *("compute_visual_neighbors", "optuna_worker", "train", "evaluate", "convert_to_hf")
+    }
+    done = {path: path.stat().st_mtime_ns for path in root.glob("**/*.parquet")}
 
     place.run(*shlex.split(report["continue"]), env=environment)
     place.wait(root)
     assert {step["state"] for step in place.told(root)["steps"].values()} == {"done"}
-    assert_same_artefacts(root, place.local, ("data/embeddings", "data/difficulty"))
+    assert "nothing to do" in place.submit(root, *flags, "--tune", "4")
+    assert {path: path.stat().st_mtime_ns for path in done} == done  # nothing that was done was redone
+    paths = config.load(place.config, [f"paths.root={root}"]).paths
+    before_training = (paths.intermediates_dir, paths.fingerprints_dir, paths.embeddings_dir, paths.merged_dir)
+    for folder in (*before_training, paths.summary_dir, paths.difficulty_dir):
+        assert_same_artefacts(root, place.local, (str(folder.relative_to(root)),))
     started = {}
     for line in (tmp_path / "started").read_text().splitlines():
         script, start, gpu = line.split(" ")

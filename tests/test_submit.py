@@ -334,6 +334,23 @@ def test_prefetch_finds_whole_weights_and_names_what_is_missing(tmp_path, capsys
         prefetch.main(flags)
 
 
+def test_an_interrupted_prefetch_leaves_no_job_in_the_queue(cfg, monkeypatch, clients, tmp_path):
+    clients(scancel=f'echo "$@" > {tmp_path}/cancelled')
+    names, real = [], subprocess.run
+
+    def run(command, **options):
+        if command[0] == "sbatch":  # Ctrl-C while it waits for the job
+            names.extend(word.partition("=")[2] for word in command if word.startswith("--job-name="))
+            raise KeyboardInterrupt
+        return real(["true"] if command[0] == "bash" else command, **options)
+
+    clients(sbatch="true")
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        local.prefetch(cfg, [])
+    assert (tmp_path / "cancelled").read_text() == f"--name={names[0]}\n"
+
+
 # ------------------------------------------------------------------------------------- signals, doing it again
 
 
