@@ -226,7 +226,7 @@ def test_the_rest_is_submitted_when_there_is_room(site, tmp_path, monkeypatch, c
     with site.limit(1), monkeypatch.context() as patched:
         patched.setenv("SLURM_CONF", site.environment["SLURM_CONF"])
         patched.setenv("PATH", f"{site.python.parent}:{site.environment['PATH']}")
-        patched.setattr(jobs.time, "sleep", lambda _: site.wait_for_jobs())
+        patched.setattr(jobs, "WAIT_S", 1)
         assert submit.main([*flags, "--to", "compute_fingerprints", "--wait"]) == 0
     assert "compute_fingerprints was not submitted: " in capsys.readouterr().err
     site.wait_for_jobs()
