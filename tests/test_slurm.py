@@ -356,6 +356,11 @@ def test_the_chain_keeps_a_whole_nodes_four_gpus_busy_though_one_task_stops_and_
     assert [script for script, _ in started] == [scripts[0], scripts[0], scripts[1], scripts[1], scripts[2]]
     assert {tuple(sorted(gpus)) for gpus in started.values()} == {("0", "1", "2", "3")}
 
+    alone = ["sbatch", "--wait", "--partition=whole", "--mem=4G", "--cpus-per-task=2", f"--output={tmp_path}/log"]
+    wrapper = ROOT / "slurm" / "stages" / "generate_embeddings.sbatch"  # asks for one GPU, and is given the node
+    place.run(*alone, wrapper, "--config", place.config, "--set", f"paths.root={root}")
+    assert "this job holds 4 GPUs and uses 1: " in (tmp_path / "log").read_text()
+
 
 def test_one_submit_runs_the_whole_chain_and_leaves_what_a_local_run_leaves(place):
     place.wait(place.whole)

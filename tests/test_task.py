@@ -76,8 +76,8 @@ def test_gpus_that_no_task_uses_are_told_once(tmp_path, script, num_tasks, held,
 def test_gathering_the_parts_of_the_neighbours_needs_no_more_gpus(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_GPUS", "0,1,2,3")
     script = "difficulty/compute_visual_neighbors.py"
-    assert task.idle_gpus(script, ["--num-shards", "4"], 1)
-    assert not task.idle_gpus(script, ["--num-shards", "4", "--finish"], 1)
+    assert task.note_on_gpus(script, ["--num-shards", "4"], 1)
+    assert not task.note_on_gpus(script, ["--num-shards", "4", "--finish"], 1)
 
 
 @pytest.mark.parametrize(

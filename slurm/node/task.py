@@ -39,7 +39,7 @@ def gpu_of(place: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if len(gpus) > 1 else {}
 
 
-def idle_gpus(script: str, words: list[str], num_tasks: int) -> str:
+def note_on_gpus(script: str, words: list[str], num_tasks: int) -> str:
     """What to do about the job's GPUs on this node that a stage has no tasks for; empty if there are none.
 
     SLURM_JOB_GPUS lists what the job holds, also where the step was given less: a site may hand out whole nodes.
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     words, num_tasks = args.arguments, slurm_variable("STEP_NUM_TASKS", 1)
     if num_tasks > 1:
         os.environ.update(gpu_of(slurm_variable("LOCALID")))
-    if slurm_variable("PROCID") == 0 and (note := idle_gpus(args.script, words, num_tasks)):
+    if slurm_variable("PROCID") == 0 and (note := note_on_gpus(args.script, words, num_tasks)):
         print(note, flush=True)
     flags = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     cli.config_flags(flags)
