@@ -85,7 +85,7 @@ StorageHost=127.0.0.1
 StoragePort={database_port}
 StorageUser=root
 """
-SYSTEM_TABLES = Path("/usr/share/mysql/mysql_system_tables.sql")  # slurmdbd's limits are stored procedures
+SYSTEM_TABLES = "m*/m*_system_tables.sql"  # below /usr/share; slurmdbd finds limits with stored procedures
 
 
 def why_not() -> str:
@@ -158,7 +158,8 @@ class OneNodeSlurm:
         folder = self.folder / "database"
         folder.mkdir()
         program = ["mariadbd", "--no-defaults", "--user=root", f"--datadir={folder}", "--skip-grant-tables"]
-        tables = f"create database mysql;\nuse mysql;\n{SYSTEM_TABLES.read_text()}"
+        (statements,) = Path("/usr/share").glob(SYSTEM_TABLES)
+        tables = f"create database mysql;\nuse mysql;\n{statements.read_text()}"
         prepare = [*program, "--bootstrap"]
         subprocess.run(prepare, input=tables, text=True, check=True, capture_output=True, env=self.environment)
         own = [f"--socket={folder}/sock", f"--pid-file={folder}/pid", f"--port={self.database_port}"]
