@@ -4,6 +4,7 @@ Oracle: the files themselves, by inode and time of change; slurm/chain.py, which
 """
 
 import importlib
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -155,6 +156,15 @@ def test_another_run_goes_through_to_the_end_and_is_compared_by_its_name(root, r
         assert f"data/{LABEL}/{name}/b" in done.stdout
     metrics = metrics_json.read(b.paths.evaluation_dir / "metrics.json")
     assert (metrics["subject"]["run"], metrics["subject"]["config"]["training.loss"]) == ("b", "triplet")
+
+    listed = run_script("train/list_runs.py", *flags(root)).stdout
+    header, first, second = (re.split(r"  +", line) for line in listed.splitlines())  # by date
+    assert header[:4] == ["run", "backbone", "date", "epoch"]
+    assert header[-2:] == ["seed", "loss"]  # what differs, and nothing else
+    assert (first[0], second[0]) == ("default", "b")
+    assert (first[-3:], second[-3:]) == (["yes", "0", "infonce"], ["yes", "1", "triplet"])
+    test = metrics["methods"]["trained"]
+    assert second[-5:-3] == [metrics_json.percent(test[name]) for name in ("recall@1", "map@r")]
 
     assert evaluate.main([*flags(root), "--compare", "b"]) == 0
     found = metrics_json.read(load(root).paths.evaluation_dir / "compared" / "metrics.json")
