@@ -55,9 +55,13 @@ def config_flags(arguments: argparse.ArgumentParser) -> None:
 
 
 def load_config(args: argparse.Namespace):
-    """The settings that the arguments select; checks --shard and sets the log level. Raises ConfigError."""
+    """The settings that the arguments select; checks --shard and sets the log level.
+
+    Raises ConfigError, also if an older version's files are where this one would not find them.
+    """
     from common import config
     from common.errors import ConfigError
+    from common.layout import former_layout
 
     num_shards = getattr(args, "num_shards", 1)
     if num_shards < 1:
@@ -65,6 +69,7 @@ def load_config(args: argparse.Namespace):
     if not 0 <= getattr(args, "shard", 0) < num_shards:
         raise ConfigError(f"--shard must be between 0 and --num-shards - 1 = {num_shards - 1}")
     cfg = config.load(args.config, args.set)
+    former_layout.refuse(cfg)
     log.setLevel(cfg.logging.level.upper())
     return cfg
 

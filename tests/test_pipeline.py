@@ -63,7 +63,7 @@ USES = {
     "vectors_of_a_tar": ("publish/generate_embeddings_from_hf.py", "{raw}/0088.tar", "{root}/vectors"),
     "vectors_of_embeddings": (
         "publish/generate_embeddings_from_parquet.py",
-        "{root}/data/merged",
+        "{root}/data/backbone-mean-1-0.5/merged",
         "{root}/projected",
     ),
 }

@@ -8,7 +8,7 @@ import time
 import pandas as pd
 import pytest
 import short_training
-from conftest import ROOT
+from conftest import ROOT, paths_below
 
 from common import cli, config, parquet, schemas, stages
 from common.errors import ConfigError, PipelineError
@@ -148,8 +148,8 @@ def test_a_run_is_done_when_its_history_says_so_and_is_judged_without_torch(tmp_
     short_training.write_merge(tmp_path)
     settings = short_training.settings(tmp_path)
     for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
-        (tmp_path / "checkpoints" / "default").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "checkpoints" / "default" / name).touch()
+        (paths_below(tmp_path).checkpoints_dir / "default").mkdir(parents=True, exist_ok=True)
+        (paths_below(tmp_path).checkpoints_dir / "default" / name).touch()
     (output,) = train.outputs(config.load(None, settings), 0, 1)
     epoch = pd.DataFrame({name: [0.0] for name in schemas.history(5).names})
     history.write(output.path, epoch, output.record, {"finished": finished, "best_checkpoint": "abc"})
@@ -165,9 +165,9 @@ print(STAGE.is_done(config.load(None, {settings!r})), "torch" in sys.modules, "m
     assert not train.STAGE.is_done(config.load(None, [*settings, "training.margin=0.3"]))
     history.write(output.path, epoch, output.record, output.facts)
     assert train.STAGE.is_done(config.load(None, settings))
-    (tmp_path / "checkpoints" / "default" / "checkpoint_best.pt").unlink()
+    (paths_below(tmp_path).checkpoints_dir / "default" / "checkpoint_best.pt").unlink()
     assert not train.STAGE.is_done(config.load(None, settings))
-    (tmp_path / "checkpoints" / "default" / "checkpoint_best.pt").touch()
+    (paths_below(tmp_path).checkpoints_dir / "default" / "checkpoint_best.pt").touch()
     history.write(output.path, epoch, output.record)  # as older versions did, of finished runs and of others
     assert not train.STAGE.is_done(config.load(None, settings))
 
@@ -387,4 +387,5 @@ def test_overwrite_makes_everything_again_from_a_stage_on(run_script, tmp_path):
     assert "--from" in alone.stderr
     on_slurm = run_script("slurm/submit.py", *[flag for flag in flags if flag != "--local"], "--from", "evaluate")
     assert on_slurm.returncode == 2
-    assert f"{tmp_path}/data/evaluation {tmp_path}/data/published" in on_slurm.stderr  # what to remove by hand
+    paths = paths_below(tmp_path)
+    assert f"{paths.evaluation_dir} {paths.published_dir}" in on_slurm.stderr  # what to remove by hand
