@@ -69,9 +69,14 @@ def command(script: str = "", *more: str) -> str:
     given, _ = arguments.parse_known_args(sys.argv[1:])
     settings = ["--config", str(given.config)] if given.config else []
     settings += [word for override in given.set for word in ("--set", override)]
+    return command_line(script, *settings, *more)
+
+
+def command_line(script: str, *words: str) -> str:
+    """A script of the repository with these arguments, as it can be run from here."""
     path, here = Path(__file__).resolve().parents[1] / script, Path.cwd()
     path = path.relative_to(here) if path.is_relative_to(here) else path
-    return shlex.join(["python", str(path), *settings, *more])
+    return shlex.join(["python", str(path), *words])
 
 
 def load_config(args: argparse.Namespace):

@@ -5,6 +5,7 @@ config.toml is the only place with defaults: a missing key is an error, and so i
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,9 @@ def _explain(mistake) -> str:
         return f"{where} is missing"
     value = mistake["input"]
     shown = "" if isinstance(value, dict) else f" (got {value!r:.80})"
-    return f"{where}: {mistake['msg'].removeprefix('Value error, ')}{shown}"
+    choices = re.findall("'([^']+)'", mistake["ctx"]["expected"]) if mistake["type"] == "literal_error" else []
+    hint = suggestion(value, choices) if isinstance(value, str) else ""
+    return f"{where}: {mistake['msg'].removeprefix('Value error, ')}{shown}{hint}"
 
 
 def _fields_of(sections: list[str]) -> dict[str, FieldInfo]:

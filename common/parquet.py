@@ -302,13 +302,12 @@ def matches(
     """
     reasons = differences(existing, expected)
     if reasons and not redo:
-        made = f" (on {existing.created[:10]})" if existing.created else ""
         ways = [
             way_to_keep(existing, expected),
             f"to redo it ({amount}): {cli.command(script, '--remake')}",
             otherwise,
         ]
-        raise StaleArtefact("\n".join([f"{path} {'; it '.join(reasons)}{made}", *filter(None, ways)]))
+        raise StaleArtefact("\n".join([f"{path} {'; it '.join(reasons)}", *filter(None, ways)]))
     return not reasons
 
 

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import shlex
 import subprocess
 import time
 from collections.abc import Collection, Iterable
@@ -94,21 +95,17 @@ def _identity(path: Path, size: int, mtime_ns: int, inode: int) -> str:
 
 
 def record(stage: str, config: dict, inputs: dict[str, str]) -> Provenance:
-    """The record of a file that `stage` begins to make. `config`: see `config.values`; `inputs`: name -> identity."""
+    """The record of a file that is now begun. `config`: see `config.values`; `inputs`: name -> identity."""
     return Provenance(stage=stage, config=json.loads(json.dumps(config)), inputs=inputs).timed()
 
 
-def differences(existing: Provenance, expected: Provenance, ignored: Iterable[str] = ()) -> list[str]:
-    """How the record of a file differs from the one that a run would give it; empty if they agree.
-
-    `ignored`: settings that are not compared.
-    """
+def differences(existing: Provenance, expected: Provenance) -> list[str]:
+    """How the record of a file differs from the one that a run would give it, in words; empty if they agree."""
     reasons = []
     if existing.stage != expected.stage:
         reasons.append(f"was made by {existing.stage}, not by {expected.stage}")
     for key, (old, new) in changed_settings(existing, expected).items():
-        if key not in ignored:
-            reasons.append(f"was made with {key} = {json.dumps(old)}; this run uses {json.dumps(new)}")
+        reasons.append(f"was made with {key} = {json.dumps(old)}; this run uses {json.dumps(new)}")
     return reasons + input_differences(existing.inputs, expected.inputs)
 
 
@@ -160,15 +157,13 @@ def some(names: Collection[str]) -> str:
 
 def way_to_keep(existing: Provenance, expected: Provenance) -> str:
     """What would make a stale file current again, if anything can: its settings, or tars that are gone."""
-    restored = [f"--set {key}={json.dumps(old)}" for key, (old, _) in changed_settings(existing, expected).items()]
-    lost = {name for name in existing.inputs if name not in expected.inputs}
-    if existing.stage != expected.stage or input_differences(
-        {name: value for name, value in existing.inputs.items() if name not in lost}, expected.inputs
-    ):
+    changed = changed_settings(existing, expected)
+    restored = [shlex.join(["--set", f"{key}={json.dumps(old)}"]) for key, (old, _) in changed.items()]
+    lost = {name: value for name, value in existing.inputs.items() if name not in expected.inputs}
+    if existing.stage != expected.stage or {**existing.inputs} != {**expected.inputs, **lost}:
         return ""
     if lost:
-        tars = {tar_of(name) for name in lost} - {""}
-        restored.append(f"the {'tars ' + some(tars) if tars else 'files ' + some(lost)}")
+        restored.append(some({tar_of(name) or name for name in lost}))
     return f"to keep it, restore {' and '.join(restored)}" if restored else ""
 
 

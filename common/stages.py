@@ -6,7 +6,7 @@ the documentation use it. Imports nothing heavy, so `--help` is instant.
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,12 +84,12 @@ class Stage:
         except (OSError, PipelineError):
             return False  # missing, damaged or not ours: the stage itself reports which
         is_finished = all(existing.facts.get(name) == value for name, value in output.facts.items())
-        return is_finished and not self.differences(existing, output.record)
+        return is_finished and not provenance.differences(existing, self.expected(existing, output.record))
 
-    def differences(self, existing: Provenance, expected: Provenance) -> list[str]:
-        """How the record of a file differs from the expected one, but for what the machine that runs it decides."""
-        undecided = {key for key in self.auto if expected.config.get(key) == "auto"}
-        return provenance.differences(existing, expected, undecided)
+    def expected(self, existing: Provenance, record: Provenance) -> Provenance:
+        """`record`, with the values of an existing file for what the machine that runs the stage decides."""
+        undecided = {key for key in self.auto if record.config.get(key) == "auto"} & existing.config.keys()
+        return replace(record, config={**record.config, **{key: existing.config[key] for key in undecided}})
 
 
 def ids(paths: Iterable[Path]) -> dict[str, str]:

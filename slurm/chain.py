@@ -234,7 +234,7 @@ def refuse_output_dim(steps: list[Step], cfg) -> None:
 
     width = model_files.embedding_width(cfg.embedding_model)
     output_dim = cfg.training_model.output_dim
-    if width and output_dim > width and any(step.module.startswith("train.") for step in steps):
+    if width and output_dim > width and any(step.name in ("train", "optuna_worker") for step in steps):
         name, pooling = cfg.embedding_model.name, cfg.embedding_model.pooling
         raise ConfigError(
             f"training_model.output_dim = {output_dim} exceeds the {width} dimensions of the embeddings of {name} "

@@ -1,4 +1,4 @@
-"""Which finished files no longer match the settings or their inputs, before anything runs, and what redoing them costs.
+"""Which finished files no longer match the settings or their inputs, and what redoing them costs: for the plan.
 
 A step whose files are stale is remade only on request (--remake); the steps after it follow.
 """
@@ -63,10 +63,12 @@ def _of_step(step: Step, cfg) -> StaleStep | None:
                 reasons.append(str(error).splitlines()[0])
             except PipelineError:
                 pass  # its inputs are missing
-    for path, existing, expected in _pairs(step, cfg):
+    for path, existing, record in _pairs(step, cfg):
         if existing is None:
             reasons.append(f"{path} is damaged")
-        elif different := step.stage.differences(existing, expected):
+            continue
+        expected = step.stage.expected(existing, record)
+        if different := provenance.differences(existing, expected):
             reasons += [f"it {difference}" for difference in different]
             since.append(existing.created[:10])
             ways.add(provenance.way_to_keep(existing, expected))
@@ -140,7 +142,7 @@ def explanation(found: list[StaleStep], cfg, command: str) -> str:
             lines.append(f"  {stale.way_to_keep}")
         if stale.step.name == "train":
             lines.append("  to train another run beside it: --set training.run=NAME")
-    flags = " ".join(f"{REMAKE} {stale.step.name}" for stale in found)
+    flags = " ".join(REMAKE if stale.step.given else f"{REMAKE} {stale.step.name}" for stale in found)
     return "\n".join([*lines, f"to redo what is stale: {command} {flags}"])
 
 

@@ -6,8 +6,8 @@ Command  python slurm/submit.py              submit what is missing to Slurm (fo
          python slurm/submit.py --dry-run    print the graph, what is left, and the command lines
          python slurm/submit.py --local      run the same stages in order on this machine [--jobs N at once]
          [--from STAGE] [--to STAGE] [--only STAGE] [--tune N] [--config PATH] [--set section.key=value]
-         python slurm/submit.py --remake merge_and_split    redo it, and what depends on it, where its files no longer
-         match the settings or the tars; without this flag, such a step is explained and nothing runs
+         python slurm/submit.py --remake merge_and_split    redo it, and what depends on it, where files no longer
+         match the settings or the tars; without this, stale files are explained, and nothing runs
          python slurm/submit.py --prefetch   fetch the backbone for compute nodes without a network
          python slurm/submit.py --embed INPUT OUT [--model FOLDER]    vectors of photographs or tables, as a job
          array; with the flags of publish/generate_embeddings_from_parquet.py if INPUT is Parquet files
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     stale_steps = stale.find(steps, todo, cfg)
     given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--dry-run"]
     refused = [one for one in stale_steps if not one.is_allowed]
-    why = stale.explanation(refused, cfg, cli.command(f"slurm/{Path(__file__).name}", *given)) if refused else ""
+    why = stale.explanation(refused, cfg, cli.command_line("slurm/submit.py", *given)) if refused else ""
     commands = local.commands(steps, todo, jobs.settings_flags(args), args.jobs)
     if args.dry_run:
         lines = [line for _, line in commands] if args.local else jobs.planned(steps, todo, cfg)

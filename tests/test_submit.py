@@ -78,6 +78,9 @@ def test_select_takes_both_ends_and_refuses_what_is_not_there(cfg):
         (["--continue", "20260101-000000", "--to", "evaluate"], "do not apply to"),
         (["--prefetch", "--tune", "3"], "do not apply to"),
         (["--local", "--wait"], "--wait does not apply to"),
+        (["--remake"], "--remake needs the name of a stage"),
+        (["--embed", "in", "out", "--remake", "train"], "but none with --embed"),
+        (["--continue", "20260101-000000", "--remake", "train"], "do not apply to"),
     ],
 )
 def test_unusable_arguments_say_so(arguments, message):
@@ -334,7 +337,7 @@ def test_prefetch_finds_whole_weights_and_names_what_is_missing(tmp_path, capsys
         prefetch.main(flags)
 
 
-# ------------------------------------------------------------------------------------- signals, doing it again
+# ------------------------------------------------------------------------------------------------ signals
 
 
 def test_sigterm_reaches_the_stage_that_runs_and_ends_the_chain_with_85(tmp_path):
@@ -357,17 +360,3 @@ cli.run(lambda: local.run(commands, 1))
     assert chain.returncode == cli.EXIT_STOPPED
     assert (tmp_path / "told").exists()
     assert not (tmp_path / "next").exists()
-
-
-def test_overwrite_makes_everything_again_from_a_stage_on(run_script, tmp_path):
-    flags = ("--set", f"paths.root={tmp_path}", "--dry-run", "--local", "--overwrite")
-    told = run_script("slurm/submit.py", *flags, "--from", "evaluate")
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.count("--overwrite") == 2  # evaluate and convert_to_hf
-    assert "evaluate                   to do" in told.stdout
-    alone = run_script("slurm/submit.py", *flags)
-    assert alone.returncode == 2
-    assert "--from" in alone.stderr
-    on_slurm = run_script("slurm/submit.py", *[flag for flag in flags if flag != "--local"], "--from", "evaluate")
-    assert on_slurm.returncode == 2
-    assert f"{tmp_path}/data/evaluation {tmp_path}/data/published" in on_slurm.stderr  # what to remove by hand

@@ -131,7 +131,7 @@ def _only_model(models: dict[Path, dict]) -> dict:
                     f"{first} was made with {key} = {json.dumps(model.get(key))}, "
                     f"{path} with {key} = {json.dumps(other.get(key))}\n"
                     "embeddings of different models cannot be merged\n"
-                    f"to redo those that do not match the settings: {cli.command(_SCRIPTS['embeddings'], '--remake')}"
+                    f"to redo those that do not match: {cli.command(_SCRIPTS['embeddings'], '--remake')}"
                 )
     return model
 
