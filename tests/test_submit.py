@@ -201,6 +201,23 @@ def test_other_weights_in_a_folder_of_the_same_name_are_noticed_and_a_moved_fold
     assert not stage.is_current(output("old", "float32"))
 
 
+def test_more_dimensions_than_the_backbone_has_are_refused_before_anything_runs(tmp_path):
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone" / "config.json").write_text('{"hidden_size": 192}')
+    flags = ["--set", f"paths.root={tmp_path}", "--set", f"embedding_model.name={tmp_path / 'backbone'}"]
+    for more in (["--local"], ["--dry-run"]):  # the default, 256
+        with pytest.raises(
+            ConfigError, match=r"= 256 exceeds the 192 dim.*\n.*--set training_model\.output_dim=192$"
+        ):
+            submit.main([*flags, *more])
+    cls_mean = config.load(None, [*flags[1::2], "embedding_model.pooling=cls_mean"])
+    chain.refuse_output_dim(chain.steps_of(cls_mean), cls_mean)  # 2 x 192
+    cfg = config.load(None, flags[1::2])
+    chain.refuse_output_dim(chain.select(chain.steps_of(cfg), None, "merge_and_split"), cfg)
+    hub = config.load(None, ["embedding_model.name=nobody/knows", "training_model.output_dim=9999"])
+    chain.refuse_output_dim(chain.steps_of(hub), hub)  # not in the cache
+
+
 def test_without_tars_everything_is_left(cfg):
     assert all(chain.missing(chain.steps_of(cfg, tune=2), cfg).values())
 

@@ -103,15 +103,12 @@ def _refuse_without_tar(paths: Paths, stems: list[str]) -> None:
     """Raise PipelineError if images would be left out because their tar is no longer in raw_dir."""
     lost = sorted({path.stem for path in paths.intermediates_dir.glob("*.parquet")} - set(stems))
     if lost:
-        files = " ".join(
-            shlex.quote(str(path))
-            for stem in lost
-            for folder in (paths.intermediates_dir, paths.fingerprints_dir, paths.embeddings_dir)
-            for path in [*folder.glob(f"{glob.escape(stem)}.parquet"), *sorted(folder.glob(f"{glob.escape(stem)}-*.parquet"))]
-        )
+        folders = (paths.intermediates_dir, paths.fingerprints_dir, paths.embeddings_dir)
+        names = [f"{glob.escape(stem)}{end}.parquet" for stem in lost for end in ("", "-*")]
+        made = sorted(path for folder in folders for name in names for path in folder.glob(name))
         raise PipelineError(
             f"{paths.intermediates_dir} has {provenance.some(lost)}, but {paths.raw_dir} has no such tar\n"
-            f"restore the tars, or remove what was made from them: rm {files}"
+            f"restore the tars, or remove what was made from them: rm {shlex.join(map(str, made))}"
         )
 
 
