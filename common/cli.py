@@ -10,6 +10,7 @@ import errno
 import gc
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -39,7 +40,10 @@ def parser(doc: str, *, shards: bool = False) -> argparse.ArgumentParser:
     """The flags that every stage has. `doc`: the script's docstring, shown verbatim by --help."""
     arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     config_flags(arguments)
-    arguments.add_argument("--overwrite", action="store_true", help="recreate existing output")
+    redo = arguments.add_mutually_exclusive_group()
+    remake = "recreate output that is damaged, or made with other settings or from other inputs"
+    redo.add_argument("--remake", dest="redo", action="store_const", const="stale", default="", help=remake)
+    redo.add_argument("--overwrite", dest="redo", action="store_const", const="all", help="recreate all output")
     if shards:
         arguments.add_argument("--shard", type=int, default=0, metavar="I", help="index of this shard (0)")
         arguments.add_argument("--num-shards", type=int, default=1, metavar="N", help="number of shards (1)")
@@ -47,11 +51,32 @@ def parser(doc: str, *, shards: bool = False) -> argparse.ArgumentParser:
 
 
 def config_flags(arguments: argparse.ArgumentParser) -> None:
-    """--config and --set, for scripts without --overwrite."""
+    """--config and --set, for scripts without --remake and --overwrite."""
     arguments.add_argument("--config", type=Path, metavar="PATH", help="settings (the repository's config.toml)")
     arguments.add_argument(
         "--set", action="append", default=[], metavar="section.key=value", help="override a setting; repeatable"
     )
+
+
+def command(script: str = "", *more: str) -> str:
+    """A command line to print, which can be run as it is: this process's own with `more` at its end; or that of
+    another `script` of the repository, with this one's --config and --set.
+    """
+    if not script:
+        return shlex.join(["python", *sys.argv, *more])
+    arguments = argparse.ArgumentParser(add_help=False)
+    config_flags(arguments)
+    given, _ = arguments.parse_known_args(sys.argv[1:])
+    settings = ["--config", str(given.config)] if given.config else []
+    settings += [word for override in given.set for word in ("--set", override)]
+    return command_line(script, *settings, *more)
+
+
+def command_line(script: str, *words: str) -> str:
+    """A script of the repository with these arguments, as it can be run from here."""
+    path, here = Path(__file__).resolve().parents[1] / script, Path.cwd()
+    path = path.relative_to(here) if path.is_relative_to(here) else path
+    return shlex.join(["python", str(path), *words])
 
 
 def load_config(args: argparse.Namespace):

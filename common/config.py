@@ -179,7 +179,9 @@ def _explain(mistake) -> str:
         return f"{where} is missing"
     value = mistake["input"]
     shown = "" if isinstance(value, dict) else f" (got {value!r:.80})"
-    return f"{where}: {mistake['msg'].removeprefix('Value error, ')}{shown}"
+    choices = re.findall("'([^']+)'", mistake["ctx"]["expected"]) if mistake["type"] == "literal_error" else []
+    hint = suggestion(value, choices) if isinstance(value, str) else ""
+    return f"{where}: {mistake['msg'].removeprefix('Value error, ')}{shown}{hint}"
 
 
 def _fields_of(sections: list[str]) -> dict[str, FieldInfo]:

@@ -6,6 +6,7 @@ batch.
 
 import contextlib
 import os
+import shlex
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -18,9 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from common import files
+from common import cli, files
 from common.errors import PipelineError, StaleArtefact
-from common.provenance import Provenance, differences, digest_of
+from common.provenance import Provenance, Redo, differences, digest_of, way_to_keep
 
 MAX_ROW_GROUP_BYTES = 32 * 2**20  # threads read a group each, and writers of several files hold one of each
 _SYNCED_BYTES = 8 * 2**20  # forced to the disk at a time
@@ -202,7 +203,9 @@ def read_provenance(path: Path) -> Provenance:
     try:
         return Provenance.from_json(metadata[_KEY])
     except (ValueError, TypeError):
-        raise PipelineError(f"{path} has a record that this version cannot read: rerun with --overwrite") from None
+        raise PipelineError(
+            f"{path} has a record that this version cannot read\nremove it, and rerun: rm {shlex.quote(str(path))}"
+        ) from None
 
 
 def has_provenance(path: Path) -> bool:
@@ -215,6 +218,21 @@ def require(path: Path, script: str) -> Path:
     if not path.exists():
         raise PipelineError(f"{path} does not exist: run {script} first")
     return path
+
+
+def require_all(paths: dict[Path, str]) -> None:
+    """Raise PipelineError, naming all scripts to run, if some of the files (path -> the script that writes it) are
+    missing."""
+    missing: dict[str, list[Path]] = {}
+    for path, script in paths.items():
+        if not path.exists():
+            missing.setdefault(script, []).append(path)
+    lines = []
+    for script, absent in missing.items():
+        more = f" (and {len(absent) - 1:,} more)" if len(absent) > 1 else ""
+        lines.append(f"{absent[0]}{more} does not exist: run {script} first")
+    if lines:
+        raise PipelineError("\n".join(lines))
 
 
 def open_file(path: Path, buffer_bytes: int = 0, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
@@ -235,7 +253,10 @@ def _corruption_errors(path: Path) -> Iterator[None]:
     except (pa.ArrowInvalid, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        raise PipelineError(f"{path} is damaged ({first_line(error)}): delete it and rerun its stage") from None
+        raise PipelineError(
+            f"{path} is damaged ({first_line(error)})\n"
+            f"remove it, and rerun the stage that writes it: rm {shlex.quote(str(path))}"
+        ) from None
 
 
 def _require_columns(path: Path, file: pq.ParquetFile, columns: list[str] | None) -> None:
@@ -247,26 +268,47 @@ def _require_columns(path: Path, file: pq.ParquetFile, columns: list[str] | None
         )
 
 
-def is_done(path: Path, record: Provenance, overwrite: bool) -> bool:
-    """Whether `path` exists and is what a run with this `record` would write; False if `overwrite`.
+def is_done(path: Path, record: Provenance, redo: Redo) -> bool:
+    """Whether `path` exists, is what a run with this `record` would write, and need not be recreated.
 
-    Raises StaleArtefact, naming the differences and the remedies, if it exists but does not match.
+    Raises StaleArtefact, naming the differences and the ways out, if it exists, does not match, and `redo` does
+    not allow to recreate it.
     """
-    if overwrite or not path.exists():
+    if redo == "all" or not path.exists():
         return False
-    existing = read_provenance(path)
-    refuse_stale(path, existing, record, f"{existing.rows.get('out', 0):,} rows")
-    return True
+    try:
+        existing = read_provenance(path)
+    except PipelineError:
+        if redo:
+            return False
+        raise
+    return matches(path, existing, record, redo, f"{existing.rows.get('out', 0):,} rows")
 
 
-def refuse_stale(path: Path | str, existing: Provenance, expected: Provenance, amount: str) -> None:
-    """Raise StaleArtefact if the record of a file or database, `existing`, differs from the `expected` one of this
-    run. `amount`: how much would have to be redone."""
+def matches(
+    path: Path | str,
+    existing: Provenance,
+    expected: Provenance,
+    redo: Redo,
+    amount: str,
+    *,
+    script: str = "",
+    otherwise: str = "",
+) -> bool:
+    """Whether the record of a file or database, `existing`, is the `expected` one of this run.
+
+    Raises StaleArtefact if it is not, and `redo` does not allow to recreate the file. `amount`: how much would
+    have to be redone; `script`: what redoes it, if not this one; `otherwise`: another way out.
+    """
     reasons = differences(existing, expected)
-    if reasons:
-        raise StaleArtefact(
-            f"{path} {'; it '.join(reasons)}\nrestore that setting or input, or rerun with --overwrite ({amount})"
-        )
+    if reasons and not redo:
+        ways = [
+            way_to_keep(existing, expected),
+            f"to redo it ({amount}): {cli.command(script, '--remake')}",
+            otherwise,
+        ]
+        raise StaleArtefact("\n".join([f"{path} {'; it '.join(reasons)}", *filter(None, ways)]))
+    return not reasons
 
 
 def read(path: Path, columns: list[str] | None = None) -> pa.Table:

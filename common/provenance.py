@@ -11,11 +11,16 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import shlex
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
+
+# what a run does with existing output: refuse what is stale, recreate that, or recreate everything
+Redo = Literal["", "stale", "all"]
 
 _LIBRARIES = ("torch", "transformers", "pyarrow", "numpy", "scikit-learn", "pillow", "simplejpeg", "imagehash")
 _MOVED_SETTINGS = {  # key that was once in [training] -> its section now
@@ -40,6 +45,12 @@ class Provenance:
     git_commit: str = ""
     versions: dict = field(default_factory=dict)
     created: str = ""
+    seconds: float = 0.0  # that making it took
+    began: float | None = field(default=None, compare=False)  # on this process's clock; not in files
+
+    def timed(self, seconds: float = 0.0) -> "Provenance":
+        """This record of a file that has been in the making for so long; by default, one that is begun now."""
+        return replace(self, began=time.monotonic() - seconds)
 
     def finished(self, content_digest: str, rows: dict, facts: dict | None = None) -> "Provenance":
         """This record, completed after the file has been written."""
@@ -52,10 +63,11 @@ class Provenance:
             git_commit=_git_commit(),
             versions=_versions(),
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            seconds=0.0 if self.began is None else round(time.monotonic() - self.began, 2),
         )
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "began"}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True)
@@ -83,37 +95,76 @@ def _identity(path: Path, size: int, mtime_ns: int, inode: int) -> str:
 
 
 def record(stage: str, config: dict, inputs: dict[str, str]) -> Provenance:
-    """The record of a file that `stage` will make. `config`: see `config.values`; `inputs`: name -> identity."""
-    return Provenance(stage=stage, config=json.loads(json.dumps(config)), inputs=inputs)
+    """The record of a file that is now begun. `config`: see `config.values`; `inputs`: name -> identity."""
+    return Provenance(stage=stage, config=json.loads(json.dumps(config)), inputs=inputs).timed()
 
 
-def differences(existing: Provenance, expected: Provenance, ignored: Iterable[str] = ()) -> list[str]:
-    """How the record of a file differs from the one that a run would give it; empty if they agree.
-
-    `ignored`: settings that are not compared.
-    """
-    moved = {f"training.{key}": f"{section}.{key}" for key, section in _MOVED_SETTINGS.items()}
-    config = {moved.get(key, key): value for key, value in existing.config.items()}  # by today's names
+def differences(existing: Provenance, expected: Provenance) -> list[str]:
+    """How the record of a file differs from the one that a run would give it, in words; empty if they agree."""
     reasons = []
     if existing.stage != expected.stage:
         reasons.append(f"was made by {existing.stage}, not by {expected.stage}")
-    for key in sorted({*config, *expected.config}.difference(ignored)):
-        old, new = config.get(key, _FORMER_VALUES.get(key)), expected.config.get(key)
-        if old != new:
-            reasons.append(f"was made with {key} = {json.dumps(old)}; this run uses {json.dumps(new)}")
-    names = sorted({*existing.inputs, *expected.inputs})
-    changed = [name for name in names if existing.inputs.get(name) != expected.inputs.get(name)]
-    for name in changed[:3]:
-        if name not in expected.inputs:
-            reasons.append(f"was also made from {name}, which is no longer an input")
-        elif name not in existing.inputs:
-            reasons.append(f"was made without {name}, which is now an input")
-        else:
-            old, new = existing.inputs[name], expected.inputs[name]
-            reasons.append(f"was made from a different version of {name} (then {old}, now {new})")
-    if len(changed) > 3:
-        reasons.append(f"differs in {len(changed) - 3} more inputs")
+    for key, (old, new) in changed_settings(existing, expected).items():
+        reasons.append(f"was made with {key} = {json.dumps(old)}; this run uses {json.dumps(new)}")
+    return reasons + input_differences(existing.inputs, expected.inputs)
+
+
+def changed_settings(existing: Provenance, expected: Provenance) -> dict[str, tuple]:
+    """Setting -> (value then, value now), of those that differ between two records."""
+    moved = {f"training.{key}": f"{section}.{key}" for key, section in _MOVED_SETTINGS.items()}
+    then = {moved.get(key, key): value for key, value in existing.config.items()}  # by today's names
+    pairs = {
+        key: (then.get(key, _FORMER_VALUES.get(key)), expected.config.get(key))
+        for key in sorted({*then, *expected.config})
+    }
+    return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
+
+
+def input_differences(then: dict[str, str], now: dict[str, str]) -> list[str]:
+    """How the inputs of a file (name -> identity) differ from those that it would be made from now, in words."""
+    of_merge = "intermediates/"
+    tars_then, tars_now = ({tar_of(name) for name in names if name.startswith(of_merge)} for names in (then, now))
+    came, went = tars_now - tars_then, tars_then - tars_now
+    reasons = []
+    if came or went:
+        moves = [f"{some(names)} {verb}" for names, verb in ((came, "came"), (went, "went")) if names]
+        reasons.append(f"was made from {len(tars_then)} tars; there are {len(tars_now)} now: {', '.join(moves)}")
+    others = [name for name in {**then, **now} if tar_of(name) not in came | went]
+    if changed := [name for name in others if name in then and name in now and then[name] != now[name]]:
+        reasons.append(f"was made from an earlier version of {some(changed)}")
+    if added := [name for name in others if name not in then]:
+        reasons.append(f"was made without {some(added)}")
+    if removed := [name for name in others if name not in now]:
+        reasons.append(f"was also made from {some(removed)}")
     return reasons
+
+
+def tar_of(name: str) -> str:
+    """The name of the tar behind an input of a merge: "0088" of "intermediates/0088.parquet" and of
+    "embeddings/0088-3.parquet"; "" for any other."""
+    folder, _, file = name.rpartition("/")
+    stem = file.removesuffix(".parquet")
+    if folder == "intermediates":
+        return stem
+    return stem.rpartition("-")[0] if folder in ("fingerprints", "embeddings") else ""
+
+
+def some(names: Collection[str]) -> str:
+    """Names for a message: all of them if they are few."""
+    first = sorted(names)[:4]
+    return ", ".join(first) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
+
+
+def way_to_keep(existing: Provenance, expected: Provenance) -> str:
+    """What would make a stale file current again, if anything can: its settings, or tars that are gone."""
+    changed = changed_settings(existing, expected)
+    restored = [shlex.join(["--set", f"{key}={json.dumps(old)}"]) for key, (old, _) in changed.items()]
+    lost = {name: value for name, value in existing.inputs.items() if name not in expected.inputs}
+    if existing.stage != expected.stage or {**existing.inputs} != {**expected.inputs, **lost}:
+        return ""
+    if lost:
+        restored.append(some({tar_of(name) or name for name in lost}))
+    return f"to keep it, restore {' and '.join(restored)}" if restored else ""
 
 
 def embedding_model(record: Provenance) -> dict:

@@ -6,7 +6,7 @@ the documentation use it. Imports nothing heavy, so `--help` is instant.
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,8 @@ class Stage:
         None  # (done, total, unit), if not counted in files
     )
     reads: tuple[Path, ...] = ()  # folders of its inputs beside those of the steps that it needs
+    # raises StaleArtefact if what it has written does not match, where that is not in the records of `outputs`
+    refuse_stale: Callable[["Config"], None] | None = None
 
     def record(self, cfg: "Config", inputs: dict[str, str]) -> Provenance:
         """The record of a file that this stage makes from `inputs`: name -> identity."""
@@ -54,10 +56,17 @@ class Stage:
 
     def outputs_of(self, cfg: "Config", task: int = 0, num_tasks: int = 1) -> list[Output] | None:
         """The files of a task; None if they cannot be listed yet because inputs are missing."""
+        outputs, is_all = self.known_outputs(cfg, task, num_tasks)
+        return outputs if is_all else None
+
+    def known_outputs(self, cfg: "Config", task: int = 0, num_tasks: int = 1) -> tuple[list[Output], bool]:
+        """The files of a task, as far as its inputs exist, and whether these are all."""
+        found: list[Output] = []
         try:
-            return list(self.outputs(cfg, task, num_tasks)) if self.outputs else []
+            found += self.outputs(cfg, task, num_tasks) if self.outputs else []
         except (OSError, PipelineError):
-            return None
+            return found, False
+        return found, True
 
     def is_done(self, cfg: "Config", task: int = 0, num_tasks: int = 1) -> bool:
         """Whether a task is complete."""
@@ -74,9 +83,13 @@ class Stage:
             existing = record_of(output.path)
         except (OSError, PipelineError):
             return False  # missing, damaged or not ours: the stage itself reports which
-        undecided = {key for key in self.auto if output.record.config.get(key) == "auto"}
         is_finished = all(existing.facts.get(name) == value for name, value in output.facts.items())
-        return is_finished and not provenance.differences(existing, output.record, undecided)
+        return is_finished and not provenance.differences(existing, self.expected(existing, output.record))
+
+    def expected(self, existing: Provenance, record: Provenance) -> Provenance:
+        """`record`, with the values of an existing file for what the machine that runs the stage decides."""
+        undecided = {key for key in self.auto if record.config.get(key) == "auto"} & existing.config.keys()
+        return replace(record, config={**record.config, **{key: existing.config[key] for key in undecided}})
 
 
 def ids(paths: Iterable[Path]) -> dict[str, str]:

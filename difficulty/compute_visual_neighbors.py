@@ -103,12 +103,12 @@ def main(argv=None) -> int:
     files.refuse_leftovers(cfg.paths.difficulty_dir, "parts", "parts/*.parquet")
     files.refuse_leftovers(cfg.paths.difficulty_dir, "report", "bands.*", "band_pairs.png")
     (output,) = outputs(cfg, 0, 1)
-    if parquet.is_done(output.path, output.record, args.overwrite):
+    if parquet.is_done(output.path, output.record, args.redo):
         return cli.nothing_to_do("compute_visual_neighbors", output.path.name)
 
     every = list_parts(cfg)
     mine = [] if args.finish else of_shard(every, args.shard, args.num_shards)
-    todo = [part for part in mine if not parquet.is_done(part.target, part.record, args.overwrite)]
+    todo = [part for part in mine if not parquet.is_done(part.target, part.record, args.redo)]
     images = sum(part.stop - part.start for part in todo)
     with cli.Progress("compute_visual_neighbors", "image", images, cfg.logging.progress_interval_s) as progress:
         if todo:

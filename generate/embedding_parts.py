@@ -1,6 +1,7 @@
 """Parts of tars, from the images of their rows to the files of their embeddings."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from generate.loop import Job, Result
 def jobs(parts: list[TarPart], store: tar_images.TarImages) -> Iterator[Job]:
     """What the loop reads; a job's name is the part and its rows."""
     for part in parts:
-        rows = part.rows()
+        rows, part = part.rows(), replace(part, record=part.record.timed())
         yield Job((part, rows), part.count, store.tar(part.tar.name).reader(rows))
 
 
@@ -36,7 +37,7 @@ def write(result: Result, facts: dict, max_reject_share: float) -> str:
         )
     if failure:
         write_rejects(part.target, part.record, result.failed, names)
-        part.target.unlink(missing_ok=True)  # an earlier run's, with --overwrite: it would count as done
+        part.target.unlink(missing_ok=True)  # an earlier run's, which would count as done
     else:
         write_file(part.target, part.record, schemas.embeddings(facts["dim"]), [rows], names, result, facts)
     return failure

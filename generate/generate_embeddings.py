@@ -65,7 +65,7 @@ def main(argv=None) -> int:
     settings = cfg.embedding_model.model_copy(update={"dtype": dtype})
     cfg = cfg.model_copy(update={"embedding_model": settings})
     try:
-        todo, num_parts = tar_parts.missing(cfg, STAGE, args.shard, args.num_shards, args.overwrite)
+        todo, num_parts = tar_parts.missing(cfg, STAGE, args.shard, args.num_shards, args.redo)
     except StaleArtefact as error:
         if "embedding_model." not in str(error):
             raise
@@ -86,7 +86,8 @@ def main(argv=None) -> int:
         results = loop.embed(jobs, forward, model.preprocessing, device, cfg.infrastructure, progress)
         failures = loop.write_each(results, write)
     if failures:
-        advice = "restore the tar that process_tar.py read, or rerun that stage and the following with --overwrite"
+        again = cli.command("preprocess/process_tar.py", "--overwrite")
+        advice = f"restore the tar that process_tar.py read, or read the tars again: {again}"
         raise PipelineError("\n".join([*failures, advice]))
     return 0
 

@@ -65,6 +65,20 @@ def identity(settings: EmbeddingModel, dtype: str) -> dict:
     return {f"embedding_model.{key}": value for key, value in model.items()}
 
 
+def embedding_width(settings: EmbeddingModel) -> int | None:
+    """The dimension of a model's embeddings, from its folder or the hub's cache; None if they do not tell."""
+    path = Path(settings.name, "config.json")
+    if not is_folder(settings.name):
+        import huggingface_hub
+
+        cached = huggingface_hub.try_to_load_from_cache(settings.name, "config.json", revision=settings.revision)
+        path = Path(cached if isinstance(cached, str) else "")
+    if not path.is_file():
+        return None
+    width = read_json(path).get("hidden_size")
+    return width * (2 if settings.pooling == "cls_mean" else 1) if isinstance(width, int) else None
+
+
 def weights_digest(folder: Path) -> str:
     """A digest of a model's configuration, and of its weights by name, size, and first and last MiB."""
     parts: list[bytes | str] = []

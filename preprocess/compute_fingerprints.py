@@ -44,7 +44,7 @@ def main(argv=None) -> int:
     from common.imagery import tar_images
     from preprocess.duplicates import fingerprints
 
-    todo, num_parts = tar_parts.missing(cfg, STAGE, args.shard, args.num_shards, args.overwrite)
+    todo, num_parts = tar_parts.missing(cfg, STAGE, args.shard, args.num_shards, args.redo)
     if not todo:
         return cli.nothing_to_do("compute_fingerprints", f"{num_parts:,} files")
 

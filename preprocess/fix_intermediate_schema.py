@@ -54,7 +54,8 @@ def main(argv=None) -> int:
     what = "to change" if args.check else "changed"
     print(f"fix_intermediate_schema: {len(paths):,} files, {num_changed:,} {what}")
     if unfixable:
-        raise PipelineError("\n".join([*unfixable, "run preprocess/process_tar.py --overwrite on their tars"]))
+        again = cli.command("preprocess/process_tar.py", "--overwrite")
+        raise PipelineError("\n".join([*unfixable, f"read their tars again: {again}"]))
     return int(args.check and num_changed > 0)
 
 

@@ -67,7 +67,7 @@ def main(argv=None) -> int:
     record = STAGE.record(cfg, sources.ids)
     targets = [cfg.paths.merged_dir / f"{name}.parquet" for name in schemas.SPLITS]
     report_path, map_path, sheet_path = (files.beside(cfg.paths.merged_dir, "report") / name for name in REPORT)
-    done = [parquet.is_done(target, record, args.overwrite) for target in targets]
+    done = [parquet.is_done(target, record, args.redo) for target in targets]
     if all([*done, report_path.exists(), map_path.exists()]):
         return cli.nothing_to_do("merge_and_split", f"{len(targets)} files")
 

@@ -26,7 +26,7 @@ from pathlib import Path
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import cli, stages
+from common import cli, provenance, stages
 from common.errors import PipelineError
 
 
@@ -57,7 +57,7 @@ def main(argv=None) -> int:
 
     refuse_leftovers(cfg.paths.intermediates_dir, "rejects", "rejects/*.parquet")
     listing = tars.of_shard(cfg.paths.raw_dir, args.shard, args.num_shards)
-    todo = missing(cfg, listing, args.overwrite)
+    todo = missing(cfg, listing, args.redo)
     if not todo:
         return cli.nothing_to_do("process_tar", f"{len(listing):,} tars")
 
@@ -73,6 +73,7 @@ def main(argv=None) -> int:
                 progress.add(count, 0, share=min(1.0, (before + position) / total))
 
             cli.check_stop()
+            record = record.timed()
             try:
                 files = tar_files.read(tar, cfg.infrastructure.threads, on_images=show)
                 dataset_id = tar_files.dataset_of(tar, files)
@@ -87,7 +88,7 @@ def main(argv=None) -> int:
             tar_files.write_rejects(rejects, pairs, record, counts)
             failure = tar_files.failure(tar, files, counts, cfg.data.max_reject_share)
             if failure:
-                target.unlink(missing_ok=True)  # an earlier run's, with --overwrite: it would count as done
+                target.unlink(missing_ok=True)  # an earlier run's, which would count as done
                 failures.append(f"{failure}; see {rejects}")
             else:  # written last: where the intermediates are, the others are too
                 index = tar_images.index_of(cfg.paths.intermediates_dir, tar)
@@ -106,7 +107,7 @@ def main(argv=None) -> int:
     return 0
 
 
-def missing(cfg, listing: list[Path], overwrite: bool) -> list[tuple]:
+def missing(cfg, listing: list[Path], redo: provenance.Redo) -> list[tuple]:
     """(tar, its intermediates, its rejects, their record) of the tars that are not done."""
     from common import parquet
     from common.files import beside
@@ -115,7 +116,7 @@ def missing(cfg, listing: list[Path], overwrite: bool) -> list[tuple]:
     for tar in listing:
         output = output_of(cfg, tar)
         rejects = beside(output.path.parent, "rejects") / output.path.name
-        if not all(parquet.is_done(path, output.record, overwrite) for path in (output.path, rejects)):
+        if not all(parquet.is_done(path, output.record, redo) for path in (output.path, rejects)):
             todo.append((tar, output.path, rejects, output.record))
     return todo
 

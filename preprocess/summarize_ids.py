@@ -54,8 +54,9 @@ def main(argv=None) -> int:
     files.refuse_leftovers(cfg.paths.summary_dir, "report", "*.json", "*.html", "summary_intermediates.parquet")
     (table, record), (totals, _) = ((output.path, output.record) for output in outputs(cfg, 0, 1))
     page = totals.with_suffix(".html")
-    if parquet.is_done(table, record, args.overwrite) and page.exists() and totals.exists():
+    if parquet.is_done(table, record, args.redo) and page.exists() and totals.exists():
         return cli.nothing_to_do("summarize_ids", f"{table.parent}")
+    totals.unlink(missing_ok=True)  # written last: older ones must not vouch for a new table
 
     rows, places = [], []
     histograms: dict[str, dict[str, np.ndarray]] = {split: {} for _, split in sources}

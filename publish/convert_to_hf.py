@@ -19,7 +19,7 @@ from pathlib import Path
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import cli, stages
+from common import cli, provenance, stages
 from common.errors import ConfigError
 
 
@@ -45,7 +45,7 @@ def main(argv=None) -> int:
     if args.dry_run and not args.push:
         raise ConfigError("--dry-run lists what --push would send: name the repository with --push USER/NAME")
     cfg = cli.load_config(args)
-    convert(cfg, args.overwrite)
+    convert(cfg, args.redo)
     if args.push:
         from publish.hub import push
 
@@ -55,7 +55,7 @@ def main(argv=None) -> int:
     return 0
 
 
-def convert(cfg, overwrite: bool) -> None:
+def convert(cfg, redo: provenance.Redo) -> None:
     """Write the published folder, unless it is up to date."""
     from common import devices
     from publish.hub import model_card, parity, published_folder
@@ -75,7 +75,7 @@ def convert(cfg, overwrite: bool) -> None:
     }
     record = STAGE.record(cfg, inputs)
     published_folder.remove_dead_folders(cfg.paths.published_dir)
-    if published_folder.is_done(cfg.paths.published_dir, record, overwrite):
+    if published_folder.is_done(cfg.paths.published_dir, record, redo):
         cli.nothing_to_do("convert_to_hf", str(cfg.paths.published_dir))
         return
 

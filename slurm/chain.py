@@ -7,7 +7,7 @@ published model is a chain of one step.
 import importlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import ConfigError, PipelineError
@@ -15,6 +15,7 @@ from common.stages import Stage
 
 # in sbatch's flags, the number of GPUs of a job on one node: "--gres=gpu:h100:4"
 GPUS = re.compile(r" (?:--gres[ =](?:\S*,)?gpu:|--gpus(?:-per-node)?[ =]|-G *)(?:[\w.]+:)?(\d+)(?![\w.])")
+REMAKE = "--remake"  # a stage's flag
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,20 @@ def steps_of(cfg, tune: int = 0, shards: dict[str, int] | None = None, embed: Se
 
 def steps_of_record(record: dict, cfg) -> list[Step]:
     """The steps that the record of a run was made from."""
-    return steps_of(cfg, record["tune"], record.get("shards"), record.get("embed", ()))
+    steps = steps_of(cfg, record["tune"], record.get("shards"), record.get("embed", ()))
+    return remaking(steps, record.get("remake", ()))
+
+
+def remaking(steps: list[Step], names: Sequence[str]) -> list[Step]:
+    """The steps, with --remake for those named and for all that depend on them. Raises ConfigError."""
+    _refuse_unknown(steps, names)
+    chosen = set(names)
+    if "compute_visual_neighbors" in chosen:
+        chosen.add("neighbor_parts")
+    for step in steps:
+        if chosen.intersection(step.needs):
+            chosen.add(step.name)
+    return [replace(step, operands=(*step.operands, REMAKE)) if step.name in chosen else step for step in steps]
 
 
 def embed_step(cfg, num_shards: int, module: str, *words: str) -> Step:
@@ -147,6 +161,8 @@ def embed_step(cfg, num_shards: int, module: str, *words: str) -> Step:
     args = script.parse(words)
     if args.shard or args.num_shards > 1:
         raise ConfigError("--embed makes slurm.num_shards shards: set that instead of --shard and --num-shards")
+    if args.redo == "all":  # a requeued job would start over each time
+        raise ConfigError(f"--embed takes --remake instead of --overwrite; or remove what to redo: {args.out}")
     stage = vector_stage.stage_of(module.split(".")[-1], script.sources, args, cfg)
     return Step(
         "embed",
@@ -172,10 +188,7 @@ def embedding_module(source: Path) -> str:
 def select(steps: list[Step], first: str | None, last: str | None) -> list[Step]:
     """The steps from `first` to `last`, both included, a neighbour search with its parts. Raises ConfigError."""
     names = [step.name for step in steps]
-    for name in (first, last):
-        if name is not None and name not in names:
-            tune = " (optuna_worker needs --tune N)" if "optuna_worker" not in names else ""
-            raise ConfigError(f"there is no stage {name}; the stages are {', '.join(names)}{tune}")
+    _refuse_unknown(steps, [name for name in (first, last) if name is not None])
     if first == "compute_visual_neighbors" and "neighbor_parts" in names:
         first = "neighbor_parts"
     begin = names.index(first) if first else 0
@@ -183,6 +196,14 @@ def select(steps: list[Step], first: str | None, last: str | None) -> list[Step]
     if begin > end:
         raise ConfigError(f"--from {first} comes after --to {last}")
     return steps[begin : end + 1]
+
+
+def _refuse_unknown(steps: list[Step], names: Sequence[str]) -> None:
+    known = [step.name for step in steps]
+    for name in names:
+        if name not in known:
+            tune = " (optuna_worker needs --tune N)" if "optuna_worker" not in known else ""
+            raise ConfigError(f"there is no stage {name}; the stages are {', '.join(known)}{tune}")
 
 
 def missing(steps: list[Step], cfg) -> dict[str, list[int]]:
@@ -205,6 +226,20 @@ def missing(steps: list[Step], cfg) -> dict[str, list[int]]:
 def complete(steps: list[Step], todo: dict[str, list[int]], cfg) -> list[str]:
     """The steps whose tasks in `todo` are all done, and only to be redone because what they need is."""
     return [s.name for s in steps if todo[s.name] and all(s.is_done(cfg, task) for task in todo[s.name])]
+
+
+def refuse_output_dim(steps: list[Step], cfg) -> None:
+    """Raise ConfigError if a head is to be trained with more dimensions than the backbone's embeddings have."""
+    from generate import model_files
+
+    width = model_files.embedding_width(cfg.embedding_model)
+    output_dim = cfg.training_model.output_dim
+    if width and output_dim > width and any(step.name in ("train", "optuna_worker") for step in steps):
+        name, pooling = cfg.embedding_model.name, cfg.embedding_model.pooling
+        raise ConfigError(
+            f"training_model.output_dim = {output_dim} exceeds the {width} dimensions of the embeddings of {name} "
+            f'with pooling = "{pooling}"\nset it to {width} or less: --set training_model.output_dim={width}'
+        )
 
 
 def refuse_purged(steps: list[Step], todo: dict[str, list[int]], cfg) -> None:

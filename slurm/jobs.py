@@ -96,6 +96,7 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
     refuse_wide(left, cfg)
     selection = {"--only": args.only, "--from": args.first, "--to": args.last, "--tune": args.tune}
     selected = [word for flag, value in selection.items() if value for word in (flag, str(value))]
+    selected += [word for name in args.remake for word in (chain.REMAKE, name)]
     if args.embed:
         selected = ["--embed", *steps[0].operands]
     entries = functools.partial(entries_of, left, chain.steps_of(cfg, args.tune), todo, cfg)
@@ -106,6 +107,7 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
         record = {
             "owner": os.getuid(),
             "tune": args.tune,
+            "remake": args.remake,
             "embed": args.embed and [steps[0].module, *steps[0].operands],  # see chain.embed_step
             "config": args.config and str(args.config.resolve()),
             "set": args.set,

@@ -6,7 +6,8 @@ Command  python slurm/submit.py              submit what is missing to Slurm (fo
          python slurm/submit.py --dry-run    print the graph, what is left, and the command lines
          python slurm/submit.py --local      run the same stages in order on this machine [--jobs N at once]
          [--from STAGE] [--to STAGE] [--only STAGE] [--tune N] [--config PATH] [--set section.key=value]
-         python slurm/submit.py --local --from merge_and_split --overwrite    after adding tars or settings
+         python slurm/submit.py --remake merge_and_split    redo it, and what depends on it, where files no longer
+         match the settings or the tars; without this, stale files are explained, and nothing runs
          python slurm/submit.py --prefetch   fetch the backbone for compute nodes without a network
          python slurm/submit.py --embed INPUT OUT [--model FOLDER]    vectors of photographs or tables, as a job
          array; with the flags of publish/generate_embeddings_from_parquet.py if INPUT is Parquet files
@@ -24,18 +25,23 @@ if not __package__:  # run by path: import from the repository root, not from th
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli
-from common.errors import ConfigError
+from common.errors import ConfigError, StaleArtefact
 
 
 def print_plan(
-    steps: list, todo: dict[str, list[int]], complete: list[str], commands: list, cfg, on_slurm: bool
+    steps: list, todo: dict[str, list[int]], stale_steps: list, commands: list, cfg, on_slurm: bool
 ) -> None:
     """Print a line per step, with what is left of it and what it waits for; then the command lines."""
     from slurm import chain, jobs
 
+    complete = chain.complete(steps, todo, cfg)
+    states = {stale.step.name: f"stale{', to be remade' * stale.is_allowed}" for stale in stale_steps}
+    follows = {step.name: f"follows {stale.step.name}" for stale in stale_steps for step in stale.followers}
     for step in steps:
         left = todo[step.name]
-        if step.name in complete:
+        if step.name in states | follows:
+            state = (states | follows)[step.name]
+        elif step.name in complete:
             state = "complete, would be redone"
         elif step.tasks == 1:
             state = "to do" if left else "done"
@@ -57,8 +63,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments.add_argument("--from", dest="first", metavar="STAGE", help="start at this stage")
     arguments.add_argument("--to", dest="last", metavar="STAGE", help="stop after this stage")
     arguments.add_argument("--only", metavar="STAGE", help="run only this stage")
-    redo = "with --local and --from or --only: redo those stages"
-    arguments.add_argument("--overwrite", action="store_true", help=redo)
+    remake = "redo the stale files of this stage and of all that depend on it; repeatable"
+    arguments.add_argument("--remake", action="append", nargs="?", default=[], metavar="STAGE", help=remake)
     arguments.add_argument("--tune", type=int, default=0, metavar="N", help="tune first, with N Optuna workers")
     arguments.add_argument("--jobs", type=int, default=1, metavar="N", help="with --local: commands at once (1)")
     wait = "at a limit on submitted jobs: wait, and submit the rest as jobs end"
@@ -74,19 +80,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args, more = arguments.parse_known_args(argv)
     if more and not args.embed:
         arguments.error(f"unrecognized arguments: {' '.join(more)}")
-    args.embed = [*args.embed, *more]
+    args.embed = [*args.embed, *more, *["--remake"][: len(args.remake) if args.embed else 0]]
     if args.tune < 0:
         raise ConfigError("--tune must be 1 or more")
     if args.jobs < 1 or (args.jobs > 1 and not args.local):
         raise ConfigError("--jobs must be 1 or more and belongs to --local; for Slurm set slurm.<stage>.throttle")
-    if args.overwrite and not (args.only or args.first or args.embed):
-        raise ConfigError("--overwrite needs --from STAGE or --only STAGE: which stages to redo")
+    if bool(args.embed) != (None in args.remake) and args.remake:
+        raise ConfigError("--remake needs the name of a stage, but none with --embed")
     of_chain, elsewhere = (
-        args.only or args.first or args.last or args.tune,
+        args.only or args.first or args.last or args.tune or (args.remake and not args.embed),
         args.prefetch or args.rest or args.cancel,
     )
     if (of_chain or args.dry_run) and elsewhere:
-        flags = "--only, --from, --to, --tune and --dry-run"
+        flags = "--only, --from, --to, --tune, --remake and --dry-run"
         raise ConfigError(f"{flags} do not apply to --prefetch, --continue or --cancel")
     if args.wait and (args.local or args.prefetch or args.cancel or args.dry_run):
         raise ConfigError("--wait does not apply to --local, --prefetch, --cancel or --dry-run")
@@ -100,7 +106,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     cfg = cli.load_config(args)
-    from slurm import chain, jobs, local, runs
+    from slurm import chain, jobs, local, runs, stale
 
     if args.prefetch:
         return local.prefetch(cfg, jobs.settings_flags(args))
@@ -116,22 +122,25 @@ def main(argv: list[str] | None = None) -> int:
         cfg = cfg.model_copy(update={"slurm": cfg.slurm.model_copy(update={"difficulty_shards": 1})})
     embed = [chain.embedding_module(Path(args.embed[0])), *args.embed] if args.embed else []
     steps = chain.steps_of(cfg, args.tune, embed=embed)
+    steps = steps if embed else chain.remaking(steps, args.remake)
     steps = chain.select(steps, args.only or args.first, args.only or args.last)
+    chain.refuse_output_dim(steps, cfg)
     for step in steps:
         step.refuse_inputs(cfg)
-    if args.overwrite and not args.local:  # a requeued job would start over each time
-        folders = " ".join(str(step.stage.folder(cfg)) for step in steps)
-        raise ConfigError(f"--overwrite works with --local only; on Slurm, remove what to redo:\n{folders}")
-    todo = {step.name: list(range(step.tasks)) for step in steps} if args.overwrite else chain.missing(steps, cfg)
-    flags = [*jobs.settings_flags(args), *["--overwrite"][: args.overwrite]]
-    commands = local.commands(steps, todo, flags, args.jobs)
+    todo = chain.missing(steps, cfg)
+    stale_steps = stale.find(steps, todo, cfg)
+    given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--dry-run"]
+    refused = [one for one in stale_steps if not one.is_allowed]
+    why = stale.explanation(refused, cfg, cli.command_line("slurm/submit.py", *given)) if refused else ""
+    commands = local.commands(steps, todo, jobs.settings_flags(args), args.jobs)
     if args.dry_run:
-        complete = [] if args.overwrite else chain.complete(steps, todo, cfg)
         lines = [line for _, line in commands] if args.local else jobs.planned(steps, todo, cfg)
-        print_plan(steps, todo, complete, lines, cfg, on_slurm=not args.local)
+        print_plan(steps, todo, stale_steps, lines, cfg, on_slurm=not args.local)
+        print(f"\n{why}" if why else "", end="\n" if why else "")
         return 0
-    if not args.overwrite:
-        chain.refuse_purged(steps, todo, cfg)
+    chain.refuse_purged(steps, todo, cfg)
+    if why:
+        raise StaleArtefact(why)
     if args.local:
         return local.run_chain(steps, commands, cfg, args.jobs)
     return jobs.submit_all(functools.partial(jobs.submit, steps, todo, cfg, args), args, cfg.paths.logs_dir)

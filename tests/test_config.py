@@ -107,6 +107,19 @@ def test_a_wrong_override_says_what_is_wrong(override, expected):
         config.load(None, [override])
 
 
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("training.mining=semihard", "semi_hard"),
+        ("training.loss=info_nce", "infonce"),
+        ("evaluation.gallery=al", "all"),
+    ],
+)
+def test_a_misspelt_value_is_an_error_with_a_suggestion(override, meant):
+    with pytest.raises(ConfigError, match=rf"did you mean {meant}\?"):
+        config.load(None, [override])
+
+
 def test_the_order_of_views_does_not_matter():
     assert config.load(None, ["embedding_model.views=[0.5, 1]"]).embedding_model.views == [1, 0.5]
 

@@ -219,7 +219,7 @@ def test_difficulty_of_another_merge_or_of_other_settings_is_refused(settings, t
     with pytest.raises(StaleArtefact, match=r"difficulty_metadata\.parquet was made with data\.neighbors = 20"):
         run_record.input_ids(config.load(None, [*settings, "data.neighbors=30"]))
     write_merge(paths_below(tmp_path).merged_dir, seed=1)
-    with pytest.raises(StaleArtefact, match=r"made from a different version of train\.parquet"):
+    with pytest.raises(StaleArtefact, match=r"made from an earlier version of train\.parquet"):
         run_record.input_ids(config.load(None, settings))
 
 

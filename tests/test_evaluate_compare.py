@@ -184,5 +184,5 @@ def test_other_vectors_in_a_file_of_the_same_name_and_size_are_noticed(own, tmp_
         if sign == 1:
             assert run(cfg, "--embeddings", str(path)) == 0
     assert len(sizes) == 1
-    with pytest.raises(StaleArtefact, match=r"made from a different version of theirs.parquet"):
+    with pytest.raises(StaleArtefact, match=r"made from an earlier version of theirs.parquet"):
         run(cfg, "--embeddings", str(path))

@@ -131,7 +131,7 @@ def test_a_folder_gives_a_file_per_file_and_a_second_run_does_nothing(flags, tmp
     assert "4 rows in, 4 out" in capsys.readouterr().out
     changed = pa.table({"embedding": as_lists(EMBEDDINGS[4:8] + 1, pa.list_(pa.float32()))})
     pq.write_table(changed, tmp_path / "in" / "1.parquet")
-    with pytest.raises(StaleArtefact, match=r"a different version of 1\.parquet"):
+    with pytest.raises(StaleArtefact, match=r"an earlier version of 1\.parquet"):
         main(command)
 
 

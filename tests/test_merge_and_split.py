@@ -155,6 +155,21 @@ def small(tmp_path):
     return Chain(tmp_path, city(buildings=60, datasets=2))
 
 
+def test_all_stages_whose_files_are_missing_are_named_at_once(small, capsys):
+    paths = small.cfg.paths
+    for path in [paths.intermediates_dir / "0001.parquet", *paths.fingerprints_dir.glob("0002*")]:
+        path.unlink()
+    for path in paths.embeddings_dir.glob("*.parquet"):
+        path.unlink()
+    assert exit_code_of(small.run) == 1
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first.endswith("intermediates/0001.parquet does not exist: run preprocess/process_tar.py first")
+    assert [line.split(" first")[0].rpartition(" ")[2] for line in others] == [
+        "preprocess/compute_fingerprints.py",
+        "generate/generate_embeddings.py",
+    ]
+
+
 @pytest.mark.parametrize("stage", ["intermediates", "fingerprints", "embeddings"])
 def test_a_missing_file_names_the_stage_that_makes_it(small, capsys, stage):
     path = next(getattr(small.cfg.paths, f"{stage}_dir").glob("0002*"))
@@ -186,7 +201,10 @@ def test_files_of_older_intermediates_are_refused(small):
     table, made = parquet.read(source), parquet.read_provenance(source)
     with parquet.writer(source, schemas.INTERMEDIATES, made) as out:
         out.append(table.slice(1))
-    with pytest.raises(StaleArtefact, match=r"fingerprints.*was made from a different"):
+    with pytest.raises(
+        StaleArtefact,
+        match=r"fingerprints.*was made from an earlier version of .*\n.*compute_fingerprints.py --remake",
+    ):
         small.run()
 
 

@@ -292,7 +292,7 @@ def test_hyperband_prunes_too(merged, tmp_path, quick):
 # ------------------------------------------------------------------------------------------------- what goes wrong
 
 
-def test_a_study_of_other_settings_is_refused_and_overwrite_replaces_it(merged, tmp_path, cfg, quick):
+def test_a_study_of_other_settings_is_refused_and_remake_replaces_it(merged, tmp_path, cfg, quick):
     work(cfg, open_study(cfg), max_trials=1)
     other = load(merged, tmp_path, "training.steps_per_epoch=9")
     with pytest.raises(StaleArtefact, match=r"training.steps_per_epoch = 4; this run uses 9"):
@@ -300,8 +300,8 @@ def test_a_study_of_other_settings_is_refused_and_overwrite_replaces_it(merged, 
     varied = load(merged, tmp_path, "tuning.search_space.margin=[0.1, 0.2]")
     with pytest.raises(StaleArtefact, match="search_space"):
         open_study(varied)
-    assert len(open_study(cfg, overwrite=True).trials) == 1  # one that matches is joined, not begun again
-    assert len(open_study(other, overwrite=True).trials) == 0
+    assert len(open_study(cfg, redo="stale").trials) == 1  # one that matches is joined, not begun again
+    assert len(open_study(other, redo="stale").trials) == 0
 
 
 def test_a_study_of_other_data_is_refused(merged, tmp_path, cfg, quick):
@@ -309,7 +309,7 @@ def test_a_study_of_other_data_is_refused(merged, tmp_path, cfg, quick):
     journal = cfg.paths.study_dir / "journal.log"
     ids = shared_study.record(cfg).inputs
     journal.write_text(journal.read_text().replace(ids["train.parquet"], "another-merge"))
-    with pytest.raises(StaleArtefact, match=r"a different version of train.parquet \(then another-merge"):
+    with pytest.raises(StaleArtefact, match=r"an earlier version of train\.parquet\nto redo it"):
         open_study(cfg)
 
 

@@ -93,28 +93,70 @@ def test_a_tar_is_known_by_its_size_and_its_two_ends(tmp_path):
 def test_done_means_that_settings_and_inputs_match(tmp_path):
     path = tmp_path / "a.parquet"
     made = provenance.record("test_stage", {"data.x": 1}, {"t.tar": "5 bytes"})
-    assert not parquet.is_done(path, made, overwrite=False)
+    assert not parquet.is_done(path, made, "")
     write(path, inputs={"t.tar": "5 bytes"})
-    assert parquet.is_done(path, made, overwrite=False)
-    assert not parquet.is_done(path, made, overwrite=True)
+    assert parquet.is_done(path, made, "")
+    assert not parquet.is_done(path, made, "all")
 
 
 @pytest.mark.parametrize(
     ("config", "inputs", "expected"),
     [
         ({"data.x": 2}, {}, "data.x = 1; this run uses 2"),
-        ({"data.x": 1}, {"t.tar": "9 bytes"}, "without t.tar"),
+        ({"data.x": 1}, {"t.tar": "9 bytes"}, "made from an earlier version of t.tar\nto redo it"),
+        ({"data.x": 1}, {"t.tar": "5 bytes", "u.tar": "5 bytes"}, "made without u.tar\nto redo it"),
+        ({"data.x": 1}, {}, "also made from t.tar\nto keep it, restore t.tar\n"),
+        ({"data.x": 2}, {"t.tar": "5 bytes"}, "this run uses 2\nto keep it, restore --set data.x=1\nto redo it"),
         ({"data.x": 1, "data.y": 3}, {}, "data.y = null; this run uses 3"),
     ],
 )
-def test_a_stale_file_is_refused_with_what_differs_and_both_ways_out(tmp_path, config, inputs, expected):
+def test_a_stale_file_is_refused_in_words_and_remade_on_request(tmp_path, monkeypatch, config, inputs, expected):
     path = tmp_path / "a.parquet"
-    write(path)
+    write(path, inputs={"t.tar": "5 bytes"})
+    monkeypatch.setattr(sys, "argv", ["preprocess/mine.py", "--set", "data.x=2"])
+    wanted = provenance.record("test_stage", config, inputs)
     with pytest.raises(StaleArtefact) as caught:
-        parquet.is_done(path, provenance.record("test_stage", config, inputs), overwrite=False)
+        parquet.is_done(path, wanted, "")
     assert expected in str(caught.value)
     assert str(path) in str(caught.value)
-    assert "--overwrite (2 rows)" in str(caught.value)
+    assert "9 bytes" not in str(caught.value)  # an identity tells nobody anything
+    assert str(caught.value).endswith("\nto redo it (2 rows): python preprocess/mine.py --set data.x=2 --remake")
+    assert not parquet.is_done(path, wanted, "stale")
+
+
+def test_a_damaged_file_is_named_with_the_command_that_removes_it_and_remade_on_request(tmp_path):
+    path = tmp_path / "a b.parquet"
+    write(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(PipelineError, match=rf"is damaged .*\n.*: rm '{path}'$"):
+        parquet.is_done(path, provenance.record("test_stage", {"data.x": 1}, {}), "")
+    assert not parquet.is_done(path, provenance.record("test_stage", {"data.x": 1}, {}), "stale")
+
+
+def test_inputs_that_came_and_went_are_told_by_tar():
+    def inputs(*stems, version=1):
+        names = [
+            f"{kind}/{stem}{end}" for stem in stems for kind, end in (("intermediates", ""), ("embeddings", "-0"))
+        ]
+        return {f"{name}.parquet": f"id {version}" for name in names}
+
+    many = inputs(*(f"{number:04}" for number in range(10)))
+    told = provenance.input_differences(inputs("0000"), many)
+    assert told == ["was made from 1 tars; there are 10 now: 0001, 0002, 0003, 0004 and 5 more came"]
+    told = provenance.input_differences(inputs("0000", "0001"), inputs("0001", "0002", version=2))
+    assert told == [
+        "was made from 2 tars; there are 2 now: 0002 came, 0000 went",
+        "was made from an earlier version of embeddings/0001-0.parquet, intermediates/0001.parquet",
+    ]
+    assert provenance.input_differences(many, dict(many)) == []
+
+
+def test_a_record_says_how_long_its_file_took(tmp_path):
+    write(tmp_path / "a.parquet")
+    assert parquet.read_provenance(tmp_path / "a.parquet").seconds < 60
+    record = provenance.record("s", {}, {}).timed(3600)
+    assert 3600 <= record.finished("id", {}).seconds < 3660
+    assert "began" not in record.to_dict()
 
 
 def test_a_failing_block_leaves_nothing(tmp_path):

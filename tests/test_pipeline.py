@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -300,7 +301,7 @@ def test_a_killed_and_restarted_stage_leaves_what_an_undisturbed_one_does(chain)
     assert_same_artefacts(chain.killed_root, chain.root, folders=(".",))
 
 
-def test_a_changed_setting_is_refused_and_overwrite_redoes_it(chain, tmp_path):
+def test_a_changed_setting_is_refused_and_remake_redoes_it(chain, tmp_path):
     shutil.copytree(chain.root, tmp_path / "run")
     shutil.copytree(chain.root.parent / "raw", tmp_path / "raw")
     shutil.copytree(chain.root.parent / "backbone", tmp_path / "backbone")
@@ -309,8 +310,8 @@ def test_a_changed_setting_is_refused_and_overwrite_redoes_it(chain, tmp_path):
     refused = warm.run(*other)
     assert refused.returncode == 1
     assert "data.split_buffer_m = 50.0; this run uses 10" in refused.stderr
-    assert "--overwrite" in refused.stderr
-    assert warm.run(*other, "--overwrite").returncode == 0
+    assert refused.stderr.endswith(f"merge_and_split.py {shlex.join([*there, *other[-2:]])} --remake\n")
+    assert warm.run(*other, "--remake").returncode == 0
     # what was made from the old merge no longer fits, and says so
     stale = warm.run("difficulty/compute_visual_neighbors.py", *there)
     assert stale.returncode == 1

@@ -61,7 +61,7 @@ def test_a_file_of_another_format_is_refused_by_name_with_the_way_out(tmp_path):
     del found["descriptions"]
     (tmp_path / "metrics.json").write_text(json.dumps(found))
     with pytest.raises(
-        PipelineError, match=r"metrics\.json .*\(format: .*\)\nrerun train/evaluate.py --overwrite"
+        PipelineError, match=r"metrics\.json .*\(format: .*\)\nevaluate again: python train/evaluate.py --remake"
     ):
         metrics_json.read(tmp_path / "metrics.json")
 

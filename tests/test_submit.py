@@ -78,6 +78,9 @@ def test_select_takes_both_ends_and_refuses_what_is_not_there(cfg):
         (["--continue", "20260101-000000", "--to", "evaluate"], "do not apply to"),
         (["--prefetch", "--tune", "3"], "do not apply to"),
         (["--local", "--wait"], "--wait does not apply to"),
+        (["--remake"], "--remake needs the name of a stage"),
+        (["--embed", "in", "out", "--remake", "train"], "but none with --embed"),
+        (["--continue", "20260101-000000", "--remake", "train"], "do not apply to"),
     ],
 )
 def test_unusable_arguments_say_so(arguments, message):
@@ -196,6 +199,23 @@ def test_other_weights_in_a_folder_of_the_same_name_are_noticed_and_a_moved_fold
     for folder, same in [("old", True), ("moved", True), ("swapped", False)]:
         assert stage.is_current(output(folder)) == same  # "auto": the compute node decided
     assert not stage.is_current(output("old", "float32"))
+
+
+def test_more_dimensions_than_the_backbone_has_are_refused_before_anything_runs(tmp_path):
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone" / "config.json").write_text('{"hidden_size": 192}')
+    flags = ["--set", f"paths.root={tmp_path}", "--set", f"embedding_model.name={tmp_path / 'backbone'}"]
+    for more in (["--local"], ["--dry-run"]):  # the default, 256
+        with pytest.raises(
+            ConfigError, match=r"= 256 exceeds the 192 dim.*\n.*--set training_model\.output_dim=192$"
+        ):
+            submit.main([*flags, *more])
+    cls_mean = config.load(None, [*flags[1::2], "embedding_model.pooling=cls_mean"])
+    chain.refuse_output_dim(chain.steps_of(cls_mean), cls_mean)  # 2 x 192
+    cfg = config.load(None, flags[1::2])
+    chain.refuse_output_dim(chain.select(chain.steps_of(cfg), None, "merge_and_split"), cfg)
+    hub = config.load(None, ["embedding_model.name=nobody/knows", "training_model.output_dim=9999"])
+    chain.refuse_output_dim(chain.steps_of(hub), hub)  # not in the cache
 
 
 def test_without_tars_everything_is_left(cfg):
@@ -351,7 +371,7 @@ def test_an_interrupted_prefetch_leaves_no_job_in_the_queue(cfg, monkeypatch, cl
     assert (tmp_path / "cancelled").read_text() == f"--name={names[0]}\n"
 
 
-# ------------------------------------------------------------------------------------- signals, doing it again
+# ------------------------------------------------------------------------------------------------ signals
 
 
 def test_sigterm_reaches_the_stage_that_runs_and_ends_the_chain_with_85(tmp_path):
@@ -374,18 +394,3 @@ cli.run(lambda: local.run(commands, 1))
     assert chain.returncode == cli.EXIT_STOPPED
     assert (tmp_path / "told").exists()
     assert not (tmp_path / "next").exists()
-
-
-def test_overwrite_makes_everything_again_from_a_stage_on(run_script, tmp_path):
-    flags = ("--set", f"paths.root={tmp_path}", "--dry-run", "--local", "--overwrite")
-    told = run_script("slurm/submit.py", *flags, "--from", "evaluate")
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.count("--overwrite") == 2  # evaluate and convert_to_hf
-    assert "evaluate                   to do" in told.stdout
-    alone = run_script("slurm/submit.py", *flags)
-    assert alone.returncode == 2
-    assert "--from" in alone.stderr
-    on_slurm = run_script("slurm/submit.py", *[flag for flag in flags if flag != "--local"], "--from", "evaluate")
-    assert on_slurm.returncode == 2
-    paths = paths_below(tmp_path)
-    assert f"{paths.evaluation_dir} {paths.published_dir}" in on_slurm.stderr  # what to remove by hand

@@ -266,6 +266,33 @@ def test_the_command_trains_says_so_and_has_nothing_to_do_the_second_time(root, 
     assert heads.load_checkpoint(run / "checkpoint_best.pt")["config"]["training.margin"] == 0.2
 
 
+def test_a_remade_run_resumes_and_the_former_one_stays_until_it_has_finished(root, data, tmp_path, caplog):
+    run, settings = tmp_path / "run", "training.margin=0.2"
+    train(root, data, run)
+    former = (run / "checkpoint_best.pt").read_bytes()
+
+    def stop(epoch: int, _):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(StaleArtefact):
+        train(root, data, run, settings)
+    with pytest.raises(KeyboardInterrupt):
+        train(root, data, run, settings, redo="stale", on_epoch=stop)
+    assert (run / "former" / "checkpoint_best.pt").read_bytes() == former
+    assert not parquet.read_provenance(run / "history.parquet").facts["finished"]
+    (run / "checkpoint_best.pt").write_bytes(former)  # as if it had been killed between its files
+    caplog.clear()
+    again = train(root, data, run, settings, redo="stale")
+    assert "resumes at step 12" in caplog.text
+    assert not (run / "former").exists()
+    undisturbed = train(root, data, tmp_path / "other", settings)
+    assert torch.equal(again.best["head"]["linear.weight"], undisturbed.best["head"]["linear.weight"])
+    steps = len(caplog.records)
+    train(root, data, run, settings, redo="stale")  # a finished run that matches
+    assert "is finished" in caplog.records[steps].message
+
+
 def test_missing_and_damaged_files_are_named(root, tmp_path):
     with pytest.raises(
         PipelineError, match=r"train\.parquet does not exist: run preprocess/merge_and_split\.py first"

@@ -48,11 +48,12 @@ def main(argv=None) -> int:
     shared |= config.values(cfg, "evaluation.gallery", "evaluation.bootstrap_samples")
     record = provenance.record("compare", {**shared, "seeds": args.seeds}, inputs)
     target = cfg.paths.evaluation_dir / "comparison.json"
-    if target.exists() and not args.overwrite:
+    if target.exists() and args.redo != "all":
         existing = comparison.read(target)
-        parquet.refuse_stale(target, provenance.Provenance(**existing["provenance"]), record, "all of its runs")
-        print(comparison.as_markdown(existing))
-        return cli.nothing_to_do("compare", str(target))
+        made = provenance.Provenance(**existing["provenance"])
+        if parquet.matches(target, made, record, args.redo, "all of its runs"):
+            print(comparison.as_markdown(existing))
+            return cli.nothing_to_do("compare", str(target))
     gallery.refuse_leaks(cfg.paths.merged_dir)
 
     # train: data are loaded once for all runs
@@ -64,7 +65,7 @@ def main(argv=None) -> int:
             settings = config.with_training(cfg, **combination._asdict(), seed=seed)
             name = "-".join(filter(lambda part: part != "none", combination))
             run_dir = cfg.paths.checkpoints_dir / "compare" / f"{name}-{seed}"
-            checkpoint = fit(settings, data, run_dir=run_dir, resume=not args.overwrite).best
+            checkpoint = fit(settings, data, run_dir=run_dir, redo=args.redo).best
             best[combination, seed] = checkpoint
             map_at_r = checkpoint["metrics"]["map@r"]
             log.info("%s: validation mAP@R %.4f, epoch %d", run_dir.name, map_at_r, checkpoint["epoch"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import devices, parquet
+from common import cli, devices, parquet
 from common.errors import PipelineError
 from common.places import geo
 from common.places.zones import Zones, make_zones, number_buildings
@@ -138,7 +138,8 @@ def make_rows(
     sizes = np.diff(starts)
     if sizes.min() < 2:
         raise PipelineError(
-            "merged/train holds a building with a single image: rerun merge_and_split.py with --overwrite"
+            "merged/train holds a building with a single image\n"
+            f"merge again: {cli.command('preprocess/merge_and_split.py', '--overwrite')}"
         )
     panorama = columns["street_view_id"]
     by_panorama = np.lexsort((panorama, building_of_row))

@@ -62,8 +62,8 @@ def main(argv=None) -> int:
         text, same = metrics_json.check(*(locate(cfg, path) for path in args.check))
         print(text)
         return 0 if same else 1
-    from common import devices, files, parquet
-    from common.provenance import Provenance, digest_of
+    from common import devices, files
+    from common.provenance import digest_of
     from train.evaluation import evaluation_task, gallery, protocol
     from train.report import evaluation_page
 
@@ -74,13 +74,10 @@ def main(argv=None) -> int:
         else evaluation_task.of_run(cfg, [compared(cfg, name) for name in args.compare], STAGE)
     )
     metrics_path, report_path = task.folder / "metrics.json", task.folder / "report.html"
-    if metrics_path.exists() and not args.overwrite:
-        results = metrics_json.read(metrics_path)
-        existing = Provenance(**results["provenance"])
-        parquet.refuse_stale(metrics_path, existing, task.record, f"{existing.rows.get('in', 0):,} queries")
-        if report_path.exists():
-            print(evaluation_page.table(results))
-            return cli.nothing_to_do("evaluate", f"{metrics_path} and {report_path}")
+    results = metrics_json.kept(metrics_path, task.record, args.redo)
+    if results and report_path.exists():
+        print(evaluation_page.table(results))
+        return cli.nothing_to_do("evaluate", f"{metrics_path} and {report_path}")
     leakage = None if args.embeddings else gallery.refuse_leaks(cfg.paths.merged_dir)
     history, split_report = (None, {}) if args.embeddings else evaluation_page.read_background(cfg)
 

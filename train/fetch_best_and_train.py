@@ -17,22 +17,26 @@ if not __package__:  # run by path: import from the repository root, not from th
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli, stages
-from common.errors import PipelineError, StaleArtefact
+from common.errors import PipelineError
 from train import train
 
 
 def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
+    return train.outputs(with_best(cfg), task, num_tasks)
+
+
+def with_best(cfg):
+    """The settings with those of the study's best trial. Raises PipelineError if there is no such study."""
     if cfg.tuning.study_storage == "journal" and not (cfg.paths.study_dir / "journal.log").exists():
         raise PipelineError("there is no study yet")
     from common import config
     from train.tuning import shared_study
 
     study = shared_study.open_study(cfg, shared_study.record(cfg), create=False)
-    best = config.with_training(cfg, **shared_study.best_trial(study).params)
-    return train.outputs(best, task, num_tasks)
+    return config.with_training(cfg, **shared_study.best_trial(study).params)
 
 
-STAGE = dataclasses.replace(train.STAGE, outputs=outputs)
+STAGE = dataclasses.replace(train.STAGE, outputs=outputs, recorded=lambda cfg: train.recorded(with_best(cfg)))
 
 
 def main(argv=None) -> int:
@@ -56,16 +60,13 @@ def main(argv=None) -> int:
     chosen = chosen.model_copy(update={"tuning": without_password})
 
     run_dir = run_record.run_dir(cfg)
-    if not args.overwrite:  # before config.toml is written beside a checkpoint of other settings
-        record = run_record.record(chosen, run_record.input_ids(chosen))
-        try:
-            checkpoints.existing(run_dir, record)
-        except StaleArtefact as error:
-            raise StaleArtefact(f"{error}\nor name this run another way: --set training.run=tuned") from None
+    # before config.toml is written beside a checkpoint of other settings
+    checkpoints.existing(run_dir, run_record.record(chosen, run_record.input_ids(chosen)), args.redo)
     settings_path, settings = run_dir / "config.toml", config.to_toml(chosen).encode()
     if not settings_path.exists() or settings_path.read_bytes() != settings:
         files.write_bytes(settings_path, settings)
-    train.main(["--config", str(settings_path), *["--overwrite"][: args.overwrite]])
+    redo = {"": [], "stale": ["--remake"], "all": ["--overwrite"]}[args.redo]
+    train.main(["--config", str(settings_path), *redo])
 
     reached = heads.load_checkpoint(run_dir / "checkpoint_best.pt")["metrics"]["map@r"]
     print(

@@ -13,7 +13,7 @@ Writes   data/<backbone>/study/journal.log (or tuning.study_storage);
          data/<backbone>/merged_moments/<sample>.safetensors, as train.py, if no run has written it
 Command  python train/optuna_worker.py [--trials 10] [--minutes 600]
 Memory   as train.py
-A study of other data or settings is refused, and replaced with --overwrite; a matching one is joined either way.
+A study of other data or settings is refused, and replaced with --remake; a matching one is joined in any case.
 """
 
 import sys
@@ -40,12 +40,21 @@ def progress(cfg) -> tuple[int, int, str]:
     return done, cfg.tuning.num_trials, "trials"
 
 
+def refuse_stale(cfg) -> None:
+    """Raise StaleArtefact if there is a study of other data or settings."""
+    from train.tuning import shared_study
+
+    if cfg.tuning.study_storage != "journal" or (cfg.paths.study_dir / "journal.log").exists():
+        shared_study.open_study(cfg, shared_study.record(cfg), create=False)
+
+
 STAGE = stages.Stage(
     "optuna_worker",
     lambda cfg: cfg.paths.study_dir,
     outputs=None,
     settings=("tuning.trial_epochs", "tuning.pruner", "tuning.search_space"),
     progress=progress,
+    refuse_stale=refuse_stale,
 )
 
 
@@ -62,7 +71,7 @@ def main(argv=None) -> int:
     from train.tuning import shared_study, study_page, study_storage, study_trials
 
     shared_study.check_search_space(cfg)
-    tuning = shared_study.open_study(cfg, shared_study.record(cfg), create=True, overwrite=args.overwrite)
+    tuning = shared_study.open_study(cfg, shared_study.record(cfg), create=True, redo=args.redo)
     page_path = cfg.paths.study_dir / "study.html"
     with study_storage.locked(cfg):
         is_full = not shared_study.has_work(tuning, cfg)

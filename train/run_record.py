@@ -5,7 +5,7 @@ Imports neither torch nor Optuna: slurm/submit.py needs records, too.
 
 from pathlib import Path
 
-from common import config, parquet, provenance, stages
+from common import cli, config, parquet, provenance, stages
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance
 from common.sections import Config
@@ -29,7 +29,8 @@ def inputs(cfg: Config) -> dict[Path, Provenance]:
     (output,) = compute_visual_neighbors.outputs(cfg, 0, 1)
     path = parquet.require(output.path, "difficulty/compute_visual_neighbors.py")
     records[path] = parquet.read_provenance(path)
-    parquet.refuse_stale(path, records[path], output.record, "compute_visual_neighbors")
+    script, amount = "difficulty/compute_visual_neighbors.py", f"{records[path].rows['out']:,} images"
+    parquet.matches(path, records[path], output.record, "", amount, script=script)
     return records
 
 
@@ -44,18 +45,23 @@ def merge_records(cfg: Config, splits: tuple[str, ...]) -> dict[Path, Provenance
         if reasons:
             raise StaleArtefact(
                 f"{path} and {paths[0].name} come from different merge runs: {path.stem} {reasons[0]}\n"
-                "rerun preprocess/merge_and_split.py --overwrite"
+                f"merge again: {cli.command('preprocess/merge_and_split.py', '--remake')}"
             )
     return records
 
 
 def record(cfg: Config, input_ids: dict[str, str]) -> Provenance:
     """The record of a run: every setting that its head depends on, and the ids of what it reads."""
+    return provenance.record("train", recorded(cfg), input_ids)
+
+
+def recorded(cfg: Config) -> dict:
+    """The settings that a run's head depends on."""
     settings = config.values(cfg, "global.seed", "data.ignore_radius_m", "training_model", "training")
     if cfg.training.remine_epochs:
         settings |= config.values(cfg, "data.band_percentiles", "data.band_reference_rank")
     del settings["training.run"]  # only its name: a run may be renamed
-    return provenance.record("train", settings, input_ids)
+    return settings
 
 
 def evaluated_ids(cfg: Config, checkpoint_id: str | None = None) -> dict[str, str]:

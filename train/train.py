@@ -50,11 +50,18 @@ def progress(cfg) -> tuple[int, int, str]:
     return rows - 1, cfg.training.epochs, "epochs"  # the first row is from before training
 
 
+def recorded(cfg) -> dict:
+    from train import run_record
+
+    return run_record.recorded(cfg)
+
+
 STAGE = stages.Stage(
     "train",
     lambda cfg: cfg.paths.checkpoints_dir / cfg.training.run,
     outputs,
     settings=("training", "training_model", "global.seed", "data.ignore_radius_m"),
+    recorded=recorded,
     progress=progress,
 )
 
@@ -67,11 +74,10 @@ def main(argv=None) -> int:
     from train.fitting.fit import fit
 
     run_dir = run_record.run_dir(cfg)
-    if not args.overwrite:
-        saved = checkpoints.existing(run_dir, run_record.record(cfg, run_record.input_ids(cfg)))
-        if saved is not None and STAGE.is_done(cfg):
-            reached = saved["resume"]["best"]["metrics"]["map@r"]
-            return cli.nothing_to_do("train", f"{run_dir / run_record.BEST} (validation mAP@R {reached:.4f})")
+    saved = checkpoints.existing(run_dir, run_record.record(cfg, run_record.input_ids(cfg)), args.redo)
+    if saved is not None and STAGE.is_done(cfg):
+        reached = saved["resume"]["best"]["metrics"]["map@r"]
+        return cli.nothing_to_do("train", f"{run_dir / run_record.BEST} (validation mAP@R {reached:.4f})")
 
     tracking.require_wandb(cfg)
     data = datasets.load_data(cfg)
@@ -80,7 +86,7 @@ def main(argv=None) -> int:
     log.info("whitening: validation mAP@R (by shrinkage) %s", ", ".join(tried))
     total = cfg.training.epochs * cfg.training.steps_per_epoch * cfg.training.batch_size
     with cli.Progress("train", "triplet", total, cfg.logging.progress_interval_s) as progress:
-        result = fit(cfg, data, run_dir=run_dir, resume=not args.overwrite, progress=progress)
+        result = fit(cfg, data, run_dir=run_dir, redo=args.redo, progress=progress)
     before, reached = whitening["validation"]["map@r"], result.best["metrics"]["map@r"]
     return progress.summary(
         f"validation mAP@R {reached:.4f} at epoch {result.best['epoch']}, learned whitening {before:.4f}"

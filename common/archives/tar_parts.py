@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from common import files, parquet, provenance, schemas, stages
+from common import cli, files, parquet, provenance, schemas, stages
 from common.archives import tars
 from common.errors import StaleArtefact
-from common.provenance import Provenance
+from common.provenance import Provenance, Redo
 from common.sections import Config
 from common.stages import Output, Stage
 
@@ -38,8 +38,7 @@ def of_tar(cfg: Config, stage: Stage, tar: Path, settings: dict) -> list[TarPart
     """A tar's parts as `stage` makes them; one part without rows if the tar has no valid image. `settings`: what
     the stage records.
     """
-    source = cfg.paths.intermediates_dir / f"{tars.stem(tar)}.parquet"
-    parquet.require(source, "preprocess/process_tar.py")
+    source = _source(cfg, tar)
     size, num_rows = cfg.data.rows_per_part, parquet.num_rows(source)
     record = provenance.record(stage.name, settings, stages.ids([tar, source]))
     return [
@@ -48,34 +47,41 @@ def of_tar(cfg: Config, stage: Stage, tar: Path, settings: dict) -> list[TarPart
     ]
 
 
+def _source(cfg: Config, tar: Path) -> Path:
+    return cfg.paths.intermediates_dir / f"{tars.stem(tar)}.parquet"
+
+
 def outputs(cfg: Config, stage: Stage, task: int, num_tasks: int) -> Iterator[Output]:
-    """The files of a task of a stage that works by parts."""
+    """The files of a task of a stage that works by parts. An error about tars without intermediates comes last."""
     for own, _ in _of_task(cfg, stage, task, num_tasks):
         yield from (Output(part.target, part.record) for part in own)
 
 
-def missing(cfg: Config, stage: Stage, shard: int, num_shards: int, overwrite: bool) -> tuple[list[TarPart], int]:
+def missing(cfg: Config, stage: Stage, shard: int, num_shards: int, redo: Redo) -> tuple[list[TarPart], int]:
     """The parts that a task still has to make, and the number of all its parts.
 
     Raises StaleArtefact for files in `folder` that were made from something else, or with a different division
-    into parts; `overwrite` remakes the former and removes the latter.
+    into parts, unless `redo` allows to remake the former and to remove the latter.
     """
-    todo, total = [], 0
-    for own, whole in _of_task(cfg, stage, shard, num_shards):
-        todo += [part for part in own if not parquet.is_done(part.target, part.record, overwrite)]
-        total += len(own)
-        refuse_surplus(stage.folder(cfg), tars.stem(whole[0].tar), len(whole), overwrite)
-    return todo, total
+    todo, divided = [], list(_of_task(cfg, stage, shard, num_shards))
+    for own, whole in divided:
+        todo += [part for part in own if not parquet.is_done(part.target, part.record, redo)]
+        refuse_surplus(stage.folder(cfg), tars.stem(whole[0].tar), len(whole), redo)
+    return todo, sum(len(own) for own, _ in divided)
 
 
 def _of_task(
     cfg: Config, stage: Stage, task: int, num_tasks: int
 ) -> Iterator[tuple[list[TarPart], list[TarPart]]]:
-    """(the task's parts, all parts) of each tar that it works on."""
+    """(the task's parts, all parts) of each tar that it works on. At the end raises PipelineError if some of them
+    have no intermediates."""
     settings = stage.recorded_settings(cfg)
-    for share in tars.shares_of(tars.of_shard(cfg.paths.raw_dir, 0, 1), task, num_tasks):
-        whole = of_tar(cfg, stage, share.tar, settings)
-        yield [whole[number] for number in share.of(len(whole))], whole
+    shares = list(tars.shares_of(tars.of_shard(cfg.paths.raw_dir, 0, 1), task, num_tasks))
+    for share in shares:
+        if _source(cfg, share.tar).exists():
+            whole = of_tar(cfg, stage, share.tar, settings)
+            yield [whole[number] for number in share.of(len(whole))], whole
+    parquet.require_all({_source(cfg, share.tar): "preprocess/process_tar.py" for share in shares})
 
 
 def count(num_rows: int, rows_per_part: int) -> int:
@@ -88,8 +94,9 @@ def targets(folder: Path, tar: Path, num_parts: int) -> list[Path]:
     return [folder / f"{tars.stem(tar)}-{number}.parquet" for number in range(num_parts)]
 
 
-def refuse_surplus(folder: Path, name: str, num_parts: int, overwrite: bool) -> None:
-    """Raise StaleArtefact for files <name>-<part> beyond the last part: they hold images twice. Or remove them."""
+def refuse_surplus(folder: Path, name: str, num_parts: int, redo: Redo, script: str = "") -> None:
+    """Raise StaleArtefact for files <name>-<part> beyond the last part: they hold images twice. Or remove them.
+    `script`: what makes the parts, if not this one."""
     numbered = re.compile(rf"{re.escape(name)}-(\d+)\.parquet")
     surplus = [
         path
@@ -97,10 +104,10 @@ def refuse_surplus(folder: Path, name: str, num_parts: int, overwrite: bool) -> 
         for path in place.glob("*.parquet")
         if (match := numbered.fullmatch(path.name)) and int(match[1]) >= num_parts
     ]
-    if surplus and not overwrite:
+    if surplus and not redo:
         raise StaleArtefact(
             f"{surplus[0]} is left from another division of {name}, which now has {num_parts} parts\n"
-            "delete it, restore data.rows_per_part or the images, or rerun everything with --overwrite"
+            f"restore data.rows_per_part or the images, or remove such files: {cli.command(script, '--remake')}"
         )
     for path in surplus:
         path.unlink(missing_ok=True)  # another task of the same tar may have removed it

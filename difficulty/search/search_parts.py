@@ -57,7 +57,7 @@ def write(cfg: Config, todo: list[SearchPart], on_anchors: Callable[[int], objec
 
         tree = balltree.Tree(embeddings.cpu().numpy(), cfg.data.balltree_dim)
     for part in todo:
-        rows, recall = np.arange(part.start, part.stop), 1.0
+        rows, recall, record = np.arange(part.start, part.stop), 1.0, part.record.timed()
         if tree is None:
             neighbors, similarities = exact(rows=rows, on_anchors=on_anchors)
         else:
@@ -65,7 +65,7 @@ def write(cfg: Config, todo: list[SearchPart], on_anchors: Callable[[int], objec
             sample = np.unique(np.linspace(0, len(rows) - 1, RECALL_SAMPLE).astype(np.int64))
             recall = balltree.recall(neighbors[sample], exact(rows=rows[sample])[0])
             on_anchors(len(rows))
-        with parquet.writer(part.target, schemas.difficulty_part(k), part.record) as out:
+        with parquet.writer(part.target, schemas.difficulty_part(k), record) as out:
             out.append({"neighbor_rows": neighbors, "neighbor_similarities": similarities})
             out.facts = {"recall": recall}
         cli.check_stop()
@@ -73,7 +73,7 @@ def write(cfg: Config, todo: list[SearchPart], on_anchors: Callable[[int], objec
 
 def refuse_missing(parts: list[SearchPart]) -> None:
     """Raise PipelineError unless all parts exist and come from this search."""
-    missing = [part for part in parts if not parquet.is_done(part.target, part.record, overwrite=False)]
+    missing = [part for part in parts if not parquet.is_done(part.target, part.record, "")]
     if missing:
         raise PipelineError(
             f"{len(missing)} of {len(parts)} parts are missing, the first is {missing[0].target}\n"

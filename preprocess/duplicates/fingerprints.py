@@ -9,6 +9,7 @@ of the pHashes and 94 % of the dHashes are the same, and none differs by more th
 would be faster, but in a clear sky a dHash depends on single grey levels: only 77 % were the same.
 """
 
+import shlex
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import lru_cache
@@ -18,7 +19,7 @@ import numpy as np
 from PIL import Image
 from scipy import fft
 
-from common import parquet, schemas
+from common import cli, parquet, schemas
 from common.archives.tar_parts import TarPart
 from common.errors import PipelineError
 from common.imagery import decoding
@@ -56,12 +57,14 @@ def write(part: TarPart, store: TarImages, method: str, pool: Executor, on_image
             return hash_images(read(start, start + CHUNK), method)
         except decoding.Undecodable as error:
             raise PipelineError(
-                f"{part.tar} has an image that cannot be decoded: {error}\nrerun process_tar.py with --overwrite"
+                f"{part.tar} has an image that cannot be decoded: {error}\n"
+                f"read the tar again: rm {shlex.quote(str(part.source))} && "
+                f"{cli.command('preprocess/process_tar.py')}"
             ) from None
 
     futures = {start: pool.submit(hashes_from, start) for start in range(0, len(rows), CHUNK)}
     try:
-        with parquet.writer(part.target, schemas.FINGERPRINTS, part.record) as out:
+        with parquet.writer(part.target, schemas.FINGERPRINTS, part.record.timed()) as out:
             for start, future in futures.items():
                 phash, dhash = future.result()
                 ids = {name: rows[name].slice(start, CHUNK) for name in ("streetview_image_id", "building_id")}

@@ -1,8 +1,10 @@
 """The files to merge: listed, checked to belong together, read, and rewritten by split."""
 
 import contextlib
+import glob
 import itertools
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common import parquet, provenance, schemas
+from common import cli, parquet, provenance, schemas
 from common.archives import tar_parts, tars
 from common.cli import Progress
 from common.errors import PipelineError, StaleArtefact
@@ -48,27 +50,21 @@ def find(cfg: Config, listing: list[Path]) -> Sources:
     """The files of all tars of `listing`. Raises PipelineError if some are missing, StaleArtefact if they do not
     belong together."""
     paths, ids, sources, models = cfg.paths, {}, [], {}
-    folders = {"fingerprints": paths.fingerprints_dir, "embeddings": paths.embeddings_dir}
     _refuse_without_tar(paths, [tars.stem(tar) for tar in listing])
-    _require_all(
-        [paths.intermediates_dir / f"{tars.stem(tar)}.parquet" for tar in listing], "preprocess/process_tar.py"
-    )
+    _require(cfg, listing)
     for tar in listing:
         intermediates = paths.intermediates_dir / f"{tars.stem(tar)}.parquet"
         record, num_rows = parquet.read_provenance(intermediates), parquet.num_rows(intermediates)
         ids[f"intermediates/{intermediates.name}"] = record.id
-        num_parts = tar_parts.count(num_rows, cfg.data.rows_per_part)
-        parts = {stage: tar_parts.targets(folder, tar, num_parts) for stage, folder in folders.items()}
-        for stage, folder in folders.items():
-            _require_all(parts[stage], _SCRIPTS[stage])
-            tar_parts.refuse_surplus(folder, tars.stem(tar), num_parts, overwrite=False)
-            for path in parts[stage]:
+        parts = _parts_of(cfg, tar, num_rows)
+        for stage, targets in parts.items():
+            tar_parts.refuse_surplus(targets[0].parent, tars.stem(tar), len(targets), "", _SCRIPTS[stage])
+            for path in targets:
                 part = parquet.read_provenance(path)
-                used = part.inputs.get(intermediates.name)
-                if used != record.id:
+                if part.inputs.get(intermediates.name) != record.id:
                     raise StaleArtefact(
-                        f"{path} was made from a different {intermediates} ({used} then, {record.id} now)\n"
-                        f"rerun {_SCRIPTS[stage]} with --overwrite"
+                        f"{path} was made from an earlier version of {intermediates}\n"
+                        f"to redo it: {cli.command(_SCRIPTS[stage], '--remake')}"
                     )
                 ids[f"{stage}/{path.name}"] = part.id
                 if stage == "embeddings":
@@ -84,21 +80,35 @@ def find(cfg: Config, listing: list[Path]) -> Sources:
     return Sources(sources, ids, _only_model(models))
 
 
-def _require_all(paths: list[Path], script: str) -> None:
-    missing = [path for path in paths if not path.exists()]
-    if missing:
-        more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
-        raise PipelineError(f"{missing[0]}{more} does not exist: run {script} first")
+def _require(cfg: Config, listing: list[Path]) -> None:
+    """Raise PipelineError, naming all stages to run, if files of these tars are missing."""
+    scripts: dict[Path, str] = {}
+    for tar in listing:
+        intermediates = cfg.paths.intermediates_dir / f"{tars.stem(tar)}.parquet"
+        scripts[intermediates] = "preprocess/process_tar.py"
+        if intermediates.exists():  # else the number of parts is unknown
+            for stage, parts in _parts_of(cfg, tar, parquet.num_rows(intermediates)).items():
+                scripts |= dict.fromkeys(parts, _SCRIPTS[stage])
+    parquet.require_all(scripts)
+
+
+def _parts_of(cfg: Config, tar: Path, num_rows: int) -> dict[str, list[Path]]:
+    """The fingerprints and the embeddings of a tar with so many images."""
+    folders = {"fingerprints": cfg.paths.fingerprints_dir, "embeddings": cfg.paths.embeddings_dir}
+    num_parts = tar_parts.count(num_rows, cfg.data.rows_per_part)
+    return {stage: tar_parts.targets(folder, tar, num_parts) for stage, folder in folders.items()}
 
 
 def _refuse_without_tar(paths: Paths, stems: list[str]) -> None:
     """Raise PipelineError if images would be left out because their tar is no longer in raw_dir."""
     lost = sorted({path.stem for path in paths.intermediates_dir.glob("*.parquet")} - set(stems))
     if lost:
-        names = ", ".join(lost[:5]) + (" and more" if len(lost) > 5 else "")
+        folders = (paths.intermediates_dir, paths.fingerprints_dir, paths.embeddings_dir)
+        names = [f"{glob.escape(stem)}{end}.parquet" for stem in lost for end in ("", "-*")]
+        made = sorted(path for folder in folders for name in names for path in folder.glob(name))
         raise PipelineError(
-            f"{paths.intermediates_dir} has {names}, but {paths.raw_dir} has no such tar\n"
-            "restore the tars, or delete everything made from them"
+            f"{paths.intermediates_dir} has {provenance.some(lost)}, but {paths.raw_dir} has no such tar\n"
+            f"restore the tars, or remove what was made from them: rm {shlex.join(map(str, made))}"
         )
 
 
@@ -106,9 +116,10 @@ def _dataset_of(intermediates: Path) -> int:
     """The dataset of all rows; -1 if there are none."""
     datasets = np.unique(parquet.read(intermediates, ["dataset_id"])["dataset_id"].to_numpy())
     if len(datasets) > 1:
+        again = cli.command("preprocess/process_tar.py")
         raise PipelineError(
             f"{intermediates} has rows of datasets {', '.join(map(str, datasets[:5]))}; a tar is one dataset\n"
-            "rerun preprocess/process_tar.py with --overwrite"
+            f"read it again: rm {shlex.quote(str(intermediates))} && {again}"
         )
     return int(datasets[0]) if len(datasets) else -1
 
@@ -122,8 +133,8 @@ def _only_model(models: dict[Path, dict]) -> dict:
                 raise StaleArtefact(
                     f"{first} was made with {key} = {json.dumps(model.get(key))}, "
                     f"{path} with {key} = {json.dumps(other.get(key))}\n"
-                    "embeddings of different models cannot be merged: recreate those of one with "
-                    "generate/generate_embeddings.py --overwrite"
+                    "embeddings of different models cannot be merged\n"
+                    f"to redo those that do not match: {cli.command(_SCRIPTS['embeddings'], '--remake')}"
                 )
     return model
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from common import files, parquet, provenance
+from common import cli, files, parquet, provenance
 from common.config import is_folder
 from common.errors import PipelineError, StaleArtefact
-from common.provenance import Provenance
+from common.provenance import Provenance, Redo
 from common.sections import Config, EmbeddingModel
 from generate import backbone, model_files
 from generate.model_files import PREPROCESSING
@@ -34,8 +34,8 @@ def refuse_mixture(test: Path, checkpoint_path: Path, checkpoint: dict, metrics_
     for path, content_id in current.items():
         if evaluated.get(path.name) != content_id:
             raise StaleArtefact(
-                f"{metrics_path} refers to a different {path.name} ({evaluated.get(path.name)}) than {path} "
-                f"({content_id})\nrerun train/evaluate.py"
+                f"{metrics_path} was made from an earlier version of {path}\n"
+                f"evaluate again: {cli.command('train/evaluate.py', '--remake')}"
             )
 
 
@@ -84,8 +84,9 @@ def write_model(folder: Path, settings: EmbeddingModel, checkpoint_path: Path, c
     return loaded.preprocessing
 
 
-def is_done(folder: Path, record: Provenance, overwrite: bool) -> bool:
-    """Whether the folder is what a run that records `record` would write. Raises PipelineError if it is not."""
+def is_done(folder: Path, record: Provenance, redo: Redo) -> bool:
+    """Whether the folder is what a run that records `record` would write. Raises PipelineError if it is not,
+    unless `redo` allows to replace it, or if this stage did not write it."""
     if not folder.exists() or not any(folder.iterdir()):
         return False
     try:
@@ -95,10 +96,7 @@ def is_done(folder: Path, record: Provenance, overwrite: bool) -> bool:
             f"{folder} was not written by this stage (it has no provenance.json), so it is not replaced\n"
             "move it away, or set paths.published_dir to another folder"
         ) from None
-    if overwrite:
-        return False
-    parquet.refuse_stale(folder, existing, record, "the whole folder is replaced")
-    return True
+    return redo != "all" and parquet.matches(folder, existing, record, redo, "the whole folder is replaced")
 
 
 def write_provenance(folder: Path, record: Provenance, facts: dict) -> None:

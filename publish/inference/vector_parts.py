@@ -32,10 +32,10 @@ def run(stage: str, unit: str, sources: Iterable[ImageSource | TableSource], arg
     for source, parts in vector_stage.divided(stage, sources, args, cfg):
         if isinstance(source, TableSource) and not source.holds_images:
             model_record.refuse_other_embeddings(folder, source.path)
-        refuse_surplus(args.out, source.name, len(parts), args.overwrite)
+        refuse_surplus(args.out, source.name, len(parts), args.redo)
         whole += parts
     own = whole[args.shard :: args.num_shards]
-    todo = [part for part in own if not parquet.is_done(part.target, part.record, args.overwrite)]
+    todo = [part for part in own if not parquet.is_done(part.target, part.record, args.redo)]
     if not todo:
         return cli.nothing_to_do(stage, f"{len(own):,} files")
 

@@ -84,7 +84,7 @@ def words_of(args: Namespace) -> tuple[str, ...]:
     """A script's arguments as words of a command line that may be run from any folder."""
     chosen = {name: value for name in FLAGS if (value := getattr(args, name, None))}
     flags = [word for name, value in chosen.items() for word in (f"--{name}", _absolute(value))]
-    return (_absolute(args.input), _absolute(args.out), *flags)
+    return (_absolute(args.input), _absolute(args.out), *flags, *(["--remake"] if args.redo else []))
 
 
 def _absolute(value: Path | str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from common import parquet, provenance, schemas
+from common import cli, parquet, provenance, schemas
 from common.errors import PipelineError, StaleArtefact
 from common.places import zones
 from common.provenance import Provenance
@@ -114,11 +114,10 @@ def refuse_foreign_head(path: Path, checkpoint: dict, records: dict[Path, Proven
     it may have seen the test images) and on embeddings of the same model. `records`: of the splits, test first."""
     (test, of_test), *training_splits = records.items()
     for split, record in training_splits:
-        trained_on = checkpoint["provenance"]["inputs"].get(split.name)
-        if trained_on != record.id:
+        if checkpoint["provenance"]["inputs"].get(split.name) != record.id:
             raise StaleArtefact(
-                f"{path} was trained on another {split.name} ({trained_on}) than {split} ({record.id})\n"
-                "retrain, or restore that merge"
+                f"{path} was trained on an earlier version of {split}\n"
+                f"train again: {cli.command('train/train.py', '--remake')}"
             )
     ours, theirs = provenance.embedding_model(of_test), provenance.with_views(checkpoint["embedding_model"])
     if ours != theirs:
@@ -147,7 +146,7 @@ def refuse_leaks(merged_dir: Path) -> dict[str, dict[str, int]]:
                 raise PipelineError(
                     f"{what} {dataset:04d}_{number} is in both {one}.parquet and {other}.parquet of {merged_dir} "
                     f"(and {len(shared) - 1:,} more are): metrics would be inflated\n"
-                    "rerun preprocess/merge_and_split.py --overwrite"
+                    f"merge again: {cli.command('preprocess/merge_and_split.py', '--overwrite')}"
                 )
         proof[f"{what}s"] = {**{split: len(frame) for split, frame in ids.items()}, "in_two_splits": 0}
     return proof

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, create_model
 
+from common import cli, parquet
 from common.errors import PipelineError
-from common.provenance import Provenance
+from common.provenance import Provenance, Redo
 from train.evaluation.metric_names import MAIN_METRICS, METRICS, TITLES
 
 FORMAT = 2  # raised when keys of metrics.json change their names or meanings
@@ -123,9 +124,25 @@ def read(path: Path) -> dict:
         where = ".".join(map(str, problem["loc"])) or "all of it"
         raise PipelineError(
             f"{path} is damaged or from another version ({where}: {problem['msg']})\n"
-            "rerun train/evaluate.py --overwrite"
+            f"evaluate again: {cli.command('train/evaluate.py', '--remake')}"
         ) from None
     return json.loads(content)
+
+
+def kept(path: Path, record: Provenance, redo: Redo) -> dict | None:
+    """An existing metrics.json that need not be made again; None if there is none. Raises StaleArtefact if it was
+    made otherwise than `record` says, and PipelineError if it is damaged, unless `redo` allows to replace it."""
+    if redo == "all" or not path.exists():
+        return None
+    try:
+        results = read(path)
+    except PipelineError:
+        if redo:
+            return None
+        raise
+    existing = Provenance(**results["provenance"])
+    amount = f"{existing.rows.get('in', 0):,} queries"
+    return results if parquet.matches(path, existing, record, redo, amount) else None
 
 
 def check(first: Path, second: Path) -> tuple[str, bool]:

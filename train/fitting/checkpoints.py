@@ -1,13 +1,16 @@
 """The files of a run: checkpoints to evaluate, publish and resume from, and its history."""
 
 import io
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import files, parquet
-from common.provenance import Provenance, digest_of
+from common import cli, files, parquet
+from common.errors import PipelineError
+from common.provenance import Provenance, Redo, digest_of
 from common.sections import Config
 from publish.projection_head import ProjectionHead
 from train import run_record
@@ -15,20 +18,42 @@ from train.evaluation import heads
 from train.fitting import history
 
 NAMES = (run_record.BEST, run_record.LAST, run_record.HISTORY, "curves.png", "bad_batch.pt")
+FORMER = "former"  # the folder, in a run's, for the files of the run that it replaces
 _WITH_STATE = ("loss", "optimizer", "bandit")  # attributes of a Run that are saved by state_dict()
 _PLAIN = ("step", "mined_with", "history", "timings", "best")  # and those that are saved as they are
 
 
-def existing(run_dir: Path, record: Provenance) -> dict | None:
-    """The content of checkpoint_last.pt, or None; a lone checkpoint_best.pt cannot be resumed, and is replaced.
-    Raises StaleArtefact if either was made with other settings or inputs than `record`."""
-    for name in (run_record.LAST, run_record.BEST):
+def existing(run_dir: Path, record: Provenance, redo: Redo) -> dict | None:
+    """The content of checkpoint_last.pt, if it can be resumed; a lone checkpoint_best.pt cannot, and is replaced.
+    Raises StaleArtefact if either was made with other settings or inputs than `record`, unless `redo` allows to
+    begin anew."""
+    for name in (run_record.LAST, run_record.BEST) if redo != "all" else ():
         path = run_dir / name
         if path.exists():
-            saved = heads.load_checkpoint(path)
-            parquet.refuse_stale(path, Provenance(**saved["provenance"]), record, f"{saved['epoch']} epochs")
-            return saved if "resume" in saved else None
+            try:
+                saved = heads.load_checkpoint(path)
+            except PipelineError:
+                if redo:
+                    return None
+                raise
+            made, amount = Provenance(**saved["provenance"]), f"{saved['epoch']} epochs"
+            another = cli.command("", "--set", "training.run=NAME")
+            otherwise = f"to train another run beside it: {another}"
+            kept = parquet.matches(path, made, record, redo, amount, otherwise=otherwise)
+            return saved if kept and "resume" in saved else None
     return None
+
+
+def set_aside(run_dir: Path) -> None:
+    """Move a run's files to former/, until the one that begins has finished: see `RunFolder.save`. Those of a run
+    that a restart has interrupted are removed instead."""
+    former = run_dir / FORMER
+    keep = not (former / run_record.BEST).exists()
+    for name in NAMES:
+        if keep and (run_dir / name).exists():
+            former.mkdir(exist_ok=True)
+            os.replace(run_dir / name, former / name)
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def restore(run, saved: dict) -> None:
@@ -87,7 +112,10 @@ class RunFolder:
         }
         write(self.run_dir / run_record.LAST, last)
         facts = {"finished": finished, "best_checkpoint": best["provenance"]["id"]}
-        history.write(self.run_dir / run_record.HISTORY, frame, self.record, facts)
+        seconds = sum(times["seconds"] for times in run.timings)
+        history.write(self.run_dir / run_record.HISTORY, frame, self.record.timed(seconds), facts)
+        if finished:
+            shutil.rmtree(self.run_dir / FORMER, ignore_errors=True)
 
     def _checkpoint(self, epoch: int, metrics: dict, head: dict[str, torch.Tensor]) -> dict:
         settings, whitening = self.cfg.training_model, self.data.baselines["whitening"]

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from common import config, parquet, provenance
 from common.errors import PipelineError
-from common.provenance import Provenance
+from common.provenance import Provenance, Redo
 from common.sections import Choices, Config
 from train import run_record
 from train.tuning import study_storage
@@ -53,9 +53,9 @@ def check_search_space(cfg: Config) -> None:
             config.with_training(cfg, **{key: value})
 
 
-def open_study(cfg: Config, record: Provenance, *, create: bool, overwrite: bool = False) -> optuna.Study:
+def open_study(cfg: Config, record: Provenance, *, create: bool, redo: Redo = "") -> optuna.Study:
     """The study in tuning.study_storage. Raises PipelineError if there is none and `create` is False, and
-    StaleArtefact if it has other data or settings than `record`, unless `overwrite` replaces it."""
+    StaleArtefact if it has other data or settings than `record`, unless `redo` replaces it."""
     name = study_storage.name_of(cfg)
     if not create and isinstance(name, Path) and not name.exists():
         raise PipelineError(f"{name} does not exist: run train/optuna_worker.py first")
@@ -68,12 +68,11 @@ def open_study(cfg: Config, record: Provenance, *, create: bool, overwrite: bool
         )
         study = create_or_load()
         existing = study.user_attrs.get("provenance")
-        if existing and overwrite and provenance.differences(Provenance(**existing), record):
+        amount, script = f"{len(study.trials):,} trials", "train/optuna_worker.py"
+        if existing and not parquet.matches(name, Provenance(**existing), record, redo, amount, script=script):
             optuna.delete_study(study_name=STUDY_NAME, storage=storage)
             study, existing = create_or_load(), None
-        if existing:
-            parquet.refuse_stale(name, Provenance(**existing), record, f"{len(study.trials):,} trials")
-        elif create:
+        if create and not existing:
             study.set_user_attr("provenance", record.to_dict())
     if cfg.tuning.pruner == "median":  # either pruner sees the validation mAP@R of each epoch
         study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
