@@ -117,7 +117,7 @@ def refuse_foreign_head(path: Path, checkpoint: dict, records: dict[Path, Proven
         if checkpoint["provenance"]["inputs"].get(split.name) != record.id:
             raise StaleArtefact(
                 f"{path} was trained on an earlier version of {split}\n"
-                f"train again: {cli.command('train/train.py', '--remake')}"
+                f"repeat the run that made it: {cli.command('train/train.py', '--remake')}"
             )
     ours, theirs = provenance.embedding_model(of_test), provenance.with_views(checkpoint["embedding_model"])
     if ours != theirs:
