@@ -160,9 +160,9 @@ def test_another_run_goes_through_to_the_end_and_is_compared_by_its_name(root, r
     listed = run_script("train/list_runs.py", *flags(root)).stdout
     header, first, second = (re.split(r"  +", line) for line in listed.splitlines())  # by date
     assert header[:4] == ["run", "backbone", "date", "epoch"]
-    assert header[-2:] == ["seed", "loss"]  # what differs, and nothing else
+    assert header[-2:] == ["loss", "seed"]  # what differs, and nothing else
     assert (first[0], second[0]) == ("default", "b")
-    assert (first[-3:], second[-3:]) == (["yes", "0", "infonce"], ["yes", "1", "triplet"])
+    assert (first[-3:], second[-3:]) == (["yes", "infonce", "0"], ["yes", "triplet", "1"])
     test = metrics["methods"]["trained"]
     assert second[-5:-3] == [metrics_json.percent(test[name]) for name in ("recall@1", "map@r")]
 

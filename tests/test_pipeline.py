@@ -278,7 +278,7 @@ def test_the_published_folder_is_evaluated_as_the_head_in_it(chain, tmp_path):
     done = warm.run("train/evaluate.py", *flags(chain.root), *there)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "compared" / "metrics.json").read_text())
-    for name, figure in found["differences"]["trained-published"].items():
+    for name, figure in found["differences"]["trained-default"].items():
         assert abs(figure["value"]) < 1e-3, name  # the same head
 
 
