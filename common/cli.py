@@ -10,7 +10,6 @@ import errno
 import gc
 import logging
 import os
-import shlex
 import signal
 import sys
 import time
@@ -56,27 +55,6 @@ def config_flags(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument(
         "--set", action="append", default=[], metavar="section.key=value", help="override a setting; repeatable"
     )
-
-
-def command(script: str = "", *more: str) -> str:
-    """A command line to print, which can be run as it is: this process's own with `more` at its end; or that of
-    another `script` of the repository, with this one's --config and --set.
-    """
-    if not script:
-        return shlex.join(["python", *sys.argv, *more])
-    arguments = argparse.ArgumentParser(add_help=False)
-    config_flags(arguments)
-    given, _ = arguments.parse_known_args(sys.argv[1:])
-    settings = ["--config", str(given.config)] if given.config else []
-    settings += [word for override in given.set for word in ("--set", override)]
-    return command_line(script, *settings, *more)
-
-
-def command_line(script: str, *words: str) -> str:
-    """A script of the repository with these arguments, as it can be run from here."""
-    path, here = Path(__file__).resolve().parents[1] / script, Path.cwd()
-    path = path.relative_to(here) if path.is_relative_to(here) else path
-    return shlex.join(["python", str(path), *words])
 
 
 def load_config(args: argparse.Namespace):

@@ -22,7 +22,7 @@ from pathlib import Path
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import cli, stages
+from common import cli, errors, stages
 from common.errors import PipelineError, StaleArtefact
 
 
@@ -86,7 +86,7 @@ def main(argv=None) -> int:
         results = loop.embed(jobs, forward, model.preprocessing, device, cfg.infrastructure, progress)
         failures = loop.write_each(results, write)
     if failures:
-        again = cli.command("preprocess/process_tar.py", "--overwrite")
+        again = errors.command("preprocess/process_tar.py", "--overwrite")
         advice = f"restore the tar that process_tar.py read, or read the tars again: {again}"
         raise PipelineError("\n".join([*failures, advice]))
     return 0
