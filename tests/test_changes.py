@@ -32,6 +32,8 @@ SETTINGS = (
     *("embedding_model.pooling=mean", "data.rows_per_part=20", "data.split_cell_m=300", "data.neighbors=20"),
     *("data.train_ratio=0.5", "data.val_ratio=0.25", "data.test_ratio=0.25", "training_model.output_dim=64"),
     *("infrastructure.embedding_batch_size=16", "paths.raw_dir=../raw", "slurm.num_shards=2"),
+    # the same places for each backbone: of another one, they are stale
+    *(f"paths.{name}_dir=data/{name}" for name in ("embeddings", "merged", "summary", "difficulty")),
 )
 THIRD = "0090.tar"
 pytestmark = pytest.mark.timeout(300)
