@@ -112,9 +112,9 @@ def _distribution(cfg: Config, key: str) -> BaseDistribution:
     if isinstance(dimension, Choices):
         return CategoricalDistribution(dimension.choices)
     low, high, *scale = dimension
-    if isinstance(getattr(cfg.training, key), int):
-        return IntDistribution(int(low), int(high), log=scale == ["log"])
-    return FloatDistribution(low, high, log=scale == ["log"])
+    if isinstance(getattr(cfg.training, key), float):
+        return FloatDistribution(low, high, log=scale == ["log"])
+    return IntDistribution(int(low), int(high), log=scale == ["log"])  # an int, or "auto" for one
 
 
 def beat(trial: optuna.Trial, longest_epoch_s: float) -> None:
