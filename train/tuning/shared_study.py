@@ -88,7 +88,7 @@ def claim(study: optuna.Study, cfg: Config) -> optuna.Trial | None:
     Trials of dead workers come first, under a new number.
     """
     with study_storage.locked(cfg):
-        if not has_work(study, cfg):
+        if not num_left(study, cfg):
             return None
         # a seed for each trial: workers that share one would all draw the same
         seed = cfg.training.seed + len(study.get_trials(deepcopy=False))
@@ -99,11 +99,12 @@ def claim(study: optuna.Study, cfg: Config) -> optuna.Trial | None:
     return trial
 
 
-def has_work(study: optuna.Study, cfg: Config) -> bool:
-    """Whether a trial can be claimed, those of dead workers included. Requires the lock."""
+def num_left(study: optuna.Study, cfg: Config) -> int:
+    """How many trials can be claimed, those of dead workers included. Requires the lock."""
     requeue_dead(study, time.time())
     trials = study.get_trials(deepcopy=False)
-    return num_counted(trials) < cfg.tuning.num_trials or any(t.state == TrialState.WAITING for t in trials)
+    waiting = sum(trial.state == TrialState.WAITING for trial in trials)
+    return max(0, cfg.tuning.num_trials - num_counted(trials)) + waiting
 
 
 def _distribution(cfg: Config, key: str) -> BaseDistribution:
