@@ -61,6 +61,8 @@ def convert(cfg, overwrite: bool) -> None:
     from train import run_record
     from train.evaluation import heads, metrics_json
 
+    published_folder.remove_dead_folders(cfg.paths.published_dir)
+
     # the inputs, and whether they belong together
     checkpoint_path = run_record.run_dir(cfg) / run_record.BEST
     metrics_path = cfg.paths.evaluation_dir / "metrics.json"
@@ -73,7 +75,6 @@ def convert(cfg, overwrite: bool) -> None:
         metrics_path.name: metrics["provenance"]["id"],
     }
     record = STAGE.record(cfg, inputs)
-    published_folder.remove_dead_folders(cfg.paths.published_dir)
     if published_folder.is_done(cfg.paths.published_dir, record, overwrite):
         cli.nothing_to_do("convert_to_hf", str(cfg.paths.published_dir))
         return

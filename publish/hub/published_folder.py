@@ -25,6 +25,7 @@ from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
 from train.evaluation.heads import head_of
 
 MAX_SHARD_SIZE = "5GB"  # of the weights: larger files are slow to fetch, and to resume
+FORMER = "former"  # in a temporary folder: the published folder that is being replaced
 
 
 def refuse_mixture(test: Path, checkpoint_path: Path, checkpoint: dict, metrics_path: Path, metrics: dict) -> None:
@@ -108,9 +109,11 @@ def write_provenance(folder: Path, record: Provenance, facts: dict) -> None:
 
 
 def remove_dead_folders(path: Path) -> None:
-    """Remove what dead runs of `new_folder` left beside `path`: folders that no process locks."""
+    """Remove what dead runs of `new_folder` left beside `path`: folders that no process locks. If one died between
+    moving the former `path` away and the new one into place, the former is put back."""
     for other in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
         with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(other) as is_locked:
+            _put_back(other, path)
             if is_locked:
                 shutil.rmtree(other)
 
@@ -119,23 +122,28 @@ def remove_dead_folders(path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """An empty folder, inside a locked one beside `path`, that replaces `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.TemporaryDirectory(
-        prefix=f".{path.name}.tmp-", dir=path.parent, ignore_cleanup_errors=True
-    )
-    with temporary as place, _locked(Path(place)):
-        folder, former = Path(place, path.name), Path(place, "former")
-        folder.mkdir()
-        yield folder
-        for written in (*folder.iterdir(), folder):
-            files.fsync(written)
+    place = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+    with _locked(place):
         try:
+            folder = place / path.name
+            folder.mkdir()
+            yield folder
+            for written in (*folder.iterdir(), folder):
+                files.fsync(written)
             if path.exists():
-                path.rename(former)
+                path.rename(place / FORMER)
             folder.rename(path)
-        except BaseException:
-            if former.exists() and not path.exists():
-                former.rename(path)
-            raise
+            files.fsync(path.parent)
+        finally:
+            _put_back(place, path)  # first: what is interrupted here, `remove_dead_folders` completes
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _put_back(place: Path, path: Path) -> None:
+    """Move the former `path` out of a temporary folder of `new_folder`, unless there is a new one."""
+    former = place / FORMER
+    if former.exists() and not path.exists():
+        former.rename(path)
         files.fsync(path.parent)
 
 
