@@ -92,7 +92,7 @@ def _lines(tree: dict, prefix: str = "") -> Iterator[str]:
 
 
 def is_folder(name: str) -> bool:
-    """Whether a model's name is a folder on this machine (`load` makes those absolute), not a name on the hub."""
+    """Whether a model's name is a folder or file on this machine (`load` makes those absolute), not on the hub."""
     return Path(name).is_absolute()
 
 
@@ -101,10 +101,10 @@ def _absolute(cfg: Config, base: Path) -> Config:
     paths = {name: (root / Path(value).expanduser()).resolve() for name, value in cfg.paths if name != "root"}
     model = cfg.embedding_model
     folder = base / Path(model.name).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and folder.suffix == ".parquet"):
         model = model.model_copy(update={"name": str(folder.resolve())})
-    elif model.name.startswith((".", "/", "~")):
-        raise ConfigError(f"embedding_model.name: no such folder: {folder}")
+    elif model.name.startswith((".", "/", "~")) or folder.suffix == ".parquet":
+        raise ConfigError(f"embedding_model.name: no such folder or Parquet file: {folder}")
     return cfg.model_copy(update={"paths": Paths(root=root, **paths), "embedding_model": model})
 
 

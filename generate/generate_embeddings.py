@@ -1,7 +1,8 @@
 """Embeddings of every image by the frozen backbone, 20,000 images to a file.
 
 Reads    data/intermediates/<tar>.parquet; the JPEGs, by offset, from data/raw/<tar>.tar; the backbone, from a
-         folder, the hub or its cache
+         folder, the hub or its cache. If embedding_model.name is a table of another network's vectors, only
+         that and the intermediates: see vector_table.py
 Writes   data/embeddings/<tar>-<part>.parquet: the rows of the intermediates, in their order, with the mean of the
          unit vectors of embedding_model.views (of a single view: the pooled output, not normalised) as float16;
          data/embeddings_rejects/<tar>-<part>.parquet: images that can no longer be decoded, if any
@@ -32,7 +33,7 @@ def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
 
 
 def recorded(cfg) -> dict:
-    """A model's folder is known by its files, so that it may be moved."""
+    """A model's folder, or a table of vectors, is known by its content, so that it may be moved."""
     from common import config
     from generate import model_files
 
@@ -56,7 +57,7 @@ def main(argv=None) -> int:
     from common import devices, files
     from common.archives import tar_parts
     from common.imagery import tar_images
-    from generate import embedding_parts, loop
+    from generate import embedding_parts, loop, model_files
 
     files.refuse_leftovers(cfg.paths.embeddings_dir, "rejects", "rejects/*.parquet")
     device = devices.pick(cfg.infrastructure.device, for_backbone=True)
@@ -66,6 +67,13 @@ def main(argv=None) -> int:
     todo, num_parts = tar_parts.missing(cfg, STAGE, args.shard, args.num_shards, args.overwrite)
     if not todo:
         return cli.nothing_to_do("generate_embeddings", f"{num_parts:,} files")
+
+    if paths := model_files.vector_files(cfg.embedding_model.name):
+        from generate import vector_table
+
+        if failures := vector_table.write(todo, paths, cfg):
+            raise PipelineError("\n".join(failures))
+        return 0
 
     from generate import backbone  # imports transformers, in seconds: only if there is work
 
