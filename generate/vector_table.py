@@ -2,9 +2,10 @@
 
 Reads    the file or folder of embedding_model.name: a row per image, in any order, with its streetview_image_id
          and its embedding, a list of numbers as long as all others
-Memory   the ids (15 bytes each: 90 MB for 6 million), a part's vectors twice, and a MiB of a column
-Time     of each part, the row groups that hold its images up to the last of them. Fastest in the order of the
-         intermediates; in random order each part reads the whole table
+Memory   20 bytes for each row of the table (6 million: 120 MB), and a part's vectors twice (see
+         generate_embeddings.py), whatever the sizes of the table and of its row groups
+Time     for each part, that of reading the row groups that hold its images up to the last of them. Least in the
+         order of the intermediates; in random order each part reads the whole table
 """
 
 from pathlib import Path
@@ -30,14 +31,16 @@ class VectorTable:
     """Images and their vectors. Raises PipelineError if columns are missing or there are no rows."""
 
     def __init__(self, paths: list[Path]):
+        self._source = paths[0] if len(paths) == 1 else paths[0].parent
         self._groups: list[tuple[Path, int, int]] = []  # of each row group: file, number in it, first row
         ids, num_rows = [], 0
         for path in paths:
             with parquet.open_file(path) as file:
                 names = file.schema_arrow.names
                 for group in range(file.num_row_groups):
-                    self._groups.append((path, group, num_rows))
-                    num_rows += file.metadata.row_group(group).num_rows
+                    if rows := file.metadata.row_group(group).num_rows:
+                        self._groups.append((path, group, num_rows))
+                        num_rows += rows
             if missing := {ID, EMBEDDING}.difference(names):
                 raise PipelineError(
                     f"{path} has no column {', '.join(sorted(missing))}, only {', '.join(names)}\n"
@@ -47,8 +50,10 @@ class VectorTable:
         if not num_rows:
             raise PipelineError(f"{paths[0]} has no rows: there are no vectors")
         self._ids = pa.chunked_array([chunk for column in ids for chunk in column.chunks], pa.string())
-        path, first = paths[0], next(parquet.batches(paths[0], [ID, EMBEDDING], 1))
-        self.dim = parquet.embedding_matrix(path, first, EMBEDDING, lambda row: f"image {first[ID][row]}").shape[1]
+        path, group, _ = self._groups[0]
+        with parquet.open_file(path, _BUFFER_BYTES) as file:
+            row = next(parquet.batches_of(path, file, range(group, group + 1), [ID, EMBEDDING], 1))
+        self.dim = parquet.embedding_matrix(path, row, EMBEDDING, lambda _: f"image {row[ID][0]}").shape[1]
 
     def of(self, images: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
         """Which of n images have a vector, (m,) ascending, and these, (m, D) float16. Raises PipelineError, naming
@@ -57,7 +62,7 @@ class VectorTable:
         rows = np.flatnonzero(place.is_valid().to_numpy())
         places = place.take(pa.array(rows)).to_numpy()
         if len(twice := np.flatnonzero(np.bincount(places, minlength=1) > 1)):
-            raise PipelineError(f"{self._groups[0][0].parent} holds image {images[int(twice[0])]} twice")
+            raise PipelineError(f"{self._source} holds image {images[int(twice[0])]} twice")
         vectors = np.empty((len(images), self.dim), np.float16)
         starts = np.array([start for *_, start in self._groups])
         for number in np.unique(np.searchsorted(starts, rows, side="right") - 1):

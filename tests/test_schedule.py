@@ -3,14 +3,15 @@ learning rate written out."""
 
 import math
 import re
+import signal
 
 import numpy as np
 import pytest
 import short_training
 from short_training import flags, settings
 
-from common import config
-from common.errors import ConfigError, StaleArtefact
+from common import cli, config
+from common.errors import ConfigError, StaleArtefact, Stopped
 from train import run_record
 from train.datasets import Sampler, load_data
 from train.fitting import schedule
@@ -76,6 +77,25 @@ def test_the_summary_counts_how_often_each_image_was_drawn_until_the_best_epoch(
     assert float(times) == pytest.approx(counts.mean(), abs=0.005)
     shrinkage = re.search(r"validation mAP@R \(by shrinkage\) .*; (\S+) is chosen", caplog.text)[1]
     assert float(shrinkage) in config.load().training_model.whitening_shrinkage
+
+
+def test_a_resumed_run_counts_what_is_left(root, tmp_path, capsys, monkeypatch):
+    draw = Sampler.draw
+
+    def stopping(self, step, arms):
+        monkeypatch.setattr(cli, "_stop_signal", signal.SIGTERM if step == 15 else None)
+        return draw(self, step, arms)
+
+    monkeypatch.setattr(Sampler, "draw", stopping)
+    more = ("training.epochs=2", "logging.progress_interval_s=1e-9", AUTO)  # 10 to 20 steps each
+    with pytest.raises(Stopped):
+        main(flags(root, f"paths.checkpoints_dir={tmp_path}", *more))
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert main(flags(root, f"paths.checkpoints_dir={tmp_path}", *more)) == 0
+    output = capsys.readouterr()
+    totals = set(re.findall(r"^train: [\d,]+ of ([\d,]+) triplets", output.err, re.MULTILINE))
+    assert totals == {re.search(r"train: ([\d,]+) triplets in", output.out)[1]}
 
 
 @pytest.mark.parametrize(("init", "head"), [("whitening", "the learned whitening"), ("random", "random")])

@@ -65,7 +65,7 @@ def main(argv=None) -> int:
     from train.fitting import checkpoints, schedule, tracking
     from train.fitting.fit import fit
 
-    run_dir = run_record.run_dir(cfg)
+    run_dir, saved = run_record.run_dir(cfg), None
     if not args.overwrite:
         saved = checkpoints.existing(run_dir, run_record.record(cfg, run_record.input_ids(cfg)))
         if saved is not None and STAGE.is_done(cfg):
@@ -80,7 +80,8 @@ def main(argv=None) -> int:
         "whitening: validation mAP@R (by shrinkage) %s; %g is chosen", ", ".join(tried), whitening["shrinkage"]
     )
     epoch_steps = schedule.steps_per_epoch(cfg.training, data.train.num_images)
-    total = cfg.training.epochs * epoch_steps * cfg.training.batch_size
+    steps = cfg.training.epochs * epoch_steps - (saved["resume"]["step"] if saved else 0)
+    total = steps * cfg.training.batch_size
     with cli.Progress("train", "triplet", total, cfg.logging.progress_interval_s) as progress:
         result = fit(cfg, data, run_dir=run_dir, resume=not args.overwrite, progress=progress)
     draws = result.best["epoch"] * epoch_steps * cfg.training.batch_size / data.train.num_images
