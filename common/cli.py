@@ -80,7 +80,6 @@ def run(main, *, resumable: bool = False) -> None:
     for device in ("MPS", "XPU"):  # torch reads this as it is imported: the CPU computes what they lack
         os.environ.setdefault(f"PYTORCH_ENABLE_{device}_FALLBACK", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.captureWarnings(True)
     log.setLevel(logging.INFO)
     if resumable:
         for number in (signal.SIGTERM, signal.SIGUSR2):
@@ -183,6 +182,8 @@ class Progress:
             bar = tqdm(total=self.total, unit=f" {self.units}", desc=self.stage, smoothing=0.1, leave=False)
             self._bar = self._shown.enter_context(bar)
             self._shown.enter_context(logging_redirect_tqdm())
+            logging.captureWarnings(True)
+            self._shown.callback(logging.captureWarnings, False)
         return self
 
     def __exit__(self, *_) -> None:
