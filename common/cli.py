@@ -168,8 +168,8 @@ def check_stop() -> None:
 class Progress:
     """Counts rows in, out and rejected; shows a bar on a terminal, else a line now and then; ends in a summary.
 
-    `total`: the number of rows, or None if only the share of the work done is known (see `add`). `unit`: what a
-    row is, in the singular.
+    Log messages and Python's warnings appear above the bar. `total`: the number of rows, or None if only the share
+    of the work done is known (see `add`). `unit`: what a row is, in the singular.
     """
 
     def __init__(self, stage: str, unit: str, total: int | None = None, interval_s: float = 30.0):
@@ -180,17 +180,22 @@ class Progress:
         self._share = 0.0  # of the work, if `total` is not known
         self._started = self._last_line = time.monotonic()
         self._bar = None
+        self._shown = contextlib.ExitStack()
 
     def __enter__(self) -> "Progress":
         if sys.stderr.isatty():
             from tqdm import tqdm
+            from tqdm.contrib.logging import logging_redirect_tqdm
 
-            self._bar = tqdm(total=self.total, unit=f" {self.units}", desc=self.stage, smoothing=0.1, leave=False)
+            bar = tqdm(total=self.total, unit=f" {self.units}", desc=self.stage, smoothing=0.1, leave=False)
+            self._bar = self._shown.enter_context(bar)
+            self._shown.enter_context(logging_redirect_tqdm())
+            logging.captureWarnings(True)
+            self._shown.callback(logging.captureWarnings, False)
         return self
 
     def __exit__(self, *_) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._shown.close()
 
     def add(
         self, rows_in: int, rows_out: int | None = None, rejected: dict[str, int] | None = None, share: float = 0.0
@@ -210,7 +215,7 @@ class Progress:
 
     def _line(self) -> str:
         seconds = time.monotonic() - self._started
-        share = self.rows_in / self.total if self.total else self._share
+        share = min(1.0, self.rows_in / self.total) if self.total else self._share
         of_total = f" of {self.total:,}" if self.total else ""
         percent = f" ({share:.0%})" if self.total or share else ""
         line = f"{self.rows_in:,}{of_total} {self.units}{percent}, {_rate(self.rows_in, seconds)}"

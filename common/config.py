@@ -93,20 +93,30 @@ def _lines(tree: dict, prefix: str = "") -> Iterator[str]:
 
 
 def is_folder(name: str) -> bool:
-    """Whether a model's name is a folder on this machine (`load` makes those absolute), not a name on the hub."""
+    """Whether a model's name is a folder or file on this machine (`load` makes those absolute), not on the hub."""
     return Path(name).is_absolute()
+
+
+def vector_files(name: str) -> list[Path]:
+    """The Parquet files at `name`, if it is one or a folder of them: of vectors that another network has made;
+    empty if it is a model's folder, or a name on the hub."""
+    path = Path(name)
+    if not is_folder(name) or (path / "config.json").is_file():
+        return []
+    return sorted(path.glob("*.parquet")) if path.is_dir() else [path]
 
 
 def label_of(model: EmbeddingModel) -> str:
     """What {backbone} in [paths] stands for: the model's label, or if that is "auto", a name made of its settings,
-    such as "dinov2-base-cls-1-0.5"."""
+    such as "dinov2-base-cls-1-0.5"; of a table of vectors, its own name."""
     if model.label != "auto":
         return model.label
     revision = re.sub(r"^([0-9a-f]{8})[0-9a-f]{32}$", r"\1", model.revision)  # of a commit, its first digits
-    parts = [Path(model.name).name]
-    parts += [revision] if revision != "main" and not is_folder(model.name) else []
-    parts += [model.pooling, *(f"{view:g}" for view in model.views)]
-    parts += [model.dtype] if model.dtype != "auto" else []
+    parts = [Path(model.name).name.removesuffix(".parquet")]
+    if not vector_files(model.name):
+        parts += [revision] if revision != "main" and not is_folder(model.name) else []
+        parts += [model.pooling, *(f"{view:g}" for view in model.views)]
+        parts += [model.dtype] if model.dtype != "auto" else []
     return re.sub(r"[^\w.-]", "-", "-".join(parts)).lstrip(".-")
 
 
@@ -120,10 +130,10 @@ def _absolute(cfg: Config, base: Path) -> Config:
     templates = {name: (root / path.expanduser()).resolve() for name, path in cfg.paths if name != "root"}
     model = cfg.embedding_model
     folder = base / Path(model.name).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and folder.suffix == ".parquet"):
         model = model.model_copy(update={"name": str(folder.resolve())})
-    elif model.name.startswith((".", "/", "~")):
-        raise ConfigError(f"embedding_model.name: no such folder: {folder}")
+    elif model.name.startswith((".", "/", "~")) or folder.suffix == ".parquet":
+        raise ConfigError(f"embedding_model.name: no such folder or Parquet file: {folder}")
     cfg = cfg.model_copy(update={"embedding_model": model})
     cfg._templates = Paths.model_construct(root=root, **templates)
     return cfg.model_copy(update={"paths": paths_of(cfg, cfg.training.run)})

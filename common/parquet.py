@@ -5,6 +5,8 @@ batch.
 """
 
 import contextlib
+import functools
+import hashlib
 import os
 import shlex
 from collections import deque
@@ -211,6 +213,20 @@ def read_provenance(path: Path) -> Provenance:
 def has_provenance(path: Path) -> bool:
     """Whether this pipeline wrote the file. Raises PipelineError if it is missing or damaged."""
     return _KEY in (open_file(path).metadata.metadata or {})
+
+
+def content_id(path: Path) -> str:
+    """The id in the footer of a file, or, if another program wrote it, a digest of its bytes (files of the same
+    images by two models may have the same size)."""
+    if has_provenance(path):
+        return read_provenance(path).id
+    status = path.stat()
+    return _digest(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache  # called for each task of a plan
+def _digest(path: Path, size: int, mtime_ns: int) -> str:
+    return hashlib.blake2b(np.memmap(path, np.uint8, "r").data, digest_size=16).hexdigest()
 
 
 def require(path: Path, script: str) -> Path:

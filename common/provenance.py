@@ -178,8 +178,9 @@ def embedding_model(record: Provenance) -> dict:
 
 
 def with_views(model: dict) -> dict:
-    """A record of an embedding model, completed if it is older than views: then they were the whole image."""
-    return {"views": _FORMER_VALUES["embedding_model.views"], **model}
+    """A record of an embedding model, completed if it is older than views: then they were the whole image. Of a
+    table of vectors, which has no pooling, nothing is known."""
+    return {"views": _FORMER_VALUES["embedding_model.views"], **model} if "pooling" in model else model
 
 
 def model_differences(one: dict, other: dict, keys: Iterable[str]) -> tuple[str, str]:

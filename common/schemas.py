@@ -33,6 +33,7 @@ class Reject(StrEnum):
     TAR_TRUNCATED = "tar_truncated"  # the tar ends early; everything before was kept
     TAR_DAMAGED = "tar_damaged"  # bytes outside any member; everything before and after was kept
     GZIP_DAMAGED = "gzip_damaged"  # the gzip stream has a wrong checksum or length, or ends here
+    VECTOR_MISSING = "vector_missing"  # embedding_model.name is a table of vectors that has none of this image
     MARKED_INVALID = "marked_invalid"  # of new data: its column named by --valid is false or empty
 
 

@@ -140,7 +140,7 @@ class Training(Section):
     run: Annotated[Name, SAME_IN_ALL_TRIALS]
     seed: Annotated[Count, SAME_IN_ALL_TRIALS]
     epochs: Annotated[Positive, SAME_IN_ALL_TRIALS]
-    steps_per_epoch: Positive
+    steps_per_epoch: Literal["auto"] | Positive
     batch_size: Annotated[int, Field(ge=2)]
     sampler: Literal["ucb", "uniform", "hard_random", "random"]
     loss: Literal["triplet", "infonce", "multi_similarity"]

@@ -23,17 +23,18 @@ def jobs(parts: list[TarPart], store: tar_images.TarImages) -> Iterator[Job]:
         yield Job((part, rows), part.count, store.tar(part.tar.name).reader(rows))
 
 
-def write(result: Result, facts: dict, max_reject_share: float) -> str:
+def write(result: Result, facts: dict, max_reject_share: float, missing: str = "can no longer be decoded") -> str:
     """Write a part's embeddings, after its rejects; or only these, and return the reason, if their share exceeds
-    `max_reject_share` or the tar now holds other images. `facts`: see `backbone.Backbone`.
+    `max_reject_share` or the tar now holds other images. `facts`: see `backbone.Backbone`; `missing`: why images
+    have no vector.
     """
     part, rows = result.job.name
     names = rows["image_path"]
     failure = changed_tar(result.failed)
     if not failure and len(result.failed) > max_reject_share * part.count:
         failure = (
-            f"{len(result.failed):,} of the {part.count:,} images from row {part.start:,} on of {part.tar} can no "
-            f"longer be decoded (more than data.max_reject_share); see {_rejects(part.target)}"
+            f"{len(result.failed):,} of the {part.count:,} images from row {part.start:,} on of {part.tar} "
+            f"{missing} (more than data.max_reject_share); see {_rejects(part.target)}"
         )
     if failure:
         write_rejects(part.target, part.record, result.failed, names)

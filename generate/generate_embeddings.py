@@ -1,7 +1,8 @@
 """Embeddings of every image by the frozen backbone, 20,000 images to a file.
 
 Reads    data/intermediates/<tar>.parquet; the JPEGs, by offset, from data/raw/<tar>.tar; the backbone, from a
-         folder, the hub or its cache
+         folder, the hub or its cache. If embedding_model.name is a table of another network's vectors, only
+         that and the intermediates: see vector_table.py
 Writes   data/<backbone>/embeddings/<tar>-<part>.parquet: the rows of the intermediates, in their order, with the
          mean of the unit vectors of embedding_model.views (of a single view: the pooled output, not normalised) as
          float16;
@@ -33,7 +34,7 @@ def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
 
 
 def recorded(cfg) -> dict:
-    """A model's folder is known by its files, so that it may be moved."""
+    """A model's folder, or a table of vectors, is known by its content, so that it may be moved."""
     from common import config
     from generate import model_files
 
@@ -54,7 +55,7 @@ STAGE = stages.Stage(
 def main(argv=None) -> int:
     args = cli.parser(__doc__, shards=True).parse_args(argv)
     cfg = cli.load_config(args)
-    from common import devices, files
+    from common import config, devices, files
     from common.archives import tar_parts
     from common.imagery import tar_images
     from generate import embedding_parts, loop
@@ -73,6 +74,13 @@ def main(argv=None) -> int:
         raise StaleArtefact(f"{error}\n{advice}") from None
     if not todo:
         return cli.nothing_to_do("generate_embeddings", f"{num_parts:,} files")
+
+    if paths := config.vector_files(cfg.embedding_model.name):
+        from generate import vector_table
+
+        if failures := vector_table.write(todo, paths, cfg):
+            raise PipelineError("\n".join(failures))
+        return 0
 
     from generate import backbone  # imports transformers, in seconds: only if there is work
 

@@ -8,9 +8,9 @@ import json
 import sys
 from pathlib import Path
 
-from common.config import is_folder
+from common.config import is_folder, vector_files
 from common.errors import PipelineError
-from common.parquet import first_line
+from common.parquet import content_id, first_line
 from common.provenance import digest_of
 from common.sections import EmbeddingModel
 
@@ -23,6 +23,11 @@ def locate(name: str, revision: str, weights: bool = True) -> Path:
     """The folder of a model's files, with or without `weights`: `name`, or the hub's snapshot, from its cache or
     downloaded. Raises PipelineError, with advice, if the model is unavailable.
     """
+    if vector_files(name):
+        raise PipelineError(
+            f"{name} holds vectors that another network has made: there is no backbone to load or estimate\n"
+            "to use one, set embedding_model.name to its folder or its name on the hub"
+        )
     if is_folder(name):
         if not (Path(name) / "config.json").is_file():
             raise PipelineError(f"{name} is not a model's folder: it has no config.json")
@@ -55,7 +60,12 @@ def locate(name: str, revision: str, weights: bool = True) -> Path:
 
 
 def identity(settings: EmbeddingModel, dtype: str) -> dict:
-    """What embeddings depend on, for their provenance. A folder is identified by its files: it may be moved."""
+    """What embeddings depend on, for their provenance. A folder is identified by its files: it may be moved. Of
+    vectors that another network has made, the settings of a backbone say nothing."""
+    if paths := vector_files(settings.name):
+        content = digest_of(*sorted(map(content_id, paths)))
+        name = Path(settings.name).name.removesuffix(".parquet")
+        return {"embedding_model.name": name, "embedding_model.weights": content}
     if is_folder(settings.name):
         folder = locate(settings.name, settings.revision)
         model: dict = {"name": folder.name, "weights": weights_digest(folder)}

@@ -7,7 +7,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 
 class SpatialEmbeddingsConfig(PretrainedConfig):
-    """A backbone's own configuration, its views of an image, the pooling, and the size of the projection head."""
+    """A backbone's own configuration, its views of an image, the pooling, and the size of the projection head.
+    Without a backbone, the head takes vectors that another network has made."""
 
     model_type = "spatial_embeddings"
     sub_configs: ClassVar = {"backbone_config": AutoConfig}  # attn_implementation is passed on to it

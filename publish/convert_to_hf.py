@@ -62,6 +62,8 @@ def convert(cfg, redo: provenance.Redo) -> None:
     from train import run_record
     from train.evaluation import heads, metrics_json
 
+    published_folder.remove_dead_folders(cfg.paths.published_dir)
+
     # the inputs, and whether they belong together
     checkpoint_path = run_record.run_dir(cfg) / run_record.BEST
     metrics_path = cfg.paths.evaluation_dir / "metrics.json"
@@ -74,7 +76,6 @@ def convert(cfg, redo: provenance.Redo) -> None:
         metrics_path.name: metrics["provenance"]["id"],
     }
     record = STAGE.record(cfg, inputs)
-    published_folder.remove_dead_folders(cfg.paths.published_dir)
     if published_folder.is_done(cfg.paths.published_dir, record, redo):
         cli.nothing_to_do("convert_to_hf", str(cfg.paths.published_dir))
         return

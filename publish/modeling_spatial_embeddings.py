@@ -129,5 +129,31 @@ class SpatialEmbeddingsModel(PreTrainedModel):
         return self.head(embeddings)
 
 
+class SpatialEmbeddingsHead(PreTrainedModel):
+    """Vectors of another network -> unit vectors that are close for images of the same building: the head alone.
+
+    `forward(embeddings).pooler_output`: (N, output_dim) float32 of length 1, from (N, input_dim).
+    """
+
+    config_class = SpatialEmbeddingsConfig
+    base_model_prefix = "spatial_embeddings"
+    main_input_name = "embeddings"
+    _keep_in_fp32_modules_strict = {"head"}  # noqa: RUF012 - as in transformers
+
+    def __init__(self, config: SpatialEmbeddingsConfig):
+        super().__init__(config)
+        self.head = ProjectionHead(config.input_dim, config.hidden_dim, config.output_dim, config.dropout)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, embeddings: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(pooler_output=self.head(embeddings))
+
+    def project(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """As `SpatialEmbeddingsModel.project`."""
+        return self.head(embeddings)
+
+
 SpatialEmbeddingsConfig.register_for_auto_class()
+SpatialEmbeddingsHead.register_for_auto_class("AutoModel")
 SpatialEmbeddingsModel.register_for_auto_class("AutoModel")

@@ -56,8 +56,8 @@ def stand_in(seconds: float = 0.0):
 
 
 def work(cfg, tuning, max_trials: int | None = None, minutes: float | None = None) -> cli.Progress:
-    with cli.Progress("optuna_worker", "trial", max_trials) as progress:
-        study_trials.work(cfg, tuning, progress, minutes)
+    with cli.Progress("optuna_worker", "trial") as progress:
+        study_trials.work(cfg, tuning, progress, max_trials, minutes)
     return progress
 
 

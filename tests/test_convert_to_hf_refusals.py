@@ -4,10 +4,14 @@ belong together, a folder in its way. Oracle: the message, and what lies in the 
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from huggingface_hub import errors as hub_errors
 from local_backbone import write_tiny_backbone
 from trained_model import Trained, write_metrics
@@ -15,6 +19,7 @@ from trained_model import Trained, write_metrics
 from common import cli, config, parquet
 from common.errors import PipelineError, StaleArtefact
 from generate import model_files
+from publish import demo_usage, generate_embeddings_from_parquet
 from publish.convert_to_hf import main
 from publish.hub import parity, published_folder, push
 
@@ -171,6 +176,82 @@ def test_what_a_dead_run_left_is_removed_and_what_a_live_one_writes_is_not(tmp_p
         assert not target.exists()
     assert [path.name for path in target.iterdir()] == ["config.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["published"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from publish.hub import published_folder
+
+path, rename = Path(sys.argv[1]), Path.rename
+
+def killed(source, target):
+    if target == path:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(source, target)
+
+Path.rename = killed
+with published_folder.new_folder(path) as folder:
+    (folder / "config.json").write_text("{}")
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_folder_whose_replacement_was_killed_between_its_renames_is_put_back(unpublished, monkeypatch, capsys):
+    monkeypatch.setattr(parity, "check", lambda *_: parity.Parity(7, 0.0, 0.0))
+    main(unpublished.flags)
+    published = unpublished.cfg.paths.published_dir
+    before = contents(published)
+    assert subprocess.run([sys.executable, "-c", KILLED, published], cwd=ROOT).returncode == -signal.SIGKILL
+    assert not published.exists()
+    for command in (demo_usage.main, generate_embeddings_from_parquet.main):  # these only read
+        arguments = ["compare", "a.jpg", "b.jpg"] if command is demo_usage.main else ["in.parquet", "out"]
+        with pytest.raises(PipelineError, match=r"holds no published model .*\nrun publish/convert_to_hf\.py"):
+            command([*arguments, *unpublished.flags])
+    capsys.readouterr()
+    assert main(unpublished.flags) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert contents(published) == before
+    assert not list(published.parent.glob(".*"))
+    assert subprocess.run([sys.executable, "-c", KILLED, published], cwd=ROOT).returncode == -signal.SIGKILL
+    (unpublished.cfg.paths.evaluation_dir / "metrics.json").unlink()
+    with pytest.raises(PipelineError, match=r"metrics\.json does not exist"):  # put back whatever else is wrong
+        main([*unpublished.flags, "--overwrite"])
+    assert contents(published) == before
+
+
+@pytest.mark.parametrize("interrupts", [1, 2])
+def test_a_folder_whose_replacement_is_interrupted_between_its_renames_is_put_back(
+    interrupts, tmp_path, monkeypatch
+):
+    path, rename, left = tmp_path / "published", Path.rename, [KeyboardInterrupt] * interrupts
+    path.mkdir()
+    (path / "config.json").write_text("former")
+
+    def interrupted(source, target):
+        if target == path and left:
+            raise left.pop()
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), published_folder.new_folder(path) as folder:
+        (folder / "config.json").write_text("new")
+    published_folder.remove_dead_folders(path)  # the second Ctrl-C interrupts the putting back
+    assert contents(path) == {"config.json": b"former"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["published"]
+
+
+def test_a_former_folder_is_not_put_back_over_a_new_one(tmp_path):
+    path, dead = tmp_path / "published", tmp_path / ".published.tmp-0123abcd"
+    (dead / "former").mkdir(parents=True)
+    path.mkdir()
+    (path / "config.json").write_text("new")
+    published_folder.remove_dead_folders(path)
+    assert contents(path) == {"config.json": b"new"}
+    assert not dead.exists()
 
 
 def test_errors_are_two_lines_for_the_user(tmp_path, capsys):

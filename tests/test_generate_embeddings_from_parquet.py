@@ -163,7 +163,7 @@ def test_intermediates_are_read_from_their_tars(model, flags, tmp_path):  # noqa
 WRONG = {
     "no usable column": ({"a": [1, 2], "b": ["x", "y"]}, r"no column of embeddings .* or images .*a \(int64\)"),
     "two usable columns": ({"a": [[0.5]], "b": [b"x"]}, r"choose one of a, b with --column"),
-    "another dimension": ({"v": [[0.5] * 31]}, r"row 0 has 31 dimensions; the model's backbone .* 32"),
+    "another dimension": ({"v": [[0.5] * 31]}, r"row 0 has 31 dimensions; the model takes 32"),
     "ragged": ({"v": [[0.5] * 32, [0.5] * 3]}, r"row 1 has 3 dimensions"),
     "a row without one": ({"v": [[0.5] * 32, None]}, r"row 1 has no v"),
     "not finite": ({"v": [[0.5] * 31 + [float("nan")]]}, r"row 0 holds a value that is .*not finite"),

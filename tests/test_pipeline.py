@@ -238,6 +238,16 @@ def test_neighbours_equal_brute_force_outside_building_and_ignore_zone(chain):
         assert np.allclose(similarities[i][ours], expected[: len(ours)], atol=1e-5)
 
 
+def in_a_fresh_process(code: str, folder: Path) -> str:
+    """What it prints, offline and without this repository."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "hf_modules")}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, cwd=folder, env=environment, check=True, timeout=120, stdout=subprocess.PIPE, text=True
+    ).stdout
+
+
 def test_the_published_model_gives_the_pipelines_vectors_in_a_fresh_process_elsewhere(chain, tmp_path):
     import torch
 
@@ -257,10 +267,7 @@ images = [Image.open(path).convert("RGB") for path in sorted(glob.glob("*.jpg"))
 with torch.inference_mode():
     numpy.save("vectors.npy", model(**processor(images, return_tensors="pt")).pooler_output.float().numpy())
 """
-    modules = tmp_path / "hf_modules"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(modules)}
-    environment.pop("PYTHONPATH", None)
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=120)
+    in_a_fresh_process(code, tmp_path)
 
     checkpoint = torch.load(chain.cfg.paths.checkpoints_dir / "default" / "checkpoint_best.pt", weights_only=True)
     sizes = {name: checkpoint[name] for name in ("input_dim", "hidden_dim", "output_dim", "dropout")}
@@ -280,6 +287,58 @@ def test_the_published_folder_is_evaluated_as_the_head_in_it(chain, tmp_path):
     found = json.loads((tmp_path / "compared" / "metrics.json").read_text())
     for name, figure in found["differences"]["trained-default"].items():
         assert abs(figure["value"]) < 1e-3, name  # the same head
+
+
+def test_the_same_vectors_from_a_table_give_the_same_run_and_publish_the_same_head(chain, tmp_path):
+    import torch
+
+    from train.evaluation import heads
+
+    theirs = chain.all(chain.cfg.paths.embeddings_dir)[["streetview_image_id", "embedding"]]
+    theirs.sample(frac=1, random_state=0).to_parquet(tmp_path / "theirs.parquet", row_group_size=100)
+    original, root = chain.cfg.paths, tmp_path / "run"
+    changed = [f"paths.root={root}", f"embedding_model.name={tmp_path / 'theirs.parquet'}"]
+    shared = ("raw_dir", "intermediates_dir", "fingerprints_dir")
+    changed += [f"paths.{name}={getattr(original, name)}" for name in shared]
+    paths = config.load(None, [*SETTINGS, *changed]).paths
+    there = [flag for setting in [*SETTINGS, *changed] for flag in ("--set", setting)]
+    names = [name for name in STEPS if name not in ("process_tar", "compute_fingerprints", "summarize_ids")]
+    for command_line in [*([STEPS[name]] for name in names), [*USES["vectors_of_embeddings"]]]:
+        words = [word.format(root=root) for word in command_line]
+        done = warm.run(*words, *there)
+        assert done.returncode == 0, done.stderr
+    for split in ("train", "val", "test"):
+        for one, other in (
+            (paths.merged_dir / f"{split}.parquet", original.merged_dir / f"{split}.parquet"),
+            (root / "projected" / f"{split}-0.parquet", chain.root / "projected" / f"{split}-0.parquet"),
+        ):
+            assert parquet.read(one).equals(parquet.read(other)), one
+    checkpoint, expected = (
+        heads.load_checkpoint(place.checkpoints_dir / "default" / "checkpoint_best.pt")
+        for place in (paths, original)
+    )
+    assert checkpoint["epoch"] == expected["epoch"]
+    assert all(torch.equal(checkpoint["head"][name], tensor) for name, tensor in expected["head"].items())
+    assert checkpoint["embedding_model"].keys() == {"name", "weights", "dim"}
+
+    assert not (paths.published_dir / "preprocessor_config.json").exists()
+    card = (paths.published_dir / "README.md").read_text()
+    assert "another network, `theirs`" in card
+    given = np.stack(theirs["embedding"][:2]).astype(np.float32)
+    code = card.split("```python")[1].split("```")[0].replace("PATH", str(paths.published_dir))
+    code = re.sub(r"torch\.randn\(2, \d+\)", f"torch.tensor({given.tolist()})", code)
+    printed = in_a_fresh_process(f"{code}\nprint(vectors.tolist())", tmp_path).splitlines()[-1]
+    with torch.inference_mode():
+        vectors = heads.head_of(expected)(torch.from_numpy(given)).numpy()
+    np.testing.assert_allclose(json.loads(printed), vectors, atol=1e-6)
+
+    images = ("publish/generate_embeddings_from_hf.py", original.raw_dir / "0088.tar", tmp_path / "out")
+    for words in (("publish/demo_usage.py", "search"), images):
+        refused = warm.run(*words, *there)
+        assert refused.returncode == 1
+        *_, what, advice = refused.stderr.strip().splitlines()
+        assert "takes vectors that another network has made, not images" in what
+        assert "run publish/generate_embeddings_from_parquet.py" in advice
 
 
 def test_metrics_and_report_tell_all_four_methods(chain):

@@ -41,6 +41,10 @@ class TrainRows:
     radius_m: float
 
     @property
+    def num_images(self) -> int:
+        return len(self.building_of_row)
+
+    @property
     def num_bands(self) -> int:
         return self.band_offsets.shape[1] - 1
 

@@ -74,14 +74,15 @@ def main(argv=None) -> int:
     tuning = shared_study.open_study(cfg, shared_study.record(cfg), create=True, redo=args.redo)
     page_path = cfg.paths.study_dir / "study.html"
     with study_storage.locked(cfg):
-        is_full = not shared_study.has_work(tuning, cfg)
-    if is_full:
+        left = shared_study.num_left(tuning, cfg)
+    if not left:
         study_page.write(page_path, tuning)  # the last worker may have been killed before it did
         return cli.nothing_to_do("optuna_worker", f"{cfg.tuning.num_trials} trials")
 
-    progress = cli.Progress("optuna_worker", "trial", args.trials, cfg.logging.progress_interval_s)
+    total = min(left, args.trials or left)  # fewer, if other workers take some
+    progress = cli.Progress("optuna_worker", "trial", total, cfg.logging.progress_interval_s)
     with study_storage.reported_connection_errors(cfg), progress:
-        study_trials.work(cfg, tuning, progress, args.minutes)
+        study_trials.work(cfg, tuning, progress, args.trials, args.minutes)
     study_page.write(page_path, tuning)
     if shared_study.finished_trials(tuning):
         best = shared_study.best_trial(tuning)

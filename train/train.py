@@ -70,7 +70,7 @@ def main(argv=None) -> int:
     args = cli.parser(__doc__).parse_args(argv)
     cfg = cli.load_config(args)
     from train import datasets, run_record
-    from train.fitting import checkpoints, tracking
+    from train.fitting import checkpoints, schedule, tracking
     from train.fitting.fit import fit
 
     run_dir = run_record.run_dir(cfg)
@@ -83,13 +83,31 @@ def main(argv=None) -> int:
     data = datasets.load_data(cfg)
     whitening = data.baselines["whitening"]
     tried = [f"{map_at_r:.4f} ({by})" for by, map_at_r in whitening["map@r_by_shrinkage"].items()]
-    log.info("whitening: validation mAP@R (by shrinkage) %s", ", ".join(tried))
-    total = cfg.training.epochs * cfg.training.steps_per_epoch * cfg.training.batch_size
+    log.info(
+        "whitening: validation mAP@R (by shrinkage) %s; %g is chosen", ", ".join(tried), whitening["shrinkage"]
+    )
+    epoch_steps = schedule.steps_per_epoch(cfg.training, data.train.num_images)
+    steps = cfg.training.epochs * epoch_steps - (saved["resume"]["step"] if saved else 0)
+    total = steps * cfg.training.batch_size
     with cli.Progress("train", "triplet", total, cfg.logging.progress_interval_s) as progress:
         result = fit(cfg, data, run_dir=run_dir, redo=args.redo, progress=progress)
-    before, reached = whitening["validation"]["map@r"], result.best["metrics"]["map@r"]
-    return progress.summary(
-        f"validation mAP@R {reached:.4f} at epoch {result.best['epoch']}, learned whitening {before:.4f}"
+    draws = result.best["epoch"] * epoch_steps * cfg.training.batch_size / data.train.num_images
+    return progress.summary(outcome(cfg, whitening, result.best, draws))
+
+
+def outcome(cfg, whitening: dict, best: dict, draws: float) -> str:
+    """What a run came to, in words. `draws`: how often each image was an anchor until the best epoch (mean)."""
+    reached, epoch = best["metrics"]["map@r"], best["epoch"]
+    if epoch:
+        before = whitening["validation"]["map@r"]
+        return (
+            f"validation mAP@R {reached:.4f} at epoch {epoch}, by which each image was an anchor {draws:,.2f} "
+            f"times on average; learned whitening {before:.4f}"
+        )
+    head = "the learned whitening" if cfg.training_model.init == "whitening" else "random"
+    return (
+        f"validation mAP@R {reached:.4f} at epoch 0: the head is {head}, since no epoch of training was better; "
+        "try a smaller training.learning_rate, fewer steps (training.steps_per_epoch), or more data"
     )
 
 

@@ -22,14 +22,14 @@ _LICENCES = {  # of the backbone's weights: prefix of its name on the hub -> fie
 }
 
 
-def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocessing: Preprocessing) -> None:
-    """README.md in `folder`. `metrics`: see train/evaluate.py."""
-    backbone = cfg.embedding_model.name
-    name, on_hub = f"building-embeddings-{Path(backbone).name}", not is_folder(backbone)
+def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocessing: Preprocessing | None) -> None:
+    """README.md in `folder`. `metrics`: see train/evaluate.py; `preprocessing`: None for a head alone."""
+    backbone, on_hub = checkpoint["embedding_model"]["name"], not is_folder(cfg.embedding_model.name)
+    name = f"building-embeddings-{Path(backbone).name}"
     data = ModelCardData(
         model_name=name,
         library_name="transformers",
-        pipeline_tag="image-feature-extraction",
+        pipeline_tag="image-feature-extraction" if preprocessing else "feature-extraction",
         tags=["image-retrieval", "visual-place-recognition", "street-view", "buildings"],
         base_model=backbone if on_hub else None,
         eval_results=results(metrics),

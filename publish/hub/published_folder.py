@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from common import errors, files, parquet, provenance
-from common.config import is_folder
+from common.config import is_folder, vector_files
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance, Redo
 from common.sections import Config, EmbeddingModel
@@ -21,10 +22,11 @@ from generate import backbone, model_files
 from generate.model_files import PREPROCESSING
 from generate.pixels import Preprocessing, read_config
 from publish.configuration_spatial_embeddings import SpatialEmbeddingsConfig
-from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
+from publish.modeling_spatial_embeddings import SpatialEmbeddingsHead, SpatialEmbeddingsModel
 from train.evaluation.heads import head_of
 
 MAX_SHARD_SIZE = "5GB"  # of the weights: larger files are slow to fetch, and to resume
+FORMER = "former"  # in a temporary folder: the published folder that is being replaced
 
 
 def refuse_mixture(test: Path, checkpoint_path: Path, checkpoint: dict, metrics_path: Path, metrics: dict) -> None:
@@ -42,7 +44,7 @@ def refuse_mixture(test: Path, checkpoint_path: Path, checkpoint: dict, metrics_
 def backbone_settings(cfg: Config, checkpoint_path: Path, checkpoint: dict) -> EmbeddingModel:
     """The backbone, in the dtype of the head's training embeddings. Raises StaleArtefact if those differ."""
     trained_on, settings = provenance.with_views(checkpoint["embedding_model"]), cfg.embedding_model
-    dtype = trained_on["dtype"] if settings.dtype == "auto" else settings.dtype
+    dtype = trained_on.get("dtype", "float32") if settings.dtype == "auto" else settings.dtype
     identity = model_files.identity(settings, dtype)
     ours = {key.removeprefix("embedding_model."): value for key, value in identity.items()}
     if not is_folder(settings.name):  # the checkpoint records the commit that a branch or a tag stood for
@@ -57,8 +59,17 @@ def backbone_settings(cfg: Config, checkpoint_path: Path, checkpoint: dict) -> E
     return settings.model_copy(update={"dtype": dtype})
 
 
-def write_model(folder: Path, settings: EmbeddingModel, checkpoint_path: Path, checkpoint: dict) -> Preprocessing:
-    """Write weights, configuration and code to `folder`, as save_pretrained does, and the preprocessing."""
+def write_model(
+    folder: Path, settings: EmbeddingModel, checkpoint_path: Path, checkpoint: dict
+) -> Preprocessing | None:
+    """Write weights, configuration and code to `folder`, as save_pretrained does, and the preprocessing; of a head
+    trained on vectors that another network has made, the head alone."""
+    shape = {key: checkpoint[key] for key in ("input_dim", "hidden_dim", "output_dim", "dropout")}
+    if vector_files(settings.name):
+        alone = SpatialEmbeddingsHead(SpatialEmbeddingsConfig(**shape))
+        alone.head = head_of(checkpoint)
+        _save(alone, folder)
+        return None
     loaded = backbone.load(settings, settings.dtype, torch.device("cpu"))
     if loaded.dim != checkpoint["input_dim"]:
         raise PipelineError(
@@ -66,22 +77,25 @@ def write_model(folder: Path, settings: EmbeddingModel, checkpoint_path: Path, c
             f"{loaded.dim} with pooling = {settings.pooling}"
         )
     loaded.model.config._name_or_path = loaded.facts["model"]  # no path of this machine in the published files
-    shape = {key: checkpoint[key] for key in ("input_dim", "hidden_dim", "output_dim", "dropout")}
     shape |= {"views": settings.views, "view_size": loaded.view_size}
     config = SpatialEmbeddingsConfig(loaded.model.config, settings.pooling, **shape)
     with torch.device("meta"):  # the structure alone: the weights are loaded already
         model = SpatialEmbeddingsModel(config)
     model.backbone, model.head = loaded.model, head_of(checkpoint)
     loaded.model.config.dtype = loaded.model.dtype  # the backbone's configuration in `config`
+    _save(model, folder)
+    preprocessing = read_config(loaded.folder, min(settings.views))
+    (folder / PREPROCESSING).write_text(json.dumps(preprocessing, indent=2) + "\n")
+    return loaded.preprocessing
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
     try:
         model.eval().save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     except SafetensorError as error:  # the disk is full, for instance
         raise PipelineError(f"the weights cannot be written to {folder}: {error}\nfree space and rerun") from None
     for weights in folder.glob("*.safetensors"):  # save_pretrained makes them readable by their owner alone
         shutil.copymode(folder / "config.json", weights)
-    preprocessing = read_config(loaded.folder, min(settings.views))
-    (folder / PREPROCESSING).write_text(json.dumps(preprocessing, indent=2) + "\n")
-    return loaded.preprocessing
 
 
 def is_done(folder: Path, record: Provenance, redo: Redo) -> bool:
@@ -106,9 +120,11 @@ def write_provenance(folder: Path, record: Provenance, facts: dict) -> None:
 
 
 def remove_dead_folders(path: Path) -> None:
-    """Remove what dead runs of `new_folder` left beside `path`: folders that no process locks."""
+    """Remove what dead runs of `new_folder` left beside `path`: folders that no process locks. If one died between
+    moving the former `path` away and the new one into place, the former is put back."""
     for other in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
         with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(other) as is_locked:
+            _put_back(other, path)
             if is_locked:
                 shutil.rmtree(other)
 
@@ -117,23 +133,28 @@ def remove_dead_folders(path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """An empty folder, inside a locked one beside `path`, that replaces `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.TemporaryDirectory(
-        prefix=f".{path.name}.tmp-", dir=path.parent, ignore_cleanup_errors=True
-    )
-    with temporary as place, _locked(Path(place)):
-        folder, former = Path(place, path.name), Path(place, "former")
-        folder.mkdir()
-        yield folder
-        for written in (*folder.iterdir(), folder):
-            files.fsync(written)
+    place = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+    with _locked(place):
         try:
+            folder = place / path.name
+            folder.mkdir()
+            yield folder
+            for written in (*folder.iterdir(), folder):
+                files.fsync(written)
             if path.exists():
-                path.rename(former)
+                path.rename(place / FORMER)
             folder.rename(path)
-        except BaseException:
-            if former.exists() and not path.exists():
-                former.rename(path)
-            raise
+            files.fsync(path.parent)
+        finally:
+            _put_back(place, path)  # first: what is interrupted here, `remove_dead_folders` completes
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _put_back(place: Path, path: Path) -> None:
+    """Move the former `path` out of a temporary folder of `new_folder`, unless there is a new one."""
+    former = place / FORMER
+    if former.exists() and not path.exists():
+        former.rename(path)
         files.fsync(path.parent)
 
 

@@ -77,7 +77,7 @@ def project(part: VectorPart, published: published_model.Published, progress: lo
             kept = batch.take(pa.array(rows - row))
             name = lambda number: names[int(rows[number])].as_py()  # noqa: B023,E731
             embeddings = parquet.embedding_matrix(
-                table.path, kept, table.column, name, input_dim, "the model's backbone and pooling give"
+                table.path, kept, table.column, name, input_dim, "the model takes"
             )
             progress.lap("reading")
             vectors = published.project(torch.from_numpy(embeddings.astype(np.float32))).numpy()

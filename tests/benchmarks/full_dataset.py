@@ -21,6 +21,7 @@ from transformers import Dinov2Config, DINOv3ViTConfig
 from common import config, files
 from difficulty.search import exact_search
 from publish.inference import model_sizes
+from train.fitting import schedule
 
 HERE = Path(__file__).resolve().parent
 IMAGES = 25_000_000
@@ -93,7 +94,7 @@ def of_backbone(vit, results: dict, growth: dict) -> dict:
         embedding_bytes / stored * (ours(results, "float16 to Parquet") + ours(results, "float16 from Parquet"))
     )
     training = cfg.training
-    triplets = training.epochs * training.steps_per_epoch * training.batch_size
+    triplets = training.epochs * schedule.steps_per_epoch(training, train_images) * training.batch_size
     return {
         "dim": dim,
         "gpu_images_per_s": gpu["images_per_second"],

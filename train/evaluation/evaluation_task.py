@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import config, provenance
+from common import config, parquet, provenance
 from common.provenance import Provenance
 from common.sections import Config
 from common.stages import Stage
@@ -48,7 +48,7 @@ def of_run(cfg: Config, compare: list[Path], stage: Stage) -> EvaluationTask:
 def of_file(cfg: Config, path: Path) -> EvaluationTask:
     """A file of any model's vectors, by itself."""
     gallery.refuse_missing_columns(path)
-    method = Method("raw", f"the vectors of {path.name} as they are", methods.identity(path), methods.raw)
+    method = Method("raw", f"the vectors of {path.name} as they are", parquet.content_id(path), methods.raw)
     settings = config.values(cfg, "global.seed", "data.ignore_radius_m", "evaluation.bootstrap_samples")
     record = provenance.record("evaluate", settings, {path.name: method.id})
     return EvaluationTask(cfg.paths.evaluation_dir / path.stem, record, [path], [method], {"file": str(path)})

@@ -1,7 +1,6 @@
 """What an evaluation compares: the ways to one vector per image, with their names, and which are refused."""
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -56,7 +55,7 @@ def compared(paths: list[Path], records: dict[Path, Provenance], taken: Iterable
         if path.suffix == ".parquet":
             galleries.refuse_missing_columns(path, ["streetview_image_id"])
             vectors = functools.partial(_aligned, path)
-            methods.append(Method(name, f"the vectors of {path.name}", identity(path), vectors))
+            methods.append(Method(name, f"the vectors of {path.name}", parquet.content_id(path), vectors))
             continue
         if path.is_dir():
             checkpoint, description = _published(path), f"the published model in {path}"
@@ -66,14 +65,6 @@ def compared(paths: list[Path], records: dict[Path, Provenance], taken: Iterable
         galleries.refuse_foreign_head(path, checkpoint, records)
         methods.append(Method(name, description, checkpoint["provenance"]["id"], _head(checkpoint)))
     return methods
-
-
-def identity(path: Path) -> str:
-    """The id in the footer of a file of vectors, or, if another program wrote it, a digest of its bytes (files of
-    the same images by two models may have the same size)."""
-    if parquet.has_provenance(path):
-        return parquet.read_provenance(path).id
-    return hashlib.blake2b(np.memmap(path, np.uint8, "r").data, digest_size=16).hexdigest()
 
 
 def raw(gallery: Gallery, device: torch.device) -> torch.Tensor:

@@ -31,7 +31,11 @@ class Validation:
 
     def of_vectors(self, vectors: torch.Tensor) -> dict[str, float]:
         """METRICS of (V, d) unit vectors."""
-        per_query = metrics.retrieval(
+        return metrics.summarize(self.per_query(vectors))
+
+    def per_query(self, vectors: torch.Tensor) -> metrics.PerQuery:
+        """The figures of each query for (V, d) unit vectors."""
+        return metrics.retrieval(
             vectors[torch.from_numpy(self.query_rows).to(vectors.device)],
             vectors,
             query_building=self.building_of_row[self.query_rows],
@@ -41,4 +45,16 @@ class Validation:
             memory_mb=self.memory_mb,
             device=self.device,
         )
-        return metrics.summarize(per_query)
+
+
+def standard_error(values: np.ndarray, building_of_query: np.ndarray) -> float:
+    """Of the mean of `values` (Q,) over queries, whose buildings are a random sample; infinite for one building.
+
+    Images of a building resemble one another, so buildings are what varies: the mean is a ratio of two sums over
+    them, linearised (Cochran 1977, chapter 6).
+    """
+    _, number, sizes = np.unique(building_of_query, return_inverse=True, return_counts=True)
+    if len(sizes) < 2:
+        return float("inf")
+    deviations = np.bincount(number, values - values.mean())
+    return float(np.sqrt(len(sizes) / (len(sizes) - 1) * np.sum(deviations**2)) / len(values))

@@ -1,7 +1,6 @@
 """One training run, from loaded data to the best checkpoint: of train.py, and of every Optuna trial."""
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from common.sections import Config
 from publish.projection_head import ProjectionHead
 from train import run_record
 from train.datasets import Batch, TrainingData, TrainRows, relations, step_seed
-from train.fitting import checkpoints, history, remine, tracking
+from train.fitting import checkpoints, history, remine, schedule, tracking
 from train.fitting.dropout import replace_dropout
 from train.loss import Loss
 from train.sampling import samplers
@@ -107,10 +106,11 @@ def train(
 ) -> None:
     """Run the remaining epochs; see `fit`."""
     training, finished = cfg.training, False
+    epoch_steps = schedule.steps_per_epoch(training, data.train.num_images)
     feed = make_feed(cfg, data, run)
     while not finished:
         began, first_step = time.monotonic(), run.step
-        while run.step < run.epoch * training.steps_per_epoch:
+        while run.step < run.epoch * epoch_steps:
             train_step(cfg, data, run, feed, store.run_dir)
             if progress:
                 progress.add(training.batch_size)
@@ -193,13 +193,6 @@ def make_optimizer(cfg: Config, head: ProjectionHead, loss: Loss) -> torch.optim
     )
 
 
-def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Linear warm-up, then cosine decay to 0."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
-
-
 def train_step(cfg: Config, data: TrainingData, run: Run, feed: Feed, run_dir: Path | None) -> None:
     """Forward, loss, backward, optimiser step, and the next batch (see `Feed`). The step's loss and rewards go
     into `run.sums` and to the bandit."""
@@ -220,8 +213,8 @@ def train_step(cfg: Config, data: TrainingData, run: Run, feed: Feed, run_dir: P
     counts = torch.cat([of_arm.sum(dim=1), (of_arm & semi_hard).sum(dim=1)])
     read_stats = reading(torch.cat([loss.detach().double()[None], counts.double()]))
 
-    total_steps = training.epochs * training.steps_per_epoch
-    factor = learning_rate_factor(run.step, training.warmup_steps, total_steps)
+    epoch_steps = schedule.steps_per_epoch(training, data.train.num_images)
+    factor = schedule.learning_rate_factor(training, run.step, training.epochs * epoch_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = factor * group["full_lr"]
     run.optimizer.zero_grad(set_to_none=True)
@@ -238,7 +231,7 @@ def train_step(cfg: Config, data: TrainingData, run: Run, feed: Feed, run_dir: P
         run.bandit.update(credit / group_size, reward / group_size)
     run.sums += np.concatenate([stats[:1], [1], credit, reward])
     run.step += 1
-    if run.step % training.steps_per_epoch:  # the bands may change after an epoch
+    if run.step % epoch_steps:  # the bands may change after an epoch
         draw(cfg, run, feed)
 
 

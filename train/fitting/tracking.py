@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from common.errors import PipelineError
 from common.parquet import first_line
 from common.provenance import Provenance, digest_of
@@ -44,7 +46,8 @@ class Tracker:
     def attempt(self, action: Callable[[], Any]) -> Any:
         """What `action` returns; None if it fails, which is a warning and the end of the tracking."""
         try:
-            return action()
+            with tqdm.external_write_mode():  # it prints: a progress bar makes way
+                return action()
         except (Exception, SystemExit) as error:  # its teardown exits if wandb's own process has failed
             if not self.has_failed:
                 log.warning("wandb: %s; the run goes on without tracking", first_line(error))

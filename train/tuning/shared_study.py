@@ -87,7 +87,7 @@ def claim(study: optuna.Study, cfg: Config) -> optuna.Trial | None:
     Trials of dead workers come first, under a new number.
     """
     with study_storage.locked(cfg):
-        if not has_work(study, cfg):
+        if not num_left(study, cfg):
             return None
         # a seed for each trial: workers that share one would all draw the same
         seed = cfg.training.seed + len(study.get_trials(deepcopy=False))
@@ -98,11 +98,12 @@ def claim(study: optuna.Study, cfg: Config) -> optuna.Trial | None:
     return trial
 
 
-def has_work(study: optuna.Study, cfg: Config) -> bool:
-    """Whether a trial can be claimed, those of dead workers included. Requires the lock."""
+def num_left(study: optuna.Study, cfg: Config) -> int:
+    """How many trials can be claimed, those of dead workers included. Requires the lock."""
     requeue_dead(study, time.time())
     trials = study.get_trials(deepcopy=False)
-    return num_counted(trials) < cfg.tuning.num_trials or any(t.state == TrialState.WAITING for t in trials)
+    waiting = sum(trial.state == TrialState.WAITING for trial in trials)
+    return max(0, cfg.tuning.num_trials - num_counted(trials)) + waiting
 
 
 def _distribution(cfg: Config, key: str) -> BaseDistribution:
@@ -111,9 +112,9 @@ def _distribution(cfg: Config, key: str) -> BaseDistribution:
     if isinstance(dimension, Choices):
         return CategoricalDistribution(dimension.choices)
     low, high, *scale = dimension
-    if isinstance(getattr(cfg.training, key), int):
-        return IntDistribution(int(low), int(high), log=scale == ["log"])
-    return FloatDistribution(low, high, log=scale == ["log"])
+    if isinstance(getattr(cfg.training, key), float):
+        return FloatDistribution(low, high, log=scale == ["log"])
+    return IntDistribution(int(low), int(high), log=scale == ["log"])  # an int, or "auto" for one
 
 
 def beat(trial: optuna.Trial, longest_epoch_s: float) -> None:

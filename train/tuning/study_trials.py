@@ -17,11 +17,17 @@ from train.tuning import shared_study, study_storage
 log = logging.getLogger("pipeline")
 
 
-def work(cfg: Config, tuning: optuna.Study, progress: cli.Progress, minutes: float | None = None) -> None:
-    """Run trials until the study is full or `progress.total` have been run; start none after so many `minutes`."""
+def work(
+    cfg: Config,
+    tuning: optuna.Study,
+    progress: cli.Progress,
+    most: int | None = None,
+    minutes: float | None = None,
+) -> None:
+    """Run trials until the study is full or `most` have been run; start none after so many `minutes`."""
     started = time.monotonic()
     data = load_data(cfg)
-    while progress.total is None or progress.rows_in < progress.total:
+    while most is None or progress.rows_in < most:
         cli.check_stop()
         if minutes is not None and time.monotonic() - started >= 60 * minutes:
             return
