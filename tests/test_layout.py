@@ -104,6 +104,14 @@ def test_a_folder_is_named_by_its_last_component_whatever_the_revision(tmp_path)
     assert config.label_of(config.load(None, model).embedding_model) == "My-model--v2--cls-1-0.5"
 
 
+def test_a_link_is_followed_wherever_it_is_in_a_path(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    (tmp_path / "data" / "mine" / "embeddings").symlink_to(tmp_path / "disk")
+    cfg = config.load(None, [f"paths.root={tmp_path}", "embedding_model.label=mine"])
+    assert cfg.paths.embeddings_dir == tmp_path / "disk"  # what is beside it is on that disk, too
+
+
 @pytest.mark.parametrize("label", ["a/b", "..", ""])
 def test_a_label_that_is_no_name_of_a_folder_is_refused(label):
     with pytest.raises(ConfigError, match="label"):
@@ -246,8 +254,9 @@ def test_files_of_another_model_are_moved_to_its_folders(root):
 
 def test_what_is_in_both_places_is_not_moved_into_one_another(root):
     shutil.copytree(root / "data" / LABEL / "merged", root / "data" / "merged")
-    with pytest.raises(ConfigError, match=r"merged exists, too: move one of the two away first"):
+    with pytest.raises(ConfigError, match=r"data/merged is also in its new place") as refused:
         former_layout.refuse(load(root))
+    assert "\nmv " not in str(refused.value)
 
 
 def test_the_former_places_are_those_of_the_settings():
