@@ -59,13 +59,13 @@ class Paths(Section):
         return path
 
     def filled(self, **values: str) -> "Paths":
-        """These paths with the values of PLACEHOLDERS in them."""
+        """These paths with the values of PLACEHOLDERS in them, links resolved."""
         filled: dict[str, Any] = {}
         for field, path in self:
             text = str(path)
             for name in PLACEHOLDERS:
                 text = text.replace(f"{{{name}}}", values[name])
-            filled[field] = Path(text)
+            filled[field] = Path(text).resolve()
         return Paths.model_construct(**filled)  # a folder above them may be called anything
 
 

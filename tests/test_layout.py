@@ -15,10 +15,10 @@ from local_backbone import write_local_backbone
 from synthetic import write_dataset
 
 from common import config, pages
-from common.errors import ConfigError
+from common.errors import ConfigError, PipelineError
 from common.layout import former_layout
 from slurm import chain
-from train import evaluate
+from train import evaluate, list_runs
 from train.evaluation import metrics_json
 from train.fitting import history
 
@@ -43,11 +43,11 @@ def load(root: Path, *more: str):
     return config.load(None, settings(root, *more))
 
 
-def run_chain(root: Path, *more: str) -> None:
+def run_chain(root: Path, *more: str, last: str | None = None) -> None:
     with pytest.MonkeyPatch.context() as patch:  # drawing takes longer than the rest
         patch.setattr(history, "draw", lambda path, table: path.touch())
         patch.setattr(pages, "svg", lambda figure, alt: alt)
-        for step in chain.steps_of(load(root, *more)):
+        for step in chain.select(chain.steps_of(load(root, *more)), None, last):
             assert importlib.import_module(step.module).main(flags(root, *more)) == 0
 
 
@@ -104,6 +104,14 @@ def test_a_folder_is_named_by_its_last_component_whatever_the_revision(tmp_path)
     assert config.label_of(config.load(None, model).embedding_model) == "My-model--v2--cls-1-0.5"
 
 
+def test_a_link_is_followed_wherever_it_is_in_a_path(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    (tmp_path / "data" / "mine" / "embeddings").symlink_to(tmp_path / "disk")
+    cfg = config.load(None, [f"paths.root={tmp_path}", "embedding_model.label=mine"])
+    assert cfg.paths.embeddings_dir == tmp_path / "disk"  # what is beside it is on that disk, too
+
+
 @pytest.mark.parametrize("label", ["a/b", "..", ""])
 def test_a_label_that_is_no_name_of_a_folder_is_refused(label):
     with pytest.raises(ConfigError, match="label"):
@@ -133,15 +141,19 @@ def test_another_pooling_has_folders_of_its_own_and_shares_what_does_not_depend_
     left = chain.missing(chain.steps_of(cls), cls)
     assert not left["process_tar"] + left["compute_fingerprints"]
     assert left["generate_embeddings"]
-    run_chain(root, "embedding_model.pooling=cls")
-    assert is_done(cls)
+    run_chain(root, "embedding_model.pooling=cls", last="train")
+    assert [name for name, tasks in chain.missing(chain.steps_of(cls), cls).items() if tasks] == [
+        "evaluate",
+        "convert_to_hf",
+    ]
     assert before.items() <= states(root).items()  # nothing of the first is touched
     assert is_done(load(root))  # changed back
     new = {path.relative_to(root).parts[:2] for path in states(root).keys() - before.keys()}
     assert new == {("data", "backbone-cls-1-0.5"), ("checkpoints", "backbone-cls-1-0.5")}
 
 
-def test_another_run_goes_through_to_the_end_and_is_compared_by_its_name(root, run_script):
+@pytest.mark.usefixtures("no_figures")
+def test_another_run_goes_through_to_the_end_and_is_compared_by_its_name(root, run_script, capsys):
     before = states(root)
     local = ("--local", "--from", "train", *flags(root))  # as the documentation says
     seed = ("--set", "training.seed=1")  # another head, whatever is learned in two steps
@@ -157,7 +169,9 @@ def test_another_run_goes_through_to_the_end_and_is_compared_by_its_name(root, r
     metrics = metrics_json.read(b.paths.evaluation_dir / "metrics.json")
     assert (metrics["subject"]["run"], metrics["subject"]["config"]["training.loss"]) == ("b", "triplet")
 
-    listed = run_script("train/list_runs.py", *flags(root)).stdout
+    capsys.readouterr()
+    assert list_runs.main(flags(root)) == 0
+    listed = capsys.readouterr().out
     header, first, second = (re.split(r"  +", line) for line in listed.splitlines())  # by date
     assert header[:4] == ["run", "backbone", "date", "epoch"]
     assert header[-2:] == ["loss", "seed"]  # what differs, and nothing else
@@ -176,9 +190,8 @@ def test_another_run_goes_through_to_the_end_and_is_compared_by_its_name(root, r
     again = metrics_json.read(load(root).paths.evaluation_dir / "compared" / "metrics.json")
     assert again["methods"]["b"] == found["methods"]["b"]
     assert "the published model in" in again["descriptions"]["b"]
-    missing = run_script("train/evaluate.py", *flags(root), "--compare", "c")
-    assert "--compare c: no such run in" in missing.stderr
-    assert "(default)" in missing.stderr
+    with pytest.raises(PipelineError, match=r"--compare c: no such run in .* \(default\)"):
+        evaluate.main([*flags(root), "--compare", "c"])
 
 
 # ---------------------------------------------------------------------------------------------- former layout
@@ -200,7 +213,7 @@ def put_back(root: Path) -> None:
 def test_the_former_layout_is_refused_until_the_commands_that_are_told_have_moved_it(root, run_script):
     before = states(root)
     put_back(root)
-    for script in ("slurm/submit.py", "train/evaluate.py", "generate/generate_embeddings.py"):
+    for script in ("slurm/submit.py", "train/evaluate.py"):
         refused = run_script(script, *flags(root))
         assert refused.returncode == 2
         assert "embedding_model" not in refused.stderr  # the same model
@@ -241,8 +254,9 @@ def test_files_of_another_model_are_moved_to_its_folders(root):
 
 def test_what_is_in_both_places_is_not_moved_into_one_another(root):
     shutil.copytree(root / "data" / LABEL / "merged", root / "data" / "merged")
-    with pytest.raises(ConfigError, match=r"merged exists, too: move one of the two away first"):
+    with pytest.raises(ConfigError, match=r"data/merged is also in its new place") as refused:
         former_layout.refuse(load(root))
+    assert "\nmv " not in str(refused.value)
 
 
 def test_the_former_places_are_those_of_the_settings():

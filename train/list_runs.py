@@ -26,9 +26,9 @@ def main(argv=None) -> int:
     from common import parquet
     from train import run_record
 
+    records = {run: parquet.read_provenance(run[1] / run_record.HISTORY) for run in run_folders(cfg)}
     rows, settings = [], []
-    for backbone, folder in run_folders(cfg):
-        record = parquet.read_provenance(folder / run_record.HISTORY)
+    for (backbone, folder), record in sorted(records.items(), key=lambda item: item[1].created):
         rows.append(row_of(cfg, backbone, folder, record))
         settings.append({key.removeprefix("training."): value for key, value in record.config.items()})
         settings[-1] |= {"merge": record.inputs.get("train.parquet", "")[:8]}
@@ -39,7 +39,7 @@ def main(argv=None) -> int:
     different = [key for key in keys if len({json.dumps(of_run.get(key)) for of_run in settings}) > 1]
     for row, of_run in zip(rows, settings, strict=True):
         row |= {key: as_text(of_run.get(key, "")) for key in different}
-    print(table(sorted(rows, key=lambda row: row["date"])))
+    print(table(rows))
     return 0
 
 

@@ -33,8 +33,10 @@ def refuse(cfg: Config) -> None:
     if not former:
         return
     root, model = cfg.paths.root, _model_of(cfg)
-    moves = {path: _target(cfg, name, path, config.label_of(model)) for name, path in former}
-    taken = [target for target in moves.values() if target.exists()]
+    targets = {path: _target(cfg, name, path, config.label_of(model)) for name, path in former}
+    moves = {
+        path: target for path, target in targets.items() if not target.exists()
+    }  # else one goes into the other
 
     def short(path: Path) -> str:
         return shlex.quote(os.path.relpath(path, root) if path.is_relative_to(root) else str(path))
@@ -45,11 +47,16 @@ def refuse(cfg: Config) -> None:
                 if getattr(model, key) != getattr(cfg.embedding_model, key)]  # fmt: skip
         made = ", ".join(f"embedding_model.{key} = {json.dumps(getattr(model, key))}" for key in keys)
         lines.append(f"they were made with other settings, which use them again: {made}")
-    lines += [f"{target} exists, too: move one of the two away first" for target in taken]
-    lines.append("while no job is running, move them, and nothing is computed again:")
-    lines.append(f"cd {shlex.quote(str(root))}")
-    lines += [f"mkdir -p {short(parent)}" for parent in dict.fromkeys(path.parent for path in moves.values())]
-    lines += [f"mv {short(path)} {short(target)}" for path, target in moves.items()]
+    both = targets.keys() - moves.keys()
+    lines += [
+        f"{path} is also in its new place, {targets[path]}: move one of the two away" for path in sorted(both)
+    ]
+    if moves:
+        lines.append("while no job is running, move them, and nothing is computed again:")
+        lines.append(f"cd {shlex.quote(str(root))}")
+        parents = dict.fromkeys(target.parent for target in moves.values())
+        lines += [f"mkdir -p {short(parent)}" for parent in parents]
+        lines += [f"mv {short(path)} {short(target)}" for path, target in moves.items()]
     lines.append("or keep the former places, by these lines in config.toml:")
     raise ConfigError("\n".join([*lines, *(f"{name} = {json.dumps(FORMER[name])}" for name in settings)]))
 
