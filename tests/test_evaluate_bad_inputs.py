@@ -113,7 +113,9 @@ def test_a_checkpoint_of_another_merge_is_refused(own):
     cfg, columns, _ = own
     columns["train"]["heading"][0] += 1
     small_merge.write_split(cfg, "train", columns["train"])
-    with pytest.raises(StaleArtefact, match=r"checkpoint_best.pt was trained on an earlier version of .*train.parquet") as error:
+    with pytest.raises(
+        StaleArtefact, match=r"checkpoint_best.pt was trained on an earlier version of .*train.parquet"
+    ) as error:
         run(cfg)
     assert str(cfg.paths.merged_dir / "train.parquet") in str(error.value)
 
