@@ -17,10 +17,11 @@ PIP_INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check $(if $(C
 
 # The demo's cells are as large as the distance between its streets, so that whole streets are held out, and its
 # test split large enough (20 cells or more) for intervals. Its model and its training are small.
-DEMO_RAW = $(DEMO)/$(STREETS)-streets/raw
-DEMO_ROOT = $(DEMO)/$(STREETS)-streets/$(notdir $(BACKBONE))
-DEMO_SETTINGS = --set paths.root=$(DEMO_ROOT) --set paths.raw_dir=../raw \
-    --set embedding_model.name=$(BACKBONE) \
+DEMO_ROOT = $(DEMO)/$(STREETS)-streets
+DEMO_RAW = $(DEMO_ROOT)/raw
+DEMO_DATA = $(DEMO_ROOT)/data/$(notdir $(BACKBONE))
+DEMO_SETTINGS = --set paths.root=$(DEMO_ROOT) --set paths.raw_dir=raw \
+    --set embedding_model.name=$(BACKBONE) --set embedding_model.label=$(notdir $(BACKBONE)) \
     --set embedding_model.pooling=$(if $(filter $(DEMO)/backbone,$(BACKBONE)),mean,cls) \
     --set data.split_cell_m=300 --set data.train_ratio=0.55 --set data.val_ratio=0.15 --set data.test_ratio=0.3 \
     --set training_model.output_dim=128 --set training_model.hidden_dim=256 \
@@ -30,13 +31,13 @@ DEMO_SETTINGS = --set paths.root=$(DEMO_ROOT) --set paths.raw_dir=../raw \
 LOCAL_BACKBONE = $(if $(filter $(DEMO)/backbone,$(BACKBONE)),$(DEMO)/backbone/config.json) # built here, unless another one is named
 
 # Streets on which nothing was chosen, enough for 80 cells or more in the test split.
-COMPARED_RAW = $(DEMO)/compared/raw
-COMPARED_ROOT = $(DEMO)/compared/$(notdir $(BACKBONE))
+COMPARED_ROOT = $(DEMO)/compared
+COMPARED_RAW = $(COMPARED_ROOT)/raw
 COMPARED_SETTINGS = $(DEMO_SETTINGS) --set paths.root=$(COMPARED_ROOT) --set training.epochs=40 --set training.patience=40
 
 # The same size, other streets again; one view, since compare_views.py makes all others itself.
-VIEWS_RAW = $(DEMO)/views/raw
-VIEWS_ROOT = $(DEMO)/views/$(notdir $(BACKBONE))
+VIEWS_ROOT = $(DEMO)/views
+VIEWS_RAW = $(VIEWS_ROOT)/raw
 VIEWS_SETTINGS = $(COMPARED_SETTINGS) --set paths.root=$(VIEWS_ROOT) --set 'embedding_model.views=[1.0]' --set training.sampler=random
 
 .PHONY: help install demo compare views test unit lint style types bench docs clean
@@ -57,8 +58,8 @@ $(MARK): pyproject.toml $(CONSTRAINTS)
 
 demo: $(VENV) $(DEMO_RAW)/.complete $(LOCAL_BACKBONE)  ## the whole chain on synthetic streets, on this machine, in minutes
 	@$(RUN) slurm/submit.py --local $(DEMO_SETTINGS)
-	@test $(DEMO_ROOT)/search.png -nt $(DEMO_ROOT)/data/published/provenance.json || $(RUN) publish/demo_usage.py search --out $(DEMO_ROOT)/search.png $(DEMO_SETTINGS)
-	@echo "search   $(abspath $(DEMO_ROOT))/search.png"
+	@test $(DEMO_DATA)/search.png -nt $(DEMO_DATA)/published/default/provenance.json || $(RUN) publish/demo_usage.py search --out $(DEMO_DATA)/search.png $(DEMO_SETTINGS)
+	@echo "search   $(abspath $(DEMO_DATA))/search.png"
 
 $(DEMO_RAW)/.complete: $(VENV)
 	@$(RUN) tests/synthetic.py --out $(DEMO_RAW) --streets $(STREETS) --cities 4 --processes 2
@@ -72,7 +73,7 @@ compare: $(VENV) $(COMPARED_RAW)/.complete $(LOCAL_BACKBONE)  ## every sampler w
 	@for shard in 0 1; do \
 	    OMP_NUM_THREADS=1 $(RUN) train/compare.py --shard $$shard --num-shards 2 $(COMPARED_SETTINGS) & done; wait
 	@$(RUN) train/compare.py $(COMPARED_SETTINGS)
-	@cp $(COMPARED_ROOT)/data/evaluation/comparison.json tests/benchmarks/
+	@cp $(COMPARED_ROOT)/data/$(notdir $(BACKBONE))/evaluation/default/comparison.json tests/benchmarks/
 	@$(RUN) tests/generated_docs.py
 
 $(COMPARED_RAW)/.complete: $(VENV)
@@ -85,7 +86,7 @@ views: $(VENV) $(VIEWS_RAW)/.complete $(LOCAL_BACKBONE)  ## which views of a pic
 	@for shard in 0 1; do \
 	    OMP_NUM_THREADS=1 $(RUN) tests/benchmarks/compare_views.py --shard $$shard --num-shards 2 $(VIEWS_SETTINGS) & done; wait
 	@$(RUN) tests/benchmarks/compare_views.py $(VIEWS_SETTINGS)
-	@cp $(VIEWS_ROOT)/data/evaluation/views.json tests/benchmarks/
+	@cp $(VIEWS_ROOT)/data/$(notdir $(BACKBONE))/evaluation/default/views.json tests/benchmarks/
 	@$(RUN) tests/generated_docs.py
 
 $(VIEWS_RAW)/.complete: $(VENV)

@@ -10,7 +10,6 @@ import errno
 import gc
 import logging
 import os
-import shlex
 import signal
 import sys
 import time
@@ -58,31 +57,14 @@ def config_flags(arguments: argparse.ArgumentParser) -> None:
     )
 
 
-def command(script: str = "", *more: str) -> str:
-    """A command line to print, which can be run as it is: this process's own with `more` at its end; or that of
-    another `script` of the repository, with this one's --config and --set.
-    """
-    if not script:
-        return shlex.join(["python", *sys.argv, *more])
-    arguments = argparse.ArgumentParser(add_help=False)
-    config_flags(arguments)
-    given, _ = arguments.parse_known_args(sys.argv[1:])
-    settings = ["--config", str(given.config)] if given.config else []
-    settings += [word for override in given.set for word in ("--set", override)]
-    return command_line(script, *settings, *more)
-
-
-def command_line(script: str, *words: str) -> str:
-    """A script of the repository with these arguments, as it can be run from here."""
-    path, here = Path(__file__).resolve().parents[1] / script, Path.cwd()
-    path = path.relative_to(here) if path.is_relative_to(here) else path
-    return shlex.join(["python", str(path), *words])
-
-
 def load_config(args: argparse.Namespace):
-    """The settings that the arguments select; checks --shard and sets the log level. Raises ConfigError."""
+    """The settings that the arguments select; checks --shard and sets the log level.
+
+    Raises ConfigError, also if an older version's files are where this one would not find them.
+    """
     from common import config
     from common.errors import ConfigError
+    from common.layout import former_layout
 
     num_shards = getattr(args, "num_shards", 1)
     if num_shards < 1:
@@ -90,6 +72,7 @@ def load_config(args: argparse.Namespace):
     if not 0 <= getattr(args, "shard", 0) < num_shards:
         raise ConfigError(f"--shard must be between 0 and --num-shards - 1 = {num_shards - 1}")
     cfg = config.load(args.config, args.set)
+    former_layout.refuse(cfg)
     log.setLevel(cfg.logging.level.upper())
     return cfg
 

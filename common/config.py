@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from common.errors import ConfigError
-from common.sections import Config, Paths, Training, suggestion
+from common.sections import Config, EmbeddingModel, Paths, Training, suggestion
 
 DEFAULT_PATH = Path(__file__).resolve().parents[1] / "config.toml"
 
@@ -75,12 +75,12 @@ def with_training(cfg: Config, **changes) -> Config:
     except ValidationError as error:
         mistakes = "; ".join(mistake["msg"] for mistake in error.errors())
         raise ConfigError(f"[training] is not valid with {changes}: {mistakes}") from None
-    return cfg.model_copy(update={"training": training})
+    return cfg.model_copy(update={"training": training, "paths": paths_of(cfg, training.run)})
 
 
 def to_toml(cfg: Config) -> str:
-    """The whole configuration as a TOML file that `load` reads back."""
-    sections = cfg.model_dump(mode="json", by_alias=True)
+    """The whole configuration as a TOML file that `load` reads back, with its placeholders, for other runs."""
+    sections = cfg.model_dump(mode="json", by_alias=True) | {"paths": cfg.templates.model_dump(mode="json")}
     return "\n".join(f"[{name}]\n{''.join(_lines(section))}" for name, section in sections.items())
 
 
@@ -97,16 +97,36 @@ def is_folder(name: str) -> bool:
     return Path(name).is_absolute()
 
 
+def label_of(model: EmbeddingModel) -> str:
+    """What {backbone} in [paths] stands for: the model's label, or if that is "auto", a name made of its settings,
+    such as "dinov2-base-cls-1-0.5"."""
+    if model.label != "auto":
+        return model.label
+    revision = re.sub(r"^([0-9a-f]{8})[0-9a-f]{32}$", r"\1", model.revision)  # of a commit, its first digits
+    parts = [Path(model.name).name]
+    parts += [revision] if revision != "main" and not is_folder(model.name) else []
+    parts += [model.pooling, *(f"{view:g}" for view in model.views)]
+    parts += [model.dtype] if model.dtype != "auto" else []
+    return re.sub(r"[^\w.-]", "-", "-".join(parts)).lstrip(".-")
+
+
+def paths_of(cfg: Config, run: str, backbone: str | None = None) -> Paths:
+    """The directories of another run, of the same backbone or of another one with this label."""
+    return cfg.templates.filled(backbone=backbone or label_of(cfg.embedding_model), run=run)
+
+
 def _absolute(cfg: Config, base: Path) -> Config:
     root = (base / cfg.paths.root.expanduser()).resolve()
-    paths = {name: (root / Path(value).expanduser()).resolve() for name, value in cfg.paths if name != "root"}
+    templates = {name: (root / path.expanduser()).resolve() for name, path in cfg.paths if name != "root"}
     model = cfg.embedding_model
     folder = base / Path(model.name).expanduser()
     if folder.is_dir():
         model = model.model_copy(update={"name": str(folder.resolve())})
     elif model.name.startswith((".", "/", "~")):
         raise ConfigError(f"embedding_model.name: no such folder: {folder}")
-    return cfg.model_copy(update={"paths": Paths(root=root, **paths), "embedding_model": model})
+    cfg = cfg.model_copy(update={"embedding_model": model})
+    cfg._templates = Paths.model_construct(root=root, **templates)
+    return cfg.model_copy(update={"paths": paths_of(cfg, cfg.training.run)})
 
 
 def _apply(tree: dict, override: str) -> None:

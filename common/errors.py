@@ -1,10 +1,14 @@
 """Errors that a user can cause. Their message is all the user sees: what is wrong, where, and what to do.
 
-`explained` says the same of torch's errors about memory and GPUs. torch is not imported here, so it
-matches their messages.
+`command` is a command line that a message advises. `explained` says the same of torch's errors about memory and
+GPUs; torch is not imported here, so it matches their messages.
 """
 
+import argparse
 import re
+import shlex
+import sys
+from pathlib import Path
 
 _NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory|CUBLAS_STATUS_ALLOC_FAILED")  # first the host's
 _CPU = 'or set infrastructure.device to "cpu"'
@@ -65,3 +69,25 @@ def explained(error: BaseException) -> tuple[str, str] | None:
         return None
     advice = next(advice for words, advice in _OF_GPU.items() if re.search(words, line))
     return line.partition(" Please ")[0], advice
+
+
+def command(script: str = "", *more: str) -> str:
+    """A command line to print, which can be run as it is: this process's own with `more` at its end; or that of
+    another `script` of the repository, with this one's --config and --set.
+    """
+    if not script:
+        return shlex.join(["python", *sys.argv, *more])
+    flags = argparse.ArgumentParser(add_help=False)
+    flags.add_argument("--config")
+    flags.add_argument("--set", action="append", default=[])
+    given, _ = flags.parse_known_args(sys.argv[1:])
+    settings = ["--config", given.config] if given.config else []
+    settings += [word for override in given.set for word in ("--set", override)]
+    return command_line(script, *settings, *more)
+
+
+def command_line(script: str, *words: str) -> str:
+    """A script of the repository with these arguments, as it can be run from here."""
+    path, here = Path(__file__).resolve().parents[1] / script, Path.cwd()
+    path = path.relative_to(here) if path.is_relative_to(here) else path
+    return shlex.join(["python", str(path), *words])

@@ -73,7 +73,7 @@ def remove_dead_temporaries(path: Path) -> None:
 
 
 def beside(folder: Path, what: str) -> Path:
-    """The folder for files about those in `folder` that are not among them: data/merged_report, say.
+    """The folder for files about those in `folder` that are not among them: data/<backbone>/merged_report, say.
 
     An artefact's folder holds only Parquet files of one schema: readers of whole folders (pandas, polars, DuckDB,
     Hugging Face's datasets) also descend into subfolders, and fail on or misread any other file.

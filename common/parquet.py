@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from common import cli, files
+from common import errors, files
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance, Redo, differences, digest_of, way_to_keep
 
@@ -304,7 +304,7 @@ def matches(
     if reasons and not redo:
         ways = [
             way_to_keep(existing, expected),
-            f"to redo it ({amount}): {cli.command(script, '--remake')}",
+            f"to redo it ({amount}): {errors.command(script, '--remake')}",
             otherwise,
         ]
         raise StaleArtefact("\n".join([f"{path} {'; it '.join(reasons)}", *filter(None, ways)]))

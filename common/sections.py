@@ -5,17 +5,20 @@ Unknown and missing keys are errors: the file is the only place with defaults.
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # of a folder
+PLACEHOLDERS = ("backbone", "run")  # of [paths]: embedding_model.label, or what "auto" means, and training.run
 SAME_IN_ALL_TRIALS = "same in all trials"  # marks settings that define a study's data, metric or size
 
 
@@ -30,7 +33,7 @@ class Global(Section):
 
 
 class Paths(Section):
-    """Directories; absolute after `config.load`."""
+    """Directories; absolute and without placeholders after `config.load`."""
 
     root: Path
     raw_dir: Path
@@ -46,8 +49,28 @@ class Paths(Section):
     checkpoints_dir: Path
     logs_dir: Path
 
+    @field_validator("*")
+    @classmethod
+    def _known_placeholders(cls, path: Path) -> Path:
+        for name in re.findall(r"\{(.*?)\}", str(path)):
+            if name not in PLACEHOLDERS:
+                known = " and ".join(f"{{{one}}}" for one in PLACEHOLDERS)
+                raise ValueError(f"there is no placeholder {{{name}}}: {known} are those that are filled in")
+        return path
+
+    def filled(self, **values: str) -> "Paths":
+        """These paths with the values of PLACEHOLDERS in them."""
+        filled: dict[str, Any] = {}
+        for field, path in self:
+            text = str(path)
+            for name in PLACEHOLDERS:
+                text = text.replace(f"{{{name}}}", values[name])
+            filled[field] = Path(text)
+        return Paths.model_construct(**filled)  # a folder above them may be called anything
+
 
 class EmbeddingModel(Section):
+    label: Name
     name: str
     revision: str
     pooling: Literal["cls", "mean", "cls_mean"]
@@ -114,7 +137,7 @@ Range = tuple[float, float] | tuple[float, float, Literal["log"]]
 
 
 class Training(Section):
-    run: Annotated[str, Field(pattern=r"^\w[\w.-]*$"), SAME_IN_ALL_TRIALS]
+    run: Annotated[Name, SAME_IN_ALL_TRIALS]
     seed: Annotated[Count, SAME_IN_ALL_TRIALS]
     epochs: Annotated[Positive, SAME_IN_ALL_TRIALS]
     steps_per_epoch: Positive
@@ -270,6 +293,12 @@ class Config(Section):
     infrastructure: Infrastructure
     logging: Logging
     slurm: Slurm
+    _templates: Paths | None = PrivateAttr(None)
+
+    @property
+    def templates(self) -> Paths:
+        """[paths], absolute, but with their placeholders."""
+        return self._templates or self.paths
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

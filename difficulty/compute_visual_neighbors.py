@@ -1,10 +1,11 @@
 """The most similar images of other places for every training image, and how hard each is as a negative.
 
-Reads    data/merged/train.parquet
-Writes   data/difficulty_parts/<part>.parquet: the neighbours of 20,000 images (data.rows_per_part) each;
-         data/difficulty/difficulty_metadata.parquet: those of all, with their bands of difficulty;
-         data/difficulty_report/bands.{json,png}: what each band holds; band_pairs.png: sample pairs of each, if
-         the tars are available
+Reads    data/<backbone>/merged/train.parquet
+Writes   data/<backbone>/difficulty_parts/<part>.parquet: the neighbours of 20,000 images (data.rows_per_part)
+         each;
+         data/<backbone>/difficulty/difficulty_metadata.parquet: those of all, with their bands of difficulty;
+         data/<backbone>/difficulty_report/bands.{json,png}: what each band holds; band_pairs.png: sample pairs of
+         each, if the tars are available
 Command  python difficulty/compute_visual_neighbors.py
          or, as a job array: --shard 3 --num-shards 8 for each shard, then once --finish
 Memory   N x (D x 2 + 8) bytes of embeddings (6 M x 768: 9.3 GB), on the GPU if they fit in two thirds of what is

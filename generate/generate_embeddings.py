@@ -2,9 +2,10 @@
 
 Reads    data/intermediates/<tar>.parquet; the JPEGs, by offset, from data/raw/<tar>.tar; the backbone, from a
          folder, the hub or its cache
-Writes   data/embeddings/<tar>-<part>.parquet: the rows of the intermediates, in their order, with the mean of the
-         unit vectors of embedding_model.views (of a single view: the pooled output, not normalised) as float16;
-         data/embeddings_rejects/<tar>-<part>.parquet: images that can no longer be decoded, if any
+Writes   data/<backbone>/embeddings/<tar>-<part>.parquet: the rows of the intermediates, in their order, with the
+         mean of the unit vectors of embedding_model.views (of a single view: the pooled output, not normalised) as
+         float16;
+         data/<backbone>/embeddings_rejects/<tar>-<part>.parquet: images that can no longer be decoded, if any
 Command  python generate/generate_embeddings.py [--shard 3 --num-shards 40]; if there are more tasks than tars,
          several share the parts of one
 Memory   the images in flight (see loop.py: 40 MB a thread), two parts (20,000 x dim x 10 bytes: 154 MB at 768),
@@ -21,8 +22,8 @@ from pathlib import Path
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import cli, stages
-from common.errors import PipelineError
+from common import cli, errors, stages
+from common.errors import PipelineError, StaleArtefact
 
 
 def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
@@ -63,7 +64,13 @@ def main(argv=None) -> int:
     dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
     settings = cfg.embedding_model.model_copy(update={"dtype": dtype})
     cfg = cfg.model_copy(update={"embedding_model": settings})
-    todo, num_parts = tar_parts.missing(cfg, STAGE, args.shard, args.num_shards, args.redo)
+    try:
+        todo, num_parts = tar_parts.missing(cfg, STAGE, args.shard, args.num_shards, args.redo)
+    except StaleArtefact as error:
+        if "embedding_model." not in str(error):
+            raise
+        advice = "or keep both, in folders of their own: --set embedding_model.label=NAME"
+        raise StaleArtefact(f"{error}\n{advice}") from None
     if not todo:
         return cli.nothing_to_do("generate_embeddings", f"{num_parts:,} files")
 
@@ -79,7 +86,7 @@ def main(argv=None) -> int:
         results = loop.embed(jobs, forward, model.preprocessing, device, cfg.infrastructure, progress)
         failures = loop.write_each(results, write)
     if failures:
-        again = cli.command("preprocess/process_tar.py", "--overwrite")
+        again = errors.command("preprocess/process_tar.py", "--overwrite")
         advice = f"restore the tar that process_tar.py read, or read the tars again: {again}"
         raise PipelineError("\n".join([*failures, advice]))
     return 0

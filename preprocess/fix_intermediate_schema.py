@@ -19,7 +19,7 @@ from pathlib import Path
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import cli
+from common import cli, errors
 from common.errors import PipelineError
 
 
@@ -54,7 +54,7 @@ def main(argv=None) -> int:
     what = "to change" if args.check else "changed"
     print(f"fix_intermediate_schema: {len(paths):,} files, {num_changed:,} {what}")
     if unfixable:
-        again = cli.command("preprocess/process_tar.py", "--overwrite")
+        again = errors.command("preprocess/process_tar.py", "--overwrite")
         raise PipelineError("\n".join([*unfixable, f"read their tars again: {again}"]))
     return int(args.check and num_changed > 0)
 

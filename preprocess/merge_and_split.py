@@ -4,11 +4,13 @@ An image is dropped, and counted, under the first of these that applies: it has 
 near-identical image; the same JPEG belongs to distant buildings; it is in the buffer between two splits; a later
 split has its panorama, or its JPEG; its building has fewer than 2 images left.
 
-Reads    data/intermediates, data/fingerprints and data/embeddings of every tar in data/raw
-Writes   data/merged/{train,val,test}.parquet, sorted by (dataset_id, target_id, patch_id);
-         data/merged_report/split_report.json: what was dropped and why, ratios, the proof that nothing leaks;
-         data/merged_report/split_map.png: the cells by split;
-         data/merged_report/duplicates.png: the largest groups of duplicates, if any and if the tars are available
+Reads    data/intermediates, data/fingerprints and data/<backbone>/embeddings of every tar in data/raw
+Writes   data/<backbone>/merged/{train,val,test}.parquet, sorted by (dataset_id, target_id, patch_id);
+         data/<backbone>/merged_report/split_report.json: what was dropped and why, ratios, the proof that nothing
+         leaks;
+         data/<backbone>/merged_report/split_map.png: the cells by split;
+         data/<backbone>/merged_report/duplicates.png: the largest groups of duplicates, if any and if the tars are
+         available
 Command  python preprocess/merge_and_split.py
 Memory   about 280 bytes per image, then three times the embeddings of the largest tar and 200 MB of row groups:
          25 M images with 4096 dimensions, 450,000 per tar, take 7 GB and then 11 GB

@@ -1,10 +1,11 @@
 """Count buildings, images, views per building and panoramas, by dataset and by split, and show distributions.
 
-Reads    data/merged/{train,val,test}.parquet if they exist, else data/intermediates/*.parquet
-Writes   data/summary/summary.parquet: a row per split and dataset;
-         data/summary_report/summary.json: the same, totals and histograms;
-         data/summary_report/summary.html: one page with the figures and a map;
-         from intermediates, the same to data/summary_intermediates and data/summary_intermediates_report
+Reads    data/<backbone>/merged/{train,val,test}.parquet if they exist, else data/intermediates/*.parquet
+Writes   data/<backbone>/summary/summary.parquet: a row per split and dataset;
+         data/<backbone>/summary_report/summary.json: the same, totals and histograms;
+         data/<backbone>/summary_report/summary.html: one page with the figures and a map;
+         from intermediates, the same to data/<backbone>/summary_intermediates and
+         data/<backbone>/summary_intermediates_report
 Command  python preprocess/summarize_ids.py
 Memory   about 150 bytes for each image of the largest file: 3 GB for 20 M images in train
 """

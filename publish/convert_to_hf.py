@@ -1,11 +1,12 @@
 """The published model: backbone and trained head in one folder that AutoModel loads, with a model card.
 
-Reads    checkpoints/<run>/checkpoint_best.pt, data/evaluation/metrics.json, the backbone; for the parity check and
-         the card data/merged/{train,val,test}.parquet and 64 JPEGs of data/raw
-Writes   data/published/: config.json, model.safetensors (the dtype of the embeddings; files of at most 5 GB),
-         preprocessor_config.json, three .py files, README.md (the card), provenance.json. It appears, or replaces
-         the former one, once AutoModel reproduces from it the stored embeddings (within 1e-3 in cosine distance)
-         and the trained head's vectors of these (within 1e-6)
+Reads    checkpoints/<backbone>/<run>/checkpoint_best.pt, data/<backbone>/evaluation/<run>/metrics.json, the
+         backbone; for the parity check and the card data/<backbone>/merged/{train,val,test}.parquet and 64 JPEGs
+         of data/raw
+Writes   data/<backbone>/published/<run>/: config.json, model.safetensors (the dtype of the embeddings; files of at
+         most 5 GB), preprocessor_config.json, three .py files, README.md (the card), provenance.json. It appears,
+         or replaces the former one, once AutoModel reproduces from it the stored embeddings (within 1e-3 in cosine
+         distance) and the trained head's vectors of these (within 1e-6)
 Command  python publish/convert_to_hf.py [--set training.run=NAME] [--push USER/NAME [--dry-run]]
          --push sends the folder to the hub, by default to a new private repository; --dry-run only lists it
 Memory   the backbone in that dtype (7B parameters in bfloat16: 13 GB), once here and once in the check

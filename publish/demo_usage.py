@@ -4,7 +4,7 @@ The model looks most closely at the centre. If the building is elsewhere, give i
 --views 1.0 uses the whole picture only.
 
 Reads    the published model; images: files, or members of a tar as 0088.tar:0088/0088_1_2_3.jpg; without a QUERY
-         the first --limit images of the test split (data/merged/test.parquet and the tars)
+         the first --limit images of the test split (data/<backbone>/merged/test.parquet and the tars)
 Writes   search: OUT, a picture of the query and its nearest images; both print their results
 Command  python publish/demo_usage.py compare A.jpg B.jpg
          python publish/demo_usage.py search QUERY.jpg --gallery FOLDER_OR_TAR --out search.png

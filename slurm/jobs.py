@@ -93,12 +93,7 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
     if not left:
         print(f"nothing to do: {', '.join(step.name for step in steps)} done")
         return 0
-    widest, limit = max(-(-step.tasks // step.tasks_per_job(cfg)) for step in left), runs.max_array_size()
-    if widest > limit:
-        raise PipelineError(
-            f"an array of {widest} tasks is too large: this cluster allows {limit} (MaxArraySize)\n"
-            "lower slurm.num_shards, slurm.difficulty_shards or --tune; a shard may take any number of tars"
-        )
+    refuse_wide(left, cfg)
     selection = {"--only": args.only, "--from": args.first, "--to": args.last, "--tune": args.tune}
     selected = [word for flag, value in selection.items() if value for word in (flag, str(value))]
     selected += [word for name in args.remake for word in (chain.REMAKE, name)]
@@ -124,9 +119,20 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
         return submit_rest(folder, record, left, cfg, {})
 
 
+def refuse_wide(steps: list, cfg: Config) -> None:
+    """Raise PipelineError if the cluster does not take arrays as wide as these steps'."""
+    widest, limit = max(-(-step.tasks // step.tasks_per_job(cfg)) for step in steps), runs.max_array_size()
+    if widest > limit:
+        raise PipelineError(
+            f"an array of {widest} tasks is too large: this cluster allows {limit} (MaxArraySize)\n"
+            "lower slurm.num_shards, slurm.difficulty_shards or --tune; a shard may take any number of tars"
+        )
+
+
 def entries_of(steps: list, chain_steps: list, todo: dict, cfg: Config, folder: Path) -> dict[str, dict]:
     """Steps of the chain as the record of the run in `folder` lists them before they are submitted."""
-    folders = {step.name: str(step.stage.folder(cfg)) for step in [*chain_steps, *steps]}
+    # without links: refuse_busy compares them with those of other runs
+    folders = {step.name: str(step.stage.folder(cfg).resolve()) for step in [*chain_steps, *steps]}
     return {
         step.name: {
             "job": None,  # its id, once submitted
@@ -234,15 +240,17 @@ def continue_run(name: str, args: argparse.Namespace, logs_dir: Path) -> int:
                 )
         rest = [entry for entry in record["steps"].values() if not entry["job"]]
         runs.refuse_busy(logs_dir, rest, but=folder)
-        for step in steps:  # today's, like all resources of what is yet to be submitted
-            if not record["steps"][step.name]["job"]:
-                record["steps"][step.name]["tasks_per_job"] = step.tasks_per_job(cfg)
+        waiting = [step for step in steps if not record["steps"][step.name]["job"]]
+        if waiting:
+            refuse_wide(waiting, cfg)
+        for step in waiting:  # today's, like all resources of what is yet to be submitted
+            record["steps"][step.name]["tasks_per_job"] = step.tasks_per_job(cfg)
         runs.save(folder, record)
         return submit_rest(folder, record, steps, cfg, live)
 
 
 def divide_anew(record: dict, before: Config, cfg: Config, folder: Path) -> None:
-    """Divide what has not been submitted as `cfg` says now. `before`: the run's settings."""
+    """Divide in the record what has not been submitted as `cfg` says now. `before`: the run's settings."""
     submitted = runs.job_ids(record)
     shards = chain.shards_of(before) | record.get("shards", {})
     fixed = {"neighbor_parts" if name == "compute_visual_neighbors" else name for name in submitted}
@@ -258,7 +266,6 @@ def divide_anew(record: dict, before: Config, cfg: Config, folder: Path) -> None
     entries |= {name: record["steps"][name] for name in submitted}
     record["done_before"] += [name for name, entry in entries.items() if not entry["tasks"]]
     record["steps"] = {name: entry for name, entry in entries.items() if entry["tasks"]}
-    runs.save(folder, record)
 
 
 def settings_flags(args: argparse.Namespace) -> list[str]:

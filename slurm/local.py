@@ -113,9 +113,9 @@ def prefetch(cfg, shared: list[str]) -> int:
     there is Slurm, on a compute node."""
     in_environment = ["bash", "-c", 'root=$0; source "$root/slurm/env.sh"; "$@"', str(runs.ROOT)]
     look = ["python", f"{runs.ROOT}/slurm/prefetch.py", *shared]
-    log = cfg.paths.logs_dir / "prefetch.log"
+    log, name = cfg.paths.logs_dir / "prefetch.log", f"prefetch-{os.getpid()}"
     job = ["sbatch", "--wait", "--time=10", *cfg.slurm.sbatch, *cfg.slurm.generate_embeddings.sbatch]
-    job += ["--ntasks=1", "--job-name=prefetch", f"--chdir={runs.ROOT}", f"--output={log}", "--open-mode=truncate"]
+    job += ["--ntasks=1", f"--job-name={name}", f"--chdir={runs.ROOT}", f"--output={log}", "--open-mode=truncate"]
     job += [f"{runs.ROOT}/slurm/stage.sbatch", str(runs.ROOT), "0", "slurm/prefetch.py", *shared]
     attempts = [
         ("fetching the backbone", [*in_environment, "env", "HF_HUB_OFFLINE=0", *look]),
@@ -126,7 +126,12 @@ def prefetch(cfg, shared: list[str]) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     for what, command in attempts if shutil.which("sbatch") else attempts[:2]:
         print(f"{what}:", flush=True)
-        code = subprocess.run(command, cwd=runs.ROOT, env=runs.environment()).returncode
+        try:
+            code = subprocess.run(command, cwd=runs.ROOT, env=runs.environment()).returncode
+        except KeyboardInterrupt:  # which ends sbatch's waiting, not the job
+            if command is job:
+                runs.ask("scancel", f"--name={name}")
+            raise
         told = log.read_text(errors="replace") if log.exists() else ""
         print(told, end="", flush=True)
         if code:

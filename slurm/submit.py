@@ -24,7 +24,7 @@ from pathlib import Path
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import cli
+from common import cli, errors
 from common.errors import ConfigError, StaleArtefact
 
 
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     stale_steps = stale.find(steps, todo, cfg)
     given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--dry-run"]
     refused = [one for one in stale_steps if not one.is_allowed]
-    why = stale.explanation(refused, cfg, cli.command_line("slurm/submit.py", *given)) if refused else ""
+    why = stale.explanation(refused, cfg, errors.command_line("slurm/submit.py", *given)) if refused else ""
     commands = local.commands(steps, todo, jobs.settings_flags(args), args.jobs)
     if args.dry_run:
         lines = [line for _, line in commands] if args.local else jobs.planned(steps, todo, cfg)

@@ -38,6 +38,13 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def paths_below(root: Path):
+    """Where the pipeline has its files if nothing but paths.root is set."""
+    from common import config
+
+    return config.load(None, [f"paths.root={root}"]).paths
+
+
 @pytest.fixture
 def run_script():
     """Run a script of the repository as a user does: `run_script("train/train.py", "--help")`."""

@@ -155,7 +155,8 @@ def artefacts() -> str:
         ),
         columns("`summary/summary.parquet`: one row per dataset and split", schemas.SUMMARY, notes),
         columns(
-            "`checkpoints/<run>/history.parquet`: one row per epoch; a share and a reward for each band",
+            "`checkpoints/<backbone>/<run>/history.parquet`: one row per epoch; a share and a reward for each "
+            "band",
             schemas.history(1),
             notes,
         ),

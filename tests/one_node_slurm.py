@@ -1,8 +1,9 @@
 """A real Slurm cluster of one node with two fake GPUs, for tests, with its own munge, ports, state and logs; with
-`whole_node` of a second one, with four, which the partition "whole" hands out as a whole.
+`whole_node` of a second one, with four, which the partition "whole" hands out as a whole; with `limits` also with
+accounting, in a database of its own, so that `sacctmgr` can set limits.
 
-Needs root and Debian's slurmctld, slurmd, slurm-client and munge (`.ci/system-packages` installs them); no service
-of the machine is used or touched. What it starts ends with the `with` block, and with the process that started it.
+Needs root and the Debian packages that `.ci/system-packages` installs; no service of the machine is used.
+What it starts ends with the `with` block, and with the process that started it.
 
     with OneNodeSlurm(folder) as cluster:
         subprocess.run(["sbatch", ...], env=cluster.environment)
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel", "sinfo", "srun")
+PROGRAMS += ("slurmdbd", "sacctmgr", "mariadbd")
 START_TIMEOUT_S = 60
 _PR_SET_PDEATHSIG = 1
 
@@ -42,7 +44,6 @@ SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
 MpiDefault=none
 MailProg=/bin/true
 ReturnToService=2
@@ -62,6 +63,29 @@ WHOLE_NODE = """\
 NodeName=whole NodeAddr=127.0.0.1 Port={port} Gres=gpu:4 CPUs=8 RealMemory=200000
 PartitionName=whole Nodes=whole OverSubscribe=EXCLUSIVE
 """
+NO_ACCOUNTING = """\
+AccountingStorageType=accounting_storage/none
+"""
+ACCOUNTING = """\
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageEnforce=limits
+AccountingStoragePort={port}
+AccountingStoragePass={folder}/munge.sock
+"""
+DATABASE = """\
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.sock
+DbdHost=localhost
+DbdPort={port}
+SlurmUser=root
+PidFile={folder}/slurmdbd.pid
+LogFile={folder}/slurmdbd.log
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={database_port}
+StorageUser=root
+"""
+SYSTEM_TABLES = "m*/m*_system_tables.sql"  # below /usr/share; slurmdbd finds limits with stored procedures
 
 
 def why_not() -> str:
@@ -77,7 +101,9 @@ def why_not() -> str:
 class OneNodeSlurm:
     """The cluster; `environment` is what its clients (sbatch, squeue, ...) need."""
 
-    def __init__(self, folder: Path, cpus: int = 4, whole_node: bool = False, more: str = ""):
+    def __init__(
+        self, folder: Path, cpus: int = 4, whole_node: bool = False, limits: bool = False, more: str = ""
+    ):
         """`more`: further lines of slurm.conf."""
         self.folder = folder
         self.environment = {
@@ -86,17 +112,21 @@ class OneNodeSlurm:
             "PATH": _path(),
         }
         self.daemons: dict[str, subprocess.Popen] = {}
-        self.whole_node = whole_node
+        self.whole_node, self.limits = whole_node, limits
         for name in ("state", "dev"):
             (folder / name).mkdir(parents=True)
         for number in range(6):  # Slurm wants a character device for each GPU; these are /dev/null's twins
             os.mknod(folder / "dev" / f"gpu{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
-        controller_port, node_port, whole_port = _free_ports(3)
+        controller_port, node_port, whole_port, accounting_port, self.database_port = _free_ports(5)
         conf = CONF.format(folder=folder, controller_port=controller_port, node_port=node_port, cpus=cpus)
         gres = f"NodeName=divided Name=gpu File={folder}/dev/gpu[0-1]\n"
         if whole_node:
             conf += WHOLE_NODE.format(port=whole_port)
             gres += f"NodeName=whole Name=gpu File={folder}/dev/gpu[2-5]\n"
+        conf += (ACCOUNTING if limits else NO_ACCOUNTING).format(folder=folder, port=accounting_port)
+        database = DATABASE.format(folder=folder, port=accounting_port, database_port=self.database_port)
+        (folder / "slurmdbd.conf").write_text(database)
+        (folder / "slurmdbd.conf").chmod(0o600)
         (folder / "slurm.conf").write_text(conf + more)
         (folder / "gres.conf").write_text(gres)
         (folder / "munge.key").write_bytes(os.urandom(128))
@@ -108,6 +138,8 @@ class OneNodeSlurm:
             options = [f"--{name}-file={files[name]}" for name in ("key", "pid", "log", "seed")]
             self._start("munged", "munged", "--foreground", "--force", f"--socket={files['sock']}", *options)
             _wait(files["sock"].exists, "munge's socket")
+            if self.limits:
+                self.start_accounting()
             self.start_controller()
             self.start_node()
             if self.whole_node:
@@ -120,6 +152,21 @@ class OneNodeSlurm:
 
     def __exit__(self, *_) -> None:
         self.stop()
+
+    def start_accounting(self) -> None:
+        """Start mariadbd and slurmdbd, and make the cluster known to it."""
+        folder = self.folder / "database"
+        folder.mkdir()
+        program = ["mariadbd", "--no-defaults", "--user=root", f"--datadir={folder}", "--skip-grant-tables"]
+        (statements,) = Path("/usr/share").glob(SYSTEM_TABLES)
+        tables = f"create database mysql;\nuse mysql;\n{statements.read_text()}"
+        prepare = [*program, "--bootstrap"]
+        subprocess.run(prepare, input=tables, text=True, check=True, capture_output=True, env=self.environment)
+        own = [f"--socket={folder}/sock", f"--pid-file={folder}/pid", f"--port={self.database_port}"]
+        self._start("mariadbd", *program, *own, "--bind-address=127.0.0.1")
+        _wait((folder / "sock").exists, "mariadbd")
+        self._start("slurmdbd", "slurmdbd", "-D")
+        _wait(lambda: self.ask("sacctmgr", "--immediate", "add", "cluster", "test"), "slurmdbd")
 
     def start_controller(self) -> None:
         """Start slurmctld and wait until it answers; its state is what the last one saved."""
@@ -162,7 +209,7 @@ class OneNodeSlurm:
         if "slurmctld" in self.daemons and "slurmd" in self.daemons:
             self.ask("scancel", "--user=root")
         self._kill_jobs()
-        for name in ("slurmd", "slurmd whole", "slurmctld", "munged"):
+        for name in ("slurmd", "slurmd whole", "slurmctld", "slurmdbd", "mariadbd", "munged"):
             self.end(name)
 
     def _start(self, name: str, *command: str) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import made_up_merge
+from conftest import paths_below
 
 from common import config
 from difficulty import compute_visual_neighbors
@@ -25,7 +26,7 @@ SETTINGS = [
 
 def write_merge(root: Path) -> Path:
     """A merge with its difficulty below `root`, which is returned: 60 streets to train on."""
-    made_up_merge.write_merge(root / "data" / "merged", streets=(60, 20, 1))
+    made_up_merge.write_merge(paths_below(root).merged_dir, streets=(60, 20, 1))
     compute_visual_neighbors.main(flags(root))
     return root
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import made_up_merge
 import optuna
 import pandas as pd
+from conftest import paths_below
 
 from common import cli, config
 from difficulty import compute_visual_neighbors
@@ -21,7 +22,7 @@ SMALL = (
 
 def write_merge(root: Path) -> Path:
     """A merge and its difficulty below `root`, which is returned."""
-    made_up_merge.write_merge(root / "data" / "merged", streets=(6, 6, 6))
+    made_up_merge.write_merge(paths_below(root).merged_dir, streets=(6, 6, 6))
     compute_visual_neighbors.main(flags(root))
     return root
 

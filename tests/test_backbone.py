@@ -26,7 +26,8 @@ CPU = torch.device("cpu")
 
 
 def settings(name, pooling: str = "cls", revision: str = "main", views: tuple = (1,)) -> EmbeddingModel:
-    return EmbeddingModel(name=str(name), revision=revision, pooling=pooling, views=views, dtype="float32")
+    model = {"name": str(name), "revision": revision, "pooling": pooling, "views": views, "dtype": "float32"}
+    return EmbeddingModel(label="auto", **model)
 
 
 # ------------------------------------------------------------------------------------------------------ pooling

@@ -6,6 +6,7 @@ import made_up_merge
 import numpy as np
 import pytest
 import torch
+from conftest import paths_below
 
 from common import cli, config
 from common.errors import ConfigError, PipelineError, StaleArtefact
@@ -32,7 +33,7 @@ def flags(root, *more):
 def root(tmp_path_factory):
     """A merge that was compared, with one seed."""
     folder = tmp_path_factory.mktemp("compare")
-    made_up_merge.write_merge(folder / "data" / "merged", streets=(12, 6, 24))
+    made_up_merge.write_merge(paths_below(folder).merged_dir, streets=(12, 6, 24))
     compute_visual_neighbors.main(flags(folder))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(history, "draw", lambda path, table: path.touch())  # 12 pictures that nobody looks at
@@ -41,23 +42,23 @@ def root(tmp_path_factory):
 
 
 def read(root):
-    return json.loads((root / "data" / "evaluation" / "comparison.json").read_text())
+    return json.loads((paths_below(root).evaluation_dir / "comparison.json").read_text())
 
 
 def test_every_sampler_and_loss_has_a_run_of_each_seed_and_its_files(root):
     found = read(root)
     assert len({(row["sampler"], row["loss"], row["mining"]) for row in found["combinations"]}) == 13
-    runs = {path.name for path in (root / "checkpoints" / "compare").iterdir()}
+    runs = {path.name for path in (paths_below(root).checkpoints_dir / "compare").iterdir()}
     mining = {"none": "", "semi_hard": "-semi_hard"}
     names = {f"{row['sampler']}-{row['loss']}{mining[row['mining']]}-0" for row in found["combinations"]}
     assert runs == names
-    markdown = (root / "data" / "evaluation" / "comparison.md").read_text()
+    markdown = (paths_below(root).evaluation_dir / "comparison.md").read_text()
     assert markdown.strip() == comparison.as_markdown(found)
-    assert (root / "data" / "evaluation" / "comparison.png").stat().st_size > 0
+    assert (paths_below(root).evaluation_dir / "comparison.png").stat().st_size > 0
 
 
 def test_figures_and_intervals_equal_those_of_the_evaluation(root):
-    where = (f"paths.checkpoints_dir={root / 'checkpoints' / 'compare'}", "training.run=ucb-infonce-0")
+    where = ("paths.checkpoints_dir=checkpoints/{backbone}/compare", "training.run=ucb-infonce-0")
     cfg = config.load(None, [f"paths.root={root}", *SMALL, *where])
     task = evaluation_task.of_run(cfg, [], evaluate.STAGE)
     rows = gallery.load(task.paths, cfg.data.ignore_radius_m)
@@ -82,7 +83,7 @@ def test_the_control_is_compared_with_itself_as_nothing(root):
 
 
 def test_run_again_it_shows_the_table_and_trains_nothing(root, capsys):
-    before = {path: path.stat().st_mtime_ns for path in (root / "checkpoints").rglob("*.pt")}
+    before = {path: path.stat().st_mtime_ns for path in paths_below(root).checkpoints_dir.rglob("*.pt")}
     assert compare.main([*flags(root), "--seeds", "1"]) == 0
     shown = capsys.readouterr().out
     assert "nothing to do" in shown
@@ -100,10 +101,12 @@ def two(monkeypatch):
 
 
 def test_more_seeds_are_other_runs_and_those_there_are_kept(root, tmp_path, two):
-    before = {path: path.stat().st_mtime_ns for path in (root / "checkpoints").rglob("checkpoint_best.pt")}
+    before = {
+        path: path.stat().st_mtime_ns for path in paths_below(root).checkpoints_dir.rglob("checkpoint_best.pt")
+    }
     arguments = flags(root, f"paths.evaluation_dir={tmp_path}")
     assert compare.main([*arguments, "--seeds", "2"]) == 0
-    runs = [root / "checkpoints" / "compare" / f"ucb-triplet-{seed}" for seed in (0, 1)]
+    runs = [paths_below(root).checkpoints_dir / "compare" / f"ucb-triplet-{seed}" for seed in (0, 1)]
     checkpoints = [heads.load_checkpoint(run / "checkpoint_last.pt") for run in runs]
     assert [checkpoint["config"]["training.seed"] for checkpoint in checkpoints] == [0, 1]
     assert not np.array_equal(*(checkpoint["head"]["linear.weight"] for checkpoint in checkpoints))
@@ -122,7 +125,7 @@ def test_shards_share_the_runs_and_the_command_without_them_makes_the_table(root
     assert (len(runs[0]), len(runs[1])) == (1, 2)
     assert compare.main([*arguments, "--seeds", "1"]) == 0
     of_two, of_all = (json.loads((folder / "comparison.json").read_text())["combinations"]
-                      for folder in (tmp_path, root / "data" / "evaluation"))  # fmt: skip
+                      for folder in (tmp_path, paths_below(root).evaluation_dir))  # fmt: skip
     assert of_two == [row for row in of_all if row in of_two]
     assert len(of_two) == 2
 

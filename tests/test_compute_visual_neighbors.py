@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import small_merge
-from conftest import ROOT
+from conftest import ROOT, paths_below
 from made_up_merge import write_merge
 from PIL import Image
 
@@ -109,13 +109,13 @@ def test_sample_pairs_lie_in_their_band_and_show_an_anchor_once():
 
 @pytest.fixture
 def flags(tmp_path):
-    write_merge(tmp_path / "data" / "merged")
+    write_merge(paths_below(tmp_path).merged_dir)
     settings = [f"paths.root={tmp_path}", "data.neighbors=20", "data.rows_per_part=64"]
     return [flag for setting in settings for flag in ("--set", setting)]
 
 
 def read(tmp_path):
-    path = tmp_path / "data" / "difficulty" / "difficulty_metadata.parquet"
+    path = paths_below(tmp_path).difficulty_dir / "difficulty_metadata.parquet"
     return parquet.read(path), parquet.read_provenance(path)
 
 
@@ -124,11 +124,11 @@ def test_the_command_writes_neighbours_outside_the_zone_and_their_bands(flags, t
         assert main(flags) == 0
     assert "anchors without" in caplog.text
     assert "sample images cannot be read" in caplog.text  # the made-up merge has no tars
-    folder = tmp_path / "data" / "difficulty_report"
+    folder = paths_below(tmp_path).difficulty_dir.with_name("difficulty_report")
     assert not (folder / "band_pairs.png").exists()
     assert Image.open(folder / "bands.png").size[0] > 500
     found, record = read(tmp_path)
-    train = parquet.read(tmp_path / "data" / "merged" / "train.parquet")
+    train = parquet.read(paths_below(tmp_path).merged_dir / "train.parquet")
     assert found["streetview_image_id"].to_pylist() == train["streetview_image_id"].to_pylist()
     rows, offsets = parquet.to_matrix(found["neighbor_rows"]), parquet.to_matrix(found["band_offsets"])
     xyz_m = geo.to_xyz_m(train["target_lat"].to_numpy(), train["target_lon"].to_numpy())
@@ -150,7 +150,9 @@ def test_the_command_writes_neighbours_outside_the_zone_and_their_bands(flags, t
             assert (inside <= 1.03 * ([*edges, np.inf])[b]).all()
     assert record.facts["recall"] == 1.0
     assert record.facts["k"] == 20
-    assert record.facts["merged_id"] == parquet.read_provenance(tmp_path / "data" / "merged" / "train.parquet").id
+    assert (
+        record.facts["merged_id"] == parquet.read_provenance(paths_below(tmp_path).merged_dir / "train.parquet").id
+    )
 
 
 def test_a_sheet_shows_pairs_of_every_band_read_from_the_tars(flags, tmp_path, monkeypatch):
@@ -175,15 +177,18 @@ def test_a_sheet_shows_pairs_of_every_band_read_from_the_tars(flags, tmp_path, m
                 pixels = np.asarray(image, float)
                 np.testing.assert_allclose(pixels[:, : pictures.PX].mean((0, 1)), colour(anchor), atol=2)
                 np.testing.assert_allclose(pixels[:, -pictures.PX :].mean((0, 1)), colour(row), atol=2)
-    assert Image.open(tmp_path / "data" / "difficulty_report" / "band_pairs.png").size[0] > 500
+    assert (
+        Image.open(paths_below(tmp_path).difficulty_dir.with_name("difficulty_report") / "band_pairs.png").size[0]
+        > 500
+    )
 
 
 def test_shards_give_the_same_file_and_a_second_run_does_nothing(flags, tmp_path, capsys):
     main(flags)
     whole, record = read(tmp_path)
-    target = tmp_path / "data" / "difficulty" / "difficulty_metadata.parquet"
+    target = paths_below(tmp_path).difficulty_dir / "difficulty_metadata.parquet"
     target.unlink()
-    for part in (tmp_path / "data" / "difficulty_parts").iterdir():
+    for part in paths_below(tmp_path).difficulty_dir.with_name("difficulty_parts").iterdir():
         part.unlink()
     for shard in (2, 0):
         assert main([*flags, "--num-shards", "3", "--shard", str(shard)]) == 0
@@ -204,12 +209,12 @@ def test_shards_give_the_same_file_and_a_second_run_does_nothing(flags, tmp_path
 
 def test_other_bands_use_the_same_parts_and_other_neighbours_are_refused(flags, tmp_path):
     main(flags)
-    part = tmp_path / "data" / "difficulty_parts" / "00000.parquet"
+    part = paths_below(tmp_path).difficulty_dir.with_name("difficulty_parts") / "00000.parquet"
     before = part.stat().st_mtime_ns
     other = [*flags, "--set", "data.band_percentiles=[50]"]
     with pytest.raises(StaleArtefact, match="band_percentiles"):
         main(other)
-    target = tmp_path / "data" / "difficulty" / "difficulty_metadata.parquet"
+    target = paths_below(tmp_path).difficulty_dir / "difficulty_metadata.parquet"
     target.unlink()
     assert main(other) == 0
     assert part.stat().st_mtime_ns == before

@@ -71,7 +71,7 @@ def test_set_overrides_with_toml_values_and_plain_strings():
         ],
     )
     assert (cfg.training.margin, cfg.data.split_by, cfg.data.num_bands) == (0.25, "building", 3)
-    assert str(cfg.paths.merged_dir) == "/scratch/me/data/merged"
+    assert str(cfg.paths.merged_dir) == "/scratch/me/data/dinov2-base-cls-1-0.5/merged"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import paths_below
 from made_up_merge import MODEL, write_merge
 
 from common import config
@@ -173,7 +174,7 @@ def test_buildings_of_one_image_and_a_zone_that_holds_everything_are_errors():
 
 @pytest.fixture
 def settings(tmp_path):
-    write_merge(tmp_path / "data" / "merged")
+    write_merge(paths_below(tmp_path).merged_dir)
     chosen = [
         f"paths.root={tmp_path}",
         "data.neighbors=20",
@@ -217,7 +218,7 @@ def test_loading_takes_a_seeded_sample_of_queries_and_of_buildings(settings, mon
 def test_difficulty_of_another_merge_or_of_other_settings_is_refused(settings, tmp_path):
     with pytest.raises(StaleArtefact, match=r"difficulty_metadata\.parquet was made with data\.neighbors = 20"):
         run_record.input_ids(config.load(None, [*settings, "data.neighbors=30"]))
-    write_merge(tmp_path / "data" / "merged", seed=1)
+    write_merge(paths_below(tmp_path).merged_dir, seed=1)
     with pytest.raises(StaleArtefact, match=r"made from an earlier version of train\.parquet"):
         run_record.input_ids(config.load(None, settings))
 
@@ -225,10 +226,10 @@ def test_difficulty_of_another_merge_or_of_other_settings_is_refused(settings, t
 def test_splits_of_two_merges_are_refused_and_an_empty_one_is_told(settings, tmp_path):
     other = tmp_path / "other"
     write_merge(other, seed=1)
-    (other / "val.parquet").rename(tmp_path / "data" / "merged" / "val.parquet")
+    (other / "val.parquet").rename(paths_below(tmp_path).merged_dir / "val.parquet")
     with pytest.raises(StaleArtefact, match=r"train\.parquet come from different merge runs: val .*seed"):
         run_record.input_ids(config.load(None, settings))
-    write_merge(tmp_path / "data" / "merged", streets=(12, 0, 6))
+    write_merge(paths_below(tmp_path).merged_dir, streets=(12, 0, 6))
     with pytest.raises(PipelineError, match=r"val\.parquet has no rows: check data\.train_ratio"):
         datasets.load_data(config.load(None, settings))
 

@@ -351,7 +351,7 @@ def test_the_reason_of_an_image_that_generation_cannot_use_is_in_its_rejects_and
     setup = Setup(tmp_path, {"0088": images}, data__max_reject_share=1)
     assert generate_embeddings.main(setup.flags) == 0
     assert "1 out, 3 rejected (image_too_large 1, not_an_image 1, jpeg_corrupt 1)" in capsys.readouterr().out
-    rejects = parquet.read(setup.root / "data/embeddings_rejects/0088-0.parquet")
+    rejects = parquet.read(setup.cfg.paths.embeddings_dir.with_name("embeddings_rejects") / "0088-0.parquet")
     assert rejects["reason"].to_pylist() == ["not_an_image", "image_too_large", "jpeg_corrupt"]
     counts = parquet.read_provenance(setup.part("0088-0")).rows
     assert counts == {"in": 4, "out": 1, "image_too_large": 1, "jpeg_corrupt": 1, "not_an_image": 1}

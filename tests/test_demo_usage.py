@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from conftest import paths_below
 from embedding_setup import cosines, jpeg, picture, write_tar
 from invented_metrics import FOUND
 from local_backbone import write_preprocessor
@@ -124,7 +125,7 @@ def test_a_similarity_is_placed_among_the_evaluations_pairs(cosine, told, tmp_pa
 
 
 def test_the_evaluation_of_another_model_is_not_told_for_this_one(model, flags, query, tmp_path, capsys):  # noqa: F811
-    folder = tmp_path / "data" / "evaluation"
+    folder = paths_below(tmp_path).evaluation_dir
     folder.mkdir(parents=True)
     theirs = {**FOUND["provenance"], "id": "theirs"}
     (folder / "metrics.json").write_text(metrics_json.to_json({**FOUND, "provenance": theirs}))

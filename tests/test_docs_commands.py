@@ -117,7 +117,7 @@ class Checkout:
 
     def put_a_users_own_files_there(self) -> None:
         """The names that the pages use for a user's own files: PHOTOS, TABLES, a.jpg, b.jpg, facade.jpg."""
-        data = self.folder / "demo" / f"{STREETS}-streets" / "backbone" / "data"
+        data = self.folder / "demo" / f"{STREETS}-streets" / "data" / "backbone"
         rows = parquet.read(
             data / "merged" / "test.parquet", ["tar_file", "image_offset", "image_size"]
         ).to_pylist()
@@ -125,7 +125,7 @@ class Checkout:
         for name, row in zip(("a.jpg", "b.jpg", "PHOTOS/c.jpg", "PHOTOS/d.jpg"), rows, strict=False):
             tar = tar_images.Tar(self.folder / "demo" / f"{STREETS}-streets" / "raw" / row["tar_file"])
             (self.folder / name).write_bytes(tar.read([row["image_offset"]], [row["image_size"]])[0])
-        for folder in (self.folder, data.parent):
+        for folder in (self.folder, data.parents[1]):
             shutil.copy(self.folder / "a.jpg", folder / "facade.jpg")
         shutil.copytree(data / "merged", self.folder / "TABLES", ignore=shutil.ignore_patterns("*.json", "*.png"))
 
@@ -158,13 +158,13 @@ def to_run() -> dict[tuple[str, str], str]:
 
 @pytest.mark.parametrize(("kind", "text"), to_run(), ids=to_run().values())
 def test_the_example_works(checkout, kind, text):
+    text = text.replace("80-streets", f"{STREETS}-streets").replace("dinov2-base-cls-1-0.5", "backbone")
     if kind == "bash":
         done = checkout.run("bash", "-euc", text)
     else:  # its paths: a user's own and the demo's from the repository's root, the pipeline's from the data's
-        program = text.replace("80-streets", f"{STREETS}-streets")
-        from_root = "demo/" in program or "PHOTOS" in program
-        place = checkout.folder if from_root else checkout.folder / "demo" / f"{STREETS}-streets" / "backbone"
-        done = checkout.run(sys.executable, "-c", program, cwd=place)
+        from_root = "demo/" in text or "PHOTOS" in text
+        place = checkout.folder if from_root else checkout.folder / "demo" / f"{STREETS}-streets"
+        done = checkout.run(sys.executable, "-c", text, cwd=place)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 

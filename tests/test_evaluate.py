@@ -307,7 +307,8 @@ def test_check_compares_the_figures_of_two_files(merged, evaluated, tmp_path, ca
 
 def test_the_same_head_under_another_runs_name_gets_a_report_of_its_own(own):
     cfg, *_ = own
-    run(cfg)
+    place = ("--set", "paths.evaluation_dir=evaluation")  # by default each run has its own
+    run(cfg, *place)
     (cfg.paths.checkpoints_dir / "default").rename(cfg.paths.checkpoints_dir / "best")
     with pytest.raises(StaleArtefact, match=r'training.run = "default"; this run uses "best"'):
-        run(cfg, "--set", "training.run=best")
+        run(cfg, *place, "--set", "training.run=best")

@@ -118,7 +118,7 @@ def test_a_file_of_vectors_is_evaluated_by_the_same_protocol(own, tmp_path):
 def test_a_split_by_itself_is_known_by_its_record(own, tmp_path):
     cfg, *_ = own
     path = cfg.paths.merged_dir / "val.parquet"
-    assert run(cfg, "--embeddings", "data/merged/val.parquet") == 0  # as docs/training.md says
+    assert run(cfg, "--embeddings", str(path.relative_to(tmp_path))) == 0  # as docs/training.md says
     found = metrics_json.read(cfg.paths.evaluation_dir / "val" / "metrics.json")
     assert found["provenance"]["inputs"] == {"val.parquet": parquet.read_provenance(path).id}
     assert found["counts"]["queries"] == 60

@@ -4,6 +4,7 @@ import made_up_merge
 import numpy as np
 import pytest
 import torch
+from conftest import paths_below
 
 from common import config, parquet
 from common.errors import PipelineError, StaleArtefact
@@ -28,7 +29,7 @@ def root(tmp_path_factory):
     from difficulty import compute_visual_neighbors
 
     root = tmp_path_factory.mktemp("fetch")
-    made_up_merge.write_merge(root / "data" / "merged", streets=(6, 6, 6))
+    made_up_merge.write_merge(paths_below(root).merged_dir, streets=(6, 6, 6))
     compute_visual_neighbors.main(flags(root))
     optuna_worker.main(flags(root))
     return root
@@ -39,7 +40,7 @@ def load(root, *more):
 
 
 def checkpoint(root, run="default") -> dict:
-    return torch.load(root / "checkpoints" / run / "checkpoint_best.pt", weights_only=True)
+    return torch.load(paths_below(root).checkpoints_dir / run / "checkpoint_best.pt", weights_only=True)
 
 
 def test_the_best_trials_settings_are_trained_in_full_and_compared(root, capsys):
@@ -62,16 +63,20 @@ def test_the_best_trials_settings_are_trained_in_full_and_compared(root, capsys)
 
 def test_the_file_beside_the_checkpoint_repeats_the_run_with_train_py(root, tmp_path):
     fetch_best_and_train.main(flags(root))
-    written = root / "checkpoints" / "default" / "config.toml"
+    written = paths_below(root).checkpoints_dir / "default" / "config.toml"
     before = written.stat().st_mtime_ns
     assert train.main(["--config", str(written), "--set", "training.run=again"]) == 0
     ours, theirs = checkpoint(root), checkpoint(root, "again")
     for name, tensor in ours["head"].items():
         assert torch.equal(tensor, theirs["head"][name]), name
     assert ours["provenance"]["id"] == theirs["provenance"]["id"]
-    folders = [{path.name for path in (root / "checkpoints" / run).iterdir()} for run in ("default", "again")]
+    folders = [
+        {path.name for path in (paths_below(root).checkpoints_dir / run).iterdir()} for run in ("default", "again")
+    ]
     assert folders[0] - folders[1] == {"config.toml"}
-    histories = [parquet.read(root / "checkpoints" / run / "history.parquet") for run in ("default", "again")]
+    histories = [
+        parquet.read(paths_below(root).checkpoints_dir / run / "history.parquet") for run in ("default", "again")
+    ]
     np.testing.assert_array_equal(*(table["val_map_at_r"] for table in histories))
     fetch_best_and_train.main(flags(root))
     assert written.stat().st_mtime_ns == before
@@ -99,9 +104,9 @@ def test_a_run_of_other_settings_is_refused_and_keeps_its_file(root):
     assert train.main(run) == 0
     with pytest.raises(StaleArtefact, match=r"(?s)training\.\w+ = .*this run uses.*--set training.run=NAME"):
         fetch_best_and_train.main(run)
-    assert not (root / "checkpoints" / "taken" / "config.toml").exists()
+    assert not (paths_below(root).checkpoints_dir / "taken" / "config.toml").exists()
     assert fetch_best_and_train.main([*run, "--overwrite"]) == 0
-    assert (root / "checkpoints" / "taken" / "config.toml").exists()
+    assert (paths_below(root).checkpoints_dir / "taken" / "config.toml").exists()
 
 
 def test_trials_that_are_still_to_come_are_told(root, capsys):

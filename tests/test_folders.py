@@ -21,6 +21,7 @@ from trained_model import write_checkpoint
 
 from common import config, parquet, sections
 from common.errors import PipelineError
+from common.layout.former_layout import FORMER
 from difficulty import compute_visual_neighbors
 from generate import generate_embeddings
 from preprocess import compute_fingerprints, merge_and_split, process_tar, summarize_ids
@@ -30,6 +31,7 @@ from publish.hub import published_folder
 SETTINGS = (
     *("embedding_model.pooling=mean", "data.max_reject_share=1", "data.rows_per_part=50", "data.neighbors=20"),
     *("data.split_by=building", "data.split_cell_m=300", "infrastructure.embedding_batch_size=16"),
+    *(f"paths.{setting}={place}" for setting, place in FORMER.items()),  # which remain a choice
 )
 ARTEFACTS = (
     *("intermediates", "fingerprints", "embeddings", "merged", "difficulty", "summary", "summary_intermediates"),

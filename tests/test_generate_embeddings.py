@@ -172,17 +172,19 @@ def test_an_image_that_cannot_be_decoded_is_a_reject_and_counted(tmp_path, capsy
     assert main([*setup.flags, "--overwrite", "--set", "data.max_reject_share=0.5"]) == 0
     assert "7 images in, 6 out, 1 rejected (jpeg_corrupt 1)" in capsys.readouterr().out
     assert parquet.num_rows(setup.part("0088-1")) == 1
-    rejects = parquet.read(setup.root / "data" / "embeddings_rejects" / "0088-1.parquet").to_pylist()
+    rejects = parquet.read(
+        setup.cfg.paths.embeddings_dir.with_name("embeddings_rejects") / "0088-1.parquet"
+    ).to_pylist()
     assert [(r["member"], r["reason"]) for r in rejects] == [("0088/0088_6_0_3.jpg", "jpeg_corrupt")]
     assert rejects[0]["detail"]
-    assert not (setup.root / "data" / "embeddings_rejects" / "0088-0.parquet").exists()
+    assert not (setup.cfg.paths.embeddings_dir.with_name("embeddings_rejects") / "0088-0.parquet").exists()
 
 
 def test_a_part_whose_images_are_all_damaged_has_no_rows(tmp_path):
     setup = Setup(tmp_path, {"0088": [content[:500] for content in photographs(3)]})
     assert main([*setup.flags, "--set", "data.max_reject_share=1"]) == 0
     assert parquet.num_rows(setup.part("0088-0")) == 0
-    assert parquet.num_rows(setup.root / "data" / "embeddings_rejects" / "0088-0.parquet") == 3
+    assert parquet.num_rows(setup.cfg.paths.embeddings_dir.with_name("embeddings_rejects") / "0088-0.parquet") == 3
     assert parquet.read(setup.part("0088-0")).schema.field("embedding").type.list_size == 32
 
 
@@ -196,9 +198,11 @@ def test_another_model_in_the_same_folder_is_refused_and_overwrite_redoes_it(set
 
 
 def test_other_views_are_refused_and_files_older_than_views_are_those_of_the_whole_image(setup):
+    setup.overrides.append("embedding_model.label=one")  # by default they are in other folders
     whole = [*setup.flags, "--set", "embedding_model.views=[1.0]"]
     main(whole)
-    with pytest.raises(StaleArtefact, match=r"embedding_model.views = \[1.0\]; this run uses \[1.0, 0.5\]"):
+    told = r"embedding_model.views = \[1.0\]; this run uses \[1.0, 0.5\](.|\n)*--set embedding_model.label=NAME"
+    with pytest.raises(StaleArtefact, match=told):
         main(setup.flags)
     part = setup.part("0089-0")
     made = parquet.read_provenance(part)

@@ -192,7 +192,7 @@ def test_a_source_without_images_is_one_clear_error(source, flags, tmp_path):
 def test_a_folder_that_holds_no_published_model_is_refused(flags, tmp_path):
     image_folder(tmp_path / "images")
     command = [str(tmp_path / "images"), str(tmp_path / "out"), *flags[2:]]
-    with pytest.raises(PipelineError, match=r"published holds no published model.*\n.*convert_to_hf"):
+    with pytest.raises(PipelineError, match=r"published/default holds no published model.*\n.*convert_to_hf"):
         main(command)
     backbone = write_tiny_backbone(tmp_path / "tiny", "dinov2")
     with pytest.raises(PipelineError, match="model of type dinov2"):

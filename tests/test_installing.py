@@ -184,7 +184,7 @@ def test_a_site_with_containers_runs_python_in_the_image(sourced, tmp_path):
 
 
 def test_submit_and_status_need_only_the_packages_that_the_login_node_gets(tmp_path):
-    page = (ROOT / "docs" / "installing.md").read_text()
+    page = (ROOT / "docs" / "slurm.md").read_text()
     named = set(re.search(r"pip install (huggingface_hub isal[\w ]*?) +#", page)[1].split())
     required = {re.split("[>=]", line)[0].lower() for line in PROJECT["dependencies"]}
     assert named < required

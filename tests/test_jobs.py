@@ -196,6 +196,18 @@ def test_what_a_live_job_reads_is_not_written(submitted, cfg, clients):
     runs.refuse_busy(cfg.paths.logs_dir, [writer(difficulty)], but=folder)
 
 
+def test_a_live_job_is_found_through_a_link_to_what_it_writes(submitted, cfg, clients):
+    """Checkpoints on another file system: a run's folder is a link."""
+    elsewhere = cfg.paths.root / "elsewhere"
+    elsewhere.mkdir(parents=True)
+    cfg.paths.checkpoints_dir.mkdir(parents=True)
+    (cfg.paths.checkpoints_dir / "default").symlink_to(elsewhere)
+    job = runs.load(submitted())["steps"]["train"]["job"]
+    clients(squeue=f"echo '{job}|train|RUNNING|None'")
+    with pytest.raises(PipelineError, match="train in the queue"):
+        runs.refuse_busy(cfg.paths.logs_dir, [writer("a", elsewhere)])
+
+
 @pytest.mark.parametrize(
     ("live", "read"),
     [
@@ -310,6 +322,21 @@ def test_what_is_submitted_keeps_its_number_of_shards(submitted, clients, cfg):
     assert told["process_tar"]["tasks"] == {"waiting": 1, "cancelled": 3}
     assert told["generate_embeddings"]["tasks"] == {"cancelled": 2}
     assert list(told) == list(steps)
+
+
+def test_the_rest_of_a_run_is_no_wider_than_the_cluster_takes(submitted, clients, cfg):
+    folder = submitted()
+    record = runs.load(folder)
+    for entry in record["steps"].values():
+        entry["job"] = None  # sbatch had refused it
+    runs.save(folder, record)
+    clients(scontrol="echo 'MaxArraySize = 8'", sbatch="echo 7")
+    flags = ["--set", f"paths.root={cfg.paths.root}", "--continue", folder.name]
+    with pytest.raises(PipelineError, match=r"an array of 9 tasks is too large: this cluster allows 8 "):
+        submit.main([*flags, "--set", "slurm.num_shards=9"])
+    assert runs.load(folder) == record
+    assert submit.main([*flags, "--set", "slurm.num_shards=8"]) == 0
+    assert "--array=0-7" in runs.load(folder)["steps"]["process_tar"]["command"]
 
 
 def test_waiting_for_room_outlasts_a_controller_that_restarts_and_nothing_else(cfg, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import pytest
 import short_training
 import simulated_cuda
 import torch
+from conftest import paths_below
 
 from common import config, devices, parquet
 from common.places.zones import Zones, make_zones
@@ -102,7 +103,7 @@ def test_embeddings_of_any_size_are_searched_within_the_device(places, share):
 
 
 def test_the_stage_writes_what_it_writes_on_the_cpu(tmp_path):
-    made_up_merge.write_merge(tmp_path / "data" / "merged")
+    made_up_merge.write_merge(paths_below(tmp_path).merged_dir)
     cfg = config.load(None, short_training.settings(tmp_path))
 
     def difficulty():

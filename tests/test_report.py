@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 import small_merge
 import torch
+from conftest import paths_below
 from PIL import Image
 
 from common import config
@@ -139,7 +140,7 @@ def test_a_missing_tar_or_bytes_that_are_no_image_leave_a_gap_that_the_page_tell
     shutil.rmtree(tmp_path / "copy" / "data" / "raw")
     flags = ["--set", f"paths.root={tmp_path / 'copy'}", "--set", "evaluation.bootstrap_samples=20", "--overwrite"]
     assert evaluate.main(flags) == 0
-    page = Page((tmp_path / "copy" / "data" / "evaluation" / "report.html").read_text())
+    page = Page((paths_below(tmp_path / "copy").evaluation_dir / "report.html").read_text())
     assert not page.all("img")
     assert "pictures cannot be shown" in page.text
     assert str(tmp_path / "copy" / "data" / "raw") in page.text

@@ -10,6 +10,7 @@ import pytest
 import short_training
 import simulated_cuda
 import torch
+from conftest import paths_below
 from simulated_cuda import MixedDevices
 
 from common import devices
@@ -273,7 +274,7 @@ def test_a_wait_for_what_is_done_is_none(cuda):
 
 
 def test_the_command_tells_what_a_stage_costs(run_script, tmp_path):
-    made_up_merge.write_merge(tmp_path / "data" / "merged")
+    made_up_merge.write_merge(paths_below(tmp_path).merged_dir)
     stage = "difficulty.compute_visual_neighbors"
     done = run_script("tests/simulated_cuda.py", stage, *short_training.flags(tmp_path))
     assert done.returncode == 0, done.stderr

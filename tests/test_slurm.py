@@ -30,7 +30,7 @@ from common.imagery import tar_images
 from slurm import chain
 from train.tuning import shared_study
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for the whole chain
+BACKBONE = "backbone-mean-1-0.5"  # the folders of all that depends on it
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +49,10 @@ def place(tmp_path_factory):
                 assert done.returncode == 0, done.stderr
         place.whole = folder / "whole"
         place.submit(place.whole)
-        place.limited = place.copy("limited", "data/embeddings", "checkpoints")
+        place.limited = place.copy("limited", "data/*/embeddings", "checkpoints")
         place.frozen = [
-            frozen_until_signalled(place, place.limited, "generate_embeddings", "data/embeddings/*.parquet"),
-            frozen_until_signalled(place, place.limited, "train", "checkpoints/default/checkpoint_last.pt"),
+            frozen_until_signalled(place, place.limited, "generate_embeddings", "data/*/embeddings/*.parquet"),
+            frozen_until_signalled(place, place.limited, "train", "checkpoints/*/default/checkpoint_last.pt"),
         ]
         yield place
         over.set()
@@ -114,9 +114,7 @@ def test_a_run_that_is_under_way_is_told_and_not_submitted_again(place):
 
 
 def test_a_failing_shard_cancels_what_depends_on_it_and_the_printed_command_finishes_the_chain(place):
-    root = place.copy(
-        "failing", "data/intermediates/**/0089.parquet", "data/*/0089.parquet", "data/*/0089-*.parquet"
-    )
+    root = place.copy("failing", "data/**/0089.parquet", "data/**/0089-*.parquet")
     raw = root / "raw"
     shutil.copytree(place.folder / "raw", raw)
     (raw / "0089.tar").write_bytes(b"\xfd7zXZ\0" + bytes(600))  # xz's magic: refused
@@ -243,7 +241,7 @@ def test_three_optuna_workers_share_a_study_and_its_best_trial_is_trained(place)
     workers = {trial.user_attrs["worker"] for trial in tuning.trials}
     assert len(tuning.trials) == 4
     assert all("job " in worker for worker in workers)
-    chosen = config.load(root / "checkpoints" / "default" / "config.toml", [])
+    chosen = config.load(root / "checkpoints" / BACKBONE / "default" / "config.toml", [])
     best = shared_study.best_trial(tuning)
     assert {key: getattr(chosen.training, key) for key in best.params} == best.params
     assert "nothing to do" in place.submit(root, *flags)
@@ -259,7 +257,7 @@ def test_a_stage_is_submitted_by_hand_from_another_directory(place, tmp_path):
     (log,) = tmp_path.glob("train-*.log")
     assert "epoch 2: " in log.read_text()
     assert "epoch 3: " not in log.read_text()
-    assert (root / "checkpoints" / "default" / "checkpoint_best.pt").exists()
+    assert (root / "checkpoints" / BACKBONE / "default" / "checkpoint_best.pt").exists()
 
 
 def test_an_array_is_submitted_by_hand_from_a_path_with_spaces_and_each_task_takes_its_shard(place, tmp_path):
@@ -279,7 +277,7 @@ def test_an_array_is_submitted_by_hand_from_a_path_with_spaces_and_each_task_tak
 
 def test_a_chain_is_submitted_from_inside_an_interactive_job(place):
     """sbatch hands that job's variables on, where srun would find two kinds of memory and end at once."""
-    root = place.copy("inside a job", "data/summary", "data/fingerprints")
+    root = place.copy("inside a job", "data/*/summary", "data/fingerprints")
     flags = ["--config", place.config, "--set", f"paths.root={root}", "--to", "summarize_ids"]
     script = shlex.join(map(str, [sys.executable, ROOT / "slurm" / "submit.py", *flags]))
     job = ["sbatch", "--parsable", "--wait", "--array=5", "--ntasks=2", "--mem-per-cpu=200", "--output=/dev/null"]
@@ -300,19 +298,20 @@ if len(words) > 1 and os.path.basename(words[1]) in os.environ["RECORDED"].split
 """
 
 
-def test_a_whole_node_keeps_its_four_gpus_busy_though_one_task_stops_and_one_is_killed(place, tmp_path):
+def test_the_chain_keeps_a_whole_nodes_four_gpus_busy_though_one_task_stops_and_one_is_killed(place, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(RECORD)  # each Python reads it as it starts
     scripts = ("generate_embeddings.py", "compute_visual_neighbors.py", "optuna_worker.py")
     environment = {**place.environment, "PYTHONPATH": str(tmp_path), "RECORDED": " ".join(scripts)}
     environment["NODE_DISK"] = str(tmp_path / "disk")
-    root = place.copy("whole-node", "data/embeddings", "data/difficulty*", "checkpoints")
+    root = place.folder / "whole-node"
     bound, dealt = '["--mem=4G", "--ntasks=4", "--gpus-per-task=1"]', '["--mem=4G", "--ntasks=4", "--gres=gpu:4"]'
     settings = ['slurm.sbatch=["--partition=whole"]', "slurm.num_shards=4", "slurm.difficulty_shards=4"]
+    settings += [f'slurm.{name}.sbatch=["--mem=4G", "-n4"]' for name in ("process_tar", "compute_fingerprints")]
     settings += [f"slurm.generate_embeddings.sbatch={bound}", f"slurm.optuna_worker.sbatch={dealt}"]
     settings += [f"slurm.compute_visual_neighbors.sbatch={dealt}", "slurm.stage_to=$NODE_DISK"]
+    settings += ["training.epochs=3", "tuning.trial_epochs=1"]
     flags = [word for setting in settings for word in ("--set", setting)]
-    flags += ["--from", "generate_embeddings", "--to", "optuna_worker", "--tune", "4"]
-    assert "shards 0-3 of 4, 4 to a job" in place.submit(root, *flags, env=environment)
+    assert "shards 0-3 of 4, 4 to a job" in place.submit(root, *flags, "--tune", "4", env=environment)
 
     for script, number in [(scripts[0], signal.SIGUSR2), (scripts[1], signal.SIGKILL)]:
         four = wait_for(lambda s=script: len(p := place.python_of(s, root)) == 4 and p, "one process for each GPU")
@@ -333,19 +332,32 @@ def test_a_whole_node_keeps_its_four_gpus_busy_though_one_task_stops_and_one_is_
         "exit code 137",
     )
     assert report["steps"]["neighbor_parts"]["tasks"] == {"failed": 1, "done": 3}
-    for name in ("compute_visual_neighbors", "optuna_worker"):
-        assert report["steps"][name]["state"] == "cancelled"
+    states = {name: step["state"] for name, step in report["steps"].items()}
+    assert {name for name, state in states.items() if state == "cancelled"} == {
+        *("compute_visual_neighbors", "optuna_worker", "train", "evaluate", "convert_to_hf")
+    }
+    done = {path: path.stat().st_mtime_ns for path in root.glob("**/*.parquet")}
 
     place.run(*shlex.split(report["continue"]), env=environment)
     place.wait(root)
     assert {step["state"] for step in place.told(root)["steps"].values()} == {"done"}
-    assert_same_artefacts(root, place.local, ("data/embeddings", "data/difficulty"))
+    assert "nothing to do" in place.submit(root, *flags, "--tune", "4")
+    assert {path: path.stat().st_mtime_ns for path in done} == done  # nothing that was done was redone
+    paths = config.load(place.config, [f"paths.root={root}"]).paths
+    before_training = (paths.intermediates_dir, paths.fingerprints_dir, paths.embeddings_dir, paths.merged_dir)
+    for folder in (*before_training, paths.summary_dir, paths.difficulty_dir):
+        assert_same_artefacts(root, place.local, (str(folder.relative_to(root)),))
     started = {}
     for line in (tmp_path / "started").read_text().splitlines():
         script, start, gpu = line.split(" ")
         started.setdefault((script, start), []).append(gpu)
     assert [script for script, _ in started] == [scripts[0], scripts[0], scripts[1], scripts[1], scripts[2]]
     assert {tuple(sorted(gpus)) for gpus in started.values()} == {("0", "1", "2", "3")}
+
+    alone = ["sbatch", "--wait", "--partition=whole", "--mem=4G", "--cpus-per-task=2", f"--output={tmp_path}/log"]
+    wrapper = ROOT / "slurm" / "stages" / "generate_embeddings.sbatch"  # asks for one GPU, and is given the node
+    place.run(*alone, wrapper, "--config", place.config, "--set", f"paths.root={root}")
+    assert "this job holds 4 GPUs and uses 1: " in (tmp_path / "log").read_text()
 
 
 def test_one_submit_runs_the_whole_chain_and_leaves_what_a_local_run_leaves(place):
@@ -377,7 +389,7 @@ def test_time_limits_in_training_and_generation_lead_to_the_same_results(place):
 
 def test_new_data_are_an_array_whose_stopped_shard_is_queued_again(place):
     """A row of photographs to a part: the first shard is frozen after its first parts, until it has the signal."""
-    root, published = place.folder / "new data", place.local / "data" / "published"
+    root, published = place.folder / "new data", place.local / "data" / BACKBONE / "published" / "default"
     cfg = config.load(place.config, [f"paths.root={place.local}"])
     rows = parquet.read(cfg.paths.intermediates_dir / "0088.parquet")
     columns = {"osm_id": rows["target_id"], "jpeg": tar_images.of_paths(cfg.paths).read(rows)}
@@ -411,7 +423,7 @@ def test_new_data_are_an_array_whose_stopped_shard_is_queued_again(place):
 
 
 def test_a_crashed_node_and_a_restarted_controller_are_told_and_the_job_starts_again(place):
-    root = place.copy("crash", "data/summary", "data/summary_report")
+    root = place.copy("crash", "data/*/summary", "data/*/summary_report")
     flags = ("--only", "summarize_ids")
     place.submit(root, *flags)
     (process,) = wait_for(lambda: place.python_of("summarize_ids.py", root), "running task")

@@ -3,6 +3,7 @@
 Skipped, with the reason, where Slurm is not installed; never in continuous integration.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import one_node_slurm
@@ -28,23 +30,7 @@ pytestmark = pytest.mark.timeout(300)
 PATIENCE_S = 120  # for what should take seconds on an idle machine
 RULES = """\
 PrivateData=jobs
-JobSubmitPlugins=lua
 PartitionName=short Nodes=ALL MaxTime=00:10:00
-"""
-# refuses the jobs whose names the file lists, with the words and the error number of a limit on submitted jobs
-LIMIT = """\
-function slurm_job_submit(job, partitions, uid)
-    local file = io.open("{refused}")
-    local names = file and file:read("*a") or ""
-    if file then file:close() end
-    if names:find(job.name, 1, true) then
-        slurm.log_user("AssocMaxSubmitJobLimit")
-        return 2050
-    end
-    return slurm.SUCCESS
-end
-function slurm_job_modify() return slurm.SUCCESS end
-return slurm.SUCCESS
 """
 
 
@@ -57,7 +43,7 @@ class Site:
         self.checkout = folder / "checkout"
         others = (".*", "data", "demo", "logs", "checkpoints", "__pycache__", "*.egg-info", "tests", "docs")
         shutil.copytree(ROOT, self.checkout, ignore=shutil.ignore_patterns(*others))
-        write_dataset(folder / "raw", streets=1, cities=1, image_px=64, facades_per_street=2)
+        write_dataset(folder / "raw", streets=2, cities=2, image_px=64, facades_per_street=2)
         (folder / "bin").mkdir()
         self.python = folder / "bin" / "python"  # the jobs' Python, which a test may replace
         self.python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -97,6 +83,19 @@ class Site:
         self.wait_for_jobs()
         return log.read_text()
 
+    @contextlib.contextmanager
+    def limit(self, jobs: int) -> Iterator[None]:
+        """Allow this user so many jobs in the queue."""
+
+        def allow(number: int) -> None:
+            self.run("sacctmgr", "--immediate", "modify", "user", "root", "set", f"MaxSubmitJobs={number}")
+
+        allow(jobs)
+        try:
+            yield
+        finally:
+            allow(-1)
+
     def wait_for_jobs(self) -> None:
         wait_for(lambda: not self.cluster.ask("squeue", "--noheader"), "end of all jobs", every_s=0.2)
 
@@ -118,9 +117,7 @@ def site():
     with tempfile.TemporaryDirectory() as name:  # not pytest's, which other users may not enter
         folder = Path(name)
         folder.chmod(0o755)
-        cluster = OneNodeSlurm(folder / "cluster", more=RULES)
-        (folder / "cluster" / "job_submit.lua").write_text(LIMIT.format(refused=folder / "refused"))
-        with cluster:
+        with OneNodeSlurm(folder / "cluster", limits=True, more=RULES) as cluster:
             yield Site(folder, cluster)
 
 
@@ -147,15 +144,21 @@ def test_prefetch_looks_for_the_backbone_in_a_job_with_the_flags_of_jobs(site, t
 
 
 def test_a_wrapper_is_submitted_by_hand_from_inside_another_job(site, tmp_path):
-    """srun would ask for that job's GPUs."""
+    """A job array with GPUs: srun would ask for them, and the stage would take its index for a shard."""
     inner = ["sbatch", "--mem=500M", "--cpus-per-task=1", "--output=inner.log"]
-    inner += [site.checkout / "slurm" / "stages" / "process_tar.sbatch", "--set", f"paths.root={tmp_path}"]
+    inner += [
+        site.checkout / "slurm" / "stages" / "process_tar.sbatch",
+        "--num-shards=1",
+        "--set",
+        f"paths.root={tmp_path}",
+    ]
     inner += ["--set", f"paths.raw_dir={site.folder / 'raw'}"]
-    outer = ["sbatch", "--gpus=1", "--mem=500M", "--cpus-per-task=2", "--output=outer.log"]
+    outer = ["sbatch", "--array=1", "--gpus=1", "--mem=500M", "--cpus-per-task=2", "--output=outer.log"]
     wrap = f"srun -n1 -c2 {shlex.join(map(str, inner))}"
     site.run(*outer, f"--chdir={tmp_path}", f"--wrap={wrap}")
     site.wait_for_jobs()
     assert "ends with exit code 0" in (tmp_path / "inner.log").read_text()
+    assert list(tmp_path.glob("**/*.parquet"))
 
 
 def test_options_of_a_profile_hide_no_job(site, tmp_path):
@@ -207,27 +210,23 @@ def test_a_job_with_a_start_time_is_not_told_as_queued_again(site, tmp_path):
 
 
 def test_a_limit_on_submitted_jobs_is_named_and_fewer_shards_are_submitted_instead(site, tmp_path):
-    refused = site.folder / "refused"
-    refused.write_text("process_tar")
-    told = site.submit(tmp_path, "--wait", "--set", "slurm.num_shards=2", code=1)  # nothing of ours will ever end
-    refused.unlink()
-    assert "AssocMaxSubmitJobLimit: no more jobs of yours" in told
-    assert "lower slurm.num_shards" in told
-    (run,) = tmp_path.glob("logs/runs/*")
-    site.call("submit.py", tmp_path, "--continue", run.name, "--set", "slurm.num_shards=1")
+    with site.limit(1):
+        told = site.submit(tmp_path, "--wait", "--set", "slurm.num_shards=2", code=1)  # nothing of ours will end
+        assert "AssocMaxSubmitJobLimit: no more jobs of yours" in told
+        assert "lower slurm.num_shards" in told
+        (run,) = tmp_path.glob("logs/runs/*")
+        site.call("submit.py", tmp_path, "--continue", run.name, "--set", "slurm.num_shards=1")
     site.wait(tmp_path)
     assert site.step(tmp_path)["tasks"] == {"done": 1}
 
 
 def test_the_rest_is_submitted_when_there_is_room(site, tmp_path, monkeypatch, capsys):
-    refused = site.folder / "refused"
-    refused.write_text("compute_fingerprints")
     settings = [f"paths.root={tmp_path}", f"paths.raw_dir={site.folder / 'raw'}", "slurm.num_shards=1"]
     flags = [word for setting in settings for word in ("--set", setting)]
-    with monkeypatch.context() as patched:
+    with site.limit(1), monkeypatch.context() as patched:
         patched.setenv("SLURM_CONF", site.environment["SLURM_CONF"])
         patched.setenv("PATH", f"{site.python.parent}:{site.environment['PATH']}")
-        patched.setattr(jobs.time, "sleep", lambda _: refused.unlink())
+        patched.setattr(jobs, "WAIT_S", 1)
         assert submit.main([*flags, "--to", "compute_fingerprints", "--wait"]) == 0
     assert "compute_fingerprints was not submitted: " in capsys.readouterr().err
     site.wait_for_jobs()

@@ -81,14 +81,28 @@ def test_a_stage_that_was_told_to_stop_is_queued_again_by_itself_up_to_the_limit
     array = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}
     killed = -signal.SIGKILL  # by the requeueing: it must not end by itself
     assert wrapped("a/b.py", code=85).returncode == killed
-    assert wrapped("a/b.py", code=85, SLURM_RESTART_COUNT="1", **array).returncode == killed
+    show = "echo ArrayJobId=9"
+    assert wrapped("a/b.py", code=85, scontrol=show, SLURM_RESTART_COUNT="1", **array).returncode == killed
     last = wrapped("a/b.py", code=85, SLURM_RESTART_COUNT="2")
     assert last.returncode == 85
     assert "was queued again 2 times" in last.stdout
     assert wrapped("a/b.py", code=1).returncode == 1
     assert wrapped("a/b.py", code=143).returncode == killed  # preempted, in a stage that cannot stop half-way
     # "requeue 9" of an array's last task, whose own id is the array's, would requeue every task
-    assert (tmp_path / "requeued").read_text().splitlines() == ["requeue 9", "requeue 9_3", "requeue 9"]
+    asked = (tmp_path / "requeued").read_text().splitlines()
+    assert [words for words in asked if "show" not in words] == ["requeue 9", "requeue 9_3", "requeue 9"]
+
+
+def test_an_array_that_submitted_the_job_is_not_taken_for_its_own(wrapped):
+    """Slurm leaves the array's variables to the jobs that sbatch submits in it."""
+    outer = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4"}
+    told = wrapped("a/b.py", "--num-shards=9", scontrol="echo JobId=9 JobName=b", **outer).stdout
+    assert "SLURM_ARRAY" not in told
+    assert " job 9 starts on " in told
+    for answer in ("echo JobId=9 ArrayJobId=7 ArrayTaskId=3", "exit 1"):  # 1: nobody can tell
+        told = wrapped("a/b.py", "--num-shards=9", scontrol=answer, **outer).stdout
+        assert "SLURM_ARRAY_TASK_ID=3" in told
+        assert " job 7_3 starts on " in told
 
 
 def test_requeueing_is_tried_again_while_the_controller_does_not_answer(wrapped, tmp_path):

@@ -8,7 +8,7 @@ import time
 import pandas as pd
 import pytest
 import short_training
-from conftest import ROOT
+from conftest import ROOT, paths_below
 
 from common import cli, config, parquet, schemas, stages
 from common.errors import ConfigError, PipelineError
@@ -151,8 +151,8 @@ def test_a_run_is_done_when_its_history_says_so_and_is_judged_without_torch(tmp_
     short_training.write_merge(tmp_path)
     settings = short_training.settings(tmp_path)
     for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
-        (tmp_path / "checkpoints" / "default").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "checkpoints" / "default" / name).touch()
+        (paths_below(tmp_path).checkpoints_dir / "default").mkdir(parents=True, exist_ok=True)
+        (paths_below(tmp_path).checkpoints_dir / "default" / name).touch()
     (output,) = train.outputs(config.load(None, settings), 0, 1)
     epoch = pd.DataFrame({name: [0.0] for name in schemas.history(5).names})
     history.write(output.path, epoch, output.record, {"finished": finished, "best_checkpoint": "abc"})
@@ -168,9 +168,9 @@ print(STAGE.is_done(config.load(None, {settings!r})), "torch" in sys.modules, "m
     assert not train.STAGE.is_done(config.load(None, [*settings, "training.margin=0.3"]))
     history.write(output.path, epoch, output.record, output.facts)
     assert train.STAGE.is_done(config.load(None, settings))
-    (tmp_path / "checkpoints" / "default" / "checkpoint_best.pt").unlink()
+    (paths_below(tmp_path).checkpoints_dir / "default" / "checkpoint_best.pt").unlink()
     assert not train.STAGE.is_done(config.load(None, settings))
-    (tmp_path / "checkpoints" / "default" / "checkpoint_best.pt").touch()
+    (paths_below(tmp_path).checkpoints_dir / "default" / "checkpoint_best.pt").touch()
     history.write(output.path, epoch, output.record)  # as older versions did, of finished runs and of others
     assert not train.STAGE.is_done(config.load(None, settings))
 
@@ -352,6 +352,23 @@ def test_prefetch_finds_whole_weights_and_names_what_is_missing(tmp_path, capsys
     weights.write_bytes(weights.read_bytes()[:-10])  # a download that broke off
     with pytest.raises(PipelineError, match=r"model\.safetensors is missing or damaged"):
         prefetch.main(flags)
+
+
+def test_an_interrupted_prefetch_leaves_no_job_in_the_queue(cfg, monkeypatch, clients, tmp_path):
+    clients(scancel=f'echo "$@" > {tmp_path}/cancelled')
+    names, real = [], subprocess.run
+
+    def run(command, **options):
+        if command[0] == "sbatch":  # Ctrl-C while it waits for the job
+            names.extend(word.partition("=")[2] for word in command if word.startswith("--job-name="))
+            raise KeyboardInterrupt
+        return real(["true"] if command[0] == "bash" else command, **options)
+
+    clients(sbatch="true")
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        local.prefetch(cfg, [])
+    assert (tmp_path / "cancelled").read_text() == f"--name={names[0]}\n"
 
 
 # ------------------------------------------------------------------------------------------------ signals

@@ -5,6 +5,7 @@ import statistics
 
 import numpy as np
 import pytest
+from conftest import paths_below
 
 from common import parquet, provenance, schemas
 from common.cli import exit_code_of
@@ -68,7 +69,7 @@ def write(path, schema, rows, stage):
 def merged(tmp_path):
     splits = {name: random_rows(seed) for seed, name in enumerate(("train", "val", "test"))}
     for name, rows in splits.items():
-        write(tmp_path / f"data/merged/{name}.parquet", schemas.merged(2), rows, "merge_and_split")
+        write(paths_below(tmp_path).merged_dir / f"{name}.parquet", schemas.merged(2), rows, "merge_and_split")
     return tmp_path, splits
 
 
@@ -76,7 +77,9 @@ def test_two_buildings_of_one_dataset(tmp_path):
     rows = [(88, 1, 0, 5, 0, 10), (88, 1, 1, 6, 359, 20), (88, 2, 2, 5, -1, 600)]
     write(tmp_path / "data/intermediates/0088.parquet", schemas.INTERMEDIATES, rows, "process_tar")
     assert run(tmp_path) == 0
-    [row] = parquet.read(tmp_path / "data/summary_intermediates/summary.parquet").to_pylist()
+    [row] = parquet.read(
+        paths_below(tmp_path).summary_dir.with_name("summary_intermediates") / "summary.parquet"
+    ).to_pylist()
     assert (row["split"], row["dataset_id"], row["images"], row["buildings"], row["panoramas"]) == (
         "all",
         88,
@@ -85,7 +88,9 @@ def test_two_buildings_of_one_dataset(tmp_path):
         2,
     )
     assert (row["views_min"], row["views_median"], row["views_max"], row["distance_median"]) == (1, 1.5, 2, 20)
-    report = json.loads((tmp_path / "data/summary_intermediates_report/summary.json").read_text())
+    report = json.loads(
+        (paths_below(tmp_path).summary_dir.with_name("summary_intermediates_report") / "summary.json").read_text()
+    )
     assert report["splits"] == {"all": {"images": 3, "buildings": 2, "panoramas": 2, "datasets": 1}}
     assert report["histograms"]["all"]["views"][:3] == [1, 1, 0]
     assert report["histograms"]["all"]["heading"][0] == 1
@@ -97,7 +102,8 @@ def test_counts_are_those_of_sets(merged):
     root, splits = merged
     run(root)
     told = {
-        (r["split"], r["dataset_id"]): r for r in parquet.read(root / "data/summary/summary.parquet").to_pylist()
+        (r["split"], r["dataset_id"]): r
+        for r in parquet.read(paths_below(root).summary_dir / "summary.parquet").to_pylist()
     }
     assert len(told) == 12
     for split, rows in splits.items():
@@ -114,7 +120,7 @@ def test_counts_are_those_of_sets(merged):
             assert row["views_mean"] == pytest.approx(statistics.mean(views))
             assert row["views_max"] == max(views)
             assert row["distance_median"] == pytest.approx(statistics.median(r[5] for r in here), rel=1e-6)
-    report = json.loads((root / "data/summary_report/summary.json").read_text())
+    report = json.loads((paths_below(root).summary_dir.with_name("summary_report") / "summary.json").read_text())
     assert report["datasets"] == [{**row, "split": split} for (split, _), row in told.items()]
     for counts in report["histograms"].values():
         assert sum(counts["distance"]) == sum(counts["heading"]) == 500
@@ -123,7 +129,7 @@ def test_counts_are_those_of_sets(merged):
 def test_the_page_needs_nothing_else(merged):
     root, _ = merged
     run(root)
-    page = (root / "data/summary_report/summary.html").read_text()
+    page = (paths_below(root).summary_dir.with_name("summary_report") / "summary.html").read_text()
     assert page.count("<svg ") == 4
     assert "<td>train</td><td>500</td>" in page
     assert "src=" not in page
@@ -135,10 +141,10 @@ def test_a_second_run_does_nothing_and_other_inputs_are_told(merged, capsys):
     run(root)
     assert run(root) == 0
     assert "nothing to do" in capsys.readouterr().out
-    before = (root / "data/summary_report/summary.html").read_bytes()
+    before = (paths_below(root).summary_dir.with_name("summary_report") / "summary.html").read_bytes()
     run(root, "--overwrite")
-    assert (root / "data/summary_report/summary.html").read_bytes() == before
-    write(root / "data/merged/val.parquet", schemas.merged(2), random_rows(9), "merge_and_split")
+    assert (paths_below(root).summary_dir.with_name("summary_report") / "summary.html").read_bytes() == before
+    write(paths_below(root).merged_dir / "val.parquet", schemas.merged(2), random_rows(9), "merge_and_split")
     with pytest.raises(StaleArtefact, match=r"val\.parquet"):
         run(root)
 
@@ -146,15 +152,17 @@ def test_a_second_run_does_nothing_and_other_inputs_are_told(merged, capsys):
 def test_a_summary_from_before_the_merge_is_not_in_the_way(merged, capsys):
     root, _ = merged
     for split in ("train", "val", "test"):
-        (root / f"data/merged/{split}.parquet").rename(root / f"{split}.parquet")
+        (paths_below(root).merged_dir / f"{split}.parquet").rename(root / f"{split}.parquet")
     write(root / "data/intermediates/0001.parquet", schemas.INTERMEDIATES, random_rows(0), "process_tar")
     assert run(root) == 0
     for split in ("train", "val", "test"):
-        (root / f"{split}.parquet").rename(root / f"data/merged/{split}.parquet")
+        (root / f"{split}.parquet").rename(paths_below(root).merged_dir / f"{split}.parquet")
     assert run(root) == 0
     assert "1,500 images in" in capsys.readouterr().out
-    assert parquet.num_rows(root / "data/summary_intermediates/summary.parquet") == 4  # still there, datasets
-    assert [path.name for path in (root / "data/summary").iterdir()] == ["summary.parquet"]
+    assert (
+        parquet.num_rows(paths_below(root).summary_dir.with_name("summary_intermediates") / "summary.parquet") == 4
+    )  # still there, datasets
+    assert [path.name for path in paths_below(root).summary_dir.iterdir()] == ["summary.parquet"]
 
 
 def test_without_inputs_the_stage_to_run_is_named(tmp_path, capsys):

@@ -47,6 +47,40 @@ def test_one_task_alone_keeps_all_gpus(step):
 
 
 @pytest.mark.parametrize(
+    ("script", "num_tasks", "held", "told"),
+    [
+        ("generate_embeddings.py", 1, "0,1,2,3", "this job holds 4 GPUs and uses 1: "),
+        ("compute_visual_neighbors.py", 2, "0,1,2,3", "this job holds 4 GPUs and uses 2: "),
+        ("optuna_worker.py", 4, "0,1,2,3", ""),
+        ("generate_embeddings.py", 1, "2", ""),
+        ("generate_embeddings.py", 1, "", ""),  # none
+        ("train.py", 1, "0,1,2,3", ""),  # has no use for more
+    ],
+)
+def test_gpus_that_no_task_uses_are_told_once(tmp_path, script, num_tasks, held, told):
+    """Also where a site hands out whole nodes, whatever is asked: each step then sees one GPU."""
+    (tmp_path / script).touch()
+    variables = {"SLURM_STEP_NUM_TASKS": num_tasks, "SLURM_JOB_GPUS": held, "CUDA_VISIBLE_DEVICES": "0"}
+    command = [sys.executable, ROOT / "slurm" / "node" / "task.py", tmp_path / script, "--num-shards=8"]
+    lines = []
+    for place in range(num_tasks):
+        environment = os.environ | {name: str(value) for name, value in variables.items()}
+        lines += subprocess.check_output(
+            command, env=environment | {"SLURM_PROCID": str(place)}, text=True
+        ).splitlines()
+    notes = [line for line in lines if "GPUs" in line]
+    assert len(notes) == bool(told)
+    assert "".join(notes).startswith(told)
+
+
+def test_gathering_the_parts_of_the_neighbours_needs_no_more_gpus(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_GPUS", "0,1,2,3")
+    script = "difficulty/compute_visual_neighbors.py"
+    assert task.note_on_gpus(script, ["--num-shards", "4"], 1)
+    assert not task.note_on_gpus(script, ["--num-shards", "4", "--finish"], 1)
+
+
+@pytest.mark.parametrize(
     ("visible", "gpus"),
     [
         ("0,1,2,3", ["0", "1", "2", "3", "0"]),

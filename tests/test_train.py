@@ -376,6 +376,24 @@ def test_wandb_that_cannot_start_is_a_warning(root, data, tmp_path, monkeypatch,
     assert parquet.num_rows(tmp_path / "run" / "history.parquet") == 3
 
 
+@pytest.mark.usefixtures("no_home")
+@pytest.mark.parametrize(("users", "expected"), [({}, 600), ({"WANDB_FINISH_TIMEOUT": "5"}, 5)])
+def test_wandb_without_a_network_does_not_keep_a_finished_run(root, data, tmp_path, monkeypatch, users, expected):
+    for name, value in users.items():
+        monkeypatch.setenv(name, value)
+    settings = wandb.Settings()
+
+    def start(**_):
+        settings.update_from_env_vars(dict(os.environ))
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", start)
+    train(root, data, tmp_path / "run", "logging.wandb_mode=online", "training.epochs=1")
+    if "finish_timeout" in wandb.Settings.model_fields:  # wandb 0.27.2 or newer
+        assert settings.finish_timeout == expected
+    assert os.environ.get("WANDB_FINISH_TIMEOUT") == users.get("WANDB_FINISH_TIMEOUT")
+
+
 def test_a_run_outlives_wandbs_own_process(root, data, tmp_path, monkeypatch, caplog):
     started, popen = [], subprocess.Popen
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import simulated_cuda
 import torch
-from conftest import ROOT
+from conftest import ROOT, paths_below
 from scipy import linalg
 from sklearn.decomposition import PCA
 
@@ -160,14 +160,14 @@ def test_moments_are_computed_once_for_a_merge_and_a_sample(stored, tmp_path):
     assert stored(seed=2, **sample, **{"global.seed": 7})  # draws another one
     assert stored("merge-2", seed=3)
     assert stored()  # the former merge again
-    written = {path.name for path in (tmp_path / "data" / "merged_moments").iterdir()}
+    written = {path.name for path in paths_below(tmp_path).merged_dir.with_name("merged_moments").iterdir()}
     assert written == {"all.safetensors", "20.safetensors"}
 
 
 @pytest.mark.parametrize("content", [b"", b"not ours", None])
 def test_a_damaged_file_is_replaced(content, stored, tmp_path):
     stored()
-    path = tmp_path / "data" / "merged_moments" / "all.safetensors"
+    path = paths_below(tmp_path).merged_dir.with_name("merged_moments") / "all.safetensors"
     path.write_bytes(path.read_bytes()[:-8] if content is None else content)
     assert [stored(), stored()] == [True, False]
 
@@ -176,7 +176,7 @@ def test_where_nothing_can_be_written_they_are_computed_again(stored, full_disk,
     with full_disk(500):
         assert stored()
     assert "all.safetensors cannot be written (File too large)" in caplog.text
-    assert not list((tmp_path / "data" / "merged_moments").iterdir())
+    assert not list(paths_below(tmp_path).merged_dir.with_name("merged_moments").iterdir())
     assert stored()
 
 
@@ -194,7 +194,7 @@ whitening.stored_moments(cfg, "merge-1", x, numpy.array([0, 0, 1, 1]), torch.dev
 def test_a_killed_process_leaves_nothing_that_is_read(stored, tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL
-    folder = tmp_path / "data" / "merged_moments"
+    folder = paths_below(tmp_path).merged_dir.with_name("merged_moments")
     assert len(os.listdir(folder)) == 1
     assert [stored(), stored()] == [True, False]
     assert os.listdir(folder) == ["all.safetensors"]

@@ -4,9 +4,10 @@ All runs share data, steps and validation; each is evaluated at its best epoch o
 the whitening. Figures are averaged over the seeds, then over the queries; the 95 % intervals are those of
 evaluate.py, paired for differences. They cover the choice of streets, not of seeds: see `by_seed` in the JSON.
 
-Reads    data/merged/{train,val,test}.parquet, data/difficulty/difficulty_metadata.parquet
-Writes   checkpoints/compare/<sampler>-<loss>[-<mining>]-<seed>/, as train.py (existing runs are not repeated);
-         data/evaluation/comparison.{json,md,png}; data/merged_moments/, as train.py
+Reads    data/<backbone>/merged/{train,val,test}.parquet, data/<backbone>/difficulty/difficulty_metadata.parquet
+Writes   checkpoints/<backbone>/compare/<sampler>-<loss>[-<mining>]-<seed>/, as train.py (existing runs are not
+         repeated);
+         data/<backbone>/evaluation/<run>/comparison.{json,md,png}; data/<backbone>/merged_moments/, as train.py
 Command  python train/compare.py [--seeds 3] [--set training.epochs=8]
 Time     that of the runs, see train.py. Fastest on CPU: parallel shards with OMP_NUM_THREADS=1, each training its
          share of the runs, then the command without shards for the table

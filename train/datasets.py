@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import cli, devices, parquet
+from common import devices, errors, parquet
 from common.errors import PipelineError
 from common.places import geo
 from common.places.zones import Zones, make_zones, number_buildings
@@ -139,7 +139,7 @@ def make_rows(
     if sizes.min() < 2:
         raise PipelineError(
             "merged/train holds a building with a single image\n"
-            f"merge again: {cli.command('preprocess/merge_and_split.py', '--overwrite')}"
+            f"merge again: {errors.command('preprocess/merge_and_split.py', '--overwrite')}"
         )
     panorama = columns["street_view_id"]
     by_panorama = np.lexsort((panorama, building_of_row))

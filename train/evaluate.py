@@ -4,16 +4,17 @@ Every image of the test split is a query; the rest of the split (evaluation.gall
 the gallery. Four methods: the raw backbone, PCA, learned whitening, the trained head. 95 % intervals come from a
 bootstrap over cells of the map; none are given below 20 effective cells.
 
---compare adds rows: other checkpoints (or folders of runs), published folders, Parquet files with another model's
-vectors of the same images. --embeddings evaluates a file with the columns of merged/test.parquet by itself.
+--compare adds rows: other runs by name, checkpoints, published folders, Parquet files with another model's vectors
+of the same images. --embeddings evaluates a file with the columns of merged/test.parquet by itself.
 --check shows how two metrics.json differ: exit code 1 if a figure in both differs by more than 0.001 (0.1
 percentage points: other machines round differently).
 
-Reads    data/merged/{test,train,val}.parquet, checkpoints/<run>/{checkpoint_best.pt,history.parquet};
+Reads    data/<backbone>/merged/{test,train,val}.parquet,
+         checkpoints/<backbone>/<run>/{checkpoint_best.pt,history.parquet};
          for the report's pictures, by offset, data/raw/<tar>.tar (optional)
-Writes   data/evaluation/{report.html,metrics.json}; with --compare in compared/ below that, with --embeddings in a
-         folder with the file's name
-Command  python train/evaluate.py [--set evaluation.gallery=all] [--compare checkpoints/other data/published]
+Writes   data/<backbone>/evaluation/<run>/{report.html,metrics.json}; with --compare in compared/ below that, with
+         --embeddings in a folder with the file's name
+Command  python train/evaluate.py [--set evaluation.gallery=all] [--compare RUN theirs.parquet]
 Memory   gallery rows x (D x 2 + 150) bytes on the host and x D x 4 on the device (768-d, 2.5 M rows: 4 and 8 GB),
          or also on the host if those are more than two thirds of what is free on the device (25 M rows: 119 GB
          on the host); plus 32 bytes for each match and method, and search_memory_mb on each; before that, to look
@@ -29,6 +30,7 @@ if not __package__:  # run by path: import from the repository root, not from th
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli, stages
+from common.errors import PipelineError
 
 
 def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
@@ -49,7 +51,7 @@ STAGE = stages.Stage(
 def main(argv=None) -> int:
     parser = cli.parser(__doc__)
     other = parser.add_mutually_exclusive_group()
-    other.add_argument("--compare", type=Path, nargs="+", default=[], metavar="PATH", help="further rows")
+    other.add_argument("--compare", nargs="+", default=[], metavar="RUN", help="further rows: runs or files")
     other.add_argument("--embeddings", type=Path, metavar="FILE", help="evaluate this file instead")
     other.add_argument("--check", type=Path, nargs=2, metavar="METRICS", help="compare two metrics.json")
     args = parser.parse_args(argv)
@@ -69,7 +71,7 @@ def main(argv=None) -> int:
     task = (
         evaluation_task.of_file(cfg, locate(cfg, args.embeddings))
         if args.embeddings
-        else evaluation_task.of_run(cfg, [locate(cfg, path) for path in args.compare], STAGE)
+        else evaluation_task.of_run(cfg, [compared(cfg, name) for name in args.compare], STAGE)
     )
     metrics_path, report_path = task.folder / "metrics.json", task.folder / "report.html"
     results = metrics_json.kept(metrics_path, task.record, args.redo)
@@ -103,6 +105,30 @@ def main(argv=None) -> int:
     print(evaluation_page.table(results))
     print(f"report: {report_path}")
     return progress.summary()
+
+
+def compared(cfg, name: str) -> Path:
+    """What --compare names: a run, by its checkpoint or else as published; or else a path.
+
+    Raises PipelineError for a name of neither.
+    """
+    from common import config
+
+    path, published = locate(cfg, Path(name)), config.paths_of(cfg, name).published_dir
+    if "/" in name:
+        return path
+    checkpoints = cfg.paths.checkpoints_dir.glob("*/checkpoint_best.pt")
+    runs = {checkpoint.parent.name: checkpoint.parent for checkpoint in checkpoints}
+    if name in runs:
+        return runs[name]
+    if published.name == name and (published / "provenance.json").exists():
+        return published
+    if not path.exists():
+        known = ", ".join(sorted(runs)) or "none"
+        raise PipelineError(
+            f"--compare {name}: no such run in {cfg.paths.checkpoints_dir} ({known}), and no such file"
+        )
+    return path
 
 
 def locate(cfg, path: Path) -> Path:

@@ -2,8 +2,8 @@
 
 Writes what train.py writes, plus config.toml, with which train.py repeats the run.
 
-Reads    the study (data/study/journal.log, or tuning.study_storage), and what train.py reads
-Writes   checkpoints/<run>/config.toml, and what train.py writes
+Reads    the study (data/<backbone>/study/journal.log, or tuning.study_storage), and what train.py reads
+Writes   checkpoints/<backbone>/<run>/config.toml, and what train.py writes
 Command  python train/fetch_best_and_train.py [--trial 17] [--set training.run=tuned]
 Memory   as train.py
 """

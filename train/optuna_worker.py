@@ -6,10 +6,11 @@ tuning.pruner = "median", after five trials, a trial is pruned once its best val
 others at the same epoch, from the second on; "hyperband" runs many trials briefly and few to the end. If a worker
 is killed, another one repeats its trial.
 
-Reads    data/merged/{train,val}.parquet, data/difficulty/difficulty_metadata.parquet: once, for all trials
-Writes   data/study/journal.log (or tuning.study_storage);
-         data/study/study.html: history, importances and slices of the study
-         data/merged_moments/<sample>.safetensors, as train.py, if no run has written it
+Reads    data/<backbone>/merged/{train,val}.parquet, data/<backbone>/difficulty/difficulty_metadata.parquet:
+         once, for all trials
+Writes   data/<backbone>/study/journal.log (or tuning.study_storage);
+         data/<backbone>/study/study.html: history, importances and slices of the study
+         data/<backbone>/merged_moments/<sample>.safetensors, as train.py, if no run has written it
 Command  python train/optuna_worker.py [--trials 10] [--minutes 600]
 Memory   as train.py
 A study of other data or settings is refused, and replaced with --remake; a matching one is joined in any case.

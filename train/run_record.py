@@ -5,7 +5,7 @@ Imports neither torch nor Optuna: slurm/submit.py needs records, too.
 
 from pathlib import Path
 
-from common import cli, config, parquet, provenance, stages
+from common import config, errors, parquet, provenance, stages
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance
 from common.sections import Config
@@ -45,7 +45,7 @@ def merge_records(cfg: Config, splits: tuple[str, ...]) -> dict[Path, Provenance
         if reasons:
             raise StaleArtefact(
                 f"{path} and {paths[0].name} come from different merge runs: {path.stem} {reasons[0]}\n"
-                f"merge again: {cli.command('preprocess/merge_and_split.py', '--remake')}"
+                f"merge again: {errors.command('preprocess/merge_and_split.py', '--remake')}"
             )
     return records
 

@@ -1,11 +1,12 @@
 """Train the projection head, which turns a backbone's embeddings into building embeddings.
 
-Reads    data/merged/{train,val}.parquet, data/difficulty/difficulty_metadata.parquet
-Writes   checkpoints/<run>/checkpoint_best.pt: the head with the highest validation mAP@R; the linear baseline that
-         training starts from is epoch 0
-         checkpoints/<run>/checkpoint_last.pt: where a stopped run resumes
-         checkpoints/<run>/{history.parquet,curves.png}: a row per epoch, and the training curves
-         data/merged_moments/<sample>.safetensors: what PCA and whitening need of the images, for all later runs
+Reads    data/<backbone>/merged/{train,val}.parquet, data/<backbone>/difficulty/difficulty_metadata.parquet
+Writes   checkpoints/<backbone>/<run>/checkpoint_best.pt: the head with the highest validation mAP@R; the linear
+         baseline that training starts from is epoch 0
+         checkpoints/<backbone>/<run>/checkpoint_last.pt: where a stopped run resumes
+         checkpoints/<backbone>/<run>/{history.parquet,curves.png}: a row per epoch, and the training curves
+         data/<backbone>/merged_moments/<sample>.safetensors: what PCA and whitening need of the images, for all
+         later runs
 Command  python train/train.py [--set training.run=NAME] [--set training.loss=infonce]
 Memory   D x 2 + k x 4 + 90 bytes per training image (6 M, 768-d, k = 150: 13 GB), on the GPU if it fits; less with
          training.sample_buildings; validation: see search_memory_mb

@@ -3,7 +3,7 @@
 Both are applied as normalize(projection (normalize(x) - mean)), and need no more of the rows than their `Moments`.
 Those are computed in float64, in one pass over the rows, once for each merge and sample of its buildings.
 
-Reads    data/merged_moments/<sample>.safetensors, if it is of this data/merged/train.parquet and sample
+Reads    data/<backbone>/merged_moments/<sample>.safetensors, if it is of this merged/train.parquet and sample
 Writes   that file otherwise. Processes that do so at the same time write the same, to rounding
 Memory   eight D x D float64 matrices and BLOCK_ROWS x D x 24 bytes, whatever N (768-d: 38 and 151 MB); more
          only if a building has more rows

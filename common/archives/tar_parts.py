@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from common import cli, files, parquet, provenance, schemas, stages
+from common import errors, files, parquet, provenance, schemas, stages
 from common.archives import tars
 from common.errors import StaleArtefact
 from common.provenance import Provenance, Redo
@@ -107,7 +107,7 @@ def refuse_surplus(folder: Path, name: str, num_parts: int, redo: Redo, script: 
     if surplus and not redo:
         raise StaleArtefact(
             f"{surplus[0]} is left from another division of {name}, which now has {num_parts} parts\n"
-            f"restore data.rows_per_part or the images, or remove such files: {cli.command(script, '--remake')}"
+            f"restore data.rows_per_part or the images, or remove such files: {errors.command(script, '--remake')}"
         )
     for path in surplus:
         path.unlink(missing_ok=True)  # another task of the same tar may have removed it

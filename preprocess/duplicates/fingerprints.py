@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from scipy import fft
 
-from common import cli, parquet, schemas
+from common import errors, parquet, schemas
 from common.archives.tar_parts import TarPart
 from common.errors import PipelineError
 from common.imagery import decoding
@@ -59,7 +59,7 @@ def write(part: TarPart, store: TarImages, method: str, pool: Executor, on_image
             raise PipelineError(
                 f"{part.tar} has an image that cannot be decoded: {error}\n"
                 f"read the tar again: rm {shlex.quote(str(part.source))} && "
-                f"{cli.command('preprocess/process_tar.py')}"
+                f"{errors.command('preprocess/process_tar.py')}"
             ) from None
 
     futures = {start: pool.submit(hashes_from, start) for start in range(0, len(rows), CHUNK)}

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common import cli, parquet, provenance, schemas
+from common import errors, parquet, provenance, schemas
 from common.archives import tar_parts, tars
 from common.cli import Progress
 from common.errors import PipelineError, StaleArtefact
@@ -64,7 +64,7 @@ def find(cfg: Config, listing: list[Path]) -> Sources:
                 if part.inputs.get(intermediates.name) != record.id:
                     raise StaleArtefact(
                         f"{path} was made from an earlier version of {intermediates}\n"
-                        f"to redo it: {cli.command(_SCRIPTS[stage], '--remake')}"
+                        f"to redo it: {errors.command(_SCRIPTS[stage], '--remake')}"
                     )
                 ids[f"{stage}/{path.name}"] = part.id
                 if stage == "embeddings":
@@ -116,7 +116,7 @@ def _dataset_of(intermediates: Path) -> int:
     """The dataset of all rows; -1 if there are none."""
     datasets = np.unique(parquet.read(intermediates, ["dataset_id"])["dataset_id"].to_numpy())
     if len(datasets) > 1:
-        again = cli.command("preprocess/process_tar.py")
+        again = errors.command("preprocess/process_tar.py")
         raise PipelineError(
             f"{intermediates} has rows of datasets {', '.join(map(str, datasets[:5]))}; a tar is one dataset\n"
             f"read it again: rm {shlex.quote(str(intermediates))} && {again}"
@@ -134,7 +134,7 @@ def _only_model(models: dict[Path, dict]) -> dict:
                     f"{first} was made with {key} = {json.dumps(model.get(key))}, "
                     f"{path} with {key} = {json.dumps(other.get(key))}\n"
                     "embeddings of different models cannot be merged\n"
-                    f"to redo those that do not match: {cli.command(_SCRIPTS['embeddings'], '--remake')}"
+                    f"to redo those that do not match: {errors.command(_SCRIPTS['embeddings'], '--remake')}"
                 )
     return model
 

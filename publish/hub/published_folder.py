@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from common import cli, files, parquet, provenance
+from common import errors, files, parquet, provenance
 from common.config import is_folder
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance, Redo
@@ -35,7 +35,7 @@ def refuse_mixture(test: Path, checkpoint_path: Path, checkpoint: dict, metrics_
         if evaluated.get(path.name) != content_id:
             raise StaleArtefact(
                 f"{metrics_path} was made from an earlier version of {path}\n"
-                f"evaluate again: {cli.command('train/evaluate.py', '--remake')}"
+                f"evaluate again: {errors.command('train/evaluate.py', '--remake')}"
             )
 
 

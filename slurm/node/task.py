@@ -5,7 +5,8 @@ Where Slurm has bound each task to a GPU of its own, the task keeps that one.
 
 With slurm.stage_to, a stage that reads images finds its shard's tars on the node's own disk; see staging.py.
 
-Reads    SLURM_ARRAY_TASK_ID, SLURM_STEP_NUM_TASKS, SLURM_PROCID, SLURM_LOCALID, CUDA_VISIBLE_DEVICES
+Reads    SLURM_ARRAY_TASK_ID, SLURM_STEP_NUM_TASKS, SLURM_PROCID, SLURM_LOCALID, SLURM_JOB_GPUS,
+         CUDA_VISIBLE_DEVICES
 Writes   nothing itself
 Command  python slurm/node/task.py SCRIPT [the script's arguments]
 """
@@ -23,6 +24,7 @@ from common import cli
 from slurm.node.child import run
 
 DEVICES = Path("/dev")
+DIVIDED_ON_GPUS = ("generate_embeddings", "compute_visual_neighbors", "optuna_worker")  # begin the scripts' names
 STAGED = ("compute_fingerprints", "generate_embeddings")  # what slurm.stage_to applies to
 
 
@@ -37,6 +39,18 @@ def gpu_of(place: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if len(gpus) > 1 else {}
 
 
+def note_on_gpus(script: str, words: list[str], num_tasks: int) -> str:
+    """What to do about the job's GPUs on this node that a stage has no tasks for; empty if there are none.
+
+    SLURM_JOB_GPUS lists what the job holds, also where the step was given less: a site may hand out whole nodes.
+    """
+    held = len(os.environ.get("SLURM_JOB_GPUS", "").split(","))
+    if held <= num_tasks or not Path(script).stem.startswith(DIVIDED_ON_GPUS) or "--finish" in words:
+        return ""
+    advice = f'see "Nodes that are handed out whole" in docs/slurm.md, and --ntasks={held}'
+    return f"this job holds {held} GPUs and uses {num_tasks}: {advice}"
+
+
 def slurm_variable(name: str, default: int = 0) -> int:
     return int(os.environ.get(f"SLURM_{name}", default))
 
@@ -49,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     words, num_tasks = args.arguments, slurm_variable("STEP_NUM_TASKS", 1)
     if num_tasks > 1:
         os.environ.update(gpu_of(slurm_variable("LOCALID")))
+    if slurm_variable("PROCID") == 0 and (note := note_on_gpus(args.script, words, num_tasks)):
+        print(note, flush=True)
     flags = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     cli.config_flags(flags)
     flags.add_argument("--num-shards", type=int)

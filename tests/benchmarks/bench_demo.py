@@ -16,7 +16,10 @@ from common import files, parquet
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-ARTEFACTS = ("intermediates", "fingerprints", "embeddings", "merged", "difficulty")
+ARTEFACTS = {  # where the demo has them
+    **{name: f"data/{name}" for name in ("intermediates", "fingerprints")},
+    **{name: f"data/backbone/{name}" for name in ("embeddings", "merged", "difficulty")},
+}
 
 
 def make_demo(folder: str) -> tuple[float, str]:
@@ -38,9 +41,9 @@ def table_in(printed: str) -> str:
 
 def facts(folder: Path, printed: str) -> dict:
     """What the documentation and full_dataset.py use of the demo."""
-    data = next(folder.glob("*-streets/backbone/data"))
-    images = sum(parquet.num_rows(path) for path in (data / "intermediates").glob("*.parquet"))
-    sizes = {name: sum(path.stat().st_size for path in (data / name).glob("*.parquet")) for name in ARTEFACTS}
+    folders = {name: next(folder.glob(f"*-streets/{place}")) for name, place in ARTEFACTS.items()}
+    images = sum(parquet.num_rows(path) for path in folders["intermediates"].glob("*.parquet"))
+    sizes = {name: sum(path.stat().st_size for path in place.glob("*.parquet")) for name, place in folders.items()}
     return {
         "images": images,
         "bytes_per_image": {name: round(size / images, 1) for name, size in sizes.items()},
@@ -53,7 +56,7 @@ def measure() -> list[timing.Ratio]:
         first, printed = make_demo(folder)
         found = facts(Path(folder), printed)
         again = [make_demo(folder)[0] for _ in range(3)]
-        picture = next(Path(folder).glob("*-streets/backbone/search.png"))
+        picture = next(Path(folder).glob("*-streets/data/backbone/search.png"))
         files.write_bytes(HERE / "search.png", picture.read_bytes())
     files.write_text(HERE / "demo.json", json.dumps({**found, "seconds": round(first, 1)}, indent=1) + "\n")
     taken = {"again": again, "the first time": [first] * len(again)}

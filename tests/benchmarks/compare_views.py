@@ -10,10 +10,11 @@ There is no arm for the mean of outputs that are not normalized: those of the lo
 
 Memory: the encoded images of a split, and 7 KB of vectors an image.
 
-Reads    data/merged/{train,val,test}.parquet, data/difficulty/difficulty_metadata.parquet, the tars in
-         paths.raw_dir, the backbone
-Writes   data/views/<merge>.npz, the vectors of all views; checkpoints/views/<arm>-<seed>/, as train.py (what is
-         there is not repeated); data/evaluation/views.json
+Reads    data/<backbone>/merged/{train,val,test}.parquet, data/<backbone>/difficulty/difficulty_metadata.parquet,
+         the tars in paths.raw_dir, the backbone
+Writes   data/<backbone>/views/<merge>.npz, the vectors of all views;
+         checkpoints/<backbone>/views/<arm>-<seed>/, as train.py (what is there is not repeated);
+         data/<backbone>/evaluation/<run>/views.json
 Command  python tests/benchmarks/compare_views.py [--vectors] [--seeds 3] [--set training.epochs=8]  (make views)
 Time     fastest on CPU: first --vectors, then parallel shards with OMP_NUM_THREADS=1, each training its share of
          the runs, then the command without shards for the figures

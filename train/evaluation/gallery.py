@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from common import cli, parquet, provenance, schemas
+from common import errors, parquet, provenance, schemas
 from common.errors import PipelineError, StaleArtefact
 from common.places import zones
 from common.provenance import Provenance
@@ -117,7 +117,7 @@ def refuse_foreign_head(path: Path, checkpoint: dict, records: dict[Path, Proven
         if checkpoint["provenance"]["inputs"].get(split.name) != record.id:
             raise StaleArtefact(
                 f"{path} was trained on an earlier version of {split}\n"
-                f"repeat the run that made it: {cli.command('train/train.py', '--remake')}"
+                f"repeat the run that made it: {errors.command('train/train.py', '--remake')}"
             )
     ours, theirs = provenance.embedding_model(of_test), provenance.with_views(checkpoint["embedding_model"])
     if ours != theirs:
@@ -146,7 +146,7 @@ def refuse_leaks(merged_dir: Path) -> dict[str, dict[str, int]]:
                 raise PipelineError(
                     f"{what} {dataset:04d}_{number} is in both {one}.parquet and {other}.parquet of {merged_dir} "
                     f"(and {len(shared) - 1:,} more are): metrics would be inflated\n"
-                    f"merge again: {cli.command('preprocess/merge_and_split.py', '--overwrite')}"
+                    f"merge again: {errors.command('preprocess/merge_and_split.py', '--overwrite')}"
                 )
         proof[f"{what}s"] = {**{split: len(frame) for split, frame in ids.items()}, "in_two_splits": 0}
     return proof

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, create_model
 
-from common import cli, parquet
+from common import errors, parquet
 from common.errors import PipelineError
 from common.provenance import Provenance, Redo
 from train.evaluation.metric_names import MAIN_METRICS, METRICS, TITLES
@@ -124,7 +124,7 @@ def read(path: Path) -> dict:
         where = ".".join(map(str, problem["loc"])) or "all of it"
         raise PipelineError(
             f"{path} is damaged or from another version ({where}: {problem['msg']})\n"
-            f"evaluate again: {cli.command('train/evaluate.py', '--remake')}"
+            f"evaluate again: {errors.command('train/evaluate.py', '--remake')}"
         ) from None
     return json.loads(content)
 

@@ -20,6 +20,7 @@ from common.parquet import first_line
 from common.provenance import Provenance, digest_of
 from common.sections import Config
 
+FINISH_TIMEOUT_S = 600
 log = logging.getLogger("pipeline")
 
 
@@ -73,8 +74,13 @@ def session(cfg: Config, run_dir: Path | None, record: Provenance) -> Iterator[T
     # what a user has set counts; in mode "online" the configuration, where `wandb login` puts a server's address
     kinds = ("data", "cache") if mode == "online" else ("data", "cache", "config")
     folders = {f"WANDB_{kind.upper()}_DIR": str(run_dir / "wandb" / kind) for kind in kinds}
-    folders = {name: folder for name, folder in folders.items() if name not in os.environ}
-    os.environ.update(folders)
+    # without a network, wandb would retry for ever at the end; what it has not sent stays in the run's folder
+    settings = {
+        **folders,
+        "WANDB_FINISH_TIMEOUT": str(FINISH_TIMEOUT_S),
+    }  # wandb 0.27.2 or newer; others ignore it
+    settings = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(settings)
     exit_code = 1
     try:
         tracker.run = tracker.attempt(lambda: _start(cfg, run_dir, record))
@@ -82,7 +88,7 @@ def session(cfg: Config, run_dir: Path | None, record: Provenance) -> Iterator[T
         exit_code = 0
     finally:
         tracker.attempt(lambda: _end(tracker.run, exit_code))
-        for name in folders:
+        for name in settings:
             del os.environ[name]
 
 
