@@ -80,15 +80,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args, more = arguments.parse_known_args(argv)
     if more and not args.embed:
         arguments.error(f"unrecognized arguments: {' '.join(more)}")
-    args.embed = [*args.embed, *more, *["--remake"][: len(args.remake) if args.embed else 0]]
+    if args.remake and (None in args.remake) != bool(args.embed):
+        raise ConfigError("--remake needs the name of a stage, but none with --embed")
+    if args.embed:
+        args.embed, args.remake = [*args.embed, *more, *["--remake"][: len(args.remake)]], []
     if args.tune < 0:
         raise ConfigError("--tune must be 1 or more")
     if args.jobs < 1 or (args.jobs > 1 and not args.local):
         raise ConfigError("--jobs must be 1 or more and belongs to --local; for Slurm set slurm.<stage>.throttle")
-    if bool(args.embed) != (None in args.remake) and args.remake:
-        raise ConfigError("--remake needs the name of a stage, but none with --embed")
     of_chain, elsewhere = (
-        args.only or args.first or args.last or args.tune or (args.remake and not args.embed),
+        args.only or args.first or args.last or args.tune or args.remake,
         args.prefetch or args.rest or args.cancel,
     )
     if (of_chain or args.dry_run) and elsewhere:
@@ -121,8 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.local:  # one process with all cores: the neighbour search is cut for job arrays only
         cfg = cfg.model_copy(update={"slurm": cfg.slurm.model_copy(update={"difficulty_shards": 1})})
     embed = [chain.embedding_module(Path(args.embed[0])), *args.embed] if args.embed else []
-    steps = chain.steps_of(cfg, args.tune, embed=embed)
-    steps = steps if embed else chain.remaking(steps, args.remake)
+    steps = chain.remaking(chain.steps_of(cfg, args.tune, embed=embed), args.remake)
     steps = chain.select(steps, args.only or args.first, args.only or args.last)
     chain.refuse_output_dim(steps, cfg)
     for step in steps:

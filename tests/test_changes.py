@@ -32,8 +32,7 @@ SETTINGS = (
     *("embedding_model.pooling=mean", "data.rows_per_part=20", "data.split_cell_m=300", "data.neighbors=20"),
     *("data.train_ratio=0.5", "data.val_ratio=0.25", "data.test_ratio=0.25", "training_model.output_dim=64"),
     *("infrastructure.embedding_batch_size=16", "paths.raw_dir=../raw", "slurm.num_shards=2"),
-    # the same places for each backbone: of another one, they are stale
-    *(f"paths.{name}_dir=data/{name}" for name in ("embeddings", "merged", "summary", "difficulty")),
+    "embedding_model.label=fixed",  # else another pooling has folders of its own, and nothing is stale
 )
 THIRD = "0090.tar"
 pytestmark = pytest.mark.timeout(300)
@@ -59,6 +58,15 @@ class Place:
         self.root, self.raw, self.to, self.monkeypatch = folder / "run", folder / "raw", to, monkeypatch
         settings = (*SETTINGS, f"paths.root={self.root}", f"embedding_model.name={backbone}")
         self.flags = [word for setting in settings for word in ("--set", setting)] + ["--to", to]
+        self.paths = config.load(None, settings).paths
+
+    def folder(self, name: str) -> Path:
+        """That of "merged", for instance."""
+        return getattr(self.paths, f"{name}_dir")
+
+    def relative(self, *names: str) -> list[str]:
+        """The folders below `root`."""
+        return [str(self.folder(name).relative_to(self.root)) for name in names]
 
     def run(self, *more: str) -> tuple[int, str]:
         """`submit.py` with these flags: its exit code and what it and the stages say."""
@@ -188,7 +196,7 @@ def test_a_run_that_is_killed_while_it_remakes_goes_on_where_it_was(copy, monkey
     """generate_embeddings dies by SIGKILL between two of its parts; then the same command is run again."""
     place = copy("two", to="merge_and_split")
     flags = ("--local", "--remake", "generate_embeddings", "--set", "embedding_model.views=[1.0]")
-    parts = sorted((place.root / "data" / "embeddings").glob("*.parquet"))
+    parts = sorted(place.folder("embeddings").glob("*.parquet"))
     former = {part: part.stat().st_mtime_ns for part in parts}
 
     class Victim:
@@ -255,14 +263,14 @@ FIRST_CHANGED = {  # setting, with another value -> the first stage that depends
 def test_a_file_that_is_removed_or_damaged_is_made_again_and_nothing_else_is(copy, chains, number):
     rng = random.Random(number)
     place, change = copy("three"), rng.choice([remove, damage])
-    folder = place.root / "data" / FOLDERS[number % len(FOLDERS)]
+    folder = place.folder(FOLDERS[number % len(FOLDERS)])
     name, before = change(folder, rng), place.written()
     messages = place.follow()
     assert len(messages) == (change is damage)
     assert_same_artefacts(place.root, chains / "three" / "run", folders=("data",))
     assert place.run("--local")[1].startswith("nothing to do")
     after = place.written()
-    elsewhere = [path for path in before if folder.name not in path.parts[1] and "merged" not in path.parts[1]]
+    elsewhere = [path for path in before if not re.search(f"/({folder.name}|merged)", str(path))]
     assert all(after[path] == before[path] for path in elsewhere), name
 
 
@@ -277,10 +285,10 @@ def test_a_changed_setting_is_explained_and_remade_as_if_its_files_had_been_remo
 
     oracle = copy("three", name="oracle", to=place.to)
     redone = FOLDERS[STAGES.index(first) :]
-    for folder in (path for name in redone for path in (oracle.root / "data").glob(f"{name}*")):
+    for folder in [path for name in redone for path in oracle.folder(name).parent.glob(f"{name}*")]:
         shutil.rmtree(folder)
     assert oracle.run("--local", *flags)[0] == 0
-    made = [f"data/{name}" for name in redone if (oracle.root / "data" / name).exists()]
+    made = oracle.relative(*(name for name in redone if oracle.folder(name).exists()))
     assert_same_artefacts(place.root, oracle.root, folders=made)
 
 
@@ -291,9 +299,7 @@ def test_what_was_made_from_a_removed_tar_is_left_out_after_the_printed_commands
     assert "it was made from 3 tars; there are 2 now: 0090 went" in stale
     assert "to keep it, restore 0090" in stale
     assert "restore the tars, or remove what was made from them: rm " in lost
-    made = [f"data/{folder}" for folder in FOLDERS]
-    shutil.rmtree(place.root / "data" / "summary_report")
-    assert_same_artefacts(place.root, chains / "two" / "run", folders=made)
+    assert_same_artefacts(place.root, chains / "two" / "run", folders=place.relative(*FOLDERS))
 
 
 def test_a_tar_that_was_packed_anew_is_read_again_and_what_has_not_changed_is_kept(copy, chains):
@@ -303,10 +309,10 @@ def test_a_tar_that_was_packed_anew_is_read_again_and_what_has_not_changed_is_ke
     (told,) = place.follow()
     assert f"process_tar is stale (made on {time.strftime('%Y')}" in told
     assert "it was made from an earlier version of 0090.tar" in told
-    assert_same_artefacts(place.root, chains / "three" / "run", folders=[f"data/{folder}" for folder in FOLDERS])
+    assert_same_artefacts(place.root, chains / "three" / "run", folders=place.relative(*FOLDERS))
     changed = {path for path, when in place.written().items() if before[path] != when}
     assert {str(path.parent) for path in changed} == {
-        *("data/intermediates", "data/intermediates_rejects", "data/intermediates_index"),
-        *("data/fingerprints", "data/embeddings"),
+        *("data/intermediates_rejects", "data/intermediates_index"),
+        *place.relative("intermediates", "fingerprints", "embeddings"),
     }
     assert all(path.name.startswith("0090") for path in changed)

@@ -3,10 +3,12 @@
 Oracle: the files that the script leaves in one process. tests/test_slurm.py submits to a real Slurm.
 """
 
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,23 @@ def run_task(command: list[str], task: int, folder: Path) -> int:
     with (folder / f"embed-{task}.log").open("a") as log:
         log.write(f"-- 1 job 1_{task} starts on a\n-- 2 job 1_{task} ends with exit code {code}\n")
     return code
+
+
+def test_vectors_of_changed_data_are_redone_by_the_printed_command(arguments, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="takes --remake instead of --overwrite"):
+        submit.main([*arguments, "--overwrite"])
+    assert submit.main([*arguments, "--local"]) == 0
+    first, *_, last = sorted((tmp_path / "in").glob("*.parquet"))
+    shutil.copy2(last, first)
+    assert cli.exit_code_of(lambda: submit.main(arguments)) == 1
+    told = capsys.readouterr().err
+    assert f"embed is stale (made on {time.strftime('%Y')}" in told
+    command = re.search("^ *to redo what is stale: python .*/submit.py (.*)", told, re.MULTILINE)[1]
+    assert submit.main(shlex.split(command)) == 0
+    assert "--remake" in entry(tmp_path)["command"]
+    assert cli.exit_code_of(lambda: submit.main([*shlex.split(command), "--local"])) == 0
+    assert submit.main([*arguments, "--dry-run"]) == 0
+    assert "embed                      8 tasks done" in capsys.readouterr().out
 
 
 def test_new_data_are_an_array_that_stops_resumes_and_is_followed(arguments, tmp_path, monkeypatch, clients):
