@@ -19,7 +19,7 @@ def jobs(parts: list[TarPart], store: tar_images.TarImages) -> Iterator[Job]:
     """What the loop reads; a job's name is the part and its rows."""
     for part in parts:
         rows = part.rows()
-        yield Job((part, rows), part.count, store.tar(part.tar.name).reader(rows))
+        yield Job((part, rows), part.count, store.reader(rows))
 
 
 def write(result: Result, facts: dict, max_reject_share: float) -> str:
