@@ -1,6 +1,5 @@
 """The rows of the intermediates that photographs become: ids, positions, and which count as one view."""
 
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import xxhash
 
 from common.places import geo
 from common.schemas import Reject, Rejected
+from preprocess.photographs.photo_listing import TEXTS
 from preprocess.tars.jpegs import Jpeg
 
 FIRST_DATASET, NUM_DATASETS = 1_000, 9_000  # above the numbers of the dataset's tars
@@ -32,8 +32,9 @@ def dataset_of(name: str) -> int:
 def normalised(rows: pd.DataFrame) -> pd.DataFrame:
     """The listed rows with their ids filled in, names of buildings in one form of Unicode, and positions of 0, 0,
     which cameras without a fix write, as not known."""
-    rows = rows.assign(id=rows["id"].fillna(rows["name"]))
-    rows["building"] = [unicodedata.normalize("NFC", text).strip() if text else "" for text in rows["building"]]
+    rows = rows.astype(dict.fromkeys(("name", *TEXTS), "string"))
+    rows["id"] = rows["id"].fillna(rows["name"])
+    rows["building"] = rows["building"].fillna("").str.normalize("NFC").str.strip()
     for lat, lon in _POSITIONS:
         rows.loc[(rows[lat] == 0) & (rows[lon] == 0), [lat, lon]] = np.nan
     return rows

@@ -6,9 +6,11 @@ those inside Parquet files, which are compressed and encoded, cannot be.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -50,7 +52,8 @@ class Listing(NamedTuple):
 
 def of(source: Path) -> Listing:
     """The photographs at `source`. Raises PipelineError if it is none of the four kinds, or empty."""
-    if states := sorted(source.rglob("state.json")) if source.is_dir() else []:
+    states = sorted([*source.glob("state.json"), *source.glob("*/state.json")])  # of a dataset, or of its splits
+    if states := [path for path in states if "_data_files" in path.read_text()]:
         listing = _of_dataset(source, states)
     elif tables := sorted([*source.glob("*.parquet"), *source.glob("data/*.parquet")]):
         listing = _of_tables(source, tables)
@@ -106,7 +109,7 @@ def _of_tables(folder: Path, paths: list[Path]) -> Listing:
     """Parquet files with the images in them, or of paths."""
     schema = parquet.open_file(paths[0]).schema_arrow
     columns = [name for name in schema.names if name != "image"]
-    table = pa.concat_tables([parquet.read(path, columns) for path in paths])
+    table = _joined(folder, [parquet.read(path, columns) for path in paths])
     if "image" not in schema.names:
         return _of_paths(paths[0], table)
 
@@ -132,7 +135,7 @@ def _of_dataset(folder: Path, states: list[Path]) -> Listing:
         for file in json.loads(state.read_text())["_data_files"]
     ]
     batches = [(path, *_mapped(path)) for path in paths]
-    table = pa.concat_tables([pa.Table.from_batches(of_file) for _, _, of_file in batches if of_file])
+    table = _joined(folder, [pa.Table.from_batches(of_file) for _, _, of_file in batches if of_file])
     if "image" not in table.column_names:
         raise PipelineError(f"{folder} has no column `image`: {', '.join(table.column_names)}")
 
@@ -143,6 +146,13 @@ def _of_dataset(folder: Path, states: list[Path]) -> Listing:
 
     rows = _completed(_numbered(table.drop_columns("image")), folder)
     return Listing(folder, rows, places, _files(paths), _ignored(table, "image"))
+
+
+def _joined(folder: Path, tables: list[pa.Table]) -> pa.Table:
+    try:
+        return pa.concat_tables(tables)
+    except pa.ArrowInvalid as error:  # there are none, or columns differ
+        raise PipelineError(f"the tables in {folder} do not fit together: {parquet.first_line(error)}") from None
 
 
 def _mapped(path: Path) -> tuple[pa.Buffer, list[pa.RecordBatch]]:
@@ -162,17 +172,19 @@ def _addressed(file: str, whole: pa.Buffer, images: pa.Array) -> Iterator[Place]
         images = images.field("bytes")
     if not (types.is_binary(images.type) or types.is_large_binary(images.type)):
         raise PipelineError(f"{file}: the column `image` holds {images.type}, not encoded images (bytes)")
-    for image, path in zip(images, paths, strict=True):
-        if not image.is_valid:
-            yield Place(path or "")
-            continue
-        content = image.as_buffer()
-        offset = content.address - whole.address
-        if not 0 <= offset <= whole.size - content.size:
-            raise PipelineError(
-                f"{file} is compressed, so that images cannot be read in place: write Parquet files"
-            )
-        yield Place(file, offset, content.to_pybytes())
+    _, offsets, content = images.buffers()
+    if content is None:  # all by path
+        yield from (Place(path or "") for path in paths)
+        return
+    kind = np.int64 if types.is_large_binary(images.type) else np.int32
+    starts = np.frombuffer(offsets, kind)[images.offset :][: len(images) + 1].astype(np.int64)
+    starts += content.address - whole.address
+    if starts.min() < 0 or starts.max() > whole.size:
+        raise PipelineError(f"{file} is compressed: its images cannot be read in place; write Parquet files")
+    for (start, stop), path, is_here in zip(
+        pairwise(starts.tolist()), paths, images.is_valid().to_pylist(), strict=True
+    ):
+        yield Place(file, start, whole[start:stop].to_pybytes()) if is_here else Place(path or "")
 
 
 def _numbered(table: pa.Table) -> pa.Table:
