@@ -4,7 +4,8 @@ An image is dropped, and counted, under the first of these that applies: it has 
 near-identical image; the same JPEG belongs to distant buildings; it is in the buffer between two splits; a later
 split has its panorama, or its JPEG; its building has fewer than 2 images left.
 
-Reads    data/intermediates, data/fingerprints and data/embeddings of every tar in data/raw
+Reads    data/intermediates, data/fingerprints and data/embeddings of every tar in data/raw, and of every
+         imported set of photographs
 Writes   data/merged/{train,val,test}.parquet, sorted by (dataset_id, target_id, patch_id);
          data/merged_report/split_report.json: what was dropped and why, ratios, the proof that nothing leaks;
          data/merged_report/split_map.png: the cells by split;

@@ -72,7 +72,11 @@ def of_shard(raw_dir: Path, shard: int, num_shards: int) -> list[Path]:
         what = "holds no .tar, .tar.gz or .tgz file" if raw_dir.is_dir() else "is not a folder"
         # aria2c puts them into a folder of the set's name
         deeper = sorted({path.parent for path in raw_dir.glob("*/*") if is_named_so(path) and path.is_file()})
-        advice = "set paths.raw_dir" if deeper else "put the dataset's tars there, or set paths.raw_dir"
+        advice = (
+            "set paths.raw_dir"
+            if deeper
+            else "put the dataset's tars there, or set paths.raw_dir, or import photographs"
+        )
         where = f", but there are some in {', '.join(map(str, deeper))}" if deeper else ""
         raise PipelineError(f"{raw_dir} {what}{where}\n{advice}")
     return listing[shard::num_shards]
