@@ -79,7 +79,7 @@ def main(argv=None) -> int:
         results = loop.embed(jobs, forward, model.preprocessing, device, cfg.infrastructure, progress)
         failures = loop.write_each(results, write)
     if failures:
-        advice = "restore the tar that process_tar.py read, or rerun that stage and the following with --overwrite"
+        advice = "restore what was read then, or rerun that stage and the following with --overwrite"
         raise PipelineError("\n".join([*failures, advice]))
     return 0
 

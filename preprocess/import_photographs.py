@@ -56,7 +56,6 @@ def main(argv=None) -> int:
         return cli.nothing_to_do(IMPORTED, str(target))
 
     tar = photo_files.packed(cfg.paths.intermediates_dir, args.name)
-    tar.unlink(missing_ok=True)
     rows = photo_columns.normalised(listing.rows.to_pandas())
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(
@@ -67,11 +66,13 @@ def main(argv=None) -> int:
         for photograph in photo_files.check(listing, rows, cfg.infrastructure.threads, copy):
             photographs.append(photograph)
             why = photograph.jpeg
-            is_rejected = isinstance(why, Rejected)
-            progress.add(1, int(not is_rejected), {why.reason.value: 1} if isinstance(why, Rejected) else {})
+            rejected = {why.reason.value: 1} if isinstance(why, Rejected) else {}
+            progress.add(1, 1 - len(rejected), rejected)
     counts = photo_files.write_rejects(rejects, rows, photographs, record)
     refuse_many(args.source, counts, cfg.data.max_reject_share, target, rejects)
     notes = photo_files.write(target, rows, photographs, record, counts, folder)
+    if not listing.is_packed:
+        tar.unlink(missing_ok=True)  # of an earlier import under this name
     return progress.summary("; ".join([*notes, *listing.notes]))
 
 

@@ -86,7 +86,7 @@ def test_what_cannot_be_used_is_rejected_with_a_reason(cfg, load, tmp_path, caps
     assert not (cfg.paths.intermediates_dir / "mine.parquet").exists()
     assert len(load(tmp_path / "photos", *TOLERANT)) == 5
     assert rejects(cfg) == {name: reason for name, (_, reason) in bad.items()}
-    assert "1 files that are no images" in capsys.readouterr().out
+    assert "ignored files that are no images: 1" in capsys.readouterr().out
     record = parquet.read_provenance(cfg.paths.intermediates_dir / "mine.parquet")
     assert (record.rows["in"], record.rows["out"], record.rows["rejects"]) == (11, 5, 6)
 
@@ -145,6 +145,7 @@ def test_parquet_with_the_images_in_it_is_packed_once(cfg, load, tmp_path, as_st
     columns = {
         "image": contents,
         "label": [3, 3, 3, 4, 4],
+        "name": ["?"] * 5,
         "date": pa.array([0] * 5, pa.timestamp("s")),
         "x": [1] * 5,
     }
@@ -165,7 +166,7 @@ def test_parquet_with_the_images_in_it_is_packed_once(cfg, load, tmp_path, as_st
     assert rows["street_view_id"].nunique() == 2  # the photographs of a building on one day
     with tarfile.open(tmp_path / "data/intermediates_images/mine.tar") as tar:
         assert [tar.extractfile(member).read() for member in tar][:1] == expected[:1]
-    assert "columns x" in capsys.readouterr().out
+    assert "ignored columns: name, x" in capsys.readouterr().out
 
 
 def photograph_of_cmyk():
@@ -259,11 +260,13 @@ def test_sources_that_are_none_are_refused_by_what_they_lack(cfg, load, tmp_path
     write(tmp_path / "no_path.csv", b"file,building\n1.jpg,a\n")
     write(tmp_path / "no_building.csv", b"path\n1.jpg\n")
     write(tmp_path / "no_number.csv", b"path,building,latitude\n1.jpg,a,north\n")
+    pq.write_table(pa.table({"image": ["1.jpg"], "building": ["a"]}), tmp_path / "no_bytes.parquet")
     for source, message in {
         "gone": "does not exist",
         "empty": "holds no photographs",
         "text.txt": "is none of these: a folder with a subfolder for each building",
         "no_path.csv": "no column `path` of files, or `image` .*: file, building",
+        "no_bytes.parquet": "the column `image` holds string, not encoded images",
         "no_building.csv": "no column `building`: path",
         "no_number.csv": "cannot be read as a CSV table: .*north",
     }.items():

@@ -277,7 +277,7 @@ def relations(rows: TrainRows, first: torch.Tensor, second: torch.Tensor) -> tup
     (one, xyz_m), (other, other_xyz_m) = ((rows.building_of_row[r], rows.xyz_m[r]) for r in (first, second))
     same = one[:, None] == other[None, :]
     near = torch.cdist(xyz_m, other_xyz_m, compute_mode="donot_use_mm_for_euclid_dist") <= rows.radius_m
-    return same & (first[:, None] != second[None, :]), ~near & ~same
+    return same & (first[:, None] != second[None, :]), ~(near | same)
 
 
 def _load_validation(cfg: Config, path: Path, device: torch.device) -> Validation:

@@ -78,7 +78,7 @@ def _of_folder(folder: Path) -> Listing:
     _refuse_unprintable(folder, names)
     rows = _completed(pa.table({"name": names, "building": pa.array(buildings, pa.string())}), folder)
     others = len(files) - len(names) - hidden
-    notes = [f"{others:,} files that are no images"] if others else []
+    notes = [f"ignored files that are no images: {others:,}"] if others else []
     return Listing(folder, rows, lambda: map(Place, names), _inputs(folder, rows, names), notes)
 
 
@@ -99,10 +99,9 @@ def _of_paths(path: Path, table: pa.Table) -> Listing:
         columns = ", ".join(table.column_names)
         raise PipelineError(f"{path} has no column `path` of files, or `image` of encoded images: {columns}")
     names = [name or "" for name in table["path"].cast(pa.string()).to_pylist()]
-    rows = _completed(table.append_column("name", pa.array(names, pa.string())), path)
-    return Listing(
-        path.parent, rows, lambda: map(Place, names), _inputs(path.parent, rows, names), _ignored(table, "path")
-    )
+    rows = _completed(_named(table, names), path)
+    inputs, notes = _inputs(path.parent, rows, names), _ignored(table, "path")
+    return Listing(path.parent, rows, lambda: map(Place, names), inputs, notes)
 
 
 def _of_tables(folder: Path, paths: list[Path]) -> Listing:
@@ -112,16 +111,15 @@ def _of_tables(folder: Path, paths: list[Path]) -> Listing:
     table = _joined(folder, [parquet.read(path, columns) for path in paths])
     if "image" not in schema.names:
         return _of_paths(paths[0], table)
-
-    def images() -> Iterator[pa.Table]:
-        for path in paths:
-            yield from parquet.batches(path, ["image"], _ROWS)
+    _refuse_unencoded(paths[0], schema.field("image").type)
 
     def places() -> Iterator[Place]:
-        for batch in images():
-            for image in batch["image"].to_pylist():
-                content, file = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, "")
-                yield Place(str((folder / file).absolute()) if file and content is None else "", 0, content)
+        for path in paths:
+            for batch in parquet.batches(path, ["image"], _ROWS):
+                for image in batch["image"].to_pylist():
+                    image = image if isinstance(image, dict) else {"bytes": image}
+                    content, file = image["bytes"], image.get("path")
+                    yield Place(str((folder / file).absolute()) if file and content is None else "", 0, content)
 
     rows = _completed(_numbered(table), paths[0])
     return Listing(folder, rows, places, _files(paths), _ignored(table, "image"), is_packed=True)
@@ -138,6 +136,7 @@ def _of_dataset(folder: Path, states: list[Path]) -> Listing:
     table = _joined(folder, [pa.Table.from_batches(of_file) for _, _, of_file in batches if of_file])
     if "image" not in table.column_names:
         raise PipelineError(f"{folder} has no column `image`: {', '.join(table.column_names)}")
+    _refuse_unencoded(folder, table.schema.field("image").type)
 
     def places() -> Iterator[Place]:
         for path, whole, of_file in batches:
@@ -155,6 +154,12 @@ def _joined(folder: Path, tables: list[pa.Table]) -> pa.Table:
         raise PipelineError(f"the tables in {folder} do not fit together: {parquet.first_line(error)}") from None
 
 
+def _refuse_unencoded(path: Path, kind: pa.DataType) -> None:
+    encoded = kind.field("bytes").type if types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+    if not (types.is_binary(encoded) or types.is_large_binary(encoded)):
+        raise PipelineError(f"{path}: the column `image` holds {kind}, not encoded images (bytes)")
+
+
 def _mapped(path: Path) -> tuple[pa.Buffer, list[pa.RecordBatch]]:
     """An Arrow file in memory, without reading it, and its batches, which point into it."""
     try:
@@ -170,8 +175,6 @@ def _addressed(file: str, whole: pa.Buffer, images: pa.Array) -> Iterator[Place]
     if types.is_struct(images.type):
         paths = images.field("path").to_pylist() if images.type.get_field_index("path") >= 0 else paths
         images = images.field("bytes")
-    if not (types.is_binary(images.type) or types.is_large_binary(images.type)):
-        raise PipelineError(f"{file}: the column `image` holds {images.type}, not encoded images (bytes)")
     _, offsets, content = images.buffers()
     if content is None:  # all by path
         yield from (Place(path or "") for path in paths)
@@ -191,8 +194,12 @@ def _numbered(table: pa.Table) -> pa.Table:
     """With the number of each row as its name, and as its id if it has none."""
     numbers = pa.array([str(row) for row in range(table.num_rows)], pa.string())
     table = table if "id" in table.column_names else table.append_column("id", numbers)
+    return _named(table, pc.binary_join_element_wise("row", numbers, " "))
+
+
+def _named(table: pa.Table, names: Sequence[str] | pa.Array) -> pa.Table:
     table = table.drop_columns("name") if "name" in table.column_names else table
-    return table.append_column("name", pc.binary_join_element_wise("row", numbers, " "))
+    return table.append_column("name", pa.array(names, pa.string()))
 
 
 def _completed(table: pa.Table, path: Path) -> pa.Table:
@@ -218,8 +225,8 @@ def _completed(table: pa.Table, path: Path) -> pa.Table:
 
 
 def _ignored(table: pa.Table, *used: str) -> list[str]:
-    names = [name for name in table.column_names if name not in (*LISTED.names, *used, "label")]
-    return [f"columns {', '.join(names)}"] if names else []
+    names = [name for name in table.column_names if name not in (*TEXTS, *NUMBERS, *used, "label")]
+    return [f"ignored columns: {', '.join(names)}"] if names else []
 
 
 def _inputs(folder: Path, rows: pa.Table, names: list[str]) -> dict[str, str]:
