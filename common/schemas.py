@@ -11,21 +11,22 @@ SPLITS = ("train", "val", "test")
 
 
 class Reject(StrEnum):
-    """Why a member of a tar was rejected. The value is written to the rejects file and the summary."""
+    """Why a member of a tar, or another image, was rejected. The value is in the rejects file and the summary."""
 
     LABEL_EMPTY = "label_empty"  # the text file has no text: the dataset has no label for this image
     LABEL_MALFORMED = "label_malformed"  # not one readable `d` line of 17 numbers
     LABEL_MISSING = "label_missing"  # an image without a text file
-    IMAGE_MISSING = "image_missing"  # a text file without an image
+    IMAGE_MISSING = "image_missing"  # a text file, or a row of a table of photographs, without an image
+    BUILDING_MISSING = "building_missing"  # a photograph for which no building is given
     JPEG_CORRUPT = "jpeg_corrupt"  # damaged: the decoder finds an error anywhere in the file
-    NOT_AN_IMAGE = "not_an_image"  # a .jpg in no known image format: an empty file, a web page
+    NOT_AN_IMAGE = "not_an_image"  # a .jpg in no known image format: an empty file, a web page, HEIC
     IMAGE_TOO_LARGE = "image_too_large"  # more than 2^27 (134 million) pixels
     JPEG_BLANK = "jpeg_blank"  # one flat colour
     NOT_FINITE = "not_finite"  # nan or inf in the label
     POSITION_OUT_OF_RANGE = "position_out_of_range"  # |latitude| > 90 or |longitude| > 180
     ANGLE_OUT_OF_RANGE = "angle_out_of_range"  # heading, pitch or roll outside its range
     DISTANCE_OUT_OF_RANGE = "distance_out_of_range"  # not in (0, 10 km]
-    DUPLICATE_ID = "duplicate_id"  # an id already used by an earlier image of the tar
+    DUPLICATE_ID = "duplicate_id"  # an id already used by an earlier image of the tar, or of imported photographs
     DATASET_MISMATCH = "dataset_mismatch"  # the label's dataset is not the tar's
     NAME_MALFORMED = "name_malformed"  # a .jpg or .txt whose name is not four ids joined by _
     PARTNER_REJECTED = "partner_rejected"  # the good half of a pair whose other half was rejected
@@ -51,13 +52,16 @@ def count_reasons(rejected: Iterable[Rejected]) -> dict[str, int]:
 
 INTERMEDIATES = pa.schema(
     [
-        ("dataset_id", pa.int32()),  # of the tar: 88 for 0088.tar
+        (
+            "dataset_id",
+            pa.int32(),
+        ),  # of the tar: 88 for 0088.tar; of imported photographs 1000 to 9999, by their name
         ("target_id", pa.int64()),  # a point on a facade: the "building"; unique within a dataset, as all ids
         ("patch_id", pa.int64()),  # an image
         ("street_view_id", pa.int64()),  # the panorama that the image is cut from
-        ("building_id", pa.string()),  # "0088_1234": dataset, target
-        ("streetview_image_id", pa.string()),  # "0088_567": dataset, patch
-        ("target_lat", pa.float64()),  # degrees
+        ("building_id", pa.string()),  # "0088_1234": dataset, target; of imported photographs name, building
+        ("streetview_image_id", pa.string()),  # "0088_567": dataset, patch; of imported photographs name, id
+        ("target_lat", pa.float64()),  # degrees; NaN, as other numbers up to roll, if not known of a photograph
         ("target_lon", pa.float64()),  # degrees
         ("target_height", pa.float32()),  # m
         ("normal_x", pa.float32()),  # of the facade at the target, unit vector
@@ -73,8 +77,8 @@ INTERMEDIATES = pa.schema(
         ("aligned", pa.bool_()),  # the label has an `a` line: the centre was corrected
         ("width", pa.int32()),  # px
         ("height", pa.int32()),  # px
-        ("tar_file", pa.string()),  # name of the tar in raw_dir
-        ("image_path", pa.string()),  # member of the tar
+        ("tar_file", pa.string()),  # name of the tar in raw_dir; of imported photographs name/file
+        ("image_path", pa.string()),  # member of the tar; of imported photographs the file, or the row of a table
         ("image_offset", pa.int64()),  # bytes from the start of the tar, as it is when inflated, to the JPEG
         ("image_size", pa.int64()),  # bytes of the JPEG
         ("content_hash", pa.uint64()),  # xxh3-64 of the JPEG's bytes

@@ -20,7 +20,7 @@ def jobs(parts: list[TarPart], store: tar_images.TarImages) -> Iterator[Job]:
     """What the loop reads; a job's name is the part and its rows."""
     for part in parts:
         rows, part = part.rows(), replace(part, record=part.record.timed())
-        yield Job((part, rows), part.count, store.tar(part.tar.name).reader(rows))
+        yield Job((part, rows), part.count, store.reader(rows))
 
 
 def write(result: Result, facts: dict, max_reject_share: float, missing: str = "can no longer be decoded") -> str:

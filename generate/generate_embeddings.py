@@ -95,7 +95,7 @@ def main(argv=None) -> int:
         failures = loop.write_each(results, write)
     if failures:
         again = errors.command("preprocess/process_tar.py", "--overwrite")
-        advice = f"restore the tar that process_tar.py read, or read the tars again: {again}"
+        advice = f"restore what was read then, or read the tars again: {again}"
         raise PipelineError("\n".join([*failures, advice]))
     return 0
 

@@ -30,9 +30,11 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     cfg = cli.load_config(args)
     from common import parquet
+    from common.archives import image_origins
     from preprocess.tars import schema_fixes
 
-    paths = sorted(cfg.paths.intermediates_dir.glob("*.parquet"))
+    imported = image_origins.imported(cfg.paths.intermediates_dir)  # always of this version
+    paths = sorted({*cfg.paths.intermediates_dir.glob("*.parquet")} - {*imported})
     if not paths:
         raise PipelineError(f"{cfg.paths.intermediates_dir} holds no files: run preprocess/process_tar.py first")
     num_changed, unfixable = 0, []

@@ -4,7 +4,8 @@ An image is dropped, and counted, under the first of these that applies: it has 
 near-identical image; the same JPEG belongs to distant buildings; it is in the buffer between two splits; a later
 split has its panorama, or its JPEG; its building has fewer than 2 images left.
 
-Reads    data/intermediates, data/fingerprints and data/<backbone>/embeddings of every tar in data/raw
+Reads    data/intermediates, data/fingerprints and data/<backbone>/embeddings of every tar in data/raw, and
+         of every imported set of photographs
 Writes   data/<backbone>/merged/{train,val,test}.parquet, sorted by (dataset_id, target_id, patch_id);
          data/<backbone>/merged_report/split_report.json: what was dropped and why, ratios, the proof that nothing
          leaks;
@@ -33,10 +34,9 @@ REPORT = ("split_report.json", "split_map.png", "duplicates.png")
 
 def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
     from common import files, schemas
-    from common.archives import tars
     from preprocess.split import merge_files
 
-    record = STAGE.record(cfg, merge_files.find(cfg, tars.of_shard(cfg.paths.raw_dir, 0, 1)).ids)
+    record = STAGE.record(cfg, merge_files.find(cfg).ids)
     for split in schemas.SPLITS:
         yield stages.Output(cfg.paths.merged_dir / f"{split}.parquet", record)
     yield stages.Output(files.beside(cfg.paths.merged_dir, "report") / REPORT[0], record)
@@ -58,12 +58,11 @@ def main(argv=None) -> int:
     args = cli.parser(__doc__).parse_args(argv)
     cfg = cli.load_config(args)
     from common import files, parquet, provenance, schemas
-    from common.archives import tars
     from common.imagery.tar_images import of_paths
     from preprocess.split import duplicate_sheet, merge_files, split_report, split_rules
 
     files.refuse_leftovers(cfg.paths.merged_dir, "report", *REPORT)
-    sources = merge_files.find(cfg, tars.of_shard(cfg.paths.raw_dir, 0, 1))
+    sources = merge_files.find(cfg)
     record = STAGE.record(cfg, sources.ids)
     targets = [cfg.paths.merged_dir / f"{name}.parquet" for name in schemas.SPLITS]
     report_path, map_path, sheet_path = (files.beside(cfg.paths.merged_dir, "report") / name for name in REPORT)
@@ -82,7 +81,8 @@ def main(argv=None) -> int:
         # an older report must not remain beside new splits: it is deleted first, and the new one is written last
         report_path.unlink(missing_ok=True)
         sheet_path.unlink(missing_ok=True)
-        ids = merge_files.write_splits(sources, images, decision, targets, record, progress)
+        facts = {"split_by": report["split_by"], "imported": sources.imported}
+        ids = merge_files.write_splits(sources, images, decision, targets, record, facts, progress)
         files.write_bytes(map_path, split_report.draw_map(images, decision, cfg.data.split_cell_m))
         groups = duplicate_sheet.largest_groups(images, decision)
         try:

@@ -31,9 +31,9 @@ from common.errors import PipelineError
 
 
 def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
-    from common.archives import tars
+    from common.archives import image_origins
 
-    yield from (output_of(cfg, tar) for tar in tars.of_shard(cfg.paths.raw_dir, task, num_tasks))
+    yield from (output_of(cfg, tar) for tar in image_origins.raw_tars(cfg.paths, task, num_tasks))
 
 
 def output_of(cfg, tar: Path) -> stages.Output:
@@ -50,13 +50,13 @@ STAGE = stages.Stage("process_tar", lambda cfg: cfg.paths.intermediates_dir, out
 def main(argv=None) -> int:
     args = cli.parser(__doc__, shards=True).parse_args(argv)
     cfg = cli.load_config(args)
-    from common.archives import tars
+    from common.archives import image_origins
     from common.files import refuse_leftovers
     from common.imagery import tar_images
     from preprocess.tars import label_geometry, tar_files
 
     refuse_leftovers(cfg.paths.intermediates_dir, "rejects", "rejects/*.parquet")
-    listing = tars.of_shard(cfg.paths.raw_dir, args.shard, args.num_shards)
+    listing = image_origins.raw_tars(cfg.paths, args.shard, args.num_shards)
     todo = missing(cfg, listing, args.redo)
     if not todo:
         return cli.nothing_to_do("process_tar", f"{len(listing):,} tars")

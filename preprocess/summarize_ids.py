@@ -65,8 +65,9 @@ def main(argv=None) -> int:
         for path, split in sources:
             images = parquet.read(path, id_summary.COLUMNS).to_pandas()
             rows.append(id_summary.by_dataset(images, split))
-            cell = geo.cell_ids(images["target_lat"], images["target_lon"], cfg.data.split_cell_m)
-            places.append(cell_maps.count_cells(images["dataset_id"], cell, split))
+            known = images[geo.is_known(images["target_lat"], images["target_lon"])]
+            cell = geo.cell_ids(known["target_lat"], known["target_lon"], cfg.data.split_cell_m)
+            places.append(cell_maps.count_cells(known["dataset_id"], cell, split))
             for name, counts in id_summary.histograms(images).items():
                 histograms[split][name] = histograms[split].get(name, 0) + counts
             progress.add(len(images))
@@ -77,7 +78,7 @@ def main(argv=None) -> int:
             out.rows = {"in": total}
         report = {
             "splits": id_summary.totals(rows),
-            "datasets": rows.to_dict("records"),
+            "datasets": rows.astype(object).where(rows.notna(), None).to_dict("records"),
             "histograms": {
                 split: {name: counts.tolist() for name, counts in of_split.items()}
                 for split, of_split in histograms.items()

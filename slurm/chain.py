@@ -271,8 +271,11 @@ def idle_gpus(step: Step, cfg) -> str:
 
 
 def num_tars(cfg) -> int:
-    """The number of tars, 0 without a folder. Raises PipelineError for one that process_tar.py refuses."""
-    from common.archives import tars
+    """The number of tars and of imported sets, 0 without a folder. Raises PipelineError for a tar that
+    process_tar.py refuses."""
+    from common.archives import image_origins
 
-    raw_dir = cfg.paths.raw_dir
-    return len(tars.of_shard(raw_dir, 0, 1)) if raw_dir.is_dir() and any(raw_dir.iterdir()) else 0
+    raw_dir, imported = cfg.paths.raw_dir, image_origins.imported(cfg.paths.intermediates_dir)
+    return (
+        len(image_origins.of_paths(cfg.paths)) if imported or (raw_dir.is_dir() and any(raw_dir.iterdir())) else 0
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import cli, provenance, stages
-from common.archives import tars
+from common.archives import image_origins, tars
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance
 from generate import generate_embeddings
@@ -103,7 +103,7 @@ def _pairs(step: Step, cfg) -> Iterator[tuple[Path, Provenance | None, Provenanc
 def _foreseen(existing: Provenance, expected: Provenance, cfg) -> tuple[Provenance, Provenance]:
     """The record of a merged file, and the one that it should have as far as the tars and [embedding_model] tell:
     of both, the settings of the embeddings, too."""
-    stems = {tars.stem(tar) for tar in tars.of_shard(cfg.paths.raw_dir, 0, 1)}
+    stems = {tars.stem(tar) for tar in image_origins.of_paths(cfg.paths)}
     inputs = {name: value for name, value in existing.inputs.items() if provenance.tar_of(name) in stems}
     inputs |= {name: "" for stem in stems if (name := f"intermediates/{stem}.parquet") not in inputs}
     stage = generate_embeddings.STAGE

@@ -139,7 +139,6 @@ def test_the_evaluation_of_another_model_is_not_told_for_this_one(model, flags, 
 @pytest.mark.parametrize(
     ("file", "building"),
     [
-        ("0088_12 0088_345", "0088_12"),  # building and image, as the test split's are called
         ("a/0088.tar:0088/0088_1_2_3.jpg", "0088_3"),  # the target comes last in a file's name
         ("0075/0000075_0038536_0000003_0006132.jpg", "0075_6132"),
         ("holiday.jpg", None),

@@ -116,13 +116,16 @@ class Checkout:
         (self.folder / "config.toml").write_text("\n".join(lines))
 
     def put_a_users_own_files_there(self) -> None:
-        """The names that the pages use for a user's own files: PHOTOS, TABLES, a.jpg, b.jpg, facade.jpg."""
+        """The names that the pages use for a user's own files: PHOTOS, BUILDINGS, TABLES, survey.csv, a.jpg,
+        b.jpg, facade.jpg."""
         data = self.folder / "demo" / f"{STREETS}-streets" / "data" / "backbone"
         rows = parquet.read(
             data / "merged" / "test.parquet", ["tar_file", "image_offset", "image_size"]
         ).to_pylist()
-        (self.folder / "PHOTOS").mkdir()
-        for name, row in zip(("a.jpg", "b.jpg", "PHOTOS/c.jpg", "PHOTOS/d.jpg"), rows, strict=False):
+        names = ["a.jpg", "b.jpg", "PHOTOS/c.jpg", "PHOTOS/d.jpg", "BUILDINGS/inn/e.jpg", "BUILDINGS/inn/f.jpg"]
+        (self.folder / "survey.csv").write_text("path,building\na.jpg,mill\nb.jpg,mill\n")
+        for name, row in zip(names, rows, strict=False):
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             tar = tar_images.Tar(self.folder / "demo" / f"{STREETS}-streets" / "raw" / row["tar_file"])
             (self.folder / name).write_bytes(tar.read([row["image_offset"]], [row["image_size"]])[0])
         for folder in (self.folder, data.parents[1]):

@@ -137,7 +137,7 @@ def test_a_file_that_cannot_be_evaluated_is_refused_with_the_reason(own, tmp_pat
         ),
         "image 0088_40000 has no embedding": lambda frame: frame.assign(embedding=[None, *frame["embedding"][1:]]),
         "building 0088_.* are not contiguous": lambda frame: frame.sample(frac=1, random_state=0),
-        "column heading has empty or non-finite values": lambda frame: frame.assign(heading=np.nan),
+        "column heading has empty or non-finite values": lambda frame: frame.assign(heading=np.inf),
         "no query has a match": lambda frame: frame.iloc[::3],
         "has no rows": lambda frame: frame.iloc[:0],
         "the column embedding holds double, not lists": lambda frame: frame.assign(embedding=1.0),

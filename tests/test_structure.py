@@ -16,7 +16,7 @@ LAYERS = [
         "publish.projection_head",
         "publish.modeling_spatial_embeddings",
     ),
-    ("preprocess.tars", "preprocess.duplicates"),
+    ("preprocess.tars", "preprocess.duplicates", "preprocess.photographs"),
     ("preprocess.split",),
     ("preprocess.summary",),
     ("preprocess",),

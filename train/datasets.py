@@ -14,7 +14,7 @@ import torch
 from common import devices, errors, parquet
 from common.errors import PipelineError
 from common.places import geo
-from common.places.zones import Zones, make_zones, number_buildings
+from common.places.zones import Zones, make_zones, number_buildings, too_few_outside
 from common.sections import Config
 from train import baselines, run_record, whitening
 from train.evaluation.validation import Validation
@@ -36,7 +36,7 @@ class TrainRows:
     zone_keys: torch.Tensor  # see `random_rows`
     zone_sizes: torch.Tensor
     outside: torch.Tensor  # (M, 2) int64
-    xyz_m: torch.Tensor  # (N, 3) float64: targets, see geo.to_xyz_m
+    xyz_m: torch.Tensor  # (N, 3) float64: targets, see geo.to_xyz_m; NaN where not known
     zones: Zones  # on the host, for re-mining
     radius_m: float
 
@@ -165,8 +165,8 @@ def make_rows(
     zone_rows = np.diff(zone_sizes[zones.indptr])
     if (zone_rows >= n).any():
         raise PipelineError(
-            f"the ignore zone of a building covers all {n:,} training images, which leaves no negatives for it\n"
-            "lower data.ignore_radius_m, or use more of the map"
+            f"a building and its ignore zone cover all {n:,} training images, which leaves no negatives for it\n"
+            f"{too_few_outside(radius_m)}"
         )
     on_device = {
         "building_of_row": building_of_row.astype(np.int64),
@@ -281,8 +281,8 @@ def relations(rows: TrainRows, first: torch.Tensor, second: torch.Tensor) -> tup
     one building, and pairs of buildings outside each other's ignore zone."""
     (one, xyz_m), (other, other_xyz_m) = ((rows.building_of_row[r], rows.xyz_m[r]) for r in (first, second))
     same = one[:, None] == other[None, :]
-    far = torch.cdist(xyz_m, other_xyz_m, compute_mode="donot_use_mm_for_euclid_dist") > rows.radius_m
-    return same & (first[:, None] != second[None, :]), far & ~same
+    near = torch.cdist(xyz_m, other_xyz_m, compute_mode="donot_use_mm_for_euclid_dist") <= rows.radius_m
+    return same & (first[:, None] != second[None, :]), ~(near | same)
 
 
 def _load_validation(cfg: Config, path: Path, device: torch.device) -> Validation:

@@ -1,4 +1,5 @@
-"""The parts of a tar: runs of rows of its intermediates, each of which has a file of its own in later stages.
+"""The parts of a tar, or of an imported set (image_origins.py): runs of rows of its intermediates, each of which
+has a file of its own in later stages.
 
 Those stages resume by part, and divide the work by part if there are more tasks than tars.
 """
@@ -11,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from common import errors, files, parquet, provenance, schemas, stages
-from common.archives import tars
+from common.archives import image_origins, tars
 from common.errors import StaleArtefact
 from common.provenance import Provenance, Redo
 from common.sections import Config
@@ -22,7 +23,7 @@ from common.stages import Output, Stage
 class TarPart:
     """Rows start..start + count of a tar's intermediates, and the file that is made from them."""
 
-    tar: Path
+    tar: Path  # or the intermediates of an imported set
     source: Path  # the tar's intermediates
     start: int
     count: int
@@ -76,7 +77,7 @@ def _of_task(
     """(the task's parts, all parts) of each tar that it works on. At the end raises PipelineError if some of them
     have no intermediates."""
     settings = stage.recorded_settings(cfg)
-    shares = list(tars.shares_of(tars.of_shard(cfg.paths.raw_dir, 0, 1), task, num_tasks))
+    shares = list(tars.shares_of(image_origins.of_paths(cfg.paths), task, num_tasks))
     for share in shares:
         if _source(cfg, share.tar).exists():
             whole = of_tar(cfg, stage, share.tar, settings)

@@ -67,7 +67,24 @@ def of_shard(raw_dir: Path, shard: int, num_shards: int) -> list[Path]:
 
     Raises PipelineError if there are none, or if one is no file, not downloaded completely, or there twice.
     """
-    return _listing(raw_dir, raw_dir.stat().st_mtime_ns if raw_dir.exists() else 0)[shard::num_shards]
+    listing = listed(raw_dir)
+    if not listing:
+        what = "holds no .tar, .tar.gz or .tgz file" if raw_dir.is_dir() else "is not a folder"
+        # aria2c puts them into a folder of the set's name
+        deeper = sorted({path.parent for path in raw_dir.glob("*/*") if is_named_so(path) and path.is_file()})
+        advice = (
+            "set paths.raw_dir"
+            if deeper
+            else "put the dataset's tars there, or set paths.raw_dir, or import photographs"
+        )
+        where = f", but there are some in {', '.join(map(str, deeper))}" if deeper else ""
+        raise PipelineError(f"{raw_dir} {what}{where}\n{advice}")
+    return listing[shard::num_shards]
+
+
+def listed(raw_dir: Path) -> list[Path]:
+    """The tars in `raw_dir`, sorted; [] if there are none. Raises PipelineError for bad ones, as `of_shard`."""
+    return _listing(raw_dir, raw_dir.stat().st_mtime_ns if raw_dir.exists() else 0)
 
 
 @functools.cache  # submit.py asks for each shard of three stages, and each tar costs a round trip to the disk
@@ -92,13 +109,6 @@ def _listing(raw_dir: Path, mtime_ns: int) -> list[Path]:
     for one, other in itertools.pairwise(sorted(listing, key=stem)):
         if stem(one) == stem(other):
             raise PipelineError(f"{raw_dir} has one tar under two names, {one.name} and {other.name}\nkeep one")
-    if not listing:
-        what = "holds no .tar, .tar.gz or .tgz file" if raw_dir.is_dir() else "is not a folder"
-        # aria2c puts them into a folder of the set's name
-        deeper = sorted({path.parent for path in raw_dir.glob("*/*") if is_named_so(path) and path.is_file()})
-        advice = "set paths.raw_dir" if deeper else "put the dataset's tars there, or set paths.raw_dir"
-        where = f", but there are some in {', '.join(map(str, deeper))}" if deeper else ""
-        raise PipelineError(f"{raw_dir} {what}{where}\n{advice}")
     return listing
 
 
@@ -236,7 +246,7 @@ def _is_whole(read: Read, member: Member, at: int, after: int) -> bool:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path, remedy: str = "restore the tar, or set paths.raw_dir") -> Iterator[BinaryIO]:
     """The tar, unbuffered. Raises PipelineError that names it if it cannot be opened, or read in the block
     (BadSector if that concerns some of its bytes).
     """
@@ -244,7 +254,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         with open(path, "rb", buffering=0) as file:
             yield file
     except FileNotFoundError:
-        raise PipelineError(f"{path} does not exist: restore the tar, or set paths.raw_dir") from None
+        raise PipelineError(f"{path} does not exist: {remedy}") from None
     except OSError as error:
         kind = BadSector if error.errno == errno.EIO else PipelineError
         raise kind(f"{path} cannot be read: {error.strerror}") from None

@@ -8,6 +8,7 @@ samplings (2 x 4, for instance); for those, Pillow detects only missing data.
 
 import io
 import warnings
+from pathlib import PurePath
 
 import numpy as np
 import simplejpeg
@@ -16,6 +17,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from common.schemas import Reject, Rejected
 
 Encoded = bytes | memoryview
+# of files that are taken for images, if only to be rejected with a reason: no Pillow reads HEIC by itself
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif")
 MAX_PIXELS = 2**27  # 16,384 x 8,192, the largest panorama of Street View: 400 MB as RGB
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses more than twice this, and above it only warns:
 warnings.filterwarnings("ignore", module=r"PIL\.")  # once per image is too often
@@ -36,6 +39,11 @@ _TURNS = {  # EXIF's orientation -> what makes it upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def is_named_image(path: PurePath) -> bool:
+    """Whether a file is an image by its name; not the ._NAME.jpg in which macOS keeps a file's attributes."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith("._")
 
 
 class Undecodable(Exception):
@@ -146,6 +154,8 @@ def _by_pillow(encoded: Encoded) -> Image.Image:
         kind = _format_by_signature(encoded)
         if not kind:
             what = f"begins with {bytes(encoded[:32])!r}" if len(encoded) else "an empty file"
+            if encoded[4:8] == b"ftyp":
+                what = "HEIC, or another format that cannot be read: convert it to JPEG"
             raise Undecodable(Reject.NOT_AN_IMAGE, what) from None
         what = "damaged or unknown header" if isinstance(error, UnidentifiedImageError) else str(error)
         raise Undecodable(Reject.JPEG_CORRUPT, f"{kind}: {what or type(error).__name__}"[:200]) from None

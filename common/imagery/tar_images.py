@@ -1,5 +1,9 @@
 """Images out of tars, by the rows that say where they are: the one reader of all stages, for plain and gzip tars.
 
+A row's tar_file is the name of a tar in paths.raw_dir, or <set>/<file> for a photograph of an imported set. Such a
+file is the photograph itself, or an uncompressed tar or Arrow file that holds it. The set's intermediates record
+the folder of its files.
+
 In row order an image costs its share of a pass through the tar. One out of the middle of a gzip tar costs what
 lies between it and the last restart point, 8 MB or little more. process_tar.py writes these points beside the
 intermediates in its only pass; if they are missing, or another tar's, they are recreated.
@@ -19,6 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from common import files, parquet, provenance, schemas
@@ -32,23 +37,30 @@ from common.sections import Paths
 log = logging.getLogger("pipeline")
 _POINTS_AT_A_TIME = 250  # written as a row group of 8 MB, which takes five times as much memory meanwhile
 _KEPT_BYTES = 64 * 2**20  # inflated last: threads take chunks of up to 3 MB each, in nearly the order of the tar
+_PLACE = ("tar_file", "image_offset", "image_size", "content_hash")
 OPEN_TARS = 2  # a stage goes from one to the next while threads still read the first
 
 
 class ChangedTar(PipelineError):
-    """A tar no longer holds the images that process_tar.py found in it."""
+    """A file no longer holds the images that were found in it."""
 
 
 class Tar:
-    """One tar's images, read by their offsets. Several threads may read; a gzip tar stays open meanwhile."""
+    """The images of one tar, or other file, read by their offsets. Several threads may read; a gzip tar stays open
+    meanwhile."""
 
     def __init__(
-        self, path: Path, intermediates_dir: Path | None = None, points: list[RestartPoint] | None = None
+        self,
+        path: Path,
+        intermediates_dir: Path | None = None,
+        points: list[RestartPoint] | None = None,
+        imported_as: str = "",
     ):
         """`intermediates_dir`: where a gzip tar's restart points are stored, and the record of which tar it was;
-        without it, `points` are used.
+        without it, `points` are used. `imported_as`: the set that the file belongs to, for messages.
         """
         self.path, self._intermediates_dir, self._points = path, intermediates_dir, points or []
+        self._imported_as = imported_as
         self._lock = Lock()
         self._is_checked = False
         self._stream: gzip_streams.Stream | None = None
@@ -60,18 +72,28 @@ class Tar:
         offsets, sizes = [int(offset) for offset in offsets], [int(size) for size in sizes]
         if not offsets:
             return []
-        with tars.opened(self.path) as file:
+        with tars.opened(self.path, **self._remedy()) as file:
             contents = self._contents(file, offsets, sizes) if self._is_as_recorded() else []
         is_same = [len(content) for content in contents] == sizes
         if is_same and content_hashes is not None:
             digests = np.array([xxhash.xxh3_64_intdigest(content) for content in contents], np.uint64)
             is_same = np.array_equal(digests, content_hashes)
         if not is_same:
-            raise ChangedTar(
-                f"{self.path} has other images than when process_tar.py read it\n"
-                "restore the old tar, or rerun process_tar.py and the stages after it with --overwrite"
-            )
+            raise ChangedTar(self._changed())
         return contents
+
+    def _changed(self) -> str:
+        script, old = ("import_photographs.py", "file") if self._imported_as else ("process_tar.py", "tar")
+        return (
+            f"{self.path} has other images than when {script} read it\n"
+            f"restore the old {old}, or rerun {script} and the stages after it with --overwrite"
+        )
+
+    def _remedy(self) -> dict[str, str]:
+        """What to do if the file is missing."""
+        command = f"python preprocess/import_photographs.py FOLDER --name {self._imported_as}"
+        moved = f"restore it, or name the photographs' new place:  {command}"
+        return {"remedy": moved} if self._imported_as else {}
 
     def _contents(self, file: BinaryIO, offsets: list[int], sizes: list[int]) -> list[bytes]:
         places = zip(offsets, sizes, strict=True)
@@ -116,21 +138,42 @@ class Tar:
 
 
 class TarImages:
-    """The dataset's tars in `raw_dir`, which `intermediates_dir` was made from. Several threads may read."""
+    """The tars in `raw_dir` and the imported photographs that `intermediates_dir` was made from. Several threads
+    may read."""
 
     def __init__(self, raw_dir: Path, intermediates_dir: Path):
         self.raw_dir, self._intermediates_dir = raw_dir, intermediates_dir
         self._open: dict[str, Tar] = {}  # those used last
+        self._folders: dict[str, Path] = {}  # of the imported sets
         self._lock = Lock()
 
     def tar(self, name: str) -> Tar:
-        """A tar by its name; the OPEN_TARS most recently requested ones stay open."""
+        """A row's tar_file; the OPEN_TARS most recently requested ones stay open."""
         with self._lock:
-            tar = self._open.pop(name, None) or Tar(self.raw_dir / name, self._intermediates_dir)
+            tar = self._open.pop(name, None) or self._find(name)
             self._open[name] = tar  # the last of them
             if len(self._open) > OPEN_TARS:
                 del self._open[next(iter(self._open))]
             return tar
+
+    def _find(self, name: str) -> Tar:
+        imported, is_imported, file = name.partition("/")
+        if not is_imported:
+            return Tar(self.raw_dir / name, self._intermediates_dir)
+        if imported not in self._folders:
+            record = parquet.read_provenance(self._intermediates_dir / f"{imported}.parquet")
+            self._folders[imported] = Path(
+                record.facts["folder"] or files.beside(self._intermediates_dir, "images")
+            )
+        return Tar(self._folders[imported] / file, imported_as=imported)
+
+    def reader(self, rows: pa.Table) -> Callable[[int, int], list[bytes]]:
+        """A function that reads the images of rows start..stop, and checks them if `rows` have content_hash."""
+        names = pc.unique(rows["tar_file"]).to_pylist()
+        if len(names) == 1:
+            return self.tar(names[0]).reader(rows)
+        rows = rows.select([name for name in _PLACE if name in rows.column_names])
+        return lambda start, stop: self.read(rows.slice(start, stop - start))
 
     def read(self, rows: pa.Table) -> list[bytes]:
         """The encoded images of rows with tar_file, image_offset and image_size, of any tars; checked if they have

@@ -2,6 +2,8 @@
 
 The Earth is a sphere of radius 6,371,008.8 m. Over the distances that matter (the ignore zone, 25 m; the buffer
 between splits, 50 m) this differs from the WGS84 ellipsoid by less than 0.6 %.
+
+A position that is not known is NaN: it is near nothing, and its cell holds nothing else.
 """
 
 import math
@@ -11,6 +13,7 @@ import numpy as np
 
 EARTH_RADIUS_M = 6_371_008.8
 METRES_PER_DEGREE = np.pi * EARTH_RADIUS_M / 180.0
+OWN_CELLS = 1 << 62  # ids from here on are of no square of the map (see `cells_of_buildings`)
 _CELL_COLUMNS = 1 << 32  # more columns than the equator has cells of 1 cm
 
 
@@ -27,6 +30,20 @@ def distance_m(lat1_deg, lon1_deg, lat2_deg, lon2_deg) -> np.ndarray:
     return np.linalg.norm(to_xyz_m(lat1_deg, lon1_deg) - to_xyz_m(lat2_deg, lon2_deg), axis=-1)
 
 
+def offsets_m(lat1_deg, lon1_deg, lat2_deg, lon2_deg) -> tuple[np.ndarray, np.ndarray]:
+    """How far the second points are north and east of the first, in metres, elementwise. On a plane: for points up
+    to about 10 km apart.
+    """
+    lat = np.asarray(lat2_deg) - lat1_deg
+    lon = (np.asarray(lon2_deg) - lon1_deg + 180) % 360 - 180
+    return METRES_PER_DEGREE * lat, METRES_PER_DEGREE * lon * np.cos(np.radians(np.asarray(lat1_deg) + lat / 2))
+
+
+def is_known(lat_deg: np.ndarray, lon_deg: np.ndarray) -> np.ndarray:
+    """(N,) bool: which positions are known."""
+    return ~(np.isnan(lat_deg) | np.isnan(lon_deg))
+
+
 def within(lat_deg: np.ndarray, lon_deg: np.ndarray, radius_m: float) -> tuple[np.ndarray, np.ndarray]:
     """All points within `radius_m` (inclusive) of each of N points, including itself, as a CSR pair.
 
@@ -36,9 +53,12 @@ def within(lat_deg: np.ndarray, lon_deg: np.ndarray, radius_m: float) -> tuple[n
     from scipy.sparse import coo_matrix
     from scipy.spatial import cKDTree
 
-    n = len(lat_deg)
-    points = to_xyz_m(lat_deg, lon_deg)
-    pairs = cKDTree(points).query_pairs(radius_m, output_type="ndarray") if n else np.empty((0, 2), np.int64)
+    n, known = len(lat_deg), np.flatnonzero(is_known(lat_deg, lon_deg))
+    points = to_xyz_m(lat_deg, lon_deg)[known]
+    pairs = np.empty((0, 2), np.int64)
+    if len(known):
+        pairs = cKDTree(points).query_pairs(radius_m, output_type="ndarray")
+        pairs = pairs if len(known) == n else known[pairs]
     everyone = np.arange(n)
     rows = np.concatenate([everyone, pairs[:, 0], pairs[:, 1]])
     columns = np.concatenate([everyone, pairs[:, 1], pairs[:, 0]])
@@ -57,6 +77,14 @@ def cell_ids(lat_deg: np.ndarray, lon_deg: np.ndarray, cell_m: float) -> np.ndar
     row = np.floor(np.asarray(lat_deg, np.float64) * METRES_PER_DEGREE / cell_m)
     column = np.floor(np.asarray(lon_deg, np.float64) * _cells_per_degree(row, cell_m))
     return _cell_id(row, column)
+
+
+def cells_of_buildings(lat_deg: np.ndarray, lon_deg: np.ndarray, cell_m: float) -> np.ndarray:
+    """`cell_ids` of M buildings, (M,) int64; one without a position is a cell by itself: OWN_CELLS + number."""
+    known = is_known(lat_deg, lon_deg)
+    cells = OWN_CELLS + np.arange(len(known))
+    cells[known] = cell_ids(lat_deg[known], lon_deg[known], cell_m)
+    return cells
 
 
 def cells_near(lat_deg: np.ndarray, lon_deg: np.ndarray, cell_m: float, radius_m: float) -> Iterator[np.ndarray]:

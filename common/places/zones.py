@@ -1,7 +1,8 @@
 """Buildings as runs of rows, and the ignore zone: rows of other buildings that may show the same facade.
 
 A building is one target point on a facade. Points a few metres apart are often on one building, so rows of other
-buildings within the zone's radius count neither as positives nor as negatives of a row.
+buildings within the zone's radius count neither as positives nor as negatives of a row. A building without a
+position has no zone.
 """
 
 from typing import NamedTuple
@@ -55,6 +56,11 @@ def make_zones(building_of_row: np.ndarray, lat: np.ndarray, lon: np.ndarray, ra
     starts = np.append(firsts, len(building_of_row)).astype(np.int64)
     indptr, buildings = geo.within(np.asarray(lat)[firsts], np.asarray(lon)[firsts], radius_m)
     return Zones(building_of_row, starts, indptr, buildings)
+
+
+def too_few_outside(radius_m: float) -> str:
+    """What to do if a building has no others outside its zone."""
+    return "lower data.ignore_radius_m, or use more of the map" if radius_m else "use more buildings"
 
 
 def ranges(first: np.ndarray, last: np.ndarray) -> np.ndarray:

@@ -53,7 +53,9 @@ class Report:
         images = dict(zip(shown, pictures.read(store, places), strict=True))
         missing = sum(image is None for image in images.values())
         if missing:
-            log.warning("%d of %d sample images cannot be read from %s", missing, len(images), store.raw_dir)
+            log.warning(
+                "%d of %d sample images cannot be read: their tars or files are missing", missing, len(images)
+            )
         if missing < len(images):
             files.write_bytes(sheet, pictures.sheet(self._lines(pairs, images)))
             log.info("look at %s: is band 0 hard, or wrong?", sheet)
@@ -72,6 +74,8 @@ class Report:
     def _distance(self, a: int, b: int) -> str:
         if self.table.dataset[a] != self.table.dataset[b]:
             return "another dataset"
+        if np.isnan(self.table.xyz_m[[a, b]]).any():
+            return "no positions"
         return f"{np.linalg.norm(self.table.xyz_m[a] - self.table.xyz_m[b]):,.0f} m"
 
 

@@ -12,8 +12,8 @@ _HEADER = (
 
 
 class BandCounts:
-    """Counts of the pairs of each band. `xyz_m` (N, 3), `dataset` (N,): the target and the dataset of every row
-    (see geo.to_xyz_m)."""
+    """Counts of the pairs of each band. `xyz_m` (N, 3), `dataset` (N,): the target (geo.to_xyz_m; NaN: unknown)
+    and the dataset of every row."""
 
     def __init__(self, edges: np.ndarray, xyz_m: np.ndarray, dataset: np.ndarray):
         bands = len(edges) + 1
@@ -21,7 +21,8 @@ class BandCounts:
         self.pairs = np.zeros(bands, np.int64)
         self.near = np.zeros(bands, np.int64)  # within NEAR_M
         self.similarities = np.zeros((bands, len(SIMILARITIES) - 1), np.int64)
-        self.metres = np.zeros((bands, len(METRES) - 1), np.int64)  # of pairs of one dataset
+        self.together = np.zeros(bands, np.int64)  # of one dataset
+        self.metres = np.zeros((bands, len(METRES) - 1), np.int64)  # of those whose positions are known
         self.empty = np.zeros(bands, np.int64)  # anchors whose band is empty
         self.anchors = 0
 
@@ -33,10 +34,12 @@ class BandCounts:
         anchor += first_row
         metres = np.linalg.norm(self.xyz_m[anchor] - self.xyz_m[neighbor], axis=1)
         together = self.dataset[anchor] == self.dataset[neighbor]
+        measured = together & ~np.isnan(metres)
         self.pairs += np.bincount(band, minlength=len(self.pairs))
         self.near += np.bincount(band[metres <= NEAR_M], minlength=len(self.pairs))
         _count(self.similarities, band, similarity, SIMILARITIES)
-        _count(self.metres, band[together], metres[together], METRES)
+        self.together += np.bincount(band[together], minlength=len(self.pairs))
+        _count(self.metres, band[measured], metres[measured], METRES)
         self.empty += (np.diff(offsets.astype(np.int64), axis=1) == 0).sum(axis=0)
         self.anchors += len(rows)
 
@@ -55,7 +58,7 @@ class BandCounts:
                     "similarity_p5": low,
                     "similarity_median": middle,
                     "similarity_p95": high,
-                    "share_same_dataset": int(self.metres[b].sum()) / max(1, pairs),
+                    "share_same_dataset": int(self.together[b]) / max(1, pairs),
                     "median_distance_m": quantiles(self.metres[b], METRES, [0.5])[0],
                     "share_within_50_m": int(self.near[b]) / max(1, pairs),
                     "share_of_anchors_without": int(self.empty[b]) / max(1, self.anchors),

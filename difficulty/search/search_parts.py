@@ -92,7 +92,7 @@ def gather(cfg: Config, parts: list[SearchPart], output: Output) -> list[dict]:
     if not np.any(counts):
         raise PipelineError(
             f"no image of {train_path(cfg)} has a neighbour outside its building and ignore zone\n"
-            "lower data.ignore_radius_m, or use more of the map"
+            f"{zones.too_few_outside(cfg.data.ignore_radius_m)}"
         )
     edges = bands.edges_of(counts, cfg.data.band_percentiles)
     ids = parquet.read(train_path(cfg), ["streetview_image_id", "building_id"])

@@ -65,9 +65,10 @@ def _first_near(phash: np.ndarray, dhash: np.ndarray, max_hamming: int) -> np.nd
 def across_buildings(
     building: np.ndarray, content_hash: np.ndarray, building_xyz: np.ndarray, radius_m: float
 ) -> np.ndarray:
-    """(N,) bool: rows whose JPEG, byte for byte, belongs to two buildings more than `radius_m` apart.
+    """(N,) bool: rows whose JPEG, byte for byte, belongs to two buildings more than `radius_m` apart, or to two of
+    which one has no position.
 
-    `building`: (N,) ascending, numbers of rows of `building_xyz` (M, 3), in metres.
+    `building`: (N,) ascending, numbers of rows of `building_xyz` (M, 3), in metres, NaN where it is not known.
     """
     order, starts = sort_groups(content_hash)
     shared = is_mixed(building, order, starts)
@@ -75,7 +76,11 @@ def across_buildings(
     drop = np.zeros(len(building), bool)
     for start, end in zip(starts[shared], ends[shared], strict=True):
         rows = order[start:end]
-        tree = cKDTree(building_xyz[building[rows]])  # 100,000 rows, at one place or at many, cost little
+        places = building_xyz[building[rows]]
+        if np.isnan(places).any():
+            drop[rows] = True
+            continue
+        tree = cKDTree(places)  # 100,000 rows, at one place or at many, cost little
         drop[rows] = tree.count_neighbors(tree, radius_m) < len(rows) ** 2
     return drop
 

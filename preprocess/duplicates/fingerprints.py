@@ -50,7 +50,7 @@ def write(part: TarPart, store: TarImages, method: str, pool: Executor, on_image
     """Write the fingerprints of a part's images, in order. `on_images` receives the number of images hashed since
     its last call; an exception from it stops the work. Raises ChangedTar if the tar has other images by now."""
     rows = part.rows()
-    read = store.tar(part.tar.name).reader(rows)
+    read = store.reader(rows)
 
     def hashes_from(start: int) -> tuple[np.ndarray, np.ndarray]:
         try:

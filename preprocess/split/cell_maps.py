@@ -21,7 +21,9 @@ def count_cells(dataset_id, cell: np.ndarray, split: np.ndarray | str) -> pd.Dat
 
 
 def draw(cells: pd.DataFrame, cell_m: float) -> Figure:
-    """A picture of `count_cells`. A cell has the colour of the split that most of its images are in."""
+    """A picture of `count_cells`, without buildings that have no position. A cell has the colour of the split that
+    most of its images are in."""
+    cells = cells[cells["cell"] < geo.OWN_CELLS]
     cells = cells.sort_values("images", ascending=False, kind="stable").drop_duplicates(["dataset_id", "cell"])
     sizes = cells.groupby("dataset_id")["images"].sum()
     largest = sorted(sizes.nlargest(_MAX_PANELS).index)
@@ -32,6 +34,8 @@ def draw(cells: pd.DataFrame, cell_m: float) -> Figure:
         axes = figure.add_subplot(rows, columns, place)
         _draw_panel(axes, cells[cells["dataset_id"] == dataset], cell_m)
         axes.set_title(f"{dataset:04d}: {sizes[dataset]:,} images", fontsize=9)
+    if not len(cells):
+        figure.text(0.5, 0.5, "no building has a position", ha="center", va="center")
     handles = [Patch(color=COLOURS[name], label=name) for name in COLOURS if name in set(cells["split"])]
     if len(handles) > 1:
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)

@@ -53,7 +53,7 @@ def draw(groups: list[DuplicateGroup], sources: Sources, store: tar_images.TarIm
     image_of: dict[int, Image.Image] = {}
     for row, tar, image in zip(rows, places["tar_file"].to_pylist(), pictures.read(store, places), strict=True):
         if image is None:
-            raise PipelineError(f"{store.raw_dir / tar} no longer has the images that process_tar.py found in it")
+            raise PipelineError(f"{store.tar(tar).path} no longer has the images that were found in it")
         image_of[row] = image
     lines = []
     for group in groups:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from common import errors, parquet, provenance, schemas
-from common.archives import tar_parts, tars
+from common.archives import image_origins, tar_parts, tars
 from common.cli import Progress
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance
@@ -26,7 +26,7 @@ _SCRIPTS = {"fingerprints": "preprocess/compute_fingerprints.py", "embeddings": 
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one tar, which holds one dataset."""
+    """The files of one tar, or of an imported set: one dataset."""
 
     dataset_id: int
     intermediates: Path
@@ -40,16 +40,18 @@ class Sources:
     of_tar: list[Source]  # by dataset
     ids: dict[str, str]  # for the provenance: file -> id
     model: dict  # of all embeddings: name, revision or weights, pooling, dtype, dim, ...
+    imported: list[str]  # names of the sets of photographs among them
 
     @property
     def num_rows(self) -> int:
         return sum(source.num_rows for source in self.of_tar)
 
 
-def find(cfg: Config, listing: list[Path]) -> Sources:
-    """The files of all tars of `listing`. Raises PipelineError if some are missing, StaleArtefact if they do not
-    belong together."""
+def find(cfg: Config) -> Sources:
+    """The files of all tars and imported sets. Raises PipelineError if some are missing, StaleArtefact if they do
+    not belong together."""
     paths, ids, sources, models = cfg.paths, {}, [], {}
+    listing = image_origins.of_paths(paths)
     _refuse_without_tar(paths, [tars.stem(tar) for tar in listing])
     _require(cfg, listing)
     for tar in listing:
@@ -75,9 +77,10 @@ def find(cfg: Config, listing: list[Path]) -> Sources:
         if one.dataset_id == other.dataset_id >= 0:
             raise PipelineError(
                 f"{one.intermediates} and {other.intermediates} are both of dataset {one.dataset_id}\n"
-                "keep only one tar per dataset in paths.raw_dir"
+                "keep only one tar per dataset in paths.raw_dir; import photographs under another --name"
             )
-    return Sources(sources, ids, _only_model(models))
+    imported = [path.stem for path in image_origins.imported(paths.intermediates_dir)]
+    return Sources(sources, ids, _only_model(models), imported)
 
 
 def _require(cfg: Config, listing: list[Path]) -> None:
@@ -165,9 +168,11 @@ def write_splits(
     decision: Decision,
     targets: list[Path],
     record: Provenance,
+    facts: dict,
     progress: Progress,
 ) -> list[str]:
-    """Write all splits in one pass over the embeddings, tar by tar; returns the ids of the files."""
+    """Write all splits in one pass over the embeddings, tar by tar; returns the ids of the files. `facts`: for
+    their records, beside the embedding model."""
     schema = schemas.merged(sources.model["dim"])
     with contextlib.ExitStack() as stack:
         outs = [stack.enter_context(parquet.writer(target, schema, record)) for target in targets]
@@ -185,7 +190,7 @@ def write_splits(
             progress.add(source.num_rows, int(np.sum(split >= 0)))
         for out in outs:
             out.rows = {"in": len(images)}
-            out.facts = {"embedding_model": sources.model}
+            out.facts = {"embedding_model": sources.model, **facts}
     return [parquet.read_provenance(target).id for target in targets]
 
 

@@ -4,6 +4,7 @@ import numpy as np
 
 from common.errors import PipelineError
 from common.imagery import pictures
+from common.places import geo
 from common.schemas import SPLITS
 from common.sections import Data
 from preprocess.split import cell_maps
@@ -34,6 +35,8 @@ def summarise(images: Images, decision: Decision, data: Data) -> dict:
             "pictures": count_in_two_splits(split, images.content_hash[kept]),
         },
         "lookalikes_kept": decision.lookalikes,
+        "buildings_without_position": len(np.unique(building[cell >= geo.OWN_CELLS])),
+        "split_by": data.split_by if geo.is_known(images.target_lat, images.target_lon).any() else "building",
     }
 
 
@@ -43,8 +46,8 @@ def refuse_empty(report: dict, data: Data) -> None:
         if counts["images"] or not getattr(data, f"{name}_ratio"):
             continue
         dropped = ", ".join(f"{reason} {count:,}" for reason, count in report["dropped"].items() if count)
-        advice = "use more tars"
-        if data.split_by == "geo":
+        advice = "use more buildings"
+        if report["split_by"] == "geo":
             cell = f"data.split_cell_m = {data.split_cell_m:g}"
             advice += f", smaller cells ({cell}) or a narrower data.split_buffer_m"
         raise PipelineError(
@@ -62,6 +65,11 @@ def as_text(report: dict) -> str:
     shared = ", ".join(f"{count} {what}" for what, count in report["in_two_splits"].items())
     lines.append(f"in two splits: {shared}")
     lines.append(f"{report['lookalikes_kept']:,} images look like one of another building and are kept")
+    if report["buildings_without_position"]:
+        lines.append(
+            f"{report['buildings_without_position']:,} buildings have no position: each is a cell of its own, for "
+            f'the split and the bootstrap (as data.split_by = "building"), and has no ignore zone'
+        )
     return "\n".join(lines)
 
 

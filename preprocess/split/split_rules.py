@@ -1,6 +1,7 @@
 """Which images are kept, and in which split: pure functions of arrays.
 
-Rows are images, sorted by (dataset, target, patch); a building is a target, with one position, in one cell.
+Rows are images, sorted by (dataset, target, patch); a building is a target, with one position, in one cell. One
+whose position is not known (imported photographs may have none) is a cell of its own.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class Images:
     target_id: np.ndarray  # int64
     patch_id: np.ndarray  # int64
     street_view_id: np.ndarray  # int64
-    target_lat: np.ndarray  # float64, degrees
+    target_lat: np.ndarray  # float64, degrees, NaN: not known
     target_lon: np.ndarray
     content_hash: np.ndarray  # uint64
     phash: np.ndarray
@@ -41,7 +42,7 @@ class Decision:
 
     split: np.ndarray  # (N,) int8: TRAIN, VAL, TEST or NONE
     building: np.ndarray  # (N,) int32, ascending
-    cell: np.ndarray  # (N,) int64, see geo.cell_ids
+    cell: np.ndarray  # (N,) int64, see geo.cells_of_buildings
     dropped: dict[str, int]  # reason -> images, in the order of the rules
     why: np.ndarray  # (N,) int8: the position of its reason in `dropped`; -1 for an image that is kept
     like: np.ndarray  # (N,) int32: the image of its building that a duplicate is dropped for; -1 for all others
@@ -77,7 +78,7 @@ def decide(images: Images, data: Data, seed: int) -> Decision:
         building[rows], images.content_hash[rows], images.phash[rows], images.dhash[rows]
     )
 
-    cell = geo.cell_ids(lat, lon, data.split_cell_m)
+    cell = geo.cells_of_buildings(lat, lon, data.split_cell_m)
     sizes = np.bincount(building[rows], minlength=len(firsts))
     ratios = (data.train_ratio, data.val_ratio, data.test_ratio)
     if data.split_by == "geo":
@@ -127,10 +128,11 @@ def in_buffer(
     """(M,) bool: train buildings within the buffer around a val or test cell, and val buildings within that around
     a test cell. `split`: of each building; `cells`: those that have a split, ascending."""
     near = np.zeros((len(lat), len(SPLITS)), bool)
-    for candidate in geo.cells_near(lat, lon, data.split_cell_m, data.split_buffer_m):
+    known = np.flatnonzero(geo.is_known(lat, lon))
+    for candidate in geo.cells_near(lat[known], lon[known], data.split_cell_m, data.split_buffer_m):
         place = np.minimum(np.searchsorted(cells, candidate), max(len(cells) - 1, 0))
         hit = np.flatnonzero(cells[place] == candidate) if len(cells) else place[:0]
-        near[hit, split_of_cell[place[hit]]] = True
+        near[known[hit], split_of_cell[place[hit]]] = True
     return ((split == TRAIN) & (near[:, VAL] | near[:, TEST])) | ((split == VAL) & near[:, TEST])
 
 

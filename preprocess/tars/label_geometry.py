@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from common.places.geo import METRES_PER_DEGREE
+from common.places import geo
 
 MAX_ANGLE_DEG = 1.0  # that of a sphere is 0.2 degrees off at most
 MAX_DISTANCE_SHARE = 0.05  # of the distance, which on a sphere is 0.6 % off at most
@@ -29,16 +29,16 @@ def count_disagreements(columns: Mapping[str, Sequence]) -> Counter[str]:
     stated = {
         name: np.asarray(columns[name], np.float64) for name in ("heading", "pitch", "distance", *_POSITIONS)
     }
-    lat, lon, height = (stated[f"target_{name}"] - stated[f"camera_{name}"] for name in ("lat", "lon", "height"))
-    north_m = METRES_PER_DEGREE * lat  # on a plane: the points are metres apart, at most 10 km
-    east_m = METRES_PER_DEGREE * ((lon + 180) % 360 - 180) * np.cos(np.radians(stated["camera_lat"] + lat / 2))
+    places = (stated[f"{what}_{name}"] for what in ("camera", "target") for name in ("lat", "lon"))
+    north_m, east_m = geo.offsets_m(*places)
+    height = stated["target_height"] - stated["camera_height"]
     horizontal_m = np.hypot(east_m, north_m)
     wrong = {
         "heading": _angle_deg(stated["heading"], np.degrees(np.arctan2(east_m, north_m))) > MAX_ANGLE_DEG,
         "pitch": _angle_deg(stated["pitch"], np.degrees(np.arctan2(height, horizontal_m))) > MAX_ANGLE_DEG,
         "distance": np.abs(stated["distance"] - horizontal_m) > MAX_DISTANCE_SHARE * horizontal_m,
     }
-    return Counter(labels=len(lat), **{name: int(flags.sum()) for name, flags in wrong.items()})
+    return Counter(labels=len(horizontal_m), **{name: int(flags.sum()) for name, flags in wrong.items()})
 
 
 def summary(counts: Counter[str]) -> str:

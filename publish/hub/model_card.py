@@ -25,6 +25,9 @@ _LICENCES = {  # of the backbone's weights: prefix of its name on the hub -> fie
 def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocessing: Preprocessing | None) -> None:
     """README.md in `folder`. `metrics`: see train/evaluate.py; `preprocessing`: None for a head alone."""
     backbone, on_hub = checkpoint["embedding_model"]["name"], not is_folder(cfg.embedding_model.name)
+    test = parquet.read_provenance(cfg.paths.merged_dir / "test.parquet")
+    imported = test.facts.get("imported", [])  # sets of photographs that are not the dataset's
+    has_tars = not imported or sum(name.startswith("intermediates/") for name in test.inputs) > len(imported)
     name = f"building-embeddings-{Path(backbone).name}"
     data = ModelCardData(
         model_name=name,
@@ -32,7 +35,7 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
         pipeline_tag="image-feature-extraction" if preprocessing else "feature-extraction",
         tags=["image-retrieval", "visual-place-recognition", "street-view", "buildings"],
         base_model=backbone if on_hub else None,
-        eval_results=results(metrics),
+        eval_results=results(metrics, [*(["3D Street View"] * has_tars), *imported]),
         **licence(backbone),  # type: ignore[arg-type]
     )
     table = [(METHODS.get(method, method), values, "") for method, values in metrics["methods"].items()]
@@ -50,7 +53,9 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
         views=cfg.embedding_model.views,
         shares=", ".join(f"{100 * share:g} %" for share in cfg.embedding_model.views),
         images={split: parquet.num_rows(cfg.paths.merged_dir / f"{split}.parquet") for split in schemas.SPLITS},
-        splits=parquet.read_provenance(cfg.paths.merged_dir / "test.parquet").config,
+        splits=test.config | {"data.split_by": test.facts.get("split_by", test.config.get("data.split_by"))},
+        imported=imported,
+        has_tars=has_tars,
         training={
             key.removeprefix("training."): value
             for key, value in checkpoint["config"].items()
@@ -69,14 +74,14 @@ def licence(backbone: str) -> dict[str, str]:
     return next((fields for prefix, fields in _LICENCES.items() if backbone.startswith(prefix)), unknown)
 
 
-def results(metrics: dict) -> list[EvalResult]:
+def results(metrics: dict, datasets: list[str]) -> list[EvalResult]:
     """The trained head's figures for the card's model-index, with 95 % intervals if there are any."""
     return [
         EvalResult(
             task_type="image-feature-extraction",
             task_name="Retrieval of other views of the same building",
-            dataset_type="3d-street-view",
-            dataset_name="3D Street View, held-out test split",
+            dataset_type="-".join(datasets).lower().replace(" ", "-"),
+            dataset_name=f"{', '.join(datasets)}, held-out test split",
             dataset_split="test",
             metric_type=key,
             metric_name=title,

@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from common import parquet
-from common.archives import tars
+from common.archives import image_origins, tars
 from common.archives.restart_points import RestartPoint
 from common.errors import PipelineError
 from common.imagery import tar_images
+from common.imagery.decoding import SUFFIXES, is_named_image
 from common.provenance import digest_of
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_LISTING = ("process_tar", image_origins.IMPORTED)  # stages that write intermediates
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def groups(source: Path, store: tar_images.TarImages) -> Iterator[ImageSource]:
     """The images at `source`. `store`: the tars of intermediates. Raises PipelineError if there are none."""
     if source.is_dir():
         ours = [path for path in sorted(source.glob("*.parquet")) if parquet.has_provenance(path)]
-        tables = [path for path in ours if parquet.read_provenance(path).stage == "process_tar"]
+        tables = [path for path in ours if parquet.read_provenance(path).stage in _LISTING]
         groups = (_of_intermediates(path, store) for path in tables) if tables else [_of_folder(source)]
     elif tars.is_named_so(source):
         groups = [_of_tar(source)]
@@ -74,11 +75,14 @@ def groups(source: Path, store: tar_images.TarImages) -> Iterator[ImageSource]:
 
 
 def of_split(path: Path, store: tar_images.TarImages, limit: int) -> ImageSource:
-    """The first `limit` images of a split, which is sorted by building, named "<building> <image>"."""
+    """The first `limit` images of a split, which is sorted by building, named "<building> <image>"; with a column
+    `building`."""
     columns = ["building_id", "streetview_image_id", "tar_file", "image_offset", "image_size"]
     rows = parquet.read(path, columns).slice(0, limit)
     names = pc.binary_join_element_wise(rows["building_id"], rows["streetview_image_id"], " ")
-    images = rows.select(["image_size"]).append_column("image", names)
+    images = (
+        rows.select(["image_size"]).append_column("image", names).append_column("building", rows["building_id"])
+    )
     return ImageSource(path.stem, images, lambda start, stop: store.read(rows[start:stop]))
 
 
@@ -101,13 +105,8 @@ def read_image(name: str) -> bytes:
 
 def _of_folder(folder: Path) -> ImageSource:
     """All images below a folder, sorted, named by their relative paths."""
-    paths = sorted(path for path in folder.rglob("*") if _is_image(path) and path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if is_named_image(path) and path.is_file())
     return _of_files(folder.resolve().name, [str(path.relative_to(folder)) for path in paths], paths)
-
-
-def _is_image(path: Path) -> bool:
-    """By its name; not the ._NAME.jpg in which macOS keeps a file's attributes."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith("._")
 
 
 def _of_list(path: Path) -> ImageSource:
@@ -146,7 +145,7 @@ def _of_tar(path: Path) -> ImageSource:
     for member in tars.walk(path, points=points):
         if isinstance(member, tars.Damage):
             print(f"{path} is damaged: {member.detail}", file=sys.stderr)
-        elif member.kind == "file" and _is_image(Path(member.name)):
+        elif member.kind == "file" and is_named_image(Path(member.name)):
             members.append(member)
     images = _table((tars.printable(member.name) for member in members), [member.size for member in members])
     rows = images.append_column("image_offset", pa.array([member.offset for member in members], pa.int64()))
@@ -158,8 +157,7 @@ def _table(names: Iterable[str], sizes: list[int]) -> pa.Table:
 
 
 def _of_intermediates(path: Path, store: tar_images.TarImages) -> ImageSource:
-    """The valid images of a tar of the dataset, named by their streetview_image_id."""
+    """The valid images of a tar of the dataset, or of an imported set, named by their streetview_image_id."""
     rows = parquet.read(path, ["streetview_image_id", "tar_file", "image_offset", "image_size", "content_hash"])
-    tar = store.tar(rows["tar_file"][0].as_py() if rows.num_rows else f"{path.stem}.tar")
     images = rows.select(["streetview_image_id", "image_size"]).rename_columns(["image", "image_size"])
-    return ImageSource(path.stem, images, tar.reader(rows))
+    return ImageSource(path.stem, images, store.reader(rows))

@@ -28,7 +28,6 @@ log = logging.getLogger("pipeline")
 MAX_COLUMNS = 8  # of the picture: no wider than a screen
 VERDICTS = {True: ("same building", "#1a7f37"), False: ("another building", "#cf222e"), None: ("", "#57606a")}
 # Dataset numbers have two digits and are padded with zeros, unlike the years in the names of other photographs.
-_OF_SPLIT = re.compile(r"(0\d{3}_\d+) 0\d{3}_\d+")  # building and image, see `image_sources.of_split`
 _OF_DATASET = re.compile(r"(0\d{3,})_\d+_\d+_(\d+)\.jpe?g", re.IGNORECASE)  # dataset, image, panorama, target
 
 
@@ -36,6 +35,7 @@ class Photograph(NamedTuple):
     name: str
     encoded: bytes | None  # a JPEG, PNG, ...; None: unreadable
     box: list[int] | None = None  # left, top, right, bottom of the building in pixels; None: the whole picture
+    building: str | None = None  # None: as the name says, if it is that of a file of the dataset
 
     def pixels(self) -> np.ndarray:
         """(H, W, 3) uint8, of the box alone. Raises PipelineError for what is not an image, or a box beyond it."""
@@ -60,14 +60,12 @@ class Nearest:
 
     def verdict(self, result: Photograph) -> tuple[str, str]:
         """Whether a result shows the query's building, as words and colour; none if their names do not say."""
-        buildings = building_of(self.query.name), building_of(result.name)
+        buildings = [image.building or building_of(image.name) for image in (self.query, result)]
         return VERDICTS[None if None in buildings else buildings[0] == buildings[1]]
 
 
 def building_of(name: str) -> str | None:
-    """The building in the name of an image of a split, or of a file of the dataset; None for other files."""
-    if match := _OF_SPLIT.fullmatch(name):
-        return match[1]
+    """The building in the name of a file of the dataset; None for other files."""
     match = _OF_DATASET.fullmatch(Path(name.rpartition(":")[2]).name)
     return f"{int(match[1]):04d}_{int(match[2])}" if match else None
 
@@ -96,10 +94,13 @@ def search(
         raise PipelineError(f"none of the {len(names):,} images of the gallery can be decoded")
 
     def photograph(row: int) -> Photograph:
-        return Photograph(names[row], gallery.read(row, row + 1)[0])
+        return Photograph(names[row], gallery.read(row, row + 1)[0], building=building(row))
+
+    def building(row: int) -> str | None:
+        return gallery.images["building"][row].as_py() if "building" in gallery.images.column_names else None
 
     if query is None:
-        buildings = [building_of(names[row]) for row in result.rows]
+        buildings = [building(row) for row in result.rows.tolist()]
         counts = Counter(building for building in buildings if building)
         first = buildings.index(counts.most_common(1)[0][0]) if counts else 0
         query = photograph(int(result.rows[first]))

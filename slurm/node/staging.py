@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from common import cli
-from common.archives import tars
+from common.archives import image_origins, tars
 from slurm import chain
 from slurm.node.child import run
 
@@ -45,7 +45,7 @@ def read_by(step, cfg, shard: int, num_shards: int) -> list[Path]:
     """The tars in which a shard of a step has work left."""
     outputs = step.stage.outputs_of(cfg, shard, num_shards) or []
     names = {name for output in outputs if not step.stage.is_current(output) for name in output.record.inputs}
-    return [tar for tar in tars.of_shard(cfg.paths.raw_dir, 0, 1) if tar.name in names]
+    return [tar for tar in image_origins.raw_tars(cfg.paths) if tar.name in names]
 
 
 def link(folder: Path, raw_dir: Path) -> bool:

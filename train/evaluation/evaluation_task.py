@@ -33,10 +33,11 @@ def of_run(cfg: Config, compare: list[Path], stage: Stage) -> EvaluationTask:
     compared = methods.compared(compare, records, [method.name for method in own])
     inputs = run_record.evaluated_ids(cfg, checkpoint["provenance"]["id"])
     inputs |= {method.name: method.id for method in compared}
+    test = records[cfg.paths.merged_dir / "test.parquet"]
     subject = {
         "run": cfg.training.run,
         "epoch": checkpoint["epoch"],
-        "split_by": records[cfg.paths.merged_dir / "test.parquet"].config.get("data.split_by"),
+        "split_by": test.facts.get("split_by", test.config.get("data.split_by")),
         "embedding_model": checkpoint["embedding_model"],
         "config_hash": checkpoint["provenance"]["config_hash"],
         "config": checkpoint["config"],

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from common import errors, parquet, provenance, schemas
 from common.errors import PipelineError, StaleArtefact
@@ -24,6 +25,7 @@ COLUMNS = (
     "camera_lon heading pitch distance cell_id tar_file image_offset image_size"
 ).split()
 _SCHEMA = schemas.merged(1)
+_MAY_BE_UNKNOWN = ("target_lat", "target_lon", "camera_lat", "camera_lon", "heading", "pitch", "distance")
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,12 @@ def batches(paths: list[Path], columns: list[str]) -> Iterator[tuple[pa.Table, n
 
 
 def _cast(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column in its type in merged/test.parquet. Other programs write, for instance, ids as floats."""
+    """A column in its type in merged/test.parquet. Other programs write, for instance, ids as floats, and NaN (not
+    known, of an imported photograph) as empty values."""
+    if name in _MAY_BE_UNKNOWN and pa.types.is_floating(column.type):
+        column = pc.fill_null(column, float("nan"))
+        if not np.isinf(column.to_numpy()).any():
+            return column.cast(_SCHEMA.field(name).type)
     if column.null_count or (pa.types.is_floating(column.type) and not np.isfinite(column.to_numpy()).all()):
         raise PipelineError(f"{path}: column {name} has empty or non-finite values")
     kind = _SCHEMA.field(name).type

@@ -71,6 +71,7 @@ class Counts(_Strict):
     queries_without_match: Count
     gallery: Count
     buildings: Count
+    buildings_without_position: Count = 0  # each a cell of its own, without an ignore zone
     cells: Count
     matches: Count
 

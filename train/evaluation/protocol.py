@@ -3,7 +3,8 @@
 A match is another image of the query's building. Rows of other buildings in the ignore zone are junk: removed from
 the ranking. So are, in a breakdown, matches of other classes: easy matches cannot hide hard ones (as in the easy,
 medium and hard protocols of Radenovic et al. 2018, "Revisiting Oxford and Paris"). Queries without a match are
-left out. Metrics are computed per query, then averaged over bootstrap draws of map cells.
+left out. Metrics are computed per query, then averaged over bootstrap draws of map cells. A building without a
+position has no zone, and is a cell of its own.
 
 Memory: G x D x 4 bytes for the vectors of one method at a time (D: of the backbone for "raw", of the head for the
 others): on the device if that is at most two thirds of what is free there, else on the host (25 M, 768-d: 77 GB),
@@ -107,6 +108,8 @@ def figures(
     has_match = per_query[shown].has_match  # the same for all methods
     cell_id = gallery.column("cell_id")[: gallery.num_queries]
     cells = np.unique(cell_id[has_match])  # only these are drawn
+    has_position = geo.is_known(gallery.column("target_lat"), gallery.column("target_lon"))[: gallery.num_queries]
+    building = gallery.zones.building_of_row[: gallery.num_queries]
     cell_of_query = np.searchsorted(cells, cell_id)
     weights = bootstrap.draw_weights(len(cells), cfg.evaluation.bootstrap_samples, seed)
     cell = cell_of_query[has_match]
@@ -139,7 +142,8 @@ def figures(
             "queries": int(has_match.sum()),
             "queries_without_match": int((~has_match).sum()),
             "gallery": len(gallery.embeddings),
-            "buildings": len(np.unique(gallery.zones.building_of_row[: gallery.num_queries][has_match])),
+            "buildings": len(np.unique(building[has_match])),
+            "buildings_without_position": len(np.unique(building[has_match & ~has_position])),
             "cells": len(cells),
             "matches": len(matches[shown].query),
         },
@@ -186,7 +190,8 @@ def similarity_histograms(
     rng = np.random.default_rng(seed)
     pairs = np.stack([rng.integers(0, n, RANDOM_PAIRS) for n in (gallery.num_queries, len(vectors))])  # (2, n)
     lat, lon = gallery.column("target_lat")[pairs], gallery.column("target_lon")[pairs]
-    apart = geo.distance_m(lat[0], lon[0], lat[1], lon[1]) > ignore_radius_m  # matches are 0 m apart
+    one, other = gallery.zones.building_of_row[pairs]
+    apart = (one != other) & ~(geo.distance_m(lat[0], lon[0], lat[1], lon[1]) <= ignore_radius_m)
     # in blocks: all at once take 1.2 GB at 768-d
     blocks = torch.from_numpy(pairs[:, apart]).to(vectors.device).split(4_096, dim=1)
     cosines = torch.cat([(vectors[queries] * vectors[rows]).sum(dim=1) for queries, rows in blocks])

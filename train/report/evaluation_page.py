@@ -95,6 +95,8 @@ def table(figures: dict) -> str:
         f"{counts['gallery']:,} images in the gallery ({figures['gallery']}), "
         f"ignore zone {figures['ignore_radius_m']:g} m",
     ]
+    if without := counts.get("buildings_without_position"):
+        lines.append(f"{without:,} of the buildings have no position: each is a cell of its own, without a zone")
     if counts["queries_without_match"]:
         lines.append(f"{counts['queries_without_match']:,} more queries have no match and are excluded")
     rows = [(method, "", metrics) for method, metrics in figures["methods"].items()]

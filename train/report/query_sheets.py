@@ -93,16 +93,23 @@ def make(
         for row, cosine, kind in results_of[query]:
             other = facts_of[row]
             where = (f"at rank {rank:,}",) if rank > COUNTED_RESULTS and kind == "match" else ()
-            angle = float(heading_difference_deg(facts["heading"], other["heading"]))
-            lines = (*where, f"{_distance(facts, other)}, {angle:.0f}°", f"cosine {cosine:.2f}")
+            lines = (*where, _geometry(facts, other), f"cosine {cosine:.2f}")
             row_of_tiles.append(Tile(other["streetview_image_id"], uri_of[row], kind, lines))
         return row_of_tiles
 
     return {name: [tiles(query) for query in of_sheet.tolist()] for name, of_sheet in chosen.items()}
 
 
+def _geometry(a: dict, b: dict) -> str:
+    """The distance of two targets and the angle between the headings, as far as they are known."""
+    angle = float(heading_difference_deg(a["heading"], b["heading"]))
+    return ", ".join(filter(None, [_distance(a, b), "" if np.isnan(angle) else f"{angle:.0f}°"]))
+
+
 def _distance(a: dict, b: dict) -> str:
     if a["dataset_id"] != b["dataset_id"]:
         return "another dataset"
     metres = geo.distance_m(a["target_lat"], a["target_lon"], b["target_lat"], b["target_lon"])
+    if np.isnan(metres):
+        return "no position"
     return f"{metres:,.0f} m" if metres < 10_000 else f"{metres / 1000:,.0f} km"
