@@ -34,22 +34,16 @@ class StaleStep(NamedTuple):
 
 def find(steps: list[Step], todo: dict[str, list[int]], cfg) -> list[StaleStep]:
     """The stale steps among those with something left to do, in order."""
-    found: list[StaleStep] = []
+    roots: dict[str, StaleStep] = {}  # step -> the stale step that it is, or follows
     for step in steps:
-        earlier = next((stale for stale in found if _depends(step, stale, steps)), None)
+        earlier = next((roots[name] for name in step.needs if name in roots), None)
         if earlier:
+            roots[step.name] = earlier
             if records(step, cfg):
                 earlier.followers.append(step)
         elif todo[step.name] and (stale := _of_step(step, cfg)):
-            found.append(stale)
-    return found
-
-
-def _depends(step: Step, stale: StaleStep, steps: list[Step]) -> bool:
-    by_name = {other.name: other for other in steps}
-    return stale.step.name in step.needs or any(
-        _depends(by_name[name], stale, steps) for name in step.needs if name in by_name
-    )
+            roots[step.name] = stale
+    return [stale for name, stale in roots.items() if stale.step.name == name]
 
 
 def _of_step(step: Step, cfg) -> StaleStep | None:
@@ -141,7 +135,7 @@ def explanation(found: list[StaleStep], cfg, command: str) -> str:
         if stale.way_to_keep:
             lines.append(f"  {stale.way_to_keep}")
         if stale.step.name == "train":
-            lines.append("  to train another run beside it: --set training.run=NAME")
+            lines.append(f"  to train another run beside it: {command} --set training.run=NAME")
     flags = " ".join(REMAKE if stale.step.given else f"{REMAKE} {stale.step.name}" for stale in found)
     return "\n".join([*lines, f"to redo what is stale: {command} {flags}"])
 

@@ -136,7 +136,7 @@ def test_missing_inputs_name_their_stage(unpublished):
         main(unpublished.flags)
 
 
-def test_a_new_checkpoint_is_refused_and_overwrite_replaces_the_folder(unpublished, monkeypatch):
+def test_a_new_checkpoint_is_refused_and_remake_replaces_the_folder(unpublished, monkeypatch):
     monkeypatch.setattr(parity, "check", lambda *_: parity.Parity(7, 0.0, 0.0))  # another test has it
     main(unpublished.flags)
     folder = unpublished.cfg.paths.published_dir
@@ -145,9 +145,7 @@ def test_a_new_checkpoint_is_refused_and_overwrite_replaces_the_folder(unpublish
     metrics = json.loads((unpublished.cfg.paths.evaluation_dir / "metrics.json").read_text())
     metrics["provenance"]["id"] = "figures-2"
     (unpublished.cfg.paths.evaluation_dir / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(
-        StaleArtefact, match=r"published was made from an earlier version of metrics\.json\nto redo"
-    ):
+    with pytest.raises(StaleArtefact, match=r"was made from an earlier version of metrics\.json\nto redo"):
         main(unpublished.flags)
     assert main([*unpublished.flags, "--remake"]) == 0
     assert not (folder / "leftover").exists()
