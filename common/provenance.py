@@ -128,7 +128,8 @@ def input_differences(then: dict[str, str], now: dict[str, str]) -> list[str]:
     reasons = []
     if came or went:
         moves = [f"{some(names)} {verb}" for names, verb in ((came, "came"), (went, "went")) if names]
-        reasons.append(f"was made from {len(tars_then)} tars; there are {len(tars_now)} now: {', '.join(moves)}")
+        count = f"{len(tars_then)} tar{'s' * (len(tars_then) != 1)}"
+        reasons.append(f"was made from {count}; there are {len(tars_now)} now: {', '.join(moves)}")
     others = [name for name in {**then, **now} if tar_of(name) not in came | went]
     if changed := [name for name in others if name in then and name in now and then[name] != now[name]]:
         reasons.append(f"was made from an earlier version of {some(changed)}")

@@ -192,6 +192,18 @@ def test_on_slurm_a_stale_step_is_refused_before_the_first_job_and_its_jobs_get_
     ]
 
 
+def test_a_neighbour_search_in_parts_is_remade_as_a_whole(copy):
+    place, flags = copy("two"), ("--dry-run", "--set", "slurm.difficulty_shards=2", "--set", "data.neighbors=15")
+    code, plan = place.run(*flags)
+    assert code == 0
+    assert re.search("^neighbor_parts +stale +after", plan, re.MULTILINE)
+    assert re.search("^compute_visual_neighbors +follows neighbor_parts +after", plan, re.MULTILINE)
+    assert plan.endswith(" --remake neighbor_parts\n")
+    code, plan = place.run(*flags, "--remake", "compute_visual_neighbors")
+    assert re.search("^neighbor_parts +stale, to be remade +after", plan, re.MULTILINE)
+    assert len(re.findall("^sbatch .*compute_visual_neighbors.py --remake ", plan, re.MULTILINE)) == 2
+
+
 def test_a_run_that_is_killed_while_it_remakes_goes_on_where_it_was(copy, monkeypatch):
     """generate_embeddings dies by SIGKILL between two of its parts; then the same command is run again."""
     place = copy("two", to="merge_and_split")

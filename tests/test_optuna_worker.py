@@ -300,6 +300,9 @@ def test_a_study_of_other_settings_is_refused_and_remake_replaces_it(merged, tmp
     varied = load(merged, tmp_path, "tuning.search_space.margin=[0.1, 0.2]")
     with pytest.raises(StaleArtefact, match="search_space"):
         open_study(varied)
+    with pytest.raises(StaleArtefact, match="search_space"):  # as the plan asks
+        optuna_worker.STAGE.refuse_stale(varied)
+    optuna_worker.STAGE.refuse_stale(cfg)
     assert len(open_study(cfg, redo="stale").trials) == 1  # one that matches is joined, not begun again
     assert len(open_study(other, redo="stale").trials) == 0
 

@@ -142,7 +142,7 @@ def test_inputs_that_came_and_went_are_told_by_tar():
 
     many = inputs(*(f"{number:04}" for number in range(10)))
     told = provenance.input_differences(inputs("0000"), many)
-    assert told == ["was made from 1 tars; there are 10 now: 0001, 0002, 0003, 0004 and 5 more came"]
+    assert told == ["was made from 1 tar; there are 10 now: 0001, 0002, 0003, 0004 and 5 more came"]
     told = provenance.input_differences(inputs("0000", "0001"), inputs("0001", "0002", version=2))
     assert told == [
         "was made from 2 tars; there are 2 now: 0002 came, 0000 went",

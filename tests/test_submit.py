@@ -10,12 +10,12 @@ import pytest
 import short_training
 from conftest import ROOT, paths_below
 
-from common import cli, config, parquet, schemas, stages
-from common.errors import ConfigError, PipelineError
+from common import cli, config, files, parquet, schemas, stages
+from common.errors import ConfigError, PipelineError, StaleArtefact
 from common.stages import Output
 from generate import generate_embeddings
 from slurm import chain, local, prefetch, submit
-from train import train
+from train import run_record, train
 from train.fitting import history
 
 
@@ -173,6 +173,28 @@ print(STAGE.is_done(config.load(None, {settings!r})), "torch" in sys.modules, "m
     (paths_below(tmp_path).checkpoints_dir / "default" / "checkpoint_best.pt").touch()
     history.write(output.path, epoch, output.record)  # as older versions did, of finished runs and of others
     assert not train.STAGE.is_done(config.load(None, settings))
+
+
+def test_a_finished_run_of_other_settings_is_explained_with_all_ways_out(tmp_path):
+    short_training.write_merge(tmp_path)
+    settings = short_training.settings(tmp_path)
+    cfg = config.load(None, settings)
+    for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
+        files.write_bytes(run_record.run_dir(cfg) / name, b"")
+    (output,) = train.outputs(cfg, 0, 1)
+    epoch = pd.DataFrame({name: [0.0] for name in schemas.history(5).names})
+    history.write(output.path, epoch, output.record.timed(7500), {"finished": True, "best_checkpoint": "abc"})
+    flags = short_training.flags(tmp_path, "training.margin=0.3")
+    with pytest.raises(StaleArtefact) as refused:
+        submit.main([*flags, "--local", "--only", "train"])
+    told = str(refused.value).splitlines()
+    assert told[0].endswith("it was made with training.margin = 0.1; this run uses 0.3")
+    assert told[1:3] == [
+        "  redoing it, as long as it took: train (2 h 05 min)",
+        "  to keep it, restore --set training.margin=0.1",
+    ]
+    assert told[3].endswith(" --local --only train --set training.run=NAME")
+    assert told[4].endswith(" --local --only train --remake train")
 
 
 def test_a_damaged_json_file_among_the_inputs_is_not_a_traceback(tmp_path):
