@@ -48,7 +48,7 @@ def main(argv=None) -> int:
     rejects = files.beside(target.parent, "rejects") / target.name
     folder = "" if listing.is_packed else str(listing.folder.resolve())
     record = provenance.record(IMPORTED, {}, listing.inputs)
-    if all(parquet.is_done(path, record, args.overwrite) for path in (target, rejects)):
+    if all(parquet.is_done(path, record, args.redo) for path in (target, rejects)):
         if parquet.read_provenance(target).facts["folder"] != folder:
             photo_files.move(target, folder)
             print(f"{IMPORTED}: the photographs of {args.name} are now read from {folder}")
