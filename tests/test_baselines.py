@@ -8,6 +8,7 @@ import statistics
 import made_up_merge
 import numpy as np
 import pytest
+from conftest import paths_below
 
 from common import config
 from difficulty import compute_visual_neighbors
@@ -80,7 +81,7 @@ def merge(tmp_path_factory):
 
     def write(streets):
         root = tmp_path_factory.mktemp("merge")
-        made_up_merge.write_merge(root / "data" / "merged", streets=(12, streets, 1))
+        made_up_merge.write_merge(paths_below(root).merged_dir, streets=(12, streets, 1))
         settings = [f"paths.root={root}", "data.neighbors=20", "training_model.output_dim=8"]
         compute_visual_neighbors.main([flag for setting in settings for flag in ("--set", setting)])
         return settings

@@ -298,6 +298,7 @@ def test_the_same_vectors_from_a_table_give_the_same_run_and_publish_the_same_he
     theirs.sample(frac=1, random_state=0).to_parquet(tmp_path / "theirs.parquet", row_group_size=100)
     original, root = chain.cfg.paths, tmp_path / "run"
     changed = [f"paths.root={root}", f"embedding_model.name={tmp_path / 'theirs.parquet'}"]
+    changed += [f"embedding_model.label={config.label_of(chain.cfg.embedding_model)}"]  # as in USES
     shared = ("raw_dir", "intermediates_dir", "fingerprints_dir")
     changed += [f"paths.{name}={getattr(original, name)}" for name in shared]
     paths = config.load(None, [*SETTINGS, *changed]).paths

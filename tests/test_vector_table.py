@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from embedding_setup import Setup, photographs
 
-from common import config, parquet, provenance
+from common import config, files, parquet, provenance
 from common.errors import ConfigError, PipelineError, StaleArtefact
 from generate import generate_embeddings, model_files
 from publish import estimate_model_size
@@ -44,7 +44,8 @@ def write(path, ids, vectors, kind=KINDS["list of float64"], **options):
 
 
 def run(setup, name, *more):
-    flags = [*setup.flags, "--set", f"embedding_model.name={name}", *more]
+    same_folders = f"embedding_model.label={config.label_of(setup.cfg.embedding_model)}"
+    flags = [*setup.flags, "--set", f"embedding_model.name={name}", "--set", same_folders, *more]
     assert generate_embeddings.main(flags) == 0
 
 
@@ -130,7 +131,7 @@ def test_images_without_a_vector_are_rejects_with_a_reason(setup, tmp_path, caps
     write(tmp_path / "theirs.parquet", kept, vectors_of(kept))
     run(setup, tmp_path / "theirs.parquet")
     assert "10 images in, 9 out, 1 rejected (vector_missing 1)" in capsys.readouterr().out
-    rejects = parquet.read(setup.root / "data" / "embeddings_rejects" / "0088-0.parquet").to_pylist()
+    rejects = parquet.read(files.beside(setup.cfg.paths.embeddings_dir, "rejects") / "0088-0.parquet").to_pylist()
     assert [(row["reason"], row["detail"]) for row in rejects] == [("vector_missing", "not in theirs.parquet")]
     assert (
         rejects[0]["member"]
