@@ -8,7 +8,8 @@ of the camera, all in degrees; `panorama`, or `camera` and `date`: photographs o
 count as one view of it.
 
 Photographs stay where they are; only those inside Parquet files are copied, to a tar. If they are moved, run this
-again with their new place: nothing else has to be redone. An interrupted run starts over.
+again with their new place: nothing else has to be redone. A run that is interrupted, or rejects too much, leaves an
+earlier import as it is. The number of a set, 1000 to 9999, follows from its name.
 
 Reads    SOURCE
 Writes   data/intermediates/<name>.parquet: a row per valid photograph, in the order of SOURCE;
@@ -48,11 +49,8 @@ def main(argv=None) -> int:
     rejects = files.beside(target.parent, "rejects") / target.name
     folder = "" if listing.is_packed else str(listing.folder.resolve())
     record = provenance.record(IMPORTED, {}, listing.inputs)
-    if all(parquet.is_done(path, record, args.redo) for path in (target, rejects)):
-        if parquet.read_provenance(target).facts["folder"] != folder:
-            photo_files.move(target, folder)
-            print(f"{IMPORTED}: the photographs of {args.name} are now read from {folder}")
-            return 0
+    is_done = all(parquet.is_done(path, record, args.redo) for path in (target, rejects))
+    if is_done and parquet.read_provenance(target).facts["folder"] == folder:  # else they have been moved
         return cli.nothing_to_do(IMPORTED, str(target))
 
     tar = photo_files.packed(cfg.paths.intermediates_dir, args.name)
@@ -66,27 +64,35 @@ def main(argv=None) -> int:
         for photograph in photo_files.check(listing, rows, cfg.infrastructure.threads, copy):
             photographs.append(photograph)
             why = photograph.jpeg
-            rejected = {why.reason.value: 1} if isinstance(why, Rejected) else {}
-            progress.add(1, 1 - len(rejected), rejected)
-    counts = photo_files.write_rejects(rejects, rows, photographs, record)
-    refuse_many(args.source, counts, cfg.data.max_reject_share, target, rejects)
+            reasons = {why.reason.value: 1} if isinstance(why, Rejected) else {}
+            progress.add(1, 1 - len(reasons), reasons)
+        rejected = photo_files.rejects_of(rows, photographs)
+        counts = photo_files.write_rejects(rejects, rejected, len(rows), record)
+        if rejected:  # before the tar and the rows of an earlier run are replaced
+            refuse_many(args.source, counts, cfg.data.max_reject_share, rejected[0], rejects)
     notes = photo_files.write(target, rows, photographs, record, counts, folder)
     if not listing.is_packed:
         tar.unlink(missing_ok=True)  # of an earlier import under this name
     return progress.summary("; ".join([*notes, *listing.notes]))
 
 
-def refuse_many(source: Path, counts: dict, max_reject_share: float, target: Path, rejects: Path) -> None:
-    """Raise PipelineError if more than `max_reject_share` of the photographs, or all of them, are rejected."""
+def refuse_many(source: Path, counts: dict, max_reject_share: float, first: tuple, rejects: Path) -> None:
+    """Raise PipelineError if more than `max_reject_share` of the photographs, or all of them, are rejected.
+    `first`: the name of the first of them, and why."""
     share = counts["rejects"] / counts["in"]
     if share <= max_reject_share and share < 1:
         return
-    target.unlink(missing_ok=True)  # an earlier run's, with --overwrite: it would count as done
+    name, (reason, detail) = first
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in counts["rejected"].items())
-    advice = f"look at {rejects}; if the rest is worth using, raise data.max_reject_share"
+    lines = [f"{source}: {share:.1%} of the photographs are rejected ({reasons})"]
+    lines += [f"all are in {rejects}; the first is {name}: {reason}{', ' if detail else ''}{detail}"]
     if "building_missing" in counts["rejected"] and source.is_dir():
-        advice = "put the photographs of each building into a subfolder of its own, or give a table"
-    raise PipelineError(f"{source}: {share:.1%} of the photographs are rejected ({reasons})\n{advice}")
+        lines += ["put the photographs of each building into a subfolder of its own, or give a table"]
+    if "image_missing" in counts["rejected"] and source.is_file():
+        lines += ["paths in a table are relative to its folder"]
+    if share < 1:
+        lines += ["if the rest is worth using, raise data.max_reject_share"]
+    raise PipelineError("\n".join(lines))
 
 
 def refuse_name(cfg, name: str, target: Path) -> None:

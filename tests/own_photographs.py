@@ -37,9 +37,10 @@ def write_folder(folder: Path) -> dict[str, bytes]:
     return good
 
 
-def write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
+    return path
 
 
 def write_dataset(folder: Path, splits: dict[str, list[pa.Table]]) -> None:

@@ -1,5 +1,6 @@
 """preprocess/import_photographs.py. Oracle: the bytes and the positions that the photographs were written with."""
 
+import os
 import shutil
 import tarfile
 
@@ -79,9 +80,11 @@ def test_what_cannot_be_used_is_rejected_with_a_reason(cfg, load, tmp_path, caps
     }
     for name, (content, _) in bad.items():
         write(tmp_path / "photos" / name, content)
-    for name in ("b/notes.txt", "b/._1.jpg", ".DS_Store"):
+    for name in ("b/notes.txt", "b/._1.jpg", ".DS_Store", "b/.hid.jpg", "b/.thumbnails/1.jpg"):
         write(tmp_path / "photos" / name, b"?")
-    with pytest.raises(PipelineError, match=r"54.5% of the photographs are rejected .*\n.*a subfolder of its own"):
+    with pytest.raises(
+        PipelineError, match=r"(?s)54.5% of the photographs are rejected .* a subfolder of its own"
+    ):
         load(tmp_path / "photos")
     assert not (cfg.paths.intermediates_dir / "mine.parquet").exists()
     assert len(load(tmp_path / "photos", *TOLERANT)) == 5
@@ -131,9 +134,51 @@ def test_a_csv_of_positions(cfg, load, tmp_path):
         ("es/5.jpg", "position_out_of_range", "only one of latitude and longitude"),
         ("es/6.jpg", "building_missing", ""),
         ("es/0.jpg", "duplicate_id", "images/0.jpg"),
-        ("gone.jpg", "image_missing", "there is no such file"),
+        ("gone.jpg", "image_missing", "there is no such file, or its name is not UTF-8"),
         ("es/7.jpg", "angle_out_of_range", "heading = 400.0"),
     ]
+
+
+def test_links_are_followed_and_what_cannot_be_read_is_counted(cfg, load, tmp_path):
+    good = write_folder(tmp_path / "elsewhere")
+    photos = tmp_path / "photos"
+    write(photos / "c" / "1.jpg", photograph(6))
+    (photos / "linked").symlink_to(tmp_path / "elsewhere" / "b")
+    (photos / "c" / "2.jpg").symlink_to(tmp_path / "elsewhere" / "b" / "1.jpg")
+    (photos / "c" / "all").symlink_to(photos)  # a loop
+    (tmp_path / "elsewhere" / "b" / "back").symlink_to(photos / "c")  # and one through two links
+    (photos / "c" / "gone.jpg").symlink_to(tmp_path / "gone.jpg")
+    write(photos / os.fsdecode(b"c/K\xf6ln.jpg"), photograph(8))
+    rows = load(photos, *TOLERANT)
+    expected = {
+        "c/1.jpg": photograph(6),
+        "c/2.jpg": good["b/1.jpg"],
+        "linked/1.jpg": good["b/1.jpg"],
+        "linked/2.jpeg": good["b/2.jpeg"],
+        "linked/back/1.jpg": photograph(6),
+        "linked/back/2.jpg": good["b/1.jpg"],
+    }
+    assert dict(zip(rows["image_path"], images(cfg), strict=True)) == expected
+    assert rejects(cfg) == dict.fromkeys(
+        ["c/K\\xf6ln.jpg", "c/gone.jpg", "linked/back/K\\xf6ln.jpg", "linked/back/gone.jpg"], "image_missing"
+    )
+
+
+def test_a_refused_import_keeps_what_there_is(cfg, load, tmp_path):
+    table = pa.table({"image": [photograph(1), photograph(2)], "building": ["a", "a"]})
+    pq.write_table(table, tmp_path / "good.parquet")
+    pq.write_table(table.set_column(0, "image", pa.array([b"?", b""])), tmp_path / "bad.parquet")
+    packed = tmp_path / "data" / "intermediates_images" / "mine.tar"
+    with pytest.raises(PipelineError, match=r"(?s)100\.0% .*the first is row 0: not_an_image"):
+        load(tmp_path / "bad.parquet")
+    assert not packed.exists()
+    load(tmp_path / "good.parquet")
+    for wrong in (tmp_path / "bad.parquet", write(tmp_path / "text" / "a" / "1.jpg", b"?").parents[1]):
+        with pytest.raises(PipelineError, match=r"100\.0%"):
+            load(wrong, "--remake")
+        assert images(cfg) == [photograph(1), photograph(2)]
+    load(tmp_path / "good.parquet", "--remake")
+    assert rejects(cfg) == {}
 
 
 @pytest.mark.parametrize("as_struct", [False, True])
@@ -259,7 +304,12 @@ def test_sources_that_are_none_are_refused_by_what_they_lack(cfg, load, tmp_path
     write(tmp_path / "text.txt", b"x")
     write(tmp_path / "no_path.csv", b"file,building\n1.jpg,a\n")
     write(tmp_path / "no_building.csv", b"path\n1.jpg\n")
-    write(tmp_path / "no_number.csv", b"path,building,latitude\n1.jpg,a,north\n")
+    write(tmp_path / "no_number.csv", b"path,building,latitude\n1.jpg,a,1\n2.jpg,a,north\n")
+    write(tmp_path / "twice.csv", b"path,building,path\n1.jpg,a,1.jpg\n")
+    write(tmp_path / "excel.csv", b"path;building;latitude\n1.jpg;a;1,5\n")
+    write(tmp_path / "upper.csv", b"Path,Building\n1.jpg,a\n")
+    write(tmp_path / "table.tsv", b"path\tbuilding\n1.jpg\ta\n")
+    write(tmp_path / "missing.csv", b"path,building\n1.jpg,a\n2.jpg,a\n")
     pq.write_table(pa.table({"image": ["1.jpg"], "building": ["a"]}), tmp_path / "no_bytes.parquet")
     for source, message in {
         "gone": "does not exist",
@@ -268,7 +318,12 @@ def test_sources_that_are_none_are_refused_by_what_they_lack(cfg, load, tmp_path
         "no_path.csv": "no column `path` of files, or `image` .*: file, building",
         "no_bytes.parquet": "the column `image` holds string, not encoded images",
         "no_building.csv": "no column `building`: path",
-        "no_number.csv": "cannot be read as a CSV table: .*north",
+        "no_number.csv": r"(?s)cannot be read as a CSV table: .*Row #3: .*north.*\n.*commas.*UTF-8",
+        "twice.csv": "has a column twice: path",
+        "excel.csv": r"(?s)Row #2: Expected 1 columns, got 2.*\n.*separated by commas",
+        "upper.csv": r"no column `path` .*: Path, Building\n.*lower case",
+        "table.tsv": "is none of these: .* CSV",
+        "missing.csv": r"(?s)the first is 1\.jpg: image_missing, .*\npaths in a table are relative to its folder$",
     }.items():
         with pytest.raises(PipelineError, match=message):
             load(tmp_path / source)

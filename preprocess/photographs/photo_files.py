@@ -65,7 +65,7 @@ def _content(folder: Path, place: Place) -> bytes | Rejected:
     try:
         return (folder / place.file).read_bytes() if place.file else Rejected(Reject.IMAGE_MISSING)
     except FileNotFoundError:
-        return Rejected(Reject.IMAGE_MISSING, "there is no such file")
+        return Rejected(Reject.IMAGE_MISSING, "there is no such file, or its name is not UTF-8")
     except OSError as error:
         return Rejected(Reject.JPEG_CORRUPT, f"cannot be read: {error.strerror}")
 
@@ -89,11 +89,17 @@ def packing(path: Path) -> Iterator[Callable[[str, bytes], int]]:
         yield add
 
 
-def write_rejects(path: Path, rows: pd.DataFrame, photographs: list[Checked], record: Provenance) -> dict:
+def rejects_of(rows: pd.DataFrame, photographs: list[Checked]) -> list[tuple[str, Rejected]]:
+    """The names of the photographs that are rejected, and why."""
+    return [(rows["name"].iloc[p.number], p.jpeg) for p in photographs if isinstance(p.jpeg, Rejected)]
+
+
+def write_rejects(
+    path: Path, rejected: list[tuple[str, Rejected]], num_photographs: int, record: Provenance
+) -> dict:
     """Write why photographs are rejected; returns counts for records."""
-    rejected = [(rows["name"].iloc[p.number], p.jpeg) for p in photographs if isinstance(p.jpeg, Rejected)]
     reasons = count_reasons(why for _, why in rejected)
-    counts = {"in": len(photographs), "rejects": len(rejected), "rejected": reasons}
+    counts = {"in": num_photographs, "rejects": len(rejected), "rejected": reasons}
     with parquet.writer(path, schemas.REJECTS, record) as out:
         out.append(
             {
@@ -127,12 +133,3 @@ def write(
         out.rows = counts
         out.facts = {"folder": folder}
     return photo_columns.notes(columns)
-
-
-def move(path: Path, folder: str) -> None:
-    """Record in the intermediates of a set that its files are now in `folder`."""
-    record, rows = parquet.read_provenance(path), parquet.read(path)
-    with parquet.writer(path, schemas.INTERMEDIATES, record) as out:
-        out.append(rows)
-        out.rows = {key: count for key, count in record.rows.items() if key != "out"}
-        out.facts = {**record.facts, "folder": folder}

@@ -5,6 +5,8 @@ those inside Parquet files, which are compressed and encoded, cannot be.
 """
 
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +19,7 @@ import pyarrow.csv
 from pyarrow import types
 
 from common import parquet, provenance
+from common.archives import tars
 from common.errors import PipelineError
 from common.imagery import decoding
 
@@ -71,33 +74,50 @@ def of(source: Path) -> Listing:
 
 def _of_folder(folder: Path) -> Listing:
     """The images of each subfolder are of the building that is called like it."""
-    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    names = sorted(path.as_posix() for path in files if decoding.is_named_image(path))
-    hidden = sum(path.name.startswith(".") for path in files)
+    files = [path.relative_to(folder) for path in _files_below(folder)]
+    # under a name that can be stored there is no file: it becomes a reject
+    names = sorted(tars.printable(path.as_posix()) for path in files if decoding.is_named_image(path))
     buildings = [name.split("/")[0] if "/" in name else None for name in names]
-    _refuse_unprintable(folder, names)
     rows = _completed(pa.table({"name": names, "building": pa.array(buildings, pa.string())}), folder)
-    others = len(files) - len(names) - hidden
+    others = len(files) - len(names)
     notes = [f"ignored files that are no images: {others:,}"] if others else []
     return Listing(folder, rows, lambda: map(Place, names), _inputs(folder, rows, names), notes)
+
+
+def _files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """All files but hidden ones, also in linked folders; a link to nothing counts as one. `above`: the
+    folders that led here."""
+    real = os.path.realpath(folder)
+    for path in folder.iterdir() if real not in above else ():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _files_below(path, (*above, real))
+        else:
+            yield path
 
 
 def _of_csv(path: Path) -> Listing:
     as_text = dict.fromkeys([*TEXTS, "label", "path"], pa.string())  # "0012" stays "0012"
     as_number = dict.fromkeys(NUMBERS, pa.float64())
+    in_order = pyarrow.csv.ReadOptions(use_threads=False)  # messages then have the row
     options = pyarrow.csv.ConvertOptions(column_types=as_text | as_number, strings_can_be_null=True)
     try:
-        table = pyarrow.csv.read_csv(path, convert_options=options)
+        table = pyarrow.csv.read_csv(path, in_order, convert_options=options)
     except pa.ArrowInvalid as error:
-        raise PipelineError(f"{path} cannot be read as a CSV table: {parquet.first_line(error)}") from None
+        raise PipelineError(
+            f"{path} cannot be read as a CSV table: {parquet.first_line(error)}\n"
+            "columns must be separated by commas, numbers have a decimal point, and the text be UTF-8"
+        ) from None
+    if twice := [name for name, count in Counter(table.column_names).items() if count > 1]:
+        raise PipelineError(f"{path} has a column twice: {', '.join(twice)}")
     return _of_paths(path, table)
 
 
 def _of_paths(path: Path, table: pa.Table) -> Listing:
     """A table whose column `path` names files."""
     if "path" not in table.column_names:
-        columns = ", ".join(table.column_names)
-        raise PipelineError(f"{path} has no column `path` of files, or `image` of encoded images: {columns}")
+        raise _no_column(path, "`path` of files, or `image` of encoded images", table)
     names = [name or "" for name in table["path"].cast(pa.string()).to_pylist()]
     rows = _completed(_named(table, names), path)
     inputs, notes = _inputs(path.parent, rows, names), _ignored(table, "path")
@@ -135,7 +155,7 @@ def _of_dataset(folder: Path, states: list[Path]) -> Listing:
     batches = [(path, *_mapped(path)) for path in paths]
     table = _joined(folder, [pa.Table.from_batches(of_file) for _, _, of_file in batches if of_file])
     if "image" not in table.column_names:
-        raise PipelineError(f"{folder} has no column `image`: {', '.join(table.column_names)}")
+        raise _no_column(folder, "`image`", table)
     _refuse_unencoded(folder, table.schema.field("image").type)
 
     def places() -> Iterator[Place]:
@@ -207,7 +227,7 @@ def _completed(table: pa.Table, path: Path) -> pa.Table:
     if "building" not in table.column_names and "label" in table.column_names:  # as datasets call it
         table = table.append_column("building", table["label"])
     if "building" not in table.column_names:
-        raise PipelineError(f"{path} has no column `building`: {', '.join(table.column_names)}")
+        raise _no_column(path, "`building`", table)
     columns = []
     for field in LISTED:
         if field.name not in table.column_names:
@@ -222,6 +242,11 @@ def _completed(table: pa.Table, path: Path) -> pa.Table:
             what = f"column {field.name} ({column.type}) cannot be read as {field.type}"
             raise PipelineError(f"{path}: {what}: {parquet.first_line(error)}") from None
     return pa.table(columns, schema=LISTED)
+
+
+def _no_column(path: Path, what: str, table: pa.Table) -> PipelineError:
+    columns = ", ".join(table.column_names)
+    return PipelineError(f"{path} has no column {what}: {columns}\nnames of columns are in lower case")
 
 
 def _ignored(table: pa.Table, *used: str) -> list[str]:
@@ -240,12 +265,3 @@ def _inputs(folder: Path, rows: pa.Table, names: list[str]) -> dict[str, str]:
 def _files(paths: list[Path]) -> dict[str, str]:
     """For a record: tables by number, since the splits of a dataset have files of the same name."""
     return {f"{number} {path.name}": provenance.identity(path) for number, path in enumerate(paths)}
-
-
-def _refuse_unprintable(folder: Path, names: list[str]) -> None:
-    for name in names:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            shown = name.encode("utf-8", "surrogateescape")
-            raise PipelineError(f"{folder} has a file whose name is not UTF-8: {shown!r}\nrename it") from None
