@@ -23,7 +23,7 @@ from pathlib import Path
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import cli, errors, stages
+from common import cli, stages
 from common.errors import PipelineError, StaleArtefact
 
 
@@ -94,9 +94,7 @@ def main(argv=None) -> int:
         results = loop.embed(jobs, forward, model.preprocessing, device, cfg.infrastructure, progress)
         failures = loop.write_each(results, write)
     if failures:
-        again = errors.command("preprocess/process_tar.py", "--overwrite")
-        advice = f"restore what was read then, or read the tars again: {again}"
-        raise PipelineError("\n".join([*failures, advice]))
+        raise PipelineError("\n".join(failures))
     return 0
 
 

@@ -8,8 +8,8 @@ of the camera, all in degrees; `panorama`, or `camera` and `date`: photographs o
 count as one view of it.
 
 Photographs stay where they are; only those inside Parquet files are copied, to a tar. If they are moved, run this
-again with their new place: nothing else has to be redone. A run that is interrupted, or rejects too much, leaves an
-earlier import as it is. The number of a set, 1000 to 9999, follows from its name.
+again with their new place: nothing else has to be redone. An interrupted run starts over, and leaves an earlier
+import as it is; so does one that rejects too much. The number of a set, 1000 to 9999, follows from its name.
 
 Reads    SOURCE
 Writes   data/intermediates/<name>.parquet: a row per valid photograph, in the order of SOURCE;

@@ -1,6 +1,7 @@
 """preprocess/import_photographs.py. Oracle: the bytes and the positions that the photographs were written with."""
 
 import os
+import re
 import shutil
 import tarfile
 
@@ -264,7 +265,9 @@ def test_views_of_one_panorama_or_of_one_camera_and_day_belong_together(load, tm
     assert load(tmp_path / "photos.csv")["street_view_id"].tolist() == [0, 0, 1, 1, 2, 3, 4]
 
 
-def test_finished_work_is_kept_moved_photographs_are_found_and_changed_ones_are_named(cfg, load, tmp_path, capsys):
+def test_finished_work_is_kept_moved_photographs_are_found_and_changed_ones_are_named(
+    cfg, load, tmp_path, capsys, monkeypatch
+):
     write_folder(tmp_path / "photos")
     load(tmp_path / "photos")
     path = cfg.paths.intermediates_dir / "mine.parquet"
@@ -276,7 +279,11 @@ def test_finished_work_is_kept_moved_photographs_are_found_and_changed_ones_are_
     assert compute_fingerprints.main(flags) == 0
 
     (tmp_path / "photos").rename(tmp_path / "moved")
-    with pytest.raises(PipelineError, match=r"1\.jpg does not exist: restore it, .* --name mine"):
+    root, again = re.escape(f"--set paths.root={tmp_path}"), "again from where they are: python "
+    imported = rf"{again}\S*preprocess/import_photographs\.py {root} SOURCE --name mine --overwrite\n"
+    remade = rf"slurm/submit\.py {root} --remake compute_fingerprints --remake generate_embeddings"
+    monkeypatch.setattr("sys.argv", ["compute_fingerprints.py", *flags])
+    with pytest.raises(PipelineError, match=rf"1\.jpg does not exist: restore it, .*{imported}.*{remade}$"):
         compute_fingerprints.main([*flags, "--overwrite"])
     contents, made = path.read_bytes(), parquet.read_provenance(path).id
     load(tmp_path / "moved")
@@ -290,7 +297,10 @@ def test_finished_work_is_kept_moved_photographs_are_found_and_changed_ones_are_
     content = bytearray(changed.read_bytes())
     content[-30] ^= 1
     changed.write_bytes(content)
-    with pytest.raises(PipelineError, match=r"b/1\.jpg has other images than when import_photographs\.py read it"):
+    with pytest.raises(
+        PipelineError,
+        match=rf"b/1\.jpg has other images than when import_photographs\.py read it\n.*{imported}.*{remade}$",
+    ):
         compute_fingerprints.main([*flags, "--overwrite"])
     write(tmp_path / "moved" / "b" / "3.jpg", photograph(8))
     with pytest.raises(StaleArtefact, match="photographs"):

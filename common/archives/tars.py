@@ -246,7 +246,7 @@ def _is_whole(read: Read, member: Member, at: int, after: int) -> bool:
 
 
 @contextlib.contextmanager
-def opened(path: Path, remedy: str = "restore the tar, or set paths.raw_dir") -> Iterator[BinaryIO]:
+def opened(path: Path, remedy: str = "") -> Iterator[BinaryIO]:
     """The tar, unbuffered. Raises PipelineError that names it if it cannot be opened, or read in the block
     (BadSector if that concerns some of its bytes).
     """
@@ -254,7 +254,9 @@ def opened(path: Path, remedy: str = "restore the tar, or set paths.raw_dir") ->
         with open(path, "rb", buffering=0) as file:
             yield file
     except FileNotFoundError:
-        raise PipelineError(f"{path} does not exist: {remedy}") from None
+        raise PipelineError(
+            f"{path} does not exist: {remedy or 'restore the tar, or set paths.raw_dir'}"
+        ) from None
     except OSError as error:
         kind = BadSector if error.errno == errno.EIO else PipelineError
         raise kind(f"{path} cannot be read: {error.strerror}") from None

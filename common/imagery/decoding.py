@@ -18,21 +18,7 @@ from common.schemas import Reject, Rejected
 
 Encoded = bytes | memoryview
 # of files that are taken for images, if only to be rejected with a reason: no Pillow reads HEIC by itself
-SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".gif",
-    ".avif",
-    ".heic",
-    ".heif",
-    ".hif",
-)
+SUFFIXES = tuple(".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .gif .avif .heic .heif .hif".split())
 MAX_PIXELS = 2**27  # 16,384 x 8,192, the largest panorama of Street View: 400 MB as RGB
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses more than twice this, and above it only warns:
 warnings.filterwarnings("ignore", module=r"PIL\.")  # once per image is too often

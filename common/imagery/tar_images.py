@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from common import files, parquet, provenance, schemas
+from common import errors, files, parquet, provenance, schemas
 from common.archives import gzip_streams, tars
 from common.archives.restart_points import RestartPoint
 from common.archives.tar_blocks import buffered, read_at
@@ -61,6 +61,7 @@ class Tar:
         """
         self.path, self._intermediates_dir, self._points = path, intermediates_dir, points or []
         self._imported_as = imported_as
+        self._script = "import_photographs.py" if imported_as else "process_tar.py"
         self._lock = Lock()
         self._is_checked = False
         self._stream: gzip_streams.Stream | None = None
@@ -72,28 +73,27 @@ class Tar:
         offsets, sizes = [int(offset) for offset in offsets], [int(size) for size in sizes]
         if not offsets:
             return []
-        with tars.opened(self.path, **self._remedy()) as file:
+        with tars.opened(self.path, self._remedy() if self._imported_as else "") as file:
             contents = self._contents(file, offsets, sizes) if self._is_as_recorded() else []
         is_same = [len(content) for content in contents] == sizes
         if is_same and content_hashes is not None:
             digests = np.array([xxhash.xxh3_64_intdigest(content) for content in contents], np.uint64)
             is_same = np.array_equal(digests, content_hashes)
         if not is_same:
-            raise ChangedTar(self._changed())
+            raise ChangedTar(f"{self.path} has other images than when {self._script} read it\n{self._remedy()}")
         return contents
 
-    def _changed(self) -> str:
-        script, old = ("import_photographs.py", "file") if self._imported_as else ("process_tar.py", "tar")
-        return (
-            f"{self.path} has other images than when {script} read it\n"
-            f"restore the old {old}, or rerun {script} and the stages after it with --overwrite"
+    def _remedy(self) -> str:
+        """What to do about a file that is another one by now, or a photograph that is missing."""
+        photographs = ["SOURCE", "--name", self._imported_as] if self._imported_as else []
+        read = errors.command(f"preprocess/{self._script}", *photographs, "--overwrite")
+        redo = errors.command(
+            "slurm/submit.py", *"--remake compute_fingerprints --remake generate_embeddings".split()
         )
-
-    def _remedy(self) -> dict[str, str]:
-        """What to do if the file is missing."""
-        command = f"python preprocess/import_photographs.py FOLDER --name {self._imported_as}"
-        moved = f"restore it, or name the photographs' new place:  {command}"
-        return {"remedy": moved} if self._imported_as else {}
+        return (
+            f"restore it, or read {'all again from where they are' if photographs else 'the tars again'}: {read}\n"
+            f"then redo what has changed (without Slurm add --local): {redo}"
+        )
 
     def _contents(self, file: BinaryIO, offsets: list[int], sizes: list[int]) -> list[bytes]:
         places = zip(offsets, sizes, strict=True)
