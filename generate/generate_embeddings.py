@@ -56,30 +56,23 @@ def main(argv=None) -> int:
     args = cli.parser(__doc__, shards=True).parse_args(argv)
     cfg = cli.load_config(args)
     from common import config, devices, files
-    from common.archives import tar_parts
     from common.imagery import tar_images
     from generate import embedding_parts, loop
 
     files.refuse_leftovers(cfg.paths.embeddings_dir, "rejects", "rejects/*.parquet")
+    if paths := config.vector_files(cfg.embedding_model.name):
+        from generate import vector_table
+
+        todo = missing(cfg, args)
+        if todo and (failures := vector_table.write(todo, paths, cfg)):
+            raise PipelineError("\n".join(failures))
+        return 0
+
     device = devices.pick(cfg.infrastructure.device, for_backbone=True)
     dtype = devices.resolve_dtype(cfg.embedding_model.dtype, device)
     settings = cfg.embedding_model.model_copy(update={"dtype": dtype})
     cfg = cfg.model_copy(update={"embedding_model": settings})
-    try:
-        todo, num_parts = tar_parts.missing(cfg, STAGE, args.shard, args.num_shards, args.redo)
-    except StaleArtefact as error:
-        if "embedding_model." not in str(error):
-            raise
-        advice = "or keep both, in folders of their own: --set embedding_model.label=NAME"
-        raise StaleArtefact(f"{error}\n{advice}") from None
-    if not todo:
-        return cli.nothing_to_do("generate_embeddings", f"{num_parts:,} files")
-
-    if paths := config.vector_files(cfg.embedding_model.name):
-        from generate import vector_table
-
-        if failures := vector_table.write(todo, paths, cfg):
-            raise PipelineError("\n".join(failures))
+    if not (todo := missing(cfg, args)):
         return 0
 
     from generate import backbone  # imports transformers, in seconds: only if there is work
@@ -94,8 +87,24 @@ def main(argv=None) -> int:
         results = loop.embed(jobs, forward, model.preprocessing, device, cfg.infrastructure, progress)
         failures = loop.write_each(results, write)
     if failures:
-        raise PipelineError("\n".join(failures))
+        raise PipelineError("\n".join(dict.fromkeys(failures)))  # parts of one tar may tell the same
     return 0
+
+
+def missing(cfg, args) -> list:
+    """The parts that a run has to make; if there are none, it says so."""
+    from common.archives import tar_parts
+
+    try:
+        todo, num_parts = tar_parts.missing(cfg, STAGE, args.shard, args.num_shards, args.redo)
+    except StaleArtefact as error:
+        if "embedding_model." not in str(error):
+            raise
+        advice = "or keep both, in folders of their own: --set embedding_model.label=NAME"
+        raise StaleArtefact(f"{error}\n{advice}") from None
+    if not todo:
+        cli.nothing_to_do("generate_embeddings", f"{num_parts:,} files")
+    return todo
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from common import cli, parquet
+from common import cli
 from common.archives import tars
 from common.errors import PipelineError
 from common.imagery import tar_images
@@ -240,7 +240,7 @@ def _read(job: Job, start: int, stop: int) -> Sequence[bytes | Rejected | None]:
     except tars.BadSector:  # if the whole file system is gone, fail instead of rejecting every image
         why = Rejected(Reject.JPEG_CORRUPT, "cannot be read")
     except tar_images.ChangedTar as error:
-        why = Rejected(Reject.CONTENT_CHANGED, parquet.first_line(error))
+        why = Rejected(Reject.CONTENT_CHANGED, str(error))
     if stop - start == 1:
         return [why]
     return [image for row in range(start, stop) for image in _read(job, row, row + 1)]

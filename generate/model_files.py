@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+from common import parquet
 from common.config import is_folder, vector_files
 from common.errors import PipelineError
 from common.parquet import content_id, first_line
@@ -17,6 +18,7 @@ from common.sections import EmbeddingModel
 PREPROCESSING = "preprocessor_config.json"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 MIB = 2**20
+EMBEDDING = "embedding"  # the column of another network's vectors
 
 
 def locate(name: str, revision: str, weights: bool = True) -> Path:
@@ -76,7 +78,10 @@ def identity(settings: EmbeddingModel, dtype: str) -> dict:
 
 
 def embedding_width(settings: EmbeddingModel) -> int | None:
-    """The dimension of a model's embeddings, from its folder or the hub's cache; None if they do not tell."""
+    """The dimension of a model's embeddings, from its folder or the hub's cache, or of a table's vectors; None if
+    they do not tell."""
+    if paths := vector_files(settings.name):
+        return vector_width(paths)
     path = Path(settings.name, "config.json")
     if not is_folder(settings.name):
         import huggingface_hub
@@ -87,6 +92,16 @@ def embedding_width(settings: EmbeddingModel) -> int | None:
         return None
     width = read_json(path).get("hidden_size")
     return width * (2 if settings.pooling == "cls_mean" else 1) if isinstance(width, int) else None
+
+
+def vector_width(paths: list[Path]) -> int | None:
+    """The dimension of the first vector in a table's files; None without rows or vectors."""
+    for path in paths:
+        with parquet.open_file(path, MIB) as file:
+            if EMBEDDING in file.schema_arrow.names and file.metadata.num_rows:
+                rows = parquet.batches_of(path, file, range(file.num_row_groups), [EMBEDDING], 1)
+                return parquet.embedding_matrix(path, next(rows), EMBEDDING, lambda _: "the first row").shape[1]
+    return None
 
 
 def weights_digest(folder: Path) -> str:

@@ -19,12 +19,12 @@ from common.archives.tar_parts import TarPart
 from common.errors import PipelineError
 from common.schemas import Reject, Rejected, count_reasons
 from common.sections import Config
-from generate import embedding_parts
+from generate import embedding_parts, model_files
 from generate.loop import Job, Result
+from generate.model_files import EMBEDDING, MIB
 
-ID, EMBEDDING = "streetview_image_id", "embedding"
+ID = "streetview_image_id"
 _BATCH_ROWS = 4_096
-_BUFFER_BYTES = 2**20
 
 
 class VectorTable:
@@ -47,17 +47,15 @@ class VectorTable:
                     f"name the ids of data/intermediates {ID}, and the vectors {EMBEDDING}"
                 )
             ids += [batch[ID].cast(pa.string()) for batch in parquet.batches(path, [ID])]
-        if not num_rows:
+        if not (dim := model_files.vector_width(paths)):
             raise PipelineError(f"{paths[0]} has no rows: there are no vectors")
+        self.dim = dim
         self._ids = pa.chunked_array([chunk for column in ids for chunk in column.chunks], pa.string())
-        path, group, _ = self._groups[0]
-        with parquet.open_file(path, _BUFFER_BYTES) as file:
-            row = next(parquet.batches_of(path, file, range(group, group + 1), [ID, EMBEDDING], 1))
-        self.dim = parquet.embedding_matrix(path, row, EMBEDDING, lambda _: f"image {row[ID][0]}").shape[1]
 
     def of(self, images: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-        """Which of n images have a vector, (m,) ascending, and these, (m, D) float16. Raises PipelineError, naming
-        an image, if it is there twice, or if its vector is missing, not finite or too large for float16."""
+        """Which of n images have a vector, (m,) ascending, and these, (m, D) float16; zeros, which have no
+        direction, are none. Raises PipelineError, naming an image, if it is there twice, or if its vector is
+        missing, not finite or too large for float16."""
         place = pc.index_in(self._ids, images.combine_chunks())  # of each row of the table: which image it is
         rows = np.flatnonzero(place.is_valid().to_numpy())
         places = place.take(pa.array(rows)).to_numpy()
@@ -71,12 +69,13 @@ class VectorTable:
             own = slice(*np.searchsorted(rows, [start, stop]))
             self._read(path, group, rows[own] - start, places[own], images, vectors)
         found = np.sort(places)
+        found = found[vectors[found].any(axis=1)]
         return found, vectors[found]
 
     def _read(self, path: Path, group: int, rows: np.ndarray, places: np.ndarray, images, out: np.ndarray) -> None:
         """out[places] = the vectors of these rows, ascending, of a row group."""
         start = 0
-        with parquet.open_file(path, _BUFFER_BYTES) as file:
+        with parquet.open_file(path, MIB) as file:
             for batch in parquet.batches_of(path, file, range(group, group + 1), [EMBEDDING], _BATCH_ROWS):
                 own = slice(*np.searchsorted(rows, [start, start + len(batch)]))
                 taken, of_rows = batch.take(pa.array(rows[own] - start)), places[own]
@@ -104,7 +103,7 @@ def write(parts: list[TarPart], paths: list[Path], cfg: Config) -> list[str]:
         for part in parts:
             images = part.rows()
             found, vectors = table.of(images[ID])
-            why = Rejected(Reject.VECTOR_MISSING, f"not in {source.name}")
+            why = Rejected(Reject.VECTOR_MISSING, f"not in {source.name}, or zero there")
             failed = dict.fromkeys(np.setdiff1d(np.arange(part.count), found).tolist(), why)
             job = Job((part, images), part.count, lambda *_: [])
             result = Result(job, found, vectors, failed)

@@ -147,10 +147,12 @@ class SpatialEmbeddingsHead(PreTrainedModel):
 
     @can_return_tuple
     def forward(self, embeddings: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(pooler_output=self.head(embeddings))
+        return BaseModelOutputWithPooling(pooler_output=self.project(embeddings))
 
     def project(self, embeddings: torch.Tensor) -> torch.Tensor:
         """As `SpatialEmbeddingsModel.project`."""
+        if embeddings.shape[-1] != self.config.input_dim:
+            raise ValueError(f"the head takes {self.config.input_dim} dimensions, not {embeddings.shape[-1]}")
         return self.head(embeddings)
 
 

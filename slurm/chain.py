@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from common.config import vector_files
 from common.errors import ConfigError, PipelineError
 from common.stages import Stage
 
@@ -235,10 +236,11 @@ def refuse_output_dim(steps: list[Step], cfg) -> None:
     width = model_files.embedding_width(cfg.embedding_model)
     output_dim = cfg.training_model.output_dim
     if width and output_dim > width and any(step.name in ("train", "optuna_worker") for step in steps):
-        name, pooling = cfg.embedding_model.name, cfg.embedding_model.pooling
+        model = cfg.embedding_model
+        pooling = "" if vector_files(model.name) else f' with pooling = "{model.pooling}"'
         raise ConfigError(
-            f"training_model.output_dim = {output_dim} exceeds the {width} dimensions of the embeddings of {name} "
-            f'with pooling = "{pooling}"\nset it to {width} or less: --set training_model.output_dim={width}'
+            f"training_model.output_dim = {output_dim} exceeds the {width} dimensions of the embeddings of "
+            f"{model.name}{pooling}\nset it to {width} or less: --set training_model.output_dim={width}"
         )
 
 

@@ -35,10 +35,11 @@ from common import cli, parquet
 from common.errors import PipelineError
 from common.imagery.decoding import decode
 from generate import backbone
+from publish.configuration_spatial_embeddings import SpatialEmbeddingsConfig
 from publish.convert_to_hf import main
 from publish.hub import model_card, parity, published_folder, push
 from publish.inference import published_model
-from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
+from publish.modeling_spatial_embeddings import SpatialEmbeddingsHead, SpatialEmbeddingsModel
 
 CPU = torch.device("cpu")
 
@@ -294,6 +295,14 @@ def test_the_card_holds_the_measured_figures_with_their_intervals(trained):
 def test_the_licence_is_that_of_the_backbone(name, licence):
     assert model_card.licence(name)["license"] == licence
     assert (model_card.licence(name).get("license_name") == "dinov3-license") == ("dinov3" in name)
+
+
+def test_a_head_alone_says_how_many_dimensions_it_takes():
+    head = SpatialEmbeddingsHead(SpatialEmbeddingsConfig(input_dim=8, hidden_dim=4, output_dim=2))
+    assert head(embeddings=torch.ones(3, 8)).pooler_output.shape == (3, 2)
+    for call in (head, head.project):
+        with pytest.raises(ValueError, match="takes 8 dimensions, not 9"):
+            call(torch.ones(3, 9))
 
 
 def test_the_cards_metadata_is_whole_by_the_hubs_rules(trained):

@@ -242,6 +242,23 @@ def test_a_folder_whose_replacement_is_interrupted_between_its_renames_is_put_ba
     assert [entry.name for entry in tmp_path.iterdir()] == ["published"]
 
 
+@pytest.mark.parametrize("name", ["former", "new"])
+def test_a_run_may_have_any_name(name, tmp_path):
+    path = tmp_path / name
+    path.mkdir()
+    (path / "config.json").write_text("first")
+    with pytest.raises(KeyError), published_folder.new_folder(path):
+        raise KeyError
+    assert contents(path) == {"config.json": b"first"}
+    with published_folder.new_folder(path) as folder:
+        (folder / "config.json").write_text("second")
+    assert contents(path) == {"config.json": b"second"}
+    path.rename(tmp_path / "elsewhere")
+    with pytest.raises(KeyError), published_folder.new_folder(path):
+        raise KeyError
+    assert not path.exists()
+
+
 def test_a_former_folder_is_not_put_back_over_a_new_one(tmp_path):
     path, dead = tmp_path / "published", tmp_path / ".published.tmp-0123abcd"
     (dead / "former").mkdir(parents=True)

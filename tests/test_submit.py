@@ -6,6 +6,8 @@ import sys
 import time
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import short_training
 from conftest import ROOT, paths_below
@@ -236,6 +238,12 @@ def test_more_dimensions_than_the_backbone_has_are_refused_before_anything_runs(
     chain.refuse_output_dim(chain.steps_of(cls_mean), cls_mean)  # 2 x 192
     cfg = config.load(None, flags[1::2])
     chain.refuse_output_dim(chain.select(chain.steps_of(cfg), None, "merge_and_split"), cfg)
+    pq.write_table(pa.table({"embedding": [[1.0] * 32]}), tmp_path / "theirs.parquet")
+    table = config.load(None, [f"embedding_model.name={tmp_path / 'theirs.parquet'}"])
+    with pytest.raises(
+        ConfigError, match=r"= 256 exceeds the 32 dimensions of the embeddings of \S*theirs.parquet\n"
+    ):
+        chain.refuse_output_dim(chain.steps_of(table), table)
     hub = config.load(None, ["embedding_model.name=nobody/knows", "training_model.output_dim=9999"])
     chain.refuse_output_dim(chain.steps_of(hub), hub)  # not in the cache
 

@@ -36,7 +36,7 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
         tags=["image-retrieval", "visual-place-recognition", "street-view", "buildings"],
         base_model=backbone if on_hub else None,
         eval_results=results(metrics, [*(["3D Street View"] * has_tars), *imported]),
-        **licence(backbone),  # type: ignore[arg-type]
+        **(licence(backbone) if preprocessing else {}),  # type: ignore[arg-type]
     )
     table = [(METHODS.get(method, method), values, "") for method, values in metrics["methods"].items()]
     for other in ("whitening", "raw"):  # paired differences from the linear baselines

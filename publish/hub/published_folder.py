@@ -26,7 +26,7 @@ from publish.modeling_spatial_embeddings import SpatialEmbeddingsHead, SpatialEm
 from train.evaluation.heads import head_of
 
 MAX_SHARD_SIZE = "5GB"  # of the weights: larger files are slow to fetch, and to resume
-FORMER = "former"  # in a temporary folder: the published folder that is being replaced
+NEW, FORMER = "new", "former"  # in a temporary folder: what is being published, and what it replaces
 
 
 def refuse_mixture(test: Path, checkpoint_path: Path, checkpoint: dict, metrics_path: Path, metrics: dict) -> None:
@@ -136,7 +136,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     place = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
     with _locked(place):
         try:
-            folder = place / path.name
+            folder = place / NEW
             folder.mkdir()
             yield folder
             for written in (*folder.iterdir(), folder):
