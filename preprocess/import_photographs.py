@@ -96,15 +96,20 @@ def refuse_many(source: Path, counts: dict, max_reject_share: float, first: tupl
 
 
 def refuse_name(cfg, name: str, target: Path) -> None:
-    """Raise ConfigError for a name that cannot be a set's, or is that of a tar."""
+    """Raise ConfigError for a name that cannot be a set's, or is that of a tar, or gives another set's number."""
     from common import parquet
     from common.archives import image_origins, tars
+    from preprocess.photographs import photo_columns
 
-    if not re.fullmatch(r"[^\W\d_][\w.-]*", name):
+    if not re.fullmatch(r"[^\W\d_][\w-]*", name):
         raise ConfigError(f"--name {name}: begin with a letter, and use letters, digits, - and _ alone")
     is_tar = name in map(tars.stem, tars.listed(cfg.paths.raw_dir))
     if is_tar or (target.exists() and parquet.read_provenance(target).stage != image_origins.IMPORTED):
         raise ConfigError(f"--name {name} is the name of a tar: choose another")
+    number = photo_columns.dataset_of(name)
+    for path in image_origins.imported(cfg.paths.intermediates_dir):
+        if path != target and photo_columns.dataset_of(path.stem) == number:
+            raise ConfigError(f"--name {name}: {path.stem} already has its number, {number}; choose another")
 
 
 if __name__ == "__main__":

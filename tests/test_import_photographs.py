@@ -1,5 +1,6 @@
 """preprocess/import_photographs.py. Oracle: the bytes and the positions that the photographs were written with."""
 
+import itertools
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from common.errors import ConfigError, PipelineError, StaleArtefact
 from common.imagery import tar_images
 from common.places import geo
 from preprocess import compute_fingerprints, fix_intermediate_schema, import_photographs, process_tar
+from preprocess.photographs import photo_columns
 from preprocess.tars import label_geometry
 from slurm import chain
 from slurm.node import staging
@@ -65,7 +67,9 @@ def test_a_folder_for_each_building(cfg, load, tmp_path, capsys):
     assert rows["street_view_id"].is_unique
     assert rows["dataset_id"].between(1_000, 9_999).all()
     assert rows[["target_lat", "camera_lon", "heading", "pitch", "distance"]].isna().all(axis=None)
-    assert "2 buildings, no positions" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "2 buildings, no positions" in told
+    assert "three splits need three buildings, better 300" in told
     assert load(tmp_path / "photos", name="other")["dataset_id"][0] != rows["dataset_id"][0]
 
 
@@ -337,12 +341,24 @@ def test_sources_that_are_none_are_refused_by_what_they_lack(cfg, load, tmp_path
     }.items():
         with pytest.raises(PipelineError, match=message):
             load(tmp_path / source)
-    for name in ("0088", "a/b", ""):
+    for name in ("0088", "a/b", "", "my.tar"):
         with pytest.raises(ConfigError, match="begin with a letter"):
             load(tmp_path / "empty", name=name)
     write(cfg.paths.raw_dir / "city.tar", b"")
     with pytest.raises(ConfigError, match="is the name of a tar"):
         load(tmp_path / "empty", name="city")
+
+
+def test_two_sets_never_have_the_same_number(load, tmp_path, capsys):
+    write(tmp_path / "photos" / "a" / "1.jpg", photograph(1))
+    number = load(tmp_path / "photos")["dataset_id"][0]
+    told = capsys.readouterr().out
+    assert "1 building, no positions" in told
+    assert "buildings with a single photograph, which merge_and_split.py will drop: 1" in told
+    same = next(name for n in itertools.count() if photo_columns.dataset_of(name := f"n{n}") == number)
+    with pytest.raises(ConfigError, match=f"--name {same}: mine already has its number, {number}; choose another"):
+        load(tmp_path / "photos", name=same)
+    load(tmp_path / "photos", "--overwrite")
 
 
 def test_a_chain_of_photographs_alone_has_nothing_to_do_for_tars(cfg, load, tmp_path, capsys):

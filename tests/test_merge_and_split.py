@@ -234,6 +234,16 @@ def test_an_empty_split_is_an_error_with_advice(tmp_path, capsys):
     assert not list(chain.cfg.paths.merged_dir.glob("*"))
 
 
+def test_photographs_that_are_at_several_buildings_are_told_where_no_split_is_left(tmp_path, capsys):
+    frame = city(buildings=60)
+    frame["content_hash"] = frame["content_hash"] % 5
+    assert exit_code_of(Chain(tmp_path, frame).run) == 1
+    said = capsys.readouterr().err
+    assert "split is empty" in said
+    assert "the same photographs are at several buildings, as when a building is in two imported sets" in said
+    assert "split_cell_m" not in said
+
+
 def test_a_changed_setting_is_told_and_not_redone(small, capsys):
     small.run()
     small.flags += ["--set", "data.split_buffer_m=10"]

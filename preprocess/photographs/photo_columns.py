@@ -12,6 +12,7 @@ from common.schemas import Reject, Rejected
 from preprocess.photographs.photo_listing import TEXTS
 from preprocess.tars.jpegs import Jpeg
 
+_ENOUGH = 300  # buildings of which a tenth is a test that tells something
 FIRST_DATASET, NUM_DATASETS = 1_000, 9_000  # above the numbers of the dataset's tars
 _RANGES = {
     "latitude": (Reject.POSITION_OUT_OF_RANGE, -90.0, 90.0),
@@ -95,9 +96,12 @@ def notes(columns: dict[str, Any]) -> list[str]:
     known = geo.is_known(columns["target_lat"], columns["target_lon"])
     located, single = len(np.unique(columns["target_id"][known])), int((images < 2).sum())
     where = f"positions of {located:,}" if located else "no positions"
-    lines = [f"{len(images):,} buildings, {where}, as dataset {columns['dataset_id'][0]}"]
+    buildings = "building" if len(images) == 1 else "buildings"
+    lines = [f"{len(images):,} {buildings}, {where}, as dataset {columns['dataset_id'][0]}"]
     if single:
-        lines.append(f"{single:,} buildings have a single photograph, which merge_and_split.py will drop")
+        lines.append(f"buildings with a single photograph, which merge_and_split.py will drop: {single:,}")
+    if len(images) - single < _ENOUGH:
+        lines.append(f"three splits need three buildings, better {_ENOUGH} (30 each to validate and to test)")
     return lines
 
 
