@@ -10,6 +10,7 @@ import tempfile
 import time
 from typing import BinaryIO, NamedTuple
 
+from common.config import vector_files
 from common.errors import Stopped
 from slurm import runs
 from slurm.node.task import gpu_of
@@ -111,6 +112,9 @@ def run(commands: list[tuple], jobs: int) -> int:
 def prefetch(cfg, shared: list[str]) -> int:
     """Fetch the backbone into the jobs' cache; then check that it is found there without a network, here and, if
     there is Slurm, on a compute node."""
+    if vector_files(cfg.embedding_model.name):
+        print(f"nothing to fetch: {cfg.embedding_model.name} holds vectors that another network has made")
+        return 0
     in_environment = ["bash", "-c", 'root=$0; source "$root/slurm/env.sh"; "$@"', str(runs.ROOT)]
     look = ["python", f"{runs.ROOT}/slurm/prefetch.py", *shared]
     log, name = cfg.paths.logs_dir / "prefetch.log", f"prefetch-{os.getpid()}"

@@ -16,7 +16,6 @@ if not __package__:  # run by path: import from the repository root, not from th
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli
-from common.config import vector_files
 from common.errors import PipelineError
 
 
@@ -31,9 +30,6 @@ def main(argv=None) -> int:
     from generate import model_files, pixels
 
     settings = cfg.embedding_model
-    if vector_files(settings.name):
-        print(f"nothing to fetch: {settings.name} holds vectors that another network has made")
-        return 0
     folder = model_files.locate(settings.name, settings.revision)
     family = model_files.read_json(folder / "config.json").get("model_type")
     size = pixels.read_preprocessing(folder).image_size

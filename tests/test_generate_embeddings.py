@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import ROOT
-from embedding_setup import SIZES, Setup, cosines, jpeg, photographs, picture
+from embedding_setup import SIZES, Setup, cosines, jpeg, photographs, picture, write_tar
 from local_backbone import FAMILIES, write_tiny_backbone
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
@@ -156,6 +156,15 @@ def test_only_what_is_missing_is_made(setup, capsys):
 def test_shards_divide_the_tars(setup):
     main([*setup.flags, "--shard", "1", "--num-shards", "2"])
     assert [p.stem for p in setup.cfg.paths.embeddings_dir.glob("*.parquet")] == ["0089-0"]
+
+
+def test_a_changed_tar_is_told_once_with_the_commands(setup):
+    write_tar(setup.root / "data" / "raw" / "0088.tar", photographs(7, seed=50))
+    with pytest.raises(PipelineError) as error:
+        main(setup.flags)
+    told = r"\S*0088\.tar has other images than when process_tar\.py read it\n"
+    told += r".* preprocess/process_tar\.py .*--overwrite\n.* slurm/submit\.py .*--remake generate_embeddings"
+    assert re.fullmatch(told, str(error.value))
 
 
 def test_an_image_that_cannot_be_decoded_is_a_reject_and_counted(tmp_path, capsys):

@@ -335,7 +335,7 @@ def test_sources_that_are_none_are_refused_by_what_they_lack(cfg, load, tmp_path
         "no_number.csv": r"(?s)cannot be read as a CSV table: .*Row #3: .*north.*\n.*commas.*UTF-8",
         "twice.csv": "has a column twice: path",
         "excel.csv": r"(?s)Row #2: Expected 1 columns, got 2.*\n.*separated by commas",
-        "upper.csv": r"no column `path` .*: Path, Building\n.*lower case",
+        "upper.csv": r"no column `path` .*: Path, Building\n.*lower case, and separated by commas",
         "table.tsv": "is none of these: .* CSV",
         "missing.csv": r"(?s)the first is 1\.jpg: image_missing, .*\npaths in a table are relative to its folder$",
     }.items():

@@ -384,6 +384,13 @@ def test_prefetch_finds_whole_weights_and_names_what_is_missing(tmp_path, capsys
         prefetch.main(flags)
 
 
+def test_for_a_table_of_vectors_there_is_nothing_to_fetch(tmp_path, capsys):
+    pq.write_table(pa.table({"embedding": [[1.0]]}), tmp_path / "theirs.parquet")
+    flags = [f"paths.root={tmp_path}", f"embedding_model.name={tmp_path / 'theirs.parquet'}"]
+    assert submit.main(["--prefetch", *(word for flag in flags for word in ("--set", flag))]) == 0
+    assert capsys.readouterr().out.startswith("nothing to fetch: ")
+
+
 def test_an_interrupted_prefetch_leaves_no_job_in_the_queue(cfg, monkeypatch, clients, tmp_path):
     clients(scancel=f'echo "$@" > {tmp_path}/cancelled')
     names, real = [], subprocess.run

@@ -246,7 +246,9 @@ def _completed(table: pa.Table, path: Path) -> pa.Table:
 
 def _no_column(path: Path, what: str, table: pa.Table) -> PipelineError:
     columns = ", ".join(table.column_names)
-    return PipelineError(f"{path} has no column {what}: {columns}\nnames of columns are in lower case")
+    return PipelineError(
+        f"{path} has no column {what}: {columns}\nnames of columns are in lower case, and separated by commas"
+    )
 
 
 def _ignored(table: pa.Table, *used: str) -> list[str]:
