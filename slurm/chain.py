@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import ConfigError, PipelineError
+from common.sections import suggestion
 from common.stages import Stage
 
 # in sbatch's flags, the number of GPUs of a job on one node: "--gres=gpu:h100:4"
@@ -31,6 +32,16 @@ class Step:
     declaration: str = "STAGE"  # the stage's name in the module
     operands: tuple[str, ...] = ()  # the script's further arguments, also where the work is not cut
     given: Stage | None = None  # the stage, if it depends on them: the module declares none
+
+    @property
+    def by_tar(self) -> bool:
+        """Whether its tasks are shards of the tars."""
+        return (
+            bool(self.arguments)
+            and self.declaration == "STAGE"
+            and self.given is None
+            and "--finish" not in self.arguments
+        )
 
     @property
     def resources(self) -> str:
@@ -80,7 +91,7 @@ class Step:
 
     def refuse_inputs(self, cfg) -> None:
         """Raise PipelineError if an input that no step makes is missing, or cannot be used."""
-        if self.given and self.given.outputs:
+        if self.given:
             self.given.outputs(cfg, 0, self.tasks)
 
 
@@ -143,9 +154,16 @@ def steps_of_record(record: dict, cfg) -> list[Step]:
 
 def remaking(steps: list[Step], names: Sequence[str]) -> list[Step]:
     """The steps, with --remake for those named and for all that depend on them. Raises ConfigError."""
+    whole = "compute_visual_neighbors"
+    if not any(step.name == "neighbor_parts" for step in steps):  # the search is not cut
+        names = [whole if name == "neighbor_parts" else name for name in names]
+    by_script = {
+        step.resources: step.name for step in steps if step.given is None and step.name != "neighbor_parts"
+    }
+    names = [by_script.get(name, name) for name in names]
     _refuse_unknown(steps, names)
     chosen = set(names)
-    if "compute_visual_neighbors" in chosen:
+    if whole in chosen:
         chosen.add("neighbor_parts")
     for step in steps:
         if chosen.intersection(step.needs):
@@ -198,12 +216,22 @@ def select(steps: list[Step], first: str | None, last: str | None) -> list[Step]
     return steps[begin : end + 1]
 
 
+def needed(steps: list[Step], selected: list[Step]) -> list[Step]:
+    """The selected steps and all before them whose files they depend on, in order."""
+    names = {step.name for step in selected}
+    for step in reversed(steps):
+        if step.name in names:
+            names.update(step.needs)
+    return [step for step in steps if step.name in names]
+
+
 def _refuse_unknown(steps: list[Step], names: Sequence[str]) -> None:
     known = [step.name for step in steps]
     for name in names:
         if name not in known:
             tune = " (optuna_worker needs --tune N)" if "optuna_worker" not in known else ""
-            raise ConfigError(f"there is no stage {name}; the stages are {', '.join(known)}{tune}")
+            close = suggestion(name, known)
+            raise ConfigError(f"there is no stage {name}{close}; the stages are {', '.join(known)}{tune}")
 
 
 def missing(steps: list[Step], cfg) -> dict[str, list[int]]:
@@ -253,7 +281,7 @@ def refuse_purged(steps: list[Step], todo: dict[str, list[int]], cfg) -> None:
 
 def idle_note(step: Step, cfg) -> str:
     """How many of a step's tasks have no work, if any do or may."""
-    if step.tasks == 1 or step.stage.outputs is None:
+    if step.tasks == 1 or step.stage.existing:
         return ""
     outputs = [step.stage.outputs_of(cfg, task, step.tasks) for task in range(step.tasks)]
     if None in outputs:  # known once its inputs exist

@@ -188,7 +188,7 @@ def test_a_finished_run_of_other_settings_is_explained_with_all_ways_out(tmp_pat
     with pytest.raises(StaleArtefact) as refused:
         submit.main([*flags, "--local", "--only", "train"])
     told = str(refused.value).splitlines()
-    assert told[0].endswith("it was made with training.margin = 0.1; this run uses 0.3")
+    assert told[0].endswith("it was made with training.margin = 0.1 (now 0.3)")
     assert told[1:3] == [
         "  redoing it, as long as it took: train (2 h 05 min)",
         "  to keep it, restore --set training.margin=0.1",
