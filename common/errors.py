@@ -11,9 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
-JOB_SETTINGS = (
-    "PIPELINE_JOB_SETTINGS"  # variable of a job's environment: its --config and --set, without copies of tars
-)
+JOB_SETTINGS = "PIPELINE_JOB_SETTINGS"  # in the environment of a job of the chain: its --config and --set
 _NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory|CUBLAS_STATUS_ALLOC_FAILED")  # first the host's
 _CPU = 'or set infrastructure.device to "cpu"'
 _TORCH = "see https://pytorch.org/get-started"

@@ -16,6 +16,7 @@ from common.stages import Stage
 
 # in sbatch's flags, the number of GPUs of a job on one node: "--gres=gpu:h100:4"
 GPUS = re.compile(r" (?:--gres[ =](?:\S*,)?gpu:|--gpus(?:-per-node)?[ =]|-G *)(?:[\w.]+:)?(\d+)(?![\w.])")
+BY_TAR = ("process_tar", "compute_fingerprints", "generate_embeddings")  # steps whose tasks are shards of the tars
 REMAKE = "--remake"  # a stage's flag
 
 
@@ -32,16 +33,6 @@ class Step:
     declaration: str = "STAGE"  # the stage's name in the module
     operands: tuple[str, ...] = ()  # the script's further arguments, also where the work is not cut
     given: Stage | None = None  # the stage, if it depends on them: the module declares none
-
-    @property
-    def by_tar(self) -> bool:
-        """Whether its tasks are shards of the tars."""
-        return (
-            bool(self.arguments)
-            and self.declaration == "STAGE"
-            and self.given is None
-            and "--finish" not in self.arguments
-        )
 
     @property
     def resources(self) -> str:
@@ -97,8 +88,9 @@ class Step:
 
 def shards_of(cfg) -> dict[str, int]:
     """Step -> the number of tasks that it is cut into, of those that can be cut."""
-    by_tar = ("process_tar", "compute_fingerprints", "generate_embeddings", "embed")
-    return dict.fromkeys(by_tar, cfg.slurm.num_shards) | {"neighbor_parts": cfg.slurm.difficulty_shards}
+    return dict.fromkeys((*BY_TAR, "embed"), cfg.slurm.num_shards) | {
+        "neighbor_parts": cfg.slurm.difficulty_shards
+    }
 
 
 def steps_of(cfg, tune: int = 0, shards: dict[str, int] | None = None, embed: Sequence[str] = ()) -> list[Step]:
@@ -154,16 +146,10 @@ def steps_of_record(record: dict, cfg) -> list[Step]:
 
 def remaking(steps: list[Step], names: Sequence[str]) -> list[Step]:
     """The steps, with --remake for those named and for all that depend on them. Raises ConfigError."""
-    whole = "compute_visual_neighbors"
-    if not any(step.name == "neighbor_parts" for step in steps):  # the search is not cut
-        names = [whole if name == "neighbor_parts" else name for name in names]
-    by_script = {
-        step.resources: step.name for step in steps if step.given is None and step.name != "neighbor_parts"
-    }
-    names = [by_script.get(name, name) for name in names]
-    _refuse_unknown(steps, names)
-    chosen = set(names)
-    if whole in chosen:
+    other_names = {"neighbor_parts": "compute_visual_neighbors", "fetch_best_and_train": "train"}
+    chosen = {other_names.get(name, name) for name in names}
+    _refuse_unknown(steps, sorted(chosen))
+    if "compute_visual_neighbors" in chosen:
         chosen.add("neighbor_parts")
     for step in steps:
         if chosen.intersection(step.needs):

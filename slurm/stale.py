@@ -14,7 +14,7 @@ from common.archives import image_origins, tars
 from common.errors import PipelineError
 from common.provenance import Provenance
 from preprocess.split import merge_files
-from slurm.chain import REMAKE, Step
+from slurm.chain import BY_TAR, REMAKE, Step
 
 MERGE = "merge_and_split"
 
@@ -103,7 +103,7 @@ def _pairs(step: Step, with_inputs: bool, cfg) -> Iterator[tuple[Path, Provenanc
 
 
 def _foreseen(inputs: dict[str, str], cfg) -> dict[str, str]:
-    """The inputs of a merge, with those of the tars that have come and without those of the tars that have gone."""
+    """The inputs of a merge, with tars that have come and without tars that have gone."""
     stems = {tars.stem(tar) for tar in image_origins.of_paths(cfg.paths)}
     kept = {name: value for name, value in inputs.items() if provenance.tar_of(name) in stems}
     return {**{f"intermediates/{stem}.parquet": "" for stem in stems}, **kept}
@@ -132,9 +132,8 @@ def explanation(found: list[StaleStep], steps: list[Step], cfg, given: list[str]
     for stale in refused:
         lines.append(stale.as_text())
         costs = [_cost(step, cfg, growth) for step in (stale.step, *stale.followers)]
-        new = [
-            _cost(step, cfg, 0, growth) for step in steps if growth and step.by_tar and stale.step.name == MERGE
-        ]
+        is_merge = growth and stale.step.name == MERGE
+        new = [_cost(step, cfg, 0, growth) for step in steps if is_merge and step.name in BY_TAR]
         first = f"{', '.join(new)} for the new tars; then " if new else ""
         after = f"; after it, {', '.join(costs[1:])}" if len(costs) > 1 else ""
         lines.append(f"  redoing it, at the rate of the last time: {first}{costs[0]}{after}")
@@ -177,8 +176,8 @@ def _growth(cfg) -> float:
 def _cost(step: Step, cfg, growth: float, of_new: float = 0.0) -> str:
     """A step, with the images and the time of redoing it: "merge_and_split (1,200 images, 5.1 s)".
 
-    Of a step that works by tar or part, that of its stale files; of any other, that of all, scaled to the tars that
-    there are now. `of_new`: instead, that of as many images as this share of those that it has files of.
+    Of a step that works by tar or part: of its stale files. Of any other: of all, scaled to all tars of now.
+    `of_new`: instead, of new tars that have this share of the bytes of those before.
     """
     found, factor = list(step.stage.records(cfg).values()), of_new or 1.0
     if step.arguments and not of_new:

@@ -137,9 +137,8 @@ def main(argv: list[str] | None = None) -> int:
     todo = chain.missing(steps, cfg)
     stale_steps = stale.find(chain.needed(whole, steps), todo, cfg)
     given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--dry-run"]
-    why = "\n".join(
-        filter(None, [stale.without_tars(todo, cfg), stale.explanation(stale_steps, steps, cfg, given)])
-    )
+    reasons = [stale.without_tars(todo, cfg), stale.explanation(stale_steps, steps, cfg, given)]
+    why = "\n".join(filter(None, reasons))
     commands = local.commands(steps, todo, errors.settings_flags(args), args.jobs)
     if args.dry_run:
         lines = [line for _, line in commands] if args.local else jobs.planned(steps, todo, cfg)

@@ -20,7 +20,7 @@ from small_study import flags, load, numbers, open_study, stand_in, work
 from common import cli
 from common.errors import ConfigError, PipelineError, StaleArtefact, Stopped
 from train import optuna_worker
-from train.tuning import shared_study, study_page, study_trials
+from train.tuning import shared_study, study_page, study_storage, study_trials
 
 
 @pytest.fixture(scope="module")

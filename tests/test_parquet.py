@@ -109,7 +109,7 @@ def test_done_means_that_settings_and_inputs_match(tmp_path):
         (
             {"data.x": 2},
             {"t.tar": "5 bytes"},
-            "(now 2)\nto keep it: python preprocess/mine.py --set data.x=2 --set data.x=1\nto redo it",
+            "to keep it: python preprocess/mine.py --set data.x=2 --set data.x=1\n",
         ),
         ({"data.x": 1, "data.y": 3}, {}, "data.y = null (now 3)"),
     ],

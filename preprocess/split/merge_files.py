@@ -102,8 +102,7 @@ def _parts_of(cfg: Config, tar: Path, num_rows: int) -> dict[str, list[Path]]:
 
 
 def refuse_without_tar(paths: Paths, listing: list[Path]) -> None:
-    """Raise PipelineError if there are files of tars that are no longer in raw_dir. `listing`: all tars and imported
-    sets."""
+    """Raise PipelineError if there are files of tars that have gone. `listing`: all tars and imported sets."""
     tables = (paths.intermediates_dir, paths.fingerprints_dir, paths.embeddings_dir)
     whole = (tables[0], files.beside(tables[0], "index"), files.beside(tables[0], "rejects"))
     tar_of = {path: path.stem for folder in whole for path in folder.glob("*.parquet")}

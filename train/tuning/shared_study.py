@@ -83,8 +83,7 @@ def open_study(cfg: Config, record: Provenance, *, create: bool, redo: Redo = ""
 
 
 def existing(cfg: Config) -> Provenance | None:
-    """The record of the study in tuning.study_storage, with the number of its trials and the seconds that they took;
-    None if there is none."""
+    """The record of the study, with the number of its trials and the seconds that they took; None without one."""
     with study_storage.locked(cfg):
         storage = study_storage.open_storage(cfg)
         if STUDY_NAME not in optuna.get_all_study_names(storage):
@@ -98,11 +97,11 @@ def existing(cfg: Config) -> Provenance | None:
 
 
 def _set_aside(study: optuna.Study, storage) -> None:
-    """Keep a study under another name. Its workers, if any are left, find that theirs is gone. Requires the lock."""
-    name = time.strftime(f"{STUDY_NAME}, until %Y-%m-%d %H:%M:%S")
+    """Keep a study under another name. Workers that are left find that theirs is gone. Requires the lock."""
+    name, num_trials = time.strftime(f"{STUDY_NAME}, until %Y-%m-%d %H:%M:%S"), len(study.trials)
     optuna.copy_study(from_study_name=STUDY_NAME, from_storage=storage, to_storage=storage, to_study_name=name)
     optuna.delete_study(study_name=STUDY_NAME, storage=storage)
-    log.warning("the former study, of %s trials, is kept beside the new one, as %r", len(study.trials), name)
+    log.warning("the former study, of %s trials, is kept beside the new one, as %r", num_trials, name)
 
 
 def claim(study: optuna.Study, cfg: Config) -> optuna.Trial | None:
