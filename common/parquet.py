@@ -236,21 +236,6 @@ def require(path: Path, script: str) -> Path:
     return path
 
 
-def require_all(paths: dict[Path, str]) -> None:
-    """Raise PipelineError, naming all scripts to run, if some of the files (path -> the script that writes it) are
-    missing."""
-    missing: dict[str, list[Path]] = {}
-    for path, script in paths.items():
-        if not path.exists():
-            missing.setdefault(script, []).append(path)
-    lines = []
-    for script, absent in missing.items():
-        more = f" (and {len(absent) - 1:,} more)" if len(absent) > 1 else ""
-        lines.append(f"{absent[0]}{more} does not exist: run {script} first")
-    if lines:
-        raise PipelineError("\n".join(lines))
-
-
 def open_file(path: Path, buffer_bytes: int = 0, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
     """The Parquet file at `path`. Raises PipelineError if it is missing or damaged.
 

@@ -127,8 +127,9 @@ def changed_settings(existing: Provenance, expected: Provenance) -> dict[str, tu
 
 def input_differences(then: dict[str, str], now: dict[str, str]) -> list[str]:
     """How the inputs of a file (name -> identity) differ from those that it would be made from now, in words."""
-    of_merge = "intermediates/"
-    tars_then, tars_now = ({tar_of(name) for name in names if name.startswith(of_merge)} for names in (then, now))
+    tars_then, tars_now = (
+        {tar_of(name) for name in names if name.startswith("intermediates/")} for names in (then, now)
+    )  # of a merge
     came, went = tars_now - tars_then, tars_then - tars_now
     reasons = []
     if came or went:

@@ -80,9 +80,11 @@ class Stage:
 
     def records(self, cfg: "Config") -> dict[Path, Provenance]:
         """The records of the files in its folder, whatever they were made with."""
-        if self.existing:
-            return self.existing(cfg)
         folder, found = self.folder(cfg), {}
+        if self.existing:
+            with contextlib.suppress(OSError, PipelineError):  # damaged, or out of reach: the stage says so
+                found = self.existing(cfg)
+            return found
         for path in [*sorted(folder.glob("*.parquet")), *sorted(folder.glob("*.json"))]:
             with contextlib.suppress(OSError, PipelineError):  # damaged, or not ours
                 record = record_of(path)

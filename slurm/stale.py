@@ -4,30 +4,36 @@ A step whose files are stale is remade only on request (--remake); the steps aft
 """
 
 import argparse
+import contextlib
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from common import cli, errors, provenance, stages
 from common.archives import image_origins, tars
 from common.errors import PipelineError
 from common.provenance import Provenance
 from preprocess.split import merge_files
-from slurm.chain import BY_TAR, REMAKE, Step
+from slurm.chain import BY_TAR, REMAKE, Step, num_tars
 
 MERGE = "merge_and_split"
 
 
-@dataclass
-class StaleStep:
+class Wrong(NamedTuple):
+    """What is wrong with the files of a step."""
+
+    stale: list[tuple[Provenance, Provenance]]  # the records of its stale files, and those that they should have
+    damaged: list[Path]
+
+
+class StaleStep(NamedTuple):
     """A step whose files are stale or damaged, and not merely because a step before it is stale."""
 
     step: Step
     is_selected: bool  # else it comes before the steps that are to run
-    stale: list[tuple[Provenance, Provenance]]  # the records of its stale files, and those that they should have
+    stale: list[tuple[Provenance, Provenance]]  # see Wrong
     damaged: list[Path]
-    followers: list[Step] = field(default_factory=list)  # the steps after it that have files
+    followers: list[Step]  # the steps after it that have files
 
     @property
     def is_allowed(self) -> bool:
@@ -63,43 +69,34 @@ def find(steps: list[Step], todo: dict[str, list[int]], cfg) -> list[StaleStep]:
                 earlier.followers.append(step)
         elif todo.get(step.name) != []:
             is_selected = step.name in todo
-            stale, damaged = _wrong(step, is_selected or MERGE in step.needs, cfg)
-            if stale or damaged:
-                roots[step.name] = StaleStep(step, is_selected, stale, damaged)
+            wrong = _wrong(step, is_selected or MERGE in step.needs, cfg)
+            if any(wrong):
+                roots[step.name] = StaleStep(step, is_selected, *wrong, followers=[])
     return [stale for name, stale in roots.items() if stale.step.name == name]
 
 
-def _wrong(step: Step, with_inputs: bool, cfg) -> tuple[list[tuple[Provenance, Provenance]], list[Path]]:
-    """(the records of the stale files of a step, each with the one that it should have; the damaged files)."""
+def _wrong(step: Step, with_inputs: bool, cfg) -> Wrong:
+    """The stale files of a step, and the damaged ones. Without `with_inputs`, only settings count."""
     stale, damaged = [], []
-    for path, existing, record in _pairs(step, with_inputs, cfg):
-        if existing is None:
-            damaged.append(path)
-        elif provenance.differences(existing, expected := step.stage.expected(existing, record)):
-            stale.append((existing, expected))
-    return stale, damaged
-
-
-def _pairs(step: Step, with_inputs: bool, cfg) -> Iterator[tuple[Path, Provenance | None, Provenance]]:
-    """(path, its record or None if it is damaged, the record that it should have) of the files of a step."""
     stage, records = step.stage, step.stage.records(cfg)
     outputs, is_all = stage.known_outputs(cfg) if with_inputs else ([], False)
-    for output in outputs:
-        if output.path in records:
-            yield output.path, records[output.path], output.record
-        elif output.path.exists() and not stage.existing:
+    pairs = [(records[output.path], output.record) for output in outputs if output.path in records]
+    for output in outputs:  # beside its folder, by another stage, or damaged
+        if output.path not in records and output.path.exists():
             try:
-                yield output.path, stages.record_of(output.path), output.record
+                pairs.append((stages.record_of(output.path), output.record))
             except PipelineError:
-                yield output.path, None, output.record
-    if is_all or outputs or not stage.settings:
-        return
-    for path, existing in records.items():  # what is certain without the inputs
-        try:
-            inputs = _foreseen(existing.inputs, cfg) if with_inputs and step.name == MERGE else existing.inputs
-            yield path, existing, stage.record(cfg, inputs)
-        except (OSError, PipelineError):  # no such backbone, no study, no tars: their stage says so
-            return
+                damaged.append(output.path)
+    if not is_all and not outputs and stage.settings:
+        for existing in records.values():  # what is certain without the inputs
+            with contextlib.suppress(OSError, PipelineError):  # no such backbone or tars: their stage says so
+                inputs = _foreseen(existing.inputs, cfg) if with_inputs and step.name == MERGE else existing.inputs
+                pairs.append((existing, stage.record(cfg, inputs)))
+    for existing, record in pairs:
+        expected = stage.expected(existing, record)
+        if provenance.differences(existing, expected):
+            stale.append((existing, expected))
+    return Wrong(stale, damaged)
 
 
 def _foreseen(inputs: dict[str, str], cfg) -> dict[str, str]:
@@ -112,12 +109,8 @@ def _foreseen(inputs: dict[str, str], cfg) -> dict[str, str]:
 def without_tars(todo: dict[str, list[int]], cfg) -> str:
     """What is wrong if a merge is to come that would refuse files whose tars are gone; empty if nothing is."""
     try:
-        listing = image_origins.of_paths(cfg.paths) if todo.get(MERGE) else []
-    except (OSError, PipelineError):  # there are no tars: the first stage says so
-        return ""
-    try:
-        if listing:
-            merge_files.refuse_without_tar(cfg.paths, listing)
+        if todo.get(MERGE) and num_tars(cfg):
+            merge_files.refuse_without_tar(cfg.paths, image_origins.of_paths(cfg.paths))
     except PipelineError as error:
         return str(error)
     return ""
@@ -160,17 +153,11 @@ def _widened(given: list[str], first: Step, last: Step) -> list[str]:
 
 def _growth(cfg) -> float:
     """The bytes of the tars that have not been processed yet, as a share of those that have."""
-    new = done = 0
-    try:
-        listing = image_origins.raw_tars(cfg.paths)
-    except (OSError, PipelineError):
-        return 0.0
-    for tar in listing:
-        if (cfg.paths.intermediates_dir / f"{tars.stem(tar)}.parquet").exists():
-            done += tar.stat().st_size
-        else:
-            new += tar.stat().st_size
-    return new / done if done else 0.0
+    sizes = {True: 0, False: 0}  # whether it has been processed -> bytes
+    with contextlib.suppress(OSError, PipelineError):
+        for tar in image_origins.raw_tars(cfg.paths):
+            sizes[(cfg.paths.intermediates_dir / f"{tars.stem(tar)}.parquet").exists()] += tar.stat().st_size
+    return sizes[False] / sizes[True] if sizes[True] else 0.0
 
 
 def _cost(step: Step, cfg, growth: float, of_new: float = 0.0) -> str:
@@ -181,7 +168,7 @@ def _cost(step: Step, cfg, growth: float, of_new: float = 0.0) -> str:
     """
     found, factor = list(step.stage.records(cfg).values()), of_new or 1.0
     if step.arguments and not of_new:
-        found = [existing for existing, _ in _wrong(step, True, cfg)[0]] or found
+        found = [existing for existing, _ in _wrong(step, True, cfg).stale] or found
     elif not of_new:
         factor += growth
     if not found:

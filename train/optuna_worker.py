@@ -53,10 +53,9 @@ def existing(cfg) -> dict[Path, Provenance]:
     """The record of the study, of whatever data and settings, by the name of its storage."""
     if cfg.tuning.study_storage == "journal" and not (cfg.paths.study_dir / "journal.log").exists():
         return {}
-    from train.tuning import shared_study, study_storage
+    from train.tuning import shared_study
 
-    record = shared_study.existing(cfg)
-    return {Path(study_storage.name_of(cfg)): record} if record else {}
+    return shared_study.existing(cfg)
 
 
 STAGE = stages.Stage(

@@ -91,7 +91,7 @@ def _require(cfg: Config, listing: list[Path]) -> None:
         if intermediates.exists():  # else the number of parts is unknown
             for stage, parts in _parts_of(cfg, tar, parquet.num_rows(intermediates)).items():
                 scripts |= dict.fromkeys(parts, _SCRIPTS[stage])
-    parquet.require_all(scripts)
+    files.require_all(scripts)
 
 
 def _parts_of(cfg: Config, tar: Path, num_rows: int) -> dict[str, list[Path]]:

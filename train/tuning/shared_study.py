@@ -82,18 +82,19 @@ def open_study(cfg: Config, record: Provenance, *, create: bool, redo: Redo = ""
     return study
 
 
-def existing(cfg: Config) -> Provenance | None:
-    """The record of the study, with the number of its trials and the seconds that they took; None without one."""
+def existing(cfg: Config) -> dict[Path, Provenance]:
+    """Where the study is kept -> its record, with the number of its trials and the seconds that they took."""
     with study_storage.locked(cfg):
         storage = study_storage.open_storage(cfg)
         if STUDY_NAME not in optuna.get_all_study_names(storage):
-            return None
+            return {}
         study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
-        if "provenance" not in study.user_attrs:
-            return None
-        seconds = [trial.duration.total_seconds() for trial in study.trials if trial.duration]
+        if "provenance" not in study.user_attrs:  # its first worker has been killed
+            return {}
         record = Provenance(**study.user_attrs["provenance"])
-        return dataclasses.replace(record, rows={"out": len(study.trials)}, seconds=sum(seconds))
+        seconds = sum(trial.duration.total_seconds() for trial in study.trials if trial.duration)
+        made = dataclasses.replace(record, rows={"out": len(study.trials)}, seconds=seconds)
+        return {Path(study_storage.name_of(cfg)): made}
 
 
 def _set_aside(study: optuna.Study, storage) -> None:
