@@ -5,11 +5,13 @@ GPUs; torch is not imported here, so it matches their messages.
 """
 
 import argparse
+import os
 import re
 import shlex
 import sys
 from pathlib import Path
 
+JOB_SETTINGS = "PIPELINE_JOB_SETTINGS"  # in the environment of a job of the chain: its --config and --set
 _NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory|CUBLAS_STATUS_ALLOC_FAILED")  # first the host's
 _CPU = 'or set infrastructure.device to "cpu"'
 _TORCH = "see https://pytorch.org/get-started"
@@ -72,18 +74,30 @@ def explained(error: BaseException) -> tuple[str, str] | None:
 
 
 def command(script: str = "", *more: str) -> str:
-    """A command line to print, which can be run as it is: this process's own with `more` at its end; or that of
-    another `script` of the repository, with this one's --config and --set.
+    """A command line to print, which can be run as it is: this process's own, of all shards, with `more` at its
+    end; or that of another `script` of the repository, with this one's --config and --set. In a job of the chain:
+    that of slurm/submit.py, where it can do the same.
     """
-    if not script:
-        return shlex.join(["python", *sys.argv, *more])
-    flags = argparse.ArgumentParser(add_help=False)
-    flags.add_argument("--config")
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--config", "--shard", "--num-shards"):
+        flags.add_argument(flag)
     flags.add_argument("--set", action="append", default=[])
-    given, _ = flags.parse_known_args(sys.argv[1:])
-    settings = ["--config", given.config] if given.config else []
-    settings += [word for override in given.set for word in ("--set", override)]
-    return command_line(script, *settings, *more)
+    given, rest = flags.parse_known_args(sys.argv[1:])
+    settings = settings_flags(given)
+    if JOB_SETTINGS in os.environ:
+        settings = shlex.split(os.environ[JOB_SETTINGS])
+        if not script or more == ("--remake",):
+            stage = [Path(script or sys.argv[0]).stem] if "--remake" in more else []
+            return command_line("slurm/submit.py", *settings, *more, *stage)
+    if script:
+        return command_line(script, *settings, *more)
+    return shlex.join(["python", sys.argv[0], *rest, *settings, *more])
+
+
+def settings_flags(args: argparse.Namespace) -> list[str]:
+    """The --config and --set flags of a call."""
+    flags = ["--config", str(Path(args.config).resolve())] if args.config else []
+    return [*flags, *(word for override in args.set for word in ("--set", override))]
 
 
 def command_line(script: str, *words: str) -> str:

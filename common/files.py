@@ -136,3 +136,18 @@ def _open_locked(path: Path) -> tuple[BinaryIO, Path]:
         if temporary.exists():
             return file, temporary
         file.close()
+
+
+def require_all(paths: dict[Path, str]) -> None:
+    """Raise PipelineError, naming all scripts to run, if some of the files (path -> the script that writes it) are
+    missing."""
+    missing: dict[str, list[Path]] = {}
+    for path, script in paths.items():
+        if not path.exists():
+            missing.setdefault(script, []).append(path)
+    lines = []
+    for script, absent in missing.items():
+        more = f" (and {len(absent) - 1:,} more)" if len(absent) > 1 else ""
+        lines.append(f"{absent[0]}{more} does not exist: run {script} first")
+    if lines:
+        raise PipelineError("\n".join(lines))

@@ -23,7 +23,7 @@ import xxhash
 
 from common import errors, files
 from common.errors import PipelineError, StaleArtefact
-from common.provenance import Provenance, Redo, differences, digest_of, way_to_keep
+from common.provenance import Provenance, Redo, differences, digest_of, ways_out
 
 MAX_ROW_GROUP_BYTES = 32 * 2**20  # threads read a group each, and writers of several files hold one of each
 _SYNCED_BYTES = 8 * 2**20  # forced to the disk at a time
@@ -236,21 +236,6 @@ def require(path: Path, script: str) -> Path:
     return path
 
 
-def require_all(paths: dict[Path, str]) -> None:
-    """Raise PipelineError, naming all scripts to run, if some of the files (path -> the script that writes it) are
-    missing."""
-    missing: dict[str, list[Path]] = {}
-    for path, script in paths.items():
-        if not path.exists():
-            missing.setdefault(script, []).append(path)
-    lines = []
-    for script, absent in missing.items():
-        more = f" (and {len(absent) - 1:,} more)" if len(absent) > 1 else ""
-        lines.append(f"{absent[0]}{more} does not exist: run {script} first")
-    if lines:
-        raise PipelineError("\n".join(lines))
-
-
 def open_file(path: Path, buffer_bytes: int = 0, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
     """The Parquet file at `path`. Raises PipelineError if it is missing or damaged.
 
@@ -271,7 +256,7 @@ def _corruption_errors(path: Path) -> Iterator[None]:
             raise
         raise PipelineError(
             f"{path} is damaged ({first_line(error)})\n"
-            f"remove it, and rerun the stage that writes it: rm {shlex.quote(str(path))}"
+            f"remove it, and rerun slurm/submit.py, or the stage that writes it: rm {shlex.quote(str(path))}"
         ) from None
 
 
@@ -307,23 +292,18 @@ def matches(
     expected: Provenance,
     redo: Redo,
     amount: str,
-    *,
     script: str = "",
-    otherwise: str = "",
 ) -> bool:
     """Whether the record of a file or database, `existing`, is the `expected` one of this run.
 
     Raises StaleArtefact if it is not, and `redo` does not allow to recreate the file. `amount`: how much would
-    have to be redone; `script`: what redoes it, if not this one; `otherwise`: another way out.
+    have to be redone; `script`: what redoes it, if not this one.
     """
     reasons = differences(existing, expected)
     if reasons and not redo:
-        ways = [
-            way_to_keep(existing, expected),
-            f"to redo it ({amount}): {errors.command(script, '--remake')}",
-            otherwise,
-        ]
-        raise StaleArtefact("\n".join([f"{path} {'; it '.join(reasons)}", *filter(None, ways)]))
+        ways = ways_out(existing, expected, functools.partial(errors.command, ""))
+        ways.append(f"to redo it ({amount}): {errors.command(script, '--remake')}")
+        raise StaleArtefact("\n".join([f"{path} {'; it '.join(reasons)}", *ways]))
     return not reasons
 
 

@@ -11,10 +11,9 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-import shlex
 import subprocess
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -28,6 +27,8 @@ _MOVED_SETTINGS = {  # key that was once in [training] -> its section now
     **dict.fromkeys(("trial_epochs", "pruner", "search_space"), "tuning"),
 }
 _FORMER_VALUES = {"training.mining": "none", "embedding_model.views": [1.0]}  # of settings that older records lack
+# stage -> the setting that gives other files of it a place of their own, and which changed settings call for it
+_BESIDE = {"train": ("training.run", ""), "generate_embeddings": ("embedding_model.label", "embedding_model.")}
 _PROBED_BYTES = 2**16  # at each end of a file that is not ours
 
 
@@ -104,8 +105,12 @@ def differences(existing: Provenance, expected: Provenance) -> list[str]:
     reasons = []
     if existing.stage != expected.stage:
         reasons.append(f"was made by {existing.stage}, not by {expected.stage}")
-    for key, (old, new) in changed_settings(existing, expected).items():
-        reasons.append(f"was made with {key} = {json.dumps(old)}; this run uses {json.dumps(new)}")
+    changed = [
+        f"{key} = {json.dumps(old)} (now {json.dumps(new)})"
+        for key, (old, new) in changed_settings(existing, expected).items()
+    ]
+    if changed:
+        reasons.append(f"was made with {', '.join(changed)}")
     return reasons + input_differences(existing.inputs, expected.inputs)
 
 
@@ -122,8 +127,9 @@ def changed_settings(existing: Provenance, expected: Provenance) -> dict[str, tu
 
 def input_differences(then: dict[str, str], now: dict[str, str]) -> list[str]:
     """How the inputs of a file (name -> identity) differ from those that it would be made from now, in words."""
-    of_merge = "intermediates/"
-    tars_then, tars_now = ({tar_of(name) for name in names if name.startswith(of_merge)} for names in (then, now))
+    tars_then, tars_now = (
+        {tar_of(name) for name in names if name.startswith("intermediates/")} for names in (then, now)
+    )  # of a merge
     came, went = tars_now - tars_then, tars_then - tars_now
     reasons = []
     if came or went:
@@ -156,16 +162,23 @@ def some(names: Collection[str]) -> str:
     return ", ".join(first) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
 
 
-def way_to_keep(existing: Provenance, expected: Provenance) -> str:
-    """What would make a stale file current again, if anything can: its settings, or tars that are gone."""
+def ways_out(existing: Provenance, expected: Provenance, command: Callable[..., str]) -> list[str]:
+    """What can be done about a stale file other than to redo it, a line each. `command`: of more words, the whole
+    command line with them at its end."""
     changed = changed_settings(existing, expected)
-    restored = [shlex.join(["--set", f"{key}={json.dumps(old)}"]) for key, (old, _) in changed.items()]
     lost = {name: value for name, value in existing.inputs.items() if name not in expected.inputs}
-    if existing.stage != expected.stage or {**existing.inputs} != {**expected.inputs, **lost}:
-        return ""
-    if lost:
-        restored.append(some({tar_of(name) or name for name in lost}))
-    return f"to keep it, restore {' and '.join(restored)}" if restored else ""
+    same = existing.stage == expected.stage and existing.inputs == {**expected.inputs, **lost}
+    can_be_set = "embedding_model.weights" not in changed and all(old is not None for old, _ in changed.values())
+    ways = []
+    if same and can_be_set and (changed or lost):
+        restored = [f", restore {some({tar_of(name) or name for name in lost})}"] if lost else []
+        settings = [word for key, (old, _) in changed.items() for word in ("--set", f"{key}={json.dumps(old)}")]
+        restored += [f": {command(*settings)}"] if changed else []
+        ways.append(f"to keep it{' and run'.join(restored)}")
+    beside, prefix = _BESIDE.get(expected.stage, ("", ""))
+    if beside and (not prefix or any(key.startswith(prefix) for key in changed)):
+        ways.append(f"to keep both: {command('--set', f'{beside}=NAME')}")
+    return ways
 
 
 def embedding_model(record: Provenance) -> dict:

@@ -4,6 +4,7 @@ Each stage's script holds its declaration, `STAGE`. The script, slurm/submit.py,
 the documentation use it. Imports nothing heavy, so `--help` is instant.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -34,7 +35,7 @@ class Stage:
     name: str
     folder: Callable[["Config"], Path]  # where it writes: two runs must not write to it at once
     # of task i of n; raises PipelineError or OSError while its inputs are missing
-    outputs: Callable[["Config", int, int], Iterable[Output]] | None
+    outputs: Callable[["Config", int, int], Iterable[Output]]
     settings: tuple[str, ...] = ()  # "section.key" or "section", that affect the output
     recorded: Callable[["Config"], dict] | None = None  # their values in records; None: as configured
     auto: tuple[str, ...] = ()  # settings whose "auto" is resolved by the machine that runs the stage
@@ -42,8 +43,8 @@ class Stage:
         None  # (done, total, unit), if not counted in files
     )
     reads: tuple[Path, ...] = ()  # folders of its inputs beside those of the steps that it needs
-    # raises StaleArtefact if what it has written does not match, where that is not in the records of `outputs`
-    refuse_stale: Callable[["Config"], None] | None = None
+    # the records of what is in no file of ours, such as a study; `progress` says then whether it is done
+    existing: Callable[["Config"], dict[Path, Provenance]] | None = None
 
     def record(self, cfg: "Config", inputs: dict[str, str]) -> Provenance:
         """The record of a file that this stage makes from `inputs`: name -> identity."""
@@ -63,19 +64,33 @@ class Stage:
         """The files of a task, as far as its inputs exist, and whether these are all."""
         found: list[Output] = []
         try:
-            found += self.outputs(cfg, task, num_tasks) if self.outputs else []
+            found += self.outputs(cfg, task, num_tasks)
         except (OSError, PipelineError):
             return found, False
         return found, True
 
     def is_done(self, cfg: "Config", task: int = 0, num_tasks: int = 1) -> bool:
         """Whether a task is complete."""
-        if self.outputs is None:
+        if self.existing:
             assert self.progress is not None
             done, total, _ = self.progress(cfg)
             return done >= total
         outputs = self.outputs_of(cfg, task, num_tasks)
         return outputs is not None and all(self.is_current(output) for output in outputs)
+
+    def records(self, cfg: "Config") -> dict[Path, Provenance]:
+        """The records of the files in its folder, whatever they were made with."""
+        folder, found = self.folder(cfg), {}
+        if self.existing:
+            with contextlib.suppress(OSError, PipelineError):  # damaged, or out of reach: the stage says so
+                found = self.existing(cfg)
+            return found
+        for path in [*sorted(folder.glob("*.parquet")), *sorted(folder.glob("*.json"))]:
+            with contextlib.suppress(OSError, PipelineError):  # damaged, or not ours
+                record = record_of(path)
+                if record.stage == self.name:
+                    found[path] = record
+        return found
 
     def is_current(self, output: Output) -> bool:
         """Whether a file exists, is complete, and was made with these settings from these inputs."""

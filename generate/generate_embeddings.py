@@ -24,7 +24,7 @@ if not __package__:  # run by path: import from the repository root, not from th
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli, stages
-from common.errors import PipelineError, StaleArtefact
+from common.errors import PipelineError
 
 
 def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
@@ -95,13 +95,7 @@ def missing(cfg, args) -> list:
     """The parts that a run has to make; if there are none, it says so."""
     from common.archives import tar_parts
 
-    try:
-        todo, num_parts = tar_parts.missing(cfg, STAGE, args.shard, args.num_shards, args.redo)
-    except StaleArtefact as error:
-        if "embedding_model." not in str(error):
-            raise
-        advice = "or keep both, in folders of their own: --set embedding_model.label=NAME"
-        raise StaleArtefact(f"{error}\n{advice}") from None
+    todo, num_parts = tar_parts.missing(cfg, STAGE, args.shard, args.num_shards, args.redo)
     if not todo:
         cli.nothing_to_do("generate_embeddings", f"{num_parts:,} files")
     return todo

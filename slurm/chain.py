@@ -12,10 +12,12 @@ from pathlib import Path
 
 from common.config import vector_files
 from common.errors import ConfigError, PipelineError
+from common.sections import suggestion
 from common.stages import Stage
 
 # in sbatch's flags, the number of GPUs of a job on one node: "--gres=gpu:h100:4"
 GPUS = re.compile(r" (?:--gres[ =](?:\S*,)?gpu:|--gpus(?:-per-node)?[ =]|-G *)(?:[\w.]+:)?(\d+)(?![\w.])")
+BY_TAR = ("process_tar", "compute_fingerprints", "generate_embeddings")  # steps whose tasks are shards of the tars
 REMAKE = "--remake"  # a stage's flag
 
 
@@ -81,14 +83,15 @@ class Step:
 
     def refuse_inputs(self, cfg) -> None:
         """Raise PipelineError if an input that no step makes is missing, or cannot be used."""
-        if self.given and self.given.outputs:
+        if self.given:
             self.given.outputs(cfg, 0, self.tasks)
 
 
 def shards_of(cfg) -> dict[str, int]:
     """Step -> the number of tasks that it is cut into, of those that can be cut."""
-    by_tar = ("process_tar", "compute_fingerprints", "generate_embeddings", "embed")
-    return dict.fromkeys(by_tar, cfg.slurm.num_shards) | {"neighbor_parts": cfg.slurm.difficulty_shards}
+    return dict.fromkeys((*BY_TAR, "embed"), cfg.slurm.num_shards) | {
+        "neighbor_parts": cfg.slurm.difficulty_shards
+    }
 
 
 def steps_of(cfg, tune: int = 0, shards: dict[str, int] | None = None, embed: Sequence[str] = ()) -> list[Step]:
@@ -144,8 +147,9 @@ def steps_of_record(record: dict, cfg) -> list[Step]:
 
 def remaking(steps: list[Step], names: Sequence[str]) -> list[Step]:
     """The steps, with --remake for those named and for all that depend on them. Raises ConfigError."""
-    _refuse_unknown(steps, names)
-    chosen = set(names)
+    other_names = {"neighbor_parts": "compute_visual_neighbors", "fetch_best_and_train": "train"}
+    chosen = {other_names.get(name, name) for name in names}
+    _refuse_unknown(steps, sorted(chosen))
     if "compute_visual_neighbors" in chosen:
         chosen.add("neighbor_parts")
     for step in steps:
@@ -199,12 +203,22 @@ def select(steps: list[Step], first: str | None, last: str | None) -> list[Step]
     return steps[begin : end + 1]
 
 
+def needed(steps: list[Step], selected: list[Step]) -> list[Step]:
+    """The selected steps and all before them whose files they depend on, in order."""
+    names = {step.name for step in selected}
+    for step in reversed(steps):
+        if step.name in names:
+            names.update(step.needs)
+    return [step for step in steps if step.name in names]
+
+
 def _refuse_unknown(steps: list[Step], names: Sequence[str]) -> None:
     known = [step.name for step in steps]
     for name in names:
         if name not in known:
             tune = " (optuna_worker needs --tune N)" if "optuna_worker" not in known else ""
-            raise ConfigError(f"there is no stage {name}; the stages are {', '.join(known)}{tune}")
+            close = suggestion(name, known)
+            raise ConfigError(f"there is no stage {name}{close}; the stages are {', '.join(known)}{tune}")
 
 
 def missing(steps: list[Step], cfg) -> dict[str, list[int]]:
@@ -255,7 +269,7 @@ def refuse_purged(steps: list[Step], todo: dict[str, list[int]], cfg) -> None:
 
 def idle_note(step: Step, cfg) -> str:
     """How many of a step's tasks have no work, if any do or may."""
-    if step.tasks == 1 or step.stage.outputs is None:
+    if step.tasks == 1 or step.stage.existing:
         return ""
     outputs = [step.stage.outputs_of(cfg, task, step.tasks) for task in range(step.tasks)]
     if None in outputs:  # known once its inputs exist

@@ -114,7 +114,7 @@ def fate(step, number: int, job, log: Log, cfg) -> tuple[str, str]:
         if job.reason == "BeginTime" and log.first_start_s is None:
             return "waiting", "for its start time (--begin)"
         return "waiting", WAITS.get(job.reason, job.reason)
-    if step.is_done(cfg, number) or (log.exit_code == 0 and step.stage.outputs is None):  # an Optuna worker
+    if step.is_done(cfg, number) or (log.exit_code == 0 and step.stage.existing):  # an Optuna worker
         if log.exit_code and not made_after(log, step, number, cfg):
             return "failed", f"exit code {log.exit_code}, although its files are complete"
         return "done", ""

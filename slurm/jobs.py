@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import config
+from common import config, errors
 from common.errors import PipelineError
 from common.sections import Config
 from slurm import chain, fates, runs
@@ -111,7 +111,7 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
             "embed": args.embed and [steps[0].module, *steps[0].operands],  # see chain.embed_step
             "config": args.config and str(args.config.resolve()),
             "set": args.set,
-            "continue_with": [*settings_flags(args), *selected],
+            "continue_with": [*errors.settings_flags(args), *selected],
             "done_before": [step.name for step in steps if not todo[step.name]],
             "steps": entries(folder),
         }
@@ -266,9 +266,3 @@ def divide_anew(record: dict, before: Config, cfg: Config, folder: Path) -> None
     entries |= {name: record["steps"][name] for name in submitted}
     record["done_before"] += [name for name, entry in entries.items() if not entry["tasks"]]
     record["steps"] = {name: entry for name, entry in entries.items() if entry["tasks"]}
-
-
-def settings_flags(args: argparse.Namespace) -> list[str]:
-    """The --config and --set flags of this call."""
-    flags = ["--config", str(args.config.resolve())] if args.config else []
-    return [*flags, *(word for override in args.set for word in ("--set", override))]

@@ -35,12 +35,17 @@ def print_plan(
     from slurm import chain, jobs
 
     complete = chain.complete(steps, todo, cfg)
-    states = {stale.step.name: f"stale{', to be remade' * stale.is_allowed}" for stale in stale_steps}
-    follows = {step.name: f"follows {stale.step.name}" for stale in stale_steps for step in stale.followers}
+    states = {step.name: f"follows {stale.step.name}" for stale in stale_steps for step in stale.followers}
+    for stale in stale_steps:
+        step, states[stale.step.name] = stale.step, "damaged" if stale.is_damaged else "stale"
+        if step.tasks > 1 and step in steps:
+            states[step.name] += f" ({len(todo[step.name])} of {step.tasks} tasks)"
+        if stale.is_allowed:
+            states[step.name] += ", to be remade"
     for step in steps:
         left = todo[step.name]
-        if step.name in states | follows:
-            state = (states | follows)[step.name]
+        if step.name in states:
+            state = states[step.name]
         elif step.name in complete:
             state = "complete, would be redone"
         elif step.tasks == 1:
@@ -83,7 +88,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.remake and (None in args.remake) != bool(args.embed):
         raise ConfigError("--remake needs the name of a stage, but none with --embed")
     if args.embed:
-        args.embed, args.remake = [*args.embed, *more, *["--remake"][: len(args.remake)]], []
+        args.embed += more
+        if args.remake:
+            args.embed, args.remake = [*args.embed, "--remake"], []
     if args.tune < 0:
         raise ConfigError("--tune must be 1 or more")
     if args.jobs < 1 or (args.jobs > 1 and not args.local):
@@ -110,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     from slurm import chain, jobs, local, runs, stale
 
     if args.prefetch:
-        return local.prefetch(cfg, jobs.settings_flags(args))
+        return local.prefetch(cfg, errors.settings_flags(args))
     if args.rest:
         rest = functools.partial(jobs.continue_run, args.rest, args, cfg.paths.logs_dir)
         return jobs.submit_all(rest, args, cfg.paths.logs_dir)
@@ -122,25 +129,26 @@ def main(argv: list[str] | None = None) -> int:
     if args.local:  # one process with all cores: the neighbour search is cut for job arrays only
         cfg = cfg.model_copy(update={"slurm": cfg.slurm.model_copy(update={"difficulty_shards": 1})})
     embed = [chain.embedding_module(Path(args.embed[0])), *args.embed] if args.embed else []
-    steps = chain.remaking(chain.steps_of(cfg, args.tune, embed=embed), args.remake)
-    steps = chain.select(steps, args.only or args.first, args.only or args.last)
+    whole = chain.remaking(chain.steps_of(cfg, args.tune, embed=embed), args.remake)
+    steps = chain.select(whole, args.only or args.first, args.only or args.last)
     chain.refuse_output_dim(steps, cfg)
     for step in steps:
         step.refuse_inputs(cfg)
     todo = chain.missing(steps, cfg)
-    stale_steps = stale.find(steps, todo, cfg)
+    stale_steps = stale.find(chain.needed(whole, steps), todo, cfg)
     given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--dry-run"]
-    refused = [one for one in stale_steps if not one.is_allowed]
-    why = stale.explanation(refused, cfg, errors.command_line("slurm/submit.py", *given)) if refused else ""
-    commands = local.commands(steps, todo, jobs.settings_flags(args), args.jobs)
+    reasons = [stale.without_tars(todo, cfg), stale.explanation(stale_steps, steps, cfg, given)]
+    why = "\n".join(filter(None, reasons))
+    commands = local.commands(steps, todo, errors.settings_flags(args), args.jobs)
     if args.dry_run:
         lines = [line for _, line in commands] if args.local else jobs.planned(steps, todo, cfg)
         print_plan(steps, todo, stale_steps, lines, cfg, on_slurm=not args.local)
-        print(f"\n{why}" if why else "", end="\n" if why else "")
+        if why:
+            print(f"\n{why}")
         return 0
-    chain.refuse_purged(steps, todo, cfg)
     if why:
         raise StaleArtefact(why)
+    chain.refuse_purged(steps, todo, cfg)
     if args.local:
         return local.run_chain(steps, commands, cfg, args.jobs)
     return jobs.submit_all(functools.partial(jobs.submit, steps, todo, cfg, args), args, cfg.paths.logs_dir)

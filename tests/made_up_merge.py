@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import parquet, provenance, schemas
+from common import config, parquet, provenance, schemas
 from common.places import geo
+from preprocess import merge_and_split
 
 MODEL = {
     "name": "made-up",
@@ -26,7 +27,8 @@ def write_merge(folder: Path, seed: int = 0, streets: tuple[int, int, int] = (12
     """merged/{train,val,test}.parquet under `folder`, with so many streets of 10 buildings in each."""
     rng = np.random.default_rng(seed)
     views = rng.normal(size=(4, dim))  # the directions in which the views of all buildings differ
-    made = provenance.record("merge_and_split", {"seed": seed}, {})
+    settings = config.values(config.load(), *merge_and_split.STAGE.settings)
+    made = provenance.record("merge_and_split", settings | {"global.seed": seed}, {})
     for number, split in enumerate(("train", "val", "test")):
         rows = _rows(rng, 100 * number, streets[number], dim, views)
         with parquet.writer(folder / f"{split}.parquet", schemas.merged(dim), made) as out:

@@ -25,7 +25,7 @@ from local_backbone import write_local_backbone
 from same_artefacts import assert_same_artefacts
 from synthetic import write_dataset
 
-from common import cli, config
+from common import cli, config, errors, parquet
 from slurm import chain, local, submit
 
 SETTINGS = (
@@ -196,11 +196,11 @@ def test_a_neighbour_search_in_parts_is_remade_as_a_whole(copy):
     place, flags = copy("two"), ("--dry-run", "--set", "slurm.difficulty_shards=2", "--set", "data.neighbors=15")
     code, plan = place.run(*flags)
     assert code == 0
-    assert re.search("^neighbor_parts +stale +after", plan, re.MULTILINE)
+    assert re.search(r"^neighbor_parts +stale \(2 of 2 tasks\) +after", plan, re.MULTILINE)
     assert re.search("^compute_visual_neighbors +follows neighbor_parts +after", plan, re.MULTILINE)
     assert plan.endswith(" --remake neighbor_parts\n")
     code, plan = place.run(*flags, "--remake", "compute_visual_neighbors")
-    assert re.search("^neighbor_parts +stale, to be remade +after", plan, re.MULTILINE)
+    assert re.search(r"^neighbor_parts +stale \(2 of 2 tasks\), to be remade +after", plan, re.MULTILINE)
     assert len(re.findall("^sbatch .*compute_visual_neighbors.py --remake ", plan, re.MULTILINE)) == 2
 
 
@@ -229,10 +229,10 @@ def test_a_run_that_is_killed_while_it_remakes_goes_on_where_it_was(copy, monkey
     remade = {part: part.stat().st_mtime_ns for part in parts if part.stat().st_mtime_ns != former[part]}
     monkeypatch.undo()
     assert remade.keys() < set(parts)
-    for step in ("generate_embeddings", "merge_and_split"):  # without the flag, the mixture is not taken for whole
+    for step in ("generate_embeddings", "merge_and_split"):  # the mixture is not taken for whole
         code, told = place.run("--local", *flags[3:], "--from", step)
         assert code == 1
-        assert f"{step} is stale" in told
+        assert "generate_embeddings is stale" in told
     code, told = place.run(*flags)
     assert code == 0, told
     assert all(part.stat().st_mtime_ns == when for part, when in remade.items())
@@ -328,3 +328,120 @@ def test_a_tar_that_was_packed_anew_is_read_again_and_what_has_not_changed_is_ke
         *place.relative("intermediates", "fingerprints", "embeddings"),
     }
     assert all(path.name.startswith("0090") for path in changed)
+
+
+def command_in(told: str) -> list[str]:
+    """The command that redoes what is stale, as it is printed."""
+    return shlex.split(re.search("^ *to redo what is (?:stale|damaged): python (.*)", told, re.MULTILINE)[1])
+
+
+@pytest.mark.parametrize("selection", [("--from", "train"), ("--only=train",)])
+def test_a_selection_of_stages_knows_what_is_stale_before_it(copy, chains, selection):
+    place = copy("two", to="train")
+    add_third_tar(place, chains)  # does not matter to a training on what is there
+    flags = place.flags if selection[0] == "--from" else place.flags[:-2]
+    assert "stale" not in place.run_words(["slurm/submit.py", *flags, "--dry-run", *selection])[1]
+    before = place.written()
+    words = ["slurm/submit.py", *flags, "--local", *selection, "--set", "data.neighbors=15"]
+    code, told = place.run_words(words)
+    assert code == 1
+    assert "error: compute_visual_neighbors is stale" in told
+    assert place.written() == before
+    code, plan = place.run_words([*command_in(told), "--dry-run"])
+    assert code == 0, plan
+    lines = [line.split("after")[0].split() for line in plan.splitlines()[:2]]
+    assert lines == [["compute_visual_neighbors", "stale,", "to", "be", "remade"], ["train", "to", "do"]]
+
+
+def test_the_plan_names_the_study_that_depends_on_what_is_stale(copy):
+    from train.tuning import shared_study
+
+    place = copy("two", to="train")
+    flags = ("--tune", "2", "--dry-run", "--set", "tuning.num_trials=3")
+    cfg = config.load(None, [*place.flags[1:-2:2], "tuning.num_trials=3"])
+    study = shared_study.open_study(cfg, shared_study.record(cfg), create=True)
+    for value in (0.1, 0.2, 0.3):
+        study.tell(study.ask(), value)
+    assert re.search("^optuna_worker +2 tasks done", place.run(*flags)[1], re.MULTILINE)
+
+    _, plan = place.run(*flags, "--set", "data.neighbors=15")
+    assert re.search("^optuna_worker +follows compute_visual_neighbors", plan, re.MULTILINE)
+    assert re.search(r"; after it, optuna_worker \(3 trials(, [\d.]+ s)?\)$", plan, re.MULTILINE)
+    _, plan = place.run(*flags, "--set", "training.margin=0.3", "--from", "optuna_worker")  # is searched
+    assert "stale" not in plan
+    _, plan = place.run(*flags, "--set", "tuning.trial_epochs=7", "--from", "optuna_worker")
+    assert re.search(
+        r"^optuna_worker is stale: it was made with tuning\.trial_epochs = \d+ \(now 7\)$", plan, re.M
+    )
+    assert command_in(plan)[-2:] == ["--remake", "optuna_worker"]
+
+
+def images_of(told: str) -> dict[str, int]:
+    """Step -> the images that it is said to redo."""
+    return {name: int(count) for name, count in re.findall(r"(\w+) \((\d+) images", told)}
+
+
+def test_the_cost_is_that_of_what_is_redone_and_of_new_tars(copy, chains):
+    place = copy("three")
+    (place.raw / THIRD).write_bytes(gzip.compress(gzip.decompress((place.raw / THIRD).read_bytes()), 1))
+    rows = {path.stem: parquet.num_rows(path) for path in place.folder("intermediates").glob("*.parquet")}
+    told = images_of(place.run("--dry-run")[1])
+    assert told["compute_fingerprints"] == told["generate_embeddings"] == rows["0090"]
+    assert told["process_tar"] < told["merge_and_split"]
+    assert told["merge_and_split"] == sum(rows.values())
+
+    place = copy("two", name="grown")
+    add_third_tar(place, chains)
+    told = images_of(place.run("--dry-run")[1])
+    assert list(told)[:4] == ["process_tar", "compute_fingerprints", "generate_embeddings", "merge_and_split"]
+    assert told["generate_embeddings"] == pytest.approx(rows["0090"], rel=0.3)  # by the sizes of the tars
+    assert told["merge_and_split"] == pytest.approx(sum(rows.values()), rel=0.1)
+
+
+def test_a_removed_tar_is_told_before_anything_runs_with_all_that_was_made_from_it(copy, chains):
+    place = copy("three")
+    (place.raw / THIRD).rename(place.raw / "0091.tar")  # one has gone, another one has come
+    before = place.written()
+    code, told = place.run("--local", "--set", "data.split_buffer_m=10")
+    assert code == 1
+    assert "merge_and_split is stale" in told
+    assert place.written() == before
+    removed = [Path(name).relative_to(place.root) for name in shlex.split(re.search("rm (/.*)", told)[1])]
+    assert set(removed) == {path for path in before if re.match("0090[-.]", path.name)}
+
+    (place.folder("intermediates") / "0090.parquet").unlink()  # as the command of another backbone's run did
+    assert "restore the tars" in place.run("--dry-run", "--set", "data.split_buffer_m=10")[1]
+
+
+def test_damaged_files_are_not_called_stale(copy):
+    place = copy("two")
+    name = damage(place.folder("merged"), random.Random(0))
+    _, plan = place.run("--dry-run")
+    assert re.search("^merge_and_split +damaged +after", plan, re.MULTILINE)
+    assert f"merge_and_split has damaged files: {place.folder('merged') / name}\n" in plan
+    assert "stale" not in plan
+    assert command_in(plan)[-2:] == ["--remake", "merge_and_split"]
+
+
+def test_the_search_is_remade_by_either_name_and_a_misspelt_one_has_a_suggestion(copy):
+    place, flags = copy("two"), ("--local", "--dry-run", "--set", "data.neighbors=15", "--remake")
+    plans = [place.run(*flags, name)[1] for name in ("compute_visual_neighbors", "neighbor_parts")]
+    assert "compute_visual_neighbors   stale, to be remade" in plans[0]
+    assert plans[0] == plans[1]
+    code, told = place.run(*flags, "compute_visual_neighbours")
+    assert (code, "did you mean compute_visual_neighbors?" in told) == (2, True)
+
+
+def test_a_stage_names_the_command_of_all_shards_and_in_a_job_the_one_that_submits_it(monkeypatch):
+    words = ["generate/generate_embeddings.py", "--shard", "1", "--num-shards", "2", "--set", "data.neighbors=15"]
+    monkeypatch.setattr(sys, "argv", words)
+    own = "python generate/generate_embeddings.py --set data.neighbors=15 --remake"
+    assert errors.command("", "--remake") == own
+    monkeypatch.setattr(sys, "argv", [*words, "--set", "paths.raw_dir=/local/staged-7-1"])
+    monkeypatch.setenv(errors.JOB_SETTINGS, "--config logs/runs/1/config.toml")
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    submit_again = "python slurm/submit.py --config logs/runs/1/config.toml --remake"
+    assert errors.command("", "--remake") == f"{submit_again} generate_embeddings"
+    assert errors.command("train/train.py", "--remake") == f"{submit_again} train"
+    overwrite = errors.command("preprocess/process_tar.py", "--overwrite")
+    assert overwrite == "python preprocess/process_tar.py --config logs/runs/1/config.toml --overwrite"

@@ -220,7 +220,7 @@ def test_other_bands_use_the_same_parts_and_other_neighbours_are_refused(flags, 
     assert part.stat().st_mtime_ns == before
     assert parquet.to_matrix(read(tmp_path)[0]["band_offsets"]).shape[1] == 3
     target.unlink()
-    with pytest.raises(StaleArtefact, match=r"data\.neighbors = 20; this run uses 10"):
+    with pytest.raises(StaleArtefact, match=r"data\.neighbors = 20 \(now 10"):
         main([*flags, "--set", "data.neighbors=10"])
 
 

@@ -201,7 +201,7 @@ def test_it_prints_the_table_and_a_second_run_does_nothing(merged, evaluated, ca
     assert "nothing to do" in second
     assert first.splitlines()[:8] == second.splitlines()[:8]
     assert path.stat().st_mtime_ns == before
-    with pytest.raises(StaleArtefact, match=r"evaluation.bootstrap_samples = 60; this run uses 61"):
+    with pytest.raises(StaleArtefact, match=r"evaluation.bootstrap_samples = 60 \(now 61"):
         run(merged, "--set", "evaluation.bootstrap_samples=61")
 
 
@@ -220,7 +220,7 @@ def test_figures_of_other_settings_are_not_redone_because_the_report_was_deleted
     cfg, *_ = own
     assert run(cfg) == 0
     (cfg.paths.evaluation_dir / "report.html").unlink()
-    with pytest.raises(StaleArtefact, match=r"this run uses 7"):
+    with pytest.raises(StaleArtefact, match=r"\(now 7"):
         run(cfg, "--set", "evaluation.bootstrap_samples=1000", "--set", "global.seed=7")
     assert run(cfg) == 0
     assert (cfg.paths.evaluation_dir / "report.html").exists()
@@ -310,5 +310,5 @@ def test_the_same_head_under_another_runs_name_gets_a_report_of_its_own(own):
     place = ("--set", "paths.evaluation_dir=evaluation")  # by default each run has its own
     run(cfg, *place)
     (cfg.paths.checkpoints_dir / "default").rename(cfg.paths.checkpoints_dir / "best")
-    with pytest.raises(StaleArtefact, match=r'training.run = "default"; this run uses "best"'):
+    with pytest.raises(StaleArtefact, match=r'training.run = "default" \(now "best"'):
         run(cfg, *place, "--set", "training.run=best")

@@ -102,7 +102,7 @@ def test_a_trial_can_be_named(root, capsys):
 def test_a_run_of_other_settings_is_refused_and_keeps_its_file(root):
     run = flags(root, "training.run=taken")
     assert train.main(run) == 0
-    with pytest.raises(StaleArtefact, match=r"(?s)training\.\w+ = .*this run uses.*--set training.run=NAME"):
+    with pytest.raises(StaleArtefact, match=r"(?s)training\.\w+ = .*\(now .*--set training.run=NAME"):
         fetch_best_and_train.main(run)
     assert not (paths_below(root).checkpoints_dir / "taken" / "config.toml").exists()
     assert fetch_best_and_train.main([*run, "--overwrite"]) == 0

@@ -210,7 +210,7 @@ def test_other_views_are_refused_and_files_older_than_views_are_those_of_the_who
     setup.overrides.append("embedding_model.label=one")  # by default they are in other folders
     whole = [*setup.flags, "--set", "embedding_model.views=[1.0]"]
     main(whole)
-    told = r"embedding_model.views = \[1.0\]; this run uses \[1.0, 0.5\](.|\n)*--set embedding_model.label=NAME"
+    told = r"embedding_model.views = \[1.0\] \(now \[1.0, 0.5\](.|\n)*--set embedding_model.label=NAME"
     with pytest.raises(StaleArtefact, match=told):
         main(setup.flags)
     part = setup.part("0089-0")
@@ -230,7 +230,7 @@ def test_other_views_are_refused_and_files_older_than_views_are_those_of_the_who
 def test_larger_parts_leave_no_part_of_the_old_division(setup):
     main(setup.flags)
     larger = [*setup.flags, "--set", "data.rows_per_part=10"]
-    with pytest.raises(StaleArtefact, match=r"rows_per_part = 5; this run uses 10"):
+    with pytest.raises(StaleArtefact, match=r"rows_per_part = 5 \(now 10"):
         main(larger)
     main([*larger, "--overwrite"])
     assert not setup.part("0088-2").exists()  # its rows stand in 0088-1 now

@@ -247,7 +247,7 @@ def test_photographs_that_are_at_several_buildings_are_told_where_no_split_is_le
 def test_a_changed_setting_is_told_and_not_redone(small, capsys):
     small.run()
     small.flags += ["--set", "data.split_buffer_m=10"]
-    with pytest.raises(StaleArtefact, match=r"data\.split_buffer_m = 50\.0; this run uses 10\.0"):
+    with pytest.raises(StaleArtefact, match=r"data\.split_buffer_m = 50\.0 \(now 10\.0"):
         small.run()
     assert small.run("--overwrite") == 0
 

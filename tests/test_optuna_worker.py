@@ -20,7 +20,7 @@ from small_study import flags, load, numbers, open_study, stand_in, work
 from common import cli
 from common.errors import ConfigError, PipelineError, StaleArtefact, Stopped
 from train import optuna_worker
-from train.tuning import shared_study, study_page, study_trials
+from train.tuning import shared_study, study_page, study_storage, study_trials
 
 
 @pytest.fixture(scope="module")
@@ -295,16 +295,19 @@ def test_hyperband_prunes_too(merged, tmp_path, quick):
 def test_a_study_of_other_settings_is_refused_and_remake_replaces_it(merged, tmp_path, cfg, quick):
     work(cfg, open_study(cfg), max_trials=1)
     other = load(merged, tmp_path, "training.steps_per_epoch=9")
-    with pytest.raises(StaleArtefact, match=r"training.steps_per_epoch = 4; this run uses 9"):
+    with pytest.raises(StaleArtefact, match=r"training.steps_per_epoch = 4 \(now 9"):
         open_study(other)
     varied = load(merged, tmp_path, "tuning.search_space.margin=[0.1, 0.2]")
     with pytest.raises(StaleArtefact, match="search_space"):
         open_study(varied)
-    with pytest.raises(StaleArtefact, match="search_space"):  # as the plan asks
-        optuna_worker.STAGE.refuse_stale(varied)
-    optuna_worker.STAGE.refuse_stale(cfg)
+    (made,) = optuna_worker.STAGE.records(varied).values()  # for the plan
+    assert (made.inputs, made.rows) == (shared_study.record(varied).inputs, {"out": 1})
+    assert made.seconds > 0
     assert len(open_study(cfg, redo="stale").trials) == 1  # one that matches is joined, not begun again
     assert len(open_study(other, redo="stale").trials) == 0
+    with study_storage.locked(cfg):
+        kept = optuna.get_all_study_summaries(study_storage.open_storage(cfg))
+    assert sorted(study.n_trials for study in kept) == [0, 1]  # the former study, under another name
 
 
 def test_a_study_of_other_data_is_refused(merged, tmp_path, cfg, quick):

@@ -102,12 +102,16 @@ def test_done_means_that_settings_and_inputs_match(tmp_path):
 @pytest.mark.parametrize(
     ("config", "inputs", "expected"),
     [
-        ({"data.x": 2}, {}, "data.x = 1; this run uses 2"),
+        ({"data.x": 2}, {}, "data.x = 1 (now 2)"),
         ({"data.x": 1}, {"t.tar": "9 bytes"}, "made from an earlier version of t.tar\nto redo it"),
         ({"data.x": 1}, {"t.tar": "5 bytes", "u.tar": "5 bytes"}, "made without u.tar\nto redo it"),
         ({"data.x": 1}, {}, "also made from t.tar\nto keep it, restore t.tar\n"),
-        ({"data.x": 2}, {"t.tar": "5 bytes"}, "this run uses 2\nto keep it, restore --set data.x=1\nto redo it"),
-        ({"data.x": 1, "data.y": 3}, {}, "data.y = null; this run uses 3"),
+        (
+            {"data.x": 2},
+            {"t.tar": "5 bytes"},
+            "to keep it: python preprocess/mine.py --set data.x=2 --set data.x=1\n",
+        ),
+        ({"data.x": 1, "data.y": 3}, {}, "data.y = null (now 3)"),
     ],
 )
 def test_a_stale_file_is_refused_in_words_and_remade_on_request(tmp_path, monkeypatch, config, inputs, expected):
@@ -308,9 +312,7 @@ def test_records_of_older_versions_are_read_by_todays_names_of_settings():
     todays = {"evaluation.gallery": "test", "training.run": "default"}
     assert not provenance.differences(older, provenance.record("evaluate", todays, {}))
     other = provenance.record("evaluate", todays | {"evaluation.gallery": "all"}, {})
-    assert provenance.differences(older, other) == [
-        'was made with evaluation.gallery = "test"; this run uses "all"'
-    ]
+    assert provenance.differences(older, other) == ['was made with evaluation.gallery = "test" (now "all")']
     older = provenance.record("train", {"training.sampler": "ucb"}, {})  # before there was training.mining
     for mining, same in (("none", True), ("semi_hard", False)):
         now = provenance.record("train", {"training.sampler": "ucb", "training.mining": mining}, {})

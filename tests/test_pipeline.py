@@ -369,7 +369,7 @@ def test_a_changed_setting_is_refused_and_remake_redoes_it(chain, tmp_path):
     other = ("preprocess/merge_and_split.py", *there, "--set", "data.split_buffer_m=10")
     refused = warm.run(*other)
     assert refused.returncode == 1
-    assert "data.split_buffer_m = 50.0; this run uses 10" in refused.stderr
+    assert "data.split_buffer_m = 50.0 (now 10" in refused.stderr
     assert refused.stderr.endswith(f"merge_and_split.py {shlex.join([*there, *other[-2:]])} --remake\n")
     assert warm.run(*other, "--remake").returncode == 0
     # what was made from the old merge no longer fits, and says so

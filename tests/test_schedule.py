@@ -129,7 +129,7 @@ def test_a_run_of_the_former_default_is_told_apart_and_kept_by_setting_it(root, 
         "training.bandit_groups=2",
     )
     assert main(flags(root, *paths, "training.steps_per_epoch=500")) == 0
-    with pytest.raises(StaleArtefact, match=r'training\.steps_per_epoch = 500; this run uses "auto"'):
+    with pytest.raises(StaleArtefact, match=r'training\.steps_per_epoch = 500 \(now "auto"'):
         main(flags(root, *paths, AUTO))
     assert main(flags(root, *paths, "training.steps_per_epoch=500")) == 0
     assert "nothing to do" in capsys.readouterr().out

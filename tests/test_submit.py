@@ -63,7 +63,7 @@ def test_select_takes_both_ends_and_refuses_what_is_not_there(cfg):
     steps = chain.steps_of(cfg)
     names = [step.name for step in chain.select(steps, "merge_and_split", "train")]
     assert names == ["merge_and_split", "summarize_ids", "compute_visual_neighbors", "train"]
-    with pytest.raises(ConfigError, match="there is no stage trian; the stages are process_tar"):
+    with pytest.raises(ConfigError, match=r"no stage trian; did you mean train\?; the stages are process_tar"):
         chain.select(steps, "trian", None)
     with pytest.raises(ConfigError, match="comes after"):
         chain.select(steps, "train", "process_tar")
@@ -190,10 +190,10 @@ def test_a_finished_run_of_other_settings_is_explained_with_all_ways_out(tmp_pat
     with pytest.raises(StaleArtefact) as refused:
         submit.main([*flags, "--local", "--only", "train"])
     told = str(refused.value).splitlines()
-    assert told[0].endswith("it was made with training.margin = 0.1; this run uses 0.3")
+    assert told[0].endswith("it was made with training.margin = 0.1 (now 0.3)")
     assert told[1:3] == [
-        "  redoing it, as long as it took: train (2 h 05 min)",
-        "  to keep it, restore --set training.margin=0.1",
+        "  redoing it, at the rate of the last time: train (2 h 05 min)",
+        f"  to keep it: {told[-1].partition(': ')[2].removesuffix(' --remake train')} --set training.margin=0.1",
     ]
     assert told[3].endswith(" --local --only train --set training.run=NAME")
     assert told[4].endswith(" --local --only train --remake train")

@@ -8,6 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+from common import errors
 from slurm.node import task
 
 
@@ -114,3 +115,11 @@ def test_a_task_that_was_stopped_outranks_one_that_failed(tmp_path, own, srun_se
     done = subprocess.run(command, env=os.environ | {"SLURM_STEP_NUM_TASKS": "2"}, capture_output=True, text=True)
     assert done.returncode == srun_sees
     assert done.stdout == f"-- task ends with exit code {own if own >= 0 else 128 - own}\n"
+
+
+def test_a_stage_knows_the_settings_of_its_job_for_the_commands_that_it_prints(tmp_path):
+    script = tmp_path / "stage.py"
+    script.write_text(f"import os; print(os.environ.get({errors.JOB_SETTINGS!r}))")
+    words = [script, "--config", tmp_path / "a b.toml", "--num-shards", "2", "--set", "data.neighbors=15"]
+    told = subprocess.check_output([sys.executable, ROOT / "slurm" / "node" / "task.py", *words], text=True)
+    assert told == f"--config '{tmp_path / 'a b.toml'}' --set data.neighbors=15\n"

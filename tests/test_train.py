@@ -223,7 +223,7 @@ def test_the_seed_of_the_split_draws_no_triplets_and_both_are_recorded(root, dat
     assert runs[0].history["loss"][1] == runs[1].history["loss"][1]
     config_of = heads.load_checkpoint(tmp_path / "2" / "checkpoint_last.pt")["config"]
     assert (config_of["global.seed"], config_of["training.seed"]) == (2, 0)
-    with pytest.raises(StaleArtefact, match=r"training\.seed = 0; this run uses 5"):
+    with pytest.raises(StaleArtefact, match=r"training\.seed = 0 \(now 5"):
         train(root, data, tmp_path / "2", "training.epochs=1", "global.seed=2", "training.seed=5")
 
 
@@ -260,7 +260,7 @@ def test_the_command_trains_says_so_and_has_nothing_to_do_the_second_time(root, 
     (run / "checkpoint_best.pt").unlink()
     assert main(flags(root, *paths)) == 0
     assert (run / "checkpoint_best.pt").exists()
-    with pytest.raises(StaleArtefact, match=r"training\.margin = 0\.1; this run uses 0\.2"):
+    with pytest.raises(StaleArtefact, match=r"training\.margin = 0\.1 \(now 0\.2"):
         main(flags(root, *paths, "training.margin=0.2"))
     assert main([*flags(root, *paths, "training.margin=0.2"), "--overwrite"]) == 0
     assert heads.load_checkpoint(run / "checkpoint_best.pt")["config"]["training.margin"] == 0.2

@@ -13,10 +13,12 @@ Writes   data/<backbone>/study/journal.log (or tuning.study_storage);
          data/<backbone>/merged_moments/<sample>.safetensors, as train.py, if no run has written it
 Command  python train/optuna_worker.py [--trials 10] [--minutes 600]
 Memory   as train.py
-A study of other data or settings is refused, and replaced with --remake; a matching one is joined in any case.
+A study of other data or settings is refused; --remake begins another, and keeps the trials of the former one as a
+study of its own in the same storage. A matching one is joined in any case.
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if not __package__:  # run by path: import from the repository root, not from this folder
@@ -24,6 +26,7 @@ if not __package__:  # run by path: import from the repository root, not from th
 
 from common import cli, stages
 from common.errors import ConfigError, PipelineError
+from common.provenance import Provenance
 
 
 def progress(cfg) -> tuple[int, int, str]:
@@ -40,21 +43,28 @@ def progress(cfg) -> tuple[int, int, str]:
     return done, cfg.tuning.num_trials, "trials"
 
 
-def refuse_stale(cfg) -> None:
-    """Raise StaleArtefact if there is a study of other data or settings."""
+def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
+    from train.tuning import shared_study, study_storage
+
+    yield stages.Output(Path(study_storage.name_of(cfg)), shared_study.record(cfg))
+
+
+def existing(cfg) -> dict[Path, Provenance]:
+    """The record of the study, of whatever data and settings, by the name of its storage."""
+    if cfg.tuning.study_storage == "journal" and not (cfg.paths.study_dir / "journal.log").exists():
+        return {}
     from train.tuning import shared_study
 
-    if cfg.tuning.study_storage != "journal" or (cfg.paths.study_dir / "journal.log").exists():
-        shared_study.open_study(cfg, shared_study.record(cfg), create=False)
+    return shared_study.existing(cfg)
 
 
 STAGE = stages.Stage(
     "optuna_worker",
     lambda cfg: cfg.paths.study_dir,
-    outputs=None,
+    outputs,
     settings=("tuning.trial_epochs", "tuning.pruner", "tuning.search_space"),
     progress=progress,
-    refuse_stale=refuse_stale,
+    existing=existing,
 )
 
 

@@ -82,7 +82,7 @@ def _of_task(
         if _source(cfg, share.tar).exists():
             whole = of_tar(cfg, stage, share.tar, settings)
             yield [whole[number] for number in share.of(len(whole))], whole
-    parquet.require_all({_source(cfg, share.tar): "preprocess/process_tar.py" for share in shares})
+    files.require_all({_source(cfg, share.tar): "preprocess/process_tar.py" for share in shares})
 
 
 def count(num_rows: int, rows_per_part: int) -> int:

@@ -1,7 +1,6 @@
 """The files to merge: listed, checked to belong together, read, and rewritten by split."""
 
 import contextlib
-import glob
 import itertools
 import json
 import shlex
@@ -12,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common import errors, parquet, provenance, schemas
+from common import errors, files, parquet, provenance, schemas
 from common.archives import image_origins, tar_parts, tars
 from common.cli import Progress
 from common.errors import PipelineError, StaleArtefact
@@ -52,7 +51,7 @@ def find(cfg: Config) -> Sources:
     not belong together."""
     paths, ids, sources, models = cfg.paths, {}, [], {}
     listing = image_origins.of_paths(paths)
-    _refuse_without_tar(paths, [tars.stem(tar) for tar in listing])
+    refuse_without_tar(paths, listing)
     _require(cfg, listing)
     for tar in listing:
         intermediates = paths.intermediates_dir / f"{tars.stem(tar)}.parquet"
@@ -92,7 +91,7 @@ def _require(cfg: Config, listing: list[Path]) -> None:
         if intermediates.exists():  # else the number of parts is unknown
             for stage, parts in _parts_of(cfg, tar, parquet.num_rows(intermediates)).items():
                 scripts |= dict.fromkeys(parts, _SCRIPTS[stage])
-    parquet.require_all(scripts)
+    files.require_all(scripts)
 
 
 def _parts_of(cfg: Config, tar: Path, num_rows: int) -> dict[str, list[Path]]:
@@ -102,16 +101,19 @@ def _parts_of(cfg: Config, tar: Path, num_rows: int) -> dict[str, list[Path]]:
     return {stage: tar_parts.targets(folder, tar, num_parts) for stage, folder in folders.items()}
 
 
-def _refuse_without_tar(paths: Paths, stems: list[str]) -> None:
-    """Raise PipelineError if images would be left out because their tar is no longer in raw_dir."""
-    lost = sorted({path.stem for path in paths.intermediates_dir.glob("*.parquet")} - set(stems))
+def refuse_without_tar(paths: Paths, listing: list[Path]) -> None:
+    """Raise PipelineError if there are files of tars that have gone. `listing`: all tars and imported sets."""
+    tables = (paths.intermediates_dir, paths.fingerprints_dir, paths.embeddings_dir)
+    whole = (tables[0], files.beside(tables[0], "index"), files.beside(tables[0], "rejects"))
+    tar_of = {path: path.stem for folder in whole for path in folder.glob("*.parquet")}
+    for folder in (*tables[1:], files.beside(tables[2], "rejects")):
+        tar_of |= {path: path.stem.rpartition("-")[0] for path in folder.glob("*.parquet")}
+    lost = {stem for path, stem in tar_of.items() if path.parent in tables} - {tars.stem(tar) for tar in listing}
     if lost:
-        folders = (paths.intermediates_dir, paths.fingerprints_dir, paths.embeddings_dir)
-        names = [f"{glob.escape(stem)}{end}.parquet" for stem in lost for end in ("", "-*")]
-        made = sorted(path for folder in folders for name in names for path in folder.glob(name))
+        made = sorted(str(path) for path, stem in tar_of.items() if stem in lost)
         raise PipelineError(
-            f"{paths.intermediates_dir} has {provenance.some(lost)}, but {paths.raw_dir} has no such tar\n"
-            f"restore the tars, or remove what was made from them: rm {shlex.join(map(str, made))}"
+            f"there are files of {provenance.some(lost)}, but {paths.raw_dir} has no such tar\n"
+            f"restore the tars, or remove what was made from them: rm {shlex.join(made)}"
         )
 
 

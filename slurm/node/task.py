@@ -13,6 +13,7 @@ Command  python slurm/node/task.py SCRIPT [the script's arguments]
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 if not __package__:  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from common import cli
+from common import cli, errors
 from slurm.node.child import run
 
 DEVICES = Path("/dev")
@@ -69,14 +70,15 @@ def main(argv: list[str] | None = None) -> int:
     cli.config_flags(flags)
     flags.add_argument("--num-shards", type=int)
     of_stage = flags.parse_known_args(words)[0]
-    num_shards = of_stage.num_shards
+    num_shards, name = of_stage.num_shards, Path(args.script).stem
+    if not name.startswith("generate_embeddings_from"):  # messages then name what submits the stage again
+        os.environ[errors.JOB_SETTINGS] = shlex.join(errors.settings_flags(of_stage))
     if num_shards and "SLURM_ARRAY_TASK_ID" in os.environ:
         shard = slurm_variable("ARRAY_TASK_ID") * num_tasks + slurm_variable("PROCID")
         if shard >= num_shards:
             print(f"there is no shard {shard} of {num_shards}", flush=True)
             return 0
         words = [*words, "--shard", str(shard)]
-        name = Path(args.script).stem
         if name in STAGED and (cfg := cli.load_config(of_stage)).slurm.stage_to:
             from slurm.node import staging
 

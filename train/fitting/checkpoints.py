@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import errors, files, parquet
+from common import files, parquet
 from common.errors import PipelineError
 from common.provenance import Provenance, Redo, digest_of
 from common.sections import Config
@@ -37,9 +37,7 @@ def existing(run_dir: Path, record: Provenance, redo: Redo) -> dict | None:
                     return None
                 raise
             made, amount = Provenance(**saved["provenance"]), f"{saved['epoch']} epochs"
-            another = errors.command("", "--set", "training.run=NAME")
-            otherwise = f"to train another run beside it: {another}"
-            kept = parquet.matches(path, made, record, redo, amount, otherwise=otherwise)
+            kept = parquet.matches(path, made, record, redo, amount)
             return saved if kept and "resume" in saved else None
     return None
 

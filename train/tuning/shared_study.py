@@ -6,6 +6,7 @@ than STALE_MIN_S and than STALE_EPOCHS of the longest epochs in the study; until
 finished, nobody knows how long one takes, and STALE_UNKNOWN_S applies.
 """
 
+import dataclasses
 import functools
 import logging
 import os
@@ -69,8 +70,8 @@ def open_study(cfg: Config, record: Provenance, *, create: bool, redo: Redo = ""
         study = create_or_load()
         existing = study.user_attrs.get("provenance")
         amount, script = f"{len(study.trials):,} trials", "train/optuna_worker.py"
-        if existing and not parquet.matches(name, Provenance(**existing), record, redo, amount, script=script):
-            optuna.delete_study(study_name=STUDY_NAME, storage=storage)
+        if existing and not parquet.matches(name, Provenance(**existing), record, redo, amount, script):
+            _set_aside(study, storage)
             study, existing = create_or_load(), None
         if create and not existing:
             study.set_user_attr("provenance", record.to_dict())
@@ -79,6 +80,29 @@ def open_study(cfg: Config, record: Provenance, *, create: bool, redo: Redo = ""
     else:
         study.pruner = optuna.pruners.HyperbandPruner(min_resource=1, max_resource=cfg.tuning.trial_epochs)
     return study
+
+
+def existing(cfg: Config) -> dict[Path, Provenance]:
+    """Where the study is kept -> its record, with the number of its trials and the seconds that they took."""
+    with study_storage.locked(cfg):
+        storage = study_storage.open_storage(cfg)
+        if STUDY_NAME not in optuna.get_all_study_names(storage):
+            return {}
+        study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
+        if "provenance" not in study.user_attrs:  # its first worker has been killed
+            return {}
+        record = Provenance(**study.user_attrs["provenance"])
+        seconds = sum(trial.duration.total_seconds() for trial in study.trials if trial.duration)
+        made = dataclasses.replace(record, rows={"out": len(study.trials)}, seconds=seconds)
+        return {Path(study_storage.name_of(cfg)): made}
+
+
+def _set_aside(study: optuna.Study, storage) -> None:
+    """Keep a study under another name. Workers that are left find that theirs is gone. Requires the lock."""
+    name, num_trials = time.strftime(f"{STUDY_NAME}, until %Y-%m-%d %H:%M:%S"), len(study.trials)
+    optuna.copy_study(from_study_name=STUDY_NAME, from_storage=storage, to_storage=storage, to_study_name=name)
+    optuna.delete_study(study_name=STUDY_NAME, storage=storage)
+    log.warning("the former study, of %s trials, is kept beside the new one, as %r", num_trials, name)
 
 
 def claim(study: optuna.Study, cfg: Config) -> optuna.Trial | None:
