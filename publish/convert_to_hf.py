@@ -76,6 +76,9 @@ def convert(cfg, redo: provenance.Redo) -> None:
     # the inputs, and whether they belong together
     checkpoint_path = run_record.run_dir(cfg) / run_record.BEST
     metrics_path = cfg.paths.evaluation_dir / "metrics.json"
+    history_path = checkpoint_path.with_name(run_record.HISTORY)
+    if history_path.exists():
+        run_record.finished(history_path)
     checkpoint = heads.load_checkpoint(checkpoint_path)
     metrics = metrics_json.read(metrics_path)
     test = cfg.paths.merged_dir / "test.parquet"
@@ -85,7 +88,6 @@ def convert(cfg, redo: provenance.Redo) -> None:
         metrics_path.name: metrics["provenance"]["id"],
     }
     record = STAGE.record(cfg, inputs)
-    run_record.evaluated_ids(cfg, inputs[checkpoint_path.name])  # refuses a run that has not finished
     written = written_files(cfg.paths.published_dir / "provenance.json")
     if published_folder.is_done(cfg.paths.published_dir, record, redo) and all(map(files.is_whole, written)):
         cli.nothing_to_do("convert_to_hf", str(cfg.paths.published_dir))

@@ -74,14 +74,20 @@ def evaluated_ids(cfg: Config, checkpoint_id: str | None = None) -> dict[str, st
     ids = stages.ids(cfg.paths.merged_dir / f"{split}.parquet" for split in ("test", "train", "val"))
     history = run_dir(cfg) / HISTORY  # the report draws it
     if checkpoint_id is None or history.exists():
-        record = parquet.read_provenance(history)
-        if not record.facts.get("finished"):
-            raise PipelineError(
-                f"{history.parent} holds a training run that has not finished\n"
-                f"let it finish: {errors.command('train/train.py')}"
-            )
+        record = finished(history)
         checkpoint_id = checkpoint_id or record.facts.get("best_checkpoint")
         if checkpoint_id is None:
             raise PipelineError(f"{history} does not name a checkpoint: an older version wrote it; rerun train.py")
         ids[HISTORY] = record.id
     return {**ids, BEST: checkpoint_id}
+
+
+def finished(history: Path) -> Provenance:
+    """The record of a run's history. Raises PipelineError if the run has not finished."""
+    record = parquet.read_provenance(history)
+    if not record.facts.get("finished"):
+        raise PipelineError(
+            f"{history.parent} holds a training run that has not finished\n"
+            f"let it finish: {errors.command('train/train.py')}"
+        )
+    return record
