@@ -1,5 +1,5 @@
-"""What follows the merge in a finished chain is changed (a file, a setting, a killed training), and the chain is run
-again: as in test_changes.py, whose stages in this process it shares.
+"""What follows the merge in a finished chain is changed (a file, a setting, a killed training), and the chain is
+run again: as in test_changes.py, whose stages in this process it shares.
 """
 
 import re
@@ -130,7 +130,7 @@ def test_a_published_file_that_is_gone_or_cut_off_is_published_again(copy):
     before = place.written()
     (published / "README.md").unlink()
     cut_off(published / "model.safetensors")
-    code, plan = place.run("--dry-run")
+    _, plan = place.run("--dry-run")
     assert re.search("^convert_to_hf +to do", plan, re.MULTILINE)
     assert place.follow() == []
     assert (published / "model.safetensors").read_bytes() == weights
