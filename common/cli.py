@@ -60,7 +60,7 @@ def config_flags(arguments: argparse.ArgumentParser) -> None:
 def load_config(args: argparse.Namespace):
     """The settings that the arguments select; checks --shard and sets the log level.
 
-    Raises ConfigError, also if an older version's files are where this one would not find them.
+    Raises ConfigError; for a stage also if an older version's files are where this one would not find them.
     """
     from common import config
     from common.errors import ConfigError
@@ -72,7 +72,8 @@ def load_config(args: argparse.Namespace):
     if not 0 <= getattr(args, "shard", 0) < num_shards:
         raise ConfigError(f"--shard must be between 0 and --num-shards - 1 = {num_shards - 1}")
     cfg = config.load(args.config, args.set)
-    former_layout.refuse(cfg)
+    if "redo" in args:  # a stage's: jobs can be followed and cancelled all the same
+        former_layout.refuse(cfg)
     log.setLevel(cfg.logging.level.upper())
     return cfg
 

@@ -9,6 +9,7 @@ import shlex
 import stat
 import time
 import uuid
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +22,7 @@ _NO_LOCKS = (
     errno.EOPNOTSUPP,
 )  # Lustre mounted without flock, some network file systems
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORMER = "former"  # a folder for what is being replaced, until that has succeeded
 _DEAD_AFTER_S = 3 * 24 * 3600.0  # without locks: no live run is silent for this long
 
 
@@ -50,6 +52,21 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename is None:
             error.filename = str(path)  # for the message: which disk is full
         raise
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file exists and, if it holds weights, is not cut off. Reads its ends only."""
+    if path.suffix == ".pt":
+        return zipfile.is_zipfile(path)
+    if path.suffix == ".safetensors":
+        import safetensors
+
+        try:
+            with safetensors.safe_open(path, "np"):
+                return True
+        except (OSError, safetensors.SafetensorError):
+            return False
+    return path.exists()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

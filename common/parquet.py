@@ -84,6 +84,7 @@ class Writer:
         self.num_rows = 0
         self.rows: dict = {}  # counts for the provenance, besides "out"
         self.facts: dict = {}
+        self.content = b""  # what the id is a digest of, if not all rows as written
         self._schema = schema
         self._group_rows = max(1, MAX_ROW_GROUP_BYTES // sum(_value_bytes(field.type) for field in schema))
         self._pending: list[pa.Table] = []
@@ -126,7 +127,7 @@ def writer(path: Path, schema: pa.Schema, record: Provenance) -> Iterator[Writer
             yield out
             out.flush()
             hashing.wait()
-            content_id = digest_of(hashing.digest.digest(), record.stage)
+            content_id = digest_of(out.content or hashing.digest.digest(), record.stage)
             finished = record.finished(content_id, {"out": out.num_rows, **out.rows}, out.facts)
             out.parquet.add_key_value_metadata({_KEY: finished.to_json().encode()})
             out.parquet.close()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import provenance
+from common import files, provenance
 from common.errors import PipelineError
 from common.provenance import Provenance
 
@@ -26,6 +26,7 @@ class Output:
     path: Path
     record: Provenance
     facts: dict = field(default_factory=dict)  # also required in the record of a finished file
+    companions: tuple[Path, ...] = ()  # files without a record that belong to it
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Stage:
         except (OSError, PipelineError):
             return False  # missing, damaged or not ours: the stage itself reports which
         is_finished = all(existing.facts.get(name) == value for name, value in output.facts.items())
+        is_finished &= all(map(files.is_whole, output.companions))
         return is_finished and not provenance.differences(existing, self.expected(existing, output.record))
 
     def expected(self, existing: Provenance, record: Provenance) -> Provenance:

@@ -88,7 +88,8 @@ def main(argv=None) -> int:
             tar_files.write_rejects(rejects, pairs, record, counts)
             failure = tar_files.failure(tar, files, counts, cfg.data.max_reject_share)
             if failure:
-                target.unlink(missing_ok=True)  # an earlier run's, which would count as done
+                if STAGE.is_current(stages.Output(target, record)):  # it would count as done
+                    target.unlink()
                 failures.append(f"{failure}; see {rejects}")
             else:  # written last: where the intermediates are, the others are too
                 index = tar_images.index_of(cfg.paths.intermediates_dir, tar)

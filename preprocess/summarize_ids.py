@@ -31,7 +31,8 @@ def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
     if sources[0][1] not in schemas.SPLITS:
         folder = files.beside(folder, "intermediates")
     yield stages.Output(folder / "summary.parquet", record)
-    yield stages.Output(files.beside(folder, "report") / "summary.json", record)
+    totals = files.beside(folder, "report") / "summary.json"
+    yield stages.Output(totals, record, companions=(totals.with_suffix(".html"),))
 
 
 STAGE = stages.Stage("summarize_ids", lambda cfg: cfg.paths.summary_dir, outputs, settings=("data.split_cell_m",))

@@ -20,7 +20,7 @@ if not __package__:  # run by path: import from the repository root, not from th
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli, provenance, stages
-from common.errors import ConfigError
+from common.errors import ConfigError, PipelineError
 
 
 def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
@@ -29,7 +29,16 @@ def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
     metrics_path = cfg.paths.evaluation_dir / "metrics.json"
     checkpoint_id = run_record.evaluated_ids(cfg)[run_record.BEST]
     ids = {run_record.BEST: checkpoint_id, metrics_path.name: stages.identity(metrics_path)}
-    yield stages.Output(cfg.paths.published_dir / "provenance.json", STAGE.record(cfg, ids))
+    path = cfg.paths.published_dir / "provenance.json"
+    yield stages.Output(path, STAGE.record(cfg, ids), companions=written_files(path))
+
+
+def written_files(path: Path) -> tuple[Path, ...]:
+    """The files beside a provenance.json that it names, none if it is missing or an older version wrote it."""
+    try:
+        return tuple(path.parent / name for name in stages.record_of(path).facts.get("files", ()))
+    except (OSError, PipelineError):
+        return ()
 
 
 STAGE = stages.Stage("convert_to_hf", lambda cfg: cfg.paths.published_dir, outputs, settings=("training.run",))
@@ -57,7 +66,7 @@ def main(argv=None) -> int:
 
 def convert(cfg, redo: provenance.Redo) -> None:
     """Write the published folder, unless it is up to date."""
-    from common import devices
+    from common import devices, files
     from publish.hub import model_card, parity, published_folder
     from train import run_record
     from train.evaluation import heads, metrics_json
@@ -67,6 +76,9 @@ def convert(cfg, redo: provenance.Redo) -> None:
     # the inputs, and whether they belong together
     checkpoint_path = run_record.run_dir(cfg) / run_record.BEST
     metrics_path = cfg.paths.evaluation_dir / "metrics.json"
+    history_path = checkpoint_path.with_name(run_record.HISTORY)
+    if history_path.exists():
+        run_record.finished(history_path)
     checkpoint = heads.load_checkpoint(checkpoint_path)
     metrics = metrics_json.read(metrics_path)
     test = cfg.paths.merged_dir / "test.parquet"
@@ -76,7 +88,8 @@ def convert(cfg, redo: provenance.Redo) -> None:
         metrics_path.name: metrics["provenance"]["id"],
     }
     record = STAGE.record(cfg, inputs)
-    if published_folder.is_done(cfg.paths.published_dir, record, redo):
+    written = written_files(cfg.paths.published_dir / "provenance.json")
+    if published_folder.is_done(cfg.paths.published_dir, record, redo) and all(map(files.is_whole, written)):
         cli.nothing_to_do("convert_to_hf", str(cfg.paths.published_dir))
         return
 
@@ -89,7 +102,9 @@ def convert(cfg, redo: provenance.Redo) -> None:
         found = parity.check(folder, cfg, checkpoint, preprocessing, device)
         inputs, model = checkpoint["provenance"]["inputs"], checkpoint["embedding_model"]
         trained_on = {"inputs": inputs, "embedding_model": model}
-        published_folder.write_provenance(folder, record, {**found._asdict(), "trained_on": trained_on})
+        names = sorted(path.name for path in folder.iterdir())
+        facts = {**found._asdict(), "trained_on": trained_on, "files": names}
+        published_folder.write_provenance(folder, record, facts)
     print(
         f"convert_to_hf: wrote {cfg.paths.published_dir}; for {found.parity_images} test images, its embeddings "
         f"are within {found.backbone_cosine_distance:.1e} cosine distance of the stored ones, and its head's "

@@ -114,6 +114,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     cfg = cli.load_config(args)
+    from common.layout import former_layout
     from slurm import chain, jobs, local, runs, stale
 
     if args.prefetch:
@@ -126,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"run {folder.name}: {runs.cancel(folder)} jobs cancelled")
         return 0
 
+    former_layout.refuse(cfg)
     if args.local:  # one process with all cores: the neighbour search is cut for job arrays only
         cfg = cfg.model_copy(update={"slurm": cfg.slurm.model_copy(update={"difficulty_shards": 1})})
     embed = [chain.embedding_module(Path(args.embed[0])), *args.embed] if args.embed else []

@@ -7,7 +7,8 @@ from conftest import paths_below
 
 from common import config
 from difficulty import compute_visual_neighbors
-from train.fitting import fit
+from train import run_record
+from train.fitting import checkpoints, fit
 
 SETTINGS = [
     "data.neighbors=30",
@@ -39,5 +40,8 @@ def flags(root, *more):
     return [flag for setting in settings(root, *more) for flag in ("--set", setting)]
 
 
-def train(root, data, run_dir=None, *more, **options):
-    return fit.fit(config.load(None, settings(root, *more)), data, run_dir=run_dir, **options)
+def train(root, data, run_dir=None, *more, redo="", **options):
+    cfg = config.load(None, settings(root, *more))
+    record = run_record.record(cfg, data.inputs)
+    saved = checkpoints.existing(run_dir, record, redo) if run_dir else None
+    return fit.fit(cfg, data, run_dir=run_dir, saved=saved, **options)

@@ -157,7 +157,7 @@ def test_a_checkpoint_whose_inside_is_broken_is_refused(own):
     cfg, _, path = own
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/version", "3")
-    with pytest.raises(PipelineError, match=r"checkpoint_best.pt is damaged \(.*\): delete it and retrain"):
+    with pytest.raises(PipelineError, match=r"checkpoint_best.pt is damaged \(.*\)\nrerun train/train\.py"):
         run(cfg)
 
 

@@ -134,6 +134,19 @@ def test_a_tar_that_fails_when_made_again_leaves_no_old_rows_that_would_count_as
     assert exit_code_of(lambda: run(tmp_path, "data.max_reject_share=0.4")) == 1
 
 
+def test_a_new_tar_that_fails_leaves_the_rows_of_the_former_one_which_do_not_count_as_its_own(tmp_path):
+    make_tar(tmp_path / "data/raw/0088.tar", [("88_1_1_1.jpg", jpeg()), ("88_1_1_1.txt", label())])
+    run(tmp_path)
+    target = tmp_path / "data/intermediates/0088.parquet"
+    before = target.read_bytes()
+    make_tar(tmp_path / "data/raw/0088.tar", [("88_1_1_1.jpg", jpeg()), ("88_1_1_1.txt", b"")])
+    for _ in range(2):
+        assert exit_code_of(lambda: run(tmp_path, "data.max_reject_share=0.4", more=["--remake"])) == 1
+        assert target.read_bytes() == before
+    with pytest.raises(StaleArtefact, match=r"an earlier version of 0088\.tar"):
+        run(tmp_path)
+
+
 @pytest.mark.parametrize("files", [[], [("README", b"hello")]])
 def test_a_tar_without_images_fails(tmp_path, capsys, files):
     make_tar(tmp_path / "data/raw/0088.tar", files)

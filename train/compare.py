@@ -37,6 +37,7 @@ def main(argv=None) -> int:
     from common import config, files, parquet, provenance
     from train import datasets, run_record
     from train.evaluation import gallery
+    from train.fitting import checkpoints
     from train.fitting.fit import fit
     from train.report import comparison
 
@@ -65,7 +66,8 @@ def main(argv=None) -> int:
             settings = config.with_training(cfg, **combination._asdict(), seed=seed)
             name = "-".join(filter(lambda part: part != "none", combination))
             run_dir = cfg.paths.checkpoints_dir / "compare" / f"{name}-{seed}"
-            checkpoint = fit(settings, data, run_dir=run_dir, redo=args.redo).best
+            saved = checkpoints.existing(run_dir, run_record.record(settings, data.inputs), args.redo)
+            checkpoint = fit(settings, data, run_dir=run_dir, saved=saved).best
             best[combination, seed] = checkpoint
             map_at_r = checkpoint["metrics"]["map@r"]
             log.info("%s: validation mAP@R %.4f, epoch %d", run_dir.name, map_at_r, checkpoint["epoch"])

@@ -37,7 +37,8 @@ def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
     from train import run_record
 
     record = STAGE.record(cfg, run_record.evaluated_ids(cfg))
-    yield stages.Output(cfg.paths.evaluation_dir / "metrics.json", record)
+    folder = cfg.paths.evaluation_dir
+    yield stages.Output(folder / "metrics.json", record, companions=(folder / "report.html",))
 
 
 STAGE = stages.Stage(

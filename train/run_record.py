@@ -39,7 +39,11 @@ def merge_records(cfg: Config, splits: tuple[str, ...]) -> dict[Path, Provenance
     paths = [cfg.paths.merged_dir / f"{split}.parquet" for split in splits]
     for path in paths:
         parquet.require(path, "preprocess/merge_and_split.py")
-    records = {path: parquet.read_provenance(path) for path in paths}
+    try:
+        records = {path: parquet.read_provenance(path) for path in paths}
+    except PipelineError as error:
+        again = errors.command("preprocess/merge_and_split.py", "--remake")
+        raise PipelineError(f"{str(error).splitlines()[0]}\nmerge again: {again}") from None
     for path, record in records.items():
         reasons = provenance.differences(record, records[paths[0]])
         if reasons:
@@ -69,8 +73,21 @@ def evaluated_ids(cfg: Config, checkpoint_id: str | None = None) -> dict[str, st
     default the one that the run's history names. Raises PipelineError if the run has not finished."""
     ids = stages.ids(cfg.paths.merged_dir / f"{split}.parquet" for split in ("test", "train", "val"))
     history = run_dir(cfg) / HISTORY  # the report draws it
-    if checkpoint_id is None:
-        checkpoint_id = parquet.read_provenance(history).facts.get("best_checkpoint")
+    if checkpoint_id is None or history.exists():
+        record = finished(history)
+        checkpoint_id = checkpoint_id or record.facts.get("best_checkpoint")
         if checkpoint_id is None:
             raise PipelineError(f"{history} does not name a checkpoint: an older version wrote it; rerun train.py")
-    return {**ids, BEST: checkpoint_id, **stages.ids([history] if history.exists() else [])}
+        ids[HISTORY] = record.id
+    return {**ids, BEST: checkpoint_id}
+
+
+def finished(history: Path) -> Provenance:
+    """The record of a run's history. Raises PipelineError if the run has not finished."""
+    record = parquet.read_provenance(history)
+    if not record.facts.get("finished"):
+        raise PipelineError(
+            f"{history.parent} holds a training run that has not finished\n"
+            f"let it finish: {errors.command('train/train.py')}"
+        )
+    return record

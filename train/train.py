@@ -28,13 +28,11 @@ log = logging.getLogger("pipeline")
 
 
 def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
-    from common import parquet
     from train import run_record
 
-    record = run_record.record(cfg, run_record.input_ids(cfg))
-    for name in (run_record.BEST, run_record.LAST):
-        parquet.require(run_record.run_dir(cfg) / name, "train/train.py")
-    yield stages.Output(run_record.run_dir(cfg) / run_record.HISTORY, record, {"finished": True})
+    folder, record = run_record.run_dir(cfg), run_record.record(cfg, run_record.input_ids(cfg))
+    companions = tuple(folder / name for name in (run_record.BEST, run_record.LAST, "curves.png"))
+    yield stages.Output(folder / run_record.HISTORY, record, {"finished": True}, companions)
 
 
 def progress(cfg) -> tuple[int, int, str]:
@@ -90,7 +88,7 @@ def main(argv=None) -> int:
     steps = cfg.training.epochs * epoch_steps - (saved["resume"]["step"] if saved else 0)
     total = steps * cfg.training.batch_size
     with cli.Progress("train", "triplet", total, cfg.logging.progress_interval_s) as progress:
-        result = fit(cfg, data, run_dir=run_dir, redo=args.redo, progress=progress)
+        result = fit(cfg, data, run_dir=run_dir, saved=saved, progress=progress)
     draws = result.best["epoch"] * epoch_steps * cfg.training.batch_size / data.train.num_images
     return progress.summary(outcome(cfg, whitening, result.best, draws))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common import config, files, provenance, stages
 from common.errors import ConfigError, PipelineError
-from common.sections import Config, EmbeddingModel
+from common.sections import Config
 
 FORMER = {  # setting -> its former default
     **{f"{name}_dir": f"data/{name}" for name in ("embeddings", "merged", "difficulty", "summary", "study")},
@@ -22,43 +22,34 @@ _BESIDE = ("rejects", "report", "parts", "moments", "intermediates", "intermedia
 
 
 def refuse(cfg: Config) -> None:
-    """Raise ConfigError, with the commands that move them, if there are files in former places below paths.root.
+    """Raise ConfigError, with the commands that move them, if there are files in former places below paths.root,
+    and none in their new ones.
 
     Settings without {backbone} name the same places as formerly, and are left alone. Lists two folders.
     """
-    settings = [name for name in FORMER if "{backbone}" in str(getattr(cfg.templates, name))]
-    data = cfg.paths.root / "data"
+    root, data = cfg.paths.root, cfg.paths.root / "data"
     names = set(os.listdir(data)) if data.is_dir() else set()
-    former = [(name, path) for name in settings for path in _former_paths(cfg, name, names)]
-    if not former:
+    templates = [name for name in FORMER if "{backbone}" in str(getattr(cfg.templates, name))]
+    former = [(name, path) for name in templates for path in _former_paths(cfg, name, names)]
+    label = _label_of(cfg) if former else ""
+    targets = [(name, path, _target(cfg, name, path, label)) for name, path in former]
+    moves = [move for move in targets if not move[2].exists()]
+    if not moves:
         return
-    root, model = cfg.paths.root, _model_of(cfg)
-    targets = {path: _target(cfg, name, path, config.label_of(model)) for name, path in former}
-    moves = {
-        path: target for path, target in targets.items() if not target.exists()
-    }  # else one goes into the other
 
     def short(path: Path) -> str:
         return shlex.quote(os.path.relpath(path, root) if path.is_relative_to(root) else str(path))
 
-    lines = [f"{root} has files where an older version wrote them, without a folder for each backbone and run"]
-    if model is not cfg.embedding_model:
-        keys = [key for key in ("name", "revision", "pooling", "views", "dtype")
-                if getattr(model, key) != getattr(cfg.embedding_model, key)]  # fmt: skip
-        made = ", ".join(f"embedding_model.{key} = {json.dumps(getattr(model, key))}" for key in keys)
-        lines.append(f"they were made with other settings, which use them again: {made}")
-    both = targets.keys() - moves.keys()
-    lines += [
-        f"{path} is also in its new place, {targets[path]}: move one of the two away" for path in sorted(both)
+    lines = [
+        f"{root} has files where an older version wrote them, without a folder for each backbone and run",
+        "while no job is running, move them, and nothing is computed again:",
+        f"cd {shlex.quote(str(root))}",
+        *(f"mkdir -p {short(parent)}" for parent in dict.fromkeys(target.parent for *_, target in moves)),
+        *(f"mv {short(path)} {short(target)}" for _, path, target in moves),
+        "or keep the former places: in [paths] of config.toml, replace these settings:",
+        *(f"{name} = {json.dumps(FORMER[name])}" for name in dict.fromkeys(name for name, *_ in moves)),
     ]
-    if moves:
-        lines.append("while no job is running, move them, and nothing is computed again:")
-        lines.append(f"cd {shlex.quote(str(root))}")
-        parents = dict.fromkeys(target.parent for target in moves.values())
-        lines += [f"mkdir -p {short(parent)}" for parent in parents]
-        lines += [f"mv {short(path)} {short(target)}" for path, target in moves.items()]
-    lines.append("or keep the former places, by these lines in config.toml:")
-    raise ConfigError("\n".join([*lines, *(f"{name} = {json.dumps(FORMER[name])}" for name in settings)]))
+    raise ConfigError("\n".join(lines))
 
 
 def _former_paths(cfg: Config, setting: str, names: set[str]) -> list[Path]:
@@ -67,13 +58,12 @@ def _former_paths(cfg: Config, setting: str, names: set[str]) -> list[Path]:
     former = cfg.paths.root / FORMER[setting]
     if setting == "checkpoints_dir":
         folders = sorted(former.iterdir()) if former.is_dir() else []
-        return [folder for folder in folders if folder.name == "compare" or _is_run(folder)]
+        marks = ("checkpoint_last.pt", "checkpoint_best.pt", "config.toml")
+        return [
+            path for path in folders if path.name == "compare" or any((path / name).exists() for name in marks)
+        ]
     folders = [former, *(files.beside(former, what) for what in _BESIDE)]
     return [folder for folder in folders if folder.name in names - {config.label_of(cfg.embedding_model)}]
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("checkpoint_last.pt", "checkpoint_best.pt", "config.toml"))
 
 
 def _target(cfg: Config, setting: str, path: Path, label: str) -> Path:
@@ -96,18 +86,17 @@ def _run_of(folder: Path, otherwise: str) -> str:
     return otherwise
 
 
-def _model_of(cfg: Config) -> EmbeddingModel:
-    """The model that the records of the former embeddings name; that of `cfg` if it is the same, or unknown."""
+def _label_of(cfg: Config) -> str:
+    """The folder of the model that the records of the former embeddings name; that of `cfg` if none does."""
     data, ours = cfg.paths.root / "data", cfg.embedding_model
-    paths = [*sorted((data / "embeddings").glob("*.parquet"))[:1], data / "merged" / "train.parquet"]
-    for path in paths:
+    compared = ("name", "revision", "pooling", "views", *(["dtype"] if ours.dtype != "auto" else []))
+    for path in [*sorted((data / "embeddings").glob("*.parquet"))[:1], data / "merged" / "train.parquet"]:
         try:
             made = provenance.embedding_model(stages.record_of(path))
         except (OSError, PipelineError):
             continue
-        name = Path(ours.name).name if config.is_folder(ours.name) else ours.name
-        now = {**ours.model_dump(), "name": name}
-        compared = ("name", "revision", "pooling", "views", *(["dtype"] if ours.dtype != "auto" else []))
+        now = ours.model_dump()
+        now["name"] = Path(ours.name).name if config.is_folder(ours.name) else ours.name
         changed = {key: made[key] for key in compared if key in made and made[key] != now[key]}
-        return ours.model_copy(update={**changed, "label": "auto"}) if changed else ours
-    return ours
+        return config.label_of(ours.model_copy(update={**changed, "label": "auto"}) if changed else ours)
+    return config.label_of(ours)

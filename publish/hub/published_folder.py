@@ -26,7 +26,7 @@ from publish.modeling_spatial_embeddings import SpatialEmbeddingsHead, SpatialEm
 from train.evaluation.heads import head_of
 
 MAX_SHARD_SIZE = "5GB"  # of the weights: larger files are slow to fetch, and to resume
-NEW, FORMER = "new", "former"  # in a temporary folder: what is being published, and what it replaces
+NEW = "new"  # in a temporary folder: what is being published; files.FORMER is what it replaces
 
 
 def refuse_mixture(test: Path, checkpoint_path: Path, checkpoint: dict, metrics_path: Path, metrics: dict) -> None:
@@ -142,7 +142,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             for written in (*folder.iterdir(), folder):
                 files.fsync(written)
             if path.exists():
-                path.rename(place / FORMER)
+                path.rename(place / files.FORMER)
             folder.rename(path)
             files.fsync(path.parent)
         finally:
@@ -152,7 +152,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def _put_back(place: Path, path: Path) -> None:
     """Move the former `path` out of a temporary folder of `new_folder`, unless there is a new one."""
-    former = place / FORMER
+    former = place / files.FORMER
     if former.exists() and not path.exists():
         former.rename(path)
         files.fsync(path.parent)

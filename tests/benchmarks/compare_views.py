@@ -40,9 +40,10 @@ from common.imagery.decoding import decode
 from common.provenance import digest_of
 from common.sections import Config
 from generate import backbone
-from train import baselines, datasets, whitening
+from train import baselines, datasets, run_record, whitening
 from train.datasets import TrainingData
 from train.evaluation import bootstrap, gallery, methods, protocol
+from train.fitting import checkpoints
 from train.fitting.fit import fit
 from train.report.comparison import FIGURES, rank_all
 
@@ -231,7 +232,9 @@ def main(argv=None) -> int:
     with cli.Progress("views", "run", len(runs), cfg.logging.progress_interval_s) as progress:
         for arm, seed in runs:
             run_dir = cfg.paths.checkpoints_dir / "views" / f"{re.sub(r'[^0-9a-z.]+', '_', arm.name)}-{seed}"
-            checkpoint = fit(config.with_training(cfg, seed=seed), of_arm[arm], run_dir=run_dir).best
+            settings, arm_data = config.with_training(cfg, seed=seed), of_arm[arm]
+            saved = checkpoints.existing(run_dir, run_record.record(settings, arm_data.inputs), "")
+            checkpoint = fit(settings, arm_data, run_dir=run_dir, saved=saved).best
             best[arm.name, seed] = checkpoint
             map_at_r = checkpoint["metrics"]["map@r"]
             log.info("%s: validation mAP@R %.4f, epoch %d", run_dir.name, map_at_r, checkpoint["epoch"])

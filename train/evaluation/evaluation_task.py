@@ -29,8 +29,8 @@ def of_run(cfg: Config, compare: list[Path], stage: Stage) -> EvaluationTask:
     checkpoint = heads.load_checkpoint(path)
     records = run_record.merge_records(cfg, gallery.TEST_FIRST)
     own = methods.of_checkpoint(checkpoint)
-    gallery.refuse_foreign_head(path, checkpoint, records)
-    compared = methods.compared(compare, records, [method.name for method in own])
+    gallery.refuse_foreign_head(cfg, path, checkpoint, records)
+    compared = methods.compared(cfg, compare, records, [method.name for method in own])
     inputs = run_record.evaluated_ids(cfg, checkpoint["provenance"]["id"])
     inputs |= {method.name: method.id for method in compared}
     test = records[cfg.paths.merged_dir / "test.parquet"]

@@ -3,6 +3,7 @@
 Memory: G rows x D x 2 bytes for the embeddings and about 150 bytes a row for the other columns.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -18,6 +19,7 @@ from common.errors import PipelineError, StaleArtefact
 from common.places import zones
 from common.provenance import Provenance
 from common.sections import Config
+from train import run_record
 
 TEST_FIRST = ("test", "train", "val")
 COLUMNS = (
@@ -116,15 +118,15 @@ def _cast(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
         raise PipelineError(f"{path}: column {name} is {column.type}, not {kind} ({reason})") from None
 
 
-def refuse_foreign_head(path: Path, checkpoint: dict, records: dict[Path, Provenance]) -> None:
+def refuse_foreign_head(cfg: Config, path: Path, checkpoint: dict, records: dict[Path, Provenance]) -> None:
     """Raise StaleArtefact, naming both sides, unless the head at `path` was trained on this merge (of another one
     it may have seen the test images) and on embeddings of the same model. `records`: of the splits, test first."""
     (test, of_test), *training_splits = records.items()
     for split, record in training_splits:
         if checkpoint["provenance"]["inputs"].get(split.name) != record.id:
+            again = errors.command("train/train.py", *_settings_of(cfg, path, checkpoint), "--remake")
             raise StaleArtefact(
-                f"{path} was trained on an earlier version of {split}\n"
-                f"repeat the run that made it: {errors.command('train/train.py', '--remake')}"
+                f"{path} was trained on an earlier version of {split}\nrepeat the run that made it: {again}"
             )
     ours, theirs = provenance.embedding_model(of_test), provenance.with_views(checkpoint["embedding_model"])
     if ours != theirs:
@@ -132,6 +134,15 @@ def refuse_foreign_head(path: Path, checkpoint: dict, records: dict[Path, Proven
             f"{path} was trained on embeddings of {_model_name(theirs)}\n"
             f"{test} holds embeddings of {_model_name(ours)}"
         )
+
+
+def _settings_of(cfg: Config, path: Path, checkpoint: dict) -> list[str]:
+    """The flags that make of `cfg` the settings of the run whose checkpoint or published folder is at `path`."""
+    run, now = (path if path.is_dir() else path.parent).name, run_record.recorded(cfg)
+    then = checkpoint.get("config", {})  # a published model has none
+    changed = {key: json.dumps(then[key]) for key in now if key in then and then[key] != now[key]}
+    changed |= {"training.run": run} if run != cfg.training.run else {}
+    return [word for key, value in changed.items() for word in ("--set", f"{key}={value}")]
 
 
 def _model_name(model: dict) -> str:

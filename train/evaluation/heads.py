@@ -15,6 +15,7 @@ from common.parquet import first_line
 from publish.projection_head import ProjectionHead
 
 _KEYS = {"head", "epoch", "metrics", "config", "embedding_model", "baselines", "provenance"}
+_RERUN = "rerun train/train.py: it restores checkpoint_best.pt, or says how to train again"
 EMBED_ROWS = 8_192  # rows at a time: 25 MB of float32 at 768 dimensions
 
 
@@ -23,11 +24,11 @@ def load_checkpoint(path: Path) -> dict:
     if not path.exists():
         raise PipelineError(f"{path} does not exist: run train/train.py first")
     if not zipfile.is_zipfile(path):  # truncated, or never a checkpoint
-        raise PipelineError(f"{path} is damaged: delete it and retrain")
+        raise PipelineError(f"{path} is damaged\n{_RERUN}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except RuntimeError as error:
-        raise PipelineError(f"{path} is damaged ({first_line(error)}): delete it and retrain") from None
+        raise PipelineError(f"{path} is damaged ({first_line(error)})\n{_RERUN}") from None
     except pickle.UnpicklingError:  # it holds more than tensors and plain values
         content = None
     if not isinstance(content, dict) or not content.keys() >= _KEYS:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from common import parquet
 from common.errors import PipelineError
 from common.provenance import Provenance
+from common.sections import Config
 from train.evaluation import gallery as galleries
 from train.evaluation import heads
 from train.evaluation.gallery import Gallery
@@ -40,7 +41,9 @@ def of_checkpoint(checkpoint: dict) -> list[Method]:
     ]
 
 
-def compared(paths: list[Path], records: dict[Path, Provenance], taken: Iterable[str]) -> list[Method]:
+def compared(
+    cfg: Config, paths: list[Path], records: dict[Path, Provenance], taken: Iterable[str]
+) -> list[Method]:
     """What --compare names: checkpoints, folders written by publish/convert_to_hf.py, and Parquet files with other
     vectors of the same images. `records`: of the splits, test first; `taken`: names of other methods.
 
@@ -62,7 +65,7 @@ def compared(paths: list[Path], records: dict[Path, Provenance], taken: Iterable
         else:
             checkpoint = heads.load_checkpoint(path)
             description = f"the head of {path}, epoch {checkpoint['epoch']}"
-        galleries.refuse_foreign_head(path, checkpoint, records)
+        galleries.refuse_foreign_head(cfg, path, checkpoint, records)
         methods.append(Method(name, description, checkpoint["provenance"]["id"], _head(checkpoint)))
     return methods
 

@@ -1,6 +1,8 @@
 """The files of a run: checkpoints to evaluate, publish and resume from, and its history."""
 
+import contextlib
 import io
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -8,17 +10,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import files, parquet
+from common import errors, files, parquet
 from common.errors import PipelineError
-from common.provenance import Provenance, Redo, digest_of
+from common.provenance import Provenance, Redo, differences, digest_of
 from common.sections import Config
 from publish.projection_head import ProjectionHead
 from train import run_record
 from train.evaluation import heads
 from train.fitting import history
 
-NAMES = (run_record.BEST, run_record.LAST, run_record.HISTORY, "curves.png", "bad_batch.pt")
-FORMER = "former"  # the folder, in a run's, for the files of the run that it replaces
+log = logging.getLogger("pipeline")
+
+NAMES = (run_record.LAST, run_record.HISTORY, "curves.png", "bad_batch.pt", run_record.BEST)
 _WITH_STATE = ("loss", "optimizer", "bandit")  # attributes of a Run that are saved by state_dict()
 _PLAIN = ("step", "mined_with", "history", "timings", "best")  # and those that are saved as they are
 
@@ -26,32 +29,60 @@ _PLAIN = ("step", "mined_with", "history", "timings", "best")  # and those that 
 def existing(run_dir: Path, record: Provenance, redo: Redo) -> dict | None:
     """The content of checkpoint_last.pt, if it can be resumed; a lone checkpoint_best.pt cannot, and is replaced.
     Raises StaleArtefact if either was made with other settings or inputs than `record`, unless `redo` allows to
-    begin anew."""
-    for name in (run_record.LAST, run_record.BEST) if redo != "all" else ():
-        path = run_dir / name
-        if path.exists():
-            try:
-                saved = heads.load_checkpoint(path)
-            except PipelineError:
-                if redo:
-                    return None
-                raise
+    begin anew. If the run in former/ matches, it is put back instead: its successor has not finished."""
+    if redo == "all":
+        return None
+    replaced = _matching(run_dir / files.FORMER / run_record.LAST, record)
+    path = next((run_dir / name for name in (run_record.LAST, run_record.BEST) if (run_dir / name).exists()), None)
+    if path:
+        try:
+            saved = heads.load_checkpoint(path)
+        except PipelineError as error:
+            if not redo:
+                advice = f"to train again: {errors.command('', '--remake')}"
+                raise PipelineError(f"{str(error).splitlines()[0]}\n{advice}") from None
+        else:
             made, amount = Provenance(**saved["provenance"]), f"{saved['epoch']} epochs"
-            kept = parquet.matches(path, made, record, redo, amount)
-            return saved if kept and "resume" in saved else None
-    return None
+            amount = f"from {run_dir / files.FORMER}, which matches" if replaced else amount
+            if parquet.matches(path, made, record, redo, amount) and "resume" in saved:
+                return saved
+    if replaced:
+        _put_back(run_dir)
+    return replaced
+
+
+def _matching(path: Path, record: Provenance) -> dict | None:
+    """The content of a checkpoint if it exists and was made as `record` says."""
+    try:
+        saved = heads.load_checkpoint(path)
+    except PipelineError:
+        return None
+    return None if differences(Provenance(**saved["provenance"]), record) else saved
 
 
 def set_aside(run_dir: Path) -> None:
     """Move a run's files to former/, until the one that begins has finished: see `RunFolder.save`. Those of a run
     that a restart has interrupted are removed instead."""
-    former = run_dir / FORMER
-    keep = not (former / run_record.BEST).exists()
+    former = run_dir / files.FORMER
+    keep = not (former / run_record.BEST).exists()  # which is moved last
     for name in NAMES:
         if keep and (run_dir / name).exists():
             former.mkdir(exist_ok=True)
             os.replace(run_dir / name, former / name)
         (run_dir / name).unlink(missing_ok=True)
+
+
+def _put_back(run_dir: Path) -> None:
+    """Move the files in former/ back, over those of the run that was to replace them."""
+    former = run_dir / files.FORMER
+    for name in NAMES:
+        (run_dir / name).unlink(missing_ok=True)
+    for name in reversed(NAMES):  # by the last of these it is known that some are left
+        if (former / name).exists():
+            os.replace(former / name, run_dir / name)
+    with contextlib.suppress(OSError):  # something else is in it
+        former.rmdir()
+    log.info("%s: the run in former/ matches and is put back", run_dir)
 
 
 def restore(run, saved: dict) -> None:
@@ -113,7 +144,7 @@ class RunFolder:
         seconds = sum(times["seconds"] for times in run.timings)
         history.write(self.run_dir / run_record.HISTORY, frame, self.record.timed(seconds), facts)
         if finished:
-            shutil.rmtree(self.run_dir / FORMER, ignore_errors=True)
+            shutil.rmtree(self.run_dir / files.FORMER, ignore_errors=True)
 
     def _checkpoint(self, epoch: int, metrics: dict, head: dict[str, torch.Tensor]) -> dict:
         settings, whitening = self.cfg.training_model, self.data.baselines["whitening"]

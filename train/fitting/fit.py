@@ -13,7 +13,6 @@ import torch
 from common import cli
 from common.devices import resolve_dtype
 from common.errors import PipelineError
-from common.provenance import Redo
 from common.sections import Config
 from publish.projection_head import ProjectionHead
 from train import run_record
@@ -64,14 +63,13 @@ def fit(
     *,
     run_dir: Path | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
-    redo: Redo = "",
+    saved: dict | None = None,
     progress: cli.Progress | None = None,
 ) -> FitResult:
     """Train a head on `data` (see `datasets.load_data`) with the settings of `cfg`.
 
-    With a `run_dir` it keeps checkpoint_{best,last}.pt, history.parquet and curves.png there, and continues from a
-    checkpoint_last.pt of the same settings and inputs; another one is an error (StaleArtefact), unless `redo`
-    allows to begin anew: the former files are then kept in former/ until the run has finished.
+    With a `run_dir` it keeps checkpoint_{best,last}.pt, history.parquet and curves.png there. `saved`: where it
+    continues (see `checkpoints.existing`); without, what is in `run_dir` is kept in former/ until it has finished.
     `on_epoch(epoch, val_map_at_r)` is called after each epoch, including epoch 0 (before training), and may raise
     to end the run. On SIGTERM or SIGUSR2 it saves after the current step and raises Stopped. `progress` counts
     triplets.
@@ -79,7 +77,6 @@ def fit(
     record = run_record.record(cfg, data.inputs)
     store = checkpoints.RunFolder(cfg, data, record, run_dir)
     run = start(cfg, data)
-    saved = checkpoints.existing(run_dir, record, redo) if run_dir else None
     if run_dir and saved is None:
         checkpoints.set_aside(run_dir)
     finished = saved is not None and saved["resume"]["finished"]

@@ -9,6 +9,8 @@ from common import files, parquet, schemas
 from common.imagery import pictures
 from common.provenance import Provenance
 
+TIMINGS = ["seconds", "triplets_per_second"]
+
 
 def row(epoch: int, metrics: dict[str, float], sums: np.ndarray) -> dict[str, float]:
     """The row of an epoch, without its timings. `sums`: see `fit.Run`; without steps the means are NaN."""
@@ -30,10 +32,12 @@ def frame(rows: list[dict], timings: list[dict]) -> pd.DataFrame:
 
 
 def write(path: Path, table: pd.DataFrame, record: Provenance, facts: dict | None = None) -> None:
+    """Without the timings, which differ between identical runs, the id of the file is that of the run."""
     bands = sum(name.startswith("share_band_") for name in table.columns)
     with parquet.writer(path, schemas.history(bands), record) as out:
         out.append({name: table[name].to_numpy() for name in table.columns})
         out.facts = facts or {}
+        out.content = table.drop(columns=TIMINGS).to_numpy(float).tobytes()
 
 
 def as_line(row: dict, times: dict, best_epoch: int) -> str:
