@@ -255,4 +255,4 @@ def test_a_changed_setting_is_told_and_not_redone(small, capsys):
 def test_a_tar_that_has_gone_does_not_take_its_images_out_in_silence(small, capsys):
     next(small.cfg.paths.raw_dir.glob("0002*")).unlink()
     assert exit_code_of(small.run) == 1
-    assert "has 0002, but" in capsys.readouterr().err
+    assert "there are files of 0002, but" in capsys.readouterr().err
