@@ -12,6 +12,10 @@ import sys
 from pathlib import Path
 
 JOB_SETTINGS = "PIPELINE_JOB_SETTINGS"  # in the environment of a job of the chain: its --config and --set
+_STEPS_OF_TUNING = {
+    "optuna_worker": "optuna_worker",
+    "fetch_best_and_train": "train",
+}  # of --tune, by their scripts
 _NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory|CUBLAS_STATUS_ALLOC_FAILED")  # first the host's
 _CPU = 'or set infrastructure.device to "cpu"'
 _TORCH = "see https://pytorch.org/get-started"
@@ -87,7 +91,9 @@ def command(script: str = "", *more: str) -> str:
     if JOB_SETTINGS in os.environ:
         settings = shlex.split(os.environ[JOB_SETTINGS])
         if not script or more == ("--remake",):
-            stage = [Path(script or sys.argv[0]).stem] if "--remake" in more else []
+            name = Path(script or sys.argv[0]).stem
+            settings += ["--tune", "1"] if name in _STEPS_OF_TUNING else []
+            stage = [_STEPS_OF_TUNING.get(name, name)] if "--remake" in more else []
             return command_line("slurm/submit.py", *settings, *more, *stage)
     if script:
         return command_line(script, *settings, *more)

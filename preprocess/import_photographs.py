@@ -49,11 +49,13 @@ def main(argv=None) -> int:
     rejects = files.beside(target.parent, "rejects") / target.name
     folder = "" if listing.is_packed else str(listing.folder.resolve())
     record = provenance.record(IMPORTED, {}, listing.inputs)
-    is_done = all(parquet.is_done(path, record, args.redo) for path in (target, rejects))
-    if is_done and parquet.read_provenance(target).facts["folder"] == folder:  # else they have been moved
-        return cli.nothing_to_do(IMPORTED, str(target))
-
     tar = photo_files.packed(cfg.paths.intermediates_dir, args.name)
+    if parquet.is_done(target, record, args.redo):
+        has_moved = parquet.read_provenance(target).facts["folder"] != folder
+        is_whole = parquet.is_done(rejects, record, "stale") and (tar.exists() or not listing.is_packed)
+        if is_whole and not has_moved:  # rejects may be those of a refused import
+            return cli.nothing_to_do(IMPORTED, str(target))
+
     rows = photo_columns.normalised(listing.rows.to_pandas())
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(

@@ -9,7 +9,7 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
-from common import cli, errors, provenance, stages
+from common import cli, errors, files, provenance, stages
 from common.archives import image_origins, tars
 from common.errors import PipelineError
 from common.provenance import Provenance
@@ -81,12 +81,16 @@ def _wrong(step: Step, with_inputs: bool, cfg) -> Wrong:
     stage, records = step.stage, step.stage.records(cfg)
     outputs, is_all = stage.known_outputs(cfg) if with_inputs else ([], False)
     pairs = [(records[output.path], output.record) for output in outputs if output.path in records]
-    for output in outputs:  # beside its folder, by another stage, or damaged
-        if output.path not in records and output.path.exists():
+    for (
+        output
+    ) in outputs:  # beside its folder, by another stage, damaged, or set aside for a run that has not saved
+        former = output.path.parent / files.FORMER / output.path.name
+        path = output.path if output.path.exists() else former
+        if output.path not in records and path.exists():
             try:
-                pairs.append((stages.record_of(output.path), output.record))
+                pairs.append((stages.record_of(path), output.record))
             except PipelineError:
-                damaged.append(output.path)
+                damaged.append(path)
     if not is_all and not outputs and stage.settings:
         for existing in records.values():  # what is certain without the inputs
             with contextlib.suppress(OSError, PipelineError):  # no such backbone or tars: their stage says so

@@ -443,5 +443,7 @@ def test_a_stage_names_the_command_of_all_shards_and_in_a_job_the_one_that_submi
     submit_again = "python slurm/submit.py --config logs/runs/1/config.toml --remake"
     assert errors.command("", "--remake") == f"{submit_again} generate_embeddings"
     assert errors.command("train/train.py", "--remake") == f"{submit_again} train"
+    tuned = errors.command("train/fetch_best_and_train.py", "--remake")
+    assert tuned == "python slurm/submit.py --config logs/runs/1/config.toml --tune 1 --remake train"
     overwrite = errors.command("preprocess/process_tar.py", "--overwrite")
     assert overwrite == "python preprocess/process_tar.py --config logs/runs/1/config.toml --overwrite"

@@ -12,10 +12,11 @@ from synthetic import write_dataset
 from test_changes import Place
 
 from common import cli, config
+from common.errors import PipelineError
 from publish import convert_to_hf
 from publish.hub import parity
 from train import evaluate, list_runs
-from train.fitting import fit
+from train.fitting import checkpoints, fit
 
 TRAINING = (
     *("training.epochs=2", "training.batch_size=32", "training.steps_per_epoch=2", "training.warmup_steps=1"),
@@ -115,7 +116,7 @@ def test_a_damaged_file_that_only_a_remake_can_replace_is_named_with_the_command
     cut_off(damaged)
     code, told = place.run("--local")
     assert code == 1
-    assert f"{damaged} is damaged" in told
+    assert re.search(rf"damaged files: {damaged}|{damaged} is damaged", told)
     assert "--remake" in told
     step = "evaluate" if path == "metrics.json" else "train"
     assert place.run("--local", "--remake", step)[0] == 0
@@ -178,10 +179,25 @@ def test_after_a_killed_remake_the_former_settings_bring_back_the_finished_run(c
             assert "has not finished" in capsys.readouterr().err
         assert list_runs.main(stage_flags(place)) == 0
         assert "0 of 0, unfinished" in capsys.readouterr().out
+        with pytest.raises(PipelineError, match="has not finished"):
+            evaluate.compared(config.load(None, stage_flags(place)[1::2]), "default")
+    code, told = place.run("--local", "--set", "training.margin=0.4")  # which is neither
+    assert (code, "train is stale" in told) == (1, True)
     messages = place.follow()
     assert len(messages) == epochs
     assert place.run("--local")[1].startswith("nothing to do")
     assert place.written() == before
+
+
+def test_what_a_finished_run_has_replaced_is_not_kept_in_its_place(copy):
+    """A run died after its last epoch, before it had removed what it replaced."""
+    folder = run_folder(copy())
+    finished = (folder / "checkpoint_best.pt").read_bytes()
+    (folder / "former").mkdir()
+    (folder / "former" / "checkpoint_best.pt").write_bytes(b"an older one")
+    checkpoints.set_aside(folder)
+    assert (folder / "former" / "checkpoint_best.pt").read_bytes() == finished
+    assert not (folder / "checkpoint_best.pt").exists()
 
 
 def test_a_run_of_an_earlier_merge_and_a_damaged_one_are_marked_in_the_list(copy, capsys):

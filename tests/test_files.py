@@ -11,7 +11,9 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import ROOT
 
 from common import config, files
@@ -170,3 +172,16 @@ def test_two_users_of_a_project_share_submit_py_s_and_a_study_s_lock(umask):
         for path in (".submit.lock", "lock", "journal.log"):
             colleague = {"user": 65534, "group": 65534, "extra_groups": [group]}
             assert subprocess.run(["sh", "-c", f": >> {folder / path}"], **colleague).returncode == 0
+
+
+@pytest.mark.parametrize("cut", [0, 1, 3, 50, 90, 200, 10_000])
+def test_weights_that_are_cut_off_are_told_as_safetensors_tells_them(tmp_path, cut):
+    path = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file({"a": np.ones(7, np.float32), "b": np.ones((2, 3))}, path, {"format": "pt"})
+    path.write_bytes(path.read_bytes()[: max(0, path.stat().st_size - cut)])
+    try:
+        safetensors.safe_open(path, "np")
+        assert files.is_whole(path)
+    except safetensors.SafetensorError:
+        assert not files.is_whole(path)
+    assert not files.is_whole(tmp_path / "absent.safetensors")

@@ -182,8 +182,11 @@ def test_a_refused_import_keeps_what_there_is(cfg, load, tmp_path):
         with pytest.raises(PipelineError, match=r"100\.0%"):
             load(wrong, "--remake")
         assert images(cfg) == [photograph(1), photograph(2)]
-    load(tmp_path / "good.parquet", "--remake")
+    load(tmp_path / "good.parquet")
     assert rejects(cfg) == {}
+    packed.unlink()
+    load(tmp_path / "good.parquet")
+    assert images(cfg) == [photograph(1), photograph(2)]
 
 
 @pytest.mark.parametrize("as_struct", [False, True])

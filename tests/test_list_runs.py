@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import made_up_merge
 import pandas as pd
 import pytest
 from conftest import ROOT
@@ -69,21 +70,25 @@ def test_runs_are_listed_by_date_with_their_figures_and_what_differs(tmp_path, l
         "backbone": "dinov2-base-cls-1-0.5",
         "date": "2026-01-01 10:30",
         "epoch": "1 of 2",
-        "validation mAP@R": "30.0",
-        "test Recall@1": "",
-        "test mAP@R": "",
+        "validation mAP@R (%)": "30.0",
+        "test Recall@1 (%)": "",
+        "test mAP@R (%)": "",
         "published": "no",
         "loss": "triplet",
     }
     assert (second["run"], second["published"], second["loss"]) == ("a", "yes", "infonce")
-    assert second["test mAP@R"] == metrics_json.percent(FIGURES["map@r"])
-    assert second["test Recall@1"] == metrics_json.percent(FIGURES["recall@1"])
+    assert second["test mAP@R (%)"] == metrics_json.percent(FIGURES["map@r"])
+    assert second["test Recall@1 (%)"] == metrics_json.percent(FIGURES["recall@1"])
 
 
 def test_figures_of_an_earlier_checkpoint_are_not_shown_as_the_runs(tmp_path, listed):
     write_results(write_run(tmp_path, [0.1], finished=False), checkpoint="earlier head")
     (run,) = listed()
-    assert (run["test mAP@R"], run["published"], run["epoch"]) == ("outdated", "outdated", "0 of 0, unfinished")
+    assert (run["test mAP@R (%)"], run["published"], run["epoch"]) == (
+        "outdated",
+        "outdated",
+        "0 of 0, unfinished",
+    )
 
 
 def test_where_all_runs_share_a_folder_the_figures_are_of_one(tmp_path, listed):
@@ -93,11 +98,17 @@ def test_where_all_runs_share_a_folder_the_figures_are_of_one(tmp_path, listed):
     assert {run["run"]: run["published"] for run in listed(*shared)} == {"a": "yes", "b": "no"}
 
 
-def test_other_backbones_and_other_merges_are_told_apart(tmp_path, listed):
-    write_run(tmp_path, [0.1])
-    write_results(write_run(tmp_path, [0.1], "embedding_model.pooling=mean", merge="m2"))
-    found = {run["backbone"]: (run["merge"], run["published"]) for run in listed()}
-    assert found == {"dinov2-base-cls-1-0.5": ("m1", "no"), "dinov2-base-mean-1-0.5": ("m2", "yes")}
+def test_other_backbones_are_listed_and_runs_on_an_earlier_merge_are_marked(tmp_path, listed):
+    write_results(write_run(tmp_path, [0.1]))
+    write_results(write_run(tmp_path, [0.1], "embedding_model.pooling=mean"))
+    merged_dir = config.load(None, [f"paths.root={tmp_path}", "embedding_model.pooling=mean"]).paths.merged_dir
+    made_up_merge.write_merge(merged_dir, streets=(2, 1, 1))
+    found = {run["backbone"]: (run["epoch"], run["published"], run["test mAP@R (%)"]) for run in listed()}
+    figure = metrics_json.percent(FIGURES["map@r"])
+    assert found == {
+        "dinov2-base-cls-1-0.5": ("0 of 0", "yes", figure),
+        "dinov2-base-mean-1-0.5": ("0 of 0, earlier merge", "earlier merge", "earlier merge"),
+    }
 
 
 def test_without_runs_it_says_so(tmp_path, capsys):

@@ -73,7 +73,9 @@ def report(tmp_path_factory):
         for epoch in range(4)
     ]
     table = history.frame(rows, [{"seconds": 1.0, "triplets_per_second": 1.0}] * 4)
-    history.write(checkpoint.parent / "history.parquet", table, provenance.record("train", {}, {}))
+    history.write(
+        checkpoint.parent / "history.parquet", table, provenance.record("train", {}, {}), {"finished": True}
+    )
     split_report = {"rows_in": 600, "dropped": {"duplicates": 60}, "provenance": {"inputs": {"0088-0": "e0"}}}
     report = files.beside(cfg.paths.merged_dir, "report") / "split_report.json"
     files.write_text(report, json.dumps(split_report))

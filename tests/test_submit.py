@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 import time
+import zipfile
+from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
@@ -152,9 +154,11 @@ def test_a_file_is_done_if_its_settings_and_inputs_are_the_same(cfg, tmp_path):
 def test_a_run_is_done_when_its_history_says_so_and_is_judged_without_torch(tmp_path, finished):
     short_training.write_merge(tmp_path)
     settings = short_training.settings(tmp_path)
+    run_dir = paths_below(tmp_path).checkpoints_dir / "default"
+    run_dir.mkdir(parents=True)
+    (run_dir / "curves.png").touch()
     for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
-        (paths_below(tmp_path).checkpoints_dir / "default").mkdir(parents=True, exist_ok=True)
-        (paths_below(tmp_path).checkpoints_dir / "default" / name).touch()
+        zipfile.ZipFile(run_dir / name, "w").close()
     (output,) = train.outputs(config.load(None, settings), 0, 1)
     epoch = pd.DataFrame({name: [0.0] for name in schemas.history(5).names})
     history.write(output.path, epoch, output.record, {"finished": finished, "best_checkpoint": "abc"})
@@ -170,9 +174,10 @@ print(STAGE.is_done(config.load(None, {settings!r})), "torch" in sys.modules, "m
     assert not train.STAGE.is_done(config.load(None, [*settings, "training.margin=0.3"]))
     history.write(output.path, epoch, output.record, output.facts)
     assert train.STAGE.is_done(config.load(None, settings))
-    (paths_below(tmp_path).checkpoints_dir / "default" / "checkpoint_best.pt").unlink()
-    assert not train.STAGE.is_done(config.load(None, settings))
-    (paths_below(tmp_path).checkpoints_dir / "default" / "checkpoint_best.pt").touch()
+    for spoil in (Path.unlink, Path.touch):  # gone, or empty
+        spoil(run_dir / "checkpoint_best.pt")
+        assert not train.STAGE.is_done(config.load(None, settings))
+    zipfile.ZipFile(run_dir / "checkpoint_best.pt", "w").close()
     history.write(output.path, epoch, output.record)  # as older versions did, of finished runs and of others
     assert not train.STAGE.is_done(config.load(None, settings))
 

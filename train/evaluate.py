@@ -111,9 +111,10 @@ def main(argv=None) -> int:
 def compared(cfg, name: str) -> Path:
     """What --compare names: a run, by its checkpoint or else as published; or else a path.
 
-    Raises PipelineError for a name of neither.
+    Raises PipelineError for a name of neither, and for a run that has not finished.
     """
     from common import config
+    from train import run_record
 
     path, published = locate(cfg, Path(name)), config.paths_of(cfg, name).published_dir
     if "/" in name:
@@ -121,6 +122,7 @@ def compared(cfg, name: str) -> Path:
     checkpoints = cfg.paths.checkpoints_dir.glob("*/checkpoint_best.pt")
     runs = {checkpoint.parent.name: checkpoint.parent for checkpoint in checkpoints}
     if name in runs:
+        run_record.finished(runs[name] / run_record.HISTORY)
         return runs[name]
     if published.name == name and (published / "provenance.json").exists():
         return published

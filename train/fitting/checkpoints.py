@@ -32,9 +32,10 @@ def existing(run_dir: Path, record: Provenance, redo: Redo) -> dict | None:
     begin anew. If the run in former/ matches, it is put back instead: its successor has not finished."""
     if redo == "all":
         return None
-    replaced = _matching(run_dir / files.FORMER / run_record.LAST, record)
-    path = next((run_dir / name for name in (run_record.LAST, run_record.BEST) if (run_dir / name).exists()), None)
-    if path:
+    former = run_dir / files.FORMER / run_record.LAST
+    replaced = _matching(former, record)
+    paths = [run_dir / run_record.LAST, run_dir / run_record.BEST, *([] if replaced else [former])]
+    if path := next(filter(Path.exists, paths), None):
         try:
             saved = heads.load_checkpoint(path)
         except PipelineError as error:
@@ -64,6 +65,9 @@ def set_aside(run_dir: Path) -> None:
     """Move a run's files to former/, until the one that begins has finished: see `RunFolder.save`. Those of a run
     that a restart has interrupted are removed instead."""
     former = run_dir / files.FORMER
+    with contextlib.suppress(PipelineError):
+        if run_record.finished(run_dir / run_record.HISTORY):  # and only then died, before it could remove former/
+            shutil.rmtree(former, ignore_errors=True)
     keep = not (former / run_record.BEST).exists()  # which is moved last
     for name in NAMES:
         if keep and (run_dir / name).exists():
