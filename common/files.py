@@ -63,7 +63,7 @@ def is_whole(path: Path) -> bool:
         try:
             with open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
+                header = json.loads(file.read(min(length, path.stat().st_size)))
             header.pop("__metadata__", None)
             return path.stat().st_size == 8 + length + max(tensor["data_offsets"][1] for tensor in header.values())
         except (OSError, ValueError):
