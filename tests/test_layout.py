@@ -8,16 +8,18 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 from local_backbone import write_local_backbone
 from synthetic import write_dataset
+from test_changes import StageHere
 
 from common import config, pages
 from common.errors import ConfigError, PipelineError
 from common.layout import former_layout
-from slurm import chain
+from slurm import chain, local, submit
 from train import evaluate, list_runs
 from train.evaluation import metrics_json
 from train.fitting import history
@@ -153,19 +155,19 @@ def test_another_pooling_has_folders_of_its_own_and_shares_what_does_not_depend_
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_another_run_goes_through_to_the_end_and_is_compared_by_its_name(root, run_script, capsys):
+def test_another_run_goes_through_to_the_end_and_is_compared_by_its_name(root, capsys, monkeypatch):
     before = states(root)
-    local = ("--local", "--from", "train", *flags(root))  # as the documentation says
-    seed = ("--set", "training.seed=1")  # another head, whatever is learned in two steps
-    done = run_script(
-        "slurm/submit.py", *local, "--set", "training.run=b", "--set", "training.loss=triplet", *seed
-    )
-    assert done.returncode == 0, done.stderr
+    chain = ["--local", "--from", "train", *flags(root)]  # as the documentation says
+    chain += ["--set", "training.run=b", "--set", "training.loss=triplet"]
+    chain += ["--set", "training.seed=1"]  # another head, whatever is learned in two steps
+    monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=StageHere))
+    assert submit.main(chain) == 0
+    done = capsys.readouterr().out
     assert before.items() <= states(root).items()
     b = load(root, "training.run=b", "training.loss=triplet", "training.seed=1")
     assert is_done(b)
     for name in ("evaluation", "published"):
-        assert f"data/{LABEL}/{name}/b" in done.stdout
+        assert f"data/{LABEL}/{name}/b" in done
     metrics = metrics_json.read(b.paths.evaluation_dir / "metrics.json")
     assert (metrics["subject"]["run"], metrics["subject"]["config"]["training.loss"]) == ("b", "triplet")
 

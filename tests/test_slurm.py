@@ -219,34 +219,6 @@ def test_an_array_wider_than_the_cluster_takes_is_refused_before_anything_is_sub
     assert not root.exists()
 
 
-def test_three_optuna_workers_share_a_study_and_its_best_trial_is_trained(place):
-    root = place.copy("tuned", "checkpoints")
-    flags = (
-        "--set",
-        'slurm.optuna_worker.sbatch=["--mem=1G"]',
-        "--tune",
-        3,
-        "--from",
-        "optuna_worker",
-        "--to",
-        "train",
-    )
-    place.submit(root, *flags)  # without GPUs, of which there are two: all at once
-    place.wait(root)
-    report = place.told(root)
-    assert report["steps"]["optuna_worker"]["progress"] == {"done": 4, "total": 4, "unit": "trials"}
-    assert report["steps"]["train"]["state"] == "done"
-    cfg = config.load(place.config, [f"paths.root={root}"])
-    tuning = shared_study.open_study(cfg, shared_study.record(cfg), create=False)
-    workers = {trial.user_attrs["worker"] for trial in tuning.trials}
-    assert len(tuning.trials) == 4
-    assert all("job " in worker for worker in workers)
-    chosen = config.load(root / "checkpoints" / BACKBONE / "default" / "config.toml", [])
-    best = shared_study.best_trial(tuning)
-    assert {key: getattr(chosen.training, key) for key in best.params} == best.params
-    assert "nothing to do" in place.submit(root, *flags)
-
-
 def test_a_stage_is_submitted_by_hand_from_another_directory(place, tmp_path):
     root = place.copy("by-hand", "checkpoints")
     shutil.copy(place.config, tmp_path)  # a relative path is one of the user's directory
@@ -340,10 +312,18 @@ def test_the_chain_keeps_a_whole_nodes_four_gpus_busy_though_one_task_stops_and_
 
     place.run(*shlex.split(report["continue"]), env=environment)
     place.wait(root)
-    assert {step["state"] for step in place.told(root)["steps"].values()} == {"done"}
+    report = place.told(root)
+    assert {step["state"] for step in report["steps"].values()} == {"done"}
+    assert report["steps"]["optuna_worker"]["progress"] == {"done": 4, "total": 4, "unit": "trials"}
     assert "nothing to do" in place.submit(root, *flags, "--tune", "4")
     assert {path: path.stat().st_mtime_ns for path in done} == done  # nothing that was done was redone
-    paths = config.load(place.config, [f"paths.root={root}"]).paths
+    cfg = config.load(place.config, [f"paths.root={root}", *settings])
+    paths, tuning = cfg.paths, shared_study.open_study(cfg, shared_study.record(cfg), create=False)
+    assert len(tuning.trials) == 4
+    assert all("job " in trial.user_attrs["worker"] for trial in tuning.trials)
+    chosen = config.load(paths.checkpoints_dir / "default" / "config.toml", [])
+    best = shared_study.best_trial(tuning)
+    assert {key: getattr(chosen.training, key) for key in best.params} == best.params
     before_training = (paths.intermediates_dir, paths.fingerprints_dir, paths.embeddings_dir, paths.merged_dir)
     for folder in (*before_training, paths.summary_dir, paths.difficulty_dir):
         assert_same_artefacts(root, place.local, (str(folder.relative_to(root)),))
