@@ -69,9 +69,8 @@ def test_an_array_is_divided_among_the_tasks_of_its_jobs_and_nothing_else_is(wra
 
 def test_the_wrapper_keeps_another_jobs_shape_from_srun(wrapped):
     """Of the interactive job that sbatch was called from: srun ends at once where it cannot have the same."""
-    names = (
-        "MEM_PER_CPU MEM_PER_NODE CPU_BIND CPU_BIND_LIST GPUS GPUS_PER_TASK NTASKS_PER_NODE TRES_PER_TASK".split()
-    )
+    names = "MEM_PER_CPU MEM_PER_NODE CPU_BIND CPU_BIND_LIST GPUS GPUS_PER_TASK NTASKS_PER_NODE".split()
+    names += ["TRES_PER_TASK", "TRES_BIND"]
     told = wrapped("a/b.py", **{f"SLURM_{name}": "8" for name in names}, SLURM_CPUS_PER_TASK="4").stdout
     assert set(re.findall(r"^SLURM_\w+", told, re.MULTILINE)) == {"SLURM_JOB_ID", "SLURM_CPUS_PER_TASK"}
     assert "SLURM_CPU_BIND=none" in wrapped("a/b.py", env="export SLURM_CPU_BIND=none").stdout  # the user's own
@@ -155,7 +154,7 @@ def test_the_wrappers_ask_for_what_config_toml_says():
 
 
 def test_shell_files_are_short_and_pass_shellcheck():
-    files = [*SHELL_FILES, ROOT / ".ci" / "system-packages"]
+    files = [*SHELL_FILES, ROOT / ".ci" / "system-packages", ROOT / ".ci" / "newer-slurm"]
     assert max(len(path.read_text().splitlines()) for path in files) < 60
     if shutil.which("shellcheck") is None:
         assert not os.environ.get("CI"), "shellcheck is not installed"
