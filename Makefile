@@ -13,7 +13,6 @@ RUN = .venv/bin/python
 MARK = .venv/.installed# in every environment that `make` creates; newer than its inputs once all are installed
 # the mark, or nothing where the environment is not ours to change
 VENV := $(shell [ "$(RUN)" = .venv/bin/python ] && [ ! -L .venv ] && { [ ! -e .venv ] || [ -e $(MARK) ]; } && echo $(MARK))
-WORKERS = $(shell expr $$($(PYTHON) -c 'import os; print(os.cpu_count())') + 1)# of the tests, some of which wait for Slurm's jobs
 PIP_INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 # The demo's cells are as large as the distance between its streets, so that whole streets are held out, and its
@@ -98,7 +97,7 @@ test: style  ## lint and all tests; types are checked while the tests run
 	@$(MAKE) --no-print-directory -j2 types unit || { echo "error: see above: types or tests"; exit 1; }
 
 unit: $(VENV)  ## the tests only
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q
+	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder -q
 
 lint: style types  ## style, imports, formatting and types
 

@@ -110,7 +110,7 @@ def test_a_run_that_is_under_way_is_told_and_not_submitted_again(place):
     assert report["steps"]["evaluate"]["why"] == "for merge_and_split, train"
     assert "convert_to_hf in the queue" in place.submit(place.whole, "--only", "convert_to_hf", code=1)
     refused = place.submit(place.whole, "--only", "evaluate", code=1)
-    assert "still running: merge_and_split, train, evaluate" in refused
+    assert re.search(r"still running: (merge_and_split, )?train, evaluate", refused)  # the first may have ended
 
 
 def test_a_failing_shard_cancels_what_depends_on_it_and_the_printed_command_finishes_the_chain(place):
