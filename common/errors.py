@@ -12,10 +12,8 @@ import sys
 from pathlib import Path
 
 JOB_SETTINGS = "PIPELINE_JOB_SETTINGS"  # in the environment of a job of the chain: its --config and --set
-_STEPS_OF_TUNING = {
-    "optuna_worker": "optuna_worker",
-    "fetch_best_and_train": "train",
-}  # of --tune, by their scripts
+# of --tune, by their scripts
+_STEPS_OF_TUNING = {"optuna_worker": "optuna_worker", "fetch_best_and_train": "train"}
 _NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory|CUBLAS_STATUS_ALLOC_FAILED")  # first the host's
 _CPU = 'or set infrastructure.device to "cpu"'
 _TORCH = "see https://pytorch.org/get-started"

@@ -38,9 +38,9 @@ def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
 
 def output_of(cfg, tar: Path) -> stages.Output:
     """A tar's intermediates, which are written last: where they are, rejects and index are, too."""
-    from common.archives import tars
+    from common.archives import image_origins
 
-    path = cfg.paths.intermediates_dir / f"{tars.stem(tar)}.parquet"
+    path = image_origins.intermediates(cfg.paths, tar)
     return stages.Output(path, STAGE.record(cfg, stages.ids([tar])))
 
 

@@ -81,9 +81,8 @@ def _wrong(step: Step, with_inputs: bool, cfg) -> Wrong:
     stage, records = step.stage, step.stage.records(cfg)
     outputs, is_all = stage.known_outputs(cfg) if with_inputs else ([], False)
     pairs = [(records[output.path], output.record) for output in outputs if output.path in records]
-    for (
-        output
-    ) in outputs:  # beside its folder, by another stage, damaged, or set aside for a run that has not saved
+    # beside its folder, by another stage, damaged, or set aside for a run that has not saved
+    for output in outputs:
         former = output.path.parent / files.FORMER / output.path.name
         path = output.path if output.path.exists() else former
         if output.path not in records and path.exists():
@@ -160,7 +159,7 @@ def _growth(cfg) -> float:
     sizes = {True: 0, False: 0}  # whether it has been processed -> bytes
     with contextlib.suppress(OSError, PipelineError):
         for tar in image_origins.raw_tars(cfg.paths):
-            sizes[(cfg.paths.intermediates_dir / f"{tars.stem(tar)}.parquet").exists()] += tar.stat().st_size
+            sizes[image_origins.intermediates(cfg.paths, tar).exists()] += tar.stat().st_size
     return sizes[False] / sizes[True] if sizes[True] else 0.0
 
 

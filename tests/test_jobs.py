@@ -5,6 +5,7 @@ tests/test_slurm.py submits to a real one.
 
 import argparse
 import json
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -324,12 +325,18 @@ def test_what_is_submitted_keeps_its_number_of_shards(submitted, clients, cfg):
     assert list(told) == list(steps)
 
 
-def test_the_rest_of_a_run_is_no_wider_than_the_cluster_takes(submitted, clients, cfg):
-    folder = submitted()
+def refused(folder: Path) -> Path:
+    """A run, as if sbatch had refused all of its jobs."""
     record = runs.load(folder)
     for entry in record["steps"].values():
-        entry["job"] = None  # sbatch had refused it
+        entry["job"] = None
     runs.save(folder, record)
+    return folder
+
+
+def test_the_rest_of_a_run_is_no_wider_than_the_cluster_takes(submitted, clients, cfg):
+    folder = refused(submitted())
+    record = runs.load(folder)
     clients(scontrol="echo 'MaxArraySize = 8'", sbatch="echo 7")
     flags = ["--set", f"paths.root={cfg.paths.root}", "--continue", folder.name]
     with pytest.raises(PipelineError, match=r"an array of 9 tasks is too large: this cluster allows 8 "):
@@ -368,11 +375,7 @@ def test_waiting_for_room_outlasts_a_controller_that_restarts_and_nothing_else(c
 
 
 def test_the_rest_of_a_run_is_not_submitted_beside_another_that_writes_the_same(submitted, clients, cfg):
-    broken = submitted()
-    record = runs.load(broken)
-    for entry in record["steps"].values():
-        entry["job"] = None  # sbatch had refused it
-    runs.save(broken, record)
+    broken = refused(submitted())
     other = submitted()
     job = runs.load(other)["steps"]["merge_and_split"]["job"]
     clients(squeue=f"case $* in *--Format*) ;; *) echo '{job}|merge_and_split|RUNNING|None';; esac")

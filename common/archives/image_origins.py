@@ -30,6 +30,11 @@ def raw_tars(paths: Paths, shard: int = 0, num_shards: int = 1) -> list[Path]:
     return tars.of_shard(paths.raw_dir, shard, num_shards)
 
 
+def intermediates(paths: Paths, origin: Path) -> Path:
+    """The file of an origin's intermediates, which need not exist."""
+    return paths.intermediates_dir / f"{tars.stem(origin)}.parquet"
+
+
 def imported(intermediates_dir: Path) -> list[Path]:
     """The intermediates of the imported sets, sorted."""
     return _imported(intermediates_dir, intermediates_dir.stat().st_mtime_ns if intermediates_dir.exists() else 0)

@@ -39,17 +39,13 @@ def of_tar(cfg: Config, stage: Stage, tar: Path, settings: dict) -> list[TarPart
     """A tar's parts as `stage` makes them; one part without rows if the tar has no valid image. `settings`: what
     the stage records.
     """
-    source = _source(cfg, tar)
+    source = image_origins.intermediates(cfg.paths, tar)
     size, num_rows = cfg.data.rows_per_part, parquet.num_rows(source)
     record = provenance.record(stage.name, settings, stages.ids([tar, source]))
     return [
         TarPart(tar, source, number * size, min(size, num_rows - number * size), path, record)
         for number, path in enumerate(targets(stage.folder(cfg), tar, count(num_rows, size)))
     ]
-
-
-def _source(cfg: Config, tar: Path) -> Path:
-    return cfg.paths.intermediates_dir / f"{tars.stem(tar)}.parquet"
 
 
 def outputs(cfg: Config, stage: Stage, task: int, num_tasks: int) -> Iterator[Output]:
@@ -78,11 +74,12 @@ def _of_task(
     have no intermediates."""
     settings = stage.recorded_settings(cfg)
     shares = list(tars.shares_of(image_origins.of_paths(cfg.paths), task, num_tasks))
-    for share in shares:
-        if _source(cfg, share.tar).exists():
+    sources = [image_origins.intermediates(cfg.paths, share.tar) for share in shares]
+    for share, source in zip(shares, sources, strict=True):
+        if source.exists():
             whole = of_tar(cfg, stage, share.tar, settings)
             yield [whole[number] for number in share.of(len(whole))], whole
-    files.require_all({_source(cfg, share.tar): "preprocess/process_tar.py" for share in shares})
+    files.require_all(dict.fromkeys(sources, "preprocess/process_tar.py"))
 
 
 def count(num_rows: int, rows_per_part: int) -> int:

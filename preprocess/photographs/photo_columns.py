@@ -123,14 +123,8 @@ def _mean_cameras(rows: pd.DataFrame) -> pd.DataFrame:
 def _views(rows: pd.DataFrame) -> np.ndarray:
     """(N,) int64: the panorama of each row. Rows without one share a view if they are of one building, camera and
     date, one of which must be given."""
-    own = pd.Series([f"row {number}" for number in rows.index], rows.index)
+    own = "row " + rows.index.to_series().astype("string")
     given = rows["camera"].notna() | rows["date"].notna()
-    session = pd.Series(
-        [
-            f"of {row.building}\t{row.camera}\t{row.date}"
-            for row in rows[["building", "camera", "date"]].itertuples()
-        ],
-        rows.index,
-    )
+    session = "of " + rows["building"].str.cat(rows[["camera", "date"]], sep="\t", na_rep="<NA>")
     keys = ("panorama " + rows["panorama"]).fillna(session.where(given, own))
     return pd.factorize(keys)[0]

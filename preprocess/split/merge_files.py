@@ -54,7 +54,7 @@ def find(cfg: Config) -> Sources:
     refuse_without_tar(paths, listing)
     _require(cfg, listing)
     for tar in listing:
-        intermediates = paths.intermediates_dir / f"{tars.stem(tar)}.parquet"
+        intermediates = image_origins.intermediates(paths, tar)
         record, num_rows = parquet.read_provenance(intermediates), parquet.num_rows(intermediates)
         ids[f"intermediates/{intermediates.name}"] = record.id
         parts = _parts_of(cfg, tar, num_rows)
@@ -86,7 +86,7 @@ def _require(cfg: Config, listing: list[Path]) -> None:
     """Raise PipelineError, naming all stages to run, if files of these tars are missing."""
     scripts: dict[Path, str] = {}
     for tar in listing:
-        intermediates = cfg.paths.intermediates_dir / f"{tars.stem(tar)}.parquet"
+        intermediates = image_origins.intermediates(cfg.paths, tar)
         scripts[intermediates] = "preprocess/process_tar.py"
         if intermediates.exists():  # else the number of parts is unknown
             for stage, parts in _parts_of(cfg, tar, parquet.num_rows(intermediates)).items():

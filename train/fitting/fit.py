@@ -43,6 +43,7 @@ class Run:
     loss: Loss
     optimizer: torch.optim.Optimizer
     bandit: DiscountedUcb
+    steps_per_epoch: int
     sums: np.ndarray  # of the current epoch: loss, steps, then triplets by arm and semi-hard triplets by arm
     history: list[dict] = field(default_factory=list)  # a row per finished epoch, without the timings
     timings: list[dict] = field(default_factory=list)  # by row; apart: they differ between identical runs
@@ -103,11 +104,10 @@ def train(
 ) -> None:
     """Run the remaining epochs; see `fit`."""
     training, finished = cfg.training, False
-    epoch_steps = schedule.steps_per_epoch(training, data.train.num_images)
     feed = make_feed(cfg, data, run)
     while not finished:
         began, first_step = time.monotonic(), run.step
-        while run.step < run.epoch * epoch_steps:
+        while run.step < run.epoch * run.steps_per_epoch:
             train_step(cfg, data, run, feed, store.run_dir)
             if progress:
                 progress.add(training.batch_size)
@@ -150,6 +150,7 @@ def start(cfg: Config, data: TrainingData) -> Run:
         loss=loss,
         optimizer=make_optimizer(cfg, head, loss),
         bandit=DiscountedUcb(available, training.bandit_exploration, training.bandit_discount),
+        steps_per_epoch=schedule.steps_per_epoch(training, data.train.num_images),
         sums=np.zeros(2 + 2 * len(available)),
     )
 
@@ -210,8 +211,7 @@ def train_step(cfg: Config, data: TrainingData, run: Run, feed: Feed, run_dir: P
     counts = torch.cat([of_arm.sum(dim=1), (of_arm & semi_hard).sum(dim=1)])
     read_stats = reading(torch.cat([loss.detach().double()[None], counts.double()]))
 
-    epoch_steps = schedule.steps_per_epoch(training, data.train.num_images)
-    factor = schedule.learning_rate_factor(training, run.step, training.epochs * epoch_steps)
+    factor = schedule.learning_rate_factor(training, run.step, training.epochs * run.steps_per_epoch)
     for group in run.optimizer.param_groups:
         group["lr"] = factor * group["full_lr"]
     run.optimizer.zero_grad(set_to_none=True)
@@ -228,7 +228,7 @@ def train_step(cfg: Config, data: TrainingData, run: Run, feed: Feed, run_dir: P
         run.bandit.update(credit / group_size, reward / group_size)
     run.sums += np.concatenate([stats[:1], [1], credit, reward])
     run.step += 1
-    if run.step % epoch_steps:  # the bands may change after an epoch
+    if run.step % run.steps_per_epoch:  # the bands may change after an epoch
         draw(cfg, run, feed)
 
 
