@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import warm
@@ -44,8 +45,8 @@ class StageHere:
     def __init__(self, command: list[str], **_):
         script = Path(command[1]).relative_to(Path(__file__).resolve().parents[1])
         main = importlib.import_module(".".join(script.with_suffix("").parts)).main
-        sys.argv = command[1:]
-        self.returncode = cli.exit_code_of(lambda: main(command[2:]))
+        with mock.patch.object(sys, "argv", command[1:]):  # messages repeat it
+            self.returncode = cli.exit_code_of(lambda: main(command[2:]))
 
     def poll(self) -> int:
         return self.returncode
