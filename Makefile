@@ -109,7 +109,6 @@ types: $(VENV)
 	$(RUN) -m mypy
 
 bench: $(VENV)  ## time everything against its baselines; update README.md and docs/benchmarks.md
-	@$(RUN) -c 'import faiss' 2>/dev/null || $(if $(VENV),$(PIP_INSTALL) --no-deps 'faiss-cpu>=1.8',{ echo "error: this needs the Python package faiss-cpu"; exit 2; })
 	$(RUN) tests/benchmarks/run_all.py
 
 docs: $(VENV)  ## update the generated parts of README.md and docs/*.md

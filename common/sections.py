@@ -46,6 +46,9 @@ class Paths(Section):
     study_dir: Path
     evaluation_dir: Path
     published_dir: Path
+    vectors_dir: Path
+    buildings_dir: Path
+    index_dir: Path
     checkpoints_dir: Path
     logs_dir: Path
 

@@ -18,7 +18,7 @@ from common.parquet import first_line
 from common.sections import EmbeddingModel
 from generate import model_files
 from generate.pixels import Preprocessing, read_preprocessing
-from publish.modeling_spatial_embeddings import (
+from publish.model.modeling_spatial_embeddings import (
     FAMILIES,
     POOLINGS,
     embedding_dim,
@@ -78,7 +78,9 @@ def check(settings: EmbeddingModel, model_type: str | None) -> None:
             f"{settings.name} is a model of type {model_type}, which is not supported\n"
             f"set embedding_model.name to a model of one of these types: {', '.join(FAMILIES)}"
         )
-    config.entry(POOLINGS, "embedding_model.pooling", settings.pooling, "publish/modeling_spatial_embeddings.py")
+    config.entry(
+        POOLINGS, "embedding_model.pooling", settings.pooling, "publish/model/modeling_spatial_embeddings.py"
+    )
 
 
 def load_weights(model_class, folder: Path, dtype: str) -> PreTrainedModel:

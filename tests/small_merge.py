@@ -103,7 +103,7 @@ def write_checkpoint(cfg, seed: int = 0, hidden: int = HIDDEN, out: int = OUT) -
     import torch
 
     from common.places import zones
-    from publish.projection_head import ProjectionHead
+    from publish.model.projection_head import ProjectionHead
     from train import whitening
 
     train = parquet.read(cfg.paths.merged_dir / "train.parquet")

@@ -19,8 +19,8 @@ from common.errors import PipelineError
 from common.imagery.decoding import decode
 from common.sections import EmbeddingModel
 from generate import backbone, model_files, pixels
-from publish.modeling_spatial_embeddings import FAMILIES as READINGS
-from publish.modeling_spatial_embeddings import make_views, mean_of_views, pool
+from publish.model.modeling_spatial_embeddings import FAMILIES as READINGS
+from publish.model.modeling_spatial_embeddings import make_views, mean_of_views, pool
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from conftest import ROOT
 from common import config, sections
 from common.errors import ConfigError
 from generate import backbone
-from publish import modeling_spatial_embeddings
+from publish.model import modeling_spatial_embeddings
 from train import loss
 from train.sampling import samplers
 
@@ -50,11 +50,11 @@ def test_a_name_without_an_entry_is_an_error_that_says_where_it_goes():
         samplers.arms_of_step("nonesuch", None, 0, 4)
     settings = config.load().embedding_model.model_copy(update={"pooling": "nonesuch"})
     with pytest.raises(
-        ConfigError, match=r'"nonesuch": publish/modeling_spatial_embeddings.py has no such entry, only'
+        ConfigError, match=r'"nonesuch": publish/model/modeling_spatial_embeddings.py has no such entry, only'
     ):
         backbone.check(settings, "dinov2")
 
 
 def test_a_sampler_and_the_table_of_files_name_files_that_exist():
-    for path in ("train/loss.py", "train/sampling/samplers.py", "publish/modeling_spatial_embeddings.py"):
+    for path in ("train/loss.py", "train/sampling/samplers.py", "publish/model/modeling_spatial_embeddings.py"):
         assert (ROOT / path).exists()

@@ -35,11 +35,11 @@ from common import cli, parquet
 from common.errors import PipelineError
 from common.imagery.decoding import decode
 from generate import backbone
-from publish.configuration_spatial_embeddings import SpatialEmbeddingsConfig
 from publish.convert_to_hf import main
 from publish.hub import model_card, parity, published_folder, push
 from publish.inference import published_model
-from publish.modeling_spatial_embeddings import SpatialEmbeddingsHead, SpatialEmbeddingsModel
+from publish.model.configuration_spatial_embeddings import SpatialEmbeddingsConfig
+from publish.model.modeling_spatial_embeddings import SpatialEmbeddingsHead, SpatialEmbeddingsModel
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from conftest import ROOT
 from common import config, sections
 from common.errors import PipelineError
 from generate import backbone
-from publish.modeling_spatial_embeddings import POOLINGS
+from publish.model.modeling_spatial_embeddings import POOLINGS
 from slurm import chain
 from train.loss import LOSSES
 from train.sampling.samplers import SAMPLERS
@@ -145,7 +145,7 @@ def test_every_error_that_is_explained_is_one_that_the_code_tells():
 POOLED = config.load().embedding_model
 FORGOTTEN = {  # what CONTRIBUTING.md says one sees -> a way to see it
     "pooling without step 1": lambda: config.entry(
-        POOLINGS, "embedding_model.pooling", "gem", "publish/modeling_spatial_embeddings.py"
+        POOLINGS, "embedding_model.pooling", "gem", "publish/model/modeling_spatial_embeddings.py"
     ),
     "pooling without step 2": lambda: config.load(None, ["embedding_model.pooling=gem"]),
     "loss without step 1": lambda: config.entry(LOSSES, "training.loss", "circle", "train/loss.py"),

@@ -18,7 +18,7 @@ from common import config, parquet
 from common.errors import PipelineError, StaleArtefact
 from publish.generate_embeddings_from_hf import main
 from publish.hub import published_folder
-from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
+from publish.model.modeling_spatial_embeddings import SpatialEmbeddingsModel
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from common import config, parquet, provenance, schemas
 from common.errors import PipelineError, StaleArtefact
 from generate import loop
 from publish.generate_embeddings_from_parquet import main
-from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel
+from publish.model.modeling_spatial_embeddings import SpatialEmbeddingsModel
 
 DIM = 32  # of the tiny backbone
 RNG = np.random.default_rng(0)

@@ -251,7 +251,7 @@ def in_a_fresh_process(code: str, folder: Path) -> str:
 def test_the_published_model_gives_the_pipelines_vectors_in_a_fresh_process_elsewhere(chain, tmp_path):
     import torch
 
-    from publish.projection_head import ProjectionHead
+    from publish.model.projection_head import ProjectionHead
 
     test = chain.table(chain.cfg.paths.merged_dir / "test.parquet").head(7)
     for number, row in enumerate(test.itertuples()):

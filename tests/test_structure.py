@@ -11,11 +11,7 @@ from conftest import ROOT
 # files are at the bottom although they lie in publish/: Hugging Face copies them beside the weights.
 LAYERS = [
     ("common", "common.archives", "common.imagery", "common.places"),
-    (
-        "publish.configuration_spatial_embeddings",
-        "publish.projection_head",
-        "publish.modeling_spatial_embeddings",
-    ),
+    ("publish.model",),
     ("preprocess.tars", "preprocess.duplicates", "preprocess.photographs"),
     ("preprocess.split",),
     ("preprocess.summary",),
@@ -35,6 +31,9 @@ LAYERS = [
     ("train.tuning",),
     ("train",),
     ("publish.inference",),
+    ("publish.retrieval",),
+    ("publish.buildings",),
+    ("publish.explorer",),
     ("publish.hub",),
     ("publish",),
     ("slurm",),
@@ -87,7 +86,9 @@ def test_no_two_modules_import_each_other_even_through_others():
 def test_an_arrow_that_points_upwards_would_be_found():
     assert imported_by("def f():\n    from train.fitting import fit", "common") == {"train.fitting.fit"}
     assert layer_of("train.fitting.fit") > layer_of("common.cli")
-    assert imported_by("from .projection_head import ProjectionHead", "publish") == {"publish.projection_head"}
+    assert imported_by("from .projection_head import ProjectionHead", "publish.model") == {
+        "publish.model.projection_head"
+    }
 
 
 def test_modules_and_classes_have_names_of_their_own():

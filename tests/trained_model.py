@@ -10,7 +10,7 @@ from invented_metrics import FIGURES, FOUND
 
 from common import config, parquet, provenance, schemas, sections, stages
 from generate import generate_embeddings
-from publish.projection_head import ProjectionHead
+from publish.model.projection_head import ProjectionHead
 from train.evaluation import metrics_json
 
 JPEGS = photographs(7)

@@ -21,8 +21,8 @@ from common.sections import Config, EmbeddingModel
 from generate import backbone, model_files
 from generate.model_files import PREPROCESSING
 from generate.pixels import Preprocessing, read_config
-from publish.configuration_spatial_embeddings import SpatialEmbeddingsConfig
-from publish.modeling_spatial_embeddings import SpatialEmbeddingsHead, SpatialEmbeddingsModel
+from publish.model.configuration_spatial_embeddings import SpatialEmbeddingsConfig
+from publish.model.modeling_spatial_embeddings import SpatialEmbeddingsHead, SpatialEmbeddingsModel
 from train.evaluation.heads import head_of
 
 MAX_SHARD_SIZE = "5GB"  # of the weights: larger files are slow to fetch, and to resume

@@ -12,8 +12,8 @@ from transformers import AutoConfig
 from common.sections import Config
 from generate import backbone, model_files
 from generate.pixels import picture_side, read_preprocessing
-from publish.configuration_spatial_embeddings import SpatialEmbeddingsConfig
-from publish.modeling_spatial_embeddings import SpatialEmbeddingsModel, embedding_dim
+from publish.model.configuration_spatial_embeddings import SpatialEmbeddingsConfig
+from publish.model.modeling_spatial_embeddings import SpatialEmbeddingsModel, embedding_dim
 
 BYTES = {"float32": 4, "bfloat16": 2}  # float16: as bfloat16
 BATCHES = (1, 64, 256)

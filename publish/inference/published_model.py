@@ -8,7 +8,7 @@ import torch
 from common.errors import PipelineError
 from generate import backbone, model_files
 from generate.pixels import Preprocessing, read_preprocessing
-from publish.modeling_spatial_embeddings import SpatialEmbeddingsHead, SpatialEmbeddingsModel
+from publish.model.modeling_spatial_embeddings import SpatialEmbeddingsHead, SpatialEmbeddingsModel
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from common import config, sections
-from publish.projection_head import ProjectionHead
+from publish.model.projection_head import ProjectionHead
 from train import datasets
 from train.fitting import fit
 from train.sampling import samplers

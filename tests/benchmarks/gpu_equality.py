@@ -22,7 +22,7 @@ from common.places.zones import Zones
 from difficulty.search.exact_search import Neighbors, exact_neighbors
 from difficulty.search.search_vectors import SearchVectors
 from generate import backbone
-from publish.projection_head import ProjectionHead
+from publish.model.projection_head import ProjectionHead
 from train import datasets, whitening
 from train.evaluation import heads, metrics
 from train.fitting import fit

@@ -25,7 +25,7 @@ from common.sections import Config, Infrastructure
 from difficulty.search.balltree import recall
 from generate import backbone, batches, loop
 from publish.inference import model_sizes
-from publish.projection_head import ProjectionHead
+from publish.model.projection_head import ProjectionHead
 from train import whitening
 from train.evaluation import heads
 from train.fitting import fit

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from common import devices
 from common.errors import PipelineError
 from common.parquet import first_line
-from publish.projection_head import ProjectionHead
+from publish.model.projection_head import ProjectionHead
 
 _KEYS = {"head", "epoch", "metrics", "config", "embedding_model", "baselines", "provenance"}
 _RERUN = "rerun train/train.py: it restores checkpoint_best.pt, or says how to train again"

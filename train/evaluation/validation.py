@@ -7,7 +7,7 @@ import torch
 
 from common.errors import PipelineError
 from common.places.zones import Csr
-from publish.projection_head import ProjectionHead
+from publish.model.projection_head import ProjectionHead
 from train.evaluation import heads, metrics
 
 

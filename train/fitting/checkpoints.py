@@ -14,7 +14,7 @@ from common import errors, files, parquet
 from common.errors import PipelineError
 from common.provenance import Provenance, Redo, differences, digest_of
 from common.sections import Config
-from publish.projection_head import ProjectionHead
+from publish.model.projection_head import ProjectionHead
 from train import run_record
 from train.evaluation import heads
 from train.fitting import history

@@ -14,7 +14,7 @@ from common import cli
 from common.devices import resolve_dtype
 from common.errors import PipelineError
 from common.sections import Config
-from publish.projection_head import ProjectionHead
+from publish.model.projection_head import ProjectionHead
 from train import run_record
 from train.datasets import Batch, TrainingData, TrainRows, relations, step_seed
 from train.fitting import checkpoints, history, remine, schedule, tracking

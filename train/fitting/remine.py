@@ -18,7 +18,7 @@ from common.sections import Config
 from difficulty import bands
 from difficulty.search.exact_search import exact_neighbors
 from difficulty.search.search_vectors import SearchVectors
-from publish.projection_head import ProjectionHead
+from publish.model.projection_head import ProjectionHead
 from train.datasets import TrainRows
 from train.evaluation import heads
 
