@@ -262,7 +262,7 @@ def test_the_folder_holds_what_a_user_needs_and_no_path_of_this_machine(trained)
     assert settings["backbone_config"]["model_type"] == "dinov2"
     assert set(settings["auto_map"]) == {"AutoConfig", "AutoModel"}
     for name in ("configuration_spatial_embeddings.py", "modeling_spatial_embeddings.py", "projection_head.py"):
-        assert (folder / name).read_bytes() == (ROOT / "publish" / name).read_bytes()
+        assert (folder / name).read_bytes() == (ROOT / "publish" / "model" / name).read_bytes()
 
 
 def test_the_card_holds_the_measured_figures_with_their_intervals(trained):
