@@ -187,8 +187,8 @@ def _explain(mistake) -> str:
         return f"{where} is not a known key{_hint(key, sections)}"
     if mistake["type"] == "missing":
         return f"{where} is missing"
-    value = mistake["input"]
-    shown = "" if isinstance(value, dict) else f" (got {value!r:.80})"
+    value, field = mistake["input"], _fields_of(sections).get(key)
+    shown = "" if isinstance(value, dict) or (field and not field.repr) else f" (got {value!r:.80})"
     choices = re.findall("'([^']+)'", mistake["ctx"]["expected"]) if mistake["type"] == "literal_error" else []
     hint = suggestion(value, choices) if isinstance(value, str) else ""
     return f"{where}: {mistake['msg'].removeprefix('Value error, ')}{shown}{hint}"

@@ -190,9 +190,27 @@ class Evaluation(Section):
 class Tuning(Section):
     num_trials: Positive
     trial_epochs: Positive
-    study_storage: str
+    study_storage: Annotated[str, Field(repr=False)]  # a refused value is not shown: it may hold a password
     pruner: Literal["median", "hyperband"]
     search_space: dict[str, Range | Choices]
+
+    @field_validator("study_storage")
+    @classmethod
+    def _without_password(cls, storage: str) -> str:
+        """Settings are printed, recorded and handed on to jobs: none may hold a password."""
+        if storage == "journal":
+            return storage
+        import sqlalchemy  # here: it takes a tenth of a second
+
+        try:
+            url = sqlalchemy.make_url(storage)
+        except (sqlalchemy.exc.ArgumentError, ValueError):
+            url = None
+        if url is None or url.get_backend_name() != "postgresql":
+            raise ValueError('must be "journal" or a URL such as postgresql://user@host/database')
+        if url.password is not None or any("password" in name.lower() for name in url.query):
+            raise ValueError("holds a password: put it into ~/.pgpass, or the environment variable PGPASSWORD")
+        return storage
 
     @field_validator("search_space")
     @classmethod

@@ -103,7 +103,7 @@ def submit(steps: list, todo: dict[str, list[int]], cfg: Config, args: argparse.
     with runs.lock(cfg.paths.logs_dir):
         runs.refuse_busy(cfg.paths.logs_dir, entries(Path()).values())
         folder = runs.create(cfg.paths.logs_dir)
-        freeze(cfg, folder / "config.toml")
+        (folder / "config.toml").write_text(config.to_toml(cfg), encoding="utf-8")
         record = {
             "owner": os.getuid(),
             "tune": args.tune,
@@ -144,13 +144,6 @@ def entries_of(steps: list, chain_steps: list, todo: dict, cfg: Config, folder: 
         }
         for step in steps
     }
-
-
-def freeze(cfg: Config, path: Path) -> None:
-    """Write all settings to a new file: readable by its owner only if the study's database has a password."""
-    has_password = re.search("://[^/@]*:[^/@]*@", cfg.tuning.study_storage)
-    path.touch(0o600 if has_password else 0o666)
-    path.write_text(config.to_toml(cfg), encoding="utf-8")
 
 
 def submit_rest(folder: Path, record: dict, steps: list, cfg: Config, job_ids: dict[str, str]) -> int:

@@ -175,3 +175,28 @@ def test_a_name_may_look_like_another_type(name):
 def test_a_run_stays_in_its_own_folder(name):
     with pytest.raises(ConfigError, match="run"):
         config.load(None, [f"training.run={name}"])
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [
+        *(
+            "postgresql://me:geheim@host/db",
+            "postgresql://me:ge%2Fheim@host/db",
+            "postgresql://me:ge/heim@host/db",
+        ),
+        *("postgresql+psycopg2://host/db?user=me&password=geheim", "postgresql://host/db?sslpassword=geheim"),
+        *("mysql://me:geheim@host/db", "postgresql://me:geheim@host:port/db", "me:geheim@host"),
+    ],
+)
+def test_a_password_in_the_settings_is_refused_and_not_repeated(storage, write_config):
+    written = write_config(('study_storage = "journal"', f'study_storage = "{storage}"'))
+    for path, overrides in ((None, [f"tuning.study_storage={storage}"]), (written, [])):
+        with pytest.raises(ConfigError, match=r"\[tuning\] study_storage: .*(PGPASSWORD|must be)") as told:
+            config.load(path, overrides)
+        assert "heim" not in str(told.value)
+
+
+def test_a_database_without_a_password_is_taken():
+    for storage in ("postgresql://me@host/db", "postgresql://host/db?host=/run/pg&passfile=/home/me/other"):
+        assert config.load(None, [f"tuning.study_storage={storage}"]).tuning.study_storage == storage

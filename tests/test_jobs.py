@@ -145,19 +145,6 @@ def test_jobs_keep_the_settings_with_which_they_were_submitted(submitted, cfg):
     assert {tuple(command[-2:]) for command in commands} == {("--config", str(folder / "config.toml"))}
 
 
-def test_a_password_in_the_settings_is_for_its_owner_alone(cfg, tmp_path):
-    for url, private in [
-        ("journal", False),
-        ("postgresql://me@host/db", False),
-        ("postgresql://me:x@host/db", True),
-    ]:
-        tuned = cfg.tuning.model_copy(update={"study_storage": url})
-        (tmp_path / "config.toml").unlink(missing_ok=True)
-        jobs.freeze(cfg.model_copy(update={"tuning": tuned}), tmp_path / "config.toml")
-        mode = (tmp_path / "config.toml").stat().st_mode & 0o777
-        assert (mode == 0o600) == private
-
-
 def test_nothing_of_an_interactive_job_is_handed_on(submitted, tmp_path, monkeypatch):
     """srun takes its number of tasks and its memory per core for options; a task's number would become a shard."""
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")

@@ -31,6 +31,7 @@ SETTINGS = (
     *("training_model.init=random", "evaluation.bootstrap_samples=10"),
 )
 LABEL = "backbone-mean-1-0.5"
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "PGPASSWORD")
 
 
 def settings(root: Path, *more: str) -> list[str]:
@@ -49,6 +50,8 @@ def run_chain(root: Path, *more: str, last: str | None = None) -> None:
     with pytest.MonkeyPatch.context() as patch:  # drawing takes longer than the rest
         patch.setattr(history, "draw", lambda path, table: path.touch())
         patch.setattr(pages, "svg", lambda figure, alt: alt)
+        for name in SECRETS:
+            patch.setenv(name, f"secret-{name}")
         for step in chain.select(chain.steps_of(load(root, *more)), None, last):
             assert importlib.import_module(step.module).main(flags(root, *more)) == 0
 
@@ -70,6 +73,11 @@ def finished(tmp_path_factory) -> Path:
     run_chain(root)
     assert is_done(load(root))
     return root
+
+
+def test_no_token_or_password_is_written_anywhere(finished):
+    for path in finished.rglob("*"):
+        assert not path.is_file() or b"secret-" not in path.read_bytes(), path
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """train/tuning/study_storage.py and what study.py keeps in it: a journal whose writers may die, or a PostgreSQL of
 our own.
-No trial is lost and none counted twice, and no message holds a password.
+No trial is lost and none counted twice.
 
 Training is a stand-in here, see small_study.py.
 """
@@ -81,7 +81,7 @@ def postgres(tmp_path_factory):
         call("initdb", "-U", "tuner", "--auth=trust", "--no-sync")
         options = f"-k {folder} -c listen_addresses='' -c fsync=off"
         call("pg_ctl", "start", "-w", "-l", folder / "log", "-o", options)
-        yield f"postgresql://tuner:secret@/postgres?host={folder}"
+        yield f"postgresql://tuner@/postgres?host={folder}"
     finally:
         if (folder / "data" / "postmaster.pid").exists():
             call("pg_ctl", "stop", "-m", "immediate")
@@ -124,26 +124,24 @@ def test_three_workers_at_once_one_killed_lose_no_trial_and_count_none_twice(
     assert len({tuning.trials[number].params["learning_rate"] for number in done}) == 20
 
 
-def test_a_study_in_postgresql_as_the_commands_see_it(merged, tmp_path, postgres, quick, capsys):
+def test_a_study_in_postgresql_as_the_commands_see_it(merged, tmp_path, postgres, quick):
     database = sqlalchemy.create_engine(postgres.replace("://", "+psycopg2://"), isolation_level="AUTOCOMMIT")
     with database.connect() as connection:
         connection.execute(sqlalchemy.text("create database another"))
     url = postgres.replace("/postgres?", "/another?")
     asked = (f"tuning.study_storage={url}", f"paths.study_dir={tmp_path / 'study'}")
-    with pytest.raises(PipelineError, match=r"tuner:\*\*\*@.* holds no study"):
+    with pytest.raises(PipelineError, match=r"tuner@.* holds no study"):
         shared_study.open_study(load(merged, tmp_path, *asked), made_of(merged, tmp_path), create=False)
     assert optuna_worker.main(flags(merged, *asked)) == 0
     tuning = shared_study.open_study(load(merged, tmp_path, *asked), made_of(merged, tmp_path), create=False)
     assert shared_study.num_counted(tuning.trials) == 6
     assert not (tmp_path / "study" / "journal.log").exists()
-    with pytest.raises(StaleArtefact, match="steps_per_epoch") as refused:
+    with pytest.raises(StaleArtefact, match="steps_per_epoch"):
         open_study(load(merged, tmp_path, *asked, "training.steps_per_epoch=9"))
-    page = (tmp_path / "study" / "study.html").read_text()
-    for text in (str(refused.value), page, json.dumps(tuning.user_attrs), *capsys.readouterr()):
-        assert "secret" not in text
+    assert (tmp_path / "study" / "study.html").exists()
 
 
-def test_a_database_that_goes_away_is_told_without_its_password(merged, tmp_path, postgres, monkeypatch, quick):
+def test_a_database_that_goes_away_is_told(merged, tmp_path, postgres, monkeypatch, quick):
     database = sqlalchemy.create_engine(postgres.replace("://", "+psycopg2://"), isolation_level="AUTOCOMMIT")
 
     def gone(cfg, data, *, on_epoch):
@@ -159,27 +157,18 @@ def test_a_database_that_goes_away_is_told_without_its_password(merged, tmp_path
         connection.execute(sqlalchemy.text("create database leaving"))
     monkeypatch.setattr(study_trials, "fit", gone)
     url = postgres.replace("/postgres?", "/leaving?")
-    with pytest.raises(PipelineError, match=r"connection to .*tuner:\*\*\*@.* lost: ") as told:
+    with pytest.raises(PipelineError, match=r"connection to .*tuner@.* lost: "):
         optuna_worker.main(flags(merged, f"tuning.study_storage={url}", f"paths.study_dir={tmp_path}"))
-    assert "secret" not in str(told.value)
 
 
 def made_of(merged, tmp_path):
     return shared_study.record(load(merged, tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("url", "error", "message"),
-    [
-        ("postgresql://u:secret@/postgres?host=/nowhere", PipelineError, r"cannot connect to .*u:\*\*\*@"),
-        ("mysql://u:secret@host/x", ConfigError, "journal"),
-        ("journall", ConfigError, "journal"),
-    ],
-)
-def test_a_storage_that_cannot_be_used_is_told_without_its_password(merged, tmp_path, url, error, message):
-    with pytest.raises(error, match=message) as told:
+def test_a_database_that_cannot_be_reached_is_told(merged, tmp_path):
+    url = "postgresql://u@/postgres?host=/nowhere"
+    with pytest.raises(PipelineError, match=r"cannot connect to postgresql://u@/postgres"):
         open_study(load(merged, tmp_path, f"tuning.study_storage={url}"))
-    assert "secret" not in str(told.value)
 
 
 def test_without_its_driver_postgresql_is_told(merged, tmp_path, monkeypatch):

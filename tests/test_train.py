@@ -338,7 +338,10 @@ def no_home(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("no_home")
 def test_wandb_offline_records_settings_epochs_and_what_the_run_came_to(root, data, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(history, "draw", draw)  # wandb takes no empty file for a picture
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "PGPASSWORD"):
+        monkeypatch.setenv(name, "secret" * 7)
     result = train(root, data, tmp_path / "run", "logging.wandb_mode=offline", "training.epochs=2")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"secretsecret" in path.read_bytes()]
     assert not warnings_of_wandb(caplog)
     assert "WANDB_DATA_DIR" not in os.environ  # it was this run's
     (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")

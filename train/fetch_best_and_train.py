@@ -56,8 +56,6 @@ def main(argv=None) -> int:
     if unfinished > 0:
         print(f"fetch_best_and_train: the study is incomplete: {unfinished:,} trials remain")
     chosen = config.with_training(cfg, **trial.params)
-    without_password = chosen.tuning.model_copy(update={"study_storage": "journal"})
-    chosen = chosen.model_copy(update={"tuning": without_password})
 
     run_dir = run_record.run_dir(cfg)
     # before config.toml is written beside a checkpoint of other settings

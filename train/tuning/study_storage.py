@@ -1,7 +1,7 @@
 """Where a study's trials are kept, and the lock that its workers share: a journal on a shared disk, or PostgreSQL.
 
 Either lock is released by the kernel, or by the server, when the worker that holds it dies. A database holds one
-study. A password in its URL is never logged or recorded; ~/.pgpass is still the better place for it.
+study. Its password, if it has one, is in ~/.pgpass or PGPASSWORD, where the driver looks by itself.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import OperationalError
 
 from common import files
 from common.errors import ConfigError, PipelineError
@@ -25,18 +25,17 @@ _ADVISORY_LOCK = 0x656D62  # this pipeline's number among a database's advisory 
 
 
 def name_of(cfg: Config) -> Path | str:
-    """The journal's path, or the database's URL without its password."""
-    if cfg.tuning.study_storage == "journal":
-        return cfg.paths.study_dir / "journal.log"
-    return _url(cfg).render_as_string(hide_password=True)
+    """The journal's path, or the database's URL."""
+    storage = cfg.tuning.study_storage
+    return cfg.paths.study_dir / "journal.log" if storage == "journal" else storage
 
 
 def open_storage(cfg: Config) -> JournalStorage | RDBStorage:
     """The storage that `tuning.study_storage` names, created if necessary. Requires the lock."""
     journal = name_of(cfg)
     if not isinstance(journal, Path):
-        url = _url(cfg).render_as_string(hide_password=False)
-        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # a server may close idle connections
+        engine = {"pool_pre_ping": True}  # a server may close idle connections
+        return RDBStorage(str(_url(cfg)), engine_kwargs=engine)
     files.open_shared(journal).close()
     try:  # the type of a lock is private
         return JournalStorage(JournalFileBackend(str(journal), JournalLock(journal)))  # type: ignore[arg-type]
@@ -63,7 +62,7 @@ def locked(cfg: Config) -> Iterator[None]:
         raise ConfigError(
             "tuning.study_storage: PostgreSQL needs its driver: pip install 'embedding-pipeline[postgres]'"
         ) from None
-    except OperationalError as error:  # its first line names host, port and user, not the password
+    except OperationalError as error:
         raise PipelineError(f"cannot connect to {name_of(cfg)}: {first_line(error.orig or error)}") from None
     with connection:  # the lock belongs to this session, and ends with it
         connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_lock(_ADVISORY_LOCK)))
@@ -90,13 +89,7 @@ def _lock(file: BinaryIO) -> None:
 
 
 def _url(cfg: Config) -> sqlalchemy.URL:
-    try:
-        url = sqlalchemy.make_url(cfg.tuning.study_storage)
-    except ArgumentError:
-        url = None
-    if url is None or url.get_backend_name() != "postgresql":  # not shown: it may contain a password
-        raise ConfigError('tuning.study_storage must be "journal" or a URL that begins with postgresql://')
-    return url.set(drivername="postgresql+psycopg2")
+    return sqlalchemy.make_url(cfg.tuning.study_storage).set(drivername="postgresql+psycopg2")
 
 
 class JournalLock:
