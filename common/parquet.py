@@ -32,6 +32,7 @@ _CACHED_BYTES = 2**20  # of a matrix, read and checked while still in the proces
 _VALUES_AT_ONCE = 2**16  # by the encoder: a tenth less time for vectors than with its default, 1024
 _PAGE_BYTES = 2**18  # encoded in the processor's cache: a fifth less time for vectors than with the default, 2**20
 LARGEST = 1e17  # of a vector's values: the squares of thousands of them must not overflow float32
+SMALLEST = 1e-12  # of a vector's largest value: shorter ones, and zeros, are not normalised to length 1
 _MAX_READERS = 16  # threads; more do not make a file system faster
 _KEY = b"provenance"
 
@@ -386,3 +387,15 @@ def embedding_matrix(
             f"{path}: the {column} of {name(bad)} holds a value that is missing, not finite, or above {LARGEST:g}"
         )
     return matrix
+
+
+def refuse_zeros(path: Path, column: str, matrix: np.ndarray, name: Callable[[int], str]) -> None:
+    """Raise PipelineError, naming the row, if a row of (n, D) cannot be normalised to length 1: if none of
+    its values is as large as SMALLEST. `name`: see `embedding_matrix`."""
+    if matrix.dtype == np.float16:  # the smallest that is not 0 is larger; by its bits, which saves conversions
+        has_direction = (matrix.view(np.uint16) & 0x7FFF).any(axis=1)
+    else:
+        has_direction = np.abs(matrix).max(axis=1, initial=0) >= SMALLEST
+    if not has_direction.all():
+        zero = name(int(has_direction.argmin()))
+        raise PipelineError(f"{path}: the {column} of {zero} is zero, or too short to have a direction")

@@ -41,6 +41,24 @@ def test_an_embedding_that_is_not_finite_is_named(own):
         run(cfg)
 
 
+@pytest.mark.parametrize("length", [0.0, 1e-13])
+def test_an_embedding_without_a_direction_is_named(own, length):
+    """Such rows would be ranked by their lengths."""
+    cfg, columns, _ = own
+    columns["test"]["embedding"][4] *= length
+    small_merge.write_split(cfg, "test", columns["test"])
+    with pytest.raises(PipelineError, match="the embedding of image 0088_40004 is zero, or too short"):
+        run(cfg)
+
+
+def test_a_position_that_is_none_is_refused(own):
+    cfg, columns, _ = own
+    columns["test"]["target_lat"][4] = 999
+    small_merge.write_split(cfg, "test", columns["test"])
+    with pytest.raises(PipelineError, match=r"column target_lat holds 999\.0, in place of degrees"):
+        run(cfg)
+
+
 def test_no_query_with_a_match_is_an_error(own):
     cfg, columns, _ = own
     small_merge.write_split(cfg, "test", {name: column[::3] for name, column in columns["test"].items()})

@@ -211,6 +211,12 @@ def test_the_input_is_never_replaced(flags, tmp_path):  # noqa: F811
         main([str(tmp_path / "nothing.parquet"), str(tmp_path / "out"), *flags])
 
 
+def test_an_embedding_without_a_direction_is_refused(flags, tmp_path):  # noqa: F811
+    pq.write_table(pa.table({"v": [[0.5] * 32, [1e-13] * 32]}), tmp_path / "in.parquet")
+    with pytest.raises(PipelineError, match="the v of row 1 is zero, or too short to have a direction"):
+        main([str(tmp_path / "in.parquet"), str(tmp_path / "out"), *flags])
+
+
 def test_a_matrix_of_lists_keeps_float16_and_takes_its_dimensions_from_the_first_row(tmp_path):
     def matrix(column: pa.Array) -> np.ndarray:
         table = pa.table({"v": column})

@@ -32,6 +32,31 @@ def test_cells_near_are_those_whose_square_is_within_the_radius():
         assert (nearest <= 130.01).all()
 
 
+@pytest.mark.parametrize(
+    ("lat", "lon"), [(65.0, 180.0), (-17.0, -180.0), (0.0, 179.99995), (89.9999, 30.0), (-90.0, 0.0)]
+)
+def test_cells_near_reach_over_the_180th_meridian_and_the_poles(lat, lon):
+    rng = np.random.default_rng(0)
+    # oracle: points on a sphere around this one, by their distance
+    xyz = geo.to_xyz_m(lat, lon) + rng.uniform(-150, 150, (4000, 3))
+    xyz *= geo.EARTH_RADIUS_M / np.linalg.norm(xyz, axis=1, keepdims=True)
+    lats = np.degrees(np.arcsin(xyz[:, 2] / geo.EARTH_RADIUS_M))
+    lons = np.degrees(np.arctan2(xyz[:, 1], xyz[:, 0]))
+    is_near = geo.distance_m(lat, lon, lats, lons) <= 130.0
+    expected = set(geo.cell_ids(lats, lons, 100.0)[is_near].tolist())
+    found = {int(ids[0]) for ids in geo.cells_near(np.array([lat]), np.array([lon]), 100.0, 130.0)}
+    assert len(expected) > 3
+    assert expected <= found
+    if abs(lat) < 80:
+        assert len(found) <= len(expected) + 4
+
+
+def test_180_and_minus_180_degrees_are_one_place():
+    lat = np.array([0.0, 12.3, -65.0, 90.0])
+    east, west = (geo.cell_ids(lat, np.full(4, lon), 1000.0) for lon in (180.0, -180.0))
+    assert east.tolist() == west.tolist()
+
+
 def test_cells_go_to_the_split_that_is_furthest_below_its_ratio():
     cells, found = split_rules.assign_cells(np.arange(1000), np.full(1000, 7), (0.8, 0.1, 0.1), seed=0)
     assert np.bincount(found).tolist() == [800, 100, 100]

@@ -75,8 +75,9 @@ def cell_ids(lat_deg: np.ndarray, lon_deg: np.ndarray, cell_m: float) -> np.ndar
     overlap; the id depends on the point alone, so it agrees between runs and tars.
     """
     row = np.floor(np.asarray(lat_deg, np.float64) * METRES_PER_DEGREE / cell_m)
-    column = np.floor(np.asarray(lon_deg, np.float64) * _cells_per_degree(row, cell_m))
-    return _cell_id(row, column)
+    lon = np.asarray(lon_deg, np.float64)
+    lon = np.where(lon >= 180, lon - 360, np.where(lon < -180, lon + 360, lon))  # 180 and -180 are one meridian
+    return _cell_id(row, np.floor(lon * _cells_per_degree(row, cell_m)))
 
 
 def cells_of_buildings(lat_deg: np.ndarray, lon_deg: np.ndarray, cell_m: float) -> np.ndarray:
@@ -89,19 +90,30 @@ def cells_of_buildings(lat_deg: np.ndarray, lon_deg: np.ndarray, cell_m: float) 
 
 def cells_near(lat_deg: np.ndarray, lon_deg: np.ndarray, cell_m: float, radius_m: float) -> Iterator[np.ndarray]:
     """The cells at least partly within `radius_m` of each of N points: arrays (N,) int64 of ids as in `cell_ids`.
-    Together they contain all such cells of every point, some repeatedly, and no others.
+    Together they contain all such cells of every point, some repeatedly, and no others, except within ten radii of
+    a pole.
     """
-    y = np.asarray(lat_deg, np.float64) * METRES_PER_DEGREE / cell_m  # in cells, like everything below
-    own_row, reach = np.floor(y), radius_m / cell_m
+    lat, lon = np.asarray(lat_deg, np.float64), np.asarray(lon_deg, np.float64)
+    y = lat * METRES_PER_DEGREE / cell_m  # in cells, like everything below
+    own, own_row, reach = cell_ids(lat, lon, cell_m), np.floor(y), radius_m / cell_m
+    to_pole = np.cos(np.radians(lat)) * EARTH_RADIUS_M / radius_m if radius_m else np.full(len(lat), np.inf)
+    # near a pole the meridians meet: the angle under which the circle is seen from there, or all around
+    angle = np.degrees(np.arcsin(np.minimum(1.0, 1.0 / np.maximum(to_pole, 1.0))))
+    angle = np.where(to_pole > 1, angle, 180.0)
     for step in range(-math.ceil(reach), math.ceil(reach) + 1):
         row = own_row + step
         away = np.maximum(0.0, np.maximum(row - y, y - (row + 1)))
         row = np.where(away <= reach, row, own_row)
         half_width = np.sqrt(np.maximum(reach**2 - away**2, 0.0))  # also 0 where the row is out of reach
-        x = np.asarray(lon_deg, np.float64) * _cells_per_degree(row, cell_m)
-        first, last = np.floor(x - half_width), np.floor(x + half_width)
-        for offset in range(int(np.max(last - first, initial=-1)) + 1):
-            yield _cell_id(row, np.minimum(first + offset, last))
+        per_degree = _cells_per_degree(row, cell_m)
+        half_width = np.where(to_pole > 10, half_width, angle * per_degree)
+        edge = 180 * per_degree
+        for turn in (0, -360, 360):  # the second and third: what lies beyond the 180th meridian
+            x = (lon + turn) * per_degree
+            first = np.floor(np.maximum(x - half_width, -edge))
+            last = np.floor(np.minimum(x + half_width, np.nextafter(edge, 0)))
+            for offset in range(int(np.max(last - first, initial=-1)) + 1):
+                yield np.where(first + offset <= last, _cell_id(row, first + offset), own)
 
 
 def cell_corners(ids: np.ndarray, cell_m: float) -> tuple[np.ndarray, np.ndarray]:

@@ -79,6 +79,7 @@ def project(part: VectorPart, published: published_model.Published, progress: lo
             embeddings = parquet.embedding_matrix(
                 table.path, kept, table.column, name, input_dim, "the model takes"
             )
+            parquet.refuse_zeros(table.path, table.column, embeddings, name)
             progress.lap("reading")
             vectors = published.project(torch.from_numpy(embeddings.astype(np.float32))).numpy()
             progress.lap("computing")

@@ -97,6 +97,7 @@ def batches(paths: list[Path], columns: list[str]) -> Iterator[tuple[pa.Table, n
             images = batch["streetview_image_id"]
             name = lambda row, images=images: f"image {images[row]}"  # noqa: E731
             vectors = parquet.embedding_matrix(path, batch, "embedding", name, dim)
+            parquet.refuse_zeros(path, "embedding", vectors, name)
             dim = vectors.shape[1]
             yield pa.table({name: _cast(path, name, batch[name]) for name in columns}), vectors
 
@@ -106,6 +107,9 @@ def _cast(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     known, of an imported photograph) as empty values."""
     if name in _MAY_BE_UNKNOWN and pa.types.is_floating(column.type):
         column = pc.fill_null(column, float("nan"))
+        most = {"target_lat": 90, "camera_lat": 90, "target_lon": 360, "camera_lon": 360}.get(name, np.inf)
+        if (beyond := np.abs(column.to_numpy()) > most).any():
+            raise PipelineError(f"{path}: column {name} holds {column[int(beyond.argmax())]}, in place of degrees")
         if not np.isinf(column.to_numpy()).any():
             return column.cast(_SCHEMA.field(name).type)
     if column.null_count or (pa.types.is_floating(column.type) and not np.isfinite(column.to_numpy()).all()):
