@@ -30,6 +30,7 @@ _DISK_ERRORS = {  # that a user can fix
     errno.EISDIR: "expected a file, found a directory",
     errno.ENOTDIR: "expected a directory, found a file",
     errno.EEXIST: "expected a directory, found a file",
+    errno.ENAMETOOLONG: "the name is too long",
     errno.EIO: "the disk cannot be read or written (I/O error)",
 }
 _stop_signal: int | None = None
@@ -85,6 +86,7 @@ def run(main, *, resumable: bool = False) -> None:
     `resumable`: the script calls `check_stop` and continues later, so SIGTERM and SIGUSR2 end it with 85. Other
     scripts are ended by SIGTERM as usual and ignore SIGUSR2, Slurm's warning before the time limit.
     """
+    _open_closed_streams()
     collect_seldom()
     for device in ("MPS", "XPU"):  # torch reads this as it is imported: the CPU computes what they lack
         os.environ.setdefault(f"PYTORCH_ENABLE_{device}_FALLBACK", "1")
@@ -96,6 +98,13 @@ def run(main, *, resumable: bool = False) -> None:
     else:
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     sys.exit(exit_code_of(main))
+
+
+def _open_closed_streams() -> None:
+    """Where the standard streams were closed (2>&-): the next file to be opened would be taken for one of them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def collect_seldom() -> None:
@@ -135,6 +144,8 @@ def exit_code_of(main) -> int:
             raise
         # a copy or a rename names two files, of which the second is written
         path = error.filename if error.errno == errno.EIO else error.filename2 or error.filename
+        if not path and "/" in (error.strerror or ""):
+            path = error.strerror  # Arrow names the file in its text
         where = f" ({path})" if path else ""
         return _fail(f"{_DISK_ERRORS[error.errno]}{where}", "fix this and rerun: finished files are kept")
     except Exception as error:

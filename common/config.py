@@ -27,7 +27,7 @@ def load(path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) 
     """
     path = Path(path or DEFAULT_PATH)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
         tree = tomli.loads(text)
     except OSError as error:
         if path == DEFAULT_PATH and not (path.parent / "pyproject.toml").exists():

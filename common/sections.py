@@ -17,7 +17,8 @@ Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
-Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # of a folder
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=100)]  # of a folder
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no larger ones
 PLACEHOLDERS = ("backbone", "run")  # of [paths]: embedding_model.label, or what "auto" means, and training.run
 SAME_IN_ALL_TRIALS = "same in all trials"  # marks settings that define a study's data, metric or size
 
@@ -29,7 +30,7 @@ class Section(BaseModel):
 
 
 class Global(Section):
-    seed: Count
+    seed: Seed
 
 
 class Paths(Section):
@@ -141,7 +142,7 @@ Range = tuple[float, float] | tuple[float, float, Literal["log"]]
 
 class Training(Section):
     run: Annotated[Name, SAME_IN_ALL_TRIALS]
-    seed: Annotated[Count, SAME_IN_ALL_TRIALS]
+    seed: Annotated[Seed, SAME_IN_ALL_TRIALS]
     epochs: Annotated[Positive, SAME_IN_ALL_TRIALS]
     steps_per_epoch: Literal["auto"] | Positive
     batch_size: Annotated[int, Field(ge=2)]

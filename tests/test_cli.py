@@ -27,6 +27,16 @@ def run_main(body: str, resumable: bool = False) -> subprocess.CompletedProcess:
         (PipelineError("a is missing\nrun b"), 1, "error: a is missing\n       run b\n"),
         (ConfigError("no such key"), 2, "error: no such key\n"),
         (OSError(errno.ENOSPC, "No space", "/scratch/x"), 1, "error: the disk is full (/scratch/x)\n"),
+        (
+            OSError(errno.EACCES, "Cannot open '/scratch/x'"),
+            1,
+            "error: permission denied (Cannot open '/scratch/x')\n",
+        ),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "/scratch/x"),
+            1,
+            "error: the name is too long (/scratch/x)\n",
+        ),
         (OSError(errno.ENOSPC, "No space", "/a", None, "/scratch/x"), 1, "error: the disk is full (/scratch/x)\n"),
         (
             OSError(errno.EISDIR, "Is a directory", "/.x.tmp", None, "/x"),
@@ -237,3 +247,13 @@ def test_a_package_that_is_not_installed_is_named_with_the_way_out():
     assert "the Python package no_such_package is not installed" in result.stderr
     assert "make install" in result.stderr
     assert "Traceback" in run_main("import common.no_such_module").stderr  # a bug of ours
+
+
+def test_closed_streams_do_no_harm(tmp_path):
+    """The first file that is opened would have the number of stderr, and messages would go into it."""
+    body = f"file = open({str(tmp_path / 'a')!r}, 'w'); os.write(2, b'a message'); raise PipelineError('no')"
+    code = "import os, sys; from common import cli; from common.errors import PipelineError\n"
+    code += f"def main():\n    {body}\ncli.run(main)"
+    done = subprocess.run(["bash", "-c", '"$0" -c "$1" 2>&- >&- <&-', sys.executable, code], timeout=60, cwd=ROOT)
+    assert done.returncode == 1
+    assert (tmp_path / "a").read_text() == ""

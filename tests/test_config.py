@@ -171,10 +171,24 @@ def test_a_name_may_look_like_another_type(name):
     assert config.load(None, [f'training.run="{name}"']).training.run == name
 
 
-@pytest.mark.parametrize("name", ["..", ".", "a/b", ""])
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "", "a" * 300])
 def test_a_run_stays_in_its_own_folder(name):
     with pytest.raises(ConfigError, match="run"):
         config.load(None, [f"training.run={name}"])
+
+
+@pytest.mark.parametrize("setting", ["global.seed", "training.seed"])
+def test_a_seed_is_one_that_all_generators_take(setting):
+    config.load(None, [f"{setting}={2**32 - 1}"])
+    with pytest.raises(ConfigError, match="seed: Input should be less than 4294967296"):
+        config.load(None, [f"{setting}={2**32}"])
+
+
+def test_a_byte_order_mark_is_passed_over(write_config):
+    path = write_config()
+    before = config.load(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert config.load(path) == before
 
 
 @pytest.mark.parametrize(

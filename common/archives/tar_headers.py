@@ -150,15 +150,15 @@ def _extended(read: Read, at: int, size: int, kind: bytes) -> dict[bytes, bytes]
         raise NoMember("the tar is cut off in an extended header", is_header=True, is_cut=True)
     if kind == b"L":
         return {b"path": content.partition(b"\0")[0]}
-    records = {}
-    while kind in (b"x", b"X") and content and content[0]:
-        digits, _, _ = content[:20].partition(b" ")
-        length = int(digits) if digits.isdigit() else 0
-        key, equals, value = content[len(digits) + 1 : length].partition(b"=")
+    records, begin = {}, 0
+    while kind in (b"x", b"X") and begin < len(content) and content[begin]:
+        digits, _, _ = content[begin : begin + 20].partition(b" ")
+        end = begin + (int(digits) if digits.isdigit() else 0)
+        key, equals, value = content[begin + len(digits) + 1 : end].partition(b"=")
         is_size = value[:-1].isdigit() and len(value) < 20
-        if length > len(content) or not equals or not value.endswith(b"\n") or (key == b"size" and not is_size):
+        if end > len(content) or not equals or not value.endswith(b"\n") or (key == b"size" and not is_size):
             raise NoMember("an unreadable pax header", is_header=True)
         if key in (b"path", b"size"):
             records[key] = value[:-1]
-        content = content[length:]
+        begin = end
     return records
