@@ -206,7 +206,7 @@ def read_provenance(path: Path) -> Provenance:
         raise PipelineError(f"{path} was not written by this pipeline (it has no provenance in its footer)")
     try:
         return Provenance.from_json(metadata[_KEY])
-    except (ValueError, TypeError):
+    except ValueError:
         raise PipelineError(
             f"{path} has a record that this version cannot read\nremove it, and rerun: rm {shlex.quote(str(path))}"
         ) from None

@@ -14,7 +14,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -75,7 +75,21 @@ class Provenance:
 
     @staticmethod
     def from_json(text: str | bytes) -> "Provenance":
-        return Provenance(**json.loads(text))
+        """Raises ValueError if it is no record."""
+        return Provenance.from_dict(json.loads(text))
+
+    @staticmethod
+    def from_dict(content: object) -> "Provenance":
+        """What `to_dict` gave, perhaps in another version of the pipeline: fields that are not known here are
+        passed over, and those added since have their defaults. Raises ValueError if it is no record."""
+        known = {name: content[name] for name in _FIELDS if name in content} if isinstance(content, dict) else {}
+        record = Provenance(**{"stage": "", "config": None, "inputs": None, **known})
+        if not all(isinstance(part, dict) for part in (record.config, record.inputs, record.rows, record.facts)):
+            raise ValueError("not the record of a file")
+        return record
+
+
+_FIELDS = [one.name for one in fields(Provenance) if one.compare]
 
 
 def identity(path: Path) -> str:

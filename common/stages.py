@@ -130,6 +130,6 @@ def record_of(path: Path) -> Provenance:
         return parquet.read_provenance(path)
     try:
         content = json.loads(path.read_text())
-        return Provenance(**content.get("provenance", content))
-    except (ValueError, TypeError, AttributeError):
+        return Provenance.from_dict(content.get("provenance", content))
+    except (ValueError, AttributeError):
         raise PipelineError(f"{path} is damaged or not ours") from None

@@ -27,6 +27,9 @@ OPTIONS = ("SBATCH_", "SCANCEL_", "SINFO_", "SQUEUE_")  # of Slurm's clients: pr
 KEPT = ["SLURM_CONF", "SLURM_CLUSTERS"]
 KEPT += [f"SBATCH_{name}" for name in "ACCOUNT CONSTRAINT EXPORT PARTITION QOS RESERVATION WCKEY".split()]
 HIDDEN = "this cluster hides the jobs of {} (PrivateData)"
+MOVE = "if none of its jobs is left in the queue, move that folder away"
+_OF_RUN = {"owner", "config", "set", "tune", "continue_with", "done_before", "steps"}  # see jobs.submit
+_OF_STEP = {"job", "tasks", "reads", "target", "log"}
 WITHOUT_CLUSTER = "run this on a login node,\nor run the chain here with slurm/submit.py --local"
 
 
@@ -145,10 +148,17 @@ def save(folder: Path, record: dict) -> None:
 
 
 def load(folder: Path) -> dict:
+    """The record of a run. Raises PipelineError if it cannot be read, or is of another version."""
     try:
-        return json.loads((folder / "run.json").read_text())
+        record = json.loads((folder / "run.json").read_text())
     except (OSError, ValueError) as error:
-        raise PipelineError(f"{folder / 'run.json'} cannot be read: {error}") from None
+        raise PipelineError(f"{folder / 'run.json'} cannot be read: {error}\n{MOVE}") from None
+    steps = record.get("steps") if isinstance(record, dict) and record.keys() >= _OF_RUN else None
+    if not isinstance(steps, dict) or not all(
+        isinstance(s, dict) and s.keys() >= _OF_STEP for s in steps.values()
+    ):
+        raise PipelineError(f"{folder / 'run.json'} is not the record of a run of this version\n{MOVE}")
+    return record
 
 
 def find(logs_dir: Path, name: str | None) -> Path:

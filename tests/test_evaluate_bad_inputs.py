@@ -171,6 +171,24 @@ def test_a_checkpoint_of_another_program_is_refused(own, content):
         run(cfg)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_dim": 7},
+        {"baselines": {}},
+        {"baselines": []},
+        {"provenance": {}},
+        {"dropout": "much"},
+        {"head": []},
+    ],
+)
+def test_a_checkpoint_of_another_version_is_refused(own, change):
+    cfg, _, path = own
+    torch.save(torch.load(path, weights_only=True) | change, path)
+    with pytest.raises(PipelineError, match=r"is not a checkpoint of this version of train/train.py\nrerun train"):
+        run(cfg)
+
+
 def test_a_checkpoint_whose_inside_is_broken_is_refused(own):
     cfg, _, path = own
     with zipfile.ZipFile(path, "w") as file:

@@ -418,3 +418,19 @@ def test_without_slurm_it_says_so_and_offers_local(monkeypatch, cfg, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(PipelineError, match="there is no squeue here"):
         runs.queue(0)
+
+
+@pytest.mark.parametrize("change", ["", "[]", "{}", '{"owner": 0, "steps": []}', "no owner", "no target"])
+def test_a_record_that_is_damaged_or_of_another_version_is_named(submitted, change):
+    folder = submitted()
+    record = runs.load(folder)
+    if change.startswith("no "):
+        parts = [record, *record["steps"].values()]
+        for part in parts:
+            part.pop(change.removeprefix("no "), None)
+        change = json.dumps(record)
+    (folder / "run.json").write_text(change)
+    with pytest.raises(
+        PipelineError, match=r"run\.json (cannot be read|is not the record).*\n.* move that folder"
+    ):
+        runs.load(folder)

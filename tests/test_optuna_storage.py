@@ -210,10 +210,12 @@ def test_a_journal_on_a_disk_without_locks_is_refused_with_the_way_out(cfg, monk
         open_study(cfg)
 
 
-def test_a_damaged_journal_is_named(cfg, quick):
+@pytest.mark.parametrize("line", ['{"op_code', "[]", "{}", "7"])
+def test_a_damaged_journal_is_named(cfg, quick, line):
     work(cfg, open_study(cfg), max_trials=1)
     journal = cfg.paths.study_dir / "journal.log"
-    journal.write_text(journal.read_text().replace('{"op_code":4', '{"op_code', 1))
+    first, *others = journal.read_text().splitlines()
+    journal.write_text("\n".join([first, line, *others, ""]))
     with pytest.raises(PipelineError, match=r"(?s)journal\.log is damaged .*move it away"):
         open_study(cfg)
 

@@ -336,3 +336,17 @@ def test_the_commit_is_recorded_in_a_colleagues_checkout(tmp_path):
         [sys.executable, "-c", code], cwd=checkout, env=environment, capture_output=True, text=True
     )
     assert told.stdout.strip() == head, told.stderr
+
+
+@pytest.mark.parametrize("change", [{"a_field_of_another_version": 1}, {"seconds": None, "versions": None}])
+def test_records_of_other_versions_are_read_as_far_as_they_are_known(change):
+    made = provenance.record("train", {"training.run": "a"}, {"x": "y"}).finished("id", {"out": 1}).to_dict()
+    changed = {name: value for name, value in (made | change).items() if value is not None}
+    read = provenance.Provenance.from_dict(changed)
+    assert (read.stage, read.config, read.inputs, read.id) == ("train", {"training.run": "a"}, {"x": "y"}, "id")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "null", '{"stage": "train"}', '{"config": [], "inputs": {}}'])
+def test_what_is_no_record_is_refused(content):
+    with pytest.raises(ValueError, match="not the record of a file"):
+        provenance.Provenance.from_json(content)

@@ -51,7 +51,7 @@ def main(argv=None) -> int:
     target = cfg.paths.evaluation_dir / "comparison.json"
     if target.exists() and args.redo != "all":
         existing = comparison.read(target)
-        made = provenance.Provenance(**existing["provenance"])
+        made = provenance.Provenance.from_dict(existing["provenance"])
         if parquet.matches(target, made, record, args.redo, "all of its runs"):
             print(comparison.as_markdown(existing))
             return cli.nothing_to_do("compare", str(target))

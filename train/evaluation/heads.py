@@ -12,9 +12,12 @@ from torch.nn import functional as F
 from common import devices
 from common.errors import PipelineError
 from common.parquet import first_line
+from common.provenance import Provenance
 from publish.model.projection_head import ProjectionHead
 
-_KEYS = {"head", "epoch", "metrics", "config", "embedding_model", "baselines", "provenance"}
+_SIZES = ("input_dim", "hidden_dim", "output_dim", "dropout")
+_KEYS = {"head", *_SIZES, "epoch", "metrics", "config", "embedding_model", "baselines", "provenance"}
+_BASELINES = {"pca", "whitening"}
 _RERUN = "rerun train/train.py: it restores checkpoint_best.pt, or says how to train again"
 EMBED_ROWS = 8_192  # rows at a time: 25 MB of float32 at 768 dimensions
 
@@ -31,14 +34,22 @@ def load_checkpoint(path: Path) -> dict:
         raise PipelineError(f"{path} is damaged ({first_line(error)})\n{_RERUN}") from None
     except pickle.UnpicklingError:  # it holds more than tensors and plain values
         content = None
-    if not isinstance(content, dict) or not content.keys() >= _KEYS:
-        raise PipelineError(f"{path} is not a checkpoint of this version of train/train.py")
+    try:
+        is_ours = (
+            isinstance(content, dict) and content.keys() >= _KEYS and content["baselines"].keys() >= _BASELINES
+        )
+        if not is_ours:
+            raise ValueError
+        head_of(content)
+        Provenance.from_dict(content["provenance"])
+    except (ValueError, TypeError, AttributeError, RuntimeError):  # the last: of load_state_dict
+        raise PipelineError(f"{path} is not a checkpoint of this version of train/train.py\n{_RERUN}") from None
     return content
 
 
 def head_of(checkpoint: dict) -> ProjectionHead:
     """The head of a checkpoint, in evaluation mode, float32, on the CPU."""
-    head = ProjectionHead(**{key: checkpoint[key] for key in ("input_dim", "hidden_dim", "output_dim", "dropout")})
+    head = ProjectionHead(**{key: checkpoint[key] for key in _SIZES})
     head.load_state_dict(checkpoint["head"])
     return head.eval()
 

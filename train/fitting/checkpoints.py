@@ -43,7 +43,7 @@ def existing(run_dir: Path, record: Provenance, redo: Redo) -> dict | None:
                 advice = f"to train again: {errors.command('', '--remake')}"
                 raise PipelineError(f"{str(error).splitlines()[0]}\n{advice}") from None
         else:
-            made, amount = Provenance(**saved["provenance"]), f"{saved['epoch']} epochs"
+            made, amount = Provenance.from_dict(saved["provenance"]), f"{saved['epoch']} epochs"
             amount = f"from {run_dir / files.FORMER}, which matches" if replaced else amount
             if parquet.matches(path, made, record, redo, amount) and "resume" in saved:
                 return saved
@@ -58,7 +58,7 @@ def _matching(path: Path, record: Provenance) -> dict | None:
         saved = heads.load_checkpoint(path)
     except PipelineError:
         return None
-    return None if differences(Provenance(**saved["provenance"]), record) else saved
+    return None if differences(Provenance.from_dict(saved["provenance"]), record) else saved
 
 
 def set_aside(run_dir: Path) -> None:

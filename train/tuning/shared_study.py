@@ -70,7 +70,7 @@ def open_study(cfg: Config, record: Provenance, *, create: bool, redo: Redo = ""
         study = create_or_load()
         existing = study.user_attrs.get("provenance")
         amount, script = f"{len(study.trials):,} trials", "train/optuna_worker.py"
-        if existing and not parquet.matches(name, Provenance(**existing), record, redo, amount, script):
+        if existing and not parquet.matches(name, Provenance.from_dict(existing), record, redo, amount, script):
             _set_aside(study, storage)
             study, existing = create_or_load(), None
         if create and not existing:
@@ -91,7 +91,7 @@ def existing(cfg: Config) -> dict[Path, Provenance]:
         study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
         if "provenance" not in study.user_attrs:  # its first worker has been killed
             return {}
-        record = Provenance(**study.user_attrs["provenance"])
+        record = Provenance.from_dict(study.user_attrs["provenance"])
         seconds = sum(trial.duration.total_seconds() for trial in study.trials if trial.duration)
         made = dataclasses.replace(record, rows={"out": len(study.trials)}, seconds=seconds)
         return {Path(study_storage.name_of(cfg)): made}

@@ -39,7 +39,7 @@ def open_storage(cfg: Config) -> JournalStorage | RDBStorage:
     files.open_shared(journal).close()
     try:  # the type of a lock is private
         return JournalStorage(JournalFileBackend(str(journal), JournalLock(journal)))  # type: ignore[arg-type]
-    except ValueError as error:  # a line in the middle that is not Optuna's
+    except (ValueError, TypeError, KeyError) as error:  # a line in the middle that is not Optuna's
         raise PipelineError(
             f"{journal} is damaged ({first_line(error)})\nmove it away to start a new study"
         ) from None
