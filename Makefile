@@ -40,7 +40,7 @@ VIEWS_ROOT = $(DEMO)/views
 VIEWS_RAW = $(VIEWS_ROOT)/raw
 VIEWS_SETTINGS = $(COMPARED_SETTINGS) --set paths.root=$(VIEWS_ROOT) --set 'embedding_model.views=[1.0]' --set training.sampler=random
 
-.PHONY: help install demo compare views test unit lint style types bench docs clean
+.PHONY: help install demo compare views test unit soak lint style types bench docs clean
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
@@ -98,6 +98,9 @@ test: style  ## lint and all tests; types are checked while the tests run
 
 unit: $(VENV)  ## the tests only
 	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder -q
+
+soak: $(VENV)  ## hundreds of small worlds at random through the stages, about 20 minutes
+	WORLDS=1200 $(RUN) -m pytest -n auto --dist worksteal -q tests/test_worlds.py
 
 lint: style types  ## style, imports, formatting and types
 

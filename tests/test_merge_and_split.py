@@ -66,10 +66,13 @@ class Chain:
         made = provenance.record("generate_embeddings", model, stages.ids([source]))
         path = self.cfg.paths.embeddings_dir / f"{source.stem}-{number}.parquet"
         with parquet.writer(path, schemas.embeddings(dim), made) as out:
-            patch = rows["patch_id"].to_numpy()
-            vectors = (patch[:, None] % 97 + np.arange(dim)).astype(np.float16)
+            vectors = self.vectors(rows, dim).astype(np.float16)
             out.append({**{name: rows[name] for name in rows.column_names}, "embedding": vectors})
             out.facts = {"model": "tiny", "revision": None, "dim": dim}
+
+    def vectors(self, rows, dim):
+        """The embeddings of some rows of the intermediates."""
+        return rows["patch_id"].to_numpy()[:, None] % 97 + np.arange(dim)
 
     def run(self, *flags):
         return merge_and_split.main([*self.flags, *flags])

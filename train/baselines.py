@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import torch
 
+from common.errors import PipelineError
 from common.sections import TrainingModel
 from train import whitening
 from train.evaluation import heads, metrics
@@ -13,6 +14,7 @@ from train.whitening import Moments
 
 FEW_BUILDINGS = 30  # mAP@R of a building varies by about 25 points, so its mean over 30 by 4.5: twice that, the
 # half-width of a 95 % interval, is what whitening gains over raw embeddings (9 points on real photographs)
+_SMALLEST_SPREAD = 1e-6  # variance of unit vectors, over all dimensions: below, it is rounding
 
 log = logging.getLogger("pipeline")
 
@@ -22,8 +24,10 @@ def fit(moments: Moments, settings: TrainingModel, validation: Validation) -> di
 
     Whitening uses the "shrinkage" that `most_shrinkage` chooses. It also has its "validation" metrics, the mAP@R
     of each shrinkage tried, and the "spread" of its outputs on the training rows (root mean square of a
-    component).
+    component). Raises PipelineError if the rows do not differ.
     """
+    if np.trace(moments.total) < _SMALLEST_SPREAD:
+        raise PipelineError("all training embeddings point in one direction: there is nothing to learn from them")
     output_dim, tried, precisions = settings.output_dim, [], []
     for shrinkage in sorted(settings.whitening_shrinkage):
         mean, projection = whitening.whiten(moments, output_dim, shrinkage)
