@@ -1,9 +1,9 @@
 """Vectors of images and of buildings, as a dataset on the Hugging Face hub, with a dataset card.
 
-Reads    data/<backbone>/vectors/<run>/*.parquet and data/<backbone>/buildings/<run>/buildings.parquet (one of the two
-         may be missing: only the other is sent); the published model that made them
-Writes   data/<backbone>/vectors/<run>_dataset/: what is sent: README.md (the card), and links to the Parquet files in
-         images/ and buildings/; the repository, which is private if it is new, unless --dry-run is given
+Reads    data/<backbone>/vectors/<run>/*.parquet, data/<backbone>/buildings/<run>/buildings.parquet (if one of the
+         two is missing, only the other is sent); the published model that made them
+Writes   data/<backbone>/vectors/<run>_dataset/: README.md (the card), and links to those files in images/ and
+         buildings/; the repository, which is private if it is new, gets the same, unless --dry-run is given
 Command  python publish/push_embeddings.py USER/NAME [--dry-run] [--model-repo USER/MODEL]
 Memory   a column of the vectors at a time: 8 bytes for each image
 """
@@ -23,9 +23,7 @@ def main(argv=None) -> int:
     cli.config_flags(arguments)
     arguments.add_argument("repo", metavar="USER/NAME", help="the dataset repository")
     arguments.add_argument("--dry-run", action="store_true", help="write the card and list what would be sent")
-    arguments.add_argument(
-        "--model-repo", metavar="USER/MODEL", help="where the model is on the hub, for the card"
-    )
+    arguments.add_argument("--model-repo", metavar="USER/MODEL", help="the model on the hub, for the card")
     args = arguments.parse_args(argv)
     cfg = cli.load_config(args)
     from common import files

@@ -193,7 +193,7 @@ def test_photographs_of_ones_own_have_their_own_terms(place):
         pa.binary(),
         pa.binary_view(),
         pa.binary(3),
-        pa.struct([("bytes", pa.binary())]),
+        pa.struct({"bytes": pa.binary()}),
         pa.list_(pa.large_binary()),
     ],
     ids=str,

@@ -41,8 +41,8 @@ class Table(NamedTuple):
 def find_tables(cfg: Config) -> list[Table]:
     """The vectors of images, and those of buildings; one may be missing.
 
-    Raises PipelineError if both are, or if a column holds bytes, which may be photographs; StaleArtefact if another
-    model than the published one made a file.
+    Raises PipelineError if both are, or if a column holds bytes, which may be photographs; StaleArtefact if a file
+    was made by another model than the published one.
     """
     model = model_record.folder_of(cfg, None)
     weights, tables = model_files.weights_digest(model), []
@@ -70,8 +70,8 @@ def _refuse_bytes(path: Path, schema: pa.Schema) -> None:
     for field in schema:
         if _holds_bytes(field.type):
             raise PipelineError(
-                f"{path}: the column {field.name} holds bytes ({field.type}), which may be photographs; nothing was "
-                "sent\nleave the column out of the table that the vectors are made of, and make them again"
+                f"{path}: the column {field.name} holds bytes ({field.type}), which may be photographs; nothing "
+                "was sent\nleave the column out of the table that the vectors are made of, and make them again"
             )
 
 
@@ -171,7 +171,7 @@ def listing(folder: Path, repo: str) -> str:
 
 
 def push(folder: Path, repo: str) -> str:
-    """Send the folder to the dataset repository `repo` ("name/dataset"); the commit's URL. Raises PipelineError."""
+    """Send the folder to the dataset repository `repo`; the commit's URL. Raises PipelineError."""
     api = HfApi()
     try:
         api.create_repo(repo, repo_type="dataset", private=True, exist_ok=True)
