@@ -16,11 +16,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 INK = "#0a0b0c"  # replaced by the page's text colour in the SVG
-# by Okabe and Ito: the colour-blind tell them apart, and they stand out on light and on dark pages
-BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION = PALETTE = (
-    *("#0072b2", "#e69f00", "#009e73"),
-    *("#cc79a7", "#56b4e9", "#d55e00"),
-)
+# Okabe and Ito's: the colour-blind tell them apart
+_OKABE_ITO = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION = PALETTE = _OKABE_ITO
 GREY = "#8c8c8c"
 SPLIT_COLOURS = {"train": BLUE, "val": ORANGE, "test": GREEN, "all": BLUE}
 STYLE: dict[Any, Any] = {  # Any: matplotlib's type enumerates its settings

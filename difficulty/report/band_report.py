@@ -96,7 +96,7 @@ def draw(table: BandCounts, ratio_counts: np.ndarray) -> Figure:
     """Four panels: the edges among all ratios; the similarities, the distances, and shares of each band.
 
     Similarities may rise in the last bands, whose pairs are of fewer anchors: among the k neighbours that were
-    searched, a high ratio is reached only where the reference neighbour is very similar, and there all of them are.
+    searched, a high ratio is reached only where the reference neighbour is very similar; so are the others.
     """
     figure = Figure(figsize=(11, 7.5), dpi=100, layout="constrained")
     (edges, similar), (far, near) = figure.subplots(2, 2)
@@ -133,7 +133,8 @@ def _draw_edges(axis, edges: np.ndarray, ratio_counts: np.ndarray, colours: list
         axis.axvline(edge, color="black", lw=0.7)
     axis.set(title="pairs by distance ratio, and the bands' edges", xscale="log", ylabel="pairs")
     axis.set_xlabel(
-        "cosine distance / that of the anchor's reference neighbour\n(the spike at 1: the reference neighbours themselves)"
+        "cosine distance / that of the anchor's reference neighbour\n"
+        "(the spike at 1: the reference neighbours themselves)"
     )
     place = np.log(edges / bins[0]) / np.log(bins[-1] / bins[0])  # 0..1 along the axis
     labelled = [0]
@@ -152,7 +153,7 @@ def _draw_similarities(axis, table: BandCounts, colours: list[str]) -> None:
             axis.plot([b, b], [p25, p75], color=colours[b], lw=9, solid_capstyle="butt")
             axis.plot([b - 0.2, b + 0.2], [p50, p50], color="white", lw=1.5)
     axis.set(title="similarity: median, half of the pairs, 90 % of them", ylabel="cosine")
-    axis.set_xlabel("band\n(only anchors whose neighbours are all similar reach the last bands: see the grey bars)")
+    axis.set_xlabel("band\n(only anchors whose neighbours are all similar reach the last bands: grey bars)")
     axis.set_xticks(range(len(colours)))
 
 

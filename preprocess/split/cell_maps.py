@@ -45,9 +45,7 @@ def draw(cells: pd.DataFrame, cell_m: float) -> Figure:
         figure.text(0.5, 0.5, "no building has a position", ha="center", va="center")
     images = cells.groupby("split", observed=True)["images"].sum()
     names = [name for name in pages.SPLIT_COLOURS if name in images]
-    handles = [
-        Patch(color=pages.SPLIT_COLOURS[name], label=f"{name}: {images[name]:,} images") for name in names
-    ]
+    handles = [Patch(color=pages.SPLIT_COLOURS[name], label=f"{name}: {images[name]:,} images") for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(handles)), frameon=False)
     return figure
 

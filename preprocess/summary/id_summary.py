@@ -94,6 +94,8 @@ def _bars(spread: dict, name: str, edges: np.ndarray, xlabel: str, ylabel: str) 
     if np.isinf(edges[-1]):
         xlabel += f"\n(last bar: {np.ceil(edges[-2]):g} and more)"
     axes = pages.axes(xlabel, ylabel)
+    if not counts.any():  # of photographs without positions
+        axes.text(0.5, 0.5, "not known", transform=axes.transAxes, ha="center")
     width, below = edges[1] - edges[0], np.zeros(len(edges) - 1)
     for split, of_split in zip(spread, counts, strict=True):
         axes.bar(edges[:-1], of_split, width, below, align="edge", color=pages.SPLIT_COLOURS[split])

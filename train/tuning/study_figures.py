@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from common import pages
 from train.tuning import shared_study
 
+_VALUE = "validation mAP@R"
 _NAMED = 5  # the best trials
 
 
@@ -34,7 +35,7 @@ def draw(tuning: optuna.Study) -> list[tuple[str, Markup]]:
 
 
 def _history(finished: list[FrozenTrial], colours: dict[int, str]):
-    axes = pages.axes("trial", "value")
+    axes = pages.axes("trial", _VALUE)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     numbers, values = ([getattr(trial, name) for trial in finished] for name in ("number", "value"))
     axes.step(numbers, np.maximum.accumulate(values), where="post", color=pages.GREY, linewidth=1)
@@ -43,14 +44,14 @@ def _history(finished: list[FrozenTrial], colours: dict[int, str]):
 
 
 def _epochs(tuning: optuna.Study, colours: dict[int, str]):
-    axes = pages.axes("epoch", "value")
+    axes = pages.axes("epoch", _VALUE)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     trials = [trial for trial in tuning.get_trials(deepcopy=False) if trial.intermediate_values]
     for trial in sorted(trials, key=lambda trial: trial.number in colours):  # the named ones on top
         epochs, values = zip(*sorted(trial.intermediate_values.items()), strict=True)
         line = ":" if trial.state == TrialState.PRUNED else "-"
-        look = {"color": colours.get(trial.number, pages.GREY), "linewidth": 1.6 if trial.number in colours else 0.8}
-        axes.plot(epochs, values, linestyle=line, marker=".", **look)
+        colour, width = colours.get(trial.number, pages.GREY), 1.6 if trial.number in colours else 0.8
+        axes.plot(epochs, values, linestyle=line, marker=".", color=colour, linewidth=width)
     for number, colour in colours.items():  # in the legend by rank
         axes.plot([], [], color=colour, label=f"trial {number}")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -70,7 +71,7 @@ def _importances(tuning: optuna.Study):
 
 
 def _slice(key: str, kind: BaseDistribution, finished: list[FrozenTrial], colours: dict[int, str]):
-    axes = pages.axes(key, "value")
+    axes = pages.axes(key, _VALUE)
     trials = [trial for trial in finished if key in trial.params]
     values = [trial.params[key] for trial in trials]
     if isinstance(kind, CategoricalDistribution):
