@@ -27,7 +27,6 @@ STYLE: dict[Any, Any] = {  # Any: matplotlib's type enumerates its settings
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
     "legend.frameon": False,
     "legend.fontsize": 9,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),

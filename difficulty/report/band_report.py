@@ -153,7 +153,7 @@ def _draw_similarities(axis, table: BandCounts, colours: list[str]) -> None:
             axis.plot([b, b], [p25, p75], color=colours[b], lw=9, solid_capstyle="butt")
             axis.plot([b - 0.2, b + 0.2], [p50, p50], color="white", lw=1.5)
     axis.set(title="similarity: median, half of the pairs, 90 % of them", ylabel="cosine")
-    axis.set_xlabel("band\n(only anchors whose neighbours are all similar reach the last bands: grey bars)")
+    axis.set_xlabel("band\n(the last ones: only anchors with very similar neighbours)")
     axis.set_xticks(range(len(colours)))
 
 

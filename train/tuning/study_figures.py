@@ -21,7 +21,7 @@ _NAMED = 5  # the best trials
 def draw(tuning: optuna.Study) -> list[tuple[str, Markup]]:
     """(title, SVG) of each; importances and slices need two finished trials with different values."""
     finished = shared_study.finished_trials(tuning)
-    best = sorted(finished, key=lambda trial: (-trial.value, trial.number))[:_NAMED]
+    best = sorted(finished, key=lambda trial: (trial.value, -trial.number), reverse=True)[:_NAMED]
     colours = {trial.number: colour for trial, colour in zip(best, pages.PALETTE, strict=False)}
     figures = [
         ("Value of each trial, and the best so far", _history(finished, colours)),
