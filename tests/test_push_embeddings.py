@@ -166,6 +166,7 @@ def test_one_table_alone_is_sent_and_the_other_is_named(place, gone, left, capsy
     assert push_embeddings.main([*place.flags, "--dry-run"]) == 0
     assert f"without {gone}: publish/" in capsys.readouterr().out
     assert [entry["config_name"] for entry in place.card().data.configs] == [left]
+    assert place.card().data.license_name == "3d-street-view-non-commercial-research"
     assert {path.parent.name for path in dataset_push.going(place.folder)} == {left, place.folder.name}
 
 
