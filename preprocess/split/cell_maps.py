@@ -14,7 +14,8 @@ from common.places import geo
 _MAX_MAPS = 12  # the datasets with the most images
 _COLUMNS = 4
 _WIDTH_IN, _HEADER_IN, _SCALE_IN = 3.2, 0.5, 0.35  # of a map, and of what is above and below it
-_HEIGHTS_IN = (0.8, 5.0)  # of a map
+_HEIGHTS_IN = (0.8, 3.2)  # of a map
+_LEGEND_IN = 6.8  # its width, with counts of millions
 
 
 def count_cells(dataset_id, cell: np.ndarray, split: np.ndarray | str) -> pd.DataFrame:
@@ -37,7 +38,9 @@ def draw(cells: pd.DataFrame, cell_m: float) -> Figure:
     columns = min(_COLUMNS, max(1, len(found)))
     lines = [found[first : first + columns] for first in range(0, len(found), columns)]
     heights = [max(_height_in(of_one, cell_m) for of_one in line) for line in lines] or [1.0]
-    figure = Figure(figsize=(_WIDTH_IN * columns, sum(heights) + 0.4), dpi=100, layout="constrained")
+    figure = Figure(
+        figsize=(max(_WIDTH_IN * columns, _LEGEND_IN), sum(heights) + 0.4), dpi=100, layout="constrained"
+    )
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
     for place, of_one in enumerate(found):
         _draw_map(figure.add_subplot(grid[divmod(place, columns)]), of_one, cell_m)
