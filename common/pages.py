@@ -16,6 +16,11 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 INK = "#0a0b0c"  # replaced by the page's text colour in the SVG
+# Okabe and Ito's: the colour-blind tell them apart
+_OKABE_ITO = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION = PALETTE = _OKABE_ITO
+GREY = "#8c8c8c"
+SPLIT_COLOURS = {"train": BLUE, "val": ORANGE, "test": GREEN, "all": BLUE}
 STYLE: dict[Any, Any] = {  # Any: matplotlib's type enumerates its settings
     "svg.fonttype": "none",  # text stays text: smaller, and in the page's font
     "text.parse_math": False,  # method names come from file names: "$" is literal
@@ -30,7 +35,7 @@ STYLE: dict[Any, Any] = {  # Any: matplotlib's type enumerates its settings
 
 def arm_colours(num_bands: int) -> list[str]:
     """A colour for each difficulty band, from orange (band 0, the hardest) to blue, then grey for "random"."""
-    return [*map(to_hex, matplotlib.colormaps["plasma"](np.linspace(0.8, 0.1, num_bands))), "#8c8c8c"]
+    return [*map(to_hex, matplotlib.colormaps["plasma"](np.linspace(0.8, 0.1, num_bands))), GREY]
 
 
 def axes(xlabel: str, ylabel: str) -> Any:

@@ -4,6 +4,7 @@ Training is a stand-in here, see small_study.py, but where the command itself is
 """
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -343,15 +344,21 @@ def test_a_search_space_that_cannot_be_used_is_an_error_at_once(merged, tmp_path
 
 
 def test_the_command_trains_fills_the_study_and_writes_its_page(merged, tmp_path, capsys):
-    space = "tuning.search_space={learning_rate=[0.005, 0.05], margin=[0.1, 0.5]}"
+    space = "tuning.search_space={learning_rate=[0.005, 0.05, 'log'], margin=[0.1, 0.5]}"
     arguments = flags(merged, f"paths.study_dir={tmp_path}", "tuning.num_trials=3", space)
     assert optuna_worker.main([*arguments, "--trials", "2"]) == 0
     assert "2 trials in" in capsys.readouterr().out
     assert optuna_worker.main(arguments) == 0
     assert "best so far: trial" in capsys.readouterr().out
     page = (tmp_path / "study.html").read_text()
-    assert page.count("<svg") >= 3
+    assert page.count("<svg") == 5  # history, epochs, importances, and a slice for each of two settings
     assert "fANOVA" in page
+    assert "mathdefault" not in page  # matplotlib's own labels of a logarithmic axis
+    assert {f"trial {number}" for number in range(3)} <= set(re.findall(r">(trial \d+)<", page))
+    by_epoch = re.search(r'aria-label="Value by epoch.*?</svg>', page, re.DOTALL)
+    assert {"1", "2"} == set(re.findall(r">([\d.]+)</text>", by_epoch[0])) - set(
+        re.findall(r">(0\.\d+)</text>", by_epoch[0])
+    )
     (tmp_path / "study.html").unlink()  # as by a worker that was killed before it wrote it
     assert optuna_worker.main(arguments) == 0
     assert "nothing to do" in capsys.readouterr().out

@@ -4,13 +4,17 @@ import json
 import statistics
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import paths_below
 
 from common import parquet, provenance, schemas
 from common.cli import exit_code_of
 from common.errors import StaleArtefact
+from common.places import geo
 from preprocess import summarize_ids
+from preprocess.split import cell_maps
+from preprocess.summary import id_summary
 
 
 def columns(schema, rows):
@@ -130,10 +134,53 @@ def test_the_page_needs_nothing_else(merged):
     root, _ = merged
     run(root)
     page = (paths_below(root).summary_dir.with_name("summary_report") / "summary.html").read_text()
-    assert page.count("<svg ") == 4
+    assert page.count("<svg ") == 3 + 4  # distributions, and a map for each dataset
     assert "<td>train</td><td>500</td>" in page
     assert "src=" not in page
     assert 'href="http' not in page.replace('xmlns:xlink="http', "")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([2, 2, 3], [0, 1, 2, 3, 4]),  # as far as there is anything: no 500 empty bins
+        ([2] * 200 + [333], [0, 1, 2, 3, np.inf]),  # one far away does not squeeze the others
+        ([79.5], np.arange(0, 81, 2)),
+        ([700.0], [*np.arange(0, 501, 20), np.inf]),
+        (np.arange(500), [*np.arange(0, 500, 20), 500]),
+    ],
+)
+def test_bins_are_where_the_data_is(values, expected):
+    edges = np.append(np.arange(0.0, 501.0), np.inf)
+    fine = np.histogram(values, edges)[0]
+    counts, fitted = id_summary.fit_bins(np.stack([fine, 2 * fine]), edges)
+    assert fitted.tolist() == list(expected)
+    wanted = np.histogram(values, fitted)[0]
+    np.testing.assert_array_equal(counts, [wanted, 2 * wanted])
+    assert counts.sum() == 3 * len(values)
+
+
+@pytest.mark.parametrize(
+    ("width_m", "bar_m"), [(3, 1), (300, 100), (599, 100), (600, 200), (2_400, 500), (31_000, 10_000)]
+)
+def test_a_scale_bar_is_a_round_length_and_at_most_a_third_of_the_map(width_m, bar_m):
+    assert cell_maps.scale_m(width_m) == bar_m
+
+
+def test_maps_name_their_counts_and_scale_and_fit_their_cells(merged):
+    root, splits = merged
+    run(root)
+    page = (paths_below(root).summary_dir.with_name("summary_report") / "summary.html").read_text()
+    for dataset in range(1, 5):
+        counts = [int(np.sum(rows[:, 0] == dataset)) for rows in splits.values()]
+        assert f"{dataset:04d}: {sum(counts)} images" in page
+        assert "train {}, val {}, test {}".format(*counts) in page
+    assert page.count(">100 m<") == 4  # of cells of 300 m
+    columns = pd.DataFrame({"dataset_id": [7, 7, 9], "images": [5, 6, 1], "split": "test"})
+    cells = geo.cell_ids(np.array([50.0, 50.0, 60.0]), np.array([8.0, 8.1, 8.0]), 300)
+    columns["cell"] = cells
+    wide, square = cell_maps.largest(columns)
+    assert cell_maps.draw_one(wide, 300).get_figheight() < cell_maps.draw_one(square, 300).get_figheight()
 
 
 def test_a_second_run_does_nothing_and_other_inputs_are_told(merged, capsys):

@@ -93,7 +93,11 @@ def choose_pairs(
 
 
 def draw(table: BandCounts, ratio_counts: np.ndarray) -> Figure:
-    """Four panels: the edges among all ratios; the similarities, the distances, and shares of each band."""
+    """Four panels: the edges among all ratios; the similarities, the distances, and shares of each band.
+
+    Similarities may rise in the last bands, whose pairs are of fewer anchors: among the k neighbours that were
+    searched, a high ratio is reached only where the reference neighbour is very similar; so are the others.
+    """
     figure = Figure(figsize=(11, 7.5), dpi=100, layout="constrained")
     (edges, similar), (far, near) = figure.subplots(2, 2)
     numbers = range(len(table.pairs))
@@ -104,9 +108,9 @@ def draw(table: BandCounts, ratio_counts: np.ndarray) -> Figure:
 
     rows = table.rows()
     for shift, key, label, shade in (
-        (-0.27, "share_within_50_m", "within 50 m", "#b30000"),
-        (0, "share_same_dataset", "same dataset", "#4c78a8"),
-        (0.27, "share_of_anchors_without", "anchors without any", "0.7"),
+        (-0.27, "share_within_50_m", "within 50 m", pages.VERMILLION),
+        (0, "share_same_dataset", "same dataset", pages.BLUE),
+        (0.27, "share_of_anchors_without", "anchors without any", pages.GREY),
     ):
         near.bar([b + shift for b in numbers], [row[key] for row in rows], 0.25, label=label, color=shade)
     near.set(title="shares", xlabel="band", ylim=(0, 1.15), xticks=numbers)
@@ -127,8 +131,11 @@ def _draw_edges(axis, edges: np.ndarray, ratio_counts: np.ndarray, colours: list
     axis.bar(bins[:-1], counts, np.diff(bins), align="edge", color=[colours[b] for b in band])
     for edge in edges:
         axis.axvline(edge, color="black", lw=0.7)
-    axis.set(title="pairs by distance ratio, and the bands' edges", xlabel="ratio to the reference neighbour")
-    axis.set(xscale="log", ylabel="pairs")
+    axis.set(title="pairs by distance ratio, and the bands' edges", xscale="log", ylabel="pairs")
+    axis.set_xlabel(
+        "cosine distance / that of the anchor's reference neighbour\n"
+        "(the spike at 1: the reference neighbours themselves)"
+    )
     place = np.log(edges / bins[0]) / np.log(bins[-1] / bins[0])  # 0..1 along the axis
     labelled = [0]
     for n in range(1, len(edges)):
@@ -145,7 +152,8 @@ def _draw_similarities(axis, table: BandCounts, colours: list[str]) -> None:
             axis.plot([b, b], [p5, p95], color=colours[b], lw=1.5)
             axis.plot([b, b], [p25, p75], color=colours[b], lw=9, solid_capstyle="butt")
             axis.plot([b - 0.2, b + 0.2], [p50, p50], color="white", lw=1.5)
-    axis.set(title="similarity: median, half of the pairs, 90 % of them", xlabel="band", ylabel="cosine")
+    axis.set(title="similarity: median, half of the pairs, 90 % of them", ylabel="cosine")
+    axis.set_xlabel("band\n(the last ones: only anchors with very similar neighbours)")
     axis.set_xticks(range(len(colours)))
 
 

@@ -13,9 +13,11 @@ from preprocess.split import cell_maps
 # of the files that are summarised; ids of buildings and panoramas are unique within their dataset
 COLUMNS = ["dataset_id", "target_id", "street_view_id", "target_lat", "target_lon", "heading", "distance"]
 _TEMPLATE = Path(__file__).with_name("summary.html")
-_VIEWS_EDGES = np.append(np.arange(1, 21), np.inf)  # the last bin: 20 views or more
-_DISTANCE_EDGES_M = np.append(np.arange(0.0, 201.0, 5.0), np.inf)
+_VIEWS_EDGES = np.append(np.arange(1, 51), np.inf)  # the last bin: 50 views or more
+_DISTANCE_EDGES_M = np.append(np.arange(0.0, 501.0), np.inf)
 _HEADING_EDGES_DEG = np.arange(0.0, 361.0, 10.0)
+_MAX_BARS = 40
+_SHOWN = 0.99  # of what is counted, before the bar for all beyond
 
 
 def by_dataset(images: pd.DataFrame, split: str) -> pd.DataFrame:
@@ -55,24 +57,50 @@ def page(rows: pd.DataFrame, spread: dict[str, dict[str, np.ndarray]], places: p
         _TEMPLATE,
         totals=totals(rows),
         rows=rows.to_dict("records"),
+        colours={split: pages.SPLIT_COLOURS[split] for split in spread},
         figures=[
-            _bars(spread, "views", _VIEWS_EDGES, "images of a building", "buildings"),
+            _bars(spread, "views", _VIEWS_EDGES - 0.5, "images of a building", "buildings"),
             _bars(spread, "distance", _DISTANCE_EDGES_M, "horizontal distance, camera to target, m", "images"),
             _bars(spread, "heading", _HEADING_EDGES_DEG, "heading, degrees from north", "images"),
         ],
-        map=pages.svg(cell_maps.draw(places, cell_m), "Map of the cells by split"),
+        maps=[
+            pages.svg(cell_maps.draw_one(cells, cell_m), f"Map of the cells of {cells['dataset_id'].iloc[0]:04d}")
+            for cells in cell_maps.largest(places)
+        ],
     )
+
+
+def fit_bins(counts: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Fewer, wider bins where the data is: at most _MAX_BARS up to _SHOWN of it, the last for all beyond.
+
+    `counts` (splits, bins), of which the last bin is open, with their edges (bins + 1,). Returns (splits, n) and
+    (n + 1,), whose last edge is inf if something is beyond.
+    """
+    reached = np.cumsum(counts.sum(axis=0))
+    shown = min(int(np.searchsorted(reached, _SHOWN * reached[-1])) + 1, counts.shape[1] - 1)
+    width = next((step for step in (1, 2, 5, 10) if shown <= step * _MAX_BARS), 20)
+    starts = np.arange(0, shown, width)
+    end = min(int(starts[-1]) + width, counts.shape[1] - 1)
+    if counts[:, end:].any():
+        return np.add.reduceat(counts, [*starts, end], axis=1), np.append(edges[[*starts, end]], np.inf)
+    return np.add.reduceat(counts[:, :end], starts, axis=1), edges[[*starts, end]]
 
 
 def _bars(spread: dict, name: str, edges: np.ndarray, xlabel: str, ylabel: str) -> Markup:
     """Stacked bars, a colour per split; the last bin, if it is open, is as wide as the others."""
-    axes = pages.axes(xlabel, ylabel)
-    width, below = edges[1] - edges[0], np.zeros(len(edges) - 1)
-    for split, counts in spread.items():
-        axes.bar(edges[:-1], counts[name], width, below, align="edge", color=cell_maps.COLOURS[split], label=split)
-        below += counts[name]
+    counts = np.stack([of_split[name] for of_split in spread.values()])
     if np.isinf(edges[-1]):
-        axes.text(1, 1, f"last bar: {edges[-2]:g} and more", transform=axes.transAxes, ha="right", fontsize=7)
-    if len(spread) > 1:
-        axes.legend()
+        counts, edges = fit_bins(counts, edges)
+    if np.isinf(edges[-1]):
+        xlabel += f"\n(last bar: {np.ceil(edges[-2]):g} and more)"
+    axes = pages.axes(xlabel, ylabel)
+    if not counts.any():  # of photographs without positions
+        axes.text(0.5, 0.5, "not known", transform=axes.transAxes, ha="center")
+    width, below = edges[1] - edges[0], np.zeros(len(edges) - 1)
+    for split, of_split in zip(spread, counts, strict=True):
+        axes.bar(edges[:-1], of_split, width, below, align="edge", color=pages.SPLIT_COLOURS[split])
+        below += of_split
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     return pages.svg(axes.figure, f"{ylabel.capitalize()} by {xlabel}")

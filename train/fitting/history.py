@@ -60,11 +60,12 @@ def draw(path: Path, table: pd.DataFrame) -> None:
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2).ravel()
-    for name, label in (("val_map_at_r", "mAP@R"), ("val_recall_at_1", "Recall@1")):
-        axes[0].plot(table["epoch"], table[name], label=label)
+    kinds = (("val_map_at_r", "mAP@R", pages.BLUE), ("val_recall_at_1", "Recall@1", pages.ORANGE))
+    for name, label, colour in kinds:
+        axes[0].plot(table["epoch"], table[name], label=label, color=colour)
     best = table.loc[table["val_map_at_r"].idxmax()]
     axes[0].plot(best["epoch"], best["val_map_at_r"], "o", color="black", label=f"best: epoch {best['epoch']:.0f}")
-    axes[1].plot(table["epoch"], table["loss"])
+    axes[1].plot(table["epoch"], table["loss"], color=pages.BLUE)
     for axis, kind in ((axes[2], "share"), (axes[3], "reward")):
         names = table.columns[table.columns.str.startswith(f"{kind}_")]
         for name, colour in zip(names, pages.arm_colours(len(names) - 1), strict=True):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from common import cli, devices
+from common import cli, devices, pages
 from common.errors import PipelineError
 from common.imagery import pictures
 from common.sections import Config
@@ -145,11 +145,11 @@ def draw(comparison: dict) -> bytes:
     for place, row in enumerate(rows):
         gain = row["minus_whitening"]["map@r"]
         if gain["low"] is not None:
-            axes.plot([100 * gain["low"], 100 * gain["high"]], [place, place], color="tab:blue", linewidth=2)
-        axes.plot(100 * gain["value"], place, "o", color="tab:blue")
+            axes.plot([100 * gain["low"], 100 * gain["high"]], [place, place], color=pages.BLUE, linewidth=2)
+        axes.plot(100 * gain["value"], place, "o", color=pages.BLUE)
         seeds = [100 * (value - base) for value in row["by_seed"]["map@r"]]
         axes.plot(seeds, [place] * len(seeds), "|", color="black", markersize=9)
-    axes.axvline(0, color="grey", linewidth=1)
+    axes.axvline(0, color=pages.GREY, linewidth=1)
     axes.set_yticks(range(len(rows)), [f"{row['loss']}, {_name_of(row)}" for row in rows])
     axes.set_xlabel(
         "mAP@R minus learned whitening's, points\ndot: mean, line: 95 % interval, strokes: single seeds"
