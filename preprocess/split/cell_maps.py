@@ -63,7 +63,8 @@ def draw_one(cells: pd.DataFrame, cell_m: float) -> Figure:
 def _corners_m(cells: pd.DataFrame, cell_m: float) -> np.ndarray:
     """(cells, 4, 2) metres east and north of the dataset's south-western corner."""
     lat, lon = geo.cell_corners(cells["cell"].to_numpy(), cell_m)  # (cells, 2) each
-    east_m = (lon - lon.min()) * geo.METRES_PER_DEGREE * np.cos(np.radians(lat.mean()))
+    lon = lon.clip(-180, 180)  # at a pole a cell goes all around, and has hardly a width
+    east_m = (lon - lon.min()) * geo.METRES_PER_DEGREE * np.cos(np.radians(np.clip(lat.mean(), -89, 89)))
     north_m = (lat - lat.min()) * geo.METRES_PER_DEGREE
     return np.stack([east_m[:, [0, 1, 1, 0]], north_m[:, [0, 0, 1, 1]]], axis=-1)
 
