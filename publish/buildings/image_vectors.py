@@ -1,0 +1,163 @@
+"""Vectors of images in Parquet files of any origin, with the building of each.
+
+Rows are numbered through all files, in the order of their names.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import types
+
+from common import parquet, provenance, schemas
+from common.errors import PipelineError, StaleArtefact, command
+
+EMBEDDING = "embedding"
+BATCH_ROWS = 16_384  # read at a time: 17 MB of float32 at 256 dimensions
+IDS = ("streetview_image_id", "image", "image_path", "image_id")  # columns that name images, the first that there is
+POSITIONS = (("target_lat", "target_lon"), ("lat", "lon"), ("latitude", "longitude"))
+
+
+@dataclass(frozen=True)
+class ImageVectors:
+    """Files of vectors by one model."""
+
+    paths: list[Path]
+    num_rows: list[int]  # of each file
+    splits: list[str]  # of each file: "train", "val", "test" or ""
+    inputs: dict[str, str]  # file name -> identity, for records
+    model: str | None  # digest of the weights of the model that made them; None: not recorded
+    by: str
+    id: str | None  # the column that names the images; None: they have numbers
+    position: tuple[str, str] | None  # the columns of latitude and longitude, degrees
+    columns: list[str]  # that are in all files
+    others: pa.Schema  # of them, those of single values that a building may have, too
+
+    def batches(self, *columns: str) -> Iterator[tuple[int, int, pa.Table]]:
+        """(number of the file, number of the first row, rows), BATCH_ROWS at most at a time."""
+        row = 0
+        for number, path in enumerate(self.paths):
+            for batch in parquet.batches(path, list(columns), BATCH_ROWS):
+                yield number, row, batch
+                row += len(batch)
+
+    def buildings(self) -> pa.ChunkedArray:
+        """The names of the rows' buildings, strings; null where there is none."""
+        names = self._column(self.by)
+        return pc.if_else(pc.equal(names, ""), None, names)
+
+    def ids(self) -> pa.ChunkedArray:
+        """The names of all images, large_string: "<file>:<row of it>" where they have none."""
+        numbers = [
+            pa.array([f"{path.stem}:{row}" for row in range(count)], pa.string())
+            for path, count in zip(self.paths, self.num_rows, strict=True)
+            if self.id is None or self._column(self.id).null_count
+        ]
+        if self.id is None:
+            names = pa.chunked_array(numbers, pa.string())
+        else:
+            names = self._column(self.id)
+            names = pc.coalesce(names, pa.chunked_array(numbers).combine_chunks()) if numbers else names
+        return names.cast(pa.large_string())
+
+    def take(self, rows: np.ndarray, columns: list[str]) -> pa.Table:
+        """Some rows, by their numbers in any order."""
+        order = np.argsort(rows, kind="stable")
+        ascending, found = rows[order], []
+        for _, start, batch in self.batches(*columns):
+            first, last = np.searchsorted(ascending, [start, start + len(batch)])
+            found.append(batch.take(pa.array(ascending[first:last] - start)))
+        return pa.concat_tables(found).take(pa.array(np.argsort(order)))
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        tables = [parquet.read(path, [name])[name].cast(pa.string()) for path in self.paths]
+        return pa.chunked_array([chunk for table in tables for chunk in table.chunks], pa.string())
+
+
+def find(source: Path, by: str, image_id: str | None) -> ImageVectors:
+    """The vectors at `source`, a Parquet file or a folder of them.
+
+    Raises PipelineError if there are none or if columns are missing, StaleArtefact if several models made them.
+    """
+    paths = sorted(source.glob("*.parquet")) if source.is_dir() else [source] if source.exists() else []
+    if not paths:
+        make = command("publish/generate_embeddings_from_parquet.py", "INPUT", str(source))
+        raise PipelineError(f"{source} holds no Parquet files: make vectors of images first: {make}")
+    counts, footers = [], []
+    for path in paths:
+        with parquet.open_file(path) as file:
+            counts.append(file.metadata.num_rows)
+            footers.append(file.schema_arrow)
+    for path, schema in zip(paths, footers, strict=True):
+        for name in filter(None, (EMBEDDING, by, image_id)):
+            if name not in schema.names:
+                raise PipelineError(f"{path} has no column {name}: its columns are {', '.join(schema.names)}")
+        kind = schema.field(by).type
+        if not (types.is_integer(kind) or _is_text(kind)):
+            raise PipelineError(f"{path}: {by} holds {kind}; names of buildings are integers or strings")
+    shared = [field for field in footers[0] if all(schema.get_field_index(field.name) >= 0 for schema in footers)]
+    same = [field for field in shared if all(schema.field(field.name).type == field.type for schema in footers)]
+    numeric = {field.name for field in same if types.is_floating(field.type)}
+    names = [field.name for field in shared]
+    records = [parquet.read_provenance(path) if parquet.has_provenance(path) else None for path in paths]
+    return ImageVectors(
+        paths,
+        counts,
+        [_split(record) for record in records],
+        {path.name: r.id if r else provenance.identity(path) for path, r in zip(paths, records, strict=True)},
+        _model(paths, records),
+        by,
+        image_id or next((name for name in IDS if name in names and name != by), None),
+        next((pair for pair in POSITIONS if numeric.issuperset(pair)), None),
+        names,
+        pa.schema([field for field in same if field.name != by and _can_be_kept(field)]),
+    )
+
+
+def _can_be_kept(field: pa.Field) -> bool:
+    """Whether a column may be one of the building table's: single values, of a name that is not taken there."""
+    kind = field.type
+    plain = types.is_boolean(kind) or types.is_integer(kind) or types.is_temporal(kind)
+    plain |= types.is_float32(kind) or types.is_float64(kind) or types.is_string(kind)
+    return plain and field.name not in schemas.buildings(1).names
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds strings, in any of Arrow's forms."""
+    return types.is_string(kind.value_type if types.is_dictionary(kind) else kind) or str(kind) in (
+        "large_string",
+        "string_view",
+    )
+
+
+def _split(record: provenance.Provenance | None) -> str:
+    """The split that a file was made from, by its record; "" if that is none."""
+    names = {Path(name).stem for name in record.inputs} if record else set()
+    return names.pop() if len(names) == 1 and names <= set(schemas.SPLITS) else ""
+
+
+def _model(paths: list[Path], records: list[provenance.Provenance | None]) -> str | None:
+    """What identifies the model of all files. Raises StaleArtefact if that of two differs."""
+    models = [_model_of(record) for record in records]
+    for path, model in zip(paths, models, strict=True):
+        if model != models[0]:
+            known = [f"model {one}" if one else "an unrecorded model" for one in (models[0], model)]
+            raise StaleArtefact(
+                f"{paths[0]} holds vectors by {known[0]}, {path} by {known[1]}: they cannot be compared\n"
+                "make all of them by one model, or name a folder of its vectors alone"
+            )
+    return models[0]
+
+
+def _model_of(record: provenance.Provenance | None) -> str | None:
+    """The digest of the published model's weights, or what is recorded of a backbone."""
+    if record is None:
+        return None
+    if "model.weights" in record.config:
+        return record.config["model.weights"]
+    backbone = provenance.embedding_model(record)
+    return provenance.digest_of(json.dumps(backbone, sort_keys=True)) if backbone else None
