@@ -185,7 +185,7 @@ def history(bands: int) -> pa.Schema:
 
 
 def buildings(dim: int, others: Iterable[pa.Field] = ()) -> pa.Schema:
-    """A row per building, sorted by `building`. `others`: columns of its images with one value in each building."""
+    """A row per building, sorted by `building`. `others`: columns of images with one value in each building."""
     return pa.schema(
         [
             ("building", pa.string()),  # value of the column that names buildings

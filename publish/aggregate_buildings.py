@@ -1,10 +1,10 @@
 """One vector for each building: the mean of its images' vectors; clusters of buildings; a map of their vectors.
 
-Reads    VECTORS: a Parquet file, or a folder of them, with a column `embedding` and one that names the building
-         (--by: strings or integers), as generate_embeddings_from_{hf,parquet}.py write (data/<backbone>/vectors/<run>);
-         for pictures of the clusters the tars of paths.raw_dir, if there
-Writes   OUT/buildings.parquet: a row for each building: its unit vector, images, spread, position, cluster, place on
-         a plane (with openTSNE), and those columns of the images that have one value in each building;
+Reads    VECTORS: a Parquet file, or a folder of them, with `embedding` and a column that names the building (--by:
+         strings or integers), such as the output of generate_embeddings_from_parquet.py, which is read by default
+         (data/<backbone>/vectors/<run>); for pictures of the clusters also the tars of paths.raw_dir
+Writes   OUT/buildings.parquet: a row for each building: its unit vector, images, spread, position, cluster, place
+         on a plane (with openTSNE), and those columns of the images that have one value in each building;
          OUT_rejects/buildings.parquet: images without a building or a usable vector;
          OUT_report/clusters.{json,png}: figures, and the most typical buildings of each cluster
 Command  python publish/aggregate_buildings.py [VECTORS] [OUT] [--by building_id] [--clusters 20]
@@ -43,8 +43,9 @@ def main(argv=None) -> int:
     from common.config import values
     from publish.buildings import image_vectors, vector_projection
 
-    folder, out = (args.vectors or cfg.paths.vectors_dir).resolve(), (args.out or cfg.paths.buildings_dir).resolve()
-    if out in (folder, folder.parent) and not folder.is_dir() or out == folder:
+    folder = (args.vectors or cfg.paths.vectors_dir).resolve()
+    out = (args.out or cfg.paths.buildings_dir).resolve()
+    if out == (folder.parent if folder.is_file() else folder):
         raise ConfigError(f"{out} is the folder of the vectors: name another one for the table")
     source = image_vectors.find(folder, args.by, args.id)
     settings = {"model.weights": source.model, "by": args.by, "id": source.id, "clusters": args.clusters}
@@ -66,7 +67,7 @@ def main(argv=None) -> int:
         building_table.write(target, buildings, clusters, plane, rejected, source, record)
     note = f"{len(buildings):,} buildings"
     if clusters.stability is not None:
-        note += f" in {clusters.count} clusters (stability {clusters.stability:.2f}: {report / 'clusters.json'})"
+        note += f" in {clusters.number} clusters (stability {clusters.stability:.2f}: {report / 'clusters.json'})"
     return progress.summary(f"{note}; {target}")
 
 

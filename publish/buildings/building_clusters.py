@@ -12,17 +12,17 @@ from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_limits
 
 SEEDS = 5
-MAX_FITTED = 100_000  # buildings that the centres are fitted to, a sample of more: 20 centres move no further
+MAX_FITTED = 100_000  # buildings that the centres are fitted to: a sample of more
 _BLOCK = 65_536  # buildings assigned at a time
 
 
 class Clusters(NamedTuple):
-    """A partition of B buildings into `count` clusters, the largest first."""
+    """A partition of B buildings into `number` clusters, the largest first."""
 
-    count: int
+    number: int
     label: np.ndarray  # (B,) int32; -1 = none
     similarity: np.ndarray  # (B,) float32, cosine to the centre of the cluster; NaN without one
-    stability: float | None  # mean adjusted Rand index between the partitions of SEEDS starts: 1 = the same, 0 = chance
+    stability: float | None  # mean adjusted Rand index between pairs of SEEDS starts: 1 = the same, 0 = chance
 
 
 def fit(vectors: np.ndarray, count: int, seed: int) -> Clusters:
@@ -40,9 +40,9 @@ def fit(vectors: np.ndarray, count: int, seed: int) -> Clusters:
         label, similarity = assign(vectors, best.cluster_centers_)
     stability = np.mean([adjusted_rand_score(one.labels_, other.labels_) for one, other in combinations(fits, 2)])
     by_size = np.argsort(-np.bincount(label, minlength=count), kind="stable")
-    number = np.empty(count, np.int32)
-    number[by_size] = np.arange(count)
-    return Clusters(count, number[label], similarity, float(stability))
+    rank = np.empty(count, np.int32)
+    rank[by_size] = np.arange(count)
+    return Clusters(count, rank[label], similarity, float(stability))
 
 
 def assign(vectors: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ from common.schemas import Reject, Rejected
 from publish.buildings.image_vectors import EMBEDDING, ImageVectors
 
 _SHORTEST = 1e-6  # mean of unit vectors: anything below is rounding, and no direction
+_CODE = "building"  # the number of a row's building; no column that is kept is called so
 _STATE_ROWS = 2**20  # of columns that may turn out to be constant, before they are merged
 
 
@@ -45,6 +46,8 @@ class Buildings:
 
 def aggregate(source: ImageVectors, progress: cli.Progress) -> tuple[Buildings, dict[int, Rejected]]:
     """The buildings, and the rows that count for none, with the reason. Raises PipelineError if no row counts."""
+    if not sum(source.num_rows):
+        raise PipelineError(f"{source.paths[0].parent} holds no rows")
     codes, names = encode(source.buildings())
     why = {}
     why[f"{source.by} is empty"] = np.flatnonzero(codes < 0)
@@ -56,7 +59,7 @@ def aggregate(source: ImageVectors, progress: cli.Progress) -> tuple[Buildings, 
     rejected = _rejected(why)
     reasons = schemas.count_reasons(rejected.values())
     if not kept.any():
-        listing = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items()) or "there are none"
+        listing = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
         raise PipelineError(f"none of the {len(codes):,} rows of {source.paths[0].parent} can be used: {listing}")
     progress.add(0, -len(rejected), reasons)
 
@@ -154,8 +157,9 @@ def _attributes(source: ImageVectors, codes: np.ndarray, buildings: int) -> tupl
     lowest = np.full(buildings, len(schemas.SPLITS) + 1)
     highest = np.full(buildings, -1)
     split_names = [*schemas.SPLITS, ""]
-    names, pending = source.others.names, [pa.table({"code": pa.array([], pa.int32())})]
-    for number, start, batch in source.batches(*dict.fromkeys([*names, *(source.position or ())])):
+    kinds = {field.name: field.type for field in source.others}
+    names, pending = source.others.names, [pa.table({_CODE: pa.array([], pa.int32())})]
+    for number, start, batch in source.batches(*dict.fromkeys([source.by, *names, *(source.position or ())])):
         here = codes[start : start + len(batch)]
         used = np.flatnonzero(here >= 0)
         here, batch = here[used], batch.take(pa.array(used))
@@ -166,23 +170,23 @@ def _attributes(source: ImageVectors, codes: np.ndarray, buildings: int) -> tupl
             has = np.isfinite(places).all(axis=1)
             np.add.at(positions, here[has], places[has])
             np.add.at(known, here[has], 1)
-        pending.append(batch.select(names).append_column("code", pa.array(here)))
+        pending.append(pa.table({_CODE: here, **{name: batch[name].cast(kinds[name]) for name in names}}))
         if sum(map(len, pending[1:])) > max(_STATE_ROWS, len(pending[0])):
             pending = [constant_columns(pending)]
-            names = [name for name in pending[0].column_names if name != "code"]
+            names = [name for name in pending[0].column_names if name != _CODE]
     positions /= np.where(known, known, np.nan)[:, None]
     splits = [split_names[low] if low == high else "" for low, high in zip(lowest, highest, strict=True)]
-    others = constant_columns(pending).sort_by("code").drop_columns("code")
+    others = constant_columns(pending).sort_by(_CODE).drop_columns(_CODE)
     return positions, splits, others
 
 
 def constant_columns(tables: list[pa.Table]) -> pa.Table:
-    """A row for each `code` in the tables, with those columns of the last that have one value for each code."""
+    """A row for each building in the tables, with those columns of the last that have one value in each."""
     names = tables[-1].column_names
     rows = pa.concat_tables([table.select(names) for table in tables if len(table)] or [tables[-1]])
-    names = [name for name in names if name != "code"]
+    names = [name for name in names if name != _CODE]
     everything = pc.CountOptions(mode="all")  # null is a value like any other
     wanted = [(name, "count_distinct", everything) for name in names] + [(name, "one") for name in names]
-    found = rows.group_by("code").aggregate(wanted)
+    found = rows.group_by(_CODE).aggregate(wanted)
     constant = [name for name in names if (pc.max(found[f"{name}_count_distinct"]).as_py() or 0) <= 1]
-    return pa.table({"code": found["code"], **{name: found[f"{name}_one"] for name in constant}})
+    return pa.table({_CODE: found[_CODE], **{name: found[f"{name}_one"] for name in constant}})

@@ -79,7 +79,7 @@ def write_report(
     """Write clusters.png and clusters.json, or remove a former run's if there are no clusters."""
     table, picture = folder / "clusters.json", folder / "clusters.png"
     sheet = None
-    if clusters.count:
+    if clusters.number:
         sheet = cluster_report.sheet(buildings, clusters, source, tar_images.of_paths(paths))
         if sheet is None:
             log.warning("no pictures of the clusters: their images cannot be read from %s", paths.raw_dir)
@@ -87,9 +87,9 @@ def write_report(
         files.write_bytes(picture, sheet)
     else:
         picture.unlink(missing_ok=True)
-    if not clusters.count:
+    if not clusters.number:
         table.unlink(missing_ok=True)
         return
     content = cluster_report.figures(buildings, clusters)
-    finished = record.finished(digest_of(json.dumps(content), record.stage), {"out": clusters.count})
+    finished = record.finished(digest_of(json.dumps(content), record.stage), {"out": clusters.number})
     files.write_text(table, json.dumps({**content, "provenance": finished.to_dict()}, indent=2) + "\n")

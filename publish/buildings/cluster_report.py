@@ -17,7 +17,7 @@ LOCATION = ["tar_file", "image_offset", "image_size"]  # columns: where an image
 def typical(clusters: Clusters) -> list[np.ndarray]:
     """The SHOWN buildings nearest to each cluster's centre, nearest first."""
     order = np.lexsort((-clusters.similarity, clusters.label))
-    ends = np.cumsum(np.bincount(clusters.label, minlength=clusters.count))
+    ends = np.cumsum(np.bincount(clusters.label, minlength=clusters.number))
     return [order[start : min(start + SHOWN, end)] for start, end in zip([0, *ends], ends, strict=False)]
 
 
@@ -29,16 +29,17 @@ def figures(buildings: Buildings, clusters: Clusters) -> dict:
     rows = []
     for number, examples in enumerate(typical(clusters)):
         members = clusters.label == number
+        size = int(members.sum())
         row = {
             "cluster": number,
-            "buildings": int(members.sum()),
+            "buildings": size,
             "images": int(buildings.images[members].sum()),
             "mean_similarity": round(float(clusters.similarity[members].mean()), 4),
             "typical": [buildings.names[int(building)].as_py() for building in examples],
         }
         if datasets is not None:
             counts = Counter(datasets[members].tolist()).most_common()
-            row["dataset_shares"] = {str(name): round(count / row["buildings"], 4) for name, count in counts}
+            row["dataset_shares"] = {str(name): round(count / size, 4) for name, count in counts}
         rows.append(row)
     stability = None if clusters.stability is None else round(clusters.stability, 4)
     return {"stability": stability, "buildings": len(buildings), "clusters": rows}

@@ -18,7 +18,7 @@ from common.errors import PipelineError, StaleArtefact, command
 
 EMBEDDING = "embedding"
 BATCH_ROWS = 16_384  # read at a time: 17 MB of float32 at 256 dimensions
-IDS = ("streetview_image_id", "image", "image_path", "image_id")  # columns that name images, the first that there is
+IDS = ("streetview_image_id", "image", "image_id")  # columns that name images: the first that there is
 POSITIONS = (("target_lat", "target_lon"), ("lat", "lon"), ("latitude", "longitude"))
 
 
@@ -35,7 +35,7 @@ class ImageVectors:
     id: str | None  # the column that names the images; None: they have numbers
     position: tuple[str, str] | None  # the columns of latitude and longitude, degrees
     columns: list[str]  # that are in all files
-    others: pa.Schema  # of them, those of single values that a building may have, too
+    others: pa.Schema  # of them, those of single values that a building may have, too; all text as string
 
     def batches(self, *columns: str) -> Iterator[tuple[int, int, pa.Table]]:
         """(number of the file, number of the first row, rows), BATCH_ROWS at most at a time."""
@@ -114,24 +114,22 @@ def find(source: Path, by: str, image_id: str | None) -> ImageVectors:
         image_id or next((name for name in IDS if name in names and name != by), None),
         next((pair for pair in POSITIONS if numeric.issuperset(pair)), None),
         names,
-        pa.schema([field for field in same if field.name != by and _can_be_kept(field)]),
+        pa.schema([kept for field in same if field.name != by and (kept := _kept(field))]),
     )
 
 
-def _can_be_kept(field: pa.Field) -> bool:
-    """Whether a column may be one of the building table's: single values, of a name that is not taken there."""
-    kind = field.type
-    plain = types.is_boolean(kind) or types.is_integer(kind) or types.is_temporal(kind)
-    plain |= types.is_float32(kind) or types.is_float64(kind) or types.is_string(kind)
-    return plain and field.name not in schemas.buildings(1).names
+def _kept(field: pa.Field) -> pa.Field | None:
+    """A column as one of the building table's: single values, of a name that is not taken there; else None."""
+    kind = pa.string() if _is_text(field.type) else field.type
+    plain = types.is_boolean(kind) or types.is_integer(kind) or types.is_temporal(kind) or types.is_string(kind)
+    plain |= types.is_float32(kind) or types.is_float64(kind)
+    return pa.field(field.name, kind) if plain and field.name not in schemas.buildings(1).names else None
 
 
 def _is_text(kind: pa.DataType) -> bool:
     """Whether a column holds strings, in any of Arrow's forms."""
-    return types.is_string(kind.value_type if types.is_dictionary(kind) else kind) or str(kind) in (
-        "large_string",
-        "string_view",
-    )
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return str(kind) in ("string", "large_string", "string_view")
 
 
 def _split(record: provenance.Provenance | None) -> str:

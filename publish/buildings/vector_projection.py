@@ -9,6 +9,7 @@ log = logging.getLogger("pipeline")
 MAX_PROJECTED = 50_000  # buildings, a sample of more
 MIN_PROJECTED = 10  # fewer have no neighbourhoods to keep
 PERPLEXITY = 30.0
+_MIN_PARALLEL = 5_000  # for fewer, threads wait for one another longer than they save where cores are shared
 
 
 def method() -> str | None:
@@ -37,7 +38,7 @@ def project(vectors: np.ndarray, seed: int, threads: int) -> np.ndarray:
         metric="cosine",
         initialization="pca",
         random_state=seed,
-        n_jobs=threads,
+        n_jobs=threads if len(rows) >= _MIN_PARALLEL else 1,
     )
     plane[rows] = tsne.fit(vectors[rows])
     return plane
