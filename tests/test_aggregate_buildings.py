@@ -7,6 +7,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy.spatial.distance import cdist
 from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
 from sklearn.metrics import adjusted_rand_score
@@ -49,7 +50,7 @@ def images(seed: int, count: int, buildings: int) -> pd.DataFrame:
     vectors[3], vectors[5], vectors[7] = np.zeros(DIM), np.full(DIM, np.inf), None
     names = [f"b{number}" for number in building]
     names[11], names[13] = None, ""
-    lat = np.where(building % 5, 40 + rng.normal(size=count), np.nan)
+    lat = np.where((building % 5 > 0) & (np.arange(count) % 3 > 0), 40 + rng.normal(size=count), np.nan)
     return pd.DataFrame(
         {
             "building_id": names,
@@ -57,6 +58,7 @@ def images(seed: int, count: int, buildings: int) -> pd.DataFrame:
             "city": (building % 3).astype(np.int32),  # one value in each building
             "street": [f"s{number % 7}" if number % 4 else None for number in building],  # the same, or none
             "camera": np.arange(count) % 2,  # not so
+            "floors": [3 if number % 2 else None for number in range(count)],  # nor this: not of all images
             "target_lat": lat,
             "target_lon": lat - 100,
             "embedding": vectors,
@@ -106,7 +108,6 @@ def test_buildings_are_those_of_pandas_whatever_the_order_of_their_images(batch_
         for name in ("spread", "embedding", "lat"):
             assert np.allclose(row[name], oracle[name], atol=1e-6, equal_nan=True), name  # sums in float32
         assert np.isnan(row["lon"]) or row["lon"] == pytest.approx(row["lat"] - 100)
-    assert "camera" not in table.column_names
     assert table.schema.equals(
         schemas.buildings(DIM, [pa.field("city", pa.int32()), pa.field("street", pa.string())])
     )
@@ -229,6 +230,23 @@ def planted(clusters: int, each: int, noise: float) -> tuple[np.ndarray, np.ndar
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32), label
 
 
+def test_rows_are_taken_in_the_order_of_their_numbers_asked_for(run, tmp_path):
+    frames = [{"building_id": [n, n], "at": [n, n + 1], "embedding": [[1.0], [1.0]]} for n in (0, 2, 4)]
+    run(*frames)
+    source = image_vectors.find(tmp_path / "in", "building_id", None)
+    assert source.take(np.array([5, 0, 3, 3]), ["at"])["at"].to_pylist() == [5, 0, 3, 3]
+
+
+def test_a_building_is_of_the_nearest_centre():
+    vectors, _ = planted(5, 4, 0.5)
+    centres = np.random.default_rng(1).uniform(0.1, 1, (5, 1)) * vectors[:5]  # means of unit vectors: shorter
+    label, similarity = building_clusters.assign(vectors, centres)
+    distances = cdist(vectors.astype(np.float64), centres)
+    assert label.tolist() == distances.argmin(axis=1).tolist()
+    assert label.tolist() != (vectors @ centres.T).argmax(axis=1).tolist()  # the longest centres would attract
+    assert np.allclose(similarity, 1 - cdist(vectors, centres, "cosine")[np.arange(20), label], atol=1e-6)
+
+
 def test_planted_clusters_are_found_and_are_stable(monkeypatch):
     vectors, label = planted(3, 40, 0.3)
     found = building_clusters.fit(vectors, 3, seed=0)
@@ -246,7 +264,15 @@ def test_planted_clusters_are_found_and_are_stable(monkeypatch):
     )  # also those not fitted
 
 
-def test_clusters_are_numbered_by_size_and_reported(run, tmp_path):
+def test_clusters_are_numbered_by_size():
+    vectors, label = planted(6, 20, 0.2)
+    place = np.array([(label[:row] == label[row]).sum() for row in range(len(label))])
+    kept = place < 3 * label + 2  # 2, 5, 8, ...
+    found = building_clusters.fit(vectors[kept], 6, seed=0)
+    assert np.bincount(found.label).tolist() == [17, 14, 11, 8, 5, 2]
+
+
+def test_clusters_are_reported(run, tmp_path):
     vectors, label = planted(3, 20, 0.2)
     kept = np.flatnonzero((label != 2) | (np.cumsum(label == 2) <= 5))  # the last has 5
     frame = {
