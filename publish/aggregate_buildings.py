@@ -8,8 +8,8 @@ Writes   OUT/buildings.parquet: a row for each building: its unit vector, images
          OUT_rejects/buildings.parquet: images without a building or a usable vector;
          OUT_report/clusters.{json,png}: figures, and the most typical buildings of each cluster
 Command  python publish/aggregate_buildings.py [VECTORS] [OUT] [--by building_id] [--clusters 20]
-Memory   4 bytes a dimension and about 150 more for each building, 30 for each image and as many as its id has:
-         8 GB for 6 M buildings and 25 M images at 256 dimensions; less than 1 GB for clusters and the projection
+Memory   4 bytes a dimension and 400 more for each building, 40 for each image: 10 GB for 6 M buildings of 25 M
+         images at 256 dimensions; less than 1 GB for clusters and the projection
 """
 
 import argparse

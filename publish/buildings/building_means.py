@@ -184,9 +184,12 @@ def constant_columns(tables: list[pa.Table]) -> pa.Table:
     """A row for each building in the tables, with those columns of the last that have one value in each."""
     names = tables[-1].column_names
     rows = pa.concat_tables([table.select(names) for table in tables if len(table)] or [tables[-1]])
-    names = [name for name in names if name != _CODE]
+    kept = {_CODE: rows.select([_CODE]).group_by(_CODE, use_threads=False).aggregate([])[_CODE]}
     everything = pc.CountOptions(mode="all")  # null is a value like any other
-    wanted = [(name, "count_distinct", everything) for name in names] + [(name, "one") for name in names]
-    found = rows.group_by(_CODE).aggregate(wanted)
-    constant = [name for name in names if (pc.max(found[f"{name}_count_distinct"]).as_py() or 0) <= 1]
-    return pa.table({_CODE: found[_CODE], **{name: found[f"{name}_one"] for name in constant}})
+    for name in names:  # one by one: all at once take several times the memory
+        if name != _CODE:
+            groups = rows.select([_CODE, name]).group_by(_CODE, use_threads=False)  # in order of appearance
+            found = groups.aggregate([(name, "count_distinct", everything), (name, "one")])
+            if (pc.max(found[f"{name}_count_distinct"]).as_py() or 0) <= 1:
+                kept[name] = found[f"{name}_one"]
+    return pa.table(kept)
