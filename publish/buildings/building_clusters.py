@@ -1,6 +1,6 @@
 """Clusters of buildings that look alike: k-means on their vectors, and how much depends on its random start.
 
-HDBSCAN was tried on the demo's 941 buildings and left out (docs/buildings.md).
+HDBSCAN was tried on the demo's 1,009 buildings and left out (docs/buildings.md).
 """
 
 from itertools import combinations

@@ -20,7 +20,7 @@ def method() -> str | None:
 def project(vectors: np.ndarray, seed: int, threads: int) -> np.ndarray:
     """(B, 2) float32 from unit vectors (B, D); NaN for buildings beyond the sample, or without openTSNE.
 
-    Equal vectors give equal positions.
+    Equal vectors give equal positions on as many cores (from _MIN_PARALLEL buildings on, threads matter).
     """
     plane = np.full((len(vectors), 2), np.nan, np.float32)
     if method() is None:
