@@ -17,6 +17,7 @@ from common import parquet, provenance, schemas
 from common.errors import PipelineError, StaleArtefact, command
 
 EMBEDDING = "embedding"
+UNKNOWN = "unknown"  # the model of vectors whose files do not say which it was
 BATCH_ROWS = 16_384  # read at a time: 17 MB of float32 at 256 dimensions
 IDS = ("streetview_image_id", "image", "image_id")  # columns that name images: the first that there is
 POSITIONS = (("target_lat", "target_lon"), ("lat", "lon"), ("latitude", "longitude"))
@@ -30,7 +31,7 @@ class ImageVectors:
     num_rows: list[int]  # of each file
     splits: list[str]  # of each file: "train", "val", "test" or ""
     inputs: dict[str, str]  # file name -> identity, for records
-    model: str | None  # digest of the weights of the model that made them; None: not recorded
+    model: str  # digest of the weights of the model that made them, or UNKNOWN
     by: str
     id: str | None  # the column that names the images; None: they have numbers
     position: tuple[str, str] | None  # the columns of latitude and longitude, degrees
@@ -87,35 +88,39 @@ def find(source: Path, by: str, image_id: str | None) -> ImageVectors:
     if not paths:
         make = command("publish/generate_embeddings_from_parquet.py", "INPUT", str(source))
         raise PipelineError(f"{source} holds no Parquet files: make vectors of images first: {make}")
-    counts, footers = [], []
+    counts, tables = [], []
     for path in paths:
         with parquet.open_file(path) as file:
             counts.append(file.metadata.num_rows)
-            footers.append(file.schema_arrow)
-    for path, schema in zip(paths, footers, strict=True):
-        for name in filter(None, (EMBEDDING, by, image_id)):
-            if name not in schema.names:
-                raise PipelineError(f"{path} has no column {name}: its columns are {', '.join(schema.names)}")
-        kind = schema.field(by).type
-        if not (types.is_integer(kind) or _is_text(kind)):
-            raise PipelineError(f"{path}: {by} holds {kind}; names of buildings are integers or strings")
-    shared = [field for field in footers[0] if all(schema.get_field_index(field.name) >= 0 for schema in footers)]
-    same = [field for field in shared if all(schema.field(field.name).type == field.type for schema in footers)]
-    numeric = {field.name for field in same if types.is_floating(field.type)}
-    names = [field.name for field in shared]
+            tables.append(file.schema_arrow)
+        _require(path, tables[-1], by, image_id)
+    columns = [name for name in tables[0].names if all(name in schema.names for schema in tables)]
+    fields = [tables[0].field(name) for name in columns]
+    fields = [field for field in fields if all(schema.field(field.name).type == field.type for schema in tables)]
+    numbers = {field.name for field in fields if types.is_floating(field.type)}
     records = [parquet.read_provenance(path) if parquet.has_provenance(path) else None for path in paths]
     return ImageVectors(
         paths,
-        counts,
-        [_split(record) for record in records],
-        {path.name: r.id if r else provenance.identity(path) for path, r in zip(paths, records, strict=True)},
-        _model(paths, records),
-        by,
-        image_id or next((name for name in IDS if name in names and name != by), None),
-        next((pair for pair in POSITIONS if numeric.issuperset(pair)), None),
-        names,
-        pa.schema([kept for field in same if field.name != by and (kept := _kept(field))]),
+        num_rows=counts,
+        splits=[_split(record) for record in records],
+        inputs={p.name: r.id if r else provenance.identity(p) for p, r in zip(paths, records, strict=True)},
+        model=_model(paths, records),
+        by=by,
+        id=image_id or next((name for name in IDS if name in columns and name != by), None),
+        position=next((pair for pair in POSITIONS if numbers.issuperset(pair)), None),
+        columns=columns,
+        others=pa.schema([kept for field in fields if field.name != by and (kept := _kept(field))]),
     )
+
+
+def _require(path: Path, schema: pa.Schema, by: str, image_id: str | None) -> None:
+    """Raise PipelineError if columns are missing from a file, or cannot name buildings."""
+    for name in filter(None, (EMBEDDING, by, image_id)):
+        if name not in schema.names:
+            raise PipelineError(f"{path} has no column {name}: its columns are {', '.join(schema.names)}")
+    kind = schema.field(by).type
+    if not (types.is_integer(kind) or _is_text(kind)):
+        raise PipelineError(f"{path}: {by} holds {kind}; convert the names of buildings to integers or strings")
 
 
 def _kept(field: pa.Field) -> pa.Field | None:
@@ -138,24 +143,23 @@ def _split(record: provenance.Provenance | None) -> str:
     return names.pop() if len(names) == 1 and names <= set(schemas.SPLITS) else ""
 
 
-def _model(paths: list[Path], records: list[provenance.Provenance | None]) -> str | None:
+def _model(paths: list[Path], records: list[provenance.Provenance | None]) -> str:
     """What identifies the model of all files. Raises StaleArtefact if that of two differs."""
     models = [_model_of(record) for record in records]
     for path, model in zip(paths, models, strict=True):
         if model != models[0]:
-            known = [f"model {one}" if one else "an unrecorded model" for one in (models[0], model)]
             raise StaleArtefact(
-                f"{paths[0]} holds vectors by {known[0]}, {path} by {known[1]}: they cannot be compared\n"
-                "make all of them by one model, or name a folder of its vectors alone"
+                f"{paths[0]} holds vectors by a model with weights {models[0]}, {path} by one with {model}: they "
+                "cannot be compared\nmake all of them with one model, or name a folder of its vectors alone"
             )
     return models[0]
 
 
-def _model_of(record: provenance.Provenance | None) -> str | None:
+def _model_of(record: provenance.Provenance | None) -> str:
     """The digest of the published model's weights, or what is recorded of a backbone."""
     if record is None:
-        return None
+        return UNKNOWN
     if "model.weights" in record.config:
         return record.config["model.weights"]
     backbone = provenance.embedding_model(record)
-    return provenance.digest_of(json.dumps(backbone, sort_keys=True)) if backbone else None
+    return provenance.digest_of(json.dumps(backbone, sort_keys=True)) if backbone else UNKNOWN
