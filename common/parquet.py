@@ -364,6 +364,19 @@ def embedding_matrix(
     the first row. Raises PipelineError, naming a row, if a list is missing or has another length, or if a value is
     missing, not finite or above LARGEST.
     """
+    matrix = unchecked_matrix(path, batch, column, name, dim, dim_of)
+    bad = _first_unusable(matrix)
+    if bad is not None:
+        raise PipelineError(
+            f"{path}: the {column} of {name(bad)} holds a value that is missing, not finite, or above {LARGEST:g}"
+        )
+    return matrix
+
+
+def unchecked_matrix(
+    path: Path, batch: pa.Table, column: str, name: Callable[[int], str], dim: int | None, dim_of: str
+) -> np.ndarray:
+    """The same with whatever values there are; NaN for those that are missing."""
     lists = batch[column].combine_chunks()
     kind = lists.type
     if not len(lists):
@@ -380,13 +393,7 @@ def embedding_matrix(
         raise PipelineError(f"{path}: the {column} of {name(row)} has {lengths[row]} dimensions; {dim_of} {dim}")
     values = lists.flatten()
     values = values if pa.types.is_float16(values.type) else values.cast(pa.float32(), safe=False)
-    matrix = values.to_numpy(zero_copy_only=False).reshape(-1, dim)
-    bad = _first_unusable(matrix)
-    if bad is not None:
-        raise PipelineError(
-            f"{path}: the {column} of {name(bad)} holds a value that is missing, not finite, or above {LARGEST:g}"
-        )
-    return matrix
+    return values.to_numpy(zero_copy_only=False).reshape(-1, dim)
 
 
 def refuse_zeros(path: Path, column: str, matrix: np.ndarray, name: Callable[[int], str]) -> None:

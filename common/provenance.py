@@ -182,7 +182,9 @@ def ways_out(existing: Provenance, expected: Provenance, command: Callable[..., 
     changed = changed_settings(existing, expected)
     lost = {name: value for name, value in existing.inputs.items() if name not in expected.inputs}
     same = existing.stage == expected.stage and existing.inputs == {**expected.inputs, **lost}
-    can_be_set = "embedding_model.weights" not in changed and all(old is not None for old, _ in changed.values())
+    # not by a setting: the weights of a model, and the arguments of a script
+    unset = {key for key in changed if key.endswith("model.weights") or "." not in key}
+    can_be_set = not unset and all(old is not None for old, _ in changed.values())
     ways = []
     if same and can_be_set and (changed or lost):
         restored = [f", restore {some({tar_of(name) or name for name in lost})}"] if lost else []

@@ -36,6 +36,7 @@ class Reject(StrEnum):
     GZIP_DAMAGED = "gzip_damaged"  # the gzip stream has a wrong checksum or length, or ends here
     VECTOR_MISSING = "vector_missing"  # embedding_model.name is a table of vectors that has none of this image
     MARKED_INVALID = "marked_invalid"  # of new data: its column named by --valid is false or empty
+    VECTOR_UNUSABLE = "vector_unusable"  # missing, zero or not finite; or those of its building cancel out
 
 
 class Rejected(NamedTuple):
@@ -181,3 +182,24 @@ def history(bands: int) -> pa.Schema:
     names += [f"share_{arm}" for arm in arms]  # of the epoch's negatives
     names += [f"reward_{arm}" for arm in arms]  # share of the arm's triplets that were semi-hard
     return pa.schema([("epoch", pa.int32()), *((name, pa.float64()) for name in names)])
+
+
+def buildings(dim: int, others: Iterable[pa.Field] = ()) -> pa.Schema:
+    """A row per building, sorted by `building`. `others`: columns of images with one value in each building."""
+    return pa.schema(
+        [
+            ("building", pa.string()),  # value of the column that names buildings
+            ("images", pa.int64()),
+            ("spread", pa.float32()),  # 1 - length of the mean of its images' unit vectors: 0 = all equal
+            ("image_ids", pa.list_(pa.string())),  # by their cosine to the building's vector, most typical first
+            ("lat", pa.float64()),  # degrees, mean over its images; NaN if unknown
+            ("lon", pa.float64()),  # the same
+            ("split", pa.string()),  # "train", "val", "test"; "" if its vectors do not tell
+            ("cluster", pa.int32()),  # from 0, the largest; -1 = none
+            ("cluster_similarity", pa.float32()),  # cosine to the cluster's centre
+            ("x", pa.float32()),  # of the 2-D projection; NaN if it is not among the projected
+            ("y", pa.float32()),  # the same
+            *others,
+            ("embedding", vector(pa.float32(), dim)),  # mean of its images' unit vectors, of length 1
+        ]
+    )

@@ -125,7 +125,8 @@ def bounds(metadata) -> str:
 def artefacts() -> str:
     """A table per Parquet artefact, with the comments of common/schemas.py."""
     source = (ROOT / "common" / "schemas.py").read_text()
-    notes = dict(re.findall(r'\("(\w+)", [^#\n]*# (.*)', source))
+    notes_of = {part.split("(")[0].split(" =")[0]: notes_in(part) for part in source.split("\n\n\n")}
+    notes = {name: note for part in reversed(notes_of.values()) for name, note in part.items()}
     common_columns = set(schemas.INTERMEDIATES.names)
     kept = ", ".join(f"`{name}`" for name in schemas.merged(768).names if name in common_columns)
     parts = [
@@ -160,8 +161,19 @@ def artefacts() -> str:
             schemas.history(1),
             notes,
         ),
+        columns(
+            "`buildings/<run>/buildings.parquet`: one row per building; also the columns of its "
+            "images that have one value in each building",
+            schemas.buildings(256),
+            notes_of["def buildings"],
+        ),
     ]
     return "\n\n".join(parts)
+
+
+def notes_in(source: str) -> dict[str, str]:
+    """Column -> comment, of the code that defines a schema."""
+    return dict(re.findall(r'\("(\w+)", [^#\n]*# (.*)', source))
 
 
 def columns(title: str, fields, notes: dict[str, str]) -> str:

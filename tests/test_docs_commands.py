@@ -41,6 +41,7 @@ LEFT_OUT = {
     "hf download": "a network",
     "git clone": "a network",
     "aria2c": "a network",
+    "embedding-atlas ": "a network, and 7 GB",
     "sbatch": "a cluster",
     "srun": "a cluster",
     "python slurm/submit.py": "a cluster",
