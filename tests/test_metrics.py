@@ -168,7 +168,7 @@ def test_equal_vectors_have_equal_scores_wherever_they_stand(monkeypatch):
 def test_a_tile_keeps_within_its_memory(memory_mb, dim):
     gallery = torch.empty(1).expand(3_000_000, dim)
     for device, tiles in ((CPU, 1), (torch.device("cuda"), 2)):  # of the gallery: the last padded; and moved there
-        queries, width = metrics._tile_sizes(gallery, device, memory_mb)
+        queries, width = metrics.tile_sizes(gallery, device, memory_mb)
         size = queries * width * 6 + queries * dim * 8  # a score and its comparison; queries twice
         smallest = 1024 * 6 + dim * 8 + tiles * 1024 * dim * 4
         assert size + tiles * width * dim * 4 <= max(memory_mb * 2**20, smallest)
