@@ -160,6 +160,12 @@ def artefacts() -> str:
             schemas.history(1),
             notes,
         ),
+        columns(
+            "`evaluation/<run>/queries.parquet`: one row per test image; `building_id` to `image_size` of the merged "
+            "file, and for each method of the table",
+            [field for field in schemas.queries(["<method>"]) if field.name not in common_columns],
+            {f"{name}_<method>": note for name, note in notes.items()} | notes,
+        ),
     ]
     return "\n\n".join(parts)
 

@@ -79,7 +79,9 @@ def find_matches(
     self_rows, (indptr, indices) = np.asarray(self_rows), (np.asarray(part, np.int64) for part in junk)
     order, first, last = _rows_of_buildings(np.asarray(query_building), np.asarray(gallery_building))
     size, width = tile_sizes(gallery, device, memory_mb)
-    parts = [(*[np.empty(0, np.int64)] * 3, np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.float32))]
+    parts = [
+        (*[np.empty(0, np.int64)] * 3, np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.float32))
+    ]
     for start in range(0, len(queries), size):
         tile = slice(start, min(start + size, len(queries)))
         n, own = tile.stop - start, np.flatnonzero(self_rows[tile] >= 0)
