@@ -161,8 +161,8 @@ def artefacts() -> str:
             notes,
         ),
         columns(
-            "`evaluation/<run>/queries.parquet`: one row per test image; `building_id` to `image_size` of the merged "
-            "file, and for each method of the table",
+            "`evaluation/<run>/queries.parquet`: one row per test image; from the merged file its ids, position, "
+            "view, place in the tar and cell, and for each method of the table",
             [field for field in schemas.queries(["<method>"]) if field.name not in common_columns],
             {f"{name}_<method>": note for name, note in notes.items()} | notes,
         ),

@@ -92,7 +92,7 @@ def evaluate_run(cfg, rows):
 @pytest.mark.parametrize("splits", [("test",), ("test", "train", "val")])
 def test_figures_equal_loops_over_queries_and_pairs(merged, splits):
     rows = load(merged, *splits)
-    figures, trained, _ = evaluate_run(merged, rows)
+    figures, trained, *_ = evaluate_run(merged, rows)
     vectors, building = trained.double().numpy(), rows.zones.building_of_row
     all_ranks, by_class = [], {}
     for query in range(rows.num_queries):
@@ -143,7 +143,10 @@ def test_the_angle_between_headings_goes_the_short_way_round():
 
 def test_a_class_is_not_won_by_the_easy_matches_of_another():
     # query 0 has an easy match (row 1, nothing ahead of it) and a hard one (row 2, 7 wrong rows ahead)
-    matches = metrics.Matches(1, np.array([0, 0]), np.array([1, 2]), np.array([0, 7]), np.ones(2, np.float32))
+    wrong = np.array([3]), np.ones(1, np.float32)
+    matches = metrics.Matches(
+        1, np.array([0, 0]), np.array([1, 2]), np.array([0, 7]), np.ones(2, np.float32), *wrong
+    )
     split = breakdowns.Breakdown("", ["easy", "hard", "none"], np.array([0, 1]))
     easy, hard, none = protocol.by_class(split, {"m": matches}, np.zeros(1, int), np.ones((1, 1)))["classes"]
     assert easy["methods"]["m"]["recall@5"]["value"] == 1

@@ -91,7 +91,8 @@ def compared(
     names: tuple[str, ...],
     cell_of_query: np.ndarray,
 ) -> dict[str, dict]:
-    """{"methods", "differences"}: `intervals` of each method's estimates, and of "a-b" for the pairs that are there."""
+    """{"methods", "differences"}: `intervals` of each method's estimates, and of "a-b" for those `pairs` (a, b) of
+    methods that are there."""
     return {
         "methods": {name: intervals(of_method, names, cell_of_query) for name, of_method in estimates.items()},
         "differences": {

@@ -1,6 +1,6 @@
 """Building-level retrieval: how well one vector per building, the mean of its images', is found.
 
-Two searches among the gallery's buildings, in which each building is the normalised mean of its images' unit vectors:
+Two searches among the gallery's buildings, each of which is the normalised mean of its images' unit vectors:
 - image to building: each image of the test split. Its own building is the mean of that building's other images.
 - half to half: each building of the test split, cut into two halves at random. The mean of the smaller half is
   searched for among the larger halves of all buildings. (A building of one image is its own larger half.)
@@ -76,8 +76,8 @@ def _cosines_with_others(images: torch.Tensor, means: torch.Tensor, lengths: tor
 def half_to_half(
     vectors: torch.Tensor, zones: Zones, num_queries: int, seed: int, memory_mb: int, device: torch.device
 ) -> np.ndarray:
-    """The rank of its other half for each building of the first `num_queries` rows, (B,) int64; 0 for a building of
-    one image."""
+    """The rank of its other half for each building of the first `num_queries` rows, (B,) int64; 0 for a building
+    of one image."""
     starts, sizes = zones.starts, np.diff(zones.starts)
     num_buildings = int(zones.building_of_row[num_queries - 1]) + 1  # of the queries
     shuffled = np.lexsort((np.random.default_rng(seed).random(len(vectors)), zones.building_of_row))
@@ -159,10 +159,7 @@ def figures(
         asked = next(iter(of_method.values())) > 0  # the same for all methods
         cell = np.searchsorted(cells, cell_ids[asked])
         estimates = {name: _estimates(each[asked], cell, weights) for name, each in of_method.items()}
-        found[search] = {
-            "queries": int(asked.sum()),
-            **bootstrap.compared(estimates, pairs, BUILDING_METRICS, cell),
-        }
+        found[search] = {"queries": len(cell), **bootstrap.compared(estimates, pairs, BUILDING_METRICS, cell)}
     return found
 
 

@@ -4,8 +4,8 @@ Everything else follows from these counts: the rank of the best match, the avera
 part of the matches (`per_query` of `Matches.select`), so one pass over the scores serves all figures.
 
 Memory: the gallery as float32, G x D x 4 bytes, on the device or on the host; on the device tiles of scores within
-`memory_mb`; 32 bytes for each match and 12 for each query. A gallery on the host crosses the bus once for each tile of at most 16,384
-queries, and its tiles that hold matches twice: Q / 16,384 x G x D x 4 bytes.
+`memory_mb`; 32 bytes for each match and 12 for each query. A gallery on the host crosses the bus once for each
+tile of at most 16,384 queries, and its tiles that hold matches twice: Q / 16,384 x G x D x 4 bytes.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -181,8 +181,8 @@ def count_ahead(
     not_wrong: tuple[np.ndarray, np.ndarray],
     scores: torch.Tensor,
 ) -> tuple[np.ndarray, ...]:
-    """How many wrong rows reach each of the `floors` (T, J) of T queries, (T, J) int64, and each query's most similar
-    wrong row and its score, (T,) int64 and float32: -1 and -inf if there is none.
+    """How many wrong rows reach each of the `floors` (T, J) of T queries, (T, J) int64, and each query's most
+    similar wrong row and its score, (T,) int64 and float32: -1 and -inf if there is none.
 
     The first `with_floor[j]` queries have a j-th floor; the others' counts are 0. `not_wrong`: pairs (query of the
     T, gallery row). `scores` (T, width) is overwritten; see `tile_sizes`.

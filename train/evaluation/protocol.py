@@ -8,8 +8,8 @@ position has no zone, and is a cell of its own.
 
 Memory: G x D x 4 bytes for the vectors of one method at a time (D: of the backbone for "raw", of the head for the
 others): on the device if that is at most two thirds of what is free there, else on the host (25 M, 768-d: 77 GB),
-from where metrics.py streams them; then those of the buildings (see building_level.py). Tiles of scores within search_memory_mb on the device; on the host the same
-amount for lists of junk.
+from where metrics.py streams them; then those of the buildings (building_level.py). Tiles of scores within
+search_memory_mb on the device; on the host the same amount for lists of junk.
 """
 
 from typing import NamedTuple

@@ -109,7 +109,7 @@ def table(figures: dict) -> str:
     lines += _columns({TITLES[key]: (figures, key) for key in MAIN_METRICS})
     level = figures["building_level"]
     lines.append(
-        f"{level['buildings']:,} buildings, each the mean of its images, searched by an image or by half of its images:"
+        f"{level['buildings']:,} buildings, each the mean of its images, searched by an image or by half of them:"
     )
     lines += _columns({title: (level[search], key) for title, search, key in _BUILDING_COLUMNS})
     if next(iter(figures["methods"].values()))["map@r"]["low"] is None:
