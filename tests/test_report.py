@@ -125,13 +125,13 @@ def test_pictures_are_read_by_offset_and_made_small(cfg):
     np.testing.assert_allclose(np.asarray(small).mean((0, 1)), np.asarray(original).mean((0, 1)), atol=4)
 
 
-def test_the_largest_pictures_leave_the_page_below_thirty_megabytes(tmp_path):
+def test_the_largest_pictures_leave_the_page_below_sixteen_megabytes(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (640, 640, 3), np.uint8).repeat(2, 0).repeat(2, 1)
     Image.fromarray(noise).save(tmp_path / "noise.jpg", "JPEG", quality=95)
     largest = len(query_sheets.data_uri(pictures.small((tmp_path / "noise.jpg").read_bytes(), query_sheets.PX)))
     lines = 3 * query_sheets.QUERIES_PER_SHEET + query_sheets.FAILURES  # "best" has two for each query
     typical = lines * (1 + query_sheets.COUNTED_RESULTS)  # few have junk or a match further down
-    assert typical * largest < 30_000_000  # of noise; the rest, a dozen figures and tables, takes less than one
+    assert typical * largest < 15_000_000  # of noise; the rest, a dozen figures and tables, takes less than one
 
 
 def test_a_missing_tar_or_bytes_that_are_no_image_leave_a_gap_that_the_page_tells(cfg, tmp_path):

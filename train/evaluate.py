@@ -72,14 +72,14 @@ def main(argv=None) -> int:
         return 0 if same else 1
     from common import devices, files
     from common.provenance import digest_of
-    from train.evaluation import evaluation_task, gallery, protocol, query_table
-    from train.report import evaluation_page
+    from train.evaluation import gallery, methods, protocol
+    from train.report import evaluation_page, query_table
 
     # what exists, and whether it belongs together
     task = (
-        evaluation_task.of_file(cfg, locate(cfg, args.embeddings))
+        methods.task_of_file(cfg, locate(cfg, args.embeddings))
         if args.embeddings
-        else evaluation_task.of_run(cfg, [compared(cfg, name) for name in args.compare], STAGE)
+        else methods.task_of_run(cfg, [compared(cfg, name) for name in args.compare], STAGE)
     )
     metrics_path, report_path, queries_path = (task.folder / name for name in FILES)
     results = metrics_json.kept(metrics_path, task.record, args.redo)

@@ -38,7 +38,7 @@ _QUERY_BLOCK = 32_768  # queries whose junk is listed at a time, at most
 _LISTED_BYTES = 64  # for a row in a query's zone, while its tile is ranked
 
 
-class Evaluation(NamedTuple):
+class Evaluated(NamedTuple):
     """What `evaluate` finds."""
 
     figures: dict  # of metrics.json
@@ -49,7 +49,7 @@ class Evaluation(NamedTuple):
 
 def evaluate(
     cfg: Config, gallery: Gallery, methods: list[Method], device: torch.device, progress: cli.Progress
-) -> Evaluation:
+) -> Evaluated:
     """Rank the gallery by each method. Raises PipelineError if no query has a match, or a method yields NaN."""
     shown, seed = shown_of([method.name for method in methods]), cfg.global_.seed
     ranked, vectors, memory_mb = {}, torch.empty(0), devices.search_memory_mb(cfg.infrastructure, device)
@@ -64,7 +64,7 @@ def evaluate(
     if not per_query[shown].has_match.any():
         raise PipelineError("no query has a match: no building has two evaluated images")
     results = figures(cfg, gallery, matches, per_query, building_ranks, vectors)
-    return Evaluation(results, vectors, matches, per_query)
+    return Evaluated(results, vectors, matches, per_query)
 
 
 def shown_of(names: list[str]) -> str:

@@ -14,7 +14,7 @@ from train.evaluation import bootstrap, protocol
 from train.evaluation.gallery import Gallery
 from train.evaluation.metric_names import BUILDING_METRICS, MAIN_METRICS, TITLES, shown_recalls
 from train.evaluation.metrics_json import flat, percent, share
-from train.evaluation.protocol import Evaluation
+from train.evaluation.protocol import Evaluated
 from train.report import evaluation_figures, query_sheets
 
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -54,7 +54,7 @@ def render(
     history: pd.DataFrame | None,
     split_report: dict,
     gallery: Gallery,
-    found: Evaluation,
+    found: Evaluated,
     explorer: str,
 ) -> str:
     """The page. `figures`: as in metrics.json; `history`, `split_report`: see `read_background`, empty for a file
