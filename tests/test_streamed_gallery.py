@@ -12,9 +12,10 @@ import small_merge
 import torch
 from torch.nn import functional as F
 
-from common import config
+from common import config, devices
+from common.places import zones
 from train import evaluate
-from train.evaluation import heads, metrics, metrics_json
+from train.evaluation import building_level, heads, metrics, metrics_json
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MB = 2**20
@@ -47,6 +48,33 @@ def test_a_gallery_of_any_size_is_ranked_within_the_device_as_on_the_cpu(share):
     looks_as_alike = (gallery[:1_000] * gallery[found.wrong_row]).sum(dim=1)  # of equally similar rows, any
     np.testing.assert_array_equal(looks_as_alike, expected.wrong_score)
     assert 0.1 < metrics.per_query(expected).average_precision_at_r.mean() < 0.9
+
+
+@pytest.mark.parametrize("share", [0.3, 0.66, 1.5])
+def test_buildings_are_ranked_within_the_device_as_on_the_cpu(share, monkeypatch):
+    monkeypatch.setattr(heads, "EMBED_ROWS", 500)
+    monkeypatch.setattr(building_level, "_BLOCK_ROWS", 500)
+    rng = np.random.default_rng(0)
+    building = np.repeat(np.arange(12_000), rng.integers(1, 8, 12_000))
+    vectors = rng.normal(size=(12_000, 64))[building] + 2 * rng.normal(size=(len(building), 64))
+    vectors = F.normalize(torch.from_numpy(vectors).float(), dim=1)
+    around = zones.make_zones(building, building * 1e-4, np.zeros(len(building)), 25.0)
+
+    def ranks(placed: torch.Tensor, memory_mb: int, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+        one = building_level.image_to_building(placed, around, 500, memory_mb, device)
+        return one, building_level.half_to_half(placed, around, 500, 0, memory_mb, device)
+
+    expected = ranks(vectors, 16, CPU)
+    with simulated_cuda.installed(int(vectors.nbytes / share)) as cuda:
+        placed = heads.by_blocks(lambda x: x, vectors, 64, CUDA)  # on the device, if it has the room
+        assert placed.device.type == ("cuda" if share <= 2 / 3 else "cpu")
+        found = ranks(placed, devices.free_bytes(CUDA) // 4 // MB, CUDA)  # as "auto"
+        assert cuda.counts.launches
+        assert not cuda.races
+        del placed
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        assert 0.05 < np.mean(theirs == 1) < 0.9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

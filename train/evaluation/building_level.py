@@ -85,6 +85,7 @@ def half_to_half(
     larger, _ = mean_vectors(vectors, shuffled[ranges(halves, starts[1:])], sizes - sizes // 2, device)
     asked = np.flatnonzero(sizes[:num_buildings] > 1)
     smaller, _ = mean_vectors(vectors, shuffled[ranges(starts[asked], halves[asked])], sizes[asked] // 2, device)
+    smaller = smaller.cpu()  # queries go to the device tile by tile
     of_query, junk = _zone_of(zones, asked)
     is_other = junk != asked[of_query]
     found = metrics.retrieval(

@@ -57,7 +57,8 @@ def evaluate(
         del vectors  # of the previous method: never two at a time
         vectors = method.vectors(gallery, device)
         of_images = rank(method, vectors, gallery, memory_mb, device, progress)
-        ranked[method.name] = of_images, building_level.rank(vectors, gallery, seed, memory_mb, device)
+        left_mb = devices.search_memory_mb(cfg.infrastructure, device)  # beside the vectors
+        ranked[method.name] = of_images, building_level.rank(vectors, gallery, seed, left_mb, device)
     matches = {method.name: ranked[method.name][0] for method in methods}
     building_ranks = {method.name: ranked[method.name][1] for method in methods}
     per_query = {name: metrics.per_query(of_method) for name, of_method in matches.items()}
