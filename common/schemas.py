@@ -203,3 +203,21 @@ def buildings(dim: int, others: Iterable[pa.Field] = ()) -> pa.Schema:
             ("embedding", vector(pa.float32(), dim)),  # mean of its images' unit vectors, of length 1
         ]
     )
+
+
+def queries(methods: list[str]) -> pa.Schema:
+    """A row per query of an evaluation: where it is, and what each method of the table found for it."""
+    names = "streetview_image_id building_id dataset_id target_lat target_lon heading distance tar_file".split()
+    fields = [INTERMEDIATES.field(name) for name in [*names, "image_offset", "image_size"]]
+    fields.append(("cell_id", pa.int64()))  # the map cell of the target
+    for method in methods:
+        of_method = [
+            ("rank", pa.int64()),  # of its most similar match, 1 = first; 0: it has no match
+            ("map_at_r", pa.float32()),  # its average precision at R
+            ("match", pa.string()),  # id of its most similar match; "": none
+            ("match_cosine", pa.float32()),  # NaN: none
+            ("wrong", pa.string()),  # id of the most similar image of another building outside the zone; "": none
+            ("wrong_cosine", pa.float32()),  # NaN: none
+        ]
+        fields += [(f"{name}_{method}", kind) for name, kind in of_method]
+    return pa.schema(fields)

@@ -167,6 +167,12 @@ def artefacts() -> str:
             schemas.buildings(256),
             notes_of["def buildings"],
         ),
+        columns(
+            "`evaluation/<run>/queries.parquet`: one row per test image; from the merged file its ids, position, "
+            "view, place in the tar and cell, and for each method of the table",
+            [field for field in schemas.queries(["<method>"]) if field.name not in common_columns],
+            {f"{name}_<method>": note for name, note in notes_of["def queries"].items()} | notes,
+        ),
     ]
     return "\n\n".join(parts)
 

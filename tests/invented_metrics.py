@@ -14,12 +14,18 @@ CLASS = {
     "cells": 1,
     "methods": {"raw": dict.fromkeys(metric_names.MAIN_METRICS, FIGURE)},
 }
+SEARCH = {
+    "queries": 2,
+    "methods": {"raw": dict.fromkeys(metric_names.BUILDING_METRICS, FIGURE)},
+    "differences": {"trained-raw": dict.fromkeys(metric_names.BUILDING_METRICS, FIGURE)},
+}
 FOUND = {
     "format": metrics_json.FORMAT,
     "subject": {"run": "default"},
     "methods": {"raw": FIGURES, "trained": FIGURES},
     "descriptions": {"raw": "as they are", "trained": "the head"},
     "differences": {"trained-raw": FIGURES},
+    "building_level": {"buildings": 2, "image_to_building": SEARCH, "half_to_half": SEARCH},
     "recall_curve": {"k": [1, 2], "methods": {"raw": [0.5, 0.6]}},
     "breakdowns": {"views": {"meaning": "images of the building", "classes": [CLASS]}},
     "similarity_histograms": {"edges": [-1.0, 0.0, 1.0], "matches": [0, 1], "non_matches": [3, 1]},

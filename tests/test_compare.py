@@ -12,7 +12,7 @@ from common import cli, config
 from common.errors import ConfigError, PipelineError, StaleArtefact
 from difficulty import compute_visual_neighbors
 from train import compare, evaluate
-from train.evaluation import evaluation_task, gallery, heads, protocol
+from train.evaluation import gallery, heads, methods, protocol
 from train.fitting import history
 from train.report import comparison
 
@@ -60,10 +60,10 @@ def test_every_sampler_and_loss_has_a_run_of_each_seed_and_its_files(root):
 def test_figures_and_intervals_equal_those_of_the_evaluation(root):
     where = ("paths.checkpoints_dir=checkpoints/{backbone}/compare", "training.run=ucb-infonce-0")
     cfg = config.load(None, [f"paths.root={root}", *SMALL, *where])
-    task = evaluation_task.of_run(cfg, [], evaluate.STAGE)
+    task = methods.task_of_run(cfg, [], evaluate.STAGE)
     rows = gallery.load(task.paths, cfg.data.ignore_radius_m)
     with cli.Progress("test", "ranking") as quiet:
-        theirs, _, _ = protocol.evaluate(cfg, rows, task.methods, torch.device("cpu"), quiet)
+        theirs = protocol.evaluate(cfg, rows, task.methods, torch.device("cpu"), quiet).figures
     found = read(root)
     ours = next(r for r in found["combinations"] if (r["sampler"], r["loss"]) == ("ucb", "infonce"))
     assert ours["best_epochs"] != [0]  # else it would be the whitening, and no difference tested

@@ -12,7 +12,7 @@ import small_merge
 import torch
 from small_evaluation import load, run
 
-from common import cli, config, files, parquet
+from common import cli, config, files, parquet, schemas
 from common.errors import PipelineError, StaleArtefact
 from common.places import geo
 from train import evaluate
@@ -92,7 +92,7 @@ def evaluate_run(cfg, rows):
 @pytest.mark.parametrize("splits", [("test",), ("test", "train", "val")])
 def test_figures_equal_loops_over_queries_and_pairs(merged, splits):
     rows = load(merged, *splits)
-    figures, trained, _ = evaluate_run(merged, rows)
+    figures, trained, *_ = evaluate_run(merged, rows)
     vectors, building = trained.double().numpy(), rows.zones.building_of_row
     all_ranks, by_class = [], {}
     for query in range(rows.num_queries):
@@ -143,7 +143,10 @@ def test_the_angle_between_headings_goes_the_short_way_round():
 
 def test_a_class_is_not_won_by_the_easy_matches_of_another():
     # query 0 has an easy match (row 1, nothing ahead of it) and a hard one (row 2, 7 wrong rows ahead)
-    matches = metrics.Matches(1, np.array([0, 0]), np.array([1, 2]), np.array([0, 7]), np.ones(2, np.float32))
+    wrong = np.array([3]), np.ones(1, np.float32)
+    matches = metrics.Matches(
+        1, np.array([0, 0]), np.array([1, 2]), np.array([0, 7]), np.ones(2, np.float32), *wrong
+    )
     split = breakdowns.Breakdown("", ["easy", "hard", "none"], np.array([0, 1]))
     easy, hard, none = protocol.by_class(split, {"m": matches}, np.zeros(1, int), np.ones((1, 1)))["classes"]
     assert easy["methods"]["m"]["recall@5"]["value"] == 1
@@ -199,10 +202,73 @@ def test_it_prints_the_table_and_a_second_run_does_nothing(merged, evaluated, ca
     assert run(merged) == 0
     second = capsys.readouterr().out
     assert "nothing to do" in second
-    assert first.splitlines()[:8] == second.splitlines()[:8]
+    assert first.splitlines()[:17] == second.splitlines()[:17]
+    half = found["building_level"]["half_to_half"]["methods"]["whitening"]["recall@1"]
+    of_buildings = [line for line in first.splitlines() if line.startswith("whitening  ")][1]
+    assert f"{100 * half['value']:.1f} [{100 * half['low']:.1f}" in of_buildings
     assert path.stat().st_mtime_ns == before
     with pytest.raises(StaleArtefact, match=r"evaluation.bootstrap_samples = 60 \(now 61"):
         run(merged, "--set", "evaluation.bootstrap_samples=61")
+
+
+def test_every_query_is_in_queries_parquet_with_its_best_match_and_its_best_wrong_image(merged, evaluated):
+    rows, name = load(merged, "test"), "whitening"
+    checkpoint = torch.load(merged.paths.checkpoints_dir / "default" / "checkpoint_best.pt", weights_only=True)
+    whitening = next(method for method in methods.of_checkpoint(checkpoint) if method.name == name)
+    path = merged.paths.evaluation_dir / "queries.parquet"
+    found = parquet.read(path)
+    assert found.schema.names == schemas.queries(["raw", "pca", "whitening", "trained"]).names
+    assert found.select(["streetview_image_id", "building_id", "cell_id", "tar_file"]).equals(
+        rows.table.select(["streetview_image_id", "building_id", "cell_id", "tar_file"]).combine_chunks()
+    )
+    scores = whitening.vectors(rows, CPU).double().numpy()
+    scores = scores @ scores.T
+    np.fill_diagonal(scores, -np.inf)
+    ids, building = rows.column("streetview_image_id"), rows.column("building_id")
+    lat, lon = rows.column("target_lat"), rows.column("target_lon")
+    for query, row in enumerate(found.to_pylist()):
+        same = building == building[query]
+        near = geo.distance_m(lat, lon, lat[query], lon[query]) <= merged.data.ignore_radius_m
+        match, wrong = (np.where(which, scores[query], -np.inf) for which in (same, ~same & ~near))
+        assert row[f"match_{name}"] == ids[match.argmax()]
+        assert row[f"match_cosine_{name}"] == pytest.approx(match.max(), abs=1e-5)
+        assert row[f"wrong_{name}"] == ids[wrong.argmax()]
+        assert row[f"wrong_cosine_{name}"] == pytest.approx(wrong.max(), abs=1e-5)
+        assert row[f"rank_{name}"] == 1 + np.sum(wrong >= match.max())
+    precision = found[f"map_at_r_{name}"].to_numpy().mean()
+    assert precision == pytest.approx(evaluated[1]["methods"][name]["map@r"]["value"], abs=1e-6)
+    record = parquet.read_provenance(path)
+    assert (record.stage, record.inputs) == ("evaluate", evaluated[1]["provenance"]["inputs"])
+
+
+def test_a_query_without_a_match_or_without_a_wrong_image_is_in_queries_parquet_too(own):
+    cfg, columns, _ = own
+    test = {name: column[:7] for name, column in columns["test"].items()}  # two twins, and one image of another
+    small_merge.write_split(cfg, "test", test)
+    assert run(cfg) == 0
+    found = parquet.read(cfg.paths.evaluation_dir / "queries.parquet").to_pylist()
+    assert len(found) == 7
+    alone = found[6]
+    assert (alone["rank_raw"], alone["map_at_r_raw"], alone["match_raw"]) == (0, 0.0, "")
+    assert math.isnan(alone["match_cosine_raw"])
+    assert alone["wrong_raw"] in test["streetview_image_id"][:6]
+    assert {row["wrong_raw"] for row in found[:6]} == {test["streetview_image_id"][6]}
+    small_merge.write_split(cfg, "test", {name: column[:6] for name, column in test.items()})
+    assert run(cfg, "--remake") == 0
+    only_twins = parquet.read(cfg.paths.evaluation_dir / "queries.parquet").to_pylist()[0]
+    assert only_twins["wrong_raw"] == ""
+    assert math.isnan(only_twins["wrong_cosine_raw"])
+    assert only_twins["rank_raw"] == 1
+
+
+def test_an_evaluation_without_queries_parquet_is_done_again(own):
+    cfg, *_ = own
+    assert run(cfg) == 0
+    path = cfg.paths.evaluation_dir / "queries.parquet"
+    path.unlink()
+    assert not evaluate.STAGE.is_done(cfg)
+    assert run(cfg) == 0
+    assert path.exists()
 
 
 def test_a_run_killed_before_metrics_json_is_done_again_with_the_same_figures(merged, evaluated):

@@ -72,6 +72,7 @@ def test_checkpoints_published_folders_and_files_are_further_rows(own, tmp_path)
     assert found["provenance"]["inputs"]["model"] == "published1"
     page = (cfg.paths.evaluation_dir / "compared" / "report.html").read_text()
     assert "the published model in" in page
+    assert 'href="../explorer.html"' in page  # of the run
 
 
 def test_what_cannot_be_compared_is_refused(own, tmp_path):
@@ -112,7 +113,9 @@ def test_a_file_of_vectors_is_evaluated_by_the_same_protocol(own, tmp_path):
     theirs = metrics_json.read(elsewhere.paths.evaluation_dir / "theirs" / "metrics.json")
     assert theirs["methods"] == {"raw": ours["methods"]["raw"]}
     assert theirs["leakage"] is None
-    assert "theirs.parquet" in (elsewhere.paths.evaluation_dir / "theirs" / "report.html").read_text()
+    page = (elsewhere.paths.evaluation_dir / "theirs" / "report.html").read_text()
+    assert "theirs.parquet" in page
+    assert "explorer.html" not in page
 
 
 def test_a_split_by_itself_is_known_by_its_record(own, tmp_path):

@@ -168,7 +168,7 @@ def test_equal_vectors_have_equal_scores_wherever_they_stand(monkeypatch):
 def test_a_tile_keeps_within_its_memory(memory_mb, dim):
     gallery = torch.empty(1).expand(3_000_000, dim)
     for device, tiles in ((CPU, 1), (torch.device("cuda"), 2)):  # of the gallery: the last padded; and moved there
-        queries, width = metrics._tile_sizes(gallery, device, memory_mb)
+        queries, width = metrics.tile_sizes(gallery, device, memory_mb)
         size = queries * width * 6 + queries * dim * 8  # a score and its comparison; queries twice
         smallest = 1024 * 6 + dim * 8 + tiles * 1024 * dim * 4
         assert size + tiles * width * dim * 4 <= max(memory_mb * 2**20, smallest)
@@ -184,6 +184,31 @@ def test_a_part_of_the_matches_leaves_the_others_out_of_the_ranking():
     np.testing.assert_allclose(found.score, np.cos(np.radians([10, 30])), atol=1e-6)
     hard = metrics.per_query(found.select(found.row == 2))
     assert (hard.num_matches.tolist(), hard.best_rank.tolist()) == ([1], [2])  # 3 with the other match ahead of it
+
+
+def test_the_most_similar_wrong_row_is_neither_junk_nor_of_the_building_nor_the_query_itself(monkeypatch):
+    monkeypatch.setitem(metrics._LARGEST_TILE, "cpu", (13, 1024))  # three tiles of the gallery
+    rng = np.random.default_rng(0)
+    gallery = rng.normal(size=(2_500, 6)).astype(np.float32)
+    gallery /= np.linalg.norm(gallery, axis=1, keepdims=True)
+    building, rows = rng.integers(0, 90, 2_500), np.arange(60)
+    building[:5] = 1_000 + np.arange(5)  # without a match
+    junk = rng.random((60, 2_500)) < 0.3
+    junk[7] = True
+    found = metrics.find_matches(
+        gallery[rows], gallery, query_building=building[rows], gallery_building=building, self_rows=rows,
+        junk=(np.append(0, junk.sum(1).cumsum()), np.nonzero(junk)[1]), memory_mb=16, device=CPU,
+    )  # fmt: skip
+    scores = gallery[rows].astype(np.float64) @ gallery.T.astype(np.float64)
+    scores[junk | (building[rows, None] == building)] = -np.inf
+    expected = np.where(np.arange(60) == 7, -1, scores.argmax(axis=1))
+    np.testing.assert_array_equal(found.wrong_row, expected)
+    np.testing.assert_allclose(found.wrong_score, scores.max(axis=1), atol=1e-6)  # -inf where there is none
+    easier = found.select(found.ahead == 0)
+    np.testing.assert_array_equal(easier.wrong_row, expected)
+    both = metrics.concatenate([found, easier])
+    np.testing.assert_array_equal(both.wrong_row, np.tile(expected, 2))
+    assert both.num_queries == len(both.wrong_score) == 120
 
 
 def test_a_building_of_many_images_and_a_constant_embedding():

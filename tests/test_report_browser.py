@@ -23,6 +23,16 @@ pytestmark = pytest.mark.skipif(
     CHROMIUM is None and os.environ.get("CI") != "true", reason="needs Debian's chromium (.ci/system-packages)"
 )
 MEASURE = """
+const enlarged = (box, page) => {  // what a click on a picture, and another there, make of it
+  if (!box) return null;
+  const width = () => Math.round(box.nextElementSibling.getBoundingClientRect().width), before = width();
+  box.scrollIntoView();
+  const {left, top} = box.getBoundingClientRect();
+  page.document.elementFromPoint(left + 20, top + 20).click();
+  const open = width(), over = page.document.elementFromPoint(3, 3) === box;
+  page.document.elementFromPoint(page.innerWidth / 2, page.innerHeight / 2).click();
+  return {before, open, over, after: width()};
+};
 onload = () => {
   const page = document.getElementById("page").contentWindow, root = page.document.documentElement;
   const all = what => [...root.querySelectorAll(what)];
@@ -33,6 +43,8 @@ onload = () => {
     tables: all("table").map(one => [one.rows.length, one.querySelectorAll("th[scope=col]").length]),
     figures: all("figure > svg").map(one => [one.getAttribute("aria-label"), one.getBoundingClientRect().width]),
     pictures: all("img").map(one => [one.alt, one.complete ? one.naturalWidth : 0]),
+    hints: all(".hint").map(one => one.getBoundingClientRect().height > 0),
+    enlarged: enlarged(all(".tile input")[7], page),
     back: page.getComputedStyle(page.document.body).backgroundColor,
     ink: page.getComputedStyle(root.querySelector("figure text")).fill,
   });
@@ -88,7 +100,15 @@ def test_the_page_is_whole_and_fits(report, tmp_path, width):
     found, console, asked = look_at(tmp_path, report, width)
     assert console == asked == []
     assert found["wider_by"] == 0
-    titles = ["Results", "Where it is hard", "Examples", "Training", "Leakage check", "Settings"]
+    titles = [
+        "Results",
+        "Does it find the building?",
+        "Where it is hard",
+        "Examples",
+        "Training",
+        "Leakage check",
+        "Settings",
+    ]
     assert found["headings"] == titles
     assert len(found["figures"]) == 9  # recall, cosines, five breakdowns, training, bands
     assert all(name and shown > 250 for name, shown in found["figures"])
@@ -96,8 +116,15 @@ def test_the_page_is_whole_and_fits(report, tmp_path, width):
     assert len(found["pictures"]) > 50
     assert all(alt.startswith("image 0088_") for alt, _ in found["pictures"])
     assert all(pixels for _, pixels in found["pictures"][:6])  # those further down are loaded when they are seen
-    methods, differences, *classes, leakage = [table for table in found["tables"] if table[1]]
-    assert (methods, differences, leakage) == ([5, 8], [4, 8], [3, 5])
+    enlarged = found["enlarged"]
+    assert enlarged["open"] >= width - 20  # the whole screen, but for a scroll bar
+    assert enlarged["over"]
+    assert 90 < enlarged["before"] == enlarged["after"] < 175
+    methods, differences, *of_buildings, a, b, c, d, e, leakage = [t for t in found["tables"] if t[1]]
+    classes = [a, b, c, d, e]
+    assert (methods, differences, leakage) == ([5, 6], [4, 6], [3, 5])
+    assert of_buildings == [[5, 4], [4, 4]] * 2
+    assert all(is_seen == (width == 390) for is_seen in found["hints"])
     assert [columns for _, columns in classes] == [11] * 5
     assert all(rows > 1 for rows, _ in found["tables"])
 

@@ -37,6 +37,12 @@ def test_what_fits_is_written_and_read_back(tmp_path):
         ("methods.raw.recall@2", FIGURE, r"methods.raw.recall@2: .*not permitted"),
         ("breakdowns.views.classes.0.methods.raw.recall@10", FIGURE, r"classes.0.methods.raw.recall@10"),
         ("methods.raw.map@r.value", "0.5", "methods.raw.map@r.value"),
+        (
+            "building_level.half_to_half.methods.raw.map@r",
+            FIGURE,
+            r"half_to_half.methods.raw.map@r: .*not permitted",
+        ),
+        ("building_level", None, "building_level: .*required"),
         ("counts.queries", -1, "counts.queries"),
         ("counts.queries", None, "counts.queries"),
         ("leakage.buildings.in_two_splits", 3, "leakage.buildings.in_two_splits"),
@@ -100,7 +106,7 @@ def test_figures_that_differ_by_rounding_are_alike(tmp_path, key, value, alike):
         (tmp_path / name).write_text(json.dumps(found))
     text, same = metrics_json.check(tmp_path / "one", tmp_path / "other")
     assert same == alike
-    assert f"{0 if alike else 1} of 102 figures" in text
+    assert f"{0 if alike else 1} of 153 figures" in text
     assert ("run: default, other" in text) == (key == "subject.run")
     assert ("test.parquet: None, other" in text) == (key == "provenance.inputs")
 

@@ -31,12 +31,12 @@ def make_demo(folder: str) -> tuple[float, str]:
 
 
 def table_in(printed: str) -> str:
-    """The table of the evaluation: from its heading to the last line with intervals."""
+    """The tables of the evaluation: from the first one's heading to the last line with intervals."""
     lines = printed.splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("%") and "mAP@R" in line)
     rows = [line.rstrip() for line in lines[first + 1 :]]
-    length = next(number for number, line in enumerate(rows) if "[" not in line)
-    return "\n".join([lines[first].rstrip(), *rows[:length]])
+    last = max(number for number, line in enumerate(rows) if "[" in line)
+    return "\n".join([lines[first].rstrip(), *rows[: last + 1]])
 
 
 def facts(folder: Path, printed: str) -> dict:

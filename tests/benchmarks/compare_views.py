@@ -42,7 +42,7 @@ from common.sections import Config
 from generate import backbone
 from train import baselines, datasets, run_record, whitening
 from train.datasets import TrainingData
-from train.evaluation import bootstrap, gallery, methods, protocol
+from train.evaluation import bootstrap, gallery, methods
 from train.fitting import checkpoints
 from train.fitting.fit import fit
 from train.report.comparison import FIGURES, rank_all
@@ -194,7 +194,7 @@ def judge(cfg: Config, vectors: Vectors, best: dict[tuple[str, int], dict], devi
         arm.name: bootstrap.means(np.mean([values[arm.name, seed] for seed in seeds], axis=0), cell, weights)
         for arm in ARMS
     }  # (1 + draws, figures)
-    intervals = partial(protocol.intervals, names=FIGURES, cell_of_query=cell)
+    intervals = partial(bootstrap.intervals, names=FIGURES, cell_of_query=cell)
     return {
         "counts": {"queries": len(cell), "cells": weights.shape[1], "seeds": len(seeds)},
         "arms": [

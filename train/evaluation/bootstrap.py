@@ -77,3 +77,27 @@ def interval(estimates: np.ndarray, cells: float) -> dict[str, float | None]:
     tail = special.ndtr(np.sqrt(cells / (cells - 1)) * t)
     low, high = np.nanquantile(estimates[1:], [tail, 1 - tail])
     return {"value": value, "low": float(low), "high": float(high)}
+
+
+def intervals(estimates: np.ndarray, names: tuple[str, ...], cell_of_query: np.ndarray) -> dict[str, dict]:
+    """The named metrics with their intervals, from estimates (1 + draws, len(names)), the data's own first."""
+    cells = effective_cells(cell_of_query)
+    return {name: interval(column, cells) for name, column in zip(names, estimates.T, strict=True)}
+
+
+def compared(
+    estimates: dict[str, np.ndarray],
+    pairs: list[tuple[str, str]],
+    names: tuple[str, ...],
+    cell_of_query: np.ndarray,
+) -> dict[str, dict]:
+    """{"methods", "differences"}: `intervals` of each method's estimates, and of "a-b" for those `pairs` (a, b) of
+    methods that are there."""
+    return {
+        "methods": {name: intervals(of_method, names, cell_of_query) for name, of_method in estimates.items()},
+        "differences": {
+            f"{a}-{b}": intervals(estimates[a] - estimates[b], names, cell_of_query)
+            for a, b in pairs
+            if a in estimates and b in estimates
+        },
+    }

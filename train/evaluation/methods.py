@@ -1,4 +1,5 @@
-"""What an evaluation compares: the ways to one vector per image, with their names, and which are refused."""
+"""What an evaluation covers, a run or a file, and what it compares: the ways to one vector per image, and which
+are refused."""
 
 import functools
 import json
@@ -11,10 +12,12 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 
-from common import parquet
+from common import config, parquet, provenance
 from common.errors import PipelineError
 from common.provenance import Provenance
 from common.sections import Config
+from common.stages import Stage
+from train import run_record
 from train.evaluation import gallery as galleries
 from train.evaluation import heads
 from train.evaluation.gallery import Gallery
@@ -28,6 +31,49 @@ class Method:
     description: str
     id: str  # of the checkpoint or file that its vectors come from
     vectors: Callable[[Gallery, torch.device], torch.Tensor]  # (G, d) float32 unit, on the device if they fit
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """What is evaluated, and where the results go."""
+
+    folder: Path
+    record: Provenance
+    paths: list[Path]  # files of rows, the queries' first
+    methods: list[Method]
+    subject: dict
+
+
+def task_of_run(cfg: Config, compare: list[Path], stage: Stage) -> EvaluationTask:
+    """The config's run on the test split, beside what --compare names. `stage`: the evaluation's declaration."""
+    path = run_record.run_dir(cfg) / run_record.BEST
+    checkpoint = heads.load_checkpoint(path)
+    records = run_record.merge_records(cfg, galleries.TEST_FIRST)
+    own = of_checkpoint(checkpoint)
+    galleries.refuse_foreign_head(cfg, path, checkpoint, records)
+    others = compared(cfg, compare, records, [method.name for method in own])
+    inputs = run_record.evaluated_ids(cfg, checkpoint["provenance"]["id"])
+    inputs |= {method.name: method.id for method in others}
+    test = records[cfg.paths.merged_dir / "test.parquet"]
+    subject = {
+        "run": cfg.training.run,
+        "epoch": checkpoint["epoch"],
+        "split_by": test.facts.get("split_by", test.config.get("data.split_by")),
+        "embedding_model": checkpoint["embedding_model"],
+        "config_hash": checkpoint["provenance"]["config_hash"],
+        "config": checkpoint["config"],
+    }
+    folder = cfg.paths.evaluation_dir / "compared" if compare else cfg.paths.evaluation_dir
+    return EvaluationTask(folder, stage.record(cfg, inputs), galleries.files_of(cfg), [*own, *others], subject)
+
+
+def task_of_file(cfg: Config, path: Path) -> EvaluationTask:
+    """A file of any model's vectors, by itself."""
+    galleries.refuse_missing_columns(path)
+    method = Method("raw", f"the vectors of {path.name} as they are", parquet.content_id(path), raw)
+    settings = config.values(cfg, "global.seed", "data.ignore_radius_m", "evaluation.bootstrap_samples")
+    record = provenance.record("evaluate", settings, {path.name: method.id})
+    return EvaluationTask(cfg.paths.evaluation_dir / path.stem, record, [path], [method], {"file": str(path)})
 
 
 def of_checkpoint(checkpoint: dict) -> list[Method]:
@@ -99,7 +145,7 @@ def _free_name(path: Path, taken: set[str]) -> str:
 def _published(folder: Path) -> dict:
     """The head of a published folder, as a checkpoint; the folder's backbone is not needed."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        model_config = json.loads((folder / "config.json").read_text())
         record = Provenance.from_json((folder / "provenance.json").read_text())
         trained_on = record.facts["trained_on"]
         weights: dict[str, torch.Tensor] = {}
@@ -107,9 +153,9 @@ def _published(folder: Path) -> dict:
             with safe_open(file, framework="pt") as tensors:
                 keys = [key for key in tensors.keys() if key.startswith("head.")]  # noqa: SIM118 - not a dict
                 weights |= {key.removeprefix("head."): tensors.get_tensor(key) for key in keys}
-        provenance = {"id": record.id, "inputs": trained_on["inputs"]}
+        made = {"id": record.id, "inputs": trained_on["inputs"]}
         model = trained_on["embedding_model"]
-        checkpoint = {**config, "head": weights, "embedding_model": model, "provenance": provenance}
+        checkpoint = {**model_config, "head": weights, "embedding_model": model, "provenance": made}
         heads.head_of(checkpoint)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise PipelineError(

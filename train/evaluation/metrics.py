@@ -4,11 +4,11 @@ Everything else follows from these counts: the rank of the best match, the avera
 part of the matches (`per_query` of `Matches.select`), so one pass over the scores serves all figures.
 
 Memory: the gallery as float32, G x D x 4 bytes, on the device or on the host; on the device tiles of scores within
-`memory_mb`; 32 bytes for each match. A gallery on the host crosses the bus once for each tile of at most 16,384
-queries, and its tiles that hold matches twice: Q / 16,384 x G x D x 4 bytes.
+`memory_mb`; 32 bytes for each match and 12 for each query. A gallery on the host crosses the bus once for each
+tile of at most 16,384 queries, and its tiles that hold matches twice: Q / 16,384 x G x D x 4 bytes.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ _TILE_BYTES = 6  # per score: itself (4), a comparison (1), and sums of those
 # (queries, gallery) of a tile. On the CPU it fits its cache; "streamed": the gallery comes from the host each time
 _LARGEST_TILE = {"cpu": (1024, 4096), "cuda": (4096, 32_768), "streamed": (16_384, 8192)}
 _LANES = 1024  # the gallery rows of a tile are a multiple of this; see `_count`
+_OF_PAIRS = ("query", "row", "ahead", "score")  # columns of Matches
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,12 @@ class Matches:
     row: np.ndarray  # (P,) int64, of the gallery
     ahead: np.ndarray  # (P,) int64: wrong rows that score as high as the match, or higher
     score: np.ndarray  # (P,) float32, cosine
+    wrong_row: np.ndarray  # (num_queries,) int64: the most similar wrong row of each query, -1 if it has none
+    wrong_score: np.ndarray  # (num_queries,) float32, its cosine; -inf if there is none
 
     def select(self, which: np.ndarray) -> "Matches":
         """The pairs that a mask (P,) names; the other matches are then as good as removed from the ranking."""
-        columns = {name: getattr(self, name)[which] for name in ("query", "row", "ahead", "score")}
-        return Matches(self.num_queries, **columns)
+        return replace(self, **{name: getattr(self, name)[which] for name in _OF_PAIRS})
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,10 @@ def find_matches(
     gallery = gallery.to(device) if devices.fits(gallery.nbytes, device) else gallery
     self_rows, (indptr, indices) = np.asarray(self_rows), (np.asarray(part, np.int64) for part in junk)
     order, first, last = _rows_of_buildings(np.asarray(query_building), np.asarray(gallery_building))
-    size, width = _tile_sizes(gallery, device, memory_mb)
-    parts = [(np.empty(0, np.int64),) * 3 + (np.empty(0, np.float32),)]
+    size, width = tile_sizes(gallery, device, memory_mb)
+    parts = [
+        (*[np.empty(0, np.int64)] * 3, np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.float32))
+    ]
     for start in range(0, len(queries), size):
         tile = slice(start, min(start + size, len(queries)))
         n, own = tile.stop - start, np.flatnonzero(self_rows[tile] >= 0)
@@ -86,8 +90,8 @@ def find_matches(
             np.concatenate([own, np.repeat(np.arange(n), np.diff(indptr[start : tile.stop + 1]))]),
             np.concatenate([self_rows[tile][own], indices[indptr[start] : indptr[tile.stop]]]),
         )
-        of_query, rows, ahead, score = _rank_tile(queries[tile].to(device), gallery, matching, removed, width)
-        parts.append((of_query + start, rows, ahead, score))
+        of_query, *columns = _rank_tile(queries[tile].to(device), gallery, matching, removed, width)
+        parts.append((of_query + start, *columns))
     return Matches(len(queries), *(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
@@ -125,8 +129,8 @@ def concatenate(parts: list[Matches]) -> Matches:
     """The queries of all parts, in order."""
     starts = np.cumsum([0, *(part.num_queries for part in parts)])
     query = np.concatenate([part.query + start for part, start in zip(parts, starts[:-1], strict=True)])
-    others = (np.concatenate([getattr(part, name) for part in parts]) for name in ("row", "ahead", "score"))
-    return Matches(int(starts[-1]), query, *others)
+    others = [field.name for field in fields(Matches)][2:]
+    return Matches(int(starts[-1]), query, *(np.concatenate([getattr(p, name) for p in parts]) for name in others))
 
 
 def summarize(per_query: PerQuery) -> dict[str, float]:
@@ -142,7 +146,7 @@ def summarize(per_query: PerQuery) -> dict[str, float]:
 def _rank_tile(
     queries: torch.Tensor, gallery: torch.Tensor, matching: tuple, removed: tuple, width: int
 ) -> tuple[np.ndarray, ...]:
-    """(query, row, ahead, score) of each match of T queries, by query.
+    """(query, row, ahead, score) of each match of T queries, by query; (wrong_row, wrong_score) of each query.
 
     `matching`, `removed`: pairs (query of the T, gallery row): all rows of the queries' buildings; what is out of
     the ranking. The product is made anew where it is needed, always in tiles of one shape: the scores of matches
@@ -155,28 +159,51 @@ def _rank_tile(
     new_place = np.empty(len(queries), np.int64)
     new_place[np.argsort(-num_matches, kind="stable")] = np.arange(len(queries))
     queries = queries[torch.from_numpy(np.argsort(new_place)).to(queries.device)]
-    with_match = [int(np.sum(num_matches > j)) for j in range(num_matches.max(initial=0))]
     wanted = _ByTile(new_place[of_query], rows, width, queries.device)
-    not_wrong = _ByTile(new_place[np.append(removed[0], matching[0])], np.append(removed[1], matching[1]), width,
-                        queries.device)  # fmt: skip
-
     scores = torch.empty((len(queries), width), device=queries.device)
-    hits = torch.empty(scores.shape, dtype=torch.bool, device=queries.device)
     score = np.empty(len(of_query), np.float32)
     for start in np.unique(rows // width) * width:
         at, columns, which = wanted.of(start)
         score[which] = _product(queries, gallery, start, scores)[at, columns].cpu().numpy()
-    floors = torch.full((len(queries), len(with_match)), torch.inf, device=queries.device)
+    floors = torch.full((len(queries), num_matches.max(initial=0)), torch.inf, device=queries.device)
     floors[torch.from_numpy(new_place[of_query]), torch.from_numpy(slot)] = torch.from_numpy(score).to(floors)
+    with_floor = [int(np.sum(num_matches > j)) for j in range(floors.shape[1])]
+    not_wrong = new_place[np.append(removed[0], matching[0])], np.append(removed[1], matching[1])
+    ahead, wrong_row, wrong_score = count_ahead(queries, gallery, floors, with_floor, not_wrong, scores)
+    return of_query, rows, ahead[new_place[of_query], slot], score, wrong_row[new_place], wrong_score[new_place]
+
+
+def count_ahead(
+    queries: torch.Tensor,
+    gallery: torch.Tensor,
+    floors: torch.Tensor,
+    with_floor: list[int],
+    not_wrong: tuple[np.ndarray, np.ndarray],
+    scores: torch.Tensor,
+) -> tuple[np.ndarray, ...]:
+    """How many wrong rows reach each of the `floors` (T, J) of T queries, (T, J) int64, and each query's most
+    similar wrong row and its score, (T,) int64 and float32: -1 and -inf if there is none.
+
+    The first `with_floor[j]` queries have a j-th floor; the others' counts are 0. `not_wrong`: pairs (query of the
+    T, gallery row). `scores` (T, width) is overwritten; see `tile_sizes`.
+    """
+    width = scores.shape[1]
+    removed = _ByTile(*not_wrong, width, queries.device)
+    hits = torch.empty(scores.shape, dtype=torch.bool, device=queries.device)
     ahead = torch.zeros(floors.shape, dtype=torch.int64, device=queries.device)
-    for start in range(0, len(gallery) if with_match else 0, width):
+    best = torch.full((len(queries),), -torch.inf, device=queries.device)
+    best_row = torch.full((len(queries),), -1, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(gallery), width):
         _product(queries, gallery, start, scores)
-        at, columns, _ = not_wrong.of(start)
+        at, columns, _ = removed.of(start)
         scores[at, columns] = -torch.inf
-        for j, n in enumerate(with_match):
+        for j, n in enumerate(with_floor):
             torch.ge(scores[:n], floors[:n, j, None], out=hits[:n])
             ahead[:n, j] += _count(hits[:n])
-    return of_query, rows, ahead.cpu().numpy()[new_place[of_query], slot], score
+        highest, column = scores.max(dim=1)
+        torch.where(highest > best, column + start, best_row, out=best_row)
+        torch.maximum(best, highest, out=best)
+    return ahead.cpu().numpy(), best_row.cpu().numpy(), best.cpu().numpy()
 
 
 def _product(queries: torch.Tensor, gallery: torch.Tensor, start: int, out: torch.Tensor) -> torch.Tensor:
@@ -218,7 +245,7 @@ def _without(pairs: tuple, removed: tuple, num_rows: int) -> tuple[np.ndarray, n
     return pairs[0][left], pairs[1][left]
 
 
-def _tile_sizes(gallery: torch.Tensor, device: torch.device, memory_mb: int) -> tuple[int, int]:
+def tile_sizes(gallery: torch.Tensor, device: torch.device, memory_mb: int) -> tuple[int, int]:
     """(queries, gallery rows) of a tile; the latter a multiple of _LANES."""
     memory, dim, is_streamed = memory_mb * 2**20, gallery.shape[1], gallery.device.type != device.type
     most, width = _LARGEST_TILE["streamed" if is_streamed else device.type]

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from common import errors, parquet
 from common.errors import PipelineError
 from common.provenance import Provenance, Redo
-from train.evaluation.metric_names import MAIN_METRICS, METRICS, TITLES
+from train.evaluation.metric_names import BUILDING_METRICS, MAIN_METRICS, METRICS, TITLES
 
-FORMAT = 2  # raised when keys of metrics.json change their names or meanings
+FORMAT = 3  # raised when keys of metrics.json change their names or meanings
 TOLERANCE = 0.001  # a tenth of a percentage point: more than the rounding of another machine
 Count = NonNegativeInt
 
@@ -36,6 +36,24 @@ class Figures(create_model("", __base__=_Strict, **dict.fromkeys(METRICS, (Figur
 
 class MainFigures(create_model("", __base__=_Strict, **dict.fromkeys(MAIN_METRICS, (Figure, ...)))):  # type: ignore[misc]
     """MAIN_METRICS of a method in a class of matches."""
+
+
+class BuildingFigures(create_model("", __base__=_Strict, **dict.fromkeys(BUILDING_METRICS, (Figure, ...)))):  # type: ignore[misc]
+    """BUILDING_METRICS of a method."""
+
+
+class BuildingSearch(_Strict):
+    """A search for buildings by so many queries; see building_level.py."""
+
+    queries: Count
+    methods: dict[str, BuildingFigures]
+    differences: dict[str, BuildingFigures]  # as in Results
+
+
+class BuildingLevel(_Strict):
+    buildings: Count  # in the gallery
+    image_to_building: BuildingSearch
+    half_to_half: BuildingSearch
 
 
 class Class(_Strict):
@@ -93,6 +111,7 @@ class Results(_Strict):
     methods: dict[str, Figures]
     descriptions: dict[str, str]  # of each method
     differences: dict[str, Figures]  # "trained-raw" and others, paired
+    building_level: BuildingLevel
     recall_curve: RecallCurve
     breakdowns: dict[
         Literal["heading_difference_deg", "camera_distance_m", "target_height_m", "views", "dataset"],

@@ -8,9 +8,11 @@ position has no zone, and is a cell of its own.
 
 Memory: G x D x 4 bytes for the vectors of one method at a time (D: of the backbone for "raw", of the head for the
 others): on the device if that is at most two thirds of what is free there, else on the host (25 M, 768-d: 77 GB),
-from where metrics.py streams them. Tiles of scores within search_memory_mb on the device; on the host the same
-amount for lists of junk.
+from where metrics.py streams them; then those of the buildings (building_level.py). Tiles of scores within
+search_memory_mb on the device; on the host the same amount for lists of junk.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +21,9 @@ from common import cli, devices
 from common.errors import PipelineError
 from common.places import geo
 from common.sections import Config
-from train.evaluation import bootstrap, breakdowns, metrics
+from train.evaluation import bootstrap, breakdowns, building_level, metrics
 from train.evaluation.breakdowns import Breakdown
+from train.evaluation.building_level import BuildingRanks
 from train.evaluation.gallery import Gallery
 from train.evaluation.methods import Method
 from train.evaluation.metric_names import MAIN_METRICS, METRICS, RECALL_AT
@@ -35,22 +38,34 @@ _QUERY_BLOCK = 32_768  # queries whose junk is listed at a time, at most
 _LISTED_BYTES = 64  # for a row in a query's zone, while its tile is ranked
 
 
+class Evaluated(NamedTuple):
+    """What `evaluate` finds."""
+
+    figures: dict  # of metrics.json
+    vectors: torch.Tensor  # (G, d), of the method that the report shows
+    matches: dict[str, Matches]  # of each method
+    per_query: dict[str, PerQuery]  # of each method
+
+
 def evaluate(
     cfg: Config, gallery: Gallery, methods: list[Method], device: torch.device, progress: cli.Progress
-) -> tuple[dict, torch.Tensor, dict[str, PerQuery]]:
-    """(The figures of metrics.json, the vectors of the method shown in the report, `PerQuery` of each method.)
-    Raises PipelineError if no query has a match, or a method yields NaN."""
-    shown = shown_of([method.name for method in methods])
-    unordered, vectors, memory_mb = {}, torch.empty(0), devices.search_memory_mb(cfg.infrastructure, device)
+) -> Evaluated:
+    """Rank the gallery by each method. Raises PipelineError if no query has a match, or a method yields NaN."""
+    shown, seed = shown_of([method.name for method in methods]), cfg.global_.seed
+    ranked, vectors, memory_mb = {}, torch.empty(0), devices.search_memory_mb(cfg.infrastructure, device)
     for method in sorted(methods, key=lambda method: method.name == shown):  # `shown` last: its vectors are kept
         del vectors  # of the previous method: never two at a time
         vectors = method.vectors(gallery, device)
-        unordered[method.name] = rank(method, vectors, gallery, memory_mb, device, progress)
-    matches = {method.name: unordered[method.name] for method in methods}
+        of_images = rank(method, vectors, gallery, memory_mb, device, progress)
+        left_mb = devices.search_memory_mb(cfg.infrastructure, device)  # beside the vectors
+        ranked[method.name] = of_images, building_level.rank(vectors, gallery, seed, left_mb, device)
+    matches = {method.name: ranked[method.name][0] for method in methods}
+    building_ranks = {method.name: ranked[method.name][1] for method in methods}
     per_query = {name: metrics.per_query(of_method) for name, of_method in matches.items()}
     if not per_query[shown].has_match.any():
         raise PipelineError("no query has a match: no building has two evaluated images")
-    return figures(cfg, gallery, matches, per_query, vectors), vectors, per_query
+    results = figures(cfg, gallery, matches, per_query, building_ranks, vectors)
+    return Evaluated(results, vectors, matches, per_query)
 
 
 def shown_of(names: list[str]) -> str:
@@ -101,6 +116,7 @@ def figures(
     gallery: Gallery,
     matches: dict[str, Matches],
     per_query: dict[str, PerQuery],
+    building_ranks: dict[str, BuildingRanks],
     vectors: torch.Tensor,
 ) -> dict:
     """The figures of metrics.json; see train/evaluation/metrics_json.py."""
@@ -123,12 +139,8 @@ def figures(
     pairs = [*DIFFERENCES, *(("trained", name) for name in compared)]
     return {
         "format": FORMAT,
-        "methods": {name: intervals(of_method, METRICS, cell) for name, of_method in estimates.items()},
-        "differences": {
-            f"{a}-{b}": intervals(estimates[a] - estimates[b], METRICS, cell)
-            for a, b in pairs
-            if a in estimates and b in estimates
-        },
+        **bootstrap.compared(estimates, pairs, METRICS, cell),
+        "building_level": building_level.figures(building_ranks, gallery, cells, weights, pairs),
         "recall_curve": {"k": CURVE_K.tolist(), "methods": recall_curves},
         "breakdowns": {
             name: by_class(breakdown, matches, cell_of_query, weights)
@@ -158,12 +170,6 @@ def query_values(per_query: PerQuery, names: tuple[str, ...]) -> np.ndarray:
     return np.stack([columns[name] for name in names], axis=1).astype(np.float64)
 
 
-def intervals(estimates: np.ndarray, names: tuple[str, ...], cell_of_query: np.ndarray) -> dict[str, dict]:
-    """The named metrics with their intervals, from estimates (1 + draws, len(names)), the data's own first."""
-    cells = bootstrap.effective_cells(cell_of_query)
-    return {name: bootstrap.interval(column, cells) for name, column in zip(names, estimates.T, strict=True)}
-
-
 def by_class(
     breakdown: Breakdown, matches: dict[str, Matches], cell_of_query: np.ndarray, weights: np.ndarray
 ) -> dict:
@@ -177,7 +183,7 @@ def by_class(
         by_method = {}
         for method, queries in per_query.items() if len(cell) else ():
             values = query_values(queries, MAIN_METRICS)
-            by_method[method] = intervals(bootstrap.means(values, cell, weights), MAIN_METRICS, cell)
+            by_method[method] = bootstrap.intervals(bootstrap.means(values, cell, weights), MAIN_METRICS, cell)
         counts = {"queries": len(cell), "matches": int(which.sum()), "cells": len(np.unique(cell))}
         classes.append({"class": label, **counts, "methods": by_method})
     return {"meaning": breakdown.meaning, "classes": classes}

@@ -63,13 +63,15 @@ def judge(cfg: Config, best: dict[tuple[Combination, int], dict], device: torch.
     }  # (1 + draws, figures)
     return {
         "counts": {"queries": len(cell), "cells": weights.shape[1], "seeds": len(seeds)},
-        "whitening": protocol.intervals(base, FIGURES, cell),
+        "whitening": bootstrap.intervals(base, FIGURES, cell),
         "combinations": [
             {
                 **c._asdict(),
-                "figures": protocol.intervals(of_c, FIGURES, cell),
-                "minus_whitening": protocol.intervals(of_c - base, FIGURES, cell),
-                "minus_control": protocol.intervals(of_c - estimates[Combination(CONTROL, c.loss)], FIGURES, cell),
+                "figures": bootstrap.intervals(of_c, FIGURES, cell),
+                "minus_whitening": bootstrap.intervals(of_c - base, FIGURES, cell),
+                "minus_control": bootstrap.intervals(
+                    of_c - estimates[Combination(CONTROL, c.loss)], FIGURES, cell
+                ),
                 "by_seed": {n: [float(values[c, s][:, i].mean()) for s in seeds] for i, n in enumerate(FIGURES)},
                 "best_epochs": [best[c, seed]["epoch"] for seed in seeds],
             }

@@ -29,15 +29,19 @@ def _looks(methods: list[str]) -> dict[str, dict]:
 
 
 @matplotlib.rc_context(pages.STYLE)
-def recall_curve(curve: dict) -> Markup:
-    """Share of the queries whose best match is among the first k, for k up to 1000, by method."""
+def recall_curve(curve: dict, gallery: int) -> Markup:
+    """Share of the queries whose best match is among the first k, for k up to 1000 or a tenth of the `gallery`, by
+    method."""
+    largest = int(np.clip(gallery // 10, 10, 1000))
     axes = pages.axes("k", "Recall@k, %")
     looks = _looks(list(curve["methods"]))
     for number, (method, recall) in enumerate(curve["methods"].items()):
         # the first lines on top: a solid line would hide a dashed one
         axes.plot(curve["k"], 100 * np.array(recall), label=method, zorder=20 - number, **looks[method])
-    axes.set(xscale="log", xlim=(1, 1000), ylim=(0, 101))
-    axes.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
+    axes.set(xscale="log", xlim=(1, largest), ylim=(0, 101))
+    ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if k <= largest]
+    axes.set_xticks(ticks, [str(k) for k in ticks])
+    axes.minorticks_off()
     if len(looks) > len(_LOOKS):  # above: no corner is empty enough for so many
         axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     else:

@@ -1,4 +1,5 @@
-"""Queries with their first results as pictures: where the trained head is best, where it fails, and at random."""
+"""Queries with their first results as pictures: where the trained head gains most over the raw backbone, where it
+fails, and at random."""
 
 import base64
 import io
@@ -8,15 +9,19 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from common.imagery import pictures
 from common.imagery.tar_images import TarImages
 from common.places import geo
+from train.evaluation import heads
 from train.evaluation.breakdowns import heading_difference_deg
 from train.evaluation.gallery import Gallery
 from train.evaluation.metrics import PerQuery
 
 QUERIES_PER_SHEET = 6
+FAILURES_PER_DATASET, FAILURES = 3, 24  # at most, the latter on the sheet
+PX = 320  # of a picture: a photograph of the dataset has 640
 COUNTED_RESULTS = 5  # results shown, without junk
 SHOWN_JUNK = 3  # at most, in addition
 
@@ -27,13 +32,15 @@ class Tile:
 
     image_id: str
     picture: str | None  # a data URI, or None where the tar or its image cannot be read
-    kind: str  # "query", "match", "wrong" or "junk"
+    kind: str  # "query", "match", "wrong" or "junk"; "method", without a picture: whose results follow
     lines: tuple[str, ...]
 
 
-def choose(shown: PerQuery, raw: PerQuery, building_of_row: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+def choose(
+    shown: PerQuery, raw: PerQuery, building_of_row: np.ndarray, dataset_of_row: np.ndarray, seed: int
+) -> dict[str, np.ndarray]:
     """Query rows of the three sheets, at most one per building in each. Among equally good queries, "best" prefers
-    those that the raw backbone found last."""
+    those that the raw backbone found last. "worst" has some of each dataset, dataset by dataset."""
     queries = np.flatnonzero(shown.has_match)
     rank, raw_rank = shown.best_rank[queries], raw.best_rank[queries]
     sorted_queries = {
@@ -41,16 +48,17 @@ def choose(shown: PerQuery, raw: PerQuery, building_of_row: np.ndarray, seed: in
         "worst": queries[np.lexsort((queries, raw_rank, -rank))],
         "random": np.random.default_rng(seed).permutation(queries),
     }
-    return {
-        name: rows[~pd.Index(building_of_row[rows]).duplicated()][:QUERIES_PER_SHEET]
-        for name, rows in sorted_queries.items()
-    }
+    chosen = {name: rows[~pd.Index(building_of_row[rows]).duplicated()] for name, rows in sorted_queries.items()}
+    dataset = pd.Series(dataset_of_row[chosen["worst"]])
+    of_each = np.clip(FAILURES // dataset.nunique(), 1, FAILURES_PER_DATASET)
+    dataset = dataset[dataset.groupby(dataset).cumcount() < of_each][:FAILURES].sort_values(kind="stable")
+    worst = chosen["worst"][dataset.index]
+    return {**{name: rows[:QUERIES_PER_SHEET] for name, rows in chosen.items()}, "worst": worst}
 
 
-def first_results(vectors: torch.Tensor, gallery: Gallery, query: int) -> list[tuple[int, float, str]]:
+def first_results(scores: np.ndarray, gallery: Gallery, query: int) -> list[tuple[int, float, str]]:
     """(row, cosine, kind) of the gallery rows most similar to a query, up to the COUNTED_RESULTS-th that is not
-    junk, and then the best match if none is among them."""
-    scores = (vectors @ vectors[query]).cpu().numpy()  # (G,)
+    junk, and then the best match if none is among them. `scores` (G,): cosines of all rows, overwritten."""
     scores[query] = -np.inf
     junk = gallery.zones.rows_of(np.array([query]), own=False)[1]
     own = np.flatnonzero(gallery.zones.building_of_row == gallery.zones.building_of_row[query])
@@ -66,6 +74,13 @@ def first_results(vectors: torch.Tensor, gallery: Gallery, query: int) -> list[t
     return list(zip(rows.tolist(), scores[rows].tolist(), kinds.tolist(), strict=True))
 
 
+def raw_scores(gallery: Gallery, queries: np.ndarray, device: torch.device) -> np.ndarray:
+    """The cosines of the backbone's embeddings of `queries` (n,) and of all rows, (n, G) float32."""
+    asked = heads.normalized(gallery.embeddings[queries], device)
+    scores = heads.by_blocks(lambda x: F.normalize(x, dim=1) @ asked.T, gallery.embeddings, len(queries), device)
+    return scores.T.cpu().numpy().copy()
+
+
 def data_uri(image: Image.Image) -> str:
     """A small picture as a JPEG in a data URI."""
     small = io.BytesIO()
@@ -74,30 +89,48 @@ def data_uri(image: Image.Image) -> str:
 
 
 def make(
-    store: TarImages, gallery: Gallery, vectors: torch.Tensor, shown: PerQuery, raw: PerQuery, seed: int
+    store: TarImages, gallery: Gallery, vectors: torch.Tensor, name: str, per_query: dict[str, PerQuery], seed: int
 ) -> dict[str, list[list[Tile]]]:
-    """The sheets by name: rows of tiles, each a query and then its results. `vectors`: of `shown`."""
-    chosen = choose(shown, raw, gallery.zones.building_of_row, seed)
+    """The sheets by name: rows of tiles, each a query and then its results by the method `name`, whose `vectors`
+    these are. On "best", a row of the raw backbone's results follows each."""
+    shown, raw = per_query[name], per_query["raw"]
+    dataset = gallery.column("dataset_id")
+    chosen = choose(shown, raw, gallery.zones.building_of_row, dataset, seed)
     queries = np.unique(np.concatenate([*chosen.values()])).tolist()
-    results_of = {query: first_results(vectors, gallery, query) for query in queries}
-    rows = sorted({*queries, *(row for results in results_of.values() for row, _, _ in results)})
+    results_of = {
+        query: first_results((vectors @ vectors[query]).cpu().numpy(), gallery, query) for query in queries
+    }
+    gained = chosen["best"] if name != "raw" else chosen["best"][:0]
+    by_raw = raw_scores(gallery, gained, vectors.device)
+    raw_results_of = {
+        query: first_results(scores, gallery, query) for query, scores in zip(gained.tolist(), by_raw, strict=True)
+    }
+    found = [result for results in (*results_of.values(), *raw_results_of.values()) for result in results]
+    rows = sorted({*queries, *(row for row, _, _ in found)})
     table = gallery.table.take(rows)
     facts_of = dict(zip(rows, table.to_pylist(), strict=True))
-    images = pictures.read(store, table)
+    images = pictures.read(store, table, PX)
     uri_of = {row: None if image is None else data_uri(image) for row, image in zip(rows, images, strict=True)}
 
-    def tiles(query: int) -> list[Tile]:
-        facts, rank, matches = facts_of[query], shown.best_rank[query], int(shown.num_matches[query])
-        note = f"first match at {rank:,}", f"{matches} match{'es' * (matches > 1)}"
-        row_of_tiles = [Tile(facts["streetview_image_id"], uri_of[query], "query", note)]
-        for row, cosine, kind in results_of[query]:
-            other = facts_of[row]
+    def results(query: int, found: list[tuple[int, float, str]], rank: int) -> list[Tile]:
+        tiles = []
+        for row, cosine, kind in found:
             where = (f"at rank {rank:,}",) if rank > COUNTED_RESULTS and kind == "match" else ()
-            lines = (*where, _geometry(facts, other), f"cosine {cosine:.2f}")
-            row_of_tiles.append(Tile(other["streetview_image_id"], uri_of[row], kind, lines))
-        return row_of_tiles
+            lines = (*where, _geometry(facts_of[query], facts_of[row]), f"cosine {cosine:.2f}")
+            tiles.append(Tile(facts_of[row]["streetview_image_id"], uri_of[row], kind, lines))
+        return tiles
 
-    return {name: [tiles(query) for query in of_sheet.tolist()] for name, of_sheet in chosen.items()}
+    def rows_of(query: int) -> list[list[Tile]]:
+        rank, raw_rank, matches = shown.best_rank[query], raw.best_rank[query], int(shown.num_matches[query])
+        note = f"first match at {rank:,}", f"{matches} match{'es' * (matches > 1)}"
+        asked = Tile(facts_of[query]["streetview_image_id"], uri_of[query], "query", note)
+        of_query = [[asked, *results(query, results_of[query], rank)]]
+        if query in raw_results_of:
+            label = Tile("", None, "method", (f"first match at {raw_rank:,}",))
+            of_query.append([label, *results(query, raw_results_of.pop(query), raw_rank)])
+        return of_query
+
+    return {name: [row for query in of.tolist() for row in rows_of(query)] for name, of in chosen.items()}
 
 
 def _geometry(a: dict, b: dict) -> str:
