@@ -160,7 +160,7 @@ def kept(path: Path, record: Provenance, redo: Redo) -> dict | None:
         if redo:
             return None
         raise
-    existing = Provenance(**results["provenance"])
+    existing = Provenance.from_dict(results["provenance"])
     amount = f"{existing.rows.get('in', 0):,} queries"
     return results if parquet.matches(path, existing, record, redo, amount) else None
 
