@@ -34,9 +34,11 @@ function showBuilding() {
 
 function factsOf(row) {
   const facts = [["Images", count(data.images[row])], ["Spread of its images", data.spread[row].toFixed(3)]];
+  if (data.cities.length > 1) facts.push(["City", data.cities[data.city[row]].name]);
   for (const { name, title, classes, codes } of data.colourings) {
-    if (!["images", "spread"].includes(name)) facts.push([title, classes[codes[row]].label]);
+    if (["split", "right"].includes(name)) facts.push([title, classes[codes[row]].label]);
   }
+  if (data.cluster[row] >= 0) facts.push(["Cluster", `${data.cluster[row]} (cosine to its centre ${data.cluster_similarity[row].toFixed(2)})`]);
   if (located(row)) facts.push(["Position", positionOf(row)]);
   const terms = facts.map(([term, value]) => element("div", {},
     element("dt", { textContent: term }), element("dd", { textContent: value })));
@@ -56,10 +58,11 @@ function tiles(all) {
 
 function pictureTile(name, number, caption, kind = "", ...lines) { // a picture that is enlarged on click
   const button = element("button", { className: "picture" });
-  if (number === undefined) {
+  const src = picture(number);
+  if (!src) {
     Object.assign(button, { disabled: true, textContent: "no picture" });
   } else {
-    button.append(element("img", { src: picture(number), alt: `image ${name}`, loading: "lazy" }));
+    button.append(element("img", { src, alt: `image ${name}` }));
     button.onclick = () => enlarge(button);
   }
   button.dataset.caption = [caption, ...lines].filter(line => typeof line === "string").join(" · ");
@@ -77,11 +80,10 @@ function buildingLink(row, text) {
 }
 
 function nearestTile(row, other, cosine) {
-  const number = data.images_of[other][0], name = data.names[other];
+  const src = picture(data.images_of[other][0]), name = data.names[other];
   const button = element("button", { className: "picture" });
   button.setAttribute("aria-label", `select building ${name}`);
-  if (number === undefined) button.textContent = "no picture";
-  else button.append(element("img", { src: picture(number), alt: "" }));
+  button.append(src ? element("img", { src, alt: "" }) : "no picture");
   button.onclick = () => select(other);
   const lines = [`cosine ${cosine.toFixed(3)}`, howFar(row, other)].map(asLine);
   return element("div", { className: "tile" }, button, element("b", { textContent: name }), ...lines);
@@ -162,7 +164,15 @@ function bindCities() {
 function showCity(city) {
   state.city = city;
   byId("city").value = city;
-  panels.map.show(allRows.filter(row => data.city[row] === city));
+  panels.map.show(allRows.filter(row => data.city[row] === city), boxOf(city));
+}
+
+function boxOf(city) { // of its cells
+  const cells = [];
+  data.cell_city.forEach((other, i) => { if (other === city) cells.push(data.cells.subarray(4 * i, 4 * i + 4)); });
+  const [west, south] = [0, 1].map(side => Math.min(...cells.map(cell => cell[side])));
+  const [east, north] = [2, 3].map(side => Math.max(...cells.map(cell => cell[side])));
+  return cells.length ? { west, south, east, north } : {};
 }
 
 function paintMap(panel) { // cells, and the scale

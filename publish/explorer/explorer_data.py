@@ -16,7 +16,8 @@ from common.places import geo
 
 NEAREST = 8
 _COLOURS = 8  # of categories; smaller ones share a colour
-_FACTS = ["building", "images", "spread", "image_ids", "lat", "lon", "split", "cluster", "x", "y"]
+_FACTS = ["building", "images", "spread", "image_ids", "lat", "lon", "split", "cluster"]
+_FACTS += ["cluster_similarity", "x", "y"]
 _IMAGES = {"1": 2, "2": 3, "3 or 4": 5, "5 to 8": 9}  # class -> first number that is above it
 
 
@@ -25,7 +26,7 @@ class Buildings:
     """Those shown, in the order of the table."""
 
     total: int  # in the table
-    facts: pd.DataFrame  # (n) building, images, spread, image_ids, lat, lon, split, cluster, x, y, city ("": unknown)
+    facts: pd.DataFrame  # (n) building, images, spread, image_ids, lat, lon, split, cluster, ... of _FACTS, city ("": unknown)
     vectors: np.ndarray  # (n, D) float32
 
     def __len__(self) -> int:
@@ -172,7 +173,8 @@ def _verdicts(share: np.ndarray) -> dict[str, Any]:
 def content(buildings: Buildings, share_found: pd.Series | None, cell_m: float) -> dict[str, Any]:
     """All that the page shows of the buildings themselves, but for their nearest ones and their pictures."""
     facts = buildings.facts
-    columns = {"images": np.int32, "spread": np.float32, "x": np.float32, "y": np.float32}
+    columns = {"images": np.int32, "spread": np.float32, "cluster": np.int32}
+    columns |= dict.fromkeys(["cluster_similarity", "x", "y"], np.float32)
     return {
         "total": buildings.total,
         "names": facts["building"].tolist(),

@@ -32,16 +32,17 @@ class Panel {
     if (this.rows && before && !this.isMoved) this.fit();
   }
 
-  show(rows) { // which points there are
+  show(rows, box = {}) { // which points there are; `box`: what else to have in view
     this.rows = rows.filter(row => !Number.isNaN(this.x[row]) && !Number.isNaN(this.y[row]));
     this.grid = gridOf(this.rows, this.x, this.y);
+    this.box = { ...this.grid, ...box };
     this.fit();
   }
 
   fit() {
-    const { west, south, east, north } = this.grid;
+    const { west, south, east, north } = this.box;
     [this.centreX, this.centreY] = [(west + east) / 2, (south + north) / 2];
-    const margin = 30;
+    const margin = 20;
     this.scale = Math.min((this.width - 2 * margin) / (east - west || 1), (this.height - 2 * margin) / (north - south || 1));
     this.scale = this.fitted = Math.max(this.scale, 1e-9);
     this.isMoved = false;

@@ -80,7 +80,6 @@ const allRows = Int32Array.from(data.names, (_, row) => row);
 function start() {
   if (byId("map")) panels.map = new Panel("map", data.east, data.north, paintMap);
   if (byId("projection")) panels.projection = new Panel("projection", data.x, data.y, () => {});
-  panels.map?.show(allRows.filter(row => data.city[row] === firstCity()));
   panels.projection?.show(allRows);
   Object.values(panels).forEach(bindPanel);
   bindSearch();
@@ -92,8 +91,11 @@ function start() {
   for (const panel of Object.values(panels)) observer.observe(panel.canvas.parentElement);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => resizePanels());
   addEventListener("hashchange", applyAddress);
-  if (document.readyState === "loading") addEventListener("DOMContentLoaded", applyAddress); // then pictures are there
-  else applyAddress();
+  applyAddress();
+  addEventListener("DOMContentLoaded", () => { // the pictures are there
+    showBuilding();
+    showTab(state.tab);
+  });
 }
 
 start();

@@ -100,7 +100,8 @@ function howFar(a, b) { // in words, between two buildings
 }
 
 let jpegs = null; // at the end of the page, so that the first drawing does not wait for them
-function picture(number) {
+function picture(number) { // a data URI, or "" if there is none, or none yet
+  if (number === undefined || document.readyState === "loading") return "";
   jpegs = jpegs || read("pictures");
   return `data:image/jpeg;base64,${jpegs[number]}`;
 }
