@@ -136,6 +136,7 @@ function bindColours() {
 function showLegend() {
   const { classes, counts } = state.colouring;
   const entries = classes.map(({ label, colour }, code) => {
+    if (!counts[code]) return "";
     const dot = element("i");
     dot.style.background = `var(--${colour})`;
     const button = element("button", {}, dot, `${label} (${count(counts[code])})`);

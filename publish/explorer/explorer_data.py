@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
-from common import parquet
+from common import parquet, schemas
 from common.places import geo
 
 NEAREST = 8
@@ -26,7 +28,9 @@ class Buildings:
     """Those shown, in the order of the table."""
 
     total: int  # in the table
-    facts: pd.DataFrame  # (n) building, images, spread, image_ids, lat, lon, split, cluster, ... of _FACTS, city ("": unknown)
+    facts: (
+        pd.DataFrame
+    )  # (n) building, images, spread, image_ids, lat, lon, split, cluster, ... of _FACTS, city ("": unknown)
     vectors: np.ndarray  # (n, D) float32
 
     def __len__(self) -> int:
@@ -34,12 +38,14 @@ class Buildings:
 
 
 def read(paths: list[Path], kept: set[str], limit: int, seed: int) -> Buildings:
-    """The buildings of these files, at most `limit`: those named in `kept`, the others drawn at random.
+    """The buildings of these files, at most `limit`: first those named in `kept`, then those that have a place in
+    the projection, at random among equals.
 
     Raises PipelineError if a file is missing, damaged, or lacks a column.
     """
-    names = np.concatenate([parquet.read(path, ["building"])["building"].to_numpy() for path in paths])
-    rows = sample(names, kept, limit, seed)
+    all_rows = pa.concat_tables(parquet.read(path, ["building", "x"]) for path in paths)
+    is_kept = pc.is_in(all_rows["building"], pa.array(kept, pa.string())).to_numpy()
+    rows = sample(2 - 2 * is_kept - np.isfinite(all_rows["x"].to_numpy()), limit, seed)
     facts, vectors, start = [], [], 0
     for path in paths:
         optional = [name for name in ("dataset_id",) if name in parquet.open_file(path).schema_arrow.names]
@@ -49,18 +55,20 @@ def read(paths: list[Path], kept: set[str], limit: int, seed: int) -> Buildings:
             batch = batch.take(chosen)
             vectors.append(np.array(parquet.to_matrix(batch["embedding"]), np.float32))
             of_batch = batch.drop_columns("embedding").to_pandas()
-            of_batch["city"] = [f"{number:04d}" for number in of_batch["dataset_id"]] if optional else ""
+            of_batch["city"] = list(map(_city, batch["dataset_id"].to_pylist())) if optional else ""
             facts.append(of_batch)
-    return Buildings(len(names), pd.concat(facts, ignore_index=True), np.concatenate(vectors))
+    return Buildings(len(all_rows), pd.concat(facts, ignore_index=True), np.concatenate(vectors))
 
 
-def sample(names: np.ndarray, kept: set[str], limit: int, seed: int) -> np.ndarray:
-    """Rows of at most `limit` names, ascending: those in `kept` come first, the others are drawn at random."""
-    if len(names) <= limit:
-        return np.arange(len(names))
-    last = ~pd.Series(names).isin(kept).to_numpy()
-    order = np.random.default_rng(seed).permutation(len(names))
-    return np.sort(order[np.argsort(last[order], kind="stable")][:limit])
+def _city(dataset) -> str:
+    """The name of a dataset's city: "0088" for the pipeline's number 88; "" if it is not known."""
+    return f"{dataset:04d}" if isinstance(dataset, int) else str(dataset or "")
+
+
+def sample(priority: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    """At most `limit` of N rows, ascending: those of the lowest priority, and of equal ones any at random."""
+    order = np.random.default_rng(seed).permutation(len(priority))
+    return np.sort(order[np.argsort(priority[order], kind="stable")][:limit])
 
 
 def nearest(vectors: np.ndarray, device: torch.device, memory_mb: int) -> dict[str, np.ndarray]:
@@ -123,10 +131,12 @@ def colourings(facts: pd.DataFrame, share_found: pd.Series | None) -> list[dict[
     and colour, which the style defines) and `codes` (n,) uint8. `share_found`: of a building's queries, those
     whose first result is right, by its name.
     """
-    named = {"city": ("City", facts["city"]), "split": ("Split", facts["split"])}
     clusters = facts["cluster"].map(lambda number: f"{number}" if number >= 0 else "")
-    named["cluster"] = "Cluster", clusters
-    found = [_categories(name, title, values.to_numpy(str)) for name, (title, values) in named.items()]
+    found = [
+        _categories("city", "City", facts["city"].to_numpy(str)),
+        _categories("split", "Split", facts["split"].to_numpy(str), schemas.SPLITS),
+        _categories("cluster", "Cluster", clusters.to_numpy(str)),
+    ]
     if share_found is not None:
         found.append(_verdicts(facts["building"].map(share_found).to_numpy(float)))
     spread = facts["spread"].to_numpy()
@@ -139,13 +149,17 @@ def colourings(facts: pd.DataFrame, share_found: pd.Series | None) -> list[dict[
     return [each for each in found if len(np.unique(each["codes"])) > 1] or found[-1:]
 
 
-def _categories(name: str, title: str, values: np.ndarray) -> dict[str, Any]:
-    """Classes of strings, the largest first, in at most _COLOURS colours and a grey one; "" is in none."""
-    counts = pd.Series(values[values != ""]).value_counts().sort_index().sort_values(ascending=False, kind="stable")
-    own = counts.index[: _COLOURS if len(counts) <= _COLOURS else _COLOURS - 1]
-    code_of = {value: min(code, len(own)) for code, value in enumerate(counts.index)}
+def _categories(name: str, title: str, values: np.ndarray, ordered: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Classes of strings, the largest first unless they are `ordered`, in at most _COLOURS colours and a grey one for
+    the others; "" is in none."""
+    counts = (
+        pd.Series(values[values != ""]).value_counts().sort_index().sort_values(ascending=False, kind="stable")
+    )
+    known = list(ordered or counts.index)
+    own = known[: _COLOURS if len(known) <= _COLOURS else _COLOURS - 1]
+    code_of = {value: min(code, len(own)) for code, value in enumerate(known)}
     classes = [{"label": value, "colour": f"category-{code}"} for code, value in enumerate(own)]
-    if others := len(counts) - len(own):
+    if others := len(known) - len(own):
         classes.append({"label": f"{others:,} others", "colour": "others"})
     code_of[""] = len(classes)
     if (values == "").any():
@@ -182,4 +196,3 @@ def content(buildings: Buildings, share_found: pd.Series | None, cell_m: float) 
         **{name: facts[name].to_numpy(kind) for name, kind in columns.items()},
         **places(facts, cell_m),
     }
-
