@@ -5,7 +5,8 @@ train/evaluate.py it also shows which queries went wrong, with the raw backbone 
 
 Reads    BUILDINGS (paths.buildings_dir): a Parquet file, or a folder of them, of publish/aggregate_buildings.py;
          data/<backbone>/evaluation/<run>/queries.parquet, if there is one;
-         for the pictures data/<backbone>/{vectors/<run>,merged}/*.parquet, and by offset data/raw/<tar>.tar (optional)
+         for the pictures data/<backbone>/{vectors/<run>,merged}/*.parquet, and by offset data/raw/<tar>.tar
+         (optional)
 Writes   OUT.html (explorer.html in paths.evaluation_dir)
 Command  python publish/explore.py [BUILDINGS] [OUT.html] [--pictures-mb 25]
 Memory   50,000 buildings x D x 4 bytes (256-d: 51 MB), infrastructure.search_memory_mb for their nearest ones, and

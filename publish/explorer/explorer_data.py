@@ -4,6 +4,7 @@ n buildings are shown, all or a sample. Codes number classes from 0; what is not
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,9 @@ def _in_metres(lat, lon, middle_lat: float, middle_lon: float) -> tuple[np.ndarr
 
 
 def colourings(facts: pd.DataFrame, share_found: pd.Series | None) -> list[dict[str, Any]]:
-    """What buildings can be coloured by, as far as it is known and differs. Each has a name, a title, classes (label
-    and colour, which the style defines) and `codes` (n,) uint8. `share_found`: of a building's queries, those
-    whose first result is right, by its name.
+    """What buildings can be coloured by, as far as it is known and differs. Each has a name, a title, classes
+    (label and colour, which the style defines) and `codes` (n,) uint8. `share_found`: of a building's queries,
+    those whose first result is right, by its name.
     """
     clusters = facts["cluster"].map(lambda number: f"{number}" if number >= 0 else "")
     found = [
@@ -142,7 +143,7 @@ def colourings(facts: pd.DataFrame, share_found: pd.Series | None) -> list[dict[
     spread = facts["spread"].to_numpy()
     edges = np.unique(np.quantile(spread, (0.2, 0.4, 0.6, 0.8)).round(3))
     marks = [f"{edge:g}" for edge in edges]
-    labels = [f"below {marks[0]}", *map(" to ".join, zip(marks, marks[1:], strict=False)), f"{marks[-1]} or more"]
+    labels = [f"below {marks[0]}", *map(" to ".join, pairwise(marks)), f"{marks[-1]} or more"]
     found.append(_steps("spread", "Spread of a building's images", spread, edges, labels))
     counts = "images", "Number of images", facts["images"].to_numpy()
     found.append(_steps(*counts, np.array(list(_IMAGES.values())), [*_IMAGES, "9 or more"]))
@@ -150,12 +151,11 @@ def colourings(facts: pd.DataFrame, share_found: pd.Series | None) -> list[dict[
 
 
 def _categories(name: str, title: str, values: np.ndarray, ordered: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Classes of strings, the largest first unless they are `ordered`, in at most _COLOURS colours and a grey one for
-    the others; "" is in none."""
-    counts = (
-        pd.Series(values[values != ""]).value_counts().sort_index().sort_values(ascending=False, kind="stable")
-    )
-    known = list(ordered or counts.index)
+    """Classes of strings: those of `ordered`, then the largest first, in at most _COLOURS colours and a grey one for
+    all others; "" is in none."""
+    counts = pd.Series(values[values != ""]).value_counts().sort_index()
+    by_size = counts.sort_values(ascending=False, kind="stable").index
+    known = [*ordered, *(value for value in by_size if value not in ordered)]
     own = known[: _COLOURS if len(known) <= _COLOURS else _COLOURS - 1]
     code_of = {value: min(code, len(own)) for code, value in enumerate(known)}
     classes = [{"label": value, "colour": f"category-{code}"} for code, value in enumerate(own)]

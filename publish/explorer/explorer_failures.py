@@ -76,7 +76,7 @@ def content(failures: pd.DataFrame, total: int, images: dict[str, dict], names: 
     """What the page shows of the failures. `images`: building_id and heading of images, by id, as far as known;
     `names`: of the buildings shown, whose rows the failures name (-1: not shown)."""
     if not len(failures):
-        return {}
+        return {"failures": None}
     row_of, methods = {name: row for row, name in enumerate(names)}, methods_of(failures)
 
     def facts_of(columns: str, name: str) -> np.ndarray:

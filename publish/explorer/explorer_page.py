@@ -1,4 +1,4 @@
-"""The explorer as one HTML file: the tables, style and scripts inlined, and the record of what it was made from."""
+"""The explorer as one HTML file: tables, style and scripts inlined, and the record of what it was made from."""
 
 import json
 import re

@@ -24,15 +24,15 @@ _FACTS = ["streetview_image_id", "building_id", "heading", *_PLACE]
 
 
 def of_buildings(image_ids: Iterable[Iterable[str]], budget_bytes: float) -> list[str]:
-    """The images to show of buildings: the first of each, then the second of each, up to PER_BUILDING; no more than
-    a budget may have room for."""
+    """The images to show of buildings: the first of each, then the second of each, up to PER_BUILDING; no more
+    than a budget may have room for."""
     by_turn = zip_longest(*(list(ids)[:PER_BUILDING] for ids in image_ids))
     turns = ([one for one in turn if one] for turn in by_turn)
     return list(chain.from_iterable(turns))[: int(budget_bytes / _SMALLEST_BYTES)]
 
 
 def find(paths: Iterable[Path], wanted: set[str]) -> dict[str, dict[str, Any]]:
-    """Building, heading and place of the images with these ids, as far as the files, streamed in turn, have them."""
+    """Building, heading and place of the images with these ids, as far as the files have them."""
     found: dict[str, dict[str, Any]] = {}
     for path in paths:
         missing = wanted - found.keys()
@@ -50,15 +50,16 @@ def find(paths: Iterable[Path], wanted: set[str]) -> dict[str, dict[str, Any]]:
 def read(
     store: TarImages, images: dict[str, dict], first: list[str], then: list[str], budget_bytes: float
 ) -> dict[str, str]:
-    """JPEGs in base64 by image id: of `first` until half of the budget is used, of `then` until all is. Images that
-    are not found or cannot be read are left out."""
+    """JPEGs in base64 by image id: of `first` until half of the budget is used, of `then` until all is. Images
+    that are not found or cannot be read are left out."""
     chosen = _within(store, images, first, budget_bytes / 2)
     left = budget_bytes - sum(map(len, chosen.values()))
     return chosen | _within(store, images, [one for one in then if one not in chosen], left)
 
 
 def _within(store: TarImages, images: dict[str, dict], ids: list[str], budget_bytes: float) -> dict[str, str]:
-    known, chosen = [one for one in ids if one in images], {}
+    known = [one for one in ids if one in images]
+    chosen: dict[str, str] = {}
     for start in range(0, len(known), _READ_AT_ONCE):
         some = known[start : start + _READ_AT_ONCE]
         places = pa.table({name: [images[one][name] for one in some] for name in _PLACE})

@@ -14,7 +14,7 @@ function unpacked({ type, bytes }) {
 }
 
 const data = read("data");
-for (const [name, value] of Object.entries(data)) if (value.bytes !== undefined) data[name] = unpacked(value);
+for (const [name, value] of Object.entries(data)) if (value?.bytes !== undefined) data[name] = unpacked(value);
 for (const colouring of data.colourings) {
   colouring.codes = unpacked(colouring.codes);
   colouring.counts = colouring.classes.map(() => 0);
