@@ -138,17 +138,22 @@ function showLegend() {
   const entries = classes.map(({ label, colour }, code) => {
     if (!counts[code]) return "";
     const dot = element("i");
-    dot.style.background = `var(--${colour})`;
+    dot.style.background = colourOf(colour);
     const button = element("button", {}, dot, `${label} (${count(counts[code])})`);
     button.setAttribute("aria-pressed", !state.hidden.has(code));
     button.onclick = () => {
       state.hidden.delete(code) || state.hidden.add(code);
-      button.setAttribute("aria-pressed", !state.hidden.has(code));
-      for (const panel of Object.values(panels)) panel.changed();
+      showLegend();
+      byId("legend").querySelectorAll("button")[entries.filter(Boolean).indexOf(button.parentElement)].focus();
     };
     return element("li", {}, button);
   });
-  byId("legend").replaceChildren(...entries);
+  const all = element("button", { textContent: state.hidden.size ? "show all" : "hide all" });
+  all.onclick = () => {
+    state.hidden = new Set(state.hidden.size ? [] : classes.keys());
+    showLegend();
+  };
+  byId("legend").replaceChildren(...entries, element("li", {}, all));
   for (const panel of Object.values(panels)) panel.changed();
   keepAddress();
 }

@@ -18,7 +18,7 @@ from common import parquet, schemas
 from common.places import geo
 
 NEAREST = 8
-_COLOURS = 8  # of categories; smaller ones share a colour
+_COLOURS = 24  # of categories: 8 hues in three shades; the smallest categories share a grey
 _FACTS = ["building", "images", "spread", "image_ids", "lat", "lon", "split", "cluster"]
 _FACTS += ["cluster_similarity", "x", "y"]
 _IMAGES = {"1": 2, "2": 3, "3 or 4": 5, "5 to 8": 9}  # class -> first number that is above it
@@ -151,8 +151,8 @@ def colourings(facts: pd.DataFrame, share_found: pd.Series | None) -> list[dict[
 
 
 def _categories(name: str, title: str, values: np.ndarray, ordered: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Classes of strings: those of `ordered`, then the largest first, in at most _COLOURS colours and a grey one for
-    all others; "" is in none."""
+    """Classes of strings: those of `ordered`, then the largest first, in at most _COLOURS colours and a grey one
+    for all others; "" is in none."""
     counts = pd.Series(values[values != ""]).value_counts().sort_index()
     by_size = counts.sort_values(ascending=False, kind="stable").index
     known = [*ordered, *(value for value in by_size if value not in ordered)]

@@ -224,10 +224,6 @@ function stampOf(radius, rim) { // a disc with a rim in the colour of the page, 
   };
 }
 
-function channels(colour) { // of #rrggbb
-  return [1, 3, 5].map(start => parseInt(colour.slice(start, start + 2), 16));
-}
-
 // ---------------------------------------------------------------- which point is near
 
 function gridOf(rows, x, y) { // points by square cells, about two in each

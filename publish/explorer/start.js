@@ -89,7 +89,7 @@ function start() {
   bindEnlarged();
   const observer = new ResizeObserver(resizePanels);
   for (const panel of Object.values(panels)) observer.observe(panel.canvas.parentElement);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => resizePanels());
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showLegend);
   addEventListener("hashchange", applyAddress);
   applyAddress();
   addEventListener("DOMContentLoaded", () => { // the pictures are there

@@ -106,6 +106,19 @@ function picture(number) { // a data URI, or "" if there is none, or none yet
   return `data:image/jpeg;base64,${jpegs[number]}`;
 }
 
-function colourOf(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+const HUES = 8;
+function colourOf(name) { // of the style, as #rrggbb; categories beyond the eight hues are lighter, then darker ones
+  const category = /^category-(\d+)$/.exec(name), shade = category ? Math.floor(category[1] / HUES) : 0;
+  const styled = one => getComputedStyle(document.documentElement).getPropertyValue(`--${one}`).trim();
+  if (!shade) return styled(name);
+  return mixed(styled(`category-${category[1] % HUES}`), styled(shade === 1 ? "back" : "text"), 0.45);
+}
+
+function channels(colour) { // of #rrggbb
+  return [1, 3, 5].map(start => parseInt(colour.slice(start, start + 2), 16));
+}
+
+function mixed(one, other, share) {
+  const [a, b] = [channels(one), channels(other)];
+  return `#${a.map((value, i) => Math.round(value + share * (b[i] - value)).toString(16).padStart(2, "0")).join("")}`;
 }
