@@ -16,7 +16,7 @@ function bindPanel(panel) {
     return [event.clientX - box.left, event.clientY - box.top];
   };
   canvas.onpointerdown = event => {
-    if (event.isTrusted) canvas.setPointerCapture(event.pointerId);
+    if (event.isTrusted) canvas.setPointerCapture(event.pointerId); // a scripted event has no pointer
     isDrag = pressed.size > 0;
     pressed.set(event.pointerId, placeOf(event));
     panel.hover(-1);
