@@ -18,7 +18,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def buildings_of(merged: dict) -> dict:
-    """The columns of the table of buildings: means of unit vectors, every third in no cluster, x and y at random."""
+    """The columns of the table of buildings: means of unit vectors; every third is in no cluster."""
     rng, rows = np.random.default_rng(0), []
     for split, columns in merged.items():
         vectors, names, images = unit(columns["embedding"]), columns["building_id"], columns["streetview_image_id"]
