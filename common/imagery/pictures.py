@@ -18,24 +18,24 @@ PX = 160  # height and width of a small picture
 _FONT_PX, _GAP_PX, _TITLE_PX, _CAPTION_PX = 13, 8, 24, 20  # of a sheet
 
 
-def small(content: bytes) -> Image.Image | None:
-    """An image, PX x PX; None if `content` is not one."""
+def small(content: bytes, px: int = PX) -> Image.Image | None:
+    """An image, px x px; None if `content` is not one."""
     try:
-        image = Image.fromarray(decoding.decode(content, min_px=PX))
+        image = Image.fromarray(decoding.decode(content, min_px=px))
     except decoding.Undecodable:
         return None
-    return image.resize((PX, PX), Image.Resampling.LANCZOS)
+    return image.resize((px, px), Image.Resampling.LANCZOS)
 
 
-def read(store: TarImages, rows: pa.Table) -> list[Image.Image | None]:
-    """The thumbnails of rows with tar_file, image_offset and image_size; None if the tar is missing, or does not
-    hold an image there.
+def read(store: TarImages, rows: pa.Table, px: int = PX) -> list[Image.Image | None]:
+    """The thumbnails, px x px, of rows with tar_file, image_offset and image_size; None if the tar is missing, or
+    does not hold an image there.
     """
     places = [tuple(row.values()) for row in rows.select(["tar_file", "image_offset", "image_size"]).to_pylist()]
     thumbnails: dict[tuple, Image.Image | None] = {}
     for name, offset, size in sorted(places):  # tar by tar, each from front to back
         with contextlib.suppress(PipelineError):
-            thumbnails[name, offset, size] = small(store.tar(name).read([offset], [size])[0])
+            thumbnails[name, offset, size] = small(store.tar(name).read([offset], [size])[0], px)
     return [thumbnails.get(place) for place in places]
 
 
