@@ -65,7 +65,8 @@ function pictureTile(name, number, caption, kind = "", ...lines) { // a picture 
     button.append(element("img", { src, alt: `image ${name}` }));
     button.onclick = () => enlarge(button);
   }
-  button.dataset.caption = [caption, ...lines].filter(line => typeof line === "string").join(" · ");
+  const words = [caption === name ? "" : caption, ...lines, `image ${name}`];
+  button.dataset.caption = words.filter(word => word && typeof word === "string").join(" · ");
   return element("div", { className: `tile ${kind}` }, button, element("b", { textContent: caption }), ...lines.map(asLine));
 }
 

@@ -177,11 +177,10 @@ def _steps(name: str, title: str, values: np.ndarray, edges: np.ndarray, labels:
 
 def _verdicts(share: np.ndarray) -> dict[str, Any]:
     """Classes of the shares of right queries; NaN: the building has none."""
-    labels = {"all": "right", "some": "partly", "none": "wrong"}
-    classes = [{"label": f"{label} of its queries", "colour": colour} for label, colour in labels.items()]
-    classes.append({"label": "no queries", "colour": "none"})
+    labels = {"all right": "right", "some right": "partly", "none right": "wrong", "no queries": "none"}
+    classes = [{"label": label, "colour": colour} for label, colour in labels.items()]
     codes = np.select([share == 1, share > 0, share == 0], [0, 1, 2], 3).astype(np.uint8)
-    return {"name": "right", "title": "Found first by the trained head", "classes": classes, "codes": codes}
+    return {"name": "right", "title": "Queries right or wrong", "classes": classes, "codes": codes}
 
 
 def content(buildings: Buildings, share_found: pd.Series | None, cell_m: float) -> dict[str, Any]:

@@ -119,7 +119,7 @@ function enlarge(button) {
   enlarged = button;
   const small = button.querySelector("img"), dialog = byId("enlarged");
   Object.assign(dialog.querySelector("img"), { src: small.src, alt: small.alt });
-  dialog.querySelector("figcaption").textContent = `${button.dataset.caption} · ${small.alt}`;
+  dialog.querySelector("figcaption").textContent = button.dataset.caption;
   if (!dialog.open) dialog.showModal();
 }
 
