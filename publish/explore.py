@@ -59,6 +59,7 @@ def main(argv=None) -> int:
     failures, num_failures = explorer_failures.listed(queries, cfg.global_.seed)
     buildings = explorer_data.read(paths, set(failures["building_id"]), MAX_BUILDINGS, cfg.global_.seed)
     facts = buildings.facts
+    failures = failures[failures["building_id"].isin(facts["building"])]  # none if the table is of other buildings
     device = devices.pick(cfg.infrastructure.device)
     memory_mb = devices.search_memory_mb(cfg.infrastructure, device)
     with cli.Progress("explore", "building", buildings.total, cfg.logging.progress_interval_s) as progress:

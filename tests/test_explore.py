@@ -82,6 +82,17 @@ def test_a_rerun_has_nothing_to_do_until_a_table_changes(made, capsys, tmp_path)
     assert "split" not in [one["name"] for one in part_of(out, "data")["colourings"]]
 
 
+def test_a_table_of_other_buildings_has_no_failures(made, tmp_path):
+    cfg, buildings, _, page = made
+    other = tmp_path / "other.parquet"
+    small_explorer.write_buildings(other, buildings | {"building": [f"b{i}" for i in range(120)]})
+    assert explore.main(flags(cfg, str(other), str(tmp_path / "page.html"), "--pictures-mb", "0")) == 0
+    data = part_of(tmp_path / "page.html", "data")
+    assert data["failures"] is None
+    assert "right" not in [one["name"] for one in data["colourings"]]
+    assert part_of(page, "data")["failures"]
+
+
 def test_a_page_of_another_program_is_not_replaced(made, tmp_path):
     cfg, *_ = made
     out = tmp_path / "mine.html"
@@ -136,14 +147,17 @@ def test_a_sample_keeps_what_matters_most_and_is_the_same_each_time():
 def test_a_table_above_the_limit_is_sampled_with_the_failures_buildings(made, monkeypatch, tmp_path):
     cfg, buildings, queries, _ = made
     monkeypatch.setattr(explore, "MAX_BUILDINGS", 45)
-    out = tmp_path / "page.html"
-    assert explore.main(flags(cfg, str(cfg.paths.buildings_dir), str(out), "--pictures-mb", "0")) == 0
+    out, table = tmp_path / "page.html", tmp_path / "table.parquet"
+    x = np.where(np.arange(len(buildings["x"])) % 2, buildings["x"], np.nan)
+    small_explorer.write_buildings(table, buildings | {"x": x})
+    assert explore.main(flags(cfg, str(table), str(out), "--pictures-mb", "0")) == 0
     data = part_of(out, "data")
     wrong = np.minimum(queries["rank_raw"] > 1, 1) | (queries["rank_trained"] > 1)
     failed = {name for name, is_wrong in zip(queries["building_id"], wrong, strict=True) if is_wrong}
     assert len(data["names"]) == 45
     assert len(failed) < 45
     assert failed <= set(data["names"])
+    assert np.isfinite([x for name, x in zip(data["names"], data["x"], strict=True) if name not in failed]).all()
     assert f"45 of {len(buildings['building'])} buildings" in out.read_text()
     vectors = dict(zip(buildings["building"], buildings["embedding"], strict=True))
     of_shown = np.array([vectors[name] for name in data["names"]])  # rows and vectors still belong together

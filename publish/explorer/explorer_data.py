@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import torch
 
 from common import parquet, schemas
+from common.errors import PipelineError
 from common.places import geo
 
 NEAREST = 8
@@ -29,9 +30,7 @@ class Buildings:
     """Those shown, in the order of the table."""
 
     total: int  # in the table
-    facts: (
-        pd.DataFrame
-    )  # (n) building, images, spread, image_ids, lat, lon, split, cluster, ... of _FACTS, city ("": unknown)
+    facts: pd.DataFrame  # n rows with the columns _FACTS, and `city`, "" if it is not known
     vectors: np.ndarray  # (n, D) float32
 
     def __len__(self) -> int:
@@ -42,9 +41,11 @@ def read(paths: list[Path], kept: set[str], limit: int, seed: int) -> Buildings:
     """The buildings of these files, at most `limit`: first those named in `kept`, then those that have a place in
     the projection, at random among equals.
 
-    Raises PipelineError if a file is missing, damaged, or lacks a column.
+    Raises PipelineError if a file is missing, damaged, or lacks a column, and if there are no buildings.
     """
     all_rows = pa.concat_tables(parquet.read(path, ["building", "x"]) for path in paths)
+    if not len(all_rows):
+        raise PipelineError(f"{paths[0]} has no rows: no building to show")
     is_kept = pc.is_in(all_rows["building"], pa.array(kept, pa.string())).to_numpy()
     rows = sample(2 - 2 * is_kept - np.isfinite(all_rows["x"].to_numpy()), limit, seed)
     facts, vectors, start = [], [], 0

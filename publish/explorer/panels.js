@@ -92,7 +92,7 @@ class Panel {
 
   changed(points = true) {
     this.isStale = this.isStale || points;
-    keepAddress();
+    if (points) keepAddress();
     if (!this.frame) this.frame = requestAnimationFrame(() => this.paint());
   }
 

@@ -54,7 +54,10 @@ function addressOf() {
 let addressTimer = 0;
 function keepAddress() { // browsers limit how often an address may change
   clearTimeout(addressTimer);
-  addressTimer = setTimeout(() => history.replaceState(null, "", `#${addressOf()}`), 250);
+  addressTimer = setTimeout(() => {
+    const address = `#${addressOf()}`;
+    if (address !== (location.hash || "#")) history.replaceState(null, "", address);
+  }, 250);
 }
 
 function readAddress() {
