@@ -265,6 +265,10 @@ def test_too_many_failures_are_sampled_and_queries_without_a_match_are_none(made
     everything, total = explorer_failures.listed(table, seed=0)
     assert queries["streetview_image_id"][first] not in set(everything["streetview_image_id"])
     assert total == len(everything) == sum(np.maximum(changed["rank_raw"], changed["rank_trained"]) > 1)
+    name = queries["building_id"][first]
+    own = [i for i, other in enumerate(queries["building_id"]) if other == name and i != first]
+    share = np.mean([queries["rank_trained"][i] == 1 for i in own])  # not lowered by the one without a match
+    assert explorer_failures.share_found(table)[name] == pytest.approx(share)
     monkeypatch.setattr(explorer_failures, "MAX_FAILURES", 5)
     some, total = explorer_failures.listed(table, seed=0)
     assert (len(some), total) == (5, len(everything))
