@@ -157,7 +157,10 @@ function colours() {
 """
 FAILURES = """
 async function failures() {
+  look.panels.projection.fit();
+  const fitted = look.panels.projection.scale;
   one("#tab-failures").click();
+  page.resizePanels(); // as its observer does once the next frame is drawn
   found.tabs = ["#view-buildings", "#view-failures"].map(view => one(view).hidden);
   found.options = {};
   for (const { id, options } of all("#filters select")) found.options[id] = [...options].map(each => each.text);
@@ -185,6 +188,7 @@ async function failures() {
   one(".failure .link").click();
   found.linked = [...chosen(), one("#view-buildings").hidden];
   await wait(300);
+  found.scaleAfterwards = look.panels.projection.scale / fitted;
   page.location.hash = found.address;
   await wait(300);
   found.restored = [look.state.tab, look.state.colouring.name, [...look.state.hidden], look.state.building >= 0,
@@ -327,6 +331,7 @@ def test_failures_are_filtered_counted_enlarged_and_linked(made, wide):
     assert wide["enlarged"][1].startswith("image 0088_")
     assert [wide[step] for step in ("arrowRight", "arrowLeft", "closed")] == [True] * 3
     assert wide["linked"][1:] == ["0089", "buildings", False]
+    assert wide["scaleAfterwards"] == pytest.approx(1)  # the panels had no size meanwhile
 
 
 def test_the_address_brings_a_view_back(wide):

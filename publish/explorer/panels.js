@@ -22,14 +22,14 @@ class Panel {
 
   resize() {
     const frame = this.canvas.parentElement;
+    if (!frame.clientWidth) return; // on a tab that is not shown
     this.ratio = Math.min(window.devicePixelRatio || 1, 2);
-    const before = this.width;
     [this.width, this.height] = [frame.clientWidth, frame.clientHeight];
     for (const canvas of [this.canvas, this.layer]) {
       canvas.width = Math.max(1, Math.round(this.width * this.ratio));
       canvas.height = Math.max(1, Math.round(this.height * this.ratio));
     }
-    if (this.rows && before && !this.isMoved) this.fit();
+    if (this.rows && !this.isMoved) this.fit();
   }
 
   show(rows, box = {}) { // which points there are; `box`: what else to have in view
