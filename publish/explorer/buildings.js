@@ -38,7 +38,10 @@ function factsOf(row) {
   for (const { name, title, classes, codes } of data.colourings) {
     if (["split", "right"].includes(name)) facts.push([title, classes[codes[row]].label]);
   }
-  if (data.cluster[row] >= 0) facts.push(["Cluster", `${data.cluster[row]} (cosine to its centre ${data.cluster_similarity[row].toFixed(2)})`]);
+  if (data.cluster[row] >= 0) {
+    const similarity = data.cluster_similarity[row].toFixed(2);
+    facts.push(["Cluster", `${data.cluster[row]} (cosine to its centre ${similarity})`]);
+  }
   if (located(row)) facts.push(["Position", positionOf(row)]);
   const terms = facts.map(([term, value]) => element("div", {},
     element("dt", { textContent: term }), element("dd", { textContent: value })));
@@ -67,7 +70,8 @@ function pictureTile(name, number, caption, kind = "", ...lines) { // a picture 
   }
   const words = [caption === name ? "" : caption, ...lines, `image ${name}`];
   button.dataset.caption = words.filter(word => word && typeof word === "string").join(" · ");
-  return element("div", { className: `tile ${kind}` }, button, element("b", { textContent: caption }), ...lines.map(asLine));
+  const title = element("b", { textContent: caption });
+  return element("div", { className: `tile ${kind}` }, button, title, ...lines.map(asLine));
 }
 
 function asLine(line) {
@@ -163,7 +167,8 @@ function bindCities() {
   const choice = byId("city");
   if (!choice) return;
   const shown = data.cities.map((city, code) => [code, city]).filter(([, city]) => city.located);
-  setOptions(choice, shown.map(([code, { name, located }]) => [code, `city ${name} (${count(located)})`]), state.city);
+  const options = shown.map(([code, { name, located }]) => [code, `city ${name} (${count(located)})`]);
+  setOptions(choice, options, state.city);
   choice.hidden = shown.length < 2;
   choice.onchange = () => showCity(Number(choice.value));
 }
@@ -198,10 +203,11 @@ function paintScale(panel) {
   const { pen, height } = panel, widest = 130 / panel.scale;
   const power = 10 ** Math.floor(Math.log10(widest));
   const length = [5, 2, 1].map(times => times * power).find(one => one <= widest);
-  const px = length * panel.scale, text = length < 1 ? `${length.toPrecision(1)} m` : metres(length).replace(".0", "");
-  Object.assign(pen, { fillStyle: colourOf("text"), strokeStyle: colourOf("text"), lineWidth: 2, font: "13px system-ui, sans-serif" });
+  const text = length < 1 ? `${length.toPrecision(1)} m` : metres(length).replace(".0", "");
+  const ink = colourOf("text"), [left, right, top, bottom] = [12, 12 + length * panel.scale, height - 18, height - 12];
+  Object.assign(pen, { fillStyle: ink, strokeStyle: ink, lineWidth: 2, font: "13px system-ui, sans-serif" });
   pen.beginPath();
-  for (const [x, y] of [[12, height - 18], [12, height - 12], [12 + px, height - 12], [12 + px, height - 18]]) pen.lineTo(x, y);
+  for (const [x, y] of [[left, top], [left, bottom], [right, bottom], [right, top]]) pen.lineTo(x, y);
   pen.stroke();
   pen.fillText(text, 16, height - 18);
   panel.canvas.dataset.scale = text;

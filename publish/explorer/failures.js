@@ -40,7 +40,8 @@ function showFailures() {
   const choices = filterChoices(), queries = passing(choices);
   for (const name of FILTERS) {
     const others = passing(choices, name);
-    const options = choices[name][1].map(([value, text, test]) => [value, `${text} (${count(others.filter(test).length)})`]);
+    const counted = test => count(others.filter(test).length);
+    const options = choices[name][1].map(([value, text, test]) => [value, `${text} (${counted(test)})`]);
     setOptions(byId(`filter-${name}`), options, state.filters[name]);
   }
   byId("failure-count").textContent = `${count(queries.length)} of ${count(data.failures.queries.length)} queries`;
@@ -74,10 +75,11 @@ function failureRow(query) {
   const all = [failureTile("Query", query.id, query.building, "query")];
   for (const method of methods) all.push(resultTile(query, method));
   if (query[`rank_${last}`] > 1) {
-    const best = query[`match_${last}`], where = `at rank ${count(query[`rank_${last}`])}`;
-    all.push(failureTile("Best match", best, query[`match_building_${last}`], "right", where, cosineOf(query, "match", last)));
+    const lines = [`at rank ${count(query[`rank_${last}`])}`, cosineOf(query, "match", last)];
+    all.push(failureTile("Best match", query[`match_${last}`], query[`match_building_${last}`], "right", ...lines));
   }
-  return element("div", { className: "failure" }, element("p", { className: "dim", textContent: about.join(", ") }), tiles(all));
+  const line = element("p", { className: "dim", textContent: about.join(", ") });
+  return element("div", { className: "failure" }, line, tiles(all));
 }
 
 function resultTile(query, method) { // what the method finds first

@@ -43,8 +43,9 @@ class Panel {
     const { west, south, east, north } = this.box;
     [this.centreX, this.centreY] = [(west + east) / 2, (south + north) / 2];
     const margin = 20;
-    this.scale = Math.min((this.width - 2 * margin) / (east - west || 1), (this.height - 2 * margin) / (north - south || 1));
-    this.scale = this.fitted = Math.max(this.scale, 1e-9);
+    const across = (this.width - 2 * margin) / (east - west || 1);
+    const up = (this.height - 2 * margin) / (north - south || 1);
+    this.scale = this.fitted = Math.max(Math.min(across, up), 1e-9);
     this.isMoved = false;
     this.changed();
   }
@@ -80,7 +81,8 @@ class Panel {
   }
 
   viewText() {
-    return [this.centreX, this.centreY, this.scale / this.fitted].map(value => Number(value.toPrecision(6))).join("_");
+    const view = [this.centreX, this.centreY, this.scale / this.fitted];
+    return view.map(value => Number(value.toPrecision(6))).join("_");
   }
 
   setView(text) {
@@ -124,7 +126,8 @@ class Panel {
     for (let k = 0, at = 0; k < n; k++, at = (at + step) % n) {
       const row = this.rows[at], code = codes[row];
       if (state.hidden.has(code)) continue;
-      stamp.press(pixels, width, height, Math.round(left + this.x[row] * scale), Math.round(top - this.y[row] * scale), inks[code]);
+      const px = Math.round(left + this.x[row] * scale), py = Math.round(top - this.y[row] * scale);
+      stamp.press(pixels, width, height, px, py, inks[code]);
     }
     pen.putImageData(image, 0, 0);
   }
