@@ -347,11 +347,13 @@ def test_it_works_on_a_phone_and_in_the_dark(made, tmp_path):
 
 
 def test_a_page_of_little_is_shown(made, tmp_path):
-    """No positions, queries or pictures: the projection and the list of similar buildings."""
-    _, buildings, _ = made
+    """No positions, no tars, and queries by the raw backbone alone."""
+    _, buildings, queries = made
     nothing = np.full(len(buildings["building"]), np.nan)
     table = buildings | {"lat": nothing, "lon": nothing}
     small_explorer.write_buildings(tmp_path / "t.parquet", table, without=("dataset_id",))
+    raw = {name: values for name, values in queries.items() if not name.endswith("_trained")}
+    small_explorer.write_queries(config.load(None, [f"paths.root={tmp_path}"]), raw)
     out = tmp_path / "page.html"
     assert explore.main([str(tmp_path / "t.parquet"), str(out), "--set", f"paths.root={tmp_path}"]) == 0
     steps = """() => {
@@ -359,10 +361,15 @@ def test_a_page_of_little_is_shown(made, tmp_path):
       found.little = [chosen()[0], texts("#building .picture").length, texts("#building .tile").length,
         texts("#building dt"), texts("#building .tile div")];
       found.panels = texts(".panel h2");
+      one("#tab-failures").click();
+      found.compare = texts("#filter-compare option");
+      found.titles = texts(".failure:first-child b");
     }"""
     found = drive(tmp_path / "b", out, 1280, steps)
     name, pictures, tiles, facts, lines = found["little"]
     assert (name, pictures, tiles) == (buildings["building"][0], 8, 8)
-    assert facts == ["Images", "Spread of its images", "Split"]
+    assert facts == ["Images", "Spread of its images", "Split", "Queries right or wrong"]
+    assert found["compare"] == [f"raw backbone wrong ({(np.array(queries['rank_raw']) > 1).sum()})"]
+    assert found["titles"] == ["Query", "raw backbone: wrong", "Best match"]
     assert lines[1] == "position not known"
     assert [title.strip() for title in found["panels"]] == ["Projection"]
