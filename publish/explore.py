@@ -62,10 +62,10 @@ def main(argv=None) -> int:
     failures = failures[failures["building_id"].isin(facts["building"])]  # none if the table is of other buildings
     device = devices.pick(cfg.infrastructure.device)
     memory_mb = devices.search_memory_mb(cfg.infrastructure, device)
-    with cli.Progress("explore", "building", buildings.total, cfg.logging.progress_interval_s) as progress:
+    with cli.Progress("explore", "building", len(buildings), cfg.logging.progress_interval_s) as progress:
         share_found = None if queries is None else explorer_failures.share_found(queries)
         content = explorer_data.content(buildings, share_found, cfg.data.split_cell_m)
-        content |= explorer_data.nearest(buildings.vectors, device, memory_mb)
+        content |= explorer_data.nearest(buildings.vectors, device, memory_mb, progress)
 
         # pictures, page
         budget_bytes = args.pictures_mb * 1e6
@@ -81,8 +81,8 @@ def main(argv=None) -> int:
         made = record.finished("", {"in": buildings.total, "out": len(buildings)})
         page = explorer_page.render(content, list(chosen.values()), made, cfg)
         files.write_text(out, page)
-        progress.add(buildings.total, len(buildings))
-    progress.summary(f"{len(chosen):,} pictures, {len(page) / 1e6:.1f} MB")
+    of_all = f"of {buildings.total:,} in the table, " if len(buildings) < buildings.total else ""
+    progress.summary(f"{of_all}{len(chosen):,} pictures, {len(page) / 1e6:.1f} MB")
     print(f"explorer: {out}")
     return 0
 

@@ -10,7 +10,7 @@ import pytest
 import small_explorer
 import torch
 
-from common import config, parquet
+from common import cli, config, parquet
 from common.errors import PipelineError, StaleArtefact
 from common.places import geo
 from publish import explore
@@ -170,7 +170,9 @@ def test_a_table_above_the_limit_is_sampled_with_the_failures_buildings(made, mo
 @pytest.mark.parametrize("n", [1, 2, 5, 300])
 def test_nearest_of_few_buildings_and_in_several_blocks(n, monkeypatch):
     vectors = small_explorer.unit(np.random.default_rng(n).normal(size=(n, 6)))
-    found = explorer_data.nearest(vectors, torch.device("cpu"), memory_mb=0)  # a row at a time
+    with cli.Progress("explore", "building") as progress:
+        found = explorer_data.nearest(vectors, torch.device("cpu"), 0, progress)  # a row at a time
+    assert progress.rows_in == n
     cosines = vectors @ vectors.T
     np.fill_diagonal(cosines, -2)
     k = min(8, n - 1)

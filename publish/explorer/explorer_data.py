@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from common import parquet, schemas
+from common import cli, parquet, schemas
 from common.errors import PipelineError
 from common.places import geo
 
@@ -73,7 +73,9 @@ def sample(priority: np.ndarray, limit: int, seed: int) -> np.ndarray:
     return np.sort(order[np.argsort(priority[order], kind="stable")][:limit])
 
 
-def nearest(vectors: np.ndarray, device: torch.device, memory_mb: int) -> dict[str, np.ndarray]:
+def nearest(
+    vectors: np.ndarray, device: torch.device, memory_mb: int, progress: cli.Progress
+) -> dict[str, np.ndarray]:
     """The NEAREST other rows of each of n unit vectors, most similar first: `nearest` (n, k) int32, and their
     `cosines` (n, k) float32. Exact, in float32; k is smaller if there are fewer."""
     matrix = torch.from_numpy(vectors).to(device)
@@ -86,6 +88,7 @@ def nearest(vectors: np.ndarray, device: torch.device, memory_mb: int) -> dict[s
         products[itself, start + itself] = -torch.inf
         best = products.topk(k, dim=1)
         rows[start : start + block], cosines[start : start + block] = best.indices.cpu(), best.values.cpu()
+        progress.add(len(products))
     return {"nearest": rows, "cosines": cosines}
 
 
