@@ -26,8 +26,8 @@ _IMAGES = {"1": 2, "2": 3, "3 or 4": 5, "5 to 8": 9}  # class -> first number th
 
 
 @dataclass(frozen=True)
-class Buildings:
-    """Those shown, in the order of the table."""
+class ShownBuildings:
+    """In the order of the table."""
 
     total: int  # in the table
     facts: pd.DataFrame  # n rows with the columns _FACTS, and `city`, "" if it is not known
@@ -37,7 +37,7 @@ class Buildings:
         return len(self.facts)
 
 
-def read(paths: list[Path], kept: set[str], limit: int, seed: int) -> Buildings:
+def read(paths: list[Path], kept: set[str], limit: int, seed: int) -> ShownBuildings:
     """The buildings of these files, at most `limit`: first those named in `kept`, then those that have a place in
     the projection, at random among equals.
 
@@ -59,7 +59,7 @@ def read(paths: list[Path], kept: set[str], limit: int, seed: int) -> Buildings:
             of_batch = batch.drop_columns("embedding").to_pandas()
             of_batch["city"] = list(map(_city, batch["dataset_id"].to_pylist())) if optional else ""
             facts.append(of_batch)
-    return Buildings(len(all_rows), pd.concat(facts, ignore_index=True), np.concatenate(vectors))
+    return ShownBuildings(len(all_rows), pd.concat(facts, ignore_index=True), np.concatenate(vectors))
 
 
 def _city(dataset) -> str:
@@ -187,7 +187,7 @@ def _verdicts(share: np.ndarray) -> dict[str, Any]:
     return {"name": "right", "title": "Queries right or wrong", "classes": classes, "codes": codes}
 
 
-def content(buildings: Buildings, share_found: pd.Series | None, cell_m: float) -> dict[str, Any]:
+def content(buildings: ShownBuildings, share_found: pd.Series | None, cell_m: float) -> dict[str, Any]:
     """All that the page shows of the buildings themselves, but for their nearest ones and their pictures."""
     facts = buildings.facts
     columns = {"images": np.int32, "spread": np.float32, "cluster": np.int32}
