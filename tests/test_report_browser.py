@@ -51,17 +51,24 @@ onload = () => {
 }"""
 
 
-def look_at(folder, page, width: int, scheme: str = "light") -> tuple[dict, list[str], list[str]]:
-    """What MEASURE finds on a page in a frame of this width, the lines of the browser's console, and what the page
-    asked the network for."""
+def look_at(
+    folder, page, width: int, scheme: str = "light", script: str = MEASURE
+) -> tuple[dict, list[str], list[str]]:
+    """What `script` finds on a page in a frame of this width, the lines of the browser's console, and what the
+    page asked the network for."""
     folder.mkdir(exist_ok=True)
     frame, log = folder / "frame.html", folder / "net.json"
     frame.write_text(
         f'<iframe id="page" src="{page.as_uri()}" style="width:{width}px;height:900px"></iframe>'
-        f"<script>{MEASURE}</script>"
+        f"<script>{script}</script>"
     )
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
-    command += ["--disable-background-networking", "--no-first-run", f"--user-data-dir={folder / 'profile'}"]
+    command += [
+        "--disable-background-networking",
+        "--no-first-run",
+        "--virtual-time-budget=20000",
+        f"--user-data-dir={folder / 'profile'}",
+    ]
     command += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--log-net-log={log}", "--enable-logging=stderr"]
     command += [f"--blink-settings=preferredColorScheme={int(scheme == 'light')}", "--dump-dom", frame.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -1,0 +1,87 @@
+"""Small pictures for the explorer, within a budget: where the images are, and their JPEGs in base64."""
+
+import io
+from base64 import b64encode
+from collections.abc import Iterable
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from common import parquet
+from common.imagery import pictures
+from common.imagery.tar_images import TarImages
+
+PER_BUILDING = 4
+_PX, _QUALITY = 120, 70
+_SMALLEST_BYTES = 1_500  # of a picture in the page: no budget has room for more of them than that
+_READ_AT_ONCE = 1_024  # 44 MB; each time the tars are read from front to back
+_PLACE = ["tar_file", "image_offset", "image_size"]
+_FACTS = ["streetview_image_id", "building_id", "heading", *_PLACE]
+
+
+def of_buildings(image_ids: Iterable[Iterable[str]], budget_bytes: float) -> list[str]:
+    """The images to show of buildings: the first of each, then the second of each, up to PER_BUILDING; no more
+    than a budget may have room for."""
+    by_turn = zip_longest(*(list(ids)[:PER_BUILDING] for ids in image_ids))
+    turns = ([one for one in turn if one] for turn in by_turn)
+    return list(chain.from_iterable(turns))[: int(budget_bytes / _SMALLEST_BYTES)]
+
+
+def find(paths: Iterable[Path], wanted: set[str]) -> dict[str, dict[str, Any]]:
+    """Building, heading and place of the images with these ids, as far as the files have them."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        missing = wanted - found.keys()
+        if not missing:
+            break
+        if not path.exists() or not set(_FACTS) <= set(parquet.open_file(path).schema_arrow.names):
+            continue
+        ids = pa.array(missing, pa.string())
+        for batch in parquet.batches(path, _FACTS):
+            rows = batch.filter(pc.is_in(batch["streetview_image_id"], ids)).to_pylist()
+            found |= {row["streetview_image_id"]: row for row in rows}
+    return found
+
+
+def read(
+    store: TarImages, images: dict[str, dict], first: list[str], then: list[str], budget_bytes: float
+) -> dict[str, str]:
+    """JPEGs in base64 by image id: of `first` until half of the budget is used, of `then` until all is. Images
+    that are not found or cannot be read are left out."""
+    chosen = _within(store, images, first, budget_bytes / 2)
+    left = budget_bytes - sum(map(len, chosen.values()))
+    return chosen | _within(store, images, [one for one in then if one not in chosen], left)
+
+
+def _within(store: TarImages, images: dict[str, dict], ids: list[str], budget_bytes: float) -> dict[str, str]:
+    known = [one for one in ids if one in images]
+    chosen: dict[str, str] = {}
+    for start in range(0, len(known), _READ_AT_ONCE):
+        some = known[start : start + _READ_AT_ONCE]
+        places = pa.table({name: [images[one][name] for one in some] for name in _PLACE})
+        for one, picture in zip(some, pictures.read(store, places, _PX), strict=True):
+            if picture is None:
+                continue
+            jpeg = _jpeg(picture)
+            budget_bytes -= len(jpeg)
+            if budget_bytes < 0:
+                return chosen
+            chosen[one] = jpeg
+    return chosen
+
+
+def _jpeg(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=_QUALITY, optimize=True)
+    return b64encode(file.getvalue()).decode()
+
+
+def content(chosen: dict[str, str], image_ids: Iterable[Iterable[str]]) -> dict[str, Any]:
+    """`image_names` of the pictures, and `images_of`, for each building, the numbers of its pictures."""
+    number_of = {one: number for number, one in enumerate(chosen)}
+    images_of = [[number_of[one] for one in list(ids)[:PER_BUILDING] if one in number_of] for ids in image_ids]
+    return {"image_names": list(chosen), "images_of": images_of}
