@@ -63,7 +63,6 @@ demo: $(VENV) $(DEMO_RAW)/.complete $(LOCAL_BACKBONE)  ## the whole chain on syn
 	@$(RUN) publish/generate_embeddings_from_parquet.py $(DEMO_DATA)/merged $(DEMO_DATA)/vectors/default --remake $(DEMO_SETTINGS)
 	@$(RUN) publish/aggregate_buildings.py --remake $(DEMO_SETTINGS)
 	@$(RUN) publish/explore.py --remake $(DEMO_SETTINGS)
-	@echo "explorer $(abspath $(DEMO_DATA))/evaluation/default/explorer.html"
 
 $(DEMO_RAW)/.complete: $(VENV)
 	@$(RUN) tests/synthetic.py --out $(DEMO_RAW) --streets $(STREETS) --cities 4 --processes 2
