@@ -60,7 +60,7 @@ demo: $(VENV) $(DEMO_RAW)/.complete $(LOCAL_BACKBONE)  ## the whole chain on syn
 	@$(RUN) slurm/submit.py --local $(DEMO_SETTINGS)
 	@test $(DEMO_DATA)/search.png -nt $(DEMO_DATA)/published/default/provenance.json || $(RUN) publish/demo_usage.py search --out $(DEMO_DATA)/search.png $(DEMO_SETTINGS)
 	@echo "search   $(abspath $(DEMO_DATA))/search.png"
-	@$(RUN) publish/generate_embeddings_from_parquet.py $(DEMO_DATA)/merged $(DEMO_DATA)/vectors/default --remake $(DEMO_SETTINGS)
+	@$(RUN) publish/generate_embeddings_from_parquet.py --remake $(DEMO_SETTINGS)
 	@$(RUN) publish/aggregate_buildings.py --remake $(DEMO_SETTINGS)
 	@$(RUN) publish/explore.py --remake $(DEMO_SETTINGS)
 

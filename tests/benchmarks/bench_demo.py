@@ -4,6 +4,7 @@ Writes   tests/benchmarks/demo.json: its table, and bytes per image of what it w
 Command  python tests/benchmarks/bench_demo.py
 """
 
+import itertools
 import json
 import subprocess
 import tempfile
@@ -31,12 +32,10 @@ def make_demo(folder: str) -> tuple[float, str]:
 
 
 def table_in(printed: str) -> str:
-    """The tables of the evaluation: from the first one's heading to the last line with intervals."""
-    lines = printed.splitlines()
+    """The tables of the evaluation: from the first one's heading to the place of the report."""
+    lines = [line.rstrip() for line in printed.splitlines()]
     first = next(number for number, line in enumerate(lines) if line.startswith("%") and "mAP@R" in line)
-    rows = [line.rstrip() for line in lines[first + 1 :]]
-    last = max(number for number, line in enumerate(rows) if "[" in line)
-    return "\n".join([lines[first].rstrip(), *rows[: last + 1]])
+    return "\n".join(itertools.takewhile(lambda line: not line.startswith("report:"), lines[first:]))
 
 
 def facts(folder: Path, printed: str) -> dict:
