@@ -58,7 +58,8 @@ def main(argv=None) -> int:
     if args.push:
         from publish.hub import push
 
-        print(push.listing(cfg.paths.published_dir, args.push))
+        files = push.of_model(cfg.paths.published_dir, args.push)
+        print(push.listing(files, f"https://huggingface.co/{args.push}", cfg.paths.published_dir))
         if not args.dry_run:
             print(f"pushed: {push.push(cfg.paths.published_dir, args.push)}")
     return 0

@@ -253,6 +253,7 @@ def test_the_folder_holds_what_a_user_needs_and_no_path_of_this_machine(trained)
     assert {path.name for path in folder.iterdir()} == {
         *("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "provenance.json"),
         *("configuration_spatial_embeddings.py", "modeling_spatial_embeddings.py", "projection_head.py"),
+        *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
     }
     for path in folder.glob("*.*"):
         if path.suffix in (".json", ".md", ".py"):
@@ -333,36 +334,58 @@ def test_a_dry_run_lists_what_would_go_and_sends_nothing(trained, tmp_path, monk
     told = capsys.readouterr().out
     weights = (folder / "model.safetensors").stat().st_size
     assert re.search(rf"{weights:,} bytes  model\.safetensors", told)
-    total = sum(path.stat().st_size for path in folder.iterdir() if path.name != "sheet.png")
+    kept = [path.stat().st_size for path in folder.iterdir() if path.name not in ("sheet.png", "README.md")]
+    total = sum(kept) + len(push.of_model(folder, "me/buildings")["README.md"].encode())
     assert f"{total:,} bytes  in total" in told
     assert "stays here: sheet.png" in told
     assert cli.exit_code_of(lambda: main([*flags, "--dry-run"])) == 2
 
 
-def test_pushing_sends_the_listed_files_to_a_private_repository(trained, tmp_path, monkeypatch):
+class Hub:
+    """In the place of HfApi: what it is asked, and the files that it is sent."""
+
+    def __init__(self):
+        self.calls, self.sent = [], {}
+
+    def create_repo(self, repo, **options):
+        self.calls.append((repo, options))
+
+    def upload_folder(self, *, repo_id, folder_path, repo_type, delete_patterns, commit_message):
+        self.calls.append((repo_id, repo_type))
+        self.replaced = delete_patterns
+        paths = [path for path in Path(folder_path).rglob("*") if path.is_file()]  # as huggingface_hub lists them
+        self.sent = {str(path.relative_to(folder_path)): path.read_bytes() for path in paths}
+        return SimpleNamespace(commit_url="https://hub/commit")
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Hub:
+    hub = Hub()
+    monkeypatch.setattr(push, "HfApi", lambda: hub)
+    return hub
+
+
+def test_pushing_sends_the_listed_files_to_a_private_repository(trained, tmp_path, hub):
     folder = shutil.copytree(trained.cfg.paths.published_dir, tmp_path / "published")
     (folder / "sheet.png").write_bytes(b"a picture of the dataset")
     (folder / "models-old").mkdir()
     (folder / "models-old" / "a.safetensors").write_bytes(b"not in the listing")
-    calls = []
-
-    class Hub:
-        def create_repo(self, repo, **options):
-            calls.append((repo, options["private"]))
-
-        def upload_folder(self, *, repo_id, folder_path, allow_patterns, delete_patterns, **_):
-            former = ["model-00001-of-00002.safetensors", "provenance.json", ".gitattributes", "a.png"]
-            assert list(filter_repo_objects(former, allow_patterns=delete_patterns)) == former[:2]
-            there = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
-            names = filter_repo_objects(there, allow_patterns=allow_patterns)
-            calls.append((repo_id, sorted(names)))
-            return SimpleNamespace(commit_url="https://hub/commit")
-
-    monkeypatch.setattr(push, "HfApi", Hub)
     assert main([*trained.flags, "--set", f"paths.published_dir={folder}", "--push", "me/buildings"]) == 0
-    sent = sorted(path.name for path in trained.cfg.paths.published_dir.iterdir())
-    assert calls == [("me/buildings", True), ("me/buildings", sent)]
-    assert [path.name for path in push.going(folder)] == sent
+    assert hub.calls == [("me/buildings", {"private": True, "exist_ok": True}), ("me/buildings", None)]
+    files = {path.name: path.read_bytes() for path in trained.cfg.paths.published_dir.iterdir()}
+    assert hub.sent.keys() == files.keys()
+    assert [name for name in files if hub.sent[name] != files[name]] == ["README.md"]
+    former = ["model-00001-of-00002.safetensors", "provenance.json", ".gitattributes", "a.png"]
+    assert list(filter_repo_objects(former, allow_patterns=hub.replaced)) == former[:2]
+
+
+def test_the_pushed_card_names_its_repository_and_the_local_one_a_path(trained):
+    folder = trained.cfg.paths.published_dir
+    local, pushed = (folder / "README.md").read_text(), push.of_model(folder, "me/buildings")["README.md"]
+    assert 'AutoModel.from_pretrained("PATH"' in local
+    assert "`PATH` is the folder" in local
+    assert 'AutoModel.from_pretrained("me/buildings"' in pushed
+    assert "PATH" not in pushed
 
 
 @pytest.mark.parametrize(

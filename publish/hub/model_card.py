@@ -10,6 +10,8 @@ from common.sections import Config
 from generate.pixels import Preprocessing
 from train.evaluation.metric_names import TITLES
 
+CARD = "README.md"
+PLACE_OF_THE_MODEL = "`PATH` is the folder that holds this card, or the model's name on the hub."
 TEMPLATE = Path(__file__).with_name("model_card.md")
 METHODS = {"raw": "raw backbone", "pca": "PCA", "whitening": "learned whitening", "trained": "this model"}
 _LICENCES = {  # of the backbone's weights: prefix of its name on the hub -> fields of the card
@@ -45,6 +47,7 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
         data,
         template_path=str(TEMPLATE),
         name=name,
+        place_of_the_model=PLACE_OF_THE_MODEL,
         backbone=checkpoint["embedding_model"],
         on_hub=on_hub,
         licence=data.license_name or data.license,
@@ -65,7 +68,12 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
         titles=list(TITLES.values()),
         table=[(row, [as_text(values[key], key, sign) for key in TITLES]) for row, values, sign in table],
     )
-    (folder / "README.md").write_text(str(card).rstrip() + "\n")
+    (folder / CARD).write_text(str(card).rstrip() + "\n")
+
+
+def for_repository(card: str, repo: str) -> str:
+    """The card with the name of the hub's repository in its code."""
+    return card.replace(f"{PLACE_OF_THE_MODEL}\n\n", "").replace("PATH", repo)
 
 
 def licence(backbone: str) -> dict[str, str]:
