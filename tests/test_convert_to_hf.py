@@ -397,8 +397,8 @@ def test_a_hub_that_does_not_answer_or_a_wrong_name_is_a_clear_error(repo, messa
 
 
 def test_a_network_that_is_not_there_is_a_clear_error_too(trained):
-    code = "import sys; from publish.hub import push; from common import cli; "
-    code += "cli.run(lambda: push.push(sys.argv[1], 'me/buildings'))"
+    code = "import sys; from pathlib import Path; from publish.hub import push; from common import cli; "
+    code += "cli.run(lambda: push.push(Path(sys.argv[1]), 'me/buildings'))"
     command = [sys.executable, "-c", code, str(trained.cfg.paths.published_dir)]
     online = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x", "HF_ENDPOINT": "http://127.0.0.1:9"}
     done = subprocess.run(command, cwd=ROOT, env=online, capture_output=True, text=True, timeout=120)
