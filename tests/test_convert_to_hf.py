@@ -36,7 +36,7 @@ from common.errors import PipelineError
 from common.imagery.decoding import decode
 from generate import backbone
 from publish.convert_to_hf import main
-from publish.hub import model_card, parity, published_folder, push
+from publish.hub import card_figures, model_card, parity, published_folder, push
 from publish.inference import published_model
 from publish.model.configuration_spatial_embeddings import SpatialEmbeddingsConfig
 from publish.model.modeling_spatial_embeddings import SpatialEmbeddingsHead, SpatialEmbeddingsModel
@@ -96,12 +96,13 @@ np.savez("found.npz", **{name: vectors.float().numpy() for name, vectors in foun
 """
 
 
-def fresh_environment(folder: Path) -> str:
-    """The Python of a new virtual environment with torch, transformers, pillow and numpy, and what those require.
+def fresh_environment(folder: Path, more: list[str]) -> str:
+    """The Python of a new virtual environment with torch, transformers, pillow, numpy and `more`, and what those
+    require.
 
     The packages are links to the ones that run this test: downloading them takes minutes and gives the same files.
     """
-    wanted, todo = {}, ["torch", "transformers", "pillow", "numpy"]
+    wanted, todo = {}, ["torch", "transformers", "pillow", "numpy", *more]
     while todo:
         name = todo.pop()
         try:
@@ -123,11 +124,11 @@ def fresh_environment(folder: Path) -> str:
     return str(folder / "bin" / "python")
 
 
-def in_fresh_environment(place: Path, code: str, *arguments: str) -> str:
+def in_fresh_environment(place: Path, code: str, *arguments: str, more: list[str] | None = None) -> str:
     """What the code prints in a fresh environment, in `place`, offline, without this repository."""
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     kept |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "home")}
-    command = [fresh_environment(place / "environment"), "-c", code, *arguments]
+    command = [fresh_environment(place / "environment", more or []), "-c", code, *arguments]
     done = subprocess.run(command, cwd=place, env=kept, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -146,19 +147,46 @@ def test_the_published_folder_alone_gives_the_pipelines_vectors(trained, tmp_pat
         assert (1 - cosines(found[name], trained.vectors()) < 1e-3).all(), name
 
 
-def test_the_cards_example_runs_as_it_stands(tmp_path):
+def code_of(card: Path, *headings: str) -> str:
+    """The Python in some sections of a card."""
+    sections = re.split("^##+ (.*)\n", card.read_text(), flags=re.MULTILINE)
+    text = dict(zip(sections[1::2], sections[2::2], strict=True))
+    return "\n".join(
+        code for name in headings for code in re.findall("```python\n(.*?)```", text[name], re.DOTALL)
+    )
+
+
+CARD_SECTIONS = ("Use", "A folder, in batches", "A vector for each building", "Search with faiss")
+
+
+def test_the_cards_code_runs_as_it_stands(tmp_path):
     for name, content in zip(("a.jpg", "b.jpg"), JPEGS, strict=False):
         (tmp_path / name).write_bytes(content)
-    code, expected = "", []
+    for number, content in enumerate(JPEGS):  # the first building has three views
+        path = tmp_path / "photographs" / f"building {number // 3}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    code, expected = "", {}
     for family in ("dinov2", "dinov3_vit"):  # the second prepares images without AutoImageProcessor
         done = Trained(tmp_path / family, family)
         folder = publish_without_check(done)
-        example = (folder / "README.md").read_text().split("```python")[1].split("```")[0]
-        code += f"exec({example.replace('PATH', str(folder))!r}, {{}})\n"  # each by itself
-        vectors = done.vectors()
-        expected.append(float(vectors[0] @ vectors[1]))
-    printed = re.findall(r"-?\d\.\d+", in_fresh_environment(tmp_path, code))
-    assert [float(number) for number in printed] == pytest.approx(expected, abs=2e-3)
+        example = code_of(folder / "README.md", *CARD_SECTIONS).replace("PATH", str(folder))
+        example += (
+            f"\nimport numpy\nnumpy.savez({family!r}, a=a, b=b, vectors=vectors, buildings=building_vectors)"
+        )
+        code += f"exec({example!r}, {{}})\n"  # each by itself
+        expected[family] = done.vectors()
+    printed = in_fresh_environment(tmp_path, code, more=["faiss-cpu"])
+    for family, vectors in expected.items():
+        found = np.load(tmp_path / f"{family}.npz")
+        means = [vectors[start : start + 3].mean(axis=0) for start in (0, 3, 6)]
+        assert (1 - cosines(found["vectors"], vectors) < 1e-3).all()
+        assert (1 - cosines(np.stack([found["a"], found["b"]]), vectors[:2]) < 1e-3).all()
+        assert (1 - cosines(found["buildings"], means) < 1e-3).all()
+        assert np.allclose(np.linalg.norm(found["buildings"], axis=1), 1, atol=1e-5)
+        ranked = [f"building {row}" for row in np.argsort(-found["buildings"] @ found["a"])]
+        lines = printed.split("images/s\n")[1 + list(expected).index(family)].splitlines()
+        assert [line.split("  ")[1] for line in lines[:3]] == ranked
 
 
 @pytest.fixture
@@ -253,7 +281,7 @@ def test_the_folder_holds_what_a_user_needs_and_no_path_of_this_machine(trained)
     assert {path.name for path in folder.iterdir()} == {
         *("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "provenance.json"),
         *("configuration_spatial_embeddings.py", "modeling_spatial_embeddings.py", "projection_head.py"),
-        *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+        *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "results.png"),
     }
     for path in folder.glob("*.*"):
         if path.suffix in (".json", ".md", ".py"):
@@ -272,12 +300,12 @@ def test_the_card_holds_the_measured_figures_with_their_intervals(trained):
     assert made.data.library_name == "transformers"
     assert made.data.license == "other"  # of a local folder nobody knows
     by_type = {result.metric_type: result for result in made.data.eval_results}
-    assert set(by_type) == set(FIGURES)
-    for key, figure in FIGURES.items():
-        assert by_type[key].metric_value == figure["value"]
-        assert by_type[key].metric_args == {"low": figure["low"], "high": figure["high"]}
-    row = "25.0 [15.0, 35.0] | 50.0 [40.0, 60.0] | 75.0 [65.0, 85.0] | 87.5 [77.5, 97.5] | 90.0 [80.0, 100.0] |"
-    assert f"| this model | {row} 12.5 [2.5, 22.5] | 4 [4, 4] |" in made.text
+    assert set(by_type) == {"recall@1", "map@r", "median_rank"}  # in a gallery of 2 images the others tell nothing
+    for key, result in by_type.items():
+        figure = FIGURES[key]
+        assert result.metric_value == figure["value"]
+        assert result.metric_args == {"low": figure["low"], "high": figure["high"]}
+    assert "| this model | 25.0 [15.0, 35.0] | 12.5 [2.5, 22.5] | 4 [4, 4] |" in made.text
     assert "| learned whitening | 0.0 [0.0, 0.0] |" in made.text
     assert "| this model - learned whitening | +25.0 [+15.0, +35.0] |" in made.text
     assert "non-commercial" in made.text
@@ -320,7 +348,10 @@ def test_the_cards_metadata_is_whole_by_the_hubs_rules(trained):
         assert result["dataset"]["type"]
         assert result["dataset"]["name"]
         listed |= {metric["type"]: (metric["value"], metric["args"]) for metric in result["metrics"]}
-    assert listed == {key: (f["value"], {"low": f["low"], "high": f["high"]}) for key, f in metrics.items()}
+    figures = {key: (f["value"], {"low": f["low"], "high": f["high"]}) for key, f in metrics.items()}
+    assert listed == {key: figures[key] for key in ("recall@1", "map@r", "median_rank")}
+    assert made.data.language == "en"
+    assert made.data.datasets == ["3d-street-view"]
     assert re.fullmatch(r"[a-z0-9.-]+", made.data.license_name)  # required where the licence is "other"
     assert all(re.fullmatch(r"[a-z0-9-]+", tag) for tag in made.data.tags)
 
@@ -405,6 +436,35 @@ def test_a_network_that_is_not_there_is_a_clear_error_too(trained):
     assert done.returncode == 1
     assert "the hub cannot be reached from here" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_recall_is_shown_up_to_a_tenth_of_the_gallery():
+    shown = model_card.shown_titles({"counts": {"gallery": 1690}})
+    assert list(shown) == ["recall@1", "recall@5", "recall@10", "recall@100", "map@r", "median_rank"]
+
+
+def test_a_cosine_is_explained_by_the_pairs_that_reach_it():
+    cosines = np.random.default_rng(0).normal([[0.5], [0.0]], 0.2, (2, 5_000)).clip(-1, 1)
+    edges = np.linspace(-1, 1, 81)
+    counts = [np.histogram(values, edges)[0].tolist() for values in cosines]
+    histograms = {"edges": edges.tolist(), "matches": counts[0], "non_matches": counts[1]}
+    found = card_figures.thresholds(histograms)
+    assert len(found) == 2  # a thousandth of 5,000 pairs is 5: too few
+    for threshold, share in zip(found, (0.1, 0.01), strict=True):
+        matches, non_matches = (cosines >= threshold.cosine).mean(axis=1)
+        assert threshold[1:] == pytest.approx((matches, non_matches))
+        assert non_matches <= share < (cosines[1] >= threshold.cosine - 0.025).mean()  # the bin below is too low
+    assert card_figures.thresholds({"edges": [-1.0, 1.0], "matches": [1], "non_matches": [1]}) == []
+
+
+def test_the_card_says_how_large_the_model_is(trained):
+    folder = trained.cfg.paths.published_dir
+    weights = {name: tensor.numel() for name, tensor in load_file(folder / "model.safetensors").items()}
+    head = sum(size for name, size in weights.items() if name.startswith("head."))
+    preprocessing = backbone.load(trained.cfg.embedding_model, "float32", CPU).preprocessing
+    sizes = model_card.sizes(folder, preprocessing)
+    assert (sizes["head"], sizes["backbone"]) == (head, sum(weights.values()) - head)
+    assert sizes["bytes"] == (folder / "model.safetensors").stat().st_size
 
 
 def test_figures_without_intervals_are_told_without():

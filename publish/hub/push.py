@@ -15,7 +15,7 @@ Files = Mapping[str, Path | str]  # what is sent: name in the repository -> the 
 
 # only these: reports and photographs in the folder stay here, as the dataset's terms demand
 PATTERNS = (
-    *("README.md", "config.json", "preprocessor_config.json", "provenance.json"),
+    *("README.md", "config.json", "preprocessor_config.json", "provenance.json", model_card.FIGURES),
     *("configuration_spatial_embeddings.py", "modeling_spatial_embeddings.py", "projection_head.py"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
     *("model*.safetensors", "model.safetensors.index.json"),
