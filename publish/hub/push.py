@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
@@ -47,7 +48,7 @@ def listing(files: Files, url: str, folder: Path | None = None) -> str:
 
 
 def upload(
-    files: Files, repo: str, message: str, *, replaced: Sequence[str], flag: str = "--push", **kind: str
+    files: Files, repo: str, message: str, *, replaced: Sequence[str], flag: str = "--push", **kind: Any
 ) -> str:
     """Send files to the repository `repo` ("user/name"), a private one if it is new; the commit's URL.
 

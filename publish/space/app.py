@@ -43,7 +43,9 @@ vectors = np.load(HERE / "vectors.npy", mmap_mode="r")  # (n, D) float16, of len
 rows = pq.read_table(HERE / "rows.parquet")
 position = next((pair for pair in POSITIONS if set(pair) <= set(rows.column_names)), ())
 shown = [*(column for column in SHOWN if column in rows.column_names), *position] or rows.column_names[:5]
-places = np.stack([rows[axis].to_numpy() for axis in position], axis=1) if position else None  # (n, 2) degrees
+places = np.full((len(rows), 2), np.nan)  # latitude and longitude, degrees
+for number, axis in enumerate(position):
+    places[:, number] = rows[axis].to_numpy()
 
 
 def embed(image: Image.Image) -> np.ndarray:
@@ -63,7 +65,7 @@ def nearest(query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def map_of(found: np.ndarray) -> str:
     """The rows within MAP_RADIUS_M of the nearest one that has a position, on a map, as SVG."""
-    known = [row for row in found if places is not None and np.isfinite(places[row]).all()]
+    known = [row for row in found if np.isfinite(places[row]).all()]
     if not known:
         return "<p>The nearest rows have no positions.</p>"
     lat, lon = (places - places[known[0]]).T
@@ -84,9 +86,9 @@ def map_of(found: np.ndarray) -> str:
             dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="9" fill="#2a86d8"/>')
             dots.append(f'<text x="{x:.1f}" y="{y + 4:.1f}" {NUMBER_STYLE}>{number}</text>')
     bar_m = 10 ** math.floor(math.log10(half))
-    text = f"{bar_m:,} m" + f"; {len(found) - len(near)} of the {len(found)} are not on this map" * (
-        near != [*found]
-    )
+    text = f"{bar_m:,} m"
+    if len(near) < len(found):
+        text += f"; {len(found) - len(near)} of the {len(found)} are not on this map"
     return (
         f'<svg viewBox="0 0 {MAP_PX} {MAP_PX}" role="img" aria-label="Map of the nearest rows" style="width:100%">'
         f'<rect width="{MAP_PX}" height="{MAP_PX}" fill="none" stroke="#8c8c8c"/>{"".join(dots)}'
