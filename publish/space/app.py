@@ -25,7 +25,6 @@ HERE = Path(__file__).resolve().parent
 SHOWN = ("building", "building_id", "streetview_image_id", "images", "dataset_id")
 POSITIONS = (("lat", "lon"), ("target_lat", "target_lon"))  # of buildings, of images
 NUM_NEAREST = 10
-BLOCK_ROWS = 65_536  # multiplied at a time: of 256 dimensions 67 MB in float32
 MAP_PX, MAP_MARGIN_PX = 480, 24
 MAP_RADIUS_M = 10_000  # around the nearest row; what is farther is not on the map
 MAX_DOTS = 5_000  # of other rows
@@ -39,7 +38,7 @@ if made_by != "unknown" and json.loads(own.read_text())["id"] != made_by:
     raise SystemExit(f"the index beside {__file__} has vectors by another model than {name}: build it again")
 model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
 processor = AutoImageProcessor.from_pretrained(folder)
-vectors = np.load(HERE / "vectors.npy", mmap_mode="r")  # (n, D) float16, of length 1
+vectors = torch.from_numpy(np.load(HERE / "vectors.npy"))  # (n, D) float16, of length 1
 rows = pq.read_table(HERE / "rows.parquet")
 position = next((pair for pair in POSITIONS if set(pair) <= set(rows.column_names)), ())
 shown = [*(column for column in SHOWN if column in rows.column_names), *position] or rows.column_names[:5]
@@ -48,19 +47,19 @@ for number, axis in enumerate(position):
     places[:, number] = rows[axis].to_numpy()
 
 
-def embed(image: Image.Image) -> np.ndarray:
+def embed(image: Image.Image) -> torch.Tensor:
     """(D,) float32 of length 1."""
     image = ImageOps.exif_transpose(image).convert("RGB")
     with torch.inference_mode():
-        return model(**processor([image], return_tensors="pt")).pooler_output[0].numpy()
+        return model(**processor([image], return_tensors="pt")).pooler_output[0]
 
 
-def nearest(query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def nearest(query: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the rows most similar to a query (D,), most similar first, and their cosines."""
-    blocks = range(0, len(vectors), BLOCK_ROWS)
-    cosines = np.concatenate([vectors[start : start + BLOCK_ROWS].astype(np.float32) @ query for start in blocks])
-    found = np.argsort(-cosines, kind="stable")[:NUM_NEAREST]
-    return found, cosines[found]
+    rough = vectors @ query.half()  # (n,): with 11 bits, so some more are compared in float32
+    some = rough.topk(min(10 * NUM_NEAREST, len(vectors))).indices
+    cosines, order = (vectors[some].float() @ query).sort(descending=True, stable=True)
+    return some[order[:NUM_NEAREST]].numpy(), cosines[:NUM_NEAREST].numpy()
 
 
 def map_of(found: np.ndarray) -> str:
