@@ -293,6 +293,8 @@ def test_the_folder_holds_what_a_user_needs_and_no_path_of_this_machine(trained)
     settings = json.loads((folder / "config.json").read_text())
     assert settings["backbone_config"]["model_type"] == "dinov2"
     assert set(settings["auto_map"]) == {"AutoConfig", "AutoModel"}
+    # where sentence-transformers looks for the output's dimensions; hidden_dim, its next choice, is 24
+    assert SpatialEmbeddingsConfig.from_pretrained(folder).projection_dim == 16
     for name in ("configuration_spatial_embeddings.py", "modeling_spatial_embeddings.py", "projection_head.py"):
         assert (folder / name).read_bytes() == (ROOT / "publish" / "model" / name).read_bytes()
 
