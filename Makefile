@@ -40,7 +40,7 @@ VIEWS_ROOT = $(DEMO)/views
 VIEWS_RAW = $(VIEWS_ROOT)/raw
 VIEWS_SETTINGS = $(COMPARED_SETTINGS) --set paths.root=$(VIEWS_ROOT) --set 'embedding_model.views=[1.0]' --set training.sampler=random
 
-.PHONY: help install demo compare views test unit soak lint style types bench docs clean
+.PHONY: help install demo compare views test unit soak lint style types bench clients docs clean
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
@@ -116,6 +116,9 @@ types: $(VENV)
 
 bench: $(VENV)  ## time everything against its baselines; update README.md and docs/benchmarks.md
 	$(RUN) tests/benchmarks/run_all.py
+
+clients: $(VENV)  ## a published model in the programs that people use it with, each in an environment of its own
+	$(RUN) tests/clients/run_clients.py --place $(DEMO)/clients
 
 docs: $(VENV)  ## update the generated parts of README.md and docs/*.md
 	$(RUN) tests/generated_docs.py

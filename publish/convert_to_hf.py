@@ -4,14 +4,18 @@ Reads    checkpoints/<backbone>/<run>/checkpoint_best.pt, data/<backbone>/evalua
          backbone; for the parity check and the card data/<backbone>/merged/{train,val,test}.parquet and 64 JPEGs
          of data/raw
 Writes   data/<backbone>/published/<run>/: config.json, model.safetensors (the dtype of the embeddings; files of at
-         most 5 GB), preprocessor_config.json, three .py files, README.md (the card), provenance.json. It appears,
+         most 5 GB), preprocessor_config.json, three .py files, README.md (the card) and
+         its picture, what sentence-transformers needs (three .json files), provenance.json. It appears,
          or replaces the former one, once AutoModel reproduces from it the stored embeddings (within 1e-3 in cosine
          distance) and the trained head's vectors of these (within 1e-6)
-Command  python publish/convert_to_hf.py [--set training.run=NAME] [--push USER/NAME [--dry-run]]
-         --push sends the folder to the hub, by default to a new private repository; --dry-run only lists it
+Command  python publish/convert_to_hf.py [--set training.run=NAME] [--push USER/NAME [--push-space USER/SPACE]
+         [--dry-run]]
+         --push sends the folder to the hub, --push-space also a page that searches data/<backbone>/index/<run>
+         with it; a repository that does not exist yet becomes a private one; --dry-run only lists all that
 Memory   the backbone in that dtype (7B parameters in bfloat16: 13 GB), once here and once in the check
 """
 
+import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,19 +53,37 @@ def main(argv=None) -> int:
     arguments.add_argument(
         "--push", metavar="USER/NAME", help="send it to this repository of the Hugging Face hub"
     )
+    arguments.add_argument(
+        "--push-space", metavar="USER/SPACE", help="with --push: a Space that searches paths.index_dir with it"
+    )
     arguments.add_argument("--dry-run", action="store_true", help="with --push: only list what would be sent")
     args = arguments.parse_args(argv)
     if args.dry_run and not args.push:
         raise ConfigError("--dry-run lists what --push would send: name the repository with --push USER/NAME")
+    if args.push_space and not args.push:
+        raise ConfigError(
+            "a Space loads its model from the hub: name the model's repository with --push USER/NAME"
+        )
     cfg = cli.load_config(args)
     convert(cfg, args.redo)
     if args.push:
-        from publish.hub import push
-
-        print(push.listing(cfg.paths.published_dir, args.push))
-        if not args.dry_run:
-            print(f"pushed: {push.push(cfg.paths.published_dir, args.push)}")
+        send(cfg, args)
     return 0
+
+
+def send(cfg, args: argparse.Namespace) -> None:
+    """List what goes to the hub and, unless it is a dry run, send it."""
+    from publish.hub import push, space_push
+
+    folder, hub = cfg.paths.published_dir, "https://huggingface.co"
+    space = space_push.of_space(folder, args.push, cfg.paths.index_dir) if args.push_space else {}
+    print(push.listing(push.of_model(folder, args.push), f"{hub}/{args.push}", folder))
+    if space:
+        print(push.listing(space, f"{hub}/spaces/{args.push_space}"))
+    if not args.dry_run:
+        print(f"pushed: {push.push(folder, args.push)}")
+        if space:
+            print(f"pushed: {space_push.push_space(space, args.push_space)}")
 
 
 def convert(cfg, redo: provenance.Redo) -> None:

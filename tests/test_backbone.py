@@ -2,6 +2,7 @@
 processor does, which needs torchvision), AutoModel, and means written out.
 """
 
+import copy
 import io
 import json
 
@@ -13,14 +14,17 @@ from embedding_setup import SIZES, jpeg, picture
 from huggingface_hub import errors as hub_errors
 from local_backbone import FAMILIES, IMAGENET_MEAN, IMAGENET_STD, write_tiny_backbone
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel, Dinov2Config, Dinov2WithRegistersConfig
+from torch import nn
+from torch.ao.quantization import quantize_dynamic
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, Dinov2Config, Dinov2WithRegistersConfig
 
 from common.errors import PipelineError
 from common.imagery.decoding import decode
 from common.sections import EmbeddingModel
 from generate import backbone, model_files, pixels
+from publish.model.configuration_spatial_embeddings import SpatialEmbeddingsConfig
 from publish.model.modeling_spatial_embeddings import FAMILIES as READINGS
-from publish.model.modeling_spatial_embeddings import make_views, mean_of_views, pool
+from publish.model.modeling_spatial_embeddings import SpatialEmbeddingsModel, make_views, mean_of_views, pool
 
 CPU = torch.device("cpu")
 
@@ -338,3 +342,71 @@ def test_a_hub_model_is_known_by_name_and_revision_without_a_network():
         "embedding_model.views": [1.0],
         "embedding_model.dtype": "bfloat16",
     }
+
+
+# --------------------------------------------------------------------------------------------- the published model
+
+
+def published(folder, family: str) -> SpatialEmbeddingsModel:
+    """A seeded random published model of two views, whose whole head is in use."""
+    backbone_config = AutoConfig.from_pretrained(write_tiny_backbone(folder, family))
+    torch.manual_seed(0)
+    model = SpatialEmbeddingsModel(
+        SpatialEmbeddingsConfig(backbone_config, "cls", [1.0, 0.5], [64, 64], 32, 24, 16)
+    )
+    nn.init.constant_(model.head.gain, 0.5)
+    return model
+
+
+VITS = [family for family in FAMILIES if family.startswith("dino") and "convnext" not in family]
+
+
+@pytest.mark.parametrize("family", VITS)
+def test_gradient_checkpointing_recomputes_the_backbone_and_gives_the_same_gradients(family, tmp_path):
+    model, pixels = published(tmp_path, family).train(), torch.randn(2, 3, 128, 128)
+    weight = next(module for module in model.backbone.modules() if isinstance(module, nn.Linear)).weight
+    calls = []
+    block = next(module for module in model.backbone.modules() if hasattr(module, "gradient_checkpointing"))
+    block = next(block.children(), block)
+    block.register_forward_hook(lambda *_: calls.append(1))
+
+    def gradient() -> torch.Tensor:
+        calls.clear()
+        torch.manual_seed(0)  # DINOv3 draws its positions in training
+        return torch.autograd.grad(model(pixels).pooler_output[:, 0].sum(), weight)[0]
+
+    expected, once = gradient(), len(calls)
+    model.gradient_checkpointing_enable()
+    assert torch.allclose(gradient(), expected, atol=1e-6)
+    assert len(calls) == 2 * once
+
+
+def test_a_backbone_without_gradient_checkpointing_is_refused_as_transformers_does(tmp_path):
+    with pytest.raises(ValueError, match="not support"):
+        published(tmp_path, "dinov3_convnext").gradient_checkpointing_enable()
+
+
+@pytest.mark.parametrize("family", VITS)
+def test_the_input_embeddings_are_the_backbones(family, tmp_path):
+    model = published(tmp_path, family)
+    assert model.get_input_embeddings() is model.backbone.embeddings.patch_embeddings
+    other = copy.deepcopy(model.get_input_embeddings())
+    model.set_input_embeddings(other)
+    assert model.backbone.embeddings.patch_embeddings is other
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_dynamic_quantisation_keeps_the_vectors(family, tmp_path):
+    model, pixels = published(tmp_path, family).eval(), torch.randn(2, 3, 128, 128)
+    quantised = quantize_dynamic(model, {nn.Linear})
+    assert not isinstance(quantised.head.linear, nn.Linear)
+    with torch.inference_mode():
+        cosines = (quantised(pixels).pooler_output * model(pixels).pooler_output).sum(dim=1)
+    assert (cosines > 0.999).all()  # 8 bits
+
+
+def test_all_parameters_but_the_mean_can_be_trained(tmp_path):
+    """As in any model of transformers; the card says how to freeze the backbone."""
+    model = published(tmp_path, "dinov2")
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["head.mean"]

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -32,11 +34,12 @@ from trained_model import JPEGS, Trained
 from transformers import AutoImageProcessor
 
 from common import cli, parquet
-from common.errors import PipelineError
+from common.errors import PipelineError, StaleArtefact
 from common.imagery.decoding import decode
 from generate import backbone
+from generate.model_files import weights_digest
 from publish.convert_to_hf import main
-from publish.hub import model_card, parity, published_folder, push
+from publish.hub import card_figures, model_card, parity, published_folder, push, space_push
 from publish.inference import published_model
 from publish.model.configuration_spatial_embeddings import SpatialEmbeddingsConfig
 from publish.model.modeling_spatial_embeddings import SpatialEmbeddingsHead, SpatialEmbeddingsModel
@@ -96,12 +99,13 @@ np.savez("found.npz", **{name: vectors.float().numpy() for name, vectors in foun
 """
 
 
-def fresh_environment(folder: Path) -> str:
-    """The Python of a new virtual environment with torch, transformers, pillow and numpy, and what those require.
+def fresh_environment(folder: Path, more: list[str]) -> str:
+    """The Python of a new virtual environment with torch, transformers, pillow, numpy and `more`, and what those
+    require.
 
     The packages are links to the ones that run this test: downloading them takes minutes and gives the same files.
     """
-    wanted, todo = {}, ["torch", "transformers", "pillow", "numpy"]
+    wanted, todo = {}, ["torch", "transformers", "pillow", "numpy", *more]
     while todo:
         name = todo.pop()
         try:
@@ -123,11 +127,11 @@ def fresh_environment(folder: Path) -> str:
     return str(folder / "bin" / "python")
 
 
-def in_fresh_environment(place: Path, code: str, *arguments: str) -> str:
+def in_fresh_environment(place: Path, code: str, *arguments: str, more: list[str] | None = None) -> str:
     """What the code prints in a fresh environment, in `place`, offline, without this repository."""
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     kept |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "home")}
-    command = [fresh_environment(place / "environment"), "-c", code, *arguments]
+    command = [fresh_environment(place / "environment", more or []), "-c", code, *arguments]
     done = subprocess.run(command, cwd=place, env=kept, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -146,19 +150,46 @@ def test_the_published_folder_alone_gives_the_pipelines_vectors(trained, tmp_pat
         assert (1 - cosines(found[name], trained.vectors()) < 1e-3).all(), name
 
 
-def test_the_cards_example_runs_as_it_stands(tmp_path):
+def code_of(card: Path, *headings: str) -> str:
+    """The Python in some sections of a card."""
+    sections = re.split("^##+ (.*)\n", card.read_text(), flags=re.MULTILINE)
+    text = dict(zip(sections[1::2], sections[2::2], strict=True))
+    return "\n".join(
+        code for name in headings for code in re.findall("```python\n(.*?)```", text[name], re.DOTALL)
+    )
+
+
+CARD_SECTIONS = ("Use", "A folder, in batches", "A vector for each building", "Search with faiss")
+
+
+def test_the_cards_code_runs_as_it_stands(tmp_path):
     for name, content in zip(("a.jpg", "b.jpg"), JPEGS, strict=False):
         (tmp_path / name).write_bytes(content)
-    code, expected = "", []
+    for number, content in enumerate(JPEGS):  # the first building has three views
+        path = tmp_path / "photographs" / f"building {number // 3}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    code, expected = "", {}
     for family in ("dinov2", "dinov3_vit"):  # the second prepares images without AutoImageProcessor
         done = Trained(tmp_path / family, family)
         folder = publish_without_check(done)
-        example = (folder / "README.md").read_text().split("```python")[1].split("```")[0]
-        code += f"exec({example.replace('PATH', str(folder))!r}, {{}})\n"  # each by itself
-        vectors = done.vectors()
-        expected.append(float(vectors[0] @ vectors[1]))
-    printed = re.findall(r"-?\d\.\d+", in_fresh_environment(tmp_path, code))
-    assert [float(number) for number in printed] == pytest.approx(expected, abs=2e-3)
+        example = code_of(folder / "README.md", *CARD_SECTIONS).replace("PATH", str(folder))
+        example += (
+            f"\nimport numpy\nnumpy.savez({family!r}, a=a, b=b, vectors=vectors, buildings=building_vectors)"
+        )
+        code += f"exec({example!r}, {{}})\n"  # each by itself
+        expected[family] = done.vectors()
+    printed = in_fresh_environment(tmp_path, code, more=["faiss-cpu"])
+    for family, vectors in expected.items():
+        found = np.load(tmp_path / f"{family}.npz")
+        means = [vectors[start : start + 3].mean(axis=0) for start in (0, 3, 6)]
+        assert (1 - cosines(found["vectors"], vectors) < 1e-3).all()
+        assert (1 - cosines(np.stack([found["a"], found["b"]]), vectors[:2]) < 1e-3).all()
+        assert (1 - cosines(found["buildings"], means) < 1e-3).all()
+        assert np.allclose(np.linalg.norm(found["buildings"], axis=1), 1, atol=1e-5)
+        ranked = [f"building {row}" for row in np.argsort(-found["buildings"] @ found["a"])]
+        lines = printed.split("images/s\n")[1 + list(expected).index(family)].splitlines()
+        assert [line.split("  ")[1] for line in lines[:3]] == ranked
 
 
 @pytest.fixture
@@ -253,6 +284,7 @@ def test_the_folder_holds_what_a_user_needs_and_no_path_of_this_machine(trained)
     assert {path.name for path in folder.iterdir()} == {
         *("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "provenance.json"),
         *("configuration_spatial_embeddings.py", "modeling_spatial_embeddings.py", "projection_head.py"),
+        *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "results.png"),
     }
     for path in folder.glob("*.*"):
         if path.suffix in (".json", ".md", ".py"):
@@ -261,6 +293,8 @@ def test_the_folder_holds_what_a_user_needs_and_no_path_of_this_machine(trained)
     settings = json.loads((folder / "config.json").read_text())
     assert settings["backbone_config"]["model_type"] == "dinov2"
     assert set(settings["auto_map"]) == {"AutoConfig", "AutoModel"}
+    # where sentence-transformers looks for the output's dimensions; hidden_dim, its next choice, is 24
+    assert SpatialEmbeddingsConfig.from_pretrained(folder).projection_dim == 16
     for name in ("configuration_spatial_embeddings.py", "modeling_spatial_embeddings.py", "projection_head.py"):
         assert (folder / name).read_bytes() == (ROOT / "publish" / "model" / name).read_bytes()
 
@@ -271,16 +305,16 @@ def test_the_card_holds_the_measured_figures_with_their_intervals(trained):
     assert made.data.library_name == "transformers"
     assert made.data.license == "other"  # of a local folder nobody knows
     by_type = {result.metric_type: result for result in made.data.eval_results}
-    assert set(by_type) == set(FIGURES)
-    for key, figure in FIGURES.items():
-        assert by_type[key].metric_value == figure["value"]
-        assert by_type[key].metric_args == {"low": figure["low"], "high": figure["high"]}
-    row = "25.0 [15.0, 35.0] | 50.0 [40.0, 60.0] | 75.0 [65.0, 85.0] | 87.5 [77.5, 97.5] | 90.0 [80.0, 100.0] |"
-    assert f"| this model | {row} 12.5 [2.5, 22.5] | 4 [4, 4] |" in made.text
+    assert set(by_type) == {"recall@1", "map@r", "median_rank"}  # in a gallery of 2 images the others tell nothing
+    for key, result in by_type.items():
+        figure = FIGURES[key]
+        assert result.metric_value == figure["value"]
+        assert result.metric_args == {"low": figure["low"], "high": figure["high"]}
+    assert "| this model | 25.0 [15.0, 35.0] | 12.5 [2.5, 22.5] | 4 [4, 4] |" in made.text
     assert "| learned whitening | 0.0 [0.0, 0.0] |" in made.text
     assert "| this model - learned whitening | +25.0 [+15.0, +35.0] |" in made.text
     assert "non-commercial" in made.text
-    assert "{{" not in made.text
+    assert "{{ " not in made.text
     assert "{%" not in made.text
 
 
@@ -319,7 +353,10 @@ def test_the_cards_metadata_is_whole_by_the_hubs_rules(trained):
         assert result["dataset"]["type"]
         assert result["dataset"]["name"]
         listed |= {metric["type"]: (metric["value"], metric["args"]) for metric in result["metrics"]}
-    assert listed == {key: (f["value"], {"low": f["low"], "high": f["high"]}) for key, f in metrics.items()}
+    figures = {key: (f["value"], {"low": f["low"], "high": f["high"]}) for key, f in metrics.items()}
+    assert listed == {key: figures[key] for key in ("recall@1", "map@r", "median_rank")}
+    assert made.data.language == "en"
+    assert made.data.datasets == ["3d-street-view"]
     assert re.fullmatch(r"[a-z0-9.-]+", made.data.license_name)  # required where the licence is "other"
     assert all(re.fullmatch(r"[a-z0-9-]+", tag) for tag in made.data.tags)
 
@@ -333,36 +370,110 @@ def test_a_dry_run_lists_what_would_go_and_sends_nothing(trained, tmp_path, monk
     told = capsys.readouterr().out
     weights = (folder / "model.safetensors").stat().st_size
     assert re.search(rf"{weights:,} bytes  model\.safetensors", told)
-    total = sum(path.stat().st_size for path in folder.iterdir() if path.name != "sheet.png")
+    kept = [path.stat().st_size for path in folder.iterdir() if path.name not in ("sheet.png", "README.md")]
+    total = sum(kept) + len(push.of_model(folder, "me/buildings")["README.md"].encode())
     assert f"{total:,} bytes  in total" in told
     assert "stays here: sheet.png" in told
     assert cli.exit_code_of(lambda: main([*flags, "--dry-run"])) == 2
 
 
-def test_pushing_sends_the_listed_files_to_a_private_repository(trained, tmp_path, monkeypatch):
+class Hub:
+    """In the place of HfApi: what it is asked, and the files that it is sent."""
+
+    def __init__(self):
+        self.calls, self.sent = [], {}
+
+    def create_repo(self, repo, **options):
+        self.calls.append((repo, options))
+
+    def upload_folder(self, *, repo_id, folder_path, repo_type, delete_patterns, commit_message):
+        self.calls.append((repo_id, repo_type))
+        self.replaced = delete_patterns
+        paths = [path for path in Path(folder_path).rglob("*") if path.is_file()]  # as huggingface_hub lists them
+        self.sent = {str(path.relative_to(folder_path)): path.read_bytes() for path in paths}
+        return SimpleNamespace(commit_url="https://hub/commit")
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Hub:
+    hub = Hub()
+    monkeypatch.setattr(push, "HfApi", lambda: hub)
+    return hub
+
+
+def test_pushing_sends_the_listed_files_to_a_private_repository(trained, tmp_path, hub):
     folder = shutil.copytree(trained.cfg.paths.published_dir, tmp_path / "published")
     (folder / "sheet.png").write_bytes(b"a picture of the dataset")
     (folder / "models-old").mkdir()
     (folder / "models-old" / "a.safetensors").write_bytes(b"not in the listing")
-    calls = []
-
-    class Hub:
-        def create_repo(self, repo, **options):
-            calls.append((repo, options["private"]))
-
-        def upload_folder(self, *, repo_id, folder_path, allow_patterns, delete_patterns, **_):
-            former = ["model-00001-of-00002.safetensors", "provenance.json", ".gitattributes", "a.png"]
-            assert list(filter_repo_objects(former, allow_patterns=delete_patterns)) == former[:2]
-            there = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
-            names = filter_repo_objects(there, allow_patterns=allow_patterns)
-            calls.append((repo_id, sorted(names)))
-            return SimpleNamespace(commit_url="https://hub/commit")
-
-    monkeypatch.setattr(push, "HfApi", Hub)
     assert main([*trained.flags, "--set", f"paths.published_dir={folder}", "--push", "me/buildings"]) == 0
-    sent = sorted(path.name for path in trained.cfg.paths.published_dir.iterdir())
-    assert calls == [("me/buildings", True), ("me/buildings", sent)]
-    assert [path.name for path in push.going(folder)] == sent
+    assert hub.calls == [("me/buildings", {"private": True, "exist_ok": True}), ("me/buildings", None)]
+    files = {path.name: path.read_bytes() for path in trained.cfg.paths.published_dir.iterdir()}
+    assert hub.sent.keys() == files.keys()
+    assert [name for name in files if hub.sent[name] != files[name]] == ["README.md"]
+    former = ["model-00001-of-00002.safetensors", "provenance.json", ".gitattributes", "a.png"]
+    assert list(filter_repo_objects(former, allow_patterns=hub.replaced)) == former[:2]
+
+
+def test_the_pushed_card_names_its_repository_and_the_local_one_a_path(trained):
+    folder = trained.cfg.paths.published_dir
+    local, pushed = (folder / "README.md").read_text(), push.of_model(folder, "me/buildings")["README.md"]
+    assert 'AutoModel.from_pretrained("PATH"' in local
+    assert "`PATH` is the folder" in local
+    assert 'AutoModel.from_pretrained("me/buildings"' in pushed
+    assert "PATH" not in pushed
+
+
+@pytest.fixture
+def index(trained, tmp_path) -> Path:
+    """The published model's vectors as an index, in the format of publish/retrieval/vector_index.py."""
+    rows = parquet.read(trained.cfg.paths.merged_dir / "test.parquet")
+    folder = tmp_path / "index"
+    folder.mkdir()
+    np.save(folder / "vectors.npy", trained.vectors().astype(np.float16))
+    pq.write_table(rows.drop(["embedding"]), folder / "rows.parquet")
+    model = weights_digest(trained.cfg.paths.published_dir)
+    (folder / "index.json").write_text(json.dumps({"rows": 7, "dim": 16, "kind": "exact", "model": model}))
+    return folder
+
+
+def test_a_space_is_sent_with_its_index_and_the_name_of_its_model(trained, index, hub, capsys):
+    push_both = ["--push", "me/buildings", "--push-space", "me/search", "--set", f"paths.index_dir={index}"]
+    assert main([*trained.flags, *push_both, "--dry-run"]) == 0
+    assert not hub.calls
+    told = capsys.readouterr().out
+    assert "to https://huggingface.co/spaces/me/search (private, if it is new):" in told
+    assert re.search(rf"{(index / 'vectors.npy').stat().st_size:,} bytes  vectors\.npy", told)
+    assert main([*trained.flags, *push_both]) == 0
+    options = {"private": True, "exist_ok": True, "repo_type": "space", "space_sdk": "gradio"}
+    assert hub.calls[2:] == [("me/search", options), ("me/search", "space")]
+    names = {"README.md", "requirements.txt", "app.py", "MODEL", "vectors.npy", "rows.parquet", "index.json"}
+    assert hub.sent.keys() == names
+    assert hub.sent["MODEL"] == b"me/buildings\n"
+    card = yaml.safe_load(hub.sent["README.md"].decode().split("---")[1])
+    assert (card["sdk"], card["app_file"], card["models"]) == ("gradio", "app.py", ["me/buildings"])
+    needs = {need.name: need.specifier for need in map(Requirement, _lines(hub.sent["requirements.txt"]))}
+    assert not needs["pillow"].contains("13.0.0")  # gradio's own bound
+    assert "torchvision" not in needs
+    assert cli.exit_code_of(lambda: main([*trained.flags, "--push-space", "me/search"])) == 2
+
+
+def _lines(content: bytes) -> list[str]:
+    return [line for line in content.decode().splitlines() if not line.startswith("#")]
+
+
+def test_a_space_with_photographs_or_another_models_vectors_is_refused(trained, index):
+    published, rows = trained.cfg.paths.published_dir, pq.read_table(index / "rows.parquet")
+    for column in (pa.array([b"jpeg"] * 7), pa.array([{"bytes": b"jpeg", "path": "a.jpg"}] * 7)):
+        pq.write_table(rows.append_column("image", column), index / "rows.parquet")
+        with pytest.raises(PipelineError, match="may be photographs: image"):
+            space_push.of_space(published, "me/buildings", index)
+    (index / "index.json").write_text('{"model": "another"}')
+    with pytest.raises(StaleArtefact, match="by another model"):
+        space_push.of_space(published, "me/buildings", index)
+    (index / "index.json").unlink()
+    with pytest.raises(PipelineError, match=r"build_index\.py"):
+        space_push.of_space(published, "me/buildings", index)
 
 
 @pytest.mark.parametrize(
@@ -374,14 +485,43 @@ def test_a_hub_that_does_not_answer_or_a_wrong_name_is_a_clear_error(repo, messa
 
 
 def test_a_network_that_is_not_there_is_a_clear_error_too(trained):
-    code = "import sys; from publish.hub import push; from common import cli; "
-    code += "cli.run(lambda: push.push(sys.argv[1], 'me/buildings'))"
+    code = "import sys; from pathlib import Path; from publish.hub import push; from common import cli; "
+    code += "cli.run(lambda: push.push(Path(sys.argv[1]), 'me/buildings'))"
     command = [sys.executable, "-c", code, str(trained.cfg.paths.published_dir)]
     online = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x", "HF_ENDPOINT": "http://127.0.0.1:9"}
     done = subprocess.run(command, cwd=ROOT, env=online, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "the hub cannot be reached from here" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_recall_is_shown_up_to_a_tenth_of_the_gallery():
+    shown = model_card.shown_titles({"counts": {"gallery": 1690}})
+    assert list(shown) == ["recall@1", "recall@5", "recall@10", "recall@100", "map@r", "median_rank"]
+
+
+def test_a_cosine_is_explained_by_the_pairs_that_reach_it():
+    cosines = np.random.default_rng(0).normal([[0.5], [0.0]], 0.2, (2, 5_000)).clip(-1, 1)
+    edges = np.linspace(-1, 1, 81)
+    counts = [np.histogram(values, edges)[0].tolist() for values in cosines]
+    histograms = {"edges": edges.tolist(), "matches": counts[0], "non_matches": counts[1]}
+    found = card_figures.thresholds(histograms)
+    assert len(found) == 2  # a thousandth of 5,000 pairs is 5: too few
+    for threshold, share in zip(found, (0.1, 0.01), strict=True):
+        matches, non_matches = (cosines >= threshold.cosine).mean(axis=1)
+        assert threshold[1:] == pytest.approx((matches, non_matches))
+        assert non_matches <= share < (cosines[1] >= threshold.cosine - 0.025).mean()  # the bin below is too low
+    assert card_figures.thresholds({"edges": [-1.0, 1.0], "matches": [1], "non_matches": [1]}) == []
+
+
+def test_the_card_says_how_large_the_model_is(trained):
+    folder = trained.cfg.paths.published_dir
+    weights = {name: tensor.numel() for name, tensor in load_file(folder / "model.safetensors").items()}
+    head = sum(size for name, size in weights.items() if name.startswith("head."))
+    preprocessing = backbone.load(trained.cfg.embedding_model, "float32", CPU).preprocessing
+    sizes = model_card.sizes(folder, preprocessing)
+    assert (sizes["head"], sizes["backbone"]) == (head, sum(weights.values()) - head)
+    assert sizes["bytes"] == (folder / "model.safetensors").stat().st_size
 
 
 def test_figures_without_intervals_are_told_without():

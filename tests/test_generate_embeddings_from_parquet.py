@@ -15,6 +15,7 @@ from common import config, parquet, provenance, schemas
 from common.errors import PipelineError, StaleArtefact
 from generate import loop
 from publish.generate_embeddings_from_parquet import main
+from publish.inference import vector_tables
 from publish.model.modeling_spatial_embeddings import SpatialEmbeddingsModel
 
 DIM = 32  # of the tiny backbone
@@ -24,10 +25,10 @@ EMBEDDINGS = RNG.normal(size=(10, DIM)).astype(np.float32)
 
 @pytest.fixture
 def run(flags, tmp_path):  # noqa: F811
-    """Run the command on a table written to in.parquet, in row groups of 4; the table that comes out."""
+    """Run the command on a table written to in.parquet, in row groups of 4 rows; the table that comes out."""
 
-    def run(columns: dict, *arguments: str) -> pa.Table:
-        pq.write_table(pa.table(columns), tmp_path / "in.parquet", row_group_size=4)
+    def run(columns: dict, *arguments: str, group_rows: int = 4) -> pa.Table:
+        pq.write_table(pa.table(columns), tmp_path / "in.parquet", row_group_size=group_rows)
         command = [str(tmp_path / "in.parquet"), str(tmp_path / "out"), *flags, *arguments]
         assert main(command) == 0
         found = sorted((tmp_path / "out").glob("in-*.parquet"))
@@ -53,6 +54,8 @@ def as_lists(embeddings: np.ndarray, kind: pa.DataType) -> pa.Array:
         (pa.large_list(pa.float32()), 1e-6),
         (pa.list_(pa.float32(), DIM), 1e-6),
         (pa.list_(pa.float16(), DIM), 2e-3),  # float16 has 11 bits
+        (pa.list_view(pa.float32()), 1e-6),
+        (pa.large_list_view(pa.float32()), 1e-6),
     ],
     ids=str,
 )
@@ -81,11 +84,37 @@ def test_other_columns_are_carried_through_with_the_row_groups(run, tmp_path):
     assert groups == [4, 4, 2]
 
 
-@pytest.mark.parametrize("form", ["bytes", "struct", "alone"])
+def test_columns_of_arrows_view_types_are_carried_through_as_what_they_view(run, monkeypatch):
+    monkeypatch.setattr(vector_tables, "BATCH_ROWS", 3)  # not all of a row group
+    names = pa.array([f"n{i}" for i in range(9)] + [None])
+    tags, place = pa.array([["a"] * i or None for i in range(10)]), pa.array([{"at": "x"}] * 10)
+    views = {
+        "name": names.cast(pa.string_view()),
+        "tags": pa.array(tags.to_pylist(), pa.list_view(pa.string_view())),
+        "place": place.cast(pa.struct([("at", pa.string_view())])),
+    }
+    columns = {**views, "v": as_lists(EMBEDDINGS, pa.list_(pa.float32())), "ok": [True] * 9 + [False]}
+    table = run(columns, "--id", "name", "--valid", "ok", group_rows=10)  # pyarrow cuts no views
+    assert table.drop(["embedding", "ok"]).equals(
+        pa.table({"name": names, "tags": tags, "place": place}).slice(0, 9)
+    )
+
+
+IMAGES = {  # as a program may store JPEGS
+    "bytes": pa.array(JPEGS),
+    "struct": pa.array([{"bytes": b, "path": None} for b in JPEGS]),
+    "alone": pa.array(JPEGS),
+    "view": pa.array(JPEGS).cast(pa.binary_view()),
+    "struct of a view": pa.StructArray.from_arrays([pa.array(JPEGS).cast(pa.binary_view())], ["bytes"]),
+    "fixed size": pa.array([b.ljust(max(map(len, JPEGS)), b"\0") for b in JPEGS], pa.binary(max(map(len, JPEGS)))),
+}
+
+
+@pytest.mark.parametrize("form", IMAGES)
 def test_images_go_through_the_whole_model(form, model, run):  # noqa: F811
-    images = pa.array([{"bytes": b, "path": None} for b in JPEGS]) if form == "struct" else pa.array(JPEGS)
+    images = IMAGES[form]
     others = {} if form == "alone" else {"id": list(range(7))}
-    table = run({**others, "image": images})
+    table = run({**others, "image": images}, group_rows=7 if "view" in form else 4)
     assert table.column_names == [*others, "embedding"]
     assert table.drop(["embedding"]).to_pydict() == others
     assert (cosines(parquet.to_matrix(table["embedding"]), plain_vectors(model, JPEGS)) > 0.9999).all()

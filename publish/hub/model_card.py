@@ -1,19 +1,30 @@
-"""The model card: model_card.md filled in with the facts of the run."""
+"""The model card: model_card.md filled in with the facts of the run, and its picture."""
 
 from pathlib import Path
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from common import parquet, schemas
 from common.config import is_folder
 from common.sections import Config
 from generate.pixels import Preprocessing
-from train.evaluation.metric_names import TITLES
+from publish.hub import card_figures
+from publish.inference import model_sizes
+from publish.model.configuration_spatial_embeddings import SpatialEmbeddingsConfig
+from publish.model.modeling_spatial_embeddings import SpatialEmbeddingsHead, SpatialEmbeddingsModel
+from train.evaluation.metric_names import TITLES, shown_recalls
 
+CARD, FIGURES = "README.md", "results.png"
+REPOSITORY = "https://github.com/embedding-pipeline/embedding-pipeline"
+PLACE_OF_THE_MODEL = "`PATH` is the folder that holds this card, or the model's name on the hub."
 TEMPLATE = Path(__file__).with_name("model_card.md")
 METHODS = {"raw": "raw backbone", "pca": "PCA", "whitening": "learned whitening", "trained": "this model"}
 _LICENCES = {  # of the backbone's weights: prefix of its name on the hub -> fields of the card
-    "facebook/dinov2": {"license": "apache-2.0"},
+    "facebook/dinov2": {
+        "license": "apache-2.0",
+        "license_link": "https://github.com/facebookresearch/dinov2/blob/main/LICENSE",
+    },
     "facebook/dinov3": {
         "license": "other",
         "license_name": "dinov3-license",
@@ -23,11 +34,13 @@ _LICENCES = {  # of the backbone's weights: prefix of its name on the hub -> fie
 
 
 def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocessing: Preprocessing | None) -> None:
-    """README.md in `folder`. `metrics`: see train/evaluate.py; `preprocessing`: None for a head alone."""
+    """README.md and results.png in `folder`, which holds the model. `metrics`: see train/evaluate.py;
+    `preprocessing`: None for a head alone."""
     backbone, on_hub = checkpoint["embedding_model"]["name"], not is_folder(cfg.embedding_model.name)
     test = parquet.read_provenance(cfg.paths.merged_dir / "test.parquet")
     imported = test.facts.get("imported", [])  # sets of photographs that are not the dataset's
     has_tars = not imported or sum(name.startswith("intermediates/") for name in test.inputs) > len(imported)
+    datasets, titles = [*(["3D Street View"] * has_tars), *imported], shown_titles(metrics)
     name = f"building-embeddings-{Path(backbone).name}"
     data = ModelCardData(
         model_name=name,
@@ -35,7 +48,9 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
         pipeline_tag="image-feature-extraction" if preprocessing else "feature-extraction",
         tags=["image-retrieval", "visual-place-recognition", "street-view", "buildings"],
         base_model=backbone if on_hub else None,
-        eval_results=results(metrics, [*(["3D Street View"] * has_tars), *imported]),
+        language="en",  # of this card: the hub asks for it
+        datasets=[slug(dataset) for dataset in datasets],
+        eval_results=results(metrics, datasets),
         **(licence(backbone) if preprocessing else {}),  # type: ignore[arg-type]
     )
     table = [(METHODS.get(method, method), values, "") for method, values in metrics["methods"].items()]
@@ -45,6 +60,7 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
         data,
         template_path=str(TEMPLATE),
         name=name,
+        place_of_the_model=PLACE_OF_THE_MODEL,
         backbone=checkpoint["embedding_model"],
         on_hub=on_hub,
         licence=data.license_name or data.license,
@@ -62,10 +78,46 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
             if key.startswith("training.") and not isinstance(value, dict)
         },
         metrics=metrics,
-        titles=list(TITLES.values()),
-        table=[(row, [as_text(values[key], key, sign) for key in TITLES]) for row, values, sign in table],
+        titles=list(titles.values()),
+        table=[(row, [as_text(values[key], key, sign) for key in titles]) for row, values, sign in table],
+        thresholds=card_figures.thresholds(metrics["similarity_histograms"]),
+        pairs={kind: sum(metrics["similarity_histograms"][kind]) for kind in ("matches", "non_matches")},
+        sizes=sizes(folder, preprocessing),
+        figures=FIGURES,
+        repository=REPOSITORY,
     )
-    (folder / "README.md").write_text(str(card).rstrip() + "\n")
+    card_figures.draw(folder / FIGURES, metrics, METHODS)
+    (folder / CARD).write_text(str(card).rstrip() + "\n")
+
+
+def for_repository(card: str, repo: str) -> str:
+    """The card with the name of the hub's repository in its code."""
+    return card.replace(f"{PLACE_OF_THE_MODEL}\n\n", "").replace("PATH", repo)
+
+
+def shown_titles(metrics: dict) -> dict[str, str]:
+    """The metrics that tell something in a gallery of this size, and how they are printed."""
+    recalls = shown_recalls(metrics["counts"]["gallery"])
+    return {key: title for key, title in TITLES.items() if key in recalls or not key.startswith("recall@")}
+
+
+def sizes(folder: Path, preprocessing: Preprocessing | None) -> dict[str, int]:
+    """Parameters of the backbone and of the head, the weights' bytes, and the operations for an image."""
+    config = SpatialEmbeddingsConfig.from_pretrained(folder)
+    with torch.device("meta"):  # counted without their values
+        if preprocessing:
+            model, height_width = SpatialEmbeddingsModel(config), preprocessing.image_size
+            flops, _ = model_sizes.measure(model.eval(), torch.empty(1, 3, *height_width))
+        else:
+            model, flops = SpatialEmbeddingsHead(config), 0
+    parameters, head = (sum(p.numel() for p in part.parameters()) for part in (model, model.head))
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {"backbone": parameters - head, "head": head, "bytes": weights, "flops": flops}
+
+
+def slug(name: str) -> str:
+    """A name as the hub's metadata wants it."""
+    return name.lower().replace(" ", "-")
 
 
 def licence(backbone: str) -> dict[str, str]:
@@ -80,7 +132,7 @@ def results(metrics: dict, datasets: list[str]) -> list[EvalResult]:
         EvalResult(
             task_type="image-feature-extraction",
             task_name="Retrieval of other views of the same building",
-            dataset_type="-".join(datasets).lower().replace(" ", "-"),
+            dataset_type=slug("-".join(datasets)),
             dataset_name=f"{', '.join(datasets)}, held-out test split",
             dataset_split="test",
             metric_type=key,
@@ -88,7 +140,7 @@ def results(metrics: dict, datasets: list[str]) -> list[EvalResult]:
             metric_value=figure["value"],
             metric_args={end: figure[end] for end in ("low", "high") if figure[end] is not None} or None,
         )
-        for key, title in TITLES.items()
+        for key, title in shown_titles(metrics).items()
         for figure in (metrics["methods"]["trained"][key],)
     ]
 

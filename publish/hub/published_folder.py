@@ -26,6 +26,16 @@ from publish.model.modeling_spatial_embeddings import SpatialEmbeddingsHead, Spa
 from train.evaluation.heads import head_of
 
 MAX_SHARD_SIZE = "5GB"  # of the weights: larger files are slow to fetch, and to resume
+# sentence-transformers takes the model's own output; without these files it averages the backbone's tokens
+SENTENCE_TRANSFORMERS: dict[str, list | dict] = {
+    "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"image": {"method": "forward", "method_output_name": "pooler_output"}},
+        "module_output_name": "sentence_embedding",
+    },
+    "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
+}
 NEW = "new"  # in a temporary folder: what is being published; files.FORMER is what it replaces
 
 
@@ -62,8 +72,8 @@ def backbone_settings(cfg: Config, checkpoint_path: Path, checkpoint: dict) -> E
 def write_model(
     folder: Path, settings: EmbeddingModel, checkpoint_path: Path, checkpoint: dict
 ) -> Preprocessing | None:
-    """Write weights, configuration and code to `folder`, as save_pretrained does, and the preprocessing; of a head
-    trained on vectors that another network has made, the head alone."""
+    """Write weights, configuration and code to `folder`, as save_pretrained does, the preprocessing, and what
+    sentence-transformers needs; of a head trained on vectors that another network has made, the head alone."""
     shape = {key: checkpoint[key] for key in ("input_dim", "hidden_dim", "output_dim", "dropout")}
     if vector_files(settings.name):
         alone = SpatialEmbeddingsHead(SpatialEmbeddingsConfig(**shape))
@@ -85,7 +95,8 @@ def write_model(
     loaded.model.config.dtype = loaded.model.dtype  # the backbone's configuration in `config`
     _save(model, folder)
     preprocessing = read_config(loaded.folder, min(settings.views))
-    (folder / PREPROCESSING).write_text(json.dumps(preprocessing, indent=2) + "\n")
+    for name, content in {PREPROCESSING: preprocessing, **SENTENCE_TRANSFORMERS}.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     return loaded.preprocessing
 
 

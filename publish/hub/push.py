@@ -1,59 +1,94 @@
-"""Sending the published folder to the Hugging Face hub."""
+"""Sending files to a repository of the Hugging Face hub, among them the published model."""
 
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
 
 from common.errors import PipelineError
 from common.parquet import first_line
+from publish.hub import model_card
+
+Files = Mapping[str, Path | str]  # what is sent: name in the repository -> the file, or its text
 
 # only these: reports and photographs in the folder stay here, as the dataset's terms demand
 PATTERNS = (
-    *("README.md", "config.json", "preprocessor_config.json", "provenance.json"),
+    *("README.md", "config.json", "preprocessor_config.json", "provenance.json", model_card.FIGURES),
     *("configuration_spatial_embeddings.py", "modeling_spatial_embeddings.py", "projection_head.py"),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
     *("model*.safetensors", "model.safetensors.index.json"),
 )
 
 
-def going(folder: Path) -> list[Path]:
-    """The files of the folder that are sent to the hub."""
-    return sorted({path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()})
+def of_model(folder: Path, repo: str) -> dict[str, Path | str]:
+    """The files of a published folder that are sent to the hub; the card names the repository in its code."""
+    files: dict[str, Path | str] = {
+        path.name: path for pattern in PATTERNS for path in sorted(folder.glob(pattern)) if path.is_file()
+    }
+    if card := files.get(model_card.CARD):
+        files[model_card.CARD] = model_card.for_repository(Path(card).read_text(), repo)
+    return files
 
 
-def listing(folder: Path, repo: str) -> str:
-    """What would be sent where, with sizes, and what would stay."""
-    files = going(folder)
-    total = sum(path.stat().st_size for path in files)
-    lines = [f"to https://huggingface.co/{repo} (private, if it is new):"]
-    lines += [f"{path.stat().st_size:>15,} bytes  {path.name}" for path in files]
-    lines += [f"{total:>15,} bytes  in total"]
-    lines += [f"stays here: {path.name}" for path in sorted(folder.iterdir()) if path not in files]
+def listing(files: Files, url: str, folder: Path | None = None) -> str:
+    """What would be sent to `url`, with sizes, and what in `folder` would stay."""
+    sizes = {
+        name: content.stat().st_size if isinstance(content, Path) else len(content.encode())
+        for name, content in sorted(files.items())
+    }
+    lines = [f"to {url} (private, if it is new):"]
+    lines += [f"{size:>15,} bytes  {name}" for name, size in sizes.items()]
+    lines += [f"{sum(sizes.values()):>15,} bytes  in total"]
+    if folder:
+        lines += [f"stays here: {path.name}" for path in sorted(folder.iterdir()) if path.name not in files]
     return "\n".join(lines)
 
 
-def push(folder: Path, repo: str) -> str:
-    """Send the folder to the repository `repo` ("name/model"); the commit's URL. Raises PipelineError."""
+def upload(
+    files: Files, repo: str, message: str, *, replaced: Sequence[str], flag: str = "--push", **kind: Any
+) -> str:
+    """Send files to the repository `repo` ("user/name"), a private one if it is new; the commit's URL.
+
+    `replaced`: patterns of files of former uploads, which are deleted unless they are sent again. `flag`: of the
+    command, for messages. `kind`: repo_type, "model" unless given, and space_sdk of a Space. Raises PipelineError.
+    """
     api = HfApi()
     try:
-        api.create_repo(repo, repo_type="model", private=True, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            allow_patterns=[path.name for path in going(folder)],  # PATTERNS would match in subfolders too
-            delete_patterns=list(PATTERNS),  # of a former model: its weights would hide the shards of this one
-            commit_message="Publish building embeddings",
-        )
+        api.create_repo(repo, private=True, exist_ok=True, **kind)
+        with tempfile.TemporaryDirectory() as place:
+            for name, content in files.items():
+                path = Path(place) / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(content, Path):
+                    path.symlink_to(content.resolve())
+                else:
+                    path.write_text(content)
+            done = api.upload_folder(
+                repo_id=repo,
+                folder_path=place,
+                repo_type=kind.get("repo_type"),
+                delete_patterns=list(replaced),
+                commit_message=message,
+            )
     except hub_errors.HFValidationError as error:
-        message = f"--push {repo} is not a valid repository name: {first_line(error)}"
+        advice = f"{flag} {repo} is not a valid repository name: {first_line(error)}"
     except (hub_errors.HfHubHTTPError, hub_errors.LocalTokenNotFoundError) as error:
-        message = (
-            f"the hub refuses {repo}: {first_line(error)}\nlog in with `hf auth login`, or set HF_TOKEN to a "
+        advice = f"the hub refuses {repo}: {first_line(error)}\n"
+        advice += (
+            "log in with `hf auth login`, or set HF_TOKEN to a token that may write there; the files are kept"
         )
-        message += "token that may write there; the folder is kept"
     except (hub_errors.OfflineModeIsEnabled, hub_errors.HTTPError) as error:  # of its HTTP library
-        message = f"the hub cannot be reached from here: {first_line(error)}\n"
-        message += f"push {folder} where there is a network, with HF_HUB_OFFLINE unset"
+        advice = f"the hub cannot be reached from here: {first_line(error)}\n"
+        advice += f"run it again with {flag} where there is a network, with HF_HUB_OFFLINE unset"
     else:
         return done.commit_url
-    raise PipelineError(message)
+    raise PipelineError(advice)
+
+
+def push(folder: Path, repo: str) -> str:
+    """Send a published folder to `repo`; the commit's URL. Raises PipelineError."""
+    # of a former model: its weights would hide the shards of this one
+    return upload(of_model(folder, repo), repo, "Publish building embeddings", replaced=PATTERNS)

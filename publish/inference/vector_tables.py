@@ -41,9 +41,10 @@ class TableSource:
         """`store`: the tars of intermediates."""
         self.path, self.name, self._store = path, path.stem, store
         with parquet.open_file(path) as file:
-            schema = file.schema_arrow
+            schema = pa.schema([field.with_type(_without_views(field.type)) for field in file.schema_arrow])
             self._group_rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         self._ends = list(accumulate(self._group_rows))
+        self._all = schema
         self.column, self.holds_images = _usable(path, schema, columns.data)
         self.schema = pa.schema([field for field in schema if field.name != self.column])  # the columns to keep
         self._id, self._valid = columns.id, columns.valid
@@ -105,7 +106,11 @@ class TableSource:
                 yield from self._batches(file, group, columns)
 
     def _batches(self, file: ParquetFile, group: int, columns: list[str]) -> Iterator[pa.Table]:
-        return parquet.batches_of(self.path, file, range(group, group + 1), columns, BATCH_ROWS)
+        for batch in parquet.batches_of(self.path, file, range(group, group + 1), columns, BATCH_ROWS):
+            wanted = pa.schema([self._all.field(name) for name in batch.column_names])
+            if not batch.schema.equals(wanted):
+                batch = pa.table([_read_as(batch[field.name], field.type) for field in wanted], schema=wanted)
+            yield batch
 
     def reader(self, start: int, stop: int) -> Callable[[int, int], Sequence[bytes | Rejected | None]]:
         """A function that reads encoded images of a part by their numbers in it, best in nearly rising order."""
@@ -173,4 +178,36 @@ def _kind(kind: pa.DataType) -> str | None:
         return "embeddings" if types.is_floating(kind.value_type) else None
     if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:  # as Hugging Face stores images
         kind = kind.field("bytes").type
-    return "images" if types.is_binary(kind) or types.is_large_binary(kind) else None
+    is_bytes = types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
+    return "images" if is_bytes else None
+
+
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    """The type as which a column is read: pyarrow cannot take rows of Arrow's view types."""
+    if types.is_string_view(kind):
+        return pa.string()
+    if types.is_binary_view(kind):
+        return pa.large_binary()  # a batch of images may have more than 2 GB
+    if types.is_struct(kind):
+        return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
+    if types.is_list(kind) or types.is_list_view(kind):
+        return pa.list_(kind.value_field.with_type(_without_views(kind.value_type)))
+    if types.is_large_list(kind) or types.is_large_list_view(kind):
+        return pa.large_list(kind.value_field.with_type(_without_views(kind.value_type)))
+    return kind
+
+
+def _read_as(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """The column as a type of `_without_views`."""
+    if types.is_list_view(column.type) or types.is_large_list_view(column.type):
+        # by hand: pyarrow 26 casts n views to lists with n offsets, one too few
+        lists = [_lists(chunk) for chunk in column.chunks]
+        column = pa.chunked_array(lists, pa.large_list(column.type.value_field))
+    return column if column.type == kind else column.cast(kind)
+
+
+def _lists(views: pa.Array) -> pa.Array:
+    lengths = pc.fill_null(pc.list_value_length(views), 0).to_numpy()
+    offsets = pa.array(np.append(0, np.cumsum(lengths)), pa.int64())
+    kind = pa.large_list(views.type.value_field)
+    return pa.LargeListArray.from_arrays(offsets, views.flatten(), type=kind, mask=views.is_null())

@@ -12,6 +12,7 @@ class SpatialEmbeddingsConfig(PretrainedConfig):
 
     model_type = "spatial_embeddings"
     sub_configs: ClassVar = {"backbone_config": AutoConfig}  # attn_implementation is passed on to it
+    attribute_map: ClassVar = {"projection_dim": "output_dim"}  # where sentence-transformers looks for it
 
     def __init__(
         self,

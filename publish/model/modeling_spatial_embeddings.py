@@ -1,4 +1,4 @@
-"""The published model: a frozen vision backbone, pooling, and the projection head.
+"""The published model: a vision backbone, pooling, and the projection head that was trained on top of it.
 
 Hugging Face copies this file and the two that it imports beside the weights; they import nothing else from here.
 """
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -92,6 +93,8 @@ class SpatialEmbeddingsModel(PreTrainedModel):
 
     `forward(pixel_values).pooler_output`: (N, output_dim) float32 of length 1, whose dot product is the
     similarity. `project(embeddings)`: the same from stored embeddings, the pipeline's `mean_of_views`.
+    The backbone was frozen in training; loaded, its parameters require gradients, as those of any model in
+    transformers do. `model.backbone.requires_grad_(False)` freezes it again.
     """
 
     config_class = SpatialEmbeddingsConfig
@@ -108,8 +111,17 @@ class SpatialEmbeddingsModel(PreTrainedModel):
             raise ValueError(f"unknown pooling {config.pooling}; choose one of {', '.join(POOLINGS)}")
         # the dtype that is being loaded, not the one that the backbone's configuration was saved with
         self.backbone = AutoModel.from_config(config.backbone_config, dtype=torch.get_default_dtype())
+        self.supports_gradient_checkpointing = self.backbone.supports_gradient_checkpointing
         self.head = ProjectionHead(config.input_dim, config.hidden_dim, config.output_dim, config.dropout)
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's patch embedding. Raises NotImplementedError for a ConvNeXt, as transformers does."""
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the backbone's patch embedding."""
+        self.backbone.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:

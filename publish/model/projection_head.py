@@ -35,6 +35,6 @@ class ProjectionHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.normalize(x.float(), dim=-1)
-        dtype = self.linear.weight.dtype
+        dtype = self.mean.dtype  # not linear.weight's: dynamic quantisation makes that a method
         y = self.linear((x - self.mean.float()).to(dtype)) + self.gain * self.mlp(x.to(dtype))
         return F.normalize(y.float(), dim=-1)
