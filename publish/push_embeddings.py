@@ -34,7 +34,7 @@ def main(argv=None) -> int:
     dataset_push.lay_out(folder, tables, dataset_push.card(cfg, tables, args.repo, args.model_repo))
     print(dataset_push.listing(folder, args.repo))
     if not args.dry_run:
-        print(f"pushed: {dataset_push.push(folder, args.repo)}")
+        print(f"pushed: {dataset_push.send(folder, args.repo)}")
     return 0
 
 

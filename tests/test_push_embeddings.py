@@ -4,6 +4,7 @@ hub's own parser of cards; a hub that records what it is sent."""
 import json
 import re
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import duckdb
@@ -18,7 +19,7 @@ from common import cli, config, files, parquet, provenance, schemas
 from common.errors import PipelineError, StaleArtefact
 from generate import model_files
 from publish import push_embeddings
-from publish.hub import dataset_push
+from publish.hub import dataset_push, push
 
 DIM = 8
 SPLIT_ROWS = {"train": 30, "val": 10, "test": 20}
@@ -84,17 +85,18 @@ class Hub:
     def create_repo(self, repo, **options):
         self.calls.append((repo, options["repo_type"], options["private"]))
 
-    def upload_folder(self, *, repo_id, repo_type, folder_path, allow_patterns, delete_patterns, **_):
-        there = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
+    def upload_folder(self, *, repo_id, repo_type, folder_path, delete_patterns, **_):
         former = ["images/train-7.parquet", "buildings/buildings.parquet", ".gitattributes", "mine.md"]
-        sent = sorted(filter_repo_objects(there, allow_patterns=allow_patterns))
+        sent = sorted(
+            str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()
+        )
         deleted = list(filter_repo_objects(former, allow_patterns=delete_patterns))
         self.calls.append((repo_id, repo_type, sent, deleted))
         return SimpleNamespace(commit_url="https://hub/commit")
 
 
 def test_datasets_reads_both_tables_from_the_folder(place, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(dataset_push, "HfApi", None)  # nothing leaves
+    monkeypatch.setattr(push, "HfApi", None)  # nothing leaves
     assert push_embeddings.main([*place.flags, "--dry-run"]) == 0
     told = capsys.readouterr().out
     for split, n in SPLIT_ROWS.items():
@@ -150,7 +152,7 @@ def test_pushing_sends_the_listed_files_to_a_private_repository(place, monkeypat
     (place.folder / "photograph.jpg").write_bytes(b"of someone's own")
     (place.folder / "images" / "train-9.parquet").symlink_to(place.cfg.paths.vectors_dir / "gone.parquet")
     hub = Hub()
-    monkeypatch.setattr(dataset_push, "HfApi", lambda: hub)
+    monkeypatch.setattr(push, "HfApi", lambda: hub)
     assert push_embeddings.main(place.flags) == 0
     sent = ["README.md", "buildings/buildings.parquet", *(f"images/{s}-0.parquet" for s in sorted(SPLIT_ROWS))]
     deleted = ["images/train-7.parquet", "buildings/buildings.parquet"]
@@ -167,7 +169,7 @@ def test_one_table_alone_is_sent_and_the_other_is_named(place, gone, left, capsy
     assert f"without {gone}: publish/" in capsys.readouterr().out
     assert [entry["config_name"] for entry in place.card().data.configs] == [left]
     assert place.card().data.license_name == "3d-street-view-non-commercial-research"
-    assert {path.parent.name for path in dataset_push.going(place.folder)} == {left, place.folder.name}
+    assert {name.partition("/")[0] for name in dataset_push.going(place.folder)} == {left, "README.md"}
 
 
 def test_vectors_that_are_not_in_splits_are_one(place, tmp_path):

@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi
-from huggingface_hub import errors as hub_errors
+from huggingface_hub import DatasetCard, DatasetCardData
 
 from common import files, parquet, schemas
 from common.errors import PipelineError, StaleArtefact
 from common.sections import Config
 from generate import model_files
+from publish.hub import push
 from publish.inference import model_record
 
 TEMPLATE = Path(__file__).with_name("dataset_card.md")
@@ -144,7 +144,7 @@ def _has_street_view(table: Table) -> bool:
 
 def lay_out(folder: Path, tables: list[Table], text: str) -> None:
     """Write the dataset's folder: the card, and links to the tables' files in place of earlier ones."""
-    for old in [path for path in going(folder) if path.is_symlink()]:
+    for old in [path for path in going(folder).values() if path.is_symlink()]:
         old.unlink()
     for table in tables:
         (folder / table.name).mkdir(parents=True, exist_ok=True)
@@ -153,44 +153,25 @@ def lay_out(folder: Path, tables: list[Table], text: str) -> None:
     files.write_text(folder / "README.md", text)
 
 
-def going(folder: Path) -> list[Path]:
-    """The files of the folder that are sent to the hub."""
-    return sorted(path for pattern in PATTERNS for path in folder.glob(pattern))
+def going(folder: Path) -> dict[str, Path]:
+    """The files of the folder that are sent to the hub, by their names there."""
+    return {str(path.relative_to(folder)): path for pattern in PATTERNS for path in sorted(folder.glob(pattern))}
 
 
 def listing(folder: Path, repo: str) -> str:
     """What would be sent where, with sizes, which table is missing, and where the card is to be read before."""
-    sizes = {path.relative_to(folder): path.stat().st_size for path in going(folder)}
-    lines = [f"to https://huggingface.co/datasets/{repo} (private, if it is new):"]
-    lines += [f"{size:>15,} bytes  {path}" for path, size in sizes.items()]
-    lines += [f"{sum(sizes.values()):>15,} bytes  in total"]
-    for name, script in (("images", "generate_embeddings_from_parquet"), ("buildings", "aggregate_buildings")):
-        if not any(path.parts[0] == name for path in sizes):
-            lines.append(f"without {name}: publish/{script}.py makes them")
+    names = going(folder)
+    lines = [push.listing(names, f"https://huggingface.co/datasets/{repo}")]
+    for table, script in (("images", "generate_embeddings_from_parquet"), ("buildings", "aggregate_buildings")):
+        if not any(name.startswith(f"{table}/") for name in names):
+            lines.append(f"without {table}: publish/{script}.py makes them")
     return "\n".join([*lines, f"the card: {folder / 'README.md'}"])
 
 
-def push(folder: Path, repo: str) -> str:
+def send(folder: Path, repo: str) -> str:
     """Send the folder to the dataset repository `repo`; the commit's URL. Raises PipelineError."""
-    api = HfApi()
-    try:
-        api.create_repo(repo, repo_type="dataset", private=True, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=repo,
-            repo_type="dataset",
-            folder_path=folder,
-            allow_patterns=[str(path.relative_to(folder)) for path in going(folder)],
-            delete_patterns=list(PATTERNS[1:]),  # of former vectors: a configuration would read them, too
-            commit_message="Publish vectors of images and buildings",
-        )
-    except hub_errors.HFValidationError as error:
-        message = f"{repo} is not a valid repository name: {parquet.first_line(error)}"
-    except (hub_errors.HfHubHTTPError, hub_errors.LocalTokenNotFoundError) as error:
-        message = f"the hub refuses {repo}: {parquet.first_line(error)}\n"
-        message += "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
-    except (hub_errors.OfflineModeIsEnabled, hub_errors.HTTPError) as error:  # of its HTTP library
-        message = f"the hub cannot be reached from here: {parquet.first_line(error)}\n"
-        message += "push where there is a network, with HF_HUB_OFFLINE unset"
-    else:
-        return done.commit_url
-    raise PipelineError(message)
+    former = PATTERNS[1:]  # vectors of an earlier push: a configuration would read them, too
+    message = "Publish vectors of images and buildings"
+    return push.upload(
+        going(folder), repo, message, replaced=former, flag="push_embeddings.py", repo_type="dataset"
+    )
