@@ -17,10 +17,16 @@ from matplotlib.figure import Figure
 
 INK = "#0a0b0c"  # replaced by the page's text colour in the SVG
 # Okabe and Ito's: the colour-blind tell them apart
-_OKABE_ITO = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
-BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION = PALETTE = _OKABE_ITO
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION = PALETTE
 GREY = "#8c8c8c"
 SPLIT_COLOURS = {"train": BLUE, "val": ORANGE, "test": GREEN, "all": BLUE}
+METHOD_LOOKS: dict[str, dict[str, Any]] = {  # of the methods of an evaluation: different in more than colour
+    "raw": {"color": GREY, "linestyle": ":"},
+    "pca": {"color": PURPLE, "linestyle": "-."},
+    "whitening": {"color": ORANGE, "linestyle": "--"},
+    "trained": {"color": BLUE, "linestyle": "-"},
+}
 STYLE: dict[Any, Any] = {  # Any: matplotlib's type enumerates its settings
     "svg.fonttype": "none",  # text stays text: smaller, and in the page's font
     "text.parse_math": False,  # method names come from file names: "$" is literal

@@ -2,10 +2,11 @@
 
 Reads    INPUT: a Parquet file, or a folder of them, with a column of embeddings (lists of floats: what
          generate_embeddings.py writes) or of images (bytes, or Hugging Face's struct of bytes and path), or the
-         pipeline's intermediates (then also the tars of paths.raw_dir); the published model
-         (by default data/<backbone>/merged)
-Writes   OUT/<file>-<part>.parquet (by default in data/<backbone>/vectors/<run>): the other columns as they are, and `embedding` (float32, of length 1) in place
-         of the column that was used; whole row groups, at least data.rows_per_part rows a part;
+         pipeline's intermediates (then also the tars of paths.raw_dir); by default data/<backbone>/merged;
+         the published model
+Writes   OUT/<file>-<part>.parquet: the other columns as they are, and `embedding` (float32, of length 1) in place
+         of the column that was used; whole row groups, at least data.rows_per_part rows a part; by default OUT is
+         data/<backbone>/vectors/<run>;
          OUT_rejects/: rows whose image cannot be decoded, or which the column of --valid rules out, by the column
          of --id or else by number: each row of INPUT is in one or the other
 Command  python publish/generate_embeddings_from_parquet.py [INPUT OUT] [--column NAME] [--id NAME] [--valid NAME]
@@ -28,7 +29,7 @@ from common.errors import ConfigError
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = cli.parser(__doc__, shards=True)
-    arguments.add_argument("input", type=Path, nargs="?", help="Parquet file, or folder of them (paths.merged_dir)")
+    arguments.add_argument("input", type=Path, nargs="?", help="Parquet file or folder (paths.merged_dir)")
     arguments.add_argument("out", type=Path, nargs="?", help="folder for the vectors (paths.vectors_dir)")
     arguments.add_argument("--column", metavar="NAME", help="with the embeddings or images (the one that fits)")
     arguments.add_argument("--id", metavar="NAME", help="column that names rejected rows (their numbers do)")

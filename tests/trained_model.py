@@ -48,7 +48,7 @@ def write_checkpoint(cfg: sections.Config, **changes) -> ProjectionHead:
         "metrics": {"map@r": 0.3},
         "config": config.values(cfg, "training"),
         "embedding_model": {**model, "dim": made.facts["dim"], "image_size": made.facts["image_size"]},
-        "baselines": {},
+        "baselines": {"pca": {}, "whitening": {}},
         "provenance": record.to_dict(),
         **changes,
     }

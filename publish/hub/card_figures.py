@@ -4,7 +4,7 @@ Loads matplotlib. Neither shows a photograph: the dataset's may not be published
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -12,12 +12,6 @@ from matplotlib.figure import Figure
 
 from common import pages
 
-LOOKS: dict[str, dict[str, Any]] = {  # as in the report; told apart without colours, too
-    "raw": {"color": "#8c8c8c", "linestyle": ":"},
-    "pca": {"color": "#b07ad0", "linestyle": "-."},
-    "whitening": {"color": "#e08a1e", "linestyle": "--"},
-    "trained": {"color": "#2a86d8", "linestyle": "-"},
-}
 SHARES = (0.1, 0.01, 0.001)  # of non-matching pairs
 MIN_PAIRS = 10  # that a share must stand for
 
@@ -61,15 +55,15 @@ def draw(path: Path, metrics: dict, names: dict[str, str]) -> None:
     for method, name in names.items():
         if method in curve["methods"]:
             values = 100 * np.array(curve["methods"][method][: len(shown)])
-            recall.plot(shown, values, label=name, **LOOKS.get(method, {}))
+            recall.plot(shown, values, label=name, **pages.METHOD_LOOKS.get(method, {}))
     recall.set(xscale="log", xlabel="k", ylabel="Recall@k, %", title="Is the building among the k nearest images?")
     recall.set_xlim(1, max(last, 2))
     ticks = [k for k in (1, 10, 100, 1000) if k <= last]
     recall.set_xticks(ticks, map(str, ticks))
     recall.minorticks_off()
     edges, shares = at_least(metrics["similarity_histograms"])
-    cosine.plot(edges, 100 * shares["matches"], label="the same building", **LOOKS["trained"])
-    cosine.plot(edges, 100 * shares["non_matches"], label="different buildings", **LOOKS["raw"])
+    cosine.plot(edges, 100 * shares["matches"], label="the same building", **pages.METHOD_LOOKS["trained"])
+    cosine.plot(edges, 100 * shares["non_matches"], label="different buildings", **pages.METHOD_LOOKS["raw"])
     cosine.set(xlabel="cosine", ylabel="pairs at least this similar, %", title="What does a cosine mean?")
     cosine.set_xticks([-1, -0.5, 0, 0.5, 1])
     for axes in (recall, cosine):

@@ -35,10 +35,7 @@ def load_checkpoint(path: Path) -> dict:
     except pickle.UnpicklingError:  # it holds more than tensors and plain values
         content = None
     try:
-        is_ours = (
-            isinstance(content, dict) and content.keys() >= _KEYS and content["baselines"].keys() >= _BASELINES
-        )
-        if not is_ours:
+        if not content.keys() >= _KEYS or not content["baselines"].keys() >= _BASELINES:
             raise ValueError
         head_of(content)
         Provenance.from_dict(content["provenance"])

@@ -11,21 +11,16 @@ from matplotlib.rcsetup import cycler
 
 from common import pages
 
-_LOOKS: dict[str, dict] = {  # of the lines: different in more than colour
-    "raw": {"color": "#8c8c8c", "linestyle": ":"},
-    "pca": {"color": "#b07ad0", "linestyle": "-."},
-    "whitening": {"color": "#e08a1e", "linestyle": "--"},
-    "trained": {"color": "#2a86d8", "linestyle": "-"},
-}
-_FURTHER_COLOURS = ("#3a9d4e", "#d4483b", "#12a5a5", "#c2a800", "#d667a8", "#7a5a40")
-_FURTHER_LOOKS = cycler(color=_FURTHER_COLOURS, marker=list("osD^vP")) * cycler(markersize=[3], markevery=[6])
+_FURTHER_COLOURS = (pages.GREEN, pages.VERMILLION, pages.SKY)
+_MARKERS = cycler(marker=list("osD^vP")) + cycler(markersize=[3] * 6) + cycler(markevery=[6] * 6)
+_FURTHER_LOOKS = _MARKERS * cycler(color=_FURTHER_COLOURS)
 MAX_CLASSES = 12  # bars that fit a figure
 
 
 def _looks(methods: list[str]) -> dict[str, dict]:
     """Keyword arguments of `plot` for each method."""
     further = _FURTHER_LOOKS()  # without end
-    return {method: _LOOKS.get(method) or next(further) for method in methods}
+    return {method: pages.METHOD_LOOKS.get(method) or next(further) for method in methods}
 
 
 @matplotlib.rc_context(pages.STYLE)
@@ -42,7 +37,7 @@ def recall_curve(curve: dict, gallery: int) -> Markup:
     ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if k <= largest]
     axes.set_xticks(ticks, [str(k) for k in ticks])
     axes.minorticks_off()
-    if len(looks) > len(_LOOKS):  # above: no corner is empty enough for so many
+    if len(looks) > len(pages.METHOD_LOOKS):  # above: no corner is empty enough for so many
         axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     else:
         axes.legend(loc="lower right")
@@ -77,7 +72,7 @@ def breakdown(figures: dict, xlabel: str) -> Markup:
 def histogram(pairs: dict, method: str) -> Markup:
     """Cosines of matching pairs and of random pairs, each as a share of its own total."""
     axes = pages.axes(f"cosine of two images, {method}", "% of the pairs")
-    for name, colour, line in (("matches", "#3a9d4e", "-"), ("non_matches", "#d4483b", ":")):
+    for name, colour, line in (("matches", pages.GREEN, "-"), ("non_matches", pages.VERMILLION, ":")):
         counts = np.array(pairs[name], float)
         shares = 100 * counts / max(counts.sum(), 1)
         axes.stairs(shares, pairs["edges"], fill=True, color=colour, alpha=0.35)
@@ -90,7 +85,7 @@ def histogram(pairs: dict, method: str) -> Markup:
 @matplotlib.rc_context(pages.STYLE)
 def training_curves(history: pd.DataFrame) -> Markup:
     """The loss and the validation mAP@R by epoch."""
-    validation, loss = _LOOKS["trained"]["color"], _LOOKS["whitening"]["color"]
+    validation, loss = pages.BLUE, pages.ORANGE
     look = {"markersize": 3, "markevery": 1 + len(history) // 50}
     left = pages.axes("epoch", "validation mAP@R, %")
     left.plot(history["epoch"], 100 * history["val_map_at_r"], "o-", color=validation, **look)
