@@ -5,16 +5,15 @@ built beside them with faiss, and its recall against the exact search is measure
 
 Reads    VECTORS (paths.vectors_dir): a folder of Parquet files, or a file, with a column `embedding`: of images
          (generate_embeddings_from_*.py), of buildings (aggregate_buildings.py), or of any program
-Writes   OUT (paths.index_dir): vectors.npy, rows.parquet, index.json and, for --kind ivf, index.faiss; their format
-         is in publish/retrieval/vector_index.py
+Writes   OUT (paths.index_dir): vectors.npy, rows.parquet, index.json and, of kind ivf, index.faiss: see
+         publish/retrieval/vector_index.py for their format
 Command  python publish/build_index.py [VECTORS [OUT]] [--kind exact]
          then python publish/demo_usage.py search QUERY.jpg --index [OUT]
-Memory   65,536 rows: D x 12 bytes each, and the other columns; for an ivf N x (D x 2 + 8) bytes, 13 GB for 25 M x 256,
-         and 256 sqrt(N) x D x 4 for its training, 1.3 GB
+Memory   65,536 rows: D x 12 bytes each, and the other columns; of kind ivf also N x (D x 2 + 8) bytes (13 GB for
+         25 M x 256), and 256 sqrt(N) x D x 4 while it is trained (1.3 GB)
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -45,12 +44,12 @@ def main(argv=None) -> int:
     source, out = args.vectors or cfg.paths.vectors_dir, args.out or cfg.paths.index_dir
     tables = embedding_tables.tables_at(source)
     index_files.refuse_own_folder(tables, out)
+    record = provenance.record("build_index", {"model.weights": tables.model}, tables.inputs)
+    if index_files.is_done(out, record, args.kind, args.redo):
+        return cli.nothing_to_do("build_index", str(out))
     kind = args.kind
     if kind == "auto":
         kind = "ivf" if tables.num_rows >= IVF_FROM else "exact"
-    record = provenance.record("build_index", {"model.weights": tables.model}, tables.inputs)
-    if index_files.is_done(out, record, kind, args.redo):
-        return cli.nothing_to_do("build_index", str(out))
     if kind == "ivf":
         inverted_file.require_faiss()  # before an hour's work
 

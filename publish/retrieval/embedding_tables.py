@@ -72,7 +72,7 @@ def tables_at(source: Path) -> EmbeddingTables:
     if not paths:
         raise PipelineError(
             f"{source} holds no Parquet file with a column {EMBEDDING}\n"
-            "make vectors with publish/generate_embeddings_from_parquet.py or publish/generate_embeddings_from_hf.py"
+            "make vectors with publish/generate_embeddings_from_parquet.py, or of images with ..._from_hf.py"
         )
     schemas = {path: _other_columns(path) for path in paths}
     models = {path: _model_of(path) for path in paths}

@@ -21,21 +21,34 @@ def refuse_own_folder(tables: EmbeddingTables, out: Path) -> None:
 
 
 def is_done(folder: Path, record: Provenance, kind: str, redo: Redo) -> bool:
-    """Whether the folder holds the index that a run with this `record` would write. Raises StaleArtefact if it holds
-    another one and `redo` does not allow to replace it."""
+    """Whether the folder holds the index that a run with this `record` would write; with "auto", of either kind.
+
+    Raises StaleArtefact if it holds another one and `redo` does not allow to replace it.
+    """
     path = folder / RECORD
     if redo == "all" or not path.exists():
         return False
-    existing = stages.record_of(path)
+    try:
+        existing = stages.record_of(path)
+    except PipelineError:
+        if redo:
+            return False
+        raise
     had = existing.facts["kind"]
-    if had != kind and not redo:
+    is_kind = kind in ("auto", had)
+    if not is_kind and not redo:
         again = errors.command("", "--remake")
         raise StaleArtefact(f"{folder} holds an index of kind {had}, not {kind}\nto build it anew: {again}")
-    return parquet.matches(path, existing, record, redo, "the whole index") and had == kind
+    return parquet.matches(path, existing, record, redo, "the whole index") and is_kind
 
 
 def write(
-    folder: Path, tables: EmbeddingTables, kind: str, record: Provenance, device: torch.device, progress: cli.Progress
+    folder: Path,
+    tables: EmbeddingTables,
+    kind: str,
+    record: Provenance,
+    device: torch.device,
+    progress: cli.Progress,
 ) -> str:
     """Write an index of `kind`, its record last; returns a line about it."""
     for name in (RECORD, INVERTED):  # until it is complete, there is none

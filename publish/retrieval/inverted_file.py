@@ -1,7 +1,7 @@
 """faiss's inverted file: vectors in lists around centres, of which a search looks at the nearest `nprobe` alone.
 
-The vectors in the lists are those of the exact search, in float16, so the cosines are the same; what is in lists that
-are not looked at is missed. How much that is depends on the vectors, so `tune` measures it on these.
+The vectors in the lists are those of the exact search, in float16, so the cosines are the same; what is in lists
+that are not looked at is missed. How much that is depends on the vectors, so `tune` measures it on these.
 
 Memory to build: N x (D x 2 + 8) bytes, and 256 sqrt(N) x D x 4 for the sample that the centres are trained on.
 """
@@ -84,7 +84,7 @@ def write(path: Path, index) -> None:
 
 
 def read(path: Path, nprobe: int):
-    """The index at `path`, memory-mapped, for searches of `nprobe` lists. Raises PipelineError if it is damaged."""
+    """The index at `path`, memory-mapped, to search `nprobe` lists. Raises PipelineError if it is damaged."""
     faiss = require_faiss()
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)

@@ -26,7 +26,7 @@ from common import parquet, stages
 from common.errors import PipelineError, StaleArtefact
 from publish.retrieval import inverted_file
 from publish.retrieval.cosine_search import CPU, most_similar
-from publish.retrieval.embedding_tables import EMBEDDING, UNKNOWN
+from publish.retrieval.embedding_tables import EMBEDDING, UNKNOWN, EmbeddingTables
 
 VECTORS, ROWS, RECORD, INVERTED = "vectors.npy", "rows.parquet", "index.json", "index.faiss"
 
@@ -104,12 +104,17 @@ def open(folder: Path) -> VectorIndex:
     record = json.loads((folder / RECORD).read_text())
     for name in (VECTORS, ROWS, *([INVERTED] if record["kind"] == "ivf" else [])):
         parquet.require(folder / name, "publish/build_index.py --overwrite")
-    vectors = np.load(folder / VECTORS, mmap_mode="c")  # not "r": torch warns of arrays that cannot be written
+    vectors = np.load(folder / VECTORS, mmap_mode="r")
     rows = parquet.read_provenance(folder / ROWS)
     if vectors.shape != (record["rows"], record["dim"]) or rows.id != made.facts["rows_id"]:
         raise PipelineError(f"the files in {folder} are not of one index: run publish/build_index.py --overwrite")
     inverted = inverted_file.read(folder / INVERTED, record["nprobe"]) if record["kind"] == "ivf" else None
     return VectorIndex(str(folder), vectors, (folder / ROWS,), record["model"], record, inverted)
+
+
+def of_tables(tables: EmbeddingTables) -> VectorIndex:
+    """An index of vectors without one, in memory: N x D x 2 bytes."""
+    return VectorIndex(str(tables.paths[0].parent), tables.matrix(), tables.paths, tables.model)
 
 
 def refuse_other_model(index: VectorIndex, model: str, dim: int, folder: Path) -> None:
