@@ -132,10 +132,10 @@ def test_without_faiss_an_ivf_is_refused_before_any_work(vectors, tmp_path, monk
 def test_a_filter_names_what_it_cannot_match(vectors, tmp_path):
     main([str(vectors), str(tmp_path / "index")])
     index = vector_index.open(tmp_path / "index")
-    assert np.flatnonzero(index.where({"dataset_id": "3", "building": "b1"})).tolist() == [3]
+    assert np.flatnonzero(index.where([("dataset_id", "3"), ("building", "b1")])).tolist() == [3]
     with pytest.raises(PipelineError, match="has no column city: it has building, image, dataset_id"):
-        index.where({"city": "Rome"})
+        index.where([("city", "Rome")])
     with pytest.raises(PipelineError, match=r"dataset_id \(int32\) cannot be Rome"):
-        index.where({"dataset_id": "Rome"})
+        index.where([("dataset_id", "Rome")])
     with pytest.raises(PipelineError, match="has no row with building=b77"):
-        index.where({"building": "b77"})
+        index.where([("building", "b77")])

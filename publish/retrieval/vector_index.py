@@ -63,24 +63,24 @@ class VectorIndex:
 
     def take(self, rows: np.ndarray) -> list[dict]:
         """The columns of some rows, by name."""
-        wanted, found, start = np.unique(rows), dict[int, dict](), 0
+        wanted, found, start, columns = np.unique(rows), dict[int, dict](), 0, self.columns
         for path in self.tables:
             with parquet.open_file(path) as file:
                 for group in range(file.num_row_groups):
                     stop = start + file.metadata.row_group(group).num_rows
                     here = wanted[(wanted >= start) & (wanted < stop)]
                     if len(here):
-                        batches = parquet.batches_of(path, file, range(group, group + 1), self.columns)
+                        batches = parquet.batches_of(path, file, range(group, group + 1), columns)
                         values = pa.concat_tables(batches).take(pa.array(here - start)).to_pylist()
                         found |= dict(zip(here.tolist(), values, strict=True))
                     start = stop
         return [found[int(row)] for row in rows]
 
-    def where(self, conditions: dict[str, str]) -> np.ndarray:
+    def where(self, conditions: Sequence[tuple[str, str]]) -> np.ndarray:
         """(n,) bool: the rows in which each column has the value named. Raises PipelineError if there is no such
         column, or no such row."""
         mask = np.ones(len(self.vectors), bool)
-        for column, text in conditions.items():
+        for column, text in conditions:
             if column not in self.columns:
                 raise PipelineError(f"{self.name} has no column {column}: it has {', '.join(self.columns)}")
             values = pa.concat_tables(parquet.read(path, [column]) for path in self.tables)[column]
@@ -90,7 +90,7 @@ class VectorIndex:
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
                 raise PipelineError(f"{self.name}: the column {column} ({values.type}) cannot be {text}") from None
         if not mask.any():
-            stated = " and ".join(f"{column}={value}" for column, value in conditions.items())
+            stated = " and ".join(f"{column}={value}" for column, value in conditions)
             raise PipelineError(f"{self.name} has no row with {stated}")
         return mask
 
