@@ -110,7 +110,7 @@ def test_results_of_the_dataset_say_whether_they_show_the_same_building(flags, t
 
 @pytest.mark.parametrize(
     "names",
-    [[f"WhatsApp Image {n}5.jpg" for n in range(7)], ["0088_7_1_3.jpg", *(f"photo_{n}.jpg" for n in range(6))]],
+    [[f"WhatsApp Image {n}5.jpg" for n in range(7)], ["0088_7_1_3.jpg", *(f"photo {n}.jpg" for n in range(6))]],
 )
 def test_names_of_files_are_no_labels(names, model, flags, tmp_path, capsys):  # noqa: F811
     (tmp_path / "gallery").mkdir()
