@@ -15,7 +15,7 @@ from common import files
 from common.errors import PipelineError
 from publish.retrieval.cosine_search import CPU, most_similar
 
-WANTED_RECALL = 0.99  # recall@10 at the nprobe that is chosen
+WANTED_RECALL = 0.995  # recall@10 of rows, at the nprobe that is chosen; of views that are not rows, 0.002 less
 QUERIES = 1_000  # that it is measured with
 _PER_LIST, _LEAST_PER_LIST = 64, 39  # vectors of the sample; faiss warns below the latter
 _BATCH_ROWS = 65_536  # added at a time
