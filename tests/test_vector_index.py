@@ -132,3 +132,11 @@ def test_rows_come_with_their_columns_in_the_order_of_the_vectors(folders):
         expected = {"building": "b999", "image": "2999.jpg", "dataset_id": 3, "image_ids": ["2999"]}
         assert index.take(rows[:1]) == [expected]
         assert np.allclose(index.vectors, vectors, atol=1e-3)
+
+
+def test_a_gpu_finds_what_the_cpu_finds(folders, cuda):
+    index, queries = vector_index.open(folders[1]), made_up(8, seed=1)
+    for mask in (None, np.random.default_rng(2).random(N) < 0.3):
+        rows = np.arange(N) if mask is None else np.flatnonzero(mask)
+        found = index.search(queries, 20, mask, torch.device("cuda"))
+        assert_best(found, by_hand(np.asarray(index.vectors), queries, rows), 20)
