@@ -83,6 +83,7 @@ def folders(tmp_path_factory):
 def test_the_exact_search_is_that_of_float64(folders, tile, share, monkeypatch):
     monkeypatch.setattr(cosine_search, "TILE_ROWS", tile)
     monkeypatch.setattr(cosine_search, "TILE_QUERIES", 3)
+    monkeypatch.setattr(cosine_search, "SCORES", 100)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # each has a range, whose tiles must not overlap
     index, queries = vector_index.open(folders[1]), made_up(8, seed=1)
     mask = None if share is None else np.random.default_rng(2).random(N) < share
