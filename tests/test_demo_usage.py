@@ -8,17 +8,19 @@ import shutil
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import paths_below
-from embedding_setup import cosines, jpeg, picture, write_tar
+from embedding_setup import cosines, jpeg, picture, write_intermediates, write_tar
 from invented_metrics import FOUND
 from local_backbone import write_preprocessor
 from PIL import Image
 from test_generate_embeddings_from_hf import flags, image_folder, model, plain_vectors  # noqa: F401 - fixtures
 from trained_model import JPEGS
 
-from common import cli, parquet, provenance, schemas
+from common import cli, config, parquet, provenance, schemas
 from common.errors import ConfigError, PipelineError
 from publish.demo_usage import main
 from publish.inference import photo_search, published_model
@@ -78,13 +80,76 @@ def test_a_gallery_of_which_nothing_can_be_decoded_is_a_clear_error(flags, query
         main(["search", query, "--gallery", str(tmp_path / "0088.tar"), *flags])
 
 
+def verdicts(output: str) -> dict[str, bool | None]:
+    """Name -> whether it is said to show the query's building; None: nothing is said."""
+    words = {"same building": True, "another building": False}
+    lines = [line for line in output.splitlines() if line.strip()[:1].isdigit()]
+    told = [next((verdict for text, verdict in words.items() if text in line), None) for line in lines]
+    return dict(zip([line.split()[-1] for line in lines], told, strict=True))
+
+
 def test_results_of_the_dataset_say_whether_they_show_the_same_building(flags, tmp_path, capsys):  # noqa: F811
-    write_tar(tmp_path / "0088.tar", JPEGS[:4])  # images 0 and 1 show building 0, 2 and 3 building 1
-    query = f"{tmp_path / '0088.tar'}:0088/0088_0_0_0.jpg"
-    out = str(tmp_path / "found.png")
-    main(["search", query, "--gallery", str(tmp_path / "0088.tar"), "--out", out, *flags])
-    told = {line.split()[-1]: "same building" in line for line in capsys.readouterr().out.splitlines()[1:4]}
-    assert told == {f"0088/0088_{n}_0_{n // 2}.jpg": n < 2 for n in (1, 2, 3)}  # without the query itself
+    cfg = config.load(None, [f"paths.root={tmp_path}"])
+    tar = cfg.paths.raw_dir / "0088.tar"
+    write_tar(tar, JPEGS[:4])  # images 0 and 1 show building 0, 2 and 3 building 1
+    out = ["--out", str(tmp_path / "found.png"), *flags]
+    search = ["search", f"{tar}:0088/0088_0_0_0.jpg", *out]
+    main([*search, "--gallery", str(tar)])
+    assert set(verdicts(capsys.readouterr().out).values()) == {None}  # it is not among the pipeline's sources yet
+    write_intermediates(cfg)
+    main([*search, "--gallery", str(tar)])
+    expected = {n: n < 2 for n in (1, 2, 3)}  # without the query itself
+    assert verdicts(capsys.readouterr().out) == {f"0088/0088_{n}_0_{n // 2}.jpg": expected[n] for n in expected}
+    main([*search, "--gallery", str(cfg.paths.intermediates_dir)])
+    assert verdicts(capsys.readouterr().out) == {f"0088_{n}": expected[n] for n in expected}
+    (tmp_path / "away").mkdir()
+    write_tar(tmp_path / "away" / "0088.tar", JPEGS[2:])  # another tar of this name
+    main(["search", f"{tmp_path}/away/0088.tar:0088/0088_0_0_0.jpg", *out, "--gallery", str(tar)])
+    assert set(verdicts(capsys.readouterr().out).values()) == {None}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [[f"WhatsApp Image {n}5.jpg" for n in range(7)], ["0088_7_1_3.jpg", *(f"photo {n}.jpg" for n in range(6))]],
+)
+def test_names_of_files_are_no_labels(names, model, flags, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "gallery").mkdir()
+    for name, content in zip(names, JPEGS, strict=True):
+        (tmp_path / "gallery" / name).write_bytes(content)
+    (tmp_path / "0088_1_2_3.jpg").write_bytes(QUERY)  # the same building as 0088_7_1_3.jpg in the dataset
+    out = tmp_path / "found.png"
+    search = ["search", str(tmp_path / "0088_1_2_3.jpg"), "--gallery", str(tmp_path / "gallery"), *flags]
+    assert main([*search, "--out", str(out), "--top", "7"]) == 0
+    assert "building" not in capsys.readouterr().out
+    pixels = np.asarray(Image.open(out).convert("RGB")).reshape(-1, 3)
+    for colour in ((0x1A, 0x7F, 0x37), (0xCF, 0x22, 0x2E)):  # of the frames of verdicts
+        assert not (pixels == colour).all(axis=1).any()
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_table_of_labels_gives_verdicts(suffix, flags, query, tmp_path, capsys):  # noqa: F811
+    names = image_folder(tmp_path / "gallery")
+    table = pa.table({"image": [query, *names[:4]], "building": ["7", "7", "8", "7", "07"]})
+    path = tmp_path / f"labels.{suffix}"
+    (pq.write_table if suffix == "parquet" else pyarrow.csv.write_csv)(table, path)
+    out = ["--out", str(tmp_path / "found.png"), "--top", "7", "--labels", str(path), *flags]
+    assert main(["search", query, "--gallery", str(tmp_path / "gallery"), *out]) == 0
+    expected = dict.fromkeys(names) | dict(zip(names, [True, False, True, False], strict=False))
+    assert verdicts(capsys.readouterr().out) == expected
+
+
+def test_labels_that_cannot_be_used_are_refused(flags, query, tmp_path):  # noqa: F811
+    image_folder(tmp_path / "gallery")
+    labels = tmp_path / "labels.csv"
+    search = ["search", query, "--gallery", str(tmp_path / "gallery"), "--labels", str(labels), *flags]
+    for text, told in {
+        "image,building\na.jpg,1\n": r"labels\.csv has no row for the query: add one with .*query\.jpg",
+        f"image,building\n{query},1\n{query},2\n": r"two buildings, 1 and 2",
+        "file,building\na.jpg,1\n": r"no column image: it has file, building",
+    }.items():
+        labels.write_text(text)
+        with pytest.raises(PipelineError, match=told):
+            main(search)
 
 
 def test_compare_gives_the_cosine_of_the_two_vectors(model, flags, query, tmp_path, capsys):  # noqa: F811
@@ -134,22 +199,6 @@ def test_the_evaluation_of_another_model_is_not_told_for_this_one(model, flags, 
         (ours / "provenance.json").write_text(json.dumps({"inputs": {"metrics.json": evaluation}}))
         assert main(["compare", query, query, *flags, "--model", str(ours)]) == 0
         assert told in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("file", "building"),
-    [
-        ("a/0088.tar:0088/0088_1_2_3.jpg", "0088_3"),  # the target comes last in a file's name
-        ("0075/0000075_0038536_0000003_0006132.jpg", "0075_6132"),
-        ("holiday.jpg", None),
-        ("WhatsApp Image 25.jpg", None),
-        ("IMG 2024 12.jpg", None),
-        ("0088_12 copy.jpg", None),
-        ("2021_05_03_17.jpg", None),  # a date and an hour
-    ],
-)
-def test_a_building_is_told_by_the_name(file, building):
-    assert photo_search.building_of(file) == building
 
 
 def test_a_damaged_query_and_options_that_make_no_sense_are_refused(flags, query, tmp_path):  # noqa: F811

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,6 +16,7 @@ from common.errors import PipelineError
 from common.imagery import tar_images
 from common.imagery.decoding import SUFFIXES, is_named_image
 from common.provenance import digest_of
+from publish.inference.vector_tables import LOCATION
 
 _LISTING = ("process_tar", image_origins.IMPORTED)  # stages that write intermediates
 
@@ -25,7 +26,8 @@ class ImageSource:
     """Images of one folder, list or tar, in a fixed order."""
 
     name: str  # of the files made from it
-    images: pa.Table  # `image`: what each is called there; `image_size`: its bytes, to detect changed ones
+    images: pa.Table  # `image`: what each is called there; `image_size`: its bytes, to detect changed ones; where
+    # it is known `building`: which one it shows
     read: Callable[[int, int], Sequence[bytes | None]]  # encoded images start..stop; None: unreadable
 
     schema: ClassVar = pa.schema([("image", pa.string())])  # of the columns beside the vectors
@@ -52,6 +54,12 @@ class ImageSource:
     def reader(self, start: int, stop: int) -> Callable[[int, int], Sequence[bytes | None]]:
         """A function that reads encoded images of a part by their numbers in it."""
         return lambda first, last: self.read(start + first, start + last)
+
+    def labelled(self, labels: dict[str, str]) -> "ImageSource":
+        """These images with the buildings that `labels` gives for their names."""
+        others = [name for name in self.images.column_names if name != "building"]
+        buildings = pa.array(map(labels.get, self.images["image"].to_pylist()), pa.string())
+        return replace(self, images=self.images.select(others).append_column("building", buildings))
 
 
 def groups(source: Path, store: tar_images.TarImages) -> Iterator[ImageSource]:
@@ -101,6 +109,15 @@ def read_image(name: str) -> bytes:
     if content is None:
         raise PipelineError(f"{name} cannot be read: name an image, or a member of a tar as TAR:MEMBER")
     return content
+
+
+def read_row(row: dict, store: tar_images.TarImages, folder: Path | None) -> bytes | None:
+    """The image of a row of a table: out of `store` if its columns say where, else the file below `folder` that
+    its column `image`, or the first of `image_ids`, names; None if there is none. Raises like TarImages.read."""
+    if row.keys() >= LOCATION:
+        return store.read(pa.Table.from_pylist([{name: row[name] for name in sorted(LOCATION)}]))[0]
+    names = [name for name in (row.get("image"), *(row.get("image_ids") or [])) if isinstance(name, str)]
+    return _content(folder / names[0]) if folder and names else None
 
 
 def _of_folder(folder: Path) -> ImageSource:
@@ -157,7 +174,9 @@ def _table(names: Iterable[str], sizes: list[int]) -> pa.Table:
 
 
 def _of_intermediates(path: Path, store: tar_images.TarImages) -> ImageSource:
-    """The valid images of a tar of the dataset, or of an imported set, named by their streetview_image_id."""
-    rows = parquet.read(path, ["streetview_image_id", "tar_file", "image_offset", "image_size", "content_hash"])
-    images = rows.select(["streetview_image_id", "image_size"]).rename_columns(["image", "image_size"])
+    """The valid images of a tar of the dataset, or of an imported set, named by their streetview_image_id; with a
+    column `building`."""
+    names = {"streetview_image_id": "image", "image_size": "image_size", "building_id": "building"}
+    rows = parquet.read(path, [*names, "tar_file", "image_offset", "content_hash"])
+    images = rows.select([*names]).rename_columns([*names.values()])
     return ImageSource(path.stem, images, store.reader(rows))

@@ -1,8 +1,8 @@
 """Search with the published model: vectors of photographs, the nearest images of a gallery, a picture of them."""
 
 import logging
-import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,15 +27,14 @@ from matplotlib import pyplot as plt
 log = logging.getLogger("pipeline")
 MAX_COLUMNS = 8  # of the picture: no wider than a screen
 VERDICTS = {True: ("same building", "#1a7f37"), False: ("another building", "#cf222e"), None: ("", "#57606a")}
-# Dataset numbers have two digits and are padded with zeros, unlike the years in the names of other photographs.
-_OF_DATASET = re.compile(r"(0\d{3,})_\d+_\d+_(\d+)\.jpe?g", re.IGNORECASE)  # dataset, image, panorama, target
 
 
 class Photograph(NamedTuple):
     name: str
     encoded: bytes | None  # a JPEG, PNG, ...; None: unreadable
     box: list[int] | None = None  # left, top, right, bottom of the building in pixels; None: the whole picture
-    building: str | None = None  # None: as the name says, if it is that of a file of the dataset
+    building: str | None = None  # which one it shows, by a label; None: not known
+    details: str = ""  # what else to print of it
 
     def pixels(self) -> np.ndarray:
         """(H, W, 3) uint8, of the box alone. Raises PipelineError for what is not an image, or a box beyond it."""
@@ -56,18 +55,13 @@ class Nearest:
 
     query: Photograph
     results: list[tuple[Photograph, float]]  # with the cosine similarity
-    gallery_size: int  # images that could be decoded
+    gallery_size: int  # what was searched: images that could be decoded, or rows of an index
+    unit: str = "images"
 
     def verdict(self, result: Photograph) -> tuple[str, str]:
-        """Whether a result shows the query's building, as words and colour; none if their names do not say."""
-        buildings = [image.building or building_of(image.name) for image in (self.query, result)]
+        """Whether a result shows the query's building, as words and colour; no words where a label is missing."""
+        buildings = [image.building for image in (self.query, result)]
         return VERDICTS[None if None in buildings else buildings[0] == buildings[1]]
-
-
-def building_of(name: str) -> str | None:
-    """The building in the name of a file of the dataset; None for other files."""
-    match = _OF_DATASET.fullmatch(Path(name.rpartition(":")[2]).name)
-    return f"{int(match[1]):04d}_{int(match[2])}" if match else None
 
 
 def vector_of(published: Published, photograph: Photograph) -> np.ndarray:
@@ -107,24 +101,39 @@ def search(
     similarities = result.vectors.astype(np.float32) @ vector_of(published, query)
     order = np.argsort(-similarities, kind="stable")
     candidates = ((photograph(int(result.rows[best])), float(similarities[best])) for best in order)
+    return nearest_of(query, candidates, top, len(result.rows))
+
+
+def nearest_of(
+    query: Photograph,
+    candidates: Iterable[tuple[Photograph, float]],
+    top: int,
+    gallery_size: int,
+    unit: str = "images",
+) -> Nearest:
+    """The first `top` candidates, which come with the most similar first, without files equal to the query's."""
     others = (candidate for candidate in candidates if candidate[0].encoded != query.encoded)
-    return Nearest(query, list(islice(others, top)), len(result.rows))
+    return Nearest(query, list(islice(others, top)), gallery_size, unit)
 
 
 def table(nearest: Nearest) -> str:
     """The results as text, a line each."""
-    lines = [f"the nearest of {nearest.gallery_size:,} images to {nearest.query.name}"]
-    for number, (result, cosine) in enumerate(nearest.results, 1):
-        words, _ = nearest.verdict(result)
-        lines.append(f"{number:3}  {cosine:6.3f}  {words:16}  {result.name}".rstrip())
+    lines = [f"the nearest of {nearest.gallery_size:,} {nearest.unit} to {nearest.query.name}"]
+    verdicts = [nearest.verdict(result)[0] for result, _ in nearest.results]
+    width = max(map(len, verdicts), default=0)
+    for number, ((result, cosine), words) in enumerate(zip(nearest.results, verdicts, strict=True), 1):
+        verdict = [f"{words:{width}}"] if width else []
+        lines.append("  ".join([f"{number:3}", f"{cosine:6.3f}", *verdict, result.name, result.details]).rstrip())
     return "\n".join(lines)
 
 
 def draw(nearest: Nearest, path: Path) -> None:
-    """The query and its results, as PNG; frame and label say which show the query's building."""
+    """The query and those of its results whose images could be read, as PNG; where there are labels, frame and
+    words say which show the query's building."""
     panels = [(nearest.query, "query", "", "#1f2328")]
     for number, (result, cosine) in enumerate(nearest.results, 1):
-        panels.append((result, f"{number}.  {cosine:.3f}", *nearest.verdict(result)))
+        if result.encoded is not None:
+            panels.append((result, f"{number}.  {cosine:.3f}", *nearest.verdict(result)))
     columns = min(len(panels), MAX_COLUMNS)
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(2.5 * columns, 3 * lines), squeeze=False)

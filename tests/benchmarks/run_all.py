@@ -15,7 +15,10 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-TOPICS = "tars process_tar images fingerprints storage scale generation neighbors triplets evaluation demo".split()
+TOPICS = [
+    *"tars process_tar images fingerprints storage scale generation".split(),
+    *"neighbors index triplets evaluation demo".split(),
+]
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 

@@ -1,0 +1,87 @@
+"""Writing the files of an index, whose format is in vector_index.py."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import cli, errors, files, parquet, stages
+from common.errors import PipelineError, StaleArtefact
+from common.provenance import Provenance, Redo
+from publish.retrieval import inverted_file
+from publish.retrieval.embedding_tables import EmbeddingTables
+from publish.retrieval.vector_index import INVERTED, RECORD, ROWS, VECTORS
+
+
+def refuse_own_folder(tables: EmbeddingTables, out: Path) -> None:
+    """Raise PipelineError if the index would be written among the vectors."""
+    if tables.paths[0].parent.resolve() == out.resolve():
+        raise PipelineError(f"{out} is the folder of the vectors, one table: name another folder for the index")
+
+
+def is_done(folder: Path, record: Provenance, kind: str, redo: Redo) -> bool:
+    """Whether the folder holds the index that a run with this `record` would write; with "auto", of either kind.
+
+    Raises StaleArtefact if it holds another one and `redo` does not allow to replace it.
+    """
+    path = folder / RECORD
+    if redo == "all" or not path.exists():
+        return False
+    try:
+        existing = stages.record_of(path)
+    except PipelineError:
+        if redo:
+            return False
+        raise
+    had = existing.facts["kind"]
+    is_kind = kind in ("auto", had)
+    if not is_kind and not redo:
+        again = errors.command("", "--remake")
+        raise StaleArtefact(f"{folder} holds an index of kind {had}, not {kind}\nto build it anew: {again}")
+    return parquet.matches(path, existing, record, redo, "the whole index") and is_kind
+
+
+def write(
+    folder: Path,
+    tables: EmbeddingTables,
+    kind: str,
+    record: Provenance,
+    device: torch.device,
+    progress: cli.Progress,
+) -> str:
+    """Write an index of `kind`, its record last; returns a line about it."""
+    for name in (RECORD, INVERTED):  # until it is complete, there is none
+        (folder / name).unlink(missing_ok=True)
+    _write_vectors(folder, tables, record, progress)
+    names, measured = [VECTORS, ROWS], {}
+    if kind == "ivf":
+        vectors = np.load(folder / VECTORS, mmap_mode="r")
+        index = inverted_file.build(vectors)
+        measured = inverted_file.tune(index, vectors, device)
+        inverted_file.write(folder / INVERTED, index)
+        names.append(INVERTED)
+    size = sum((folder / name).stat().st_size for name in names)
+    rows_id = parquet.read_provenance(folder / ROWS).id
+    finished = record.finished(rows_id, {"out": tables.num_rows}, {"kind": kind, "rows_id": rows_id})
+    about = {"rows": tables.num_rows, "dim": tables.dim, "kind": kind, "model": tables.model, **measured}
+    about |= {"bytes": size, "seconds": finished.seconds, "provenance": finished.to_dict()}
+    files.write_text(folder / RECORD, json.dumps(about, indent=1) + "\n")
+    recalls = [f"{name} {value:.4f}" for name, value in measured.items() if "recall" in name]
+    lists = f", {measured['nprobe']} of {measured['nlist']:,} lists, {', '.join(recalls)}" if measured else ""
+    return f"{kind} index of {tables.num_rows:,} x {tables.dim}, {size / 1e6:,.1f} MB{lists}"
+
+
+def _write_vectors(folder: Path, tables: EmbeddingTables, record: Provenance, progress: cli.Progress) -> None:
+    """vectors.npy and rows.parquet, in one pass."""
+    header = {"descr": "<f2", "fortran_order": False, "shape": (tables.num_rows, tables.dim)}
+    with (
+        files.atomic(folder / VECTORS) as file,
+        parquet.writer(folder / ROWS, tables.schema, record) as rows,
+    ):
+        np.lib.format.write_array_header_1_0(file, header)
+        for vectors, others in tables.batches():
+            file.write(vectors.data)
+            rows.append(others)
+            rows.flush()  # row groups as small as a batch: a search reads those of its results
+            progress.add(len(vectors))

@@ -1,0 +1,84 @@
+"""A photograph searched for in an index, with what is known of the rows that are found."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from common import parquet
+from common.errors import PipelineError
+from common.imagery.tar_images import TarImages
+from publish.inference import image_sources, photo_search
+from publish.inference.photo_search import Nearest, Photograph
+from publish.inference.published_model import Published
+from publish.retrieval.vector_index import VectorIndex
+
+log = logging.getLogger("pipeline")
+IMAGE_IDS = "image_ids"  # a column of tables of buildings
+_NAMES = ("image", "streetview_image_id", "building", "building_id")  # columns: the first there names the row
+_BUILDINGS = ("building", "building_id")
+_DETAILS = ("building_id", "images", "lat", "lon", "target_lat", "target_lon")  # printed of a row, where known
+_SPARE = 8  # rows beyond those shown, in place of copies of the query
+
+
+class RowImages:
+    """Reads the images of rows: out of the dataset's tars, or files below a folder."""
+
+    def __init__(self, store: TarImages, folder: Path | None):
+        self._store, self._folder, self._has_failed = store, folder, False
+
+    def read(self, row: dict) -> bytes | None:
+        """An encoded image; None if it is not here, with a warning for the first that should be."""
+        try:
+            return image_sources.read_row(row, self._store, self._folder)
+        except PipelineError as error:
+            if not self._has_failed:
+                log.warning("some images cannot be read: %s", parquet.first_line(error))
+            self._has_failed = True
+            return None
+
+
+def nearest(
+    published: Published,
+    query: Photograph,
+    index: VectorIndex,
+    mask: np.ndarray | None,
+    images: RowImages,
+    labels: dict[str, str] | None,
+    top: int,
+) -> Nearest:
+    """The `top` rows of the index most similar to the query, without images equal to it. `mask` (n,) bool: the
+    rows to look at; `labels`: row's name -> building, instead of the index's own column."""
+    vector = photo_search.vector_of(published, query)
+    cosines, rows = index.search(vector[None], top + _SPARE, mask, published.device)
+    is_found = rows[0] >= 0
+    found, cosines = rows[0][is_found], cosines[0][is_found]
+
+    def candidates() -> Iterator[tuple[Photograph, float]]:
+        for number, row, cosine in zip(found, index.take(found), cosines, strict=True):
+            name = name_of(row, int(number))
+            building = building_of(row) if labels is None else labels.get(name)
+            yield Photograph(name, images.read(row), None, building, details_of(row, name)), float(cosine)
+
+    unit = "buildings" if IMAGE_IDS in index.columns else "images"
+    searched = len(index.vectors) if mask is None else int(mask.sum())
+    return photo_search.nearest_of(query, candidates(), top, searched, unit)
+
+
+def name_of(row: dict, number: int) -> str:
+    """What a row is called: a building's name, of an image the first of its columns _NAMES, or else its number."""
+    names = ("building",) if IMAGE_IDS in row else _NAMES
+    return next((str(row[name]) for name in names if row.get(name) is not None), f"row {number}")
+
+
+def building_of(row: dict) -> str | None:
+    """The building of a row, if it has a column for it."""
+    return next((str(row[name]) for name in _BUILDINGS if row.get(name)), None)
+
+
+def details_of(row: dict, name: str) -> str:
+    """What else to print of a row: building_id=0088_3 lat=48.85837 lon=2.29448."""
+    values = {key: row[key] for key in _DETAILS if row.get(key) is not None and str(row[key]) != name}
+    texts = {key: f"{value:.5f}" if isinstance(value, float) else value for key, value in values.items()}
+    return " ".join(f"{key}={text}" for key, text in texts.items() if text != "nan")
