@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.errors import ConfigError, explained
-from common.parquet import first_line
+from common.errors import ConfigError, explained, first_line
 from common.sections import Infrastructure
 
 log = logging.getLogger("pipeline")

@@ -52,6 +52,11 @@ class Stopped(Exception):
     """SIGTERM or SIGUSR2 arrived, and all finished work is saved (exit code 85)."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text: what a user is shown of a library's error."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the host or a device lacks the memory for a request; the process can go on with a smaller one."""
     return isinstance(error, MemoryError) or (

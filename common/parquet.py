@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from common import errors, files
-from common.errors import PipelineError, StaleArtefact
+from common.errors import PipelineError, StaleArtefact, first_line
 from common.provenance import Provenance, Redo, differences, digest_of, ways_out
 
 MAX_ROW_GROUP_BYTES = 32 * 2**20  # threads read a group each, and writers of several files hold one of each
@@ -338,11 +338,6 @@ def num_rows(path: Path) -> int:
         return file.metadata.num_rows
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text: what a user is shown of a library's error."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 def _value_bytes(kind: pa.DataType) -> int:
     """About how many bytes a value takes in memory: 16 for a string, or whatever has no fixed size."""
     if pa.types.is_fixed_size_list(kind):
@@ -365,8 +360,7 @@ def embedding_matrix(
     missing, not finite or above LARGEST.
     """
     matrix = unchecked_matrix(path, batch, column, name, dim, dim_of)
-    bad = _first_unusable(matrix)
-    if bad is not None:
+    if (bad := _first_unusable(matrix)) is not None:
         raise PipelineError(
             f"{path}: the {column} of {name(bad)} holds a value that is missing, not finite, or above {LARGEST:g}"
         )
@@ -399,10 +393,8 @@ def unchecked_matrix(
 def refuse_zeros(path: Path, column: str, matrix: np.ndarray, name: Callable[[int], str]) -> None:
     """Raise PipelineError, naming the row, if a row of (n, D) cannot be normalised to length 1: if none of
     its values is as large as SMALLEST. `name`: see `embedding_matrix`."""
-    if matrix.dtype == np.float16:  # the smallest that is not 0 is larger; by its bits, which saves conversions
-        has_direction = (matrix.view(np.uint16) & 0x7FFF).any(axis=1)
-    else:
-        has_direction = np.abs(matrix).max(axis=1, initial=0) >= SMALLEST
+    is_half = matrix.dtype == np.float16  # whose smallest value that is not 0 is larger
+    has_direction = matrix.any(axis=1) if is_half else np.abs(matrix).max(axis=1, initial=0) >= SMALLEST
     if not has_direction.all():
         zero = name(int(has_direction.argmin()))
         raise PipelineError(f"{path}: the {column} of {zero} is zero, or too short to have a direction")

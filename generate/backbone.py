@@ -13,8 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from common import config
 from common.config import is_folder
-from common.errors import PipelineError
-from common.parquet import first_line
+from common.errors import PipelineError, first_line
 from common.sections import EmbeddingModel
 from generate import model_files
 from generate.pixels import Preprocessing, read_preprocessing

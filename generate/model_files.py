@@ -10,8 +10,8 @@ from pathlib import Path
 
 from common import parquet
 from common.config import is_folder, vector_files
-from common.errors import PipelineError
-from common.parquet import content_id, first_line
+from common.errors import PipelineError, first_line
+from common.parquet import content_id
 from common.provenance import digest_of
 from common.sections import EmbeddingModel
 

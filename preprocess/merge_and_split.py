@@ -27,7 +27,7 @@ if not __package__:  # run by path: import from the repository root, not from th
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli, stages
-from common.errors import PipelineError
+from common.errors import PipelineError, first_line
 
 REPORT = ("split_report.json", "split_map.png", "duplicates.png")
 
@@ -89,7 +89,7 @@ def main(argv=None) -> int:
             if groups:
                 files.write_bytes(sheet_path, duplicate_sheet.draw(groups, sources, of_paths(cfg.paths)))
         except PipelineError as error:  # the merge itself does not need the tars
-            cli.log.warning("%s not written: %s", sheet_path.name, parquet.first_line(error))
+            cli.log.warning("%s not written: %s", sheet_path.name, first_line(error))
         finished = record.finished(provenance.digest_of(*ids), {"in": len(images), "out": progress.rows_out})
         files.write_text(report_path, json.dumps({**report, "provenance": finished.to_dict()}, indent=2) + "\n")
     print(split_report.as_text(report))

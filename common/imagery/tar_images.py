@@ -231,5 +231,5 @@ def write_restart_points(index: Path, points: list[RestartPoint], record: Proven
                 out.append(dict(zip(schemas.RESTART_POINTS.names, map(list, columns), strict=True)))
                 out.flush()
     except (PipelineError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else parquet.first_line(error)
+        reason = error.strerror if isinstance(error, OSError) else errors.first_line(error)
         log.warning("%s cannot be written (%s): whoever needs it has to read the whole tar", index, reason)

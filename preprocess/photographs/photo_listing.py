@@ -20,7 +20,7 @@ from pyarrow import types
 
 from common import parquet, provenance
 from common.archives import tars
-from common.errors import PipelineError
+from common.errors import PipelineError, first_line
 from common.imagery import decoding
 
 TEXTS = ("id", "building", "panorama", "camera", "date")
@@ -106,7 +106,7 @@ def _of_csv(path: Path) -> Listing:
         table = pyarrow.csv.read_csv(path, in_order, convert_options=options)
     except pa.ArrowInvalid as error:
         raise PipelineError(
-            f"{path} cannot be read as a CSV table: {parquet.first_line(error)}\n"
+            f"{path} cannot be read as a CSV table: {first_line(error)}\n"
             "columns must be separated by commas, numbers have a decimal point, and the text be UTF-8"
         ) from None
     if twice := [name for name, count in Counter(table.column_names).items() if count > 1]:
@@ -171,7 +171,7 @@ def _joined(folder: Path, tables: list[pa.Table]) -> pa.Table:
     try:
         return pa.concat_tables(tables)
     except pa.ArrowInvalid as error:  # there are none, or columns differ
-        raise PipelineError(f"the tables in {folder} do not fit together: {parquet.first_line(error)}") from None
+        raise PipelineError(f"the tables in {folder} do not fit together: {first_line(error)}") from None
 
 
 def _refuse_unencoded(path: Path, kind: pa.DataType) -> None:
@@ -186,7 +186,7 @@ def _mapped(path: Path) -> tuple[pa.Buffer, list[pa.RecordBatch]]:
         whole = pa.memory_map(str(path)).read_buffer()
         return whole, list(pa.ipc.open_stream(pa.BufferReader(whole)))
     except (OSError, pa.ArrowInvalid) as error:
-        raise PipelineError(f"{path} cannot be read as an Arrow stream: {parquet.first_line(error)}") from None
+        raise PipelineError(f"{path} cannot be read as an Arrow stream: {first_line(error)}") from None
 
 
 def _addressed(file: str, whole: pa.Buffer, images: pa.Array) -> Iterator[Place]:
@@ -240,7 +240,7 @@ def _completed(table: pa.Table, path: Path) -> pa.Table:
             columns.append(column.cast(field.type))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             what = f"column {field.name} ({column.type}) cannot be read as {field.type}"
-            raise PipelineError(f"{path}: {what}: {parquet.first_line(error)}") from None
+            raise PipelineError(f"{path}: {what}: {first_line(error)}") from None
     return pa.table(columns, schema=LISTED)
 
 

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from common import files, parquet, provenance, stages
 from common.archives import tars
+from common.errors import first_line
 from common.provenance import Provenance
 from common.schemas import INTERMEDIATES, REJECTS
 
@@ -88,7 +89,7 @@ def _cast(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
             raise Unfixable(f"has {plain.null_count:,} rows without {field.name}")
         cast = _cast_exactly(plain, field.type)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
-        reason = parquet.first_line(error)
+        reason = first_line(error)
         raise Unfixable(f"has {field.name} as {column.type}, not {field.type}: {reason}") from None
     if pa.types.is_floating(field.type) and pc.any(pc.invert(pc.is_finite(cast))).as_py():
         raise Unfixable(f"has {field.name} that is not finite")

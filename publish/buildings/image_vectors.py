@@ -3,7 +3,6 @@
 Rows are numbered through all files, in the order of their names.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,10 @@ import pyarrow.compute as pc
 from pyarrow import types
 
 from common import parquet, provenance, schemas
-from common.errors import PipelineError, StaleArtefact, command
+from common.errors import PipelineError, command
+from publish.retrieval import embedding_tables
+from publish.retrieval.embedding_tables import EMBEDDING
 
-EMBEDDING = "embedding"
-UNKNOWN = "unknown"  # the model of vectors whose files do not say which it was
 BATCH_ROWS = 16_384  # read at a time: 17 MB of float32 at 256 dimensions
 IDS = ("streetview_image_id", "image", "image_id")  # columns that name images: the first that there is
 POSITIONS = (("target_lat", "target_lon"), ("lat", "lon"), ("latitude", "longitude"))
@@ -31,7 +30,7 @@ class ImageVectors:
     num_rows: list[int]  # of each file
     splits: list[str]  # of each file: "train", "val", "test" or ""
     inputs: dict[str, str]  # file name -> identity, for records
-    model: str  # digest of the weights of the model that made them, or UNKNOWN
+    model: str  # digest of the weights of the model that made them, or embedding_tables.UNKNOWN
     by: str
     id: str | None  # the column that names the images; None: they have numbers
     position: tuple[str, str] | None  # the columns of latitude and longitude, degrees
@@ -103,8 +102,8 @@ def find(source: Path, by: str, image_id: str | None) -> ImageVectors:
         paths,
         num_rows=counts,
         splits=[_split(record) for record in records],
-        inputs={p.name: r.id if r else provenance.identity(p) for p, r in zip(paths, records, strict=True)},
-        model=_model(paths, records),
+        inputs=embedding_tables.identities(paths),
+        model=embedding_tables.model_of(paths),
         by=by,
         id=image_id or next((name for name in IDS if name in columns and name != by), None),
         position=next((pair for pair in POSITIONS if numbers.issuperset(pair)), None),
@@ -141,25 +140,3 @@ def _split(record: provenance.Provenance | None) -> str:
     """The split that a file was made from, by its record; "" if that is none."""
     names = {Path(name).stem for name in record.inputs} if record else set()
     return names.pop() if len(names) == 1 and names <= set(schemas.SPLITS) else ""
-
-
-def _model(paths: list[Path], records: list[provenance.Provenance | None]) -> str:
-    """What identifies the model of all files. Raises StaleArtefact if that of two differs."""
-    models = [_model_of(record) for record in records]
-    for path, model in zip(paths, models, strict=True):
-        if model != models[0]:
-            raise StaleArtefact(
-                f"{paths[0]} holds vectors by a model with weights {models[0]}, {path} by one with {model}: they "
-                "cannot be compared\nmake all of them with one model, or name a folder of its vectors alone"
-            )
-    return models[0]
-
-
-def _model_of(record: provenance.Provenance | None) -> str:
-    """The digest of the published model's weights, or what is recorded of a backbone."""
-    if record is None:
-        return UNKNOWN
-    if "model.weights" in record.config:
-        return record.config["model.weights"]
-    backbone = provenance.embedding_model(record)
-    return provenance.digest_of(json.dumps(backbone, sort_keys=True)) if backbone else UNKNOWN

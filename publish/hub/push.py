@@ -8,8 +8,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
 
-from common.errors import PipelineError
-from common.parquet import first_line
+from common.errors import PipelineError, first_line
 from publish.hub import model_card
 
 Files = Mapping[str, Path | str]  # what is sent: name in the repository -> the file, or its text

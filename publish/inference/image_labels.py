@@ -10,7 +10,7 @@ import pyarrow.csv
 
 from common import parquet, provenance
 from common.archives import tars
-from common.errors import PipelineError
+from common.errors import PipelineError, first_line
 
 IMAGE, BUILDING = "image", "building"  # columns of a user's table
 
@@ -55,4 +55,4 @@ def _read_csv(path: Path) -> pa.Table:
     try:
         return pyarrow.csv.read_csv(path, convert_options=as_text)
     except pa.ArrowInvalid as error:
-        raise PipelineError(f"{path} cannot be read as a CSV table: {parquet.first_line(error)}") from None
+        raise PipelineError(f"{path} cannot be read as a CSV table: {first_line(error)}") from None

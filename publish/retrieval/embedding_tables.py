@@ -1,5 +1,6 @@
 """Parquet files with a column `embedding`, of the pipeline or of any program: unit vectors, and who made them."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ class EmbeddingTables:
     @property
     def inputs(self) -> dict[str, str]:
         """File name -> identity, for a record."""
-        return {path.name: _identity(path) for path in self.paths}
+        return identities(self.paths)
 
     def batches(self) -> Iterator[tuple[np.ndarray, pa.Table]]:
         """Vectors (n, D) float16 of length 1, and the other columns, BATCH_ROWS at a time.
@@ -75,22 +76,16 @@ def tables_at(source: Path) -> EmbeddingTables:
             "make vectors with publish/generate_embeddings_from_parquet.py, or of images with ..._from_hf.py"
         )
     schemas = {path: _other_columns(path) for path in paths}
-    models = {path: _model_of(path) for path in paths}
     first = paths[0]
     if not len(schemas[first]):
         raise PipelineError(f"{first} has no column beside {EMBEDDING}: nothing would say what a vector is of")
     for path in paths:
         if not schemas[path].equals(schemas[first]):
             raise PipelineError(f"{path} has other columns than {first}: keep them in folders of their own")
-        if models[path] != models[first]:
-            raise StaleArtefact(
-                f"{path} has vectors by another model (weights {models[path][:8]}) than {first} "
-                f"(weights {models[first][:8]})\nmake all of them with one model"
-            )
-    num_rows = sum(map(parquet.num_rows, paths))
+    model, num_rows = model_of(paths), sum(map(parquet.num_rows, paths))
     if not num_rows:
         raise PipelineError(f"{source} holds no vectors: its tables are empty")
-    return EmbeddingTables(paths, num_rows, _dim_of(paths), models[first], schemas[first])
+    return EmbeddingTables(paths, num_rows, _dim_of(paths), model, schemas[first])
 
 
 def _other_columns(path: Path) -> pa.Schema:
@@ -98,10 +93,32 @@ def _other_columns(path: Path) -> pa.Schema:
     return pa.schema([pa.field(field.name, field.type) for field in schema if field.name != EMBEDDING])
 
 
+def model_of(paths: list[Path]) -> str:
+    """What identifies the model of all files: the digest of a published model's weights, a digest of what is
+    recorded of a backbone, or UNKNOWN. Raises StaleArtefact if two of them differ."""
+    models = [_model_of(path) for path in paths]
+    for path, model in zip(paths, models, strict=True):
+        if model != models[0]:
+            raise StaleArtefact(
+                f"{path} has vectors by another model ({model[:8]}) than {paths[0]} ({models[0][:8]})\n"
+                "make all of them with one model, or name a folder of its vectors alone"
+            )
+    return models[0]
+
+
 def _model_of(path: Path) -> str:
     if not parquet.has_provenance(path):
         return UNKNOWN
-    return parquet.read_provenance(path).config.get("model.weights", UNKNOWN)
+    record = parquet.read_provenance(path)
+    if "model.weights" in record.config:
+        return record.config["model.weights"]
+    backbone = provenance.embedding_model(record)
+    return provenance.digest_of(json.dumps(backbone, sort_keys=True)) if backbone else UNKNOWN
+
+
+def identities(paths: list[Path]) -> dict[str, str]:
+    """File name -> identity, for a record."""
+    return {path.name: _identity(path) for path in paths}
 
 
 def _dim_of(paths: list[Path]) -> int:

@@ -56,7 +56,7 @@ def write(
     _write_vectors(folder, tables, record, progress)
     names, measured = [VECTORS, ROWS], {}
     if kind == "ivf":
-        vectors = np.load(folder / VECTORS, mmap_mode="r")
+        vectors = np.load(folder / VECTORS, mmap_mode="c")
         index = inverted_file.build(vectors)
         measured = inverted_file.tune(index, vectors, device)
         inverted_file.write(folder / INVERTED, index)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import parquet
-from common.errors import PipelineError
+from common.errors import PipelineError, first_line
 from common.imagery.tar_images import TarImages
 from publish.inference import image_sources, photo_search
 from publish.inference.photo_search import Nearest, Photograph
@@ -34,7 +33,7 @@ class RowImages:
             return image_sources.read_row(row, self._store, self._folder)
         except PipelineError as error:
             if not self._has_failed:
-                log.warning("some images cannot be read: %s", parquet.first_line(error))
+                log.warning("some images cannot be read: %s", first_line(error))
             self._has_failed = True
             return None
 

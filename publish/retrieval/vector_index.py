@@ -104,7 +104,7 @@ def open(folder: Path) -> VectorIndex:
     record = json.loads((folder / RECORD).read_text())
     for name in (VECTORS, ROWS, *([INVERTED] if record["kind"] == "ivf" else [])):
         parquet.require(folder / name, "publish/build_index.py --overwrite")
-    vectors = np.load(folder / VECTORS, mmap_mode="r")
+    vectors = np.load(folder / VECTORS, mmap_mode="c")  # torch wants arrays that may be written
     rows = parquet.read_provenance(folder / ROWS)
     if vectors.shape != (record["rows"], record["dim"]) or rows.id != made.facts["rows_id"]:
         raise PipelineError(f"the files in {folder} are not of one index: run publish/build_index.py --overwrite")

@@ -118,7 +118,7 @@ def _cast(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     try:
         return column.cast(kind)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        reason = parquet.first_line(error)
+        reason = errors.first_line(error)
         raise PipelineError(f"{path}: column {name} is {column.type}, not {kind} ({reason})") from None
 
 

@@ -10,8 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from common import devices
-from common.errors import PipelineError
-from common.parquet import first_line
+from common.errors import PipelineError, first_line
 from common.provenance import Provenance
 from publish.model.projection_head import ProjectionHead
 

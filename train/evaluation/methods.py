@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from common import config, parquet, provenance
-from common.errors import PipelineError
+from common.errors import PipelineError, first_line
 from common.provenance import Provenance
 from common.sections import Config
 from common.stages import Stage
@@ -159,8 +159,7 @@ def _published(folder: Path) -> dict:
         heads.head_of(checkpoint)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise PipelineError(
-            f"{folder} is neither a run's folder nor one written by publish/convert_to_hf.py "
-            f"({parquet.first_line(error)})"
+            f"{folder} is neither a run's folder nor one written by publish/convert_to_hf.py ({first_line(error)})"
         ) from None
     return checkpoint
 

@@ -17,8 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.errors import PipelineError
-from common.parquet import first_line
+from common.errors import PipelineError, first_line
 from common.provenance import Provenance, digest_of
 from common.sections import Config
 

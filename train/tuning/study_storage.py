@@ -17,8 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import OperationalError
 
 from common import files
-from common.errors import ConfigError, PipelineError
-from common.parquet import first_line
+from common.errors import ConfigError, PipelineError, first_line
 from common.sections import Config
 
 _ADVISORY_LOCK = 0x656D62  # this pipeline's number among a database's advisory locks
