@@ -16,7 +16,7 @@ CLASS = {
 }
 SEARCH = {
     "queries": 2,
-    "methods": {"raw": dict.fromkeys(metric_names.BUILDING_METRICS, FIGURE)},
+    "methods": dict.fromkeys(("raw", "trained"), dict.fromkeys(metric_names.BUILDING_METRICS, FIGURE)),
     "differences": {"trained-raw": dict.fromkeys(metric_names.BUILDING_METRICS, FIGURE)},
 }
 FOUND = {

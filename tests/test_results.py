@@ -106,7 +106,7 @@ def test_figures_that_differ_by_rounding_are_alike(tmp_path, key, value, alike):
         (tmp_path / name).write_text(json.dumps(found))
     text, same = metrics_json.check(tmp_path / "one", tmp_path / "other")
     assert same == alike
-    assert f"{0 if alike else 1} of 153 figures" in text
+    assert f"{0 if alike else 1} of 177 figures" in text
     assert ("run: default, other" in text) == (key == "subject.run")
     assert ("test.parquet: None, other" in text) == (key == "provenance.inputs")
 

@@ -13,13 +13,14 @@ from publish.hub import card_figures
 from publish.inference import model_sizes
 from publish.model.configuration_spatial_embeddings import SpatialEmbeddingsConfig
 from publish.model.modeling_spatial_embeddings import SpatialEmbeddingsHead, SpatialEmbeddingsModel
-from train.evaluation.metric_names import TITLES, shown_recalls
+from train.evaluation.metric_names import BUILDING_METRICS, TITLES, shown_recalls
 
 CARD, FIGURES = "README.md", "results.png"
 REPOSITORY = "https://github.com/embedding-pipeline/embedding-pipeline"
 PLACE_OF_THE_MODEL = "`PATH` is the folder that holds this card, or the model's name on the hub."
 TEMPLATE = Path(__file__).with_name("model_card.md")
 METHODS = {"raw": "raw backbone", "pca": "PCA", "whitening": "learned whitening", "trained": "this model"}
+SEARCHES = {"image_to_building": "one more image of it", "half_to_half": "half of its images, among other halves"}
 _LICENCES = {  # of the backbone's weights: prefix of its name on the hub -> fields of the card
     "facebook/dinov2": {
         "license": "apache-2.0",
@@ -80,6 +81,7 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
         metrics=metrics,
         titles=list(titles.values()),
         table=[(row, [as_text(values[key], key, sign) for key in titles]) for row, values, sign in table],
+        buildings=of_buildings(metrics),
         thresholds=card_figures.thresholds(metrics["similarity_histograms"]),
         pairs={kind: sum(metrics["similarity_histograms"][kind]) for kind in ("matches", "non_matches")},
         sizes=sizes(folder, preprocessing),
@@ -99,6 +101,17 @@ def shown_titles(metrics: dict) -> dict[str, str]:
     """The metrics that tell something in a gallery of this size, and how they are printed."""
     recalls = shown_recalls(metrics["counts"]["gallery"])
     return {key: title for key, title in TITLES.items() if key in recalls or not key.startswith("recall@")}
+
+
+def of_buildings(metrics: dict) -> dict[str, list]:
+    """The table of the trained head's search for buildings: "titles", and "rows" of a name and figures."""
+    found = metrics["building_level"]
+    keys = [key for key in BUILDING_METRICS if key in shown_recalls(found["buildings"])]
+    rows = [
+        (what, [as_text(found[search]["methods"]["trained"][key], key) for key in keys])
+        for search, what in SEARCHES.items()
+    ]
+    return {"titles": [TITLES[key] for key in keys], "rows": rows}
 
 
 def sizes(folder: Path, preprocessing: Preprocessing | None) -> dict[str, int]:
