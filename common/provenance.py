@@ -26,7 +26,12 @@ _MOVED_SETTINGS = {  # key that was once in [training] -> its section now
     **dict.fromkeys(("gallery", "bootstrap_samples"), "evaluation"),
     **dict.fromkeys(("trial_epochs", "pruner", "search_space"), "tuning"),
 }
-_FORMER_VALUES = {"training.mining": "none", "embedding_model.views": [1.0]}  # of settings that older records lack
+_FORMER_VALUES = {  # of settings that older records lack
+    "training.mining": "none",
+    "embedding_model.views": [1.0],
+    "data.held_out": "",
+}
+_BY_CONTENT = ("embedding_model.weights", "data.held_out")  # values in records that no --set brings back
 # stage -> the setting that gives other files of it a place of their own, and which changed settings call for it
 _BESIDE = {"train": ("training.run", ""), "generate_embeddings": ("embedding_model.label", "embedding_model.")}
 _PROBED_BYTES = 2**16  # at each end of a file that is not ours
@@ -182,7 +187,7 @@ def ways_out(existing: Provenance, expected: Provenance, command: Callable[..., 
     changed = changed_settings(existing, expected)
     lost = {name: value for name, value in existing.inputs.items() if name not in expected.inputs}
     same = existing.stage == expected.stage and existing.inputs == {**expected.inputs, **lost}
-    can_be_set = "embedding_model.weights" not in changed and all(old is not None for old, _ in changed.values())
+    can_be_set = all(old is not None and (not old or key not in _BY_CONTENT) for key, (old, _) in changed.items())
     ways = []
     if same and can_be_set and (changed or lost):
         restored = [f", restore {some({tar_of(name) or name for name in lost})}"] if lost else []

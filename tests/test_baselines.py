@@ -1,5 +1,6 @@
-"""train/linear/baselines.py: which shrinkage whitening takes. Oracles: the rule written out in plain Python; NumPy's
-standard error where all buildings are of one size, and the spread of many draws of buildings where they are not.
+"""train/linear/baselines.py: which shrinkage whitening takes. Oracles: the rule written out in plain Python;
+NumPy's standard error where all buildings are of one size, and the spread of many draws of buildings where they
+are not.
 """
 
 import math

@@ -1,5 +1,5 @@
-"""train/linear/whitening.py. Oracle: every pair of a building written out, scipy's generalised eigenproblem, sklearn; for
-what is stored, the moments themselves.
+"""train/linear/whitening.py. Oracle: every pair of a building written out, scipy's generalised eigenproblem,
+sklearn; for what is stored, the moments themselves.
 """
 
 import itertools

@@ -1,0 +1,160 @@
+"""The dataset's own test set of pairs, each verified by three people: its list and its images, read in place.
+
+It is test_matching.tar, plain or gzip, whole or damaged, or a folder with its content:
+
+    verTest/verpairs.txt    a pair a line: two ids, 1 if both show the same target or else 0, and the relative
+                            heading and pitch in degrees
+    data/<id>_i.jpg         whole images
+    data/<id>_p.jpg         their patches
+
+An id such as 0006-0087241 is a dataset and a patch: these images are in the tars of the datasets, too.
+"""
+
+import logging
+import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from common.archives import tars
+from common.archives.restart_points import RestartPoint
+from common.errors import PipelineError
+from common.imagery import tar_images
+from common.provenance import digest_of, identity
+
+LISTING = "verpairs.txt"
+PAIRS = pa.schema(
+    [
+        ("line", pa.int64()),  # of the list, from 1
+        ("first", pa.string()),
+        ("second", pa.string()),
+        ("same", pa.bool_()),  # both show the same target
+        ("heading", pa.float64()),  # degrees between the two views; NaN: not known
+        ("pitch", pa.float64()),
+    ]
+)
+_ID = r"[0-9]{1,4}-[0-9]{1,18}"
+_LINE = re.compile(rf"({_ID})\s+({_ID})\s+([01])\s+(\S+)\s+(\S+)")
+_ANY_ID = re.compile(rf"(?<![0-9]){_ID}(?![0-9])")
+log = logging.getLogger("pipeline")
+
+
+class PairFiles:
+    """The files of the test set, by their names without folders. Several threads may read."""
+
+    def __init__(self, path: Path):
+        """Lists the folder, or walks the tar once. Raises PipelineError if `path` is neither."""
+        self.path, self.damages = path, list[tars.Damage]()
+        self.places: dict[str, tuple[int, int]] = {}  # offset and size, in the order of the tar
+        self._files: dict[str, Path] = {}
+        if path.is_dir():
+            for file in sorted(path.rglob("*")):
+                if file.is_file():
+                    self._files.setdefault(file.name, file)
+            for number, (name, file) in enumerate(self._files.items()):
+                self.places[name] = (number, file.stat().st_size)
+            return
+        if not tars.is_named_so(path) or not path.is_file():
+            raise PipelineError(
+                f"{path} {'is neither a tar nor a folder' if path.exists() else 'does not exist'}\n"
+                "name the published test_matching.tar, or a folder with its content"
+            )
+        points: list[RestartPoint] = []
+        for member in tars.walk(path, points=points):
+            if isinstance(member, tars.Damage):
+                log.warning("%s is damaged: %s", path, member.detail)
+                self.damages.append(member)
+            elif member.kind == "file":
+                self.places.setdefault(Path(member.name).name, (member.offset, member.size))
+        self._tar = tar_images.Tar(path, points=points)
+
+    def read(self, names: Sequence[str]) -> list[bytes | None]:
+        """The content of these files; None for one that is not there."""
+        if self._files:
+            return [self._files[name].read_bytes() if name in self._files else None for name in names]
+        there = [name for name in names if name in self.places]
+        offsets, sizes = ([self.places[name][part] for name in there] for part in (0, 1))
+        content = dict(zip(there, self._tar.read(offsets, sizes), strict=True))
+        return [content.get(name) for name in names]
+
+    def identity(self) -> str:
+        """What records know the test set by: a tar by its size and ends, a folder by names and sizes."""
+        if not self._files:
+            return identity(self.path)
+        listed = (f"{name}\t{size}" for name, (_, size) in sorted(self.places.items()))
+        return f"{len(self.places)} files, {digest_of(*listed)[:16]}"
+
+
+def text_of(path: Path) -> str:
+    """The list of pairs, of a tar of the test set or as a text file of its own. Raises PipelineError."""
+    return listed_in(PairFiles(path)) if tars.is_named_so(path) else path.read_bytes().decode(errors="replace")
+
+
+def list_identity(path: Path) -> str:
+    """What records know a list by, wherever it is: a text file by its content, a tar by its size and ends."""
+    return identity(path) if tars.is_named_so(path) else digest_of(path.read_bytes())
+
+
+def listed_in(files: PairFiles) -> str:
+    """The list of pairs among the files of the test set. Raises PipelineError if it is not there."""
+    (content,) = files.read([LISTING])
+    if content is None:
+        damage = "".join(f"; it is damaged: {damage.detail}" for damage in files.damages[:1])
+        raise PipelineError(f"{files.path} holds no {LISTING}{damage}\nit is in verTest/ of test_matching.tar")
+    return content.decode(errors="replace")
+
+
+def parse(text: str) -> tuple[pa.Table, dict[int, str]]:
+    """The PAIRS of a list, and its lines that are none: number -> text. Empty lines are passed over."""
+    rows, malformed = [], {}
+    for number, line in enumerate(text.split("\n"), 1):
+        fields = _LINE.fullmatch(line.strip())
+        angles = _angles(fields[4], fields[5]) if fields else None
+        if fields and angles:
+            rows.append((number, fields[1], fields[2], fields[3] == "1", *angles))
+        elif line.strip():
+            malformed[number] = line.strip()
+    columns = list(zip(*rows, strict=True)) or [()] * len(PAIRS)
+    return pa.table(
+        [pa.array(column, field.type) for column, field in zip(columns, PAIRS, strict=True)], schema=PAIRS
+    ), malformed
+
+
+def _angles(heading: str, pitch: str) -> tuple[float, float] | None:
+    try:
+        angles = float(heading), float(pitch)
+    except ValueError:
+        return None
+    return None if any(map(math.isinf, angles)) else angles
+
+
+def split_id(name: str) -> tuple[int, int]:
+    """Dataset and patch of an id: (6, 87241) of 0006-0087241."""
+    dataset, _, patch = name.partition("-")
+    return int(dataset), int(patch)
+
+
+def patches_of(names: Sequence[str]) -> dict[int, np.ndarray]:
+    """The patches of these ids by their dataset, (n,) int64 each, ascending."""
+    patches = defaultdict(set)
+    for dataset, patch in map(split_id, names):
+        patches[dataset].add(patch)
+    return {dataset: np.array(sorted(found), np.int64) for dataset, found in sorted(patches.items())}
+
+
+def ids_in(text: str) -> list[str]:
+    """Every id in a text, sorted, also those in lines that are no pairs."""
+    return sorted(set(_ANY_ID.findall(text)))
+
+
+def is_listed(patches: dict[int, np.ndarray], dataset_id: np.ndarray, patch_id: np.ndarray) -> np.ndarray:
+    """(N,) bool: which of N images are among these `patches_of` ids."""
+    listed = np.zeros(len(patch_id), bool)
+    for dataset, of_dataset in patches.items():
+        rows = np.flatnonzero(dataset_id == dataset)
+        listed[rows] = np.isin(patch_id[rows], of_dataset)
+    return listed
