@@ -35,6 +35,7 @@ class Reject(StrEnum):
     TAR_DAMAGED = "tar_damaged"  # bytes outside any member; everything before and after was kept
     GZIP_DAMAGED = "gzip_damaged"  # the gzip stream has a wrong checksum or length, or ends here
     VECTOR_MISSING = "vector_missing"  # embedding_model.name is a table of vectors that has none of this image
+    PAIR_MALFORMED = "pair_malformed"  # a line of verpairs.txt that is not two ids, 1 or 0, and two angles
     MARKED_INVALID = "marked_invalid"  # of new data: its column named by --valid is false or empty
 
 

@@ -50,7 +50,7 @@ def recorded(cfg) -> dict:
 
     settings = config.values(cfg, *STAGE.settings)
     if cfg.data.held_out:
-        settings["data.held_out"] = verified_pairs.list_identity(merge_files.held_out_path(cfg))
+        settings["data.held_out"] = verified_pairs.identity_of(merge_files.held_out_path(cfg))
     return settings
 
 

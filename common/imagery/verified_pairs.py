@@ -47,22 +47,15 @@ class PairFiles:
     """The files of the test set, by their names without folders. Several threads may read."""
 
     def __init__(self, path: Path):
-        """Lists the folder, or walks the tar once. Raises PipelineError if `path` is neither."""
+        """Lists the folder, or walks the tar once, and logs where it is damaged."""
         self.path, self.damages = path, list[tars.Damage]()
-        self.places: dict[str, tuple[int, int]] = {}  # offset and size, in the order of the tar
-        self._files: dict[str, Path] = {}
-        if path.is_dir():
-            for file in sorted(path.rglob("*")):
-                if file.is_file():
-                    self._files.setdefault(file.name, file)
-            for number, (name, file) in enumerate(self._files.items()):
-                self.places[name] = (number, file.stat().st_size)
+        self.places: dict[
+            str, tuple[int, int]
+        ] = {}  # offset and size in the tar; of a folder's files only the order
+        self._files = _files_in(path) if path.is_dir() else {}
+        if self._files:
+            self.places = {name: (number, 0) for number, name in enumerate(self._files)}
             return
-        if not tars.is_named_so(path) or not path.is_file():
-            raise PipelineError(
-                f"{path} {'is neither a tar nor a folder' if path.exists() else 'does not exist'}\n"
-                "name the published test_matching.tar, or a folder with its content"
-            )
         points: list[RestartPoint] = []
         for member in tars.walk(path, points=points):
             if isinstance(member, tars.Damage):
@@ -81,22 +74,29 @@ class PairFiles:
         content = dict(zip(there, self._tar.read(offsets, sizes), strict=True))
         return [content.get(name) for name in names]
 
-    def identity(self) -> str:
-        """What records know the test set by: a tar by its size and ends, a folder by names and sizes."""
-        if not self._files:
-            return identity(self.path)
-        listed = (f"{name}\t{size}" for name, (_, size) in sorted(self.places.items()))
-        return f"{len(self.places)} files, {digest_of(*listed)[:16]}"
-
 
 def text_of(path: Path) -> str:
     """The list of pairs, of a tar of the test set or as a text file of its own. Raises PipelineError."""
     return listed_in(PairFiles(path)) if tars.is_named_so(path) else path.read_bytes().decode(errors="replace")
 
 
-def list_identity(path: Path) -> str:
-    """What records know a list by, wherever it is: a text file by its content, a tar by its size and ends."""
+def identity_of(path: Path) -> str:
+    """What records know the test set, or its list alone, by, wherever it is: a tar by its size and ends, a folder
+    by the names and sizes of its files, a text file by its content. Raises PipelineError if there is none."""
+    if path.is_dir() and (files := _files_in(path)):
+        listed = (f"{name}\t{file.stat().st_size}" for name, file in files.items())
+        return f"{len(files)} files, {digest_of(*listed)[:16]}"
+    if not path.is_file():
+        raise PipelineError(
+            f"{path} {'is an empty folder' if path.is_dir() else 'does not exist'}\n"
+            "name the published test_matching.tar, or a folder with its content"
+        )
     return identity(path) if tars.is_named_so(path) else digest_of(path.read_bytes())
+
+
+def _files_in(folder: Path) -> dict[str, Path]:
+    """All files below a folder, by name."""
+    return {file.name: file for file in sorted(folder.rglob("*"), reverse=True) if file.is_file()}
 
 
 def listed_in(files: PairFiles) -> str:
