@@ -70,8 +70,8 @@ def load(source: PairFiles, cfg: Config, kind: str) -> PairImages:
     )
     if not (judged.same.any() and (~judged.same).any()):
         raise PipelineError(
-            f"{source.path}: {judged.same.sum():,} pairs of one target and {(~judged.same).sum():,} of two have both "
-            f"images: some of each are needed\nthe reasons are in {embedding_parts.rejects_path(path)}"
+            f"{source.path}: {judged.same.sum():,} pairs of one target and {(~judged.same).sum():,} of two have "
+            f"both images\nsome of each are needed; see {embedding_parts.rejects_path(path)}"
         )
     lost = pairs.filter(pa.array(~usable)).to_pylist()
     left_out = [

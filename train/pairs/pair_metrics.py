@@ -1,18 +1,20 @@
 """How well the cosine of two images tells pairs of one target from others, with 95 % intervals from a bootstrap.
 
-An image is in several pairs, and so is a city: pairs are not independent. The bootstrap draws images and datasets
-with replacement; a pair counts as often as the product of how often its two images and its dataset were drawn. This
-is the pigeonhole bootstrap (Owen 2007, "The pigeonhole bootstrap", Annals of Applied Statistics 1; for more than two
-factors Owen and Eckles 2012). Intervals are percentiles. They cover the choice of images and of cities, not the seed
-of the training, and are rather too wide than too narrow: by a factor of up to 1.7, the square root of 3, where each
-image is in one pair only. All methods are judged on the same draws, so that differences are paired.
+An image is in several pairs, and all pairs of a city may be harder than another's: pairs are not independent. Each
+figure's variance is put together as in multiway clustering (Cameron, Gelbach and Miller 2011; for pairs Aronow, Samii
+and Assenova 2015), of bootstraps that draw images, pairs and datasets: that of the images, less that of the pairs,
+which it counts twice; at least that of the pairs, and that of the datasets. Intervals are those of Student's t with
+one degree of freedom less than there are datasets, of a single dataset normal, on the scale of the logit; those of
+differences, in which both methods are judged on the same draws, as they are. They cover the choice of images and of
+cities, not the seed of the training.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from scipy import special
 
 from train.evaluation.breakdowns import HEADING_DEG, heading_difference_deg
 
@@ -21,6 +23,7 @@ METRICS = {
     "average_precision": "average precision",
     "fpr_at_95_recall": "false positives at 95 % recall",
 }
+ALL = "all"  # the class of all pairs
 RECALL = 0.95
 MIN_PAIRS = 20  # of each kind; with fewer there are no intervals
 CURVE_POINTS = 300  # of a ROC curve, at most
@@ -70,32 +73,34 @@ def judge(cosines: np.ndarray, same: np.ndarray, weights: np.ndarray) -> np.ndar
     return figures
 
 
-def draw_weights(pairs: JudgedPairs, draws: int, seed: int) -> Iterator[np.ndarray]:
-    """How much each pair counts, (b, P) float64 at a time: once 1 for all, then the draws."""
-    yield np.ones((1, len(pairs.same)))
+def draw_weights(pairs: JudgedPairs, level: str, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """How much each pair counts, (b, P) float64 at a time, if things of this level ("pairs", "images", "datasets")
+    are drawn with replacement: as often as it was drawn, or its two images on average."""
     rng = np.random.default_rng(seed)
-    names, dataset = np.unique(pairs.dataset_of_image, return_inverse=True)
-    one, other = dataset[pairs.first], dataset[pairs.second]
-    block = max(1, _BLOCK_VALUES // max(1, len(pairs.same)))
+    dataset = np.unique(pairs.dataset_of_image, return_inverse=True)[1]
+    number = np.arange(len(pairs.same))
+    one, other = {
+        "pairs": (number, number),
+        "images": (pairs.first, pairs.second),
+        "datasets": (dataset[pairs.first], dataset[pairs.second]),
+    }[level]
+    used, numbered = np.unique([one, other], return_inverse=True)
+    one, other = numbered.reshape(2, -1)
+    block = max(1, _BLOCK_VALUES // len(number))
     for start in range(0, draws, block):
-        size = min(block, draws - start)
-        images, datasets = (
-            rng.multinomial(n, np.full(n, 1 / n), size).astype(np.float64) for n in (len(dataset), len(names))
-        )
-        weights = images[:, pairs.first] * images[:, pairs.second] * datasets[:, one]
-        yield weights * np.where(one == other, 1, datasets[:, other])
+        drawn = rng.multinomial(len(used), np.full(len(used), 1 / len(used)), min(block, draws - start))
+        yield (drawn[:, one] + drawn[:, other]) / 2
 
 
 def estimates(
-    cosines: dict[str, np.ndarray], pairs: JudgedPairs, draws: int, seed: int
+    cosines: dict[str, np.ndarray], same: np.ndarray, weights: Iterable[np.ndarray], classes: dict[str, np.ndarray]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """METRICS (1 + draws, 3) by class and method, the data's own first; class "all" has all pairs."""
-    classes = {"all": np.ones(len(pairs.same), bool), **dict(pairs.classes())}
+    """METRICS (B, 3) by class and method. `weights`: (b, P) at a time; `classes`: (P,) bool each."""
     found: dict[str, dict[str, list]] = {name: {method: [] for method in cosines} for name in classes}
-    for weights in draw_weights(pairs, draws, seed):
+    for of_block in weights:
         for name, chosen in classes.items():
             for method, of_method in cosines.items():
-                figures = judge(of_method[chosen], pairs.same[chosen], weights[:, chosen])
+                figures = judge(of_method[chosen], same[chosen], of_block[:, chosen])
                 found[name][method].append(figures)
     return {name: {m: np.concatenate(parts) for m, parts in of_class.items()} for name, of_class in found.items()}
 
@@ -103,31 +108,67 @@ def estimates(
 def summary(cosines: dict[str, np.ndarray], pairs: JudgedPairs, draws: int, seed: int) -> dict:
     """{"methods", "differences", "by_heading"}: METRICS of each method with their intervals, and of "trained"
     minus "whitening" and "raw"; classes without a pair of one target are left out. `cosines`: (P,) by method."""
-    found = estimates(cosines, pairs, draws, seed)
-    everything = found.pop("all")
-    has_interval = min(pairs.same.sum(), (~pairs.same).sum()) >= MIN_PAIRS
+    classes = {ALL: np.ones(len(pairs.same), bool), **dict(pairs.classes())}
+    classes = {name: chosen for name, chosen in classes.items() if pairs.same[chosen].any()}
+    itself = estimates(cosines, pairs.same, [np.ones((1, len(pairs.same)))], classes)
+    datasets = len(np.unique(pairs.dataset_of_image[[*pairs.first, *pairs.second]]))
+    levels = ("pairs", "images", "datasets")[: 3 if datasets > 1 else 2]
+    drawn = {
+        level: estimates(cosines, pairs.same, draw_weights(pairs, level, draws, seed), classes) for level in levels
+    }
+
+    def figures(of_class: str, method: str, other: str = "") -> dict[str, dict]:
+        """With intervals: of a method, or of the difference to another."""
+        fewest = min(np.sum(pairs.same[classes[of_class]]), np.sum(~pairs.same))
+        value, *spread = (
+            found[of_class][method] - (found[of_class][other] if other else 0)
+            for found in (itself, *drawn.values())
+        )
+        bounds = _bounds(value[0], dict(zip(levels, spread, strict=True)), datasets, fewest, is_share=not other)
+        return {
+            metric: {"value": float(v), "low": low, "high": high}
+            for metric, v, (low, high) in zip(METRICS, value[0], bounds, strict=True)
+        }
+
     compared = [("trained", other) for other in ("whitening", "raw") if {"trained", other} <= cosines.keys()]
-    classes = []
-    for (name, chosen), by_method in zip(pairs.classes(), found.values(), strict=True):
-        same = int(pairs.same[chosen].sum())
-        if same:
-            enough = has_interval and same >= MIN_PAIRS
-            figures = {method: intervals(of, enough) for method, of in by_method.items()}
-            classes.append({"class": name, "same": same, "methods": figures})
     return {
-        "methods": {method: intervals(of, has_interval) for method, of in everything.items()},
-        "differences": {f"{a}-{b}": intervals(everything[a] - everything[b], has_interval) for a, b in compared},
-        "by_heading": classes,
+        "methods": {method: figures(ALL, method) for method in cosines},
+        "differences": {f"{a}-{b}": figures(ALL, a, b) for a, b in compared},
+        "by_heading": [
+            {
+                "class": name,
+                "same": int(pairs.same[chosen].sum()),
+                "methods": {method: figures(name, method) for method in cosines},
+            }
+            for name, chosen in classes.items()
+            if name != ALL
+        ],
     }
 
 
-def intervals(figures: np.ndarray, has_interval: bool) -> dict[str, dict]:
-    """{"value", "low", "high"} of each of METRICS, from their estimates (1 + draws, 3)."""
-    low, high = np.nanquantile(figures[1:], [0.025, 0.975], axis=0) if has_interval else [[None] * 3] * 2
-    return {
-        metric: {"value": float(value), "low": a if a is None else float(a), "high": b if b is None else float(b)}
-        for metric, value, a, b in zip(METRICS, figures[0], low, high, strict=True)
-    }
+def _bounds(
+    value: np.ndarray, drawn: dict[str, np.ndarray], datasets: int, fewest: int, is_share: bool
+) -> list[tuple[float | None, float | None]]:
+    """(low, high) of each of K figures, given their estimates (draws, K) by level; (None, None) with fewer than
+    MIN_PAIRS pairs of a kind. `fewest`: pairs of the rarer kind; `is_share`: between 0 and 1, not a difference."""
+    if fewest < MIN_PAIRS:
+        return [(None, None)] * len(value)
+    edge = 0.5 / fewest  # a share of 0 or 1 is taken for half a pair
+
+    def scaled(figures: np.ndarray) -> np.ndarray:
+        return special.logit(np.clip(figures, edge, 1 - edge)) if is_share else figures
+
+    variance = {level: np.nanvar(scaled(of_level), axis=0) for level, of_level in drawn.items()}
+    total = np.maximum(4 * variance["images"] - variance["pairs"], variance["pairs"])  # 4: of twice the average
+    quantile = special.ndtri(0.975)
+    if datasets > 1:
+        total = np.maximum(total, variance["datasets"] * datasets / (datasets - 1))
+        quantile = special.stdtrit(datasets - 1, 0.975)
+    middle, half = scaled(value), quantile * np.sqrt(total)
+    low, high = middle - half, middle + half
+    if is_share:  # within the data's own value where that is nearer to 0 or 1 than `edge`
+        low, high = np.minimum(special.expit(low), value), np.maximum(special.expit(high), value)
+    return list(zip(low.tolist(), high.tolist(), strict=True))
 
 
 def roc_curve(cosines: np.ndarray, same: np.ndarray) -> dict[str, list[float]]:

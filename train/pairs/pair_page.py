@@ -84,9 +84,9 @@ def seen_warning(results: dict) -> str:
     if not seen["train"] + seen["val"]:
         return ""
     return (
-        f"training has seen these images: of {images:,}, {seen['train']:,} show a building or a panorama of train, and "
-        f"{seen['val']:,} of val; data.held_out keeps them out of both, once everything from merge_and_split.py on is "
-        "made again"
+        f"training has seen these images: of {images:,}, {seen['train']:,} show a building or panorama of train, "
+        f"and {seen['val']:,} of val; set data.held_out to prevent that, and make everything from "
+        "merge_and_split.py on again"
     )
 
 
