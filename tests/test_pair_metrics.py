@@ -1,4 +1,4 @@
-"""train/pairs/pair_metrics.py. Oracles: scikit-learn's curves; the spread of many draws of pairs for the intervals."""
+"""train/pairs/pair_metrics.py. Oracles: scikit-learn's curves; for intervals, how much figures vary."""
 
 import numpy as np
 import pytest

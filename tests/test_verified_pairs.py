@@ -132,7 +132,7 @@ def test_a_list_is_read_by_itself_or_out_of_the_tar(tmp_path):
 
 
 def test_a_test_set_that_is_none_is_refused(tmp_path):
-    with pytest.raises(PipelineError, match="does not exist\nname the published test_matching.tar"):
+    with pytest.raises(PipelineError, match=r"does not exist\nname the published test_matching.tar"):
         verified_pairs.identity_of(tmp_path / "set.tar")
     with pytest.raises(PipelineError, match="is an empty folder"):
         verified_pairs.identity_of(tmp_path)

@@ -84,6 +84,8 @@ def refuse_empty(report: dict, data: Data) -> None:
         if report["split_by"] == "geo":
             cell = f"data.split_cell_m = {data.split_cell_m:g}"
             advice += f", smaller cells ({cell}) or a narrower data.split_buffer_m"
+        if "held_out" in report:
+            advice += f"; data.held_out takes {report['held_out']['cells']:,} cells for test"
         if report["dropped"]["duplicate_across_buildings"] > report["rows_in"] / 2:
             advice = "the same photographs are at several buildings, as when a building is in two imported sets"
         raise PipelineError(

@@ -95,16 +95,7 @@ def decide(images: Images, data: Data, seed: int, held_out: np.ndarray | None = 
     sizes = np.bincount(building[rows], minlength=len(firsts))
     held = np.zeros(len(firsts), bool)
     held[building[held_out]] = True
-    ratios = (data.train_ratio, data.val_ratio, data.test_ratio)
-    if data.split_by == "geo":
-        has_split = (sizes > 0) | held
-        cells, split_of_cell = assign_cells(cell[has_split], sizes[has_split], ratios, seed, held[has_split])
-        split_of_building = np.full(len(firsts), NONE, np.int8)
-        split_of_building[has_split] = split_of_cell[np.searchsorted(cells, cell[has_split])]
-        too_near = in_buffer(lat, lon, split_of_building, cells, split_of_cell, data)
-    else:
-        split_of_building = assign_buildings(sizes, ratios, seed, held)
-        too_near = np.zeros(len(firsts), bool)
+    split_of_building, too_near = split_buildings(lat, lon, cell, sizes, held, data, seed)
     split[rows] = split_of_building[building[rows]]
     drop("buffer", too_near[building[rows]])
 
@@ -118,6 +109,27 @@ def decide(images: Images, data: Data, seed: int, held_out: np.ndarray | None = 
     sizes = np.bincount(building[rows], minlength=len(firsts))
     drop("single_view", sizes[building[rows]] < 2)
     return Decision(split, building, cell[building], dropped, why, like, lookalikes)
+
+
+def split_buildings(
+    lat: np.ndarray,
+    lon: np.ndarray,
+    cell: np.ndarray,
+    sizes: np.ndarray,
+    held_out: np.ndarray,
+    data: Data,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The split of each of M buildings, (M,) int8, and which of them are in the buffer, (M,) bool. `sizes`: their
+    images that are left; `held_out`: which must be in test."""
+    ratios = (data.train_ratio, data.val_ratio, data.test_ratio)
+    if data.split_by == "building":
+        return assign_buildings(sizes, ratios, seed, held_out), np.zeros(len(sizes), bool)
+    has_split = (sizes > 0) | held_out
+    cells, split_of_cell = assign_cells(cell[has_split], sizes[has_split], ratios, seed, held_out[has_split])
+    split = np.full(len(sizes), NONE, np.int8)
+    split[has_split] = split_of_cell[np.searchsorted(cells, cell[has_split])]
+    return split, in_buffer(lat, lon, split, cells, split_of_cell, data)
 
 
 def assign_cells(

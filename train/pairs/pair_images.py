@@ -35,7 +35,7 @@ class PairImages:
     """The pairs whose images both have an embedding, these images, and what is left out."""
 
     pairs: pa.Table  # verified_pairs.PAIRS
-    gallery: Gallery  # its streetview_image_id is an id of the list
+    gallery: Gallery  # the I images of these; streetview_image_id is an id of the list
     judged: JudgedPairs  # `pairs` by the rows of the gallery
     left_out: list[tuple[str, Rejected]]  # lines of the list: other pairs, and what is none
     damages: list[tuple[str, Rejected]]  # of the tar
@@ -51,22 +51,24 @@ def load(source: PairFiles, cfg: Config, kind: str) -> PairImages:
     path = embeddings_path(cfg, kind)
     table = parquet.read(path)
     ids = pd.Index([name.removesuffix(SUFFIXES[kind]) for name in table["image"].to_pylist()])
-    first, second = (ids.get_indexer(pairs[column].to_pandas()) for column in ("first", "second"))
-    usable = (first >= 0) & (second >= 0)
-    unknown = np.full(len(ids), np.nan)
+    rows = np.stack([ids.get_indexer(pairs[column].to_pandas()) for column in ("first", "second")])
+    usable = (rows >= 0).all(axis=0)
+    kept = pairs.filter(pa.array(usable))
+    used, (first, second) = np.unique(rows[:, usable], return_inverse=True)
+    names = ids[used]
+    unknown = np.full(len(used), np.nan)
     gallery = Gallery(
         0,
-        pa.table({"streetview_image_id": pa.array(ids, pa.string())}),
-        parquet.to_matrix(table["embedding"]).copy(),
-        zones.make_zones(np.arange(len(ids)), unknown, unknown, 0.0),
+        pa.table({"streetview_image_id": pa.array(names, pa.string())}),
+        parquet.to_matrix(table["embedding"])[used],
+        zones.make_zones(np.arange(len(used)), unknown, unknown, 0.0),
     )
-    kept = pairs.filter(pa.array(usable))
     judged = JudgedPairs(
-        first[usable],
-        second[usable],
+        first,
+        second,
         kept["same"].to_numpy(zero_copy_only=False),
         kept["heading"].to_numpy(),
-        np.array([verified_pairs.split_id(name)[0] for name in ids], np.int64),
+        np.array([verified_pairs.split_id(name)[0] for name in names], np.int64),
     )
     if not (judged.same.any() and (~judged.same).any()):
         raise PipelineError(
@@ -115,21 +117,20 @@ def vectors_of(path: Path, gallery: Gallery) -> torch.Tensor:
         raise PipelineError(
             f"{path} has no vector of image {wanted[rows.argmin()]} and {more:,} more of the pairs"
         )
-    name = lambda row: f"image {wanted[row]}"  # noqa: E731
-    vectors = parquet.embedding_matrix(path, table.take(pa.array(rows)), "embedding", name)
+    name = lambda row: f"image {found[row]}"  # noqa: E731
+    vectors = parquet.embedding_matrix(path, table, "embedding", name)
     parquet.refuse_zeros(path, "embedding", vectors, name)
-    return heads.normalized(vectors, torch.device("cpu"))
+    return heads.normalized(vectors[rows], torch.device("cpu"))
 
 
 def counts(images: PairImages) -> dict[str, int]:
     """What is judged, in numbers."""
-    used = np.unique(np.concatenate([images.judged.first, images.judged.second]))
     return {
         "pairs": len(images.pairs),
         "same": int(images.judged.same.sum()),
         "different": int((~images.judged.same).sum()),
-        "images": len(used),
-        "datasets": len(np.unique(images.judged.dataset_of_image[used])),
+        "images": len(images.ids),
+        "datasets": len(np.unique(images.judged.dataset_of_image)),
         "left_out": len(images.left_out),
     }
 

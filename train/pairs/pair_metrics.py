@@ -1,12 +1,12 @@
 """How well the cosine of two images tells pairs of one target from others, with 95 % intervals from a bootstrap.
 
 An image is in several pairs, and all pairs of a city may be harder than another's: pairs are not independent. Each
-figure's variance is put together as in multiway clustering (Cameron, Gelbach and Miller 2011; for pairs Aronow, Samii
-and Assenova 2015), of bootstraps that draw images, pairs and datasets: that of the images, less that of the pairs,
-which it counts twice; at least that of the pairs, and that of the datasets. Intervals are those of Student's t with
-one degree of freedom less than there are datasets, of a single dataset normal, on the scale of the logit; those of
-differences, in which both methods are judged on the same draws, as they are. They cover the choice of images and of
-cities, not the seed of the training.
+figure's variance is put together as in multiway clustering (Cameron, Gelbach and Miller 2011; for pairs Aronow,
+Samii and Assenova 2015), of bootstraps that draw images, pairs and datasets: that of the images, less that of the
+pairs, which it counts twice; at least that of the pairs, and that of the datasets. Intervals are those of
+Student's t with one degree of freedom less than there are datasets, of a single dataset normal, on the scale of
+the logit; those of differences, in which both methods are judged on the same draws, as they are. They cover the
+choice of images and of cities, not the seed of the training.
 """
 
 from collections.abc import Iterable, Iterator
@@ -44,7 +44,7 @@ class JudgedPairs:
         """By the angle between the headings: its range, and which pairs (P,) bool: those of one target at such an
         angle, and all of two targets, so that classes differ only in how hard it is to recognise a target.
         """
-        angle = heading_difference_deg(self.heading, 0)
+        angle = heading_difference_deg(self.heading, np.zeros(1))
         edges = (0, *HEADING_DEG, 181)
         for low, high in pairwise(edges):
             name = f"{low}-{high}" if high <= 180 else f"over {low}"
@@ -111,7 +111,7 @@ def summary(cosines: dict[str, np.ndarray], pairs: JudgedPairs, draws: int, seed
     classes = {ALL: np.ones(len(pairs.same), bool), **dict(pairs.classes())}
     classes = {name: chosen for name, chosen in classes.items() if pairs.same[chosen].any()}
     itself = estimates(cosines, pairs.same, [np.ones((1, len(pairs.same)))], classes)
-    datasets = len(np.unique(pairs.dataset_of_image[[*pairs.first, *pairs.second]]))
+    datasets = len(np.unique(pairs.dataset_of_image))
     levels = ("pairs", "images", "datasets")[: 3 if datasets > 1 else 2]
     drawn = {
         level: estimates(cosines, pairs.same, draw_weights(pairs, level, draws, seed), classes) for level in levels

@@ -57,7 +57,8 @@ def worst_rows(cosines: np.ndarray, same: np.ndarray) -> dict[str, np.ndarray]:
 
 def _shown(images: PairImages, row: int, cosine: float, source: PairFiles, kind: str) -> ShownPair:
     names = images.pairs["first"][int(row)].as_py(), images.pairs["second"][int(row)].as_py()
-    small = [pictures.small(content) for name in names for content in source.read([name + SUFFIXES[kind]])]
+    contents = source.read([name + SUFFIXES[kind] for name in names])
+    small = [None if content is None else pictures.small(content) for content in contents]
     first, second = (None if picture is None else data_uri(picture) for picture in small)
     return ShownPair((first, second), names, float(cosine), float(images.judged.heading[row]))
 
