@@ -182,3 +182,18 @@ def history(bands: int) -> pa.Schema:
     names += [f"share_{arm}" for arm in arms]  # of the epoch's negatives
     names += [f"reward_{arm}" for arm in arms]  # share of the arm's triplets that were semi-hard
     return pa.schema([("epoch", pa.int32()), *((name, pa.float64()) for name in names)])
+
+
+def pairs(methods: Iterable[str]) -> pa.Schema:
+    """A row per verified pair of the dataset's own test set, with the cosine by each method."""
+    return pa.schema(
+        [
+            ("line", pa.int64()),  # of verpairs.txt, from 1
+            ("first", pa.string()),  # "0006-0087241": dataset, patch
+            ("second", pa.string()),  # the same
+            ("same", pa.bool_()),  # both show the same target
+            ("heading_difference", pa.float64()),  # degrees, between the two views; NaN if unknown
+            ("pitch_difference", pa.float64()),  # the same
+            *((f"cosine_{method}", pa.float32()) for method in methods),
+        ]
+    )

@@ -160,6 +160,11 @@ def artefacts() -> str:
             schemas.history(1),
             notes,
         ),
+        columns(
+            "`evaluation/<run>/pairs/pairs.parquet`: one row per verified pair; a cosine for each method",
+            schemas.pairs(["trained"]),
+            notes,
+        ),
     ]
     return "\n\n".join(parts)
 

@@ -46,16 +46,17 @@ class PlantedPairs:
 
 
 def choose(images: pd.DataFrame, pairs: int, rng: np.random.Generator) -> pd.DataFrame:
-    """Rows (one, other, same): as many pairs of images of one target as of two targets of one dataset."""
+    """Rows (one, other, same): as many pairs of one target as of two targets of one dataset; no image is the
+    first of two pairs of a kind, so there may be fewer."""
     several = images.groupby(["dataset_id", "target_id"]).filter(lambda of_target: len(of_target) > 1)
-    one = several.sample(pairs - pairs // 2, random_state=rng)
+    one = several.sample(min(pairs - pairs // 2, len(several)), random_state=rng)
     rows = []
     for row in one.itertuples():
         there = images[(images["dataset_id"] == row.dataset_id) & (images.index != row.Index)]
         rows.append(
             (row.Index, there[there["target_id"] == row.target_id].sample(1, random_state=rng).index[0], True)
         )
-    for row in images.sample(pairs // 2, random_state=rng).itertuples():
+    for row in images.sample(min(pairs // 2, len(images)), random_state=rng).itertuples():
         others = images[(images["dataset_id"] == row.dataset_id) & (images["target_id"] != row.target_id)]
         rows.append((row.Index, others.sample(1, random_state=rng).index[0], False))
     return pd.DataFrame(rows, columns=["one", "other", "same"])
@@ -73,10 +74,11 @@ def write_pairs(
 ) -> PlantedPairs:
     """Write a test set of images of the pipeline's tars; returns what is in it."""
     rng = np.random.default_rng(seed)
-    images = pd.concat(
-        [parquet.read(path, _COLUMNS).to_pandas() for path in sorted(paths.intermediates_dir.glob("*.parquet"))],
-        ignore_index=True,
-    )
+    tables = [
+        parquet.read(path, _COLUMNS).to_pandas() for path in sorted(paths.intermediates_dir.glob("*.parquet"))
+    ]
+    images = pd.concat(tables, ignore_index=True)
+    images = images[~images["tar_file"].str.contains("/")].reset_index(drop=True)  # no imported photographs
     chosen = choose(images, pairs, rng)
     ids = [f"{d:04d}-{p:07d}" for d, p in zip(images["dataset_id"], images["patch_id"], strict=True)]
     one, other = images.loc[chosen["one"]], images.loc[chosen["other"]]

@@ -99,7 +99,7 @@ def test_pairs_without_two_images_are_left_out_and_told(judged):
     assert len(expected) < len(planted.pairs)
     for name in ("first", "second", "same"):
         assert table[name].tolist() == expected[name].tolist()
-    assert np.allclose(table["heading"], expected["heading"], atol=1e-4)
+    assert np.allclose(table["heading_difference"], expected["heading"], atol=1e-4)
     assert table["line"].tolist() == (expected.index + 1).tolist()
     lost = planted.pairs.drop(expected.index)
     assert rejects["member"].tolist() == [

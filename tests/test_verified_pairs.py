@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common import schemas
 from common.errors import PipelineError
 from common.imagery import verified_pairs
 
@@ -26,7 +27,7 @@ def test_a_list_is_read_as_it_was_written(pairs, space, end):
     lines = [space.join([a, b, str(int(same)), repr(h), repr(p)]) for a, b, same, h, p in pairs]
     table, malformed = verified_pairs.parse(end.join(lines))
     assert malformed == {}
-    assert table.schema.equals(verified_pairs.PAIRS)
+    assert table.schema.equals(schemas.pairs([]))
     rows = [tuple(row.values()) for row in table.to_pylist()]
     assert rows == [(number, *pair) for number, pair in enumerate(pairs, 1)]
 
@@ -68,7 +69,7 @@ def test_what_is_no_pair(line):
     table, malformed = verified_pairs.parse(f"{line}\n\n0006-1 0006-2 0 nan 6\n")
     assert malformed == {1: line}
     assert table["line"].to_pylist() == [3]  # an angle may be unknown
-    assert np.isnan(table["heading"][0].as_py())
+    assert np.isnan(table["heading_difference"][0].as_py())
 
 
 def test_ids_name_dataset_and_patch_and_also_count_in_lines_that_are_no_pairs():
@@ -140,6 +141,6 @@ def test_a_test_set_that_is_none_is_refused(tmp_path):
 
 def test_an_empty_list_has_the_columns_of_others():
     table, _ = verified_pairs.parse("")
-    assert table.schema.equals(verified_pairs.PAIRS)
+    assert table.schema.equals(schemas.pairs([]))
     assert isinstance(table, pa.Table)
     assert len(table) == 0

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from common import schemas
 from common.archives import tars
 from common.archives.restart_points import RestartPoint
 from common.errors import PipelineError
@@ -27,16 +28,6 @@ from common.imagery import tar_images
 from common.provenance import digest_of, identity
 
 LISTING = "verpairs.txt"
-PAIRS = pa.schema(
-    [
-        ("line", pa.int64()),  # of the list, from 1
-        ("first", pa.string()),
-        ("second", pa.string()),
-        ("same", pa.bool_()),  # both show the same target
-        ("heading", pa.float64()),  # degrees between the two views; NaN: not known
-        ("pitch", pa.float64()),
-    ]
-)
 _ID = r"[0-9]{1,4}-[0-9]{1,18}"
 _LINE = re.compile(rf"({_ID})\s+({_ID})\s+([01])\s+(\S+)\s+(\S+)")
 _ANY_ID = re.compile(rf"(?<![0-9]){_ID}(?![0-9])")
@@ -69,7 +60,7 @@ class PairFiles:
         """The content of these files; None for one that is not there."""
         if self._files:
             return [self._files[name].read_bytes() if name in self._files else None for name in names]
-        there = [name for name in names if name in self.places]
+        there = sorted({*names} & self.places.keys(), key=self.places.__getitem__)  # in the order of the tar
         offsets, sizes = ([self.places[name][part] for name in there] for part in (0, 1))
         content = dict(zip(there, self._tar.read(offsets, sizes), strict=True))
         return [content.get(name) for name in names]
@@ -109,7 +100,7 @@ def listed_in(files: PairFiles) -> str:
 
 
 def parse(text: str) -> tuple[pa.Table, dict[int, str]]:
-    """The PAIRS of a list, and its lines that are none: number -> text. Empty lines are passed over."""
+    """The pairs of a list (`schemas.pairs`), and its lines that are none, number -> text, except empty ones."""
     rows, malformed = [], {}
     for number, line in enumerate(text.split("\n"), 1):
         fields = _LINE.fullmatch(line.strip())
@@ -118,10 +109,9 @@ def parse(text: str) -> tuple[pa.Table, dict[int, str]]:
             rows.append((number, fields[1], fields[2], fields[3] == "1", *angles))
         elif line.strip():
             malformed[number] = line.strip()
-    columns = list(zip(*rows, strict=True)) or [()] * len(PAIRS)
-    return pa.table(
-        [pa.array(column, field.type) for column, field in zip(columns, PAIRS, strict=True)], schema=PAIRS
-    ), malformed
+    schema = schemas.pairs([])
+    columns = list(zip(*rows, strict=True)) or [()] * len(schema)
+    return pa.Table.from_arrays(list(map(pa.array, columns, schema.types)), schema=schema), malformed
 
 
 def _angles(heading: str, pitch: str) -> tuple[float, float] | None:

@@ -8,13 +8,13 @@ import pandas as pd
 import pyarrow as pa
 import torch
 
-from common import files, parquet
+from common import files, parquet, schemas
 from common.errors import PipelineError
 from common.imagery import verified_pairs
 from common.imagery.verified_pairs import PairFiles
 from common.places import zones
 from common.provenance import Provenance
-from common.schemas import REJECTS, Reject, Rejected, count_reasons
+from common.schemas import Reject, Rejected, count_reasons
 from common.sections import Config
 from generate import embedding_parts
 from train.evaluation import heads
@@ -34,7 +34,7 @@ def embeddings_path(cfg: Config, kind: str) -> Path:
 class PairImages:
     """The pairs whose images both have an embedding, these images, and what is left out."""
 
-    pairs: pa.Table  # verified_pairs.PAIRS
+    pairs: pa.Table  # schemas.pairs, without cosines
     gallery: Gallery  # the I images of these; streetview_image_id is an id of the list
     judged: JudgedPairs  # `pairs` by the rows of the gallery
     left_out: list[tuple[str, Rejected]]  # lines of the list: other pairs, and what is none
@@ -67,7 +67,7 @@ def load(source: PairFiles, cfg: Config, kind: str) -> PairImages:
         first,
         second,
         kept["same"].to_numpy(zero_copy_only=False),
-        kept["heading"].to_numpy(),
+        kept["heading_difference"].to_numpy(),
         np.array([verified_pairs.split_id(name)[0] for name in names], np.int64),
     )
     if not (judged.same.any() and (~judged.same).any()):
@@ -137,14 +137,13 @@ def counts(images: PairImages) -> dict[str, int]:
 
 def write(folder: Path, images: PairImages, cosines: dict[str, np.ndarray], record: Provenance) -> None:
     """pairs.parquet, a row for each pair with the cosine of each method, and rejects.parquet."""
-    methods = {f"cosine_{name}": pa.array(of_method, pa.float32()) for name, of_method in cosines.items()}
-    table = pa.table({**{name: images.pairs[name] for name in images.pairs.column_names}, **methods})
+    schema = schemas.pairs(cosines)
     rejects = [*images.left_out, *images.damages]
-    with parquet.writer(folder / "rejects.parquet", REJECTS, record) as out:
+    with parquet.writer(folder / "rejects.parquet", schemas.REJECTS, record) as out:
         members, why = [member for member, _ in rejects], [why for _, why in rejects]
         out.append({"member": members, "reason": [r.reason for r in why], "detail": [r.detail for r in why]})
-    with parquet.writer(folder / "pairs.parquet", table.schema, record) as out:
-        out.append(table)
+    with parquet.writer(folder / "pairs.parquet", schema, record) as out:
+        out.append(dict(zip(schema.names, [*images.pairs.columns, *cosines.values()], strict=True)))
         out.rows = {"in": len(images.pairs) + len(images.left_out), **count_left_out(images)}
 
 
