@@ -73,7 +73,7 @@ def pairs_of(rng, *, datasets=1, images=200, count=800, of_image=0.0, of_dataset
 
 @pytest.mark.parametrize(
     "world",
-    [{"of_image": 0.0}, {"images": 60, "of_image": 0.5}, {"datasets": 25, "images": 40, "of_dataset": 0.3}],
+    [{"of_image": 0.0}, {"images": 60, "of_image": 1.0}, {"datasets": 25, "images": 40, "of_dataset": 0.3}],
 )
 def test_intervals_are_about_as_wide_as_the_figures_vary(world):
     rng = np.random.default_rng(0)

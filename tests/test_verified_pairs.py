@@ -103,8 +103,8 @@ def write(folder, kind):
 def test_files_are_read_by_name_from_a_tar_or_a_folder(tmp_path, kind):
     path = write(tmp_path, kind)
     files = verified_pairs.PairFiles(path)
-    names = ["0006-3_i.jpg", "0006-77_i.jpg", "0006-5_i.jpg"]
-    assert files.read(names) == [CONTENT["set/data/0006-3_i.jpg"], None, CONTENT["set/data/0006-5_i.jpg"]]
+    names = ["0006-5_i.jpg", "0006-77_i.jpg", "0006-3_i.jpg"]
+    assert files.read(names) == [CONTENT["set/data/0006-5_i.jpg"], None, CONTENT["set/data/0006-3_i.jpg"]]
     assert sorted(files.places) == sorted(name.rpartition("/")[2] for name in CONTENT)
     assert verified_pairs.listed_in(files) == "0006-1 0006-2 1 0 0\n"
     before = verified_pairs.identity_of(path)
