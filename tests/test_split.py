@@ -204,3 +204,6 @@ def test_what_is_held_out_counts_towards_the_ratio_of_test():
     by_buildings = split_rules.assign_buildings(sizes, (0.8, 0.1, 0.1), 0, more)
     for found in (by_cells, by_buildings):
         assert np.array_equal(found == split_rules.TEST, more)
+        assert np.allclose(
+            np.bincount(found), [700 * 8 / 9, 700 / 9, 300], atol=1
+        )  # val gets its part of the rest

@@ -141,8 +141,8 @@ def assign_cells(
     cells, inverse = np.unique(cell, return_inverse=True)
     images = np.bincount(inverse, sizes, minlength=len(cells))
     is_held = np.bincount(inverse, held_out, minlength=len(cells)) > 0
-    missing = images.sum() * np.asarray(ratios, np.float64)  # images that each split still needs
-    missing[TEST] -= images[is_held].sum()
+    # images that each split still needs
+    missing = images.sum() * ratios_left(ratios, images[is_held].sum() / max(images.sum(), 1))
     split = np.full(len(cells), TEST, np.int8)
     for i in np.random.default_rng(seed).permutation(len(cells)):
         if not is_held[i]:
@@ -155,12 +155,23 @@ def assign_buildings(sizes: np.ndarray, ratios, seed: int, held_out: np.ndarray)
     """A random split for each building, but test for those `held_out` (M,) bool; the ratios are in images.
     `sizes`: the number of images of each."""
     order = np.random.default_rng(seed).permutation(len(sizes))
-    order = np.concatenate([order[~held_out[order]], order[held_out[order]]])  # test comes last
+    order = order[~held_out[order]]
     middle = np.cumsum(sizes[order]) - sizes[order] / 2
-    split = np.empty(len(sizes), np.int8)
-    split[order] = np.searchsorted(np.cumsum(ratios)[:2] * sizes.sum(), middle, side="right")
-    split[held_out] = TEST
+    left = ratios_left(ratios, sizes[held_out].sum() / max(sizes.sum(), 1))
+    split = np.full(len(sizes), TEST, np.int8)
+    split[order] = np.searchsorted(np.cumsum(left)[:2] * sizes.sum(), middle, side="right")
     return split
+
+
+def ratios_left(ratios, held_out: float) -> np.ndarray:
+    """The shares of all images that each split still gets if test has this share, which is held out. If that is
+    more than its ratio, train and val divide the rest by theirs."""
+    left = np.array(ratios, np.float64)
+    left[TEST] -= held_out
+    if left[TEST] < 0:
+        left[:TEST] *= (1 - held_out) / left[:TEST].sum()
+        left[TEST] = 0
+    return left
 
 
 def in_buffer(
