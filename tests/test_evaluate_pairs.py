@@ -202,7 +202,7 @@ def test_images_are_embedded_once_for_all_comparisons(world, no_figures, monkeyp
     assert "theirs.parquet has no vector of image" in capsys.readouterr().err
 
 
-def test_patches_and_a_folder_are_judged_as_well(world, tmp_path):
+def test_patches_and_a_folder_are_judged_as_well(world, tmp_path, capsys):
     folder = tmp_path / "test_matching"
     with tarfile.open(world.tar) as tar:
         tar.extractall(folder, filter="data")
@@ -213,6 +213,7 @@ def test_patches_and_a_folder_are_judged_as_well(world, tmp_path):
     assert not np.allclose(world.table("patches")["cosine_raw"], world.table()["cosine_raw"], atol=0.01)
     shutil.rmtree(folder / "data")
     assert exit_code_of(lambda: world.run("--patches", "--remake", pairs=folder)) == 1
+    assert "0 pairs of one target and 0 of two have both images" in capsys.readouterr().err
 
 
 def test_a_damaged_test_set_is_judged_by_what_it_still_holds(world):

@@ -5,8 +5,8 @@ PCA, learned whitening and the trained head are judged by ROC AUC, average preci
 recall, with 95 % intervals from a bootstrap over images and datasets, with paired differences, and by the angle
 between the two views. Pairs of which an image is missing or cannot be decoded are left out.
 
-The images are in the dataset's training tars, too. It is told of how many of them train or val has the building or
-the panorama. Set data.held_out to prevent that, and make everything from merge_and_split.py on again.
+The images are in the dataset's training tars, too. The summary says of how many of them train or val has the
+building or the panorama; data.held_out keeps both out of them (docs/training.md).
 
 --compare adds rows: other runs by name, checkpoints, published folders. --vectors adds another model's: a Parquet
 file with `id` (0006-0087241) and `embedding`.

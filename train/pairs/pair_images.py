@@ -54,7 +54,14 @@ def load(source: PairFiles, cfg: Config, kind: str) -> PairImages:
     rows = np.stack([ids.get_indexer(pairs[column].to_pandas()) for column in ("first", "second")])
     usable = (rows >= 0).all(axis=0)
     kept = pairs.filter(pa.array(usable))
-    used, (first, second) = np.unique(rows[:, usable], return_inverse=True)
+    same = kept["same"].to_numpy(zero_copy_only=False)
+    if not (same.any() and (~same).any()):
+        raise PipelineError(
+            f"{source.path}: {same.sum():,} pairs of one target and {(~same).sum():,} of two have "
+            f"both images\nsome of each are needed; see {embedding_parts.rejects_path(path)}"
+        )
+    used, numbers = np.unique(rows[:, usable], return_inverse=True)
+    first, second = numbers.reshape(2, -1)
     names = ids[used]
     unknown = np.full(len(used), np.nan)
     gallery = Gallery(
@@ -66,15 +73,10 @@ def load(source: PairFiles, cfg: Config, kind: str) -> PairImages:
     judged = JudgedPairs(
         first,
         second,
-        kept["same"].to_numpy(zero_copy_only=False),
+        same,
         kept["heading_difference"].to_numpy(),
         np.array([verified_pairs.split_id(name)[0] for name in names], np.int64),
     )
-    if not (judged.same.any() and (~judged.same).any()):
-        raise PipelineError(
-            f"{source.path}: {judged.same.sum():,} pairs of one target and {(~judged.same).sum():,} of two have "
-            f"both images\nsome of each are needed; see {embedding_parts.rejects_path(path)}"
-        )
     lost = pairs.filter(pa.array(~usable)).to_pylist()
     left_out = [
         (f"line {row}: {text}", Rejected(Reject.PAIR_MALFORMED, "not two ids, 1 or 0, and two angles"))
