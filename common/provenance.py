@@ -26,7 +26,11 @@ _MOVED_SETTINGS = {  # key that was once in [training] -> its section now
     **dict.fromkeys(("gallery", "bootstrap_samples"), "evaluation"),
     **dict.fromkeys(("trial_epochs", "pruner", "search_space"), "tuning"),
 }
-_FORMER_VALUES = {"training.mining": "none", "embedding_model.views": [1.0]}  # of settings that older records lack
+_FORMER_VALUES = {  # of settings that older records lack
+    "training.mining": "none",
+    "embedding_model.views": [1.0],
+    "data.held_out": "",
+}
 # stage -> the setting that gives other files of it a place of their own, and which changed settings call for it
 _BESIDE = {"train": ("training.run", ""), "generate_embeddings": ("embedding_model.label", "embedding_model.")}
 _PROBED_BYTES = 2**16  # at each end of a file that is not ours
@@ -182,8 +186,9 @@ def ways_out(existing: Provenance, expected: Provenance, command: Callable[..., 
     changed = changed_settings(existing, expected)
     lost = {name: value for name, value in existing.inputs.items() if name not in expected.inputs}
     same = existing.stage == expected.stage and existing.inputs == {**expected.inputs, **lost}
-    # not by a setting: the weights of a model, and the arguments of a script
+    # not by a setting: the weights of a model, the arguments of a script, a list that is known by its content
     unset = {key for key in changed if key.endswith("model.weights") or "." not in key}
+    unset |= {key for key in changed if key == "data.held_out" and changed[key][0]}
     can_be_set = not unset and all(old is not None for old, _ in changed.values())
     ways = []
     if same and can_be_set and (changed or lost):

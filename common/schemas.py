@@ -35,6 +35,7 @@ class Reject(StrEnum):
     TAR_DAMAGED = "tar_damaged"  # bytes outside any member; everything before and after was kept
     GZIP_DAMAGED = "gzip_damaged"  # the gzip stream has a wrong checksum or length, or ends here
     VECTOR_MISSING = "vector_missing"  # embedding_model.name is a table of vectors that has none of this image
+    PAIR_MALFORMED = "pair_malformed"  # a line of verpairs.txt that is not two ids, 1 or 0, and two angles
     MARKED_INVALID = "marked_invalid"  # of new data: its column named by --valid is false or empty
     VECTOR_UNUSABLE = "vector_unusable"  # missing, zero or not finite; or those of its building cancel out
 
@@ -221,3 +222,18 @@ def queries(methods: list[str]) -> pa.Schema:
         ]
         fields += [(f"{name}_{method}", kind) for name, kind in of_method]
     return pa.schema(fields)
+
+
+def pairs(methods: Iterable[str]) -> pa.Schema:
+    """A row per verified pair of the dataset's own test set, with the cosine by each method."""
+    return pa.schema(
+        [
+            ("line", pa.int64()),  # of verpairs.txt, from 1
+            ("first", pa.string()),  # "0006-0087241": dataset, patch
+            ("second", pa.string()),  # the same
+            ("same", pa.bool_()),  # both show the same target
+            ("heading_difference", pa.float64()),  # degrees, between the two views; NaN if unknown
+            ("pitch_difference", pa.float64()),  # the same
+            *((f"cosine_{method}", pa.float32()) for method in methods),
+        ]
+    )

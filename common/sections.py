@@ -103,6 +103,7 @@ class Data(Section):
     train_ratio: Ratio
     val_ratio: Ratio
     test_ratio: Ratio
+    held_out: str
     neighbors: Annotated[int, Field(ge=1, le=255)]
     search: Literal["exact", "balltree"]
     balltree_dim: Positive

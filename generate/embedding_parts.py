@@ -34,7 +34,7 @@ def write(result: Result, facts: dict, max_reject_share: float, missing: str = "
     if not failure and len(result.failed) > max_reject_share * part.count:
         failure = (
             f"{len(result.failed):,} of the {part.count:,} images from row {part.start:,} on of {part.tar} "
-            f"{missing} (more than data.max_reject_share); see {_rejects(part.target)}"
+            f"{missing} (more than data.max_reject_share); see {rejects_path(part.target)}"
         )
     if failure:
         write_rejects(part.target, part.record, result.failed, names)
@@ -89,7 +89,7 @@ def append(out: parquet.Writer, columns: pa.Table, vectors: np.ndarray) -> None:
 
 def write_rejects(target: Path, record: Provenance, failed: dict[int, Rejected], names: pa.ChunkedArray) -> None:
     """Images without a vector, and why, beside `target`'s folder; no file if there are none."""
-    path = _rejects(target)
+    path = rejects_path(target)
     if not failed:
         path.unlink(missing_ok=True)
         return
@@ -99,5 +99,6 @@ def write_rejects(target: Path, record: Provenance, failed: dict[int, Rejected],
         out.append({"member": members, "reason": reasons, "detail": [why.detail for why in failed.values()]})
 
 
-def _rejects(target: Path) -> Path:
+def rejects_path(target: Path) -> Path:
+    """The file of the images without a vector, for the file of those that have one."""
     return files.beside(target.parent, "rejects") / target.name

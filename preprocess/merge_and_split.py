@@ -42,6 +42,18 @@ def outputs(cfg, task: int, num_tasks: int) -> Iterator[stages.Output]:
     yield stages.Output(files.beside(cfg.paths.merged_dir, "report") / REPORT[0], record)
 
 
+def recorded(cfg) -> dict:
+    """What is held out is known by its content, so that it may be moved."""
+    from common import config
+    from common.imagery import verified_pairs
+    from preprocess.split import merge_files
+
+    settings = config.values(cfg, *STAGE.settings)
+    if cfg.data.held_out:
+        settings["data.held_out"] = verified_pairs.identity_of(merge_files.held_out_path(cfg))
+    return settings
+
+
 STAGE = stages.Stage(
     "merge_and_split",
     lambda cfg: cfg.paths.merged_dir,
@@ -49,8 +61,9 @@ STAGE = stages.Stage(
     settings=(
         *("global.seed", "data.dedup_max_hamming", "data.ignore_radius_m"),
         *("data.split_by", "data.split_cell_m", "data.split_buffer_m"),
-        *("data.train_ratio", "data.val_ratio", "data.test_ratio"),
+        *("data.train_ratio", "data.val_ratio", "data.test_ratio", "data.held_out"),
     ),
+    recorded=recorded,
 )
 
 
@@ -72,11 +85,14 @@ def main(argv=None) -> int:
 
     with cli.Progress("merge_and_split", "image", sources.num_rows, cfg.logging.progress_interval_s) as progress:
         images = merge_files.read_images(sources)
-        decision = split_rules.decide(images, cfg.data, cfg.global_.seed)
-        report = split_report.summarise(images, decision, cfg.data)
+        held_out = merge_files.held_out(cfg, images)
+        decision = split_rules.decide(images, cfg.data, cfg.global_.seed, held_out.rows if held_out else None)
+        report = split_report.summarise(images, decision, cfg.data, held_out)
         split_report.refuse_empty(report, cfg.data)
         if any(report["in_two_splits"].values()):
             raise AssertionError(f"the split leaks: {report['in_two_splits']}")
+        if held_out and any(report["held_out"]["in_train_or_val"].values()):
+            raise AssertionError(f"the split leaks what is held out: {report['held_out']}")
         progress.add(0, 0, {reason: count for reason, count in decision.dropped.items() if count})
         # an older report must not remain beside new splits: it is deleted first, and the new one is written last
         report_path.unlink(missing_ok=True)

@@ -173,6 +173,11 @@ def artefacts() -> str:
             [field for field in schemas.queries(["<method>"]) if field.name not in common_columns],
             {f"{name}_<method>": note for name, note in notes_of["def queries"].items()} | notes,
         ),
+        columns(
+            "`evaluation/<run>/pairs/pairs.parquet`: one row per verified pair; a cosine for each method",
+            schemas.pairs(["trained"]),
+            notes_of["def pairs"],
+        ),
     ]
     return "\n\n".join(parts)
 

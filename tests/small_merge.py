@@ -104,7 +104,7 @@ def write_checkpoint(cfg, seed: int = 0, hidden: int = HIDDEN, out: int = OUT) -
 
     from common.places import zones
     from publish.model.projection_head import ProjectionHead
-    from train import whitening
+    from train.linear import whitening
 
     train = parquet.read(cfg.paths.merged_dir / "train.parquet")
     embeddings = parquet.to_matrix(train["embedding"]).copy()  # torch wants them writable

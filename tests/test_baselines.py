@@ -1,5 +1,6 @@
-"""train/baselines.py: which shrinkage whitening takes. Oracles: the rule written out in plain Python; NumPy's
-standard error where all buildings are of one size, and the spread of many draws of buildings where they are not.
+"""train/linear/baselines.py: which shrinkage whitening takes. Oracles: the rule written out in plain Python;
+NumPy's standard error where all buildings are of one size, and the spread of many draws of buildings where they
+are not.
 """
 
 import math
@@ -12,8 +13,9 @@ from conftest import paths_below
 
 from common import config
 from difficulty import compute_visual_neighbors
-from train import baselines, datasets
+from train import datasets
 from train.evaluation.validation import standard_error
+from train.linear import baselines
 
 
 def test_the_standard_error_of_buildings_of_one_size_is_that_of_their_means():

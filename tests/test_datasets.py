@@ -11,8 +11,9 @@ from common.errors import PipelineError, StaleArtefact
 from common.places import geo
 from common.places.zones import make_zones
 from difficulty import compute_visual_neighbors
-from train import datasets, run_record, whitening
+from train import datasets, run_record
 from train.datasets import Sampler, make_rows, negatives_of, positives_of, random_rows, relations, restrict
+from train.linear import whitening
 
 CPU = torch.device("cpu")
 METRES = 1 / geo.METRES_PER_DEGREE

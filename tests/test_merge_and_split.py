@@ -153,6 +153,53 @@ def test_the_command_writes_what_was_decided(tmp_path, capsys):
         assert parquet.read_provenance(chain.cfg.paths.merged_dir / f"{name}.parquet").id == known
 
 
+def test_the_listed_images_are_held_out_and_another_list_is_noticed(tmp_path, capsys):
+    frame = city(side_m=4_000)
+    ids = [f"{d:04d}-{p:07d}" for d, p in zip(frame["dataset_id"], frame["patch_id"], strict=True)]
+    listing = tmp_path / "verpairs.txt"
+    listing.write_text(
+        "\n".join(f"{one} {other} 1 -20.5 3" for one, other in zip(ids[:40:2], ids[1:40:2], strict=True))
+    )
+    chain = Chain(tmp_path, frame)
+    assert chain.run() == 0
+    before = chain.report()
+    assert "held_out" not in before
+    chain.flags += ["--set", "data.held_out=verpairs.txt"]
+    with pytest.raises(StaleArtefact, match=r'data\.held_out = "" \(now "\w+"\)'):
+        chain.run()
+    assert chain.run("--remake") == 0
+    assert "held out: 40 of 40 images" in capsys.readouterr().out
+    images = images_of(frame)
+    listed = {tuple(map(int, name.split("-"))) for name in ids[:40]}
+    rows = np.array([(d, p) in listed for d, p in zip(images.dataset_id, images.patch_id, strict=True)])
+    expected = split_rules.decide(images, chain.cfg.data, 0, rows)
+    assert chain.splits()["test"]["patch_id"].to_pylist() == images.patch_id[expected.split == 2].tolist()
+    assert chain.report()["held_out"]["kept_in_test"] > 20
+    assert chain.run() == 0
+    assert "nothing to do" in capsys.readouterr().out
+    listing.rename(tmp_path / "elsewhere.txt")
+    chain.flags[-1] = "data.held_out=elsewhere.txt"
+    assert chain.run() == 0  # the same list
+    (tmp_path / "elsewhere.txt").write_text(f"{ids[50]} {ids[51]} 0 0 0\n")
+    with pytest.raises(StaleArtefact, match=r"data\.held_out"):
+        chain.run()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "data.held_out: there is no file"),
+        ("nothing here\n", "holds no id of an image, such as 0006-0087241"),
+    ],
+)
+def test_a_list_that_is_absent_or_none_is_refused(small, tmp_path, capsys, content, message):
+    if content:
+        (tmp_path / "pairs.txt").write_text(content)
+    small.flags += ["--set", "data.held_out=pairs.txt"]
+    assert exit_code_of(small.run) == 1
+    assert message in capsys.readouterr().err
+
+
 @pytest.fixture
 def small(tmp_path):
     return Chain(tmp_path, city(buildings=60, datasets=2))

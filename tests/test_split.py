@@ -10,7 +10,9 @@ import pytest
 from invented_city import METRE, city, data, images_of
 
 from common.places import geo
-from preprocess.split import split_rules
+from preprocess.split import split_report, split_rules
+
+NONE_OF_1000 = np.zeros(1000, bool)
 
 
 def test_cells_near_are_those_whose_square_is_within_the_radius():
@@ -58,15 +60,15 @@ def test_180_and_minus_180_degrees_are_one_place():
 
 
 def test_cells_go_to_the_split_that_is_furthest_below_its_ratio():
-    cells, found = split_rules.assign_cells(np.arange(1000), np.full(1000, 7), (0.8, 0.1, 0.1), seed=0)
+    cells, found = split_rules.assign_cells(np.arange(1000), np.full(1000, 7), (0.8, 0.1, 0.1), 0, NONE_OF_1000)
     assert np.bincount(found).tolist() == [800, 100, 100]
     assert cells.tolist() == list(range(1000))
-    again = split_rules.assign_cells(np.arange(1000), np.full(1000, 7), (0.8, 0.1, 0.1), seed=0)[1]
-    other = split_rules.assign_cells(np.arange(1000), np.full(1000, 7), (0.8, 0.1, 0.1), seed=1)[1]
+    again = split_rules.assign_cells(np.arange(1000), np.full(1000, 7), (0.8, 0.1, 0.1), 0, NONE_OF_1000)[1]
+    other = split_rules.assign_cells(np.arange(1000), np.full(1000, 7), (0.8, 0.1, 0.1), 1, NONE_OF_1000)[1]
     assert np.array_equal(found, again)
     assert not np.array_equal(found, other)
     assert (
-        split_rules.assign_cells(np.arange(9), np.ones(9), (0.5, 0.0, 0.5), seed=0)[1]
+        split_rules.assign_cells(np.arange(9), np.ones(9), (0.5, 0.0, 0.5), 0, NONE_OF_1000[:9])[1]
         .tolist()
         .count(split_rules.VAL)
         == 0
@@ -75,7 +77,7 @@ def test_cells_go_to_the_split_that_is_furthest_below_its_ratio():
 
 def test_buildings_are_split_by_their_images():
     sizes = np.random.default_rng(0).integers(0, 8, 10_000)
-    found = split_rules.assign_buildings(sizes, (0.8, 0.1, 0.1), seed=0)
+    found = split_rules.assign_buildings(sizes, (0.8, 0.1, 0.1), 0, np.zeros(10_000, bool))
     shares = np.bincount(found, sizes) / sizes.sum()
     assert np.allclose(shares, [0.8, 0.1, 0.1], atol=1e-3)
 
@@ -140,3 +142,68 @@ def test_no_images_are_split_into_nothing():
     found = split_rules.decide(images_of(city().head(0)), data(), 0)
     assert len(found.split) == 0
     assert sum(found.dropped.values()) == 0
+
+
+@pytest.mark.parametrize("split_by", ["geo", "building"])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_held_out_is_in_test_and_nothing_of_it_anywhere_else(seed, split_by):
+    frame = city(seed, side_m=4_000)
+    rng = np.random.default_rng(seed)
+    # of every tenth building an image is held out; of half of these, no image has an embedding
+    frame["has_embedding"] = (frame["target_id"] % 20 > 0) & (rng.random(len(frame)) > 0.1)
+    settings, images = data(split_cell_m=250, split_by=split_by), images_of(frame)
+    building = pd.DataFrame({"dataset": images.dataset_id, "target": images.target_id})
+    held_out = (~building.duplicated() & (building["target"] % 10 == 0)).to_numpy()
+    found = split_rules.decide(images, settings, seed, held_out)
+    frame = pd.DataFrame({"split": found.split, "building": found.building, "cell": found.cell, "held": held_out})
+    for name in ("dataset_id", "street_view_id", "content_hash", "target_lat", "target_lon"):
+        frame[name] = getattr(images, name)
+    assert (frame["held"] & (found.split == split_rules.NONE)).any()
+    trained = frame[frame["split"].isin([split_rules.TRAIN, split_rules.VAL])]
+    keys = [["building"], ["dataset_id", "street_view_id"], ["content_hash"]]
+    for key in [*keys, *[["cell"]] * (split_by == "geo")]:
+        assert trained.merge(frame.loc[frame["held"], key].drop_duplicates()).empty
+    if split_by == "geo":  # the nearest other image is beyond the buffer, also of a building that has none left
+        apart = geo.distance_m(
+            *(trained[name].to_numpy()[:, None] for name in ("target_lat", "target_lon")),
+            *(frame.loc[frame["held"], name].to_numpy()[None] for name in ("target_lat", "target_lon")),
+        )
+        assert apart.min() > settings.split_buffer_m
+    assert (frame["held"] & (found.split == split_rules.TEST)).sum() > 0.2 * held_out.sum()
+    sizes = np.bincount(found.split[found.split >= 0], minlength=3)
+    assert sizes.min() > 0
+    report = split_report.summarise(images, found, settings, split_rules.HeldOut(99, held_out))["held_out"]
+    assert report["listed"] == 99
+    assert report["found"] == held_out.sum()
+    assert report["buildings"] == frame.loc[held_out, "building"].nunique()
+    assert report["kept_in_test"] == (frame["held"] & (found.split == split_rules.TEST)).sum()
+    assert set(report["in_train_or_val"].values()) == {0}
+    # without the rule some would be trained on, and the proof would say so
+    plain = split_rules.decide(images, settings, seed)
+    report = split_report.summarise(images, plain, settings, split_rules.HeldOut(99, held_out))["held_out"]
+    assert min(report["in_train_or_val"][what] for what in ("buildings", "panoramas")) > 0
+
+
+def test_nothing_held_out_changes_nothing():
+    images, settings = images_of(city()), data(split_cell_m=250)
+    none = np.zeros(len(images), bool)
+    assert np.array_equal(
+        split_rules.decide(images, settings, 0).split, split_rules.decide(images, settings, 0, none).split
+    )
+
+
+def test_what_is_held_out_counts_towards_the_ratio_of_test():
+    held_out, sizes = np.arange(1000) < 50, np.full(1000, 7)
+    _, by_cells = split_rules.assign_cells(np.arange(1000), sizes, (0.8, 0.1, 0.1), 0, held_out)
+    by_buildings = split_rules.assign_buildings(sizes, (0.8, 0.1, 0.1), 0, held_out)
+    for found in (by_cells, by_buildings):
+        assert np.bincount(found).tolist() == [800, 100, 100]
+        assert (found[held_out] == split_rules.TEST).all()
+    more = np.arange(1000) < 300  # than test is to have: nothing is added
+    _, by_cells = split_rules.assign_cells(np.arange(1000), sizes, (0.8, 0.1, 0.1), 0, more)
+    by_buildings = split_rules.assign_buildings(sizes, (0.8, 0.1, 0.1), 0, more)
+    for found in (by_cells, by_buildings):
+        assert np.array_equal(found == split_rules.TEST, more)
+        assert np.allclose(
+            np.bincount(found), [700 * 8 / 9, 700 / 9, 300], atol=1
+        )  # val gets its part of the rest

@@ -1,5 +1,5 @@
-"""train/whitening.py. Oracle: every pair of a building written out, scipy's generalised eigenproblem, sklearn; for
-what is stored, the moments themselves.
+"""train/linear/whitening.py. Oracle: every pair of a building written out, scipy's generalised eigenproblem,
+sklearn; for what is stored, the moments themselves.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from sklearn.decomposition import PCA
 
 from common import config
 from common.errors import PipelineError
-from train import whitening
+from train.linear import whitening
 
 CPU = torch.device("cpu")
 
@@ -183,7 +183,7 @@ def test_where_nothing_can_be_written_they_are_computed_again(stored, full_disk,
 KILLED = """
 import os, signal, sys, numpy, torch
 from common import config, files
-from train import whitening
+from train.linear import whitening
 cfg = config.load(None, [f"paths.root={sys.argv[1]}"])
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 x = torch.from_numpy(numpy.random.default_rng(9).normal(size=(4, 3)).astype("float16"))

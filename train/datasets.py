@@ -16,8 +16,9 @@ from common.errors import PipelineError
 from common.places import geo
 from common.places.zones import Zones, make_zones, number_buildings, too_few_outside
 from common.sections import Config
-from train import baselines, run_record, whitening
+from train import run_record
 from train.evaluation.validation import Validation
+from train.linear import baselines, whitening
 
 _COLUMNS = ["dataset_id", "target_id", "street_view_id", "target_lat", "target_lon"]
 

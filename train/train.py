@@ -11,7 +11,7 @@ Command  python train/train.py [--set training.run=NAME] [--set training.loss=in
 Memory   D x 2 + k x 4 + 90 bytes per training image (6 M, 768-d, k = 150: 13 GB), on the GPU if it fits; less with
          training.sample_buildings; validation: see search_memory_mb
 Time     per image of a batch 2 D (h + output_dim) floating-point operations forward and as many backward; plus
-         validation after each epoch, and, once for each merge, the sums of train/whitening.py
+         validation after each epoch, and, once for each merge, the sums of train/linear/whitening.py
 """
 
 import logging

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import logging
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,13 @@ from common import errors, files, parquet, provenance, schemas
 from common.archives import image_origins, tar_parts, tars
 from common.cli import Progress
 from common.errors import PipelineError, StaleArtefact
+from common.imagery import verified_pairs
 from common.provenance import Provenance
 from common.sections import Config, Paths
-from preprocess.split.split_rules import Decision, Images
+from preprocess.split.split_rules import Decision, HeldOut, Images
 
 _FROM_INTERMEDIATES = ("dataset_id", "target_id", "patch_id", "street_view_id", "target_lat", "target_lon")
+log = logging.getLogger("pipeline")
 _SCRIPTS = {"fingerprints": "preprocess/compute_fingerprints.py", "embeddings": "generate/generate_embeddings.py"}
 
 
@@ -162,6 +165,32 @@ def read_images(sources: Sources) -> Images:
         tables.append(table.sort_by([("target_id", "ascending"), ("patch_id", "ascending")]))
     images = pa.concat_tables(tables)
     return Images(**{name: images[name].to_numpy() for name in images.column_names})
+
+
+def held_out(cfg: Config, images: Images) -> HeldOut | None:
+    """The images that data.held_out lists, among these; None if it is not set. Raises PipelineError if it lists no
+    image, or cannot be read."""
+    if not cfg.data.held_out:
+        return None
+    path = held_out_path(cfg)
+    names = verified_pairs.ids_in(verified_pairs.text_of(path))
+    if not names:
+        raise PipelineError(f"data.held_out: {path} holds no id of an image, such as 0006-0087241")
+    rows = verified_pairs.is_listed(verified_pairs.patches_of(names), images.dataset_id, images.patch_id)
+    if not rows.any():
+        log.warning("data.held_out: none of the %d images in %s is in the intermediates", len(names), path)
+    return HeldOut(len(names), rows)
+
+
+def held_out_path(cfg: Config) -> Path:
+    """The file of data.held_out. Raises PipelineError if there is none."""
+    path = cfg.paths.root / cfg.data.held_out
+    if not path.is_file():
+        raise PipelineError(
+            f"data.held_out: there is no file {path}\n"
+            "name verpairs.txt, or test_matching.tar which holds it, relative to paths.root"
+        )
+    return path
 
 
 def write_splits(

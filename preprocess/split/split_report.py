@@ -8,10 +8,20 @@ from common.places import geo
 from common.schemas import SPLITS
 from common.sections import Data
 from preprocess.split import cell_maps
-from preprocess.split.split_rules import Decision, Images, count_in_two_splits
+from preprocess.split.split_rules import (
+    NONE,
+    TEST,
+    TRAIN,
+    VAL,
+    Decision,
+    HeldOut,
+    Images,
+    count_in_two_splits,
+    shared_with_later_split,
+)
 
 
-def summarise(images: Images, decision: Decision, data: Data) -> dict:
+def summarise(images: Images, decision: Decision, data: Data, held_out: HeldOut | None = None) -> dict:
     """The report, without its provenance. Every dropped image is counted once, under the first reason."""
     kept = decision.split >= 0
     split, building, cell = decision.split[kept], decision.building[kept], decision.cell[kept]
@@ -37,6 +47,30 @@ def summarise(images: Images, decision: Decision, data: Data) -> dict:
         "lookalikes_kept": decision.lookalikes,
         "buildings_without_position": len(np.unique(building[cell >= geo.OWN_CELLS])),
         "split_by": data.split_by if geo.is_known(images.target_lat, images.target_lon).any() else "building",
+        **({"held_out": _held_out(images, decision, held_out)} if held_out else {}),
+    }
+
+
+def _held_out(images: Images, decision: Decision, held_out: HeldOut) -> dict:
+    """How many images are held out, and the proof that train and val have none of what they show."""
+    rows, in_training = held_out.rows, np.isin(decision.split, (TRAIN, VAL))
+    in_test = decision.split == TEST
+    keys = {
+        "buildings": (decision.building,),
+        "panoramas": (images.dataset_id, images.street_view_id),
+        "pictures": (images.content_hash,),
+    }
+    shared = np.where(rows, TEST, np.where(in_training, TRAIN, NONE))
+    return {
+        "listed": held_out.listed,
+        "found": int(rows.sum()),
+        "buildings": len(np.unique(decision.building[rows])),
+        "cells": len(np.unique(decision.cell[rows])),
+        "kept_in_test": int((rows & in_test).sum()),
+        "in_train_or_val": {
+            what: int((shared_with_later_split(shared, *of_what) & in_training).sum())
+            for what, of_what in keys.items()
+        },
     }
 
 
@@ -50,6 +84,8 @@ def refuse_empty(report: dict, data: Data) -> None:
         if report["split_by"] == "geo":
             cell = f"data.split_cell_m = {data.split_cell_m:g}"
             advice += f", smaller cells ({cell}) or a narrower data.split_buffer_m"
+        if "held_out" in report:
+            advice += f"; data.held_out takes {report['held_out']['cells']:,} cells for test"
         if report["dropped"]["duplicate_across_buildings"] > report["rows_in"] / 2:
             advice = "the same photographs are at several buildings, as when a building is in two imported sets"
         raise PipelineError(
@@ -71,6 +107,11 @@ def as_text(report: dict) -> str:
         lines.append(
             f"{report['buildings_without_position']:,} buildings have no position: each is a cell of its own, for "
             f'the split and the bootstrap (as data.split_by = "building"), and has no ignore zone'
+        )
+    if held_out := report.get("held_out"):
+        lines.append(
+            f"held out: {held_out['found']:,} of {held_out['listed']:,} images, of {held_out['buildings']:,} "
+            f"buildings in {held_out['cells']:,} cells; {held_out['kept_in_test']:,} of them are in test"
         )
     return "\n".join(lines)
 

@@ -36,6 +36,14 @@ class Images:
         return len(self.dataset_id)
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Images that must be new to a model: `listed` in data.held_out, of which these rows are there."""
+
+    listed: int
+    rows: np.ndarray  # (N,) bool
+
+
 @dataclass
 class Decision:
     """Where each image goes, and why some go nowhere."""
@@ -49,8 +57,13 @@ class Decision:
     lookalikes: int  # images kept although another building has one with the same perceptual hashes
 
 
-def decide(images: Images, data: Data, seed: int) -> Decision:
-    """Apply the rules, one after the other; an image is counted under the first that drops it."""
+def decide(images: Images, data: Data, seed: int, held_out: np.ndarray | None = None) -> Decision:
+    """Apply the rules, one after the other; an image is counted under the first that drops it.
+
+    `held_out` (N,) bool: images that must be new to a model. Their buildings go to test, and so do the cells that
+    these are in; no other split keeps an image of their panoramas, or with the bytes of one of them.
+    """
+    held_out = np.zeros(len(images), bool) if held_out is None else held_out
     building = number_buildings(images.dataset_id, images.target_id)
     firsts = np.flatnonzero(np.diff(building, prepend=-1))  # the first image of each building gives its position
     lat, lon = images.target_lat[firsts], images.target_lon[firsts]
@@ -80,46 +93,85 @@ def decide(images: Images, data: Data, seed: int) -> Decision:
 
     cell = geo.cells_of_buildings(lat, lon, data.split_cell_m)
     sizes = np.bincount(building[rows], minlength=len(firsts))
-    ratios = (data.train_ratio, data.val_ratio, data.test_ratio)
-    if data.split_by == "geo":
-        has_images = sizes > 0
-        cells, split_of_cell = assign_cells(cell[has_images], sizes[has_images], ratios, seed)
-        split_of_building = np.full(len(firsts), NONE, np.int8)
-        split_of_building[has_images] = split_of_cell[np.searchsorted(cells, cell[has_images])]
-        too_near = in_buffer(lat, lon, split_of_building, cells, split_of_cell, data)
-    else:
-        split_of_building = assign_buildings(sizes, ratios, seed)
-        too_near = np.zeros(len(firsts), bool)
+    held = np.zeros(len(firsts), bool)
+    held[building[held_out]] = True
+    split_of_building, too_near = split_buildings(lat, lon, cell, sizes, held, data, seed)
     split[rows] = split_of_building[building[rows]]
     drop("buffer", too_near[building[rows]])
-    panorama = images.dataset_id[rows], images.street_view_id[rows]
-    drop("panorama", shared_with_later_split(split[rows], *panorama))
-    drop("picture_in_two_splits", shared_with_later_split(split[rows], images.content_hash[rows]))
+
+    for reason, keys in (
+        ("panorama", (images.dataset_id, images.street_view_id)),
+        ("picture_in_two_splits", (images.content_hash,)),
+    ):
+        # what is held out counts as test's even where another rule has dropped it; NONE is before all splits
+        known = np.where(held_out, TEST, split)
+        drop(reason, shared_with_later_split(known, *keys)[rows])
     sizes = np.bincount(building[rows], minlength=len(firsts))
     drop("single_view", sizes[building[rows]] < 2)
     return Decision(split, building, cell[building], dropped, why, like, lookalikes)
 
 
-def assign_cells(cell: np.ndarray, sizes: np.ndarray, ratios, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The cells, ascending, and the split of each: in random order, each goes to the split furthest below its
-    ratio. `cell`, `sizes`: the cell of each building and its number of images."""
+def split_buildings(
+    lat: np.ndarray,
+    lon: np.ndarray,
+    cell: np.ndarray,
+    sizes: np.ndarray,
+    held_out: np.ndarray,
+    data: Data,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The split of each of M buildings, (M,) int8, and which of them are in the buffer, (M,) bool. `sizes`: their
+    images that are left; `held_out`: which must be in test."""
+    ratios = (data.train_ratio, data.val_ratio, data.test_ratio)
+    if data.split_by == "building":
+        return assign_buildings(sizes, ratios, seed, held_out), np.zeros(len(sizes), bool)
+    has_split = (sizes > 0) | held_out
+    cells, split_of_cell = assign_cells(cell[has_split], sizes[has_split], ratios, seed, held_out[has_split])
+    split = np.full(len(sizes), NONE, np.int8)
+    split[has_split] = split_of_cell[np.searchsorted(cells, cell[has_split])]
+    return split, in_buffer(lat, lon, split, cells, split_of_cell, data)
+
+
+def assign_cells(
+    cell: np.ndarray, sizes: np.ndarray, ratios, seed: int, held_out: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The cells, ascending, and the split of each: test if a building in it is held out; of the others, in random
+    order, each goes to the split furthest below its ratio. `cell`, `sizes`, `held_out`: the cell of each building,
+    its number of images, and whether it must be in test."""
     cells, inverse = np.unique(cell, return_inverse=True)
     images = np.bincount(inverse, sizes, minlength=len(cells))
-    missing = images.sum() * np.asarray(ratios)  # images that each split still needs
-    split = np.zeros(len(cells), np.int8)
+    is_held = np.bincount(inverse, held_out, minlength=len(cells)) > 0
+    # images that each split still needs
+    missing = images.sum() * ratios_left(ratios, images[is_held].sum() / max(images.sum(), 1))
+    split = np.full(len(cells), TEST, np.int8)
     for i in np.random.default_rng(seed).permutation(len(cells)):
-        split[i] = np.argmax(missing)
-        missing[split[i]] -= images[i]
+        if not is_held[i]:
+            split[i] = np.argmax(missing)
+            missing[split[i]] -= images[i]
     return cells, split
 
 
-def assign_buildings(sizes: np.ndarray, ratios, seed: int) -> np.ndarray:
-    """A random split for each building; the ratios are in images. `sizes`: the number of images of each."""
+def assign_buildings(sizes: np.ndarray, ratios, seed: int, held_out: np.ndarray) -> np.ndarray:
+    """A random split for each building, but test for those `held_out` (M,) bool; the ratios are in images.
+    `sizes`: the number of images of each."""
     order = np.random.default_rng(seed).permutation(len(sizes))
+    order = order[~held_out[order]]
     middle = np.cumsum(sizes[order]) - sizes[order] / 2
-    split = np.empty(len(sizes), np.int8)
-    split[order] = np.searchsorted(np.cumsum(ratios)[:2] * sizes.sum(), middle, side="right")
+    left = ratios_left(ratios, sizes[held_out].sum() / max(sizes.sum(), 1))
+    split = np.full(len(sizes), TEST, np.int8)
+    split[order] = np.searchsorted(np.cumsum(left)[:2] * sizes.sum(), middle, side="right")
     return split
+
+
+def ratios_left(ratios, held_out: float) -> np.ndarray:
+    """The shares of all images that each split still gets if test has this share, which is held out. If that is
+    more than its ratio, train and val divide the rest by theirs."""
+    left = np.array(ratios, np.float64)
+    left[TEST] -= held_out
+    if left[TEST] < 0:
+        left[:TEST] *= (1 - held_out) / left[:TEST].sum()
+        left[TEST] = 0
+    return left
 
 
 def in_buffer(

@@ -40,11 +40,12 @@ from common.imagery.decoding import decode
 from common.provenance import digest_of
 from common.sections import Config
 from generate import backbone
-from train import baselines, datasets, run_record, whitening
+from train import datasets, run_record
 from train.datasets import TrainingData
 from train.evaluation import bootstrap, gallery, methods
 from train.fitting import checkpoints
 from train.fitting.fit import fit
+from train.linear import baselines, whitening
 from train.report.comparison import FIGURES, rank_all
 
 log = logging.getLogger("pipeline")

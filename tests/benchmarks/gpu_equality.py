@@ -23,9 +23,10 @@ from difficulty.search.exact_search import Neighbors, exact_neighbors
 from difficulty.search.search_vectors import SearchVectors
 from generate import backbone
 from publish.model.projection_head import ProjectionHead
-from train import datasets, whitening
+from train import datasets
 from train.evaluation import heads, metrics
 from train.fitting import fit
+from train.linear import whitening
 
 CPU = torch.device("cpu")
 STEPS = 5

@@ -26,9 +26,9 @@ from difficulty.search.balltree import recall
 from generate import backbone, batches, loop
 from publish.inference import model_sizes
 from publish.model.projection_head import ProjectionHead
-from train import whitening
 from train.evaluation import heads
 from train.fitting import fit
+from train.linear import whitening
 
 CHECKED = 2_048  # anchors of the large search whose neighbours are compared
 

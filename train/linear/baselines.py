@@ -7,10 +7,10 @@ import torch
 
 from common.errors import PipelineError
 from common.sections import TrainingModel
-from train import whitening
 from train.evaluation import heads, metrics
 from train.evaluation.validation import Validation, standard_error
-from train.whitening import Moments
+from train.linear import whitening
+from train.linear.whitening import Moments
 
 FEW_BUILDINGS = 30  # mAP@R of a building varies by about 25 points, so its mean over 30 by 4.5: twice that, the
 # half-width of a 95 % interval, is what whitening gains over raw embeddings (9 points on real photographs)
