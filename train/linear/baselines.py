@@ -14,7 +14,7 @@ from train.linear.whitening import Moments
 
 FEW_BUILDINGS = 30  # mAP@R of a building varies by about 25 points, so its mean over 30 by 4.5: twice that, the
 # half-width of a 95 % interval, is what whitening gains over raw embeddings (9 points on real photographs)
-_SMALLEST_SPREAD = 1e-6  # variance of unit vectors, over all dimensions: below, it is rounding
+_SMALLEST_SPREAD = 1e-10  # variance of unit vectors, over all dimensions: below, it is rounding
 
 log = logging.getLogger("pipeline")
 
