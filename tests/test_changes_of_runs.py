@@ -82,7 +82,7 @@ def changed(before: dict[Path, int], place: Place) -> set[str]:
 
 
 CHECKPOINTS = {"checkpoint_best.pt", "checkpoint_last.pt", "history.parquet", "curves.png"}
-EVALUATION = {"metrics.json", "report.html"}
+EVALUATION = {"metrics.json", "queries.parquet", "report.html"}
 SUMMARY = {"summary.parquet", "summary.json", "summary.html"}
 LOST = [  # what is done to a file -> what is written again; nothing else is
     (Path.unlink, "checkpoints/fixed/default/checkpoint_best.pt", CHECKPOINTS),

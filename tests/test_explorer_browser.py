@@ -18,6 +18,7 @@ const one = what => page.document.querySelector(what);
 const all = what => [...page.document.querySelectorAll(what)];
 const texts = what => all(what).map(each => each.textContent);
 const wait = ms => new Promise(done => setTimeout(done, ms));
+const until = async ready => { for (let i = 0; i < 100 && !ready(); i++) await wait(50); };
 function open() { // its constants are in reach of its own scripts alone
   page = frame.contentWindow;
   const script = page.document.createElement("script");
@@ -181,13 +182,13 @@ async function failures() {
   found.arrowLeft = shows(0);
   dialog.querySelector(".close").click();
   found.closed = !dialog.open;
-  await wait(300);
+  await until(() => page.location.hash.includes("tab=failures"));
   found.address = page.location.hash;
   one(".failure .link").click();
   found.linked = [...chosen(), one("#view-buildings").hidden];
-  await wait(300);
+  await until(() => !page.location.hash.includes("tab=failures"));
   page.location.hash = found.address;
-  await wait(300);
+  await until(() => look.state.tab === "failures");
   found.restored = [look.state.tab, look.state.colouring.name, [...look.state.hidden], look.state.building >= 0,
     one("#filter-compare").value, one("#failure-count").textContent];
   choose("#filter-angle", ""); choose("#filter-compare", "");
