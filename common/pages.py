@@ -5,6 +5,7 @@ Loads matplotlib, so only modules that draw import it.
 
 import io
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 
 INK = "#0a0b0c"  # replaced by the page's text colour in the SVG
 # Okabe and Ito's: the colour-blind tell them apart
@@ -27,6 +29,8 @@ METHOD_LOOKS: dict[str, dict[str, Any]] = {  # of the methods of an evaluation: 
     "whitening": {"color": ORANGE, "linestyle": "--"},
     "trained": {"color": BLUE, "linestyle": "-"},
 }
+_MARKERS = cycler(marker=list("osD^vP")) + cycler(markersize=[3] * 6) + cycler(markevery=[6] * 6)
+_FURTHER_LOOKS = _MARKERS * cycler(color=(GREEN, VERMILLION, SKY))
 STYLE: dict[Any, Any] = {  # Any: matplotlib's type enumerates its settings
     "svg.fonttype": "none",  # text stays text: smaller, and in the page's font
     "text.parse_math": False,  # method names come from file names: "$" is literal
@@ -42,6 +46,12 @@ STYLE: dict[Any, Any] = {  # Any: matplotlib's type enumerates its settings
 def arm_colours(num_bands: int) -> list[str]:
     """A colour for each difficulty band, from orange (band 0, the hardest) to blue, then grey for "random"."""
     return [*map(to_hex, matplotlib.colormaps["plasma"](np.linspace(0.8, 0.1, num_bands))), GREY]
+
+
+def looks(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Keyword arguments of `plot` for each method of an evaluation."""
+    further = _FURTHER_LOOKS()  # without end
+    return {method: METHOD_LOOKS.get(method) or next(further) for method in methods}
 
 
 def axes(xlabel: str, ylabel: str) -> Any:

@@ -55,7 +55,7 @@ def draw(path: Path, metrics: dict, names: dict[str, str]) -> None:
     for method, name in names.items():
         if method in curve["methods"]:
             values = 100 * np.array(curve["methods"][method][: len(shown)])
-            recall.plot(shown, values, label=name, **pages.METHOD_LOOKS.get(method, {}))
+            recall.plot(shown, values, label=name, **pages.METHOD_LOOKS[method])
     recall.set(xscale="log", xlabel="k", ylabel="Recall@k, %", title="Is the building among the k nearest images?")
     recall.set_xlim(1, max(last, 2))
     ticks = [k for k in (1, 10, 100, 1000) if k <= last]

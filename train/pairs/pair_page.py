@@ -17,7 +17,6 @@ from train.report.query_sheets import data_uri
 
 SHOWN_PAIRS = 8  # worst of each kind
 _TEMPLATE = Path(__file__).with_name("pairs.html")
-_LINES = (":", "-.", "--", "-")  # different in more than colour
 
 
 class ShownPair(NamedTuple):
@@ -67,10 +66,11 @@ def _shown(images: PairImages, row: int, cosine: float, source: PairFiles, kind:
 def roc_figure(curves: dict) -> Markup:
     """The ROC curve of each method."""
     axes = pages.axes("pairs of different targets that pass, %", "pairs of one target that pass, %")
+    looks = pages.looks(curves)
     for number, (method, curve) in enumerate(curves.items()):
         fpr, recall = (100 * np.array(curve[name]) for name in ("fpr", "recall"))
         # the first lines on top: a solid line would hide a dashed one
-        axes.plot(fpr, recall, _LINES[number % len(_LINES)], label=method, zorder=20 - number)
+        axes.plot(fpr, recall, label=method, zorder=20 - number, **looks[method])
     axes.axhline(95, color=pages.INK, linewidth=0.6)
     axes.set(xlim=(0, 100), ylim=(0, 101))
     axes.legend(loc="lower right")

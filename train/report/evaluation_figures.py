@@ -7,20 +7,10 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
-from matplotlib.rcsetup import cycler
 
 from common import pages
 
-_FURTHER_COLOURS = (pages.GREEN, pages.VERMILLION, pages.SKY)
-_MARKERS = cycler(marker=list("osD^vP")) + cycler(markersize=[3] * 6) + cycler(markevery=[6] * 6)
-_FURTHER_LOOKS = _MARKERS * cycler(color=_FURTHER_COLOURS)
 MAX_CLASSES = 12  # bars that fit a figure
-
-
-def _looks(methods: list[str]) -> dict[str, dict]:
-    """Keyword arguments of `plot` for each method."""
-    further = _FURTHER_LOOKS()  # without end
-    return {method: pages.METHOD_LOOKS.get(method) or next(further) for method in methods}
 
 
 @matplotlib.rc_context(pages.STYLE)
@@ -29,7 +19,7 @@ def recall_curve(curve: dict, gallery: int) -> Markup:
     method."""
     largest = int(np.clip(gallery // 10, 10, 1000))
     axes = pages.axes("k", "Recall@k, %")
-    looks = _looks(list(curve["methods"]))
+    looks = pages.looks(list(curve["methods"]))
     for number, (method, recall) in enumerate(curve["methods"].items()):
         # the first lines on top: a solid line would hide a dashed one
         axes.plot(curve["k"], 100 * np.array(recall), label=method, zorder=20 - number, **looks[method])
@@ -54,7 +44,7 @@ def breakdown(figures: dict, xlabel: str) -> Markup:
     upright = len(classes) > 6  # the labels of the classes
     axes = pages.axes(f"{xlabel}\n({'after' if upright else 'below'} each class: its queries)", "Recall@1, %")
     width = 0.8 / len(methods)
-    for place, (method, look) in enumerate(_looks(methods).items()):
+    for place, (method, look) in enumerate(pages.looks(methods).items()):
         recall = [entry["methods"][method]["recall@1"] for entry in classes]
         # None, where a class has too few cells for an interval, becomes NaN
         values, low, high = (100 * np.array([x[key] for x in recall], float) for key in ("value", "low", "high"))
