@@ -25,6 +25,7 @@ class EmbeddingTables:
     dim: int
     model: str  # digest of the weights, as generate_embeddings_from_parquet.py records it; or UNKNOWN
     schema: pa.Schema  # of the other columns
+    by: str | None  # of a table by aggregate_buildings.py: the images' column that named the buildings
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -85,7 +86,11 @@ def tables_at(source: Path) -> EmbeddingTables:
     model, num_rows = model_of(paths), sum(map(parquet.num_rows, paths))
     if not num_rows:
         raise PipelineError(f"{source} holds no vectors: its tables are empty")
-    return EmbeddingTables(paths, num_rows, _dim_of(paths), model, schemas[first])
+    return EmbeddingTables(paths, num_rows, _dim_of(paths), model, schemas[first], _by(first))
+
+
+def _by(path: Path) -> str | None:
+    return parquet.read_provenance(path).config.get("by") if parquet.has_provenance(path) else None
 
 
 def _other_columns(path: Path) -> pa.Schema:

@@ -64,8 +64,8 @@ def write(
     size = sum((folder / name).stat().st_size for name in names)
     rows_id = parquet.read_provenance(folder / ROWS).id
     finished = record.finished(rows_id, {"out": tables.num_rows}, {"kind": kind, "rows_id": rows_id})
-    about = {"rows": tables.num_rows, "dim": tables.dim, "kind": kind, "model": tables.model, **measured}
-    about |= {"bytes": size, "seconds": finished.seconds, "provenance": finished.to_dict()}
+    about = {"rows": tables.num_rows, "dim": tables.dim, "kind": kind, "model": tables.model, "by": tables.by}
+    about |= {**measured, "bytes": size, "seconds": finished.seconds, "provenance": finished.to_dict()}
     files.write_text(folder / RECORD, json.dumps(about, indent=1) + "\n")
     recalls = [f"{name} {value:.4f}" for name, value in measured.items() if "recall" in name]
     lists = f", {measured['nprobe']} of {measured['nlist']:,} lists, {', '.join(recalls)}" if measured else ""

@@ -4,8 +4,8 @@ vectors.npy   (n, D) float16 in C order, each of length 1 up to rounding; may be
 rows.parquet  n rows in the same order: every other column of the vectors' table
 index.json    written last, so that a folder with it is complete: `rows` (n), `dim` (D), `kind` ("exact" or "ivf"),
               `model` (digest of the weights that made the vectors, generate.model_files.weights_digest of the
-              published folder; "unknown" if their files do not say), `bytes` and `seconds` of the build,
-              `provenance`; of an "ivf" also `nlist`, `nprobe`, and `recall@10` and `recall@100` at that nprobe
+              published folder; "unknown" if their files do not say), `by` (of buildings: the column that named
+              them, or null), `bytes` and `seconds` of the build, `provenance`; of an "ivf" also `nlist`, `nprobe`, and `recall@10` and `recall@100` at that nprobe
 index.faiss   of an "ivf" only: faiss's IVF{nlist},SQfp16 by inner product, whose ids are the row numbers
 
 To search by hand: the rows of the largest products `vectors @ query`, for a query of length 1 by the same model.
@@ -39,6 +39,7 @@ class VectorIndex:
     vectors: np.ndarray  # (n, D) float16
     tables: Sequence[Path]  # Parquet files with the rows, in this order
     model: str  # digest of its weights, or UNKNOWN
+    by: str | None = None  # of buildings: the images' column that named them, if known
     record: dict = field(default_factory=dict)  # index.json
     inverted: Any = None  # faiss's index of an "ivf"
 
@@ -109,12 +110,12 @@ def open(folder: Path) -> VectorIndex:
     if vectors.shape != (record["rows"], record["dim"]) or rows.id != made.facts["rows_id"]:
         raise PipelineError(f"the files in {folder} are not of one index: run publish/build_index.py --overwrite")
     inverted = inverted_file.read(folder / INVERTED, record["nprobe"]) if record["kind"] == "ivf" else None
-    return VectorIndex(str(folder), vectors, (folder / ROWS,), record["model"], record, inverted)
+    return VectorIndex(str(folder), vectors, (folder / ROWS,), record["model"], record["by"], record, inverted)
 
 
 def of_tables(tables: EmbeddingTables) -> VectorIndex:
     """An index of vectors without one, in memory: N x D x 2 bytes."""
-    return VectorIndex(str(tables.paths[0].parent), tables.matrix(), tables.paths, tables.model)
+    return VectorIndex(str(tables.paths[0].parent), tables.matrix(), tables.paths, tables.model, tables.by)
 
 
 def refuse_other_model(index: VectorIndex, model: str, dim: int, folder: Path) -> None:
