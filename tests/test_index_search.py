@@ -20,6 +20,7 @@ from generate.model_files import weights_digest
 from publish import (
     aggregate_buildings,
     build_index,
+    generate_embeddings_from_hf,
     generate_embeddings_from_parquet,
 )
 from publish.demo_usage import main
@@ -129,6 +130,20 @@ def test_buildings_named_otherwise_than_the_query_get_no_verdict(place, found, t
             without, labelled = (verdicts(re.sub("  images=.*", "", one)) for one in told)
             assert without == (known if by == "building_id" else dict.fromkeys(names))
             assert labelled == known
+
+
+def test_the_query_is_left_out_by_its_name_where_its_bytes_are_not_here(place, found, model, tmp_path):  # noqa: F811
+    photos = place.root / "photos"
+    assert generate_embeddings_from_hf.main([str(photos), str(tmp_path / "vectors"), *place.flags]) == 0
+    name, others = place.names[0], place.names[1:]
+    query = str(photos / name)
+    for source in (("--gallery", tmp_path / "vectors"), ("--images", photos, "--gallery", tmp_path / "vectors")):
+        told = [one for _, one in results_of(found(*source, "--top", 7, query=query))]
+        assert sorted(told) == sorted(others)
+    (tmp_path / "holiday" / name).parent.mkdir(parents=True)
+    (tmp_path / "holiday" / name).write_bytes(QUERY)  # another photograph of that name
+    told = found("--gallery", place.root / "vectors", "--top", 7, query=str(tmp_path / "holiday" / name))
+    assert name in [one for _, one in results_of(told)]
 
 
 def test_a_table_of_buildings_is_searched_like_one_of_images(place, found, model, tmp_path):  # noqa: F811
