@@ -70,9 +70,10 @@ def test_many_vectors_get_an_inverted_file_by_themselves(vectors, tmp_path, monk
     assert "ivf index of 50 x 24" in capsys.readouterr().out
 
 
-def test_a_build_that_fails_leaves_no_index_that_looks_whole(vectors, tmp_path, monkeypatch):
+def test_a_build_that_fails_leaves_the_former_index(vectors, tmp_path, monkeypatch):
     command = [str(vectors), str(tmp_path / "index"), "--kind", "ivf"]
     assert main(command) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "index").iterdir()}
 
     def fail(*_):
         raise OSError("the disk is full")
@@ -80,13 +81,17 @@ def test_a_build_that_fails_leaves_no_index_that_looks_whole(vectors, tmp_path, 
     monkeypatch.setattr(inverted_file, "write", fail)
     with pytest.raises(OSError, match="full"):
         main([*command, "--overwrite"])
-    with pytest.raises(PipelineError, match="holds no index"):
-        vector_index.open(tmp_path / "index")
-    monkeypatch.undo()
-    assert main(command) == 0
-    assert {path.name for path in (tmp_path / "index").iterdir()} == {
-        *("vectors.npy", "rows.parquet", "index.faiss", "index.json")
-    }
+    assert {path.name: path.read_bytes() for path in (tmp_path / "index").iterdir()} == before
+    assert before.keys() == {"vectors.npy", "rows.parquet", "index.faiss", "index.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"index", "vectors"}  # nothing is left of the other
+
+
+def test_an_index_does_not_replace_other_files(vectors, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("")
+    with pytest.raises(PipelineError, match=r"thesis holds other files, such as thesis\.tex"):
+        main([str(vectors), str(tmp_path / "thesis"), "--overwrite"])
+    assert (tmp_path / "thesis" / "thesis.tex").exists()
 
 
 def test_files_of_two_indexes_are_not_read_as_one(vectors, tmp_path):

@@ -14,10 +14,13 @@ from publish.retrieval.embedding_tables import EmbeddingTables
 from publish.retrieval.vector_index import INVERTED, RECORD, ROWS, VECTORS
 
 
-def refuse_own_folder(tables: EmbeddingTables, out: Path) -> None:
-    """Raise PipelineError if the index would be written among the vectors."""
-    if tables.paths[0].parent.resolve() == out.resolve():
+def refuse_folder(tables: EmbeddingTables, out: Path) -> None:
+    """Raise PipelineError if the index would be written among the vectors, or in place of other files."""
+    if tables.paths[0].parent.resolve() == out:
         raise PipelineError(f"{out} is the folder of the vectors, one table: name another folder for the index")
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if others := names - {VECTORS, ROWS, RECORD, INVERTED}:
+        raise PipelineError(f"{out} holds other files, such as {min(others)}: name another folder for the index")
 
 
 def is_done(folder: Path, record: Provenance, kind: str, redo: Redo) -> bool:
@@ -43,30 +46,29 @@ def is_done(folder: Path, record: Provenance, kind: str, redo: Redo) -> bool:
 
 
 def write(
-    folder: Path,
+    target: Path,
     tables: EmbeddingTables,
     kind: str,
     record: Provenance,
     device: torch.device,
     progress: cli.Progress,
 ) -> str:
-    """Write an index of `kind`, its record last; returns a line about it."""
-    for name in (RECORD, INVERTED):  # until it is complete, there is none
-        (folder / name).unlink(missing_ok=True)
-    _write_vectors(folder, tables, record, progress)
-    names, measured = [VECTORS, ROWS], {}
-    if kind == "ivf":
-        vectors = np.load(folder / VECTORS, mmap_mode="c")
-        index = inverted_file.build(vectors)
-        measured = inverted_file.tune(index, vectors, device)
-        inverted_file.write(folder / INVERTED, index)
-        names.append(INVERTED)
-    size = sum((folder / name).stat().st_size for name in names)
-    rows_id = parquet.read_provenance(folder / ROWS).id
-    finished = record.finished(rows_id, {"out": tables.num_rows}, {"kind": kind, "rows_id": rows_id})
-    about = {"rows": tables.num_rows, "dim": tables.dim, "kind": kind, "model": tables.model, "by": tables.by}
-    about |= {**measured, "bytes": size, "seconds": finished.seconds, "provenance": finished.to_dict()}
-    files.write_text(folder / RECORD, json.dumps(about, indent=1) + "\n")
+    """Write an index of `kind` to a folder that replaces `target` when it is complete; returns a line about it."""
+    with files.new_folder(target) as folder:
+        _write_vectors(folder, tables, record, progress)
+        names, measured = [VECTORS, ROWS], {}
+        if kind == "ivf":
+            vectors = np.load(folder / VECTORS, mmap_mode="c")
+            index = inverted_file.build(vectors)
+            measured = inverted_file.tune(index, vectors, device)
+            inverted_file.write(folder / INVERTED, index)
+            names.append(INVERTED)
+        size = sum((folder / name).stat().st_size for name in names)
+        rows_id = parquet.read_provenance(folder / ROWS).id
+        finished = record.finished(rows_id, {"out": tables.num_rows}, {"kind": kind, "rows_id": rows_id})
+        about = {"rows": tables.num_rows, "dim": tables.dim, "kind": kind, "model": tables.model, "by": tables.by}
+        about |= {**measured, "bytes": size, "seconds": finished.seconds, "provenance": finished.to_dict()}
+        files.write_text(folder / RECORD, json.dumps(about, indent=1) + "\n")
     recalls = [f"{name} {value:.4f}" for name, value in measured.items() if "recall" in name]
     lists = f", {measured['nprobe']} of {measured['nlist']:,} lists, {', '.join(recalls)}" if measured else ""
     return f"{kind} index of {tables.num_rows:,} x {tables.dim}, {size / 1e6:,.1f} MB{lists}"

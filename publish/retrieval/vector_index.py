@@ -2,10 +2,11 @@
 
 vectors.npy   (n, D) float16 in C order, each of length 1 up to rounding; may be memory-mapped
 rows.parquet  n rows in the same order: every other column of the vectors' table
-index.json    written last, so that a folder with it is complete: `rows` (n), `dim` (D), `kind` ("exact" or "ivf"),
+index.json    `rows` (n), `dim` (D), `kind` ("exact" or "ivf"),
               `model` (digest of the weights that made the vectors, generate.model_files.weights_digest of the
               published folder; "unknown" if their files do not say), `by` (of buildings: the column that named
-              them, or null), `bytes` and `seconds` of the build, `provenance`; of an "ivf" also `nlist`, `nprobe`, and `recall@10` and `recall@100` at that nprobe
+              them, or null), `bytes` and `seconds` of the build, `provenance`; of an "ivf" also `nlist`, `nprobe`,
+              and `recall@10` and `recall@100` at that nprobe
 index.faiss   of an "ivf" only: faiss's IVF{nlist},SQfp16 by inner product, whose ids are the row numbers
 
 To search by hand: the rows of the largest products `vectors @ query`, for a query of length 1 by the same model.
