@@ -94,13 +94,26 @@ def test_an_index_does_not_replace_other_files(vectors, tmp_path):
     assert (tmp_path / "thesis" / "thesis.tex").exists()
 
 
-def test_files_of_two_indexes_are_not_read_as_one(vectors, tmp_path):
-    assert main([str(vectors), str(tmp_path / "index")]) == 0
-    write_vectors(tmp_path / "other" / "0.parquet", made_up(50, seed=1), first=50)
-    assert main([str(tmp_path / "other"), str(tmp_path / "second")]) == 0
-    (tmp_path / "second" / "rows.parquet").replace(tmp_path / "index" / "rows.parquet")
-    with pytest.raises(PipelineError, match="not of one index"):
+@pytest.mark.parametrize("names", [["rows.parquet"], ["vectors.npy", "index.faiss"], ["index.faiss"]])
+def test_files_of_two_indexes_are_not_read_as_one(names, vectors, tmp_path):
+    write_vectors(tmp_path / "other" / "0.parquet", made_up(50, seed=1), model="n" * 32)  # of the same shape
+    for source, out in ((vectors, "index"), (tmp_path / "other", "second")):
+        assert main([str(source), str(tmp_path / out), "--kind", "ivf"]) == 0
+    for name in names:
+        (tmp_path / "second" / name).replace(tmp_path / "index" / name)
+    with pytest.raises(PipelineError, match="missing, or not of one index"):
         vector_index.open(tmp_path / "index")
+
+
+@pytest.mark.parametrize("name", ["vectors.npy", "rows.parquet", "index.faiss"])
+def test_an_index_that_lacks_a_file_is_made_again(name, vectors, tmp_path):
+    command = [str(vectors), str(tmp_path / "index"), "--kind", "ivf"]
+    assert main(command) == 0
+    (tmp_path / "index" / name).unlink()
+    with pytest.raises(PipelineError, match="missing, or not of one index"):
+        vector_index.open(tmp_path / "index")
+    assert main(command) == 0
+    assert len(vector_index.open(tmp_path / "index").vectors) == 50
 
 
 @pytest.mark.parametrize("other", ["n" * 32, None])

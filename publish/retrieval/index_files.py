@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import cli, errors, files, parquet, stages
+from common import cli, errors, files, parquet, provenance, stages
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance, Redo
-from publish.retrieval import inverted_file
+from publish.retrieval import inverted_file, vector_index
 from publish.retrieval.embedding_tables import EmbeddingTables
 from publish.retrieval.vector_index import INVERTED, RECORD, ROWS, VECTORS
 
@@ -24,7 +24,8 @@ def refuse_folder(tables: EmbeddingTables, out: Path) -> None:
 
 
 def is_done(folder: Path, record: Provenance, kind: str, redo: Redo) -> bool:
-    """Whether the folder holds the index that a run with this `record` would write; with "auto", of either kind.
+    """Whether the folder holds the index that a run with this `record` would write, whole; with "auto", of either
+    kind.
 
     Raises StaleArtefact if it holds another one and `redo` does not allow to replace it.
     """
@@ -42,7 +43,8 @@ def is_done(folder: Path, record: Provenance, kind: str, redo: Redo) -> bool:
     if not is_kind and not redo:
         again = errors.command("", "--remake")
         raise StaleArtefact(f"{folder} holds an index of kind {had}, not {kind}\nto build it anew: {again}")
-    return parquet.matches(path, existing, record, redo, "the whole index") and is_kind
+    is_current = parquet.matches(path, existing, record, redo, "the whole index") and is_kind
+    return is_current and vector_index.is_whole(folder, existing)
 
 
 def write(
@@ -64,8 +66,9 @@ def write(
             inverted_file.write(folder / INVERTED, index)
             names.append(INVERTED)
         size = sum((folder / name).stat().st_size for name in names)
-        rows_id = parquet.read_provenance(folder / ROWS).id
-        finished = record.finished(rows_id, {"out": tables.num_rows}, {"kind": kind, "rows_id": rows_id})
+        built = {name: provenance.identity(folder / name) for name in names}
+        content = provenance.digest_of(*built.values())
+        finished = record.finished(content, {"out": tables.num_rows}, {"kind": kind, "files": built})
         about = {"rows": tables.num_rows, "dim": tables.dim, "kind": kind, "model": tables.model, "by": tables.by}
         about |= {**measured, "bytes": size, "seconds": finished.seconds, "provenance": finished.to_dict()}
         files.write_text(folder / RECORD, json.dumps(about, indent=1) + "\n")

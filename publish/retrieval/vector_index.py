@@ -2,11 +2,11 @@
 
 vectors.npy   (n, D) float16 in C order, each of length 1 up to rounding; may be memory-mapped
 rows.parquet  n rows in the same order: every other column of the vectors' table
-index.json    `rows` (n), `dim` (D), `kind` ("exact" or "ivf"),
-              `model` (digest of the weights that made the vectors, generate.model_files.weights_digest of the
-              published folder; "unknown" if their files do not say), `by` (of buildings: the column that named
-              them, or null), `bytes` and `seconds` of the build, `provenance`; of an "ivf" also `nlist`, `nprobe`,
-              and `recall@10` and `recall@100` at that nprobe
+index.json    `rows` (n), `dim` (D), `kind` ("exact" or "ivf"), `model` (digest of the weights that made the
+              vectors, generate.model_files.weights_digest of the published folder; "unknown" if their files do not
+              say), `by` (of buildings: the column that named them, or null), `bytes` and `seconds` of the build,
+              `provenance` (with the identity of each other file); of an "ivf" also `nlist`, `nprobe`, and
+              `recall@10` and `recall@100` at that nprobe
 index.faiss   of an "ivf" only: faiss's IVF{nlist},SQfp16 by inner product, whose ids are the row numbers
 
 To search by hand: the rows of the largest products `vectors @ query`, for a query of length 1 by the same model.
@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from common import parquet, stages
+from common import parquet, provenance, stages
 from common.errors import PipelineError, StaleArtefact
+from common.provenance import Provenance
 from publish.retrieval import inverted_file
 from publish.retrieval.cosine_search import CPU, most_similar
 from publish.retrieval.embedding_tables import EMBEDDING, UNKNOWN, EmbeddingTables
@@ -98,20 +99,26 @@ class VectorIndex:
 
 
 def open(folder: Path) -> VectorIndex:
-    """The index in `folder`, memory-mapped. Raises PipelineError if there is none, or if its files do not belong
-    together."""
+    """The index in `folder`, memory-mapped. Raises PipelineError if there is none, or if its files are not those
+    that were built together."""
     if not (folder / RECORD).is_file():
         raise PipelineError(f"{folder} holds no index (no {RECORD}): run publish/build_index.py first")
-    made = stages.record_of(folder / RECORD)
     record = json.loads((folder / RECORD).read_text())
-    for name in (VECTORS, ROWS, *([INVERTED] if record["kind"] == "ivf" else [])):
-        parquet.require(folder / name, "publish/build_index.py --overwrite")
+    if not is_whole(folder, stages.record_of(folder / RECORD)):
+        raise PipelineError(
+            f"files in {folder} are missing, or not of one index: run publish/build_index.py --overwrite"
+        )
     vectors = np.load(folder / VECTORS, mmap_mode="c")  # torch wants arrays that may be written
-    rows = parquet.read_provenance(folder / ROWS)
-    if vectors.shape != (record["rows"], record["dim"]) or rows.id != made.facts["rows_id"]:
-        raise PipelineError(f"the files in {folder} are not of one index: run publish/build_index.py --overwrite")
     inverted = inverted_file.read(folder / INVERTED, record["nprobe"]) if record["kind"] == "ivf" else None
     return VectorIndex(str(folder), vectors, (folder / ROWS,), record["model"], record["by"], record, inverted)
+
+
+def is_whole(folder: Path, made: Provenance) -> bool:
+    """Whether an index has the files that its record was written with, by their sizes and ends."""
+    built = made.facts.get("files", {})
+    return {VECTORS, ROWS} <= built.keys() and built == {
+        name: provenance.identity(folder / name) for name in built if (folder / name).is_file()
+    }
 
 
 def of_tables(tables: EmbeddingTables) -> VectorIndex:
