@@ -7,10 +7,10 @@ Reads    VECTORS (paths.vectors_dir): a folder of Parquet files, or a file, with
          (generate_embeddings_from_*.py), of buildings (aggregate_buildings.py), or of any program
 Writes   OUT (paths.index_dir): vectors.npy, rows.parquet, index.json and, of kind ivf, index.faiss: see
          publish/retrieval/vector_index.py for their format. A former index stays until the new one is complete, so
-         a rebuild needs room for both
+         a rebuild needs room for both. OUT_rejects/rows.parquet: rows without a usable vector
 Command  python publish/build_index.py [VECTORS [OUT]] [--kind exact]
          then python publish/demo_usage.py search QUERY.jpg --index [OUT]
-Memory   65,536 rows: D x 12 bytes each, and the other columns; of kind ivf also N x (D x 2 + 8) bytes (13 GB for
+Memory   65,536 rows: D x 30 bytes each, and the other columns; of kind ivf also N x (D x 2 + 8) bytes (13 GB for
          25 M x 256), and 256 sqrt(N) x D x 4 while it is trained (1.3 GB)
 """
 

@@ -353,3 +353,10 @@ def test_the_default_folders_are_the_settings(tmp_path, capsys):
     assert table["building"].to_pylist() == ["a", "b"]
     assert np.isnan(table["x"].to_numpy()).all()  # 2 buildings have no neighbourhoods
     assert not files.beside(cfg.paths.buildings_dir, "report").exists()
+
+
+def test_columns_that_differ_between_files_are_left_out_with_a_warning(run, caplog):
+    first, second = images(0, 60, 20), images(1, 60, 20).drop(columns="street")
+    table = run(first, second.astype({"city": "int64"}))
+    assert not {"city", "street"} & set(table.column_names)
+    assert "not with one type: city, street" in caplog.text

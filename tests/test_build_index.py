@@ -11,7 +11,7 @@ from test_vector_index import made_up, rows_of, write_vectors
 from common.errors import PipelineError, StaleArtefact
 from publish import build_index
 from publish.build_index import main
-from publish.retrieval import inverted_file, vector_index
+from publish.retrieval import embedding_tables, inverted_file, vector_index
 
 
 @pytest.fixture
@@ -129,14 +129,49 @@ def test_what_is_no_table_of_vectors_is_refused_by_name(vectors, tmp_path):
         main([str(tmp_path / "empty"), str(tmp_path / "index")])
     with pytest.raises(PipelineError, match="is the folder of the vectors"):
         main([str(vectors), str(vectors)])
-    zero = made_up(50)
-    zero[7] = 0
-    write_vectors(tmp_path / "zero" / "0.parquet", zero)
-    with pytest.raises(PipelineError, match=r"embedding of row 7 is all 0"):
+    write_vectors(tmp_path / "zero" / "0.parquet", 0 * made_up(50))
+    with pytest.raises(PipelineError, match=r"no row of .*zero can be used: the vectors are missing, zero or not"):
         main([str(tmp_path / "zero"), str(tmp_path / "index")])
     pq.write_table(pq.read_table(vectors / "0.parquet").drop_columns("building"), vectors / "1.parquet")
     with pytest.raises(PipelineError, match=r"1\.parquet has other columns than .*0\.parquet"):
         main([str(vectors), str(tmp_path / "index")])
+    pq.write_table(pq.read_table(vectors / "0.parquet").drop_columns("embedding"), vectors / "1.parquet")
+    with pytest.raises(PipelineError, match=r"1\.parquet has no column embedding"):
+        main([str(vectors), str(tmp_path / "index")])
+
+
+@pytest.mark.parametrize("batch_rows", [4, 100])
+def test_rows_without_a_usable_vector_are_left_out_and_counted(batch_rows, tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setattr(embedding_tables, "BATCH_ROWS", batch_rows)
+    lists = made_up(60).tolist()
+    lists[0], lists[7], lists[55], lists[56] = (
+        None,
+        [0.0] * 24,
+        [float("nan"), *lists[55][1:]],
+        [None, *lists[56][1:]],
+    )
+    for number, rows in enumerate((slice(0, 50), slice(50, 60))):
+        table = rows_of(made_up(60)).drop_columns("embedding")[rows.start : rows.stop]
+        (tmp_path / "any").mkdir(exist_ok=True)
+        pq.write_table(
+            table.append_column("embedding", pa.array(lists[rows])), tmp_path / "any" / f"{number}.parquet"
+        )
+    assert main([str(tmp_path / "any"), str(tmp_path / "index")]) == 0
+    assert "60 vectors in, 56 out, 4 rejected (vector_unusable 4)" in capsys.readouterr().out
+    rejects = pq.read_table(tmp_path / "index_rejects" / "rows.parquet").to_pylist()
+    assert [row["member"] for row in rejects] == ["0:0", "0:7", "1:5", "1:6"]
+    assert {row["reason"] for row in rejects} == {"vector_unusable"}
+
+    good = [number for number in range(60) if number not in (0, 7, 55, 56)]
+    index = vector_index.open(tmp_path / "index")
+    assert index.record["rows"] == 56
+    assert np.allclose(np.load(tmp_path / "index" / "vectors.npy"), made_up(60)[good], atol=1e-3)
+    gallery = vector_index.of_tables(embedding_tables.tables_at(tmp_path / "any"))
+    assert "leaving out 4 rows" in caplog.text
+    for one in (index, gallery):
+        _, rows = one.search(-made_up(60)[:1], 60)  # away from a building: some cosines are below 0
+        assert sorted(row["image"] for row in one.take(rows[0])) == sorted(f"{number}.jpg" for number in good)
+    assert np.flatnonzero(gallery.where([("building", "b0")])).tolist() == [1, 2]
 
 
 def test_without_faiss_an_ivf_is_refused_before_any_work(vectors, tmp_path, monkeypatch):

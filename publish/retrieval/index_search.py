@@ -48,6 +48,7 @@ def nearest(
 ) -> Nearest:
     """The `top` rows of the index most similar to the query, without images equal to it. `mask` (n,) bool: the
     rows to look at; `labels`: image -> building, of the query, too; without, the query's is the dataset's."""
+    mask = index.usable if mask is None else mask
     vector = photo_search.vector_of(published, query)
     cosines, rows = index.search(vector[None], top + _SPARE, mask, published.device)
     is_found = rows[0] >= 0

@@ -1,7 +1,7 @@
 """An index: a folder of vectors in which to search by cosine. publish/build_index.py writes it.
 
 vectors.npy   (n, D) float16 in C order, each of length 1 up to rounding; may be memory-mapped
-rows.parquet  n rows in the same order: every other column of the vectors' table
+rows.parquet  n rows in the same order: every other column of the vectors' table, of rows that have a vector
 index.json    `rows` (n), `dim` (D), `kind` ("exact" or "ivf"), `model` (digest of the weights that made the
               vectors, generate.model_files.weights_digest of the published folder; "unknown" if their files do not
               say), `by` (of buildings: the column that named them, or null), `bytes` and `seconds` of the build,
@@ -13,6 +13,7 @@ To search by hand: the rows of the largest products `vectors @ query`, for a que
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +29,9 @@ from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance
 from publish.retrieval import inverted_file
 from publish.retrieval.cosine_search import CPU, most_similar
-from publish.retrieval.embedding_tables import EMBEDDING, UNKNOWN, EmbeddingTables
+from publish.retrieval.embedding_tables import EMBEDDING, UNKNOWN, UNUSABLE, EmbeddingTables
 
+log = logging.getLogger("pipeline")
 VECTORS, ROWS, RECORD, INVERTED = "vectors.npy", "rows.parquet", "index.json", "index.faiss"
 
 
@@ -44,6 +46,7 @@ class VectorIndex:
     by: str | None = None  # of buildings: the images' column that named them, if known
     record: dict = field(default_factory=dict)  # index.json
     inverted: Any = None  # faiss's index of an "ivf"
+    usable: np.ndarray | None = None  # (n,) bool, the rows that have a vector; None: all
 
     def search(
         self, queries: np.ndarray, k: int, mask: np.ndarray | None = None, device: torch.device = CPU
@@ -54,6 +57,7 @@ class VectorIndex:
         "ivf" and there is no mask; then -inf and -1 where the lists that are looked at hold fewer than k.
         """
         queries = np.ascontiguousarray(queries, np.float32)
+        mask = self.usable if mask is None else mask
         if self.inverted is not None and mask is None:
             return self.inverted.search(queries, min(k, len(self.vectors)))
         return most_similar(self.vectors, queries, k, None if mask is None else np.flatnonzero(mask), device)
@@ -82,7 +86,7 @@ class VectorIndex:
     def where(self, conditions: Sequence[tuple[str, str]]) -> np.ndarray:
         """(n,) bool: the rows in which each column has the value named. Raises PipelineError if there is no such
         column, or no such row."""
-        mask = np.ones(len(self.vectors), bool)
+        mask = np.ones(len(self.vectors), bool) if self.usable is None else self.usable.copy()
         for column, text in conditions:
             if column not in self.columns:
                 raise PipelineError(f"{self.name} has no column {column}: it has {', '.join(self.columns)}")
@@ -123,7 +127,12 @@ def is_whole(folder: Path, made: Provenance) -> bool:
 
 def of_tables(tables: EmbeddingTables) -> VectorIndex:
     """An index of vectors without one, in memory: N x D x 2 bytes."""
-    return VectorIndex(str(tables.paths[0].parent), tables.matrix(), tables.paths, tables.model, tables.by)
+    name = str(tables.paths[0].parent)
+    vectors, usable = tables.matrix()
+    if usable.all():
+        return VectorIndex(name, vectors, tables.paths, tables.model, tables.by)
+    log.warning("%s: leaving out %d rows whose vector is %s", name, (~usable).sum(), UNUSABLE)
+    return VectorIndex(name, vectors, tables.paths, tables.model, tables.by, usable=usable)
 
 
 def refuse_other_model(index: VectorIndex, model: str, dim: int, folder: Path) -> None:
