@@ -1,4 +1,4 @@
-"""Atomic file writes: a file appears only once it is complete, and leftovers of dead runs are removed."""
+"""Atomic writes: a file, or a folder, appears only once it is complete, and leftovers of dead runs are removed."""
 
 import contextlib
 import errno
