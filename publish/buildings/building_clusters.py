@@ -31,7 +31,7 @@ def fit(vectors: np.ndarray, count: int, seed: int) -> Clusters:
     """`count` clusters of unit vectors (B, D), and a warning if it is fewer: at most B / 2, and none is empty."""
     buildings, asked = len(vectors), count
     count = min(count, buildings // 2)
-    if not count:
+    if not count or count < 2 <= asked:
         if asked:
             log.warning("no clusters: there are too few buildings (%d)", buildings)
         return Clusters(0, np.full(buildings, -1, np.int32), np.full(buildings, np.nan, np.float32), None)
