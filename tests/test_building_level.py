@@ -74,7 +74,10 @@ def test_the_query_does_not_help_its_own_building():
     degrees = np.radians([0, 80, 60, 60])
     vectors = torch.from_numpy(np.stack([np.cos(degrees), np.sin(degrees)], axis=1).astype(np.float32))
     around = in_a_row([2, 2], metres_apart=100.0)
-    assert image_to_building(vectors, around, 2, 16, CPU, PROGRESS).tolist() == [2, 2]  # 1, 2 with the query in the mean
+    assert image_to_building(vectors, around, 2, 16, CPU, PROGRESS).tolist() == [
+        2,
+        2,
+    ]  # 1, 2 with the query in the mean
     near = in_a_row([2, 2], metres_apart=10.0)
     assert image_to_building(vectors, near, 2, 16, CPU, PROGRESS).tolist() == [1, 1]  # the rival is in the zone
 
@@ -122,7 +125,9 @@ def test_halves_find_the_other_halves_as_in_a_loop(seed):
     found = half_to_half(single, around, num_queries, seed, 16, CPU, PROGRESS)
     assert found.tolist() == expected
     assert 0.05 < np.mean(np.array(expected) == 1) < 0.95
-    assert half_to_half(single, around, num_queries, seed + 1, 16, CPU, PROGRESS).tolist() != expected  # other halves
+    assert (
+        half_to_half(single, around, num_queries, seed + 1, 16, CPU, PROGRESS).tolist() != expected
+    )  # other halves
 
 
 def test_means_are_those_of_numpy_and_opposites_cancel():
