@@ -7,7 +7,8 @@ Writes   OUT/buildings.parquet: a row for each building: its unit vector, images
          on a plane (with openTSNE), and those columns of the images that have one value in each building;
          OUT_rejects/buildings.parquet: images without a building or a usable vector;
          OUT_report/clusters.{json,png}: figures, and the most typical buildings of each cluster
-Command  python publish/aggregate_buildings.py [VECTORS] [OUT] [--by building_id] [--clusters 20]
+Command  python publish/aggregate_buildings.py [VECTORS OUT] [--by building_id] [--clusters 20]
+         python publish/aggregate_buildings.py PHOTO_VECTORS OUT --labels TABLE.csv
 Memory   4 bytes a dimension and 400 more for each building, 40 for each image: 10 GB for 6 M buildings of 25 M
          images at 256 dimensions; less than 1 GB for clusters and the projection
 """
@@ -28,11 +29,14 @@ def parse(argv) -> argparse.Namespace:
     arguments.add_argument("vectors", nargs="?", type=Path, help="Parquet file or folder (paths.vectors_dir)")
     arguments.add_argument("out", nargs="?", type=Path, help="folder for the table (paths.buildings_dir)")
     arguments.add_argument("--by", default="building_id", metavar="NAME", help="names the building (building_id)")
+    arguments.add_argument("--labels", type=Path, metavar="TABLE", help="CSV or Parquet: image, building; instead")
     arguments.add_argument("--id", metavar="NAME", help="column that names the image (streetview_image_id, image)")
     arguments.add_argument("--clusters", type=int, default=20, metavar="K", help="clusters (20); 0: none")
     args = arguments.parse_args(argv)
     if args.clusters < 0:
         raise ConfigError("--clusters must be 0 or more")
+    if args.vectors and not args.out:
+        raise ConfigError("name a folder for the table too: the default one is that of the run's own vectors")
     return args
 
 
@@ -47,8 +51,13 @@ def main(argv=None) -> int:
     out = (args.out or cfg.paths.buildings_dir).resolve()
     if out == (folder.parent if folder.is_file() else folder):
         raise ConfigError(f"{out} is the folder of the vectors: name another one for the table")
-    source = image_vectors.find(folder, args.by, args.id)
-    settings = {"model.weights": source.model, "by": args.by, "id": source.id, "clusters": args.clusters}
+    source = image_vectors.find(folder, args.by, args.id, args.labels)
+    settings = {
+        "model.weights": source.model,
+        "by": "labels" if args.labels else args.by,
+        "id": source.id,
+        "clusters": args.clusters,
+    }
     settings |= values(cfg, "global.seed")
     record = provenance.record("aggregate_buildings", settings, source.inputs)
     target, report = out / "buildings.parquet", files.beside(out, "report")

@@ -153,7 +153,10 @@ WRONG = {
         "no column building_id: its columns are name, embed",
     ),
     "no vectors": ({"building_id": ["a"], "v": [[1.0]]}, "has no column embedding"),
-    "fractions": ({"building_id": [0.5], "embedding": [[1.0]]}, "building_id holds double; convert the names"),
+    "fractions": (
+        {"building_id": [0.5], "embedding": [[1.0]]},
+        "building_id holds double, not integers or strings",
+    ),
     "ragged": ({"building_id": ["a", "b"], "embedding": [[1.0], [1.0, 2.0]]}, "row 1 has 2 dimensions; the rows"),
     "no rows": (
         {"building_id": pa.array([], pa.string()), "embedding": pa.array([], pa.list_(pa.float32()))},
@@ -263,7 +266,7 @@ def planted(clusters: int, each: int, noise: float) -> tuple[np.ndarray, np.ndar
 def test_rows_are_taken_in_the_order_of_their_numbers_asked_for(run, tmp_path):
     frames = [{"building_id": [n, n], "at": [n, n + 1], "embedding": [[1.0], [1.0]]} for n in (0, 2, 4)]
     run(*frames)
-    source = image_vectors.find(tmp_path / "in", "building_id", None)
+    source = image_vectors.find(tmp_path / "in", "building_id", None, None)
     assert source.take(np.array([5, 0, 3, 3]), ["at"])["at"].to_pylist() == [5, 0, 3, 3]
 
 
@@ -407,3 +410,29 @@ def test_columns_that_differ_between_files_are_left_out_with_a_warning(run, capl
     table = run(first, second.astype({"city": "int64"}))
     assert not {"city", "street"} & set(table.column_names)
     assert "not with one type: city, street" in caplog.text
+
+
+def test_labels_in_a_table_stand_for_the_column(run, tmp_path):
+    frame = images(0, 60, 9)
+    expected = run(frame)
+    frame["image"] = frame.pop("streetview_image_id")
+    labels = frame[["image", "building_id"]].rename(columns={"building_id": "building"})
+    labels.sample(frac=1, random_state=0).to_csv(tmp_path / "labels.csv", index=False)
+    flags = ("--clusters", "0", "--labels", str(tmp_path / "labels.csv"), "--overwrite")
+    found = run(frame.drop(columns="building_id"), flags=flags)
+    pd.testing.assert_frame_equal(found.to_pandas(), expected.to_pandas())
+    rejects = parquet.read(tmp_path / "out_rejects" / "buildings.parquet").to_pandas()
+    assert set(rejects["detail"]) >= {"its labels do not name it"}
+    labels[1:].to_csv(tmp_path / "labels.csv", index=False)
+    with pytest.raises(StaleArtefact, match=r"labels\.csv"):
+        run(flags=flags[:-1])
+
+
+def test_names_that_pandas_made_floats_are_refused_with_the_remedy(run):
+    with pytest.raises(PipelineError, match=r"osm_id holds double.*\n.*astype\(\"Int64\"\)"):
+        run({"osm_id": [1.0, None], "embedding": [[1.0] * DIM] * 2}, by="osm_id")
+
+
+def test_a_table_of_ones_own_does_not_go_where_the_runs_is(tmp_path):
+    with pytest.raises(ConfigError, match="name a folder for the table too"):
+        aggregate_buildings.main([str(tmp_path / "own.parquet"), "--set", f"paths.root={tmp_path}"])

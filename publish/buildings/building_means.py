@@ -50,7 +50,7 @@ def aggregate(source: ImageVectors, progress: cli.Progress) -> tuple[Buildings, 
         raise PipelineError(f"{source.paths[0].parent} holds no rows")
     codes, names = encode(source.buildings())
     why = {}
-    why[f"{source.by} is empty"] = np.flatnonzero(codes < 0)
+    why["its labels do not name it" if source.labels else f"{source.by} is empty"] = np.flatnonzero(codes < 0)
     sums, why[UNUSABLE] = _add_up(source, codes, len(names), progress)
     counts = np.bincount(codes[codes >= 0], minlength=len(names))
     lengths = np.sqrt(np.einsum("bd,bd->b", sums, sums)) / np.maximum(counts, 1)
@@ -139,7 +139,8 @@ def _attributes(source: ImageVectors, codes: np.ndarray, buildings: int) -> tupl
     split_names = [*schemas.SPLITS, ""]
     kinds = {field.name: field.type for field in source.others}
     names, pending = source.others.names, [pa.table({_CODE: pa.array([], pa.int32())})]
-    for number, start, batch in source.batches(*dict.fromkeys([source.by, *names, *(source.position or ())])):
+    key = source.id if source.labels else source.by  # a column that is there, if no other is wanted
+    for number, start, batch in source.batches(*dict.fromkeys([key or "", *names, *(source.position or ())])):
         here = codes[start : start + len(batch)]
         used = np.flatnonzero(here >= 0)
         here, batch = here[used], batch.take(pa.array(used))

@@ -15,6 +15,7 @@ from pyarrow import types
 
 from common import parquet, provenance, schemas
 from common.errors import PipelineError, command
+from publish.inference import image_labels
 from publish.retrieval import embedding_tables
 from publish.retrieval.embedding_tables import EMBEDDING
 
@@ -33,7 +34,8 @@ class ImageVectors:
     splits: list[str]  # of each file: "train", "val", "test" or ""
     inputs: dict[str, str]  # file name -> identity, for records
     model: str  # digest of the weights of the model that made them, or embedding_tables.UNKNOWN
-    by: str
+    by: str  # the column that names the buildings
+    labels: dict[str, str] | None  # image -> building, in place of that column
     id: str | None  # the column that names the images; None: they have numbers
     position: tuple[str, str] | None  # the columns of latitude and longitude, degrees
     columns: list[str]  # that are in all files
@@ -49,6 +51,10 @@ class ImageVectors:
 
     def buildings(self) -> pa.ChunkedArray:
         """The names of the rows' buildings, strings; null where there is none."""
+        if self.labels is not None:
+            rows = pc.index_in(self.ids(), pa.array(self.labels, pa.large_string()))
+            names = pa.array(self.labels.values(), pa.string()).take(rows.combine_chunks())
+            return pa.chunked_array([names])
         names = self._column(self.by)
         return pc.if_else(pc.equal(names, ""), None, names)
 
@@ -80,8 +86,9 @@ class ImageVectors:
         return pa.chunked_array([chunk for table in tables for chunk in table.chunks], pa.string())
 
 
-def find(source: Path, by: str, image_id: str | None) -> ImageVectors:
-    """The vectors at `source`, a Parquet file or a folder of them.
+def find(source: Path, by: str, image_id: str | None, labels: Path | None) -> ImageVectors:
+    """The vectors at `source`, a Parquet file or a folder of them. `labels`: a table that says which building an
+    image shows, in place of the column `by`.
 
     Raises PipelineError if there are none or if columns are missing, StaleArtefact if several models made them.
     """
@@ -94,10 +101,15 @@ def find(source: Path, by: str, image_id: str | None) -> ImageVectors:
         with parquet.open_file(path) as file:
             counts.append(file.metadata.num_rows)
             tables.append(file.schema_arrow)
-        _require(path, tables[-1], by, image_id)
+        _require(path, tables[-1], None if labels else by, image_id)
     columns = [name for name in tables[0].names if all(name in schema.names for schema in tables)]
     fields = [tables[0].field(name) for name in columns]
     fields = [field for field in fields if all(schema.field(field.name).type == field.type for schema in tables)]
+    image_id = image_id or next((name for name in IDS if name in columns and name != by), None)
+    if labels and not image_id:
+        raise PipelineError(
+            f"{source} has no column that names images: name it with --id, to look them up in {labels}"
+        )
     usable = {EMBEDDING, by, image_id, *(field.name for field in fields)}  # of the first three, types may differ
     if dropped := sorted({name for schema in tables for name in schema.names} - usable):
         log.warning("leaving out columns that not all files have, or not with one type: %s", ", ".join(dropped))
@@ -107,24 +119,28 @@ def find(source: Path, by: str, image_id: str | None) -> ImageVectors:
         paths,
         num_rows=counts,
         splits=[_split(record) for record in records],
-        inputs=embedding_tables.identities(paths),
+        inputs=embedding_tables.identities(paths) | ({labels.name: provenance.identity(labels)} if labels else {}),
         model=embedding_tables.model_of(paths),
         by=by,
-        id=image_id or next((name for name in IDS if name in columns and name != by), None),
+        labels=image_labels.of_table(labels) if labels else None,
+        id=image_id,
         position=next((pair for pair in POSITIONS if numbers.issuperset(pair)), None),
         columns=columns,
         others=pa.schema([kept for field in fields if field.name != by and (kept := _kept(field))]),
     )
 
 
-def _require(path: Path, schema: pa.Schema, by: str, image_id: str | None) -> None:
+def _require(path: Path, schema: pa.Schema, by: str | None, image_id: str | None) -> None:
     """Raise PipelineError if columns are missing from a file, or cannot name buildings."""
     for name in filter(None, (EMBEDDING, by, image_id)):
         if name not in schema.names:
             raise PipelineError(f"{path} has no column {name}: its columns are {', '.join(schema.names)}")
-    kind = schema.field(by).type
+    kind = schema.field(by).type if by else pa.string()
     if not (types.is_integer(kind) or _is_text(kind)):
-        raise PipelineError(f"{path}: {by} holds {kind}; convert the names of buildings to integers or strings")
+        raise PipelineError(
+            f"{path}: {by} holds {kind}, not integers or strings, which name buildings\n"
+            f'in pandas: table["{by}"] = table["{by}"].astype("Int64"), which keeps missing ones'
+        )
 
 
 def _kept(field: pa.Field) -> pa.Field | None:
