@@ -193,22 +193,26 @@ def test_photographs_of_ones_own_have_their_own_terms(place):
 @pytest.mark.parametrize(
     "kind",
     [
-        pa.binary(),
-        pa.binary_view(),
-        pa.binary(3),
-        pa.struct({"bytes": pa.binary()}),
-        pa.list_(pa.large_binary()),
+        *(pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(3)),
+        *(pa.struct({"bytes": pa.binary()}), pa.map_(pa.string(), pa.binary())),
+        *(pa.list_(pa.binary(3)), pa.list_(pa.large_binary(), 2), pa.list_view(pa.binary())),
+        *(pa.dictionary(pa.int32(), pa.binary()), pa.list_(pa.dictionary(pa.int8(), pa.binary()))),
     ],
     ids=str,
 )
-def test_columns_that_may_hold_photographs_are_refused(place, kind):
-    value = {"bytes": b"abc"} if pa.types.is_struct(kind) else [b"abc"] if pa.types.is_list(kind) else b"abc"
-    schema = IMAGES.append(pa.field("photo", kind))
-    rows = pa.table({**images("test", 1), "embedding": unit_vectors(0, 1).tolist(), "photo": [value]}, schema)
+def test_every_type_that_holds_bytes_is_known(kind):
+    others = {"id": pa.string(), "ids": pa.list_(pa.string()), "city": pa.dictionary(pa.int32(), pa.string())}
+    schema = pa.schema({**others, "photo": kind, "vector": pa.list_(pa.float32(), 8)})
+    assert push.columns_of_bytes(schema) == ["photo"]
+
+
+def test_columns_that_may_hold_photographs_are_refused(place):
+    schema = IMAGES.append(pa.field("photo", pa.dictionary(pa.int32(), pa.binary())))
+    rows = {**images("test", 1), "embedding": unit_vectors(0, 1).tolist()}
     made = provenance.record("x", {"model.weights": place.weights}, {})
     with parquet.writer(place.cfg.paths.vectors_dir / "test-1.parquet", schema, made) as out:
-        out.append(rows)
-    with pytest.raises(PipelineError, match=r"test-1\.parquet: the column photo holds bytes"):
+        out.append(pa.table({**rows, "photo": pa.array([b"abc"]).dictionary_encode()}, schema))
+    with pytest.raises(PipelineError, match=r"test-1\.parquet has columns of bytes.*: photo"):
         push_embeddings.main([*place.flags, "--dry-run"])
     assert not place.folder.exists()
 

@@ -54,7 +54,11 @@ def find_tables(cfg: Config) -> list[Table]:
                     f"{path} was made by another model than the one in {model}\n"
                     "make it again, or name its model's folder with --set paths.published_dir=FOLDER"
                 )
-            _refuse_bytes(path, parquet.open_file(path).schema_arrow)
+            if binary := push.columns_of_bytes(parquet.open_file(path).schema_arrow):
+                raise PipelineError(
+                    f"{path} has columns of bytes, which may be photographs: {', '.join(binary)}; nothing was sent\n"
+                    "leave them out of the table that the vectors are made of, and make the vectors again"
+                )
         if paths:
             schema = parquet.open_file(paths[0]).schema_arrow.remove_metadata()
             tables.append(Table(name, paths, schema, sum(map(parquet.num_rows, paths))))
@@ -64,26 +68,6 @@ def find_tables(cfg: Config) -> list[Table]:
             "run publish/generate_embeddings_from_parquet.py, then publish/aggregate_buildings.py"
         )
     return tables
-
-
-def _refuse_bytes(path: Path, schema: pa.Schema) -> None:
-    for field in schema:
-        if _holds_bytes(field.type):
-            raise PipelineError(
-                f"{path}: the column {field.name} holds bytes ({field.type}), which may be photographs; nothing "
-                "was sent\nleave the column out of the table that the vectors are made of, and make them again"
-            )
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    fields = [kind.field(n).type for n in range(kind.num_fields)]
-    is_bytes = (
-        pa.types.is_binary,
-        pa.types.is_large_binary,
-        pa.types.is_binary_view,
-        pa.types.is_fixed_size_binary,
-    )
-    return any(test(kind) for test in is_bytes) or any(map(_holds_bytes, fields))
 
 
 def card(cfg: Config, tables: list[Table], repo: str, model_repo: str | None) -> str:

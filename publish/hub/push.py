@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
 
@@ -44,6 +45,22 @@ def listing(files: Files, url: str, folder: Path | None = None) -> str:
     if folder:
         lines += [f"stays here: {path.name}" for path in sorted(folder.iterdir()) if path.name not in files]
     return "\n".join(lines)
+
+
+def columns_of_bytes(schema: pa.Schema) -> list[str]:
+    """The names of the columns that hold bytes, or a part of which does: they may be photographs."""
+    return [field.name for field in schema if _holds_bytes(field.type)]
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    parts = [kind.field(n).type for n in range(kind.num_fields)]
+    if pa.types.is_dictionary(kind):
+        parts.append(kind.value_type)
+    is_bytes = (
+        *(pa.types.is_binary, pa.types.is_large_binary),
+        *(pa.types.is_binary_view, pa.types.is_fixed_size_binary),
+    )
+    return any(test(kind) for test in is_bytes) or any(map(_holds_bytes, parts))
 
 
 def upload(

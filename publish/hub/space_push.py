@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-from pyarrow import types
-
 from common import errors, parquet
 from common.errors import PipelineError, StaleArtefact
 from generate.model_files import weights_digest
@@ -29,7 +27,7 @@ def of_space(published: Path, model_repo: str, index: Path) -> dict[str, Path | 
         )
     with parquet.open_file(index / "rows.parquet") as file:
         columns = file.schema_arrow
-    if binary := [field.name for field in columns if _holds_bytes(field.type)]:
+    if binary := push.columns_of_bytes(columns):
         raise PipelineError(
             f"{index}/rows.parquet has columns of bytes, which may be photographs: {', '.join(binary)}\n"
             "build the index from vectors without these columns"
@@ -46,9 +44,3 @@ def push_space(files: push.Files, repo: str) -> str:
     """Send the files of `of_space` to the Space `repo`, a private one if it is new; the commit's URL."""
     kind = {"repo_type": "space", "space_sdk": "gradio"}
     return push.upload(files, repo, "Publish the search", replaced=[*files], flag="--push-space", **kind)
-
-
-def _holds_bytes(kind) -> bool:
-    """Whether a column of this type, or a part of it, holds bytes."""
-    nested = [kind.field(i).type for i in range(kind.num_fields)]
-    return types.is_binary(kind) or types.is_large_binary(kind) or any(map(_holds_bytes, nested))
