@@ -462,6 +462,16 @@ def _lines(content: bytes) -> list[str]:
     return [line for line in content.decode().splitlines() if not line.startswith("#")]
 
 
+def test_a_space_keeps_photographs_no_longer_than_it_says():
+    """Gradio looks every so many seconds, and deletes what is older than so many."""
+    every, older_than = map(
+        int, re.findall(r"delete_cache=\((\d+), (\d+)\)", (space_push.SPACE / "app.py").read_text())[0]
+    )
+    assert every + older_than <= 600
+    for name in ("app.py", "README.md"):
+        assert "within ten minutes" in (space_push.SPACE / name).read_text()
+
+
 def test_a_space_with_photographs_or_another_models_vectors_is_refused(trained, index):
     published, rows = trained.cfg.paths.published_dir, pq.read_table(index / "rows.parquet")
     for column in (pa.array([b"jpeg"] * 7), pa.array([{"bytes": b"jpeg", "path": "a.jpg"}] * 7)):
