@@ -524,6 +524,20 @@ def test_a_cosine_is_explained_by_the_pairs_that_reach_it():
     assert card_figures.thresholds({"edges": [-1.0, 1.0], "matches": [1], "non_matches": [1]}) == []
 
 
+@pytest.mark.parametrize(
+    ("gallery", "where"), [("test", "all in the test split"), ("all", "a test image and any")]
+)
+def test_the_cosines_of_the_card_are_those_that_were_counted(gallery, where, trained, tmp_path):
+    path = trained.cfg.paths.checkpoints_dir / "default" / "checkpoint_best.pt"
+    histograms = {"edges": [-1.0, 0.425, 0.475, 1.0], "matches": [1, 1, 2], "non_matches": [900, 80, 20]}
+    metrics = {**trained.metrics, "gallery": gallery, "similarity_histograms": histograms}
+    model_card.write(tmp_path, trained.cfg, torch.load(path, weights_only=True), metrics, None)
+    section = (tmp_path / "README.md").read_text().split("### What a cosine means")[1].split("##")[0]
+    assert "| 0.425 | 75 % | 10 % |" in section
+    assert where in section
+    assert ("test split" in section) == (gallery == "test")
+
+
 def test_the_card_says_how_large_the_model_is(trained):
     folder = trained.cfg.paths.published_dir
     weights = {name: tensor.numel() for name, tensor in load_file(folder / "model.safetensors").items()}
