@@ -64,7 +64,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def upload(
-    files: Files, repo: str, message: str, *, replaced: Sequence[str], flag: str = "--push", **kind: Any
+    files: Files, repo: str, message: str, *, replaced: Sequence[str] = (), flag: str = "--push", **kind: Any
 ) -> str:
     """Send files to the repository `repo` ("user/name"), a private one if it is new; the commit's URL.
 
