@@ -312,8 +312,9 @@ def test_the_card_holds_the_measured_figures_with_their_intervals(trained):
         assert result.metric_args == {"low": figure["low"], "high": figure["high"]}
     assert "| this model | 25.0 [15.0, 35.0] | 12.5 [2.5, 22.5] | 4 [4, 4] |" in made.text
     assert "| learned whitening | 0.0 [0.0, 0.0] |" in made.text
-    assert "| this model - learned whitening | +25.0 [+15.0, +35.0] |" in made.text
+    assert "| this model minus learned whitening | +25.0 [+15.0, +35.0] |" in made.text
     assert "non-commercial" in made.text
+    assert "its licence, which this card does not know" in made.text
     assert "{{ " not in made.text
     assert "{%" not in made.text
 
