@@ -17,7 +17,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -33,11 +32,12 @@ from safetensors.torch import load_file, save_file
 from trained_model import JPEGS, Trained
 from transformers import AutoImageProcessor
 
-from common import cli, parquet
+from common import cli, parquet, provenance
 from common.errors import PipelineError, StaleArtefact
 from common.imagery.decoding import decode
 from generate import backbone
 from generate.model_files import weights_digest
+from publish import build_index
 from publish.convert_to_hf import main
 from publish.hub import card_figures, model_card, parity, published_folder, push, space_push
 from publish.inference import published_model
@@ -312,8 +312,9 @@ def test_the_card_holds_the_measured_figures_with_their_intervals(trained):
         assert result.metric_args == {"low": figure["low"], "high": figure["high"]}
     assert "| this model | 25.0 [15.0, 35.0] | 12.5 [2.5, 22.5] | 4 [4, 4] |" in made.text
     assert "| learned whitening | 0.0 [0.0, 0.0] |" in made.text
-    assert "| this model - learned whitening | +25.0 [+15.0, +35.0] |" in made.text
+    assert "| this model minus learned whitening | +25.0 [+15.0, +35.0] |" in made.text
     assert "non-commercial" in made.text
+    assert "its licence, which this card does not know" in made.text
     assert "{{ " not in made.text
     assert "{%" not in made.text
 
@@ -426,14 +427,22 @@ def test_the_pushed_card_names_its_repository_and_the_local_one_a_path(trained):
 
 @pytest.fixture
 def index(trained, tmp_path) -> Path:
-    """The published model's vectors as an index, in the format of publish/retrieval/vector_index.py."""
-    rows = parquet.read(trained.cfg.paths.merged_dir / "test.parquet")
-    folder = tmp_path / "index"
-    folder.mkdir()
-    np.save(folder / "vectors.npy", trained.vectors().astype(np.float16))
-    pq.write_table(rows.drop(["embedding"]), folder / "rows.parquet")
-    model = weights_digest(trained.cfg.paths.published_dir)
-    (folder / "index.json").write_text(json.dumps({"rows": 7, "dim": 16, "kind": "exact", "model": model}))
+    """An index of the published model's vectors."""
+    return index_of(
+        trained, tmp_path / "index", trained.vectors(), weights_digest(trained.cfg.paths.published_dir)
+    )
+
+
+def index_of(trained: Trained, folder: Path, vectors: np.ndarray, model: str, **more: pa.Array) -> Path:
+    """An index of vectors by `model` of the test images, with `more` columns."""
+    rows = parquet.read(trained.cfg.paths.merged_dir / "test.parquet").drop(["embedding"])
+    columns = {"embedding": pa.array(vectors.tolist(), pa.list_(pa.float32())), **more}
+    for name, column in columns.items():
+        rows = rows.append_column(name, column)
+    made = provenance.record("generate_embeddings_from_parquet", {"model.weights": model}, {})
+    with parquet.writer(folder / "of" / "vectors.parquet", rows.schema, made) as out:
+        out.append(rows)
+    assert build_index.main([str(folder / "of"), str(folder)]) == 0
     return folder
 
 
@@ -449,6 +458,7 @@ def test_a_space_is_sent_with_its_index_and_the_name_of_its_model(trained, index
     assert hub.calls[2:] == [("me/search", options), ("me/search", "space")]
     names = {"README.md", "requirements.txt", "app.py", "MODEL", "vectors.npy", "rows.parquet", "index.json"}
     assert hub.sent.keys() == names
+    assert not hub.replaced
     assert hub.sent["MODEL"] == b"me/buildings\n"
     card = yaml.safe_load(hub.sent["README.md"].decode().split("---")[1])
     assert (card["sdk"], card["app_file"], card["models"]) == ("gradio", "app.py", ["me/buildings"])
@@ -462,14 +472,31 @@ def _lines(content: bytes) -> list[str]:
     return [line for line in content.decode().splitlines() if not line.startswith("#")]
 
 
-def test_a_space_with_photographs_or_another_models_vectors_is_refused(trained, index):
-    published, rows = trained.cfg.paths.published_dir, pq.read_table(index / "rows.parquet")
-    for column in (pa.array([b"jpeg"] * 7), pa.array([{"bytes": b"jpeg", "path": "a.jpg"}] * 7)):
-        pq.write_table(rows.append_column("image", column), index / "rows.parquet")
-        with pytest.raises(PipelineError, match="may be photographs: image"):
-            space_push.of_space(published, "me/buildings", index)
-    (index / "index.json").write_text('{"model": "another"}')
-    with pytest.raises(StaleArtefact, match="by another model"):
+def test_a_space_keeps_photographs_no_longer_than_it_says():
+    """Gradio looks every so many seconds, and deletes what is older than so many."""
+    every, older_than = map(
+        int, re.findall(r"delete_cache=\((\d+), (\d+)\)", (space_push.SPACE / "app.py").read_text())[0]
+    )
+    assert every + older_than <= 600
+    for name in ("app.py", "README.md"):
+        assert "within ten minutes" in (space_push.SPACE / name).read_text()
+
+
+def test_a_space_with_photographs_or_another_models_vectors_is_refused(trained, index, tmp_path):
+    published, vectors = trained.cfg.paths.published_dir, trained.vectors()
+    with_bytes = index_of(
+        trained, tmp_path / "bytes", vectors, "unknown", image=pa.array([b"jpeg"] * 7, pa.binary(4))
+    )
+    with pytest.raises(PipelineError, match="may be photographs: image"):
+        space_push.of_space(published, "me/buildings", with_bytes)
+    for name, values, model, message in (
+        ("other", vectors, "another", "by another model"),
+        ("longer", np.hstack([vectors, vectors]), "unknown", "of 32 dimensions"),
+    ):
+        with pytest.raises(StaleArtefact, match=message):
+            space_push.of_space(published, "me/buildings", index_of(trained, tmp_path / name, values, model))
+    shutil.copy(with_bytes / "rows.parquet", index)
+    with pytest.raises(PipelineError, match="not of one index"):
         space_push.of_space(published, "me/buildings", index)
     (index / "index.json").unlink()
     with pytest.raises(PipelineError, match=r"build_index\.py"):
@@ -512,6 +539,20 @@ def test_a_cosine_is_explained_by_the_pairs_that_reach_it():
         assert threshold[1:] == pytest.approx((matches, non_matches))
         assert non_matches <= share < (cosines[1] >= threshold.cosine - 0.025).mean()  # the bin below is too low
     assert card_figures.thresholds({"edges": [-1.0, 1.0], "matches": [1], "non_matches": [1]}) == []
+
+
+@pytest.mark.parametrize(
+    ("gallery", "where"), [("test", "all in the test split"), ("all", "a test image and any")]
+)
+def test_the_cosines_of_the_card_are_those_that_were_counted(gallery, where, trained, tmp_path):
+    path = trained.cfg.paths.checkpoints_dir / "default" / "checkpoint_best.pt"
+    histograms = {"edges": [-1.0, 0.425, 0.475, 1.0], "matches": [1, 1, 2], "non_matches": [900, 80, 20]}
+    metrics = {**trained.metrics, "gallery": gallery, "similarity_histograms": histograms}
+    model_card.write(tmp_path, trained.cfg, torch.load(path, weights_only=True), metrics, None)
+    section = (tmp_path / "README.md").read_text().split("### What a cosine means")[1].split("##")[0]
+    assert "| 0.425 | 75 % | 10 % |" in section
+    assert where in section
+    assert ("test split" in section) == (gallery == "test")
 
 
 def test_the_card_says_how_large_the_model_is(trained):

@@ -20,6 +20,7 @@ from common.errors import PipelineError, StaleArtefact
 from generate import model_files
 from publish import push_embeddings
 from publish.hub import dataset_push, push
+from publish.retrieval import embedding_tables
 
 DIM = 8
 SPLIT_ROWS = {"train": 30, "val": 10, "test": 20}
@@ -34,8 +35,8 @@ def unit_vectors(seed: int, n: int) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def write(path, schema, rows: dict, weights: str) -> None:
-    made = provenance.record("generate_embeddings_from_parquet", {"model.weights": weights}, {})
+def write(path, schema, rows: dict, weights: str, inputs: dict | None = None) -> None:
+    made = provenance.record("generate_embeddings_from_parquet", {"model.weights": weights}, inputs or {})
     with parquet.writer(path, schema, made) as out:
         out.append(rows)
 
@@ -60,10 +61,14 @@ class Place:
         self.weights = model_files.weights_digest(model)
         for split, n in SPLIT_ROWS.items():
             write(paths.vectors_dir / f"{split}-0.parquet", IMAGES, images(split, n), self.weights)
+        self.aggregate()
+        self.folder = files.beside(paths.vectors_dir, "dataset")
+
+    def aggregate(self) -> None:
         names = [f"0088_{n}" for n in range(15)]
         rows = {"building": names, "image_ids": [[name] for name in names], "embedding": unit_vectors(9, 15)}
-        write(paths.buildings_dir / "buildings.parquet", BUILDINGS, rows, self.weights)
-        self.folder = files.beside(paths.vectors_dir, "dataset")
+        inputs = embedding_tables.identities(sorted(self.cfg.paths.vectors_dir.iterdir()))
+        write(self.cfg.paths.buildings_dir / "buildings.parquet", BUILDINGS, rows, self.weights, inputs)
 
     def card(self) -> DatasetCard:
         with warnings.catch_warnings():
@@ -175,6 +180,7 @@ def test_one_table_alone_is_sent_and_the_other_is_named(place, gone, left, capsy
 def test_vectors_that_are_not_in_splits_are_one(place, tmp_path):
     for path in place.cfg.paths.vectors_dir.iterdir():
         path.rename(path.with_name(path.name.replace("train", "0088")))
+    place.aggregate()
     push_embeddings.main([*place.flags, "--dry-run"])
     found = load_dataset(str(place.folder), "images", cache_dir=str(tmp_path / "cache"))
     assert {split: len(rows) for split, rows in found.items()} == {"images": 60}
@@ -193,22 +199,26 @@ def test_photographs_of_ones_own_have_their_own_terms(place):
 @pytest.mark.parametrize(
     "kind",
     [
-        pa.binary(),
-        pa.binary_view(),
-        pa.binary(3),
-        pa.struct({"bytes": pa.binary()}),
-        pa.list_(pa.large_binary()),
+        *(pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(3)),
+        *(pa.struct({"bytes": pa.binary()}), pa.map_(pa.string(), pa.binary())),
+        *(pa.list_(pa.binary(3)), pa.list_(pa.large_binary(), 2), pa.list_view(pa.binary())),
+        *(pa.dictionary(pa.int32(), pa.binary()), pa.list_(pa.dictionary(pa.int8(), pa.binary()))),
     ],
     ids=str,
 )
-def test_columns_that_may_hold_photographs_are_refused(place, kind):
-    value = {"bytes": b"abc"} if pa.types.is_struct(kind) else [b"abc"] if pa.types.is_list(kind) else b"abc"
-    schema = IMAGES.append(pa.field("photo", kind))
-    rows = pa.table({**images("test", 1), "embedding": unit_vectors(0, 1).tolist(), "photo": [value]}, schema)
+def test_every_type_that_holds_bytes_is_known(kind):
+    others = {"id": pa.string(), "ids": pa.list_(pa.string()), "city": pa.dictionary(pa.int32(), pa.string())}
+    schema = pa.schema({**others, "photo": kind, "vector": pa.list_(pa.float32(), 8)})
+    assert push.columns_of_bytes(schema) == ["photo"]
+
+
+def test_columns_that_may_hold_photographs_are_refused(place):
+    schema = IMAGES.append(pa.field("photo", pa.dictionary(pa.int32(), pa.binary())))
+    rows = {**images("test", 1), "embedding": unit_vectors(0, 1).tolist()}
     made = provenance.record("x", {"model.weights": place.weights}, {})
     with parquet.writer(place.cfg.paths.vectors_dir / "test-1.parquet", schema, made) as out:
-        out.append(rows)
-    with pytest.raises(PipelineError, match=r"test-1\.parquet: the column photo holds bytes"):
+        out.append(pa.table({**rows, "photo": pa.array([b"abc"]).dictionary_encode()}, schema))
+    with pytest.raises(PipelineError, match=r"test-1\.parquet has columns of bytes.*: photo"):
         push_embeddings.main([*place.flags, "--dry-run"])
     assert not place.folder.exists()
 
@@ -221,6 +231,17 @@ def test_vectors_of_another_model_and_none_at_all_are_refused(place, capsys):
         path.unlink()
     assert cli.exit_code_of(lambda: push_embeddings.main([*place.flags, "--dry-run"])) == 1
     assert "aggregate_buildings.py" in capsys.readouterr().err
+
+
+def test_buildings_of_other_vectors_than_the_images_are_refused(place):
+    write(place.cfg.paths.vectors_dir / "train-0.parquet", IMAGES, images("train", 40), place.weights)
+    with pytest.raises(
+        StaleArtefact, match=r"(?s)buildings\.parquet was made of other.*aggregate_buildings\.py.*--remake"
+    ):
+        push_embeddings.main([*place.flags, "--dry-run"])
+    assert not place.folder.exists()
+    place.aggregate()
+    assert push_embeddings.main([*place.flags, "--dry-run"]) == 0
 
 
 @pytest.mark.parametrize(

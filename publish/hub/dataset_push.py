@@ -7,12 +7,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from common import files, parquet, schemas
+from common import errors, files, parquet, schemas
 from common.errors import PipelineError, StaleArtefact
 from common.sections import Config
 from generate import model_files
 from publish.hub import push
 from publish.inference import model_record
+from publish.retrieval import embedding_tables
 
 TEMPLATE = Path(__file__).with_name("dataset_card.md")
 PATTERNS = ("README.md", "images/*.parquet", "buildings/*.parquet")
@@ -42,7 +43,7 @@ def find_tables(cfg: Config) -> list[Table]:
     """The vectors of images, and those of buildings; one may be missing.
 
     Raises PipelineError if both are, or if a column holds bytes, which may be photographs; StaleArtefact if a file
-    was made by another model than the published one.
+    was made by another model than the published one, or the buildings of other vectors than those of the images.
     """
     model = model_record.folder_of(cfg, None)
     weights, tables = model_files.weights_digest(model), []
@@ -54,10 +55,16 @@ def find_tables(cfg: Config) -> list[Table]:
                     f"{path} was made by another model than the one in {model}\n"
                     "make it again, or name its model's folder with --set paths.published_dir=FOLDER"
                 )
-            _refuse_bytes(path, parquet.open_file(path).schema_arrow)
+            if binary := push.columns_of_bytes(parquet.open_file(path).schema_arrow):
+                raise PipelineError(
+                    f"{path} has columns of bytes, which may be photographs: {', '.join(binary)}\n"
+                    "leave them out of the table that the vectors are made of, and make the vectors again"
+                )
         if paths:
             schema = parquet.open_file(paths[0]).schema_arrow.remove_metadata()
             tables.append(Table(name, paths, schema, sum(map(parquet.num_rows, paths))))
+    if len(tables) == 2:
+        _refuse_other_images(*tables)
     if not tables:
         raise PipelineError(
             f"neither {cfg.paths.vectors_dir} nor {cfg.paths.buildings_dir} holds vectors\n"
@@ -66,24 +73,13 @@ def find_tables(cfg: Config) -> list[Table]:
     return tables
 
 
-def _refuse_bytes(path: Path, schema: pa.Schema) -> None:
-    for field in schema:
-        if _holds_bytes(field.type):
-            raise PipelineError(
-                f"{path}: the column {field.name} holds bytes ({field.type}), which may be photographs; nothing "
-                "was sent\nleave the column out of the table that the vectors are made of, and make them again"
+def _refuse_other_images(images: Table, buildings: Table) -> None:
+    for path in buildings.paths:
+        if parquet.read_provenance(path).inputs != embedding_tables.identities(images.paths):
+            raise StaleArtefact(
+                f"{path} was made of other vectors than those in {images.paths[0].parent}\n"
+                f"make it again: {errors.command('publish/aggregate_buildings.py', '--remake')}"
             )
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    fields = [kind.field(n).type for n in range(kind.num_fields)]
-    is_bytes = (
-        pa.types.is_binary,
-        pa.types.is_large_binary,
-        pa.types.is_binary_view,
-        pa.types.is_fixed_size_binary,
-    )
-    return any(test(kind) for test in is_bytes) or any(map(_holds_bytes, fields))
 
 
 def card(cfg: Config, tables: list[Table], repo: str, model_repo: str | None) -> str:

@@ -20,7 +20,10 @@ REPOSITORY = "https://github.com/embedding-pipeline/embedding-pipeline"
 PLACE_OF_THE_MODEL = "`PATH` is the folder that holds this card, or the model's name on the hub."
 TEMPLATE = Path(__file__).with_name("model_card.md")
 METHODS = {"raw": "raw backbone", "pca": "PCA", "whitening": "learned whitening", "trained": "this model"}
-SEARCHES = {"image_to_building": "one more image of it", "half_to_half": "half of its images, among other halves"}
+SEARCHES = {
+    "image_to_building": "one image",
+    "half_to_half": "half of a building's images, among the other halves",
+}
 _LICENCES = {  # of the backbone's weights: prefix of its name on the hub -> fields of the card
     "facebook/dinov2": {
         "license": "apache-2.0",
@@ -56,7 +59,9 @@ def write(folder: Path, cfg: Config, checkpoint: dict, metrics: dict, preprocess
     )
     table = [(METHODS.get(method, method), values, "") for method, values in metrics["methods"].items()]
     for other in ("whitening", "raw"):  # paired differences from the linear baselines
-        table.append((f"{METHODS['trained']} - {METHODS[other]}", metrics["differences"][f"trained-{other}"], "+"))
+        table.append(
+            (f"{METHODS['trained']} minus {METHODS[other]}", metrics["differences"][f"trained-{other}"], "+")
+        )
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),

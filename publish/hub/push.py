@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
 
@@ -46,8 +47,24 @@ def listing(files: Files, url: str, folder: Path | None = None) -> str:
     return "\n".join(lines)
 
 
+def columns_of_bytes(schema: pa.Schema) -> list[str]:
+    """The names of the columns that hold bytes, or a part of which does: they may be photographs."""
+    return [field.name for field in schema if _holds_bytes(field.type)]
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    parts = [kind.field(n).type for n in range(kind.num_fields)]
+    if pa.types.is_dictionary(kind):
+        parts.append(kind.value_type)
+    is_bytes = (
+        *(pa.types.is_binary, pa.types.is_large_binary),
+        *(pa.types.is_binary_view, pa.types.is_fixed_size_binary),
+    )
+    return any(test(kind) for test in is_bytes) or any(map(_holds_bytes, parts))
+
+
 def upload(
-    files: Files, repo: str, message: str, *, replaced: Sequence[str], flag: str = "--push", **kind: Any
+    files: Files, repo: str, message: str, *, replaced: Sequence[str] = (), flag: str = "--push", **kind: Any
 ) -> str:
     """Send files to the repository `repo` ("user/name"), a private one if it is new; the commit's URL.
 

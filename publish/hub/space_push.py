@@ -1,15 +1,13 @@
 """Sending the Space (publish/space/) with an index and the name of its model to the hub."""
 
-import json
 from pathlib import Path
 
-from pyarrow import types
-
-from common import errors, parquet
-from common.errors import PipelineError, StaleArtefact
-from generate.model_files import weights_digest
+from common import parquet
+from common.errors import PipelineError
+from generate import model_files
 from generate.pixels import read_preprocessing
 from publish.hub import push
+from publish.retrieval import vector_index
 
 SPACE = Path(__file__).parents[1] / "space"
 INDEX = ("vectors.npy", "rows.parquet", "index.json")  # of publish/build_index.py; the app searches exactly
@@ -20,16 +18,12 @@ def of_space(published: Path, model_repo: str, index: Path) -> dict[str, Path | 
 
     Raises PipelineError if there is no index, if it may hold photographs, or if another model made its vectors.
     """
-    for name in INDEX:
-        parquet.require(index / name, "publish/build_index.py")
-    if json.loads((index / "index.json").read_text())["model"] not in ("unknown", weights_digest(published)):
-        raise StaleArtefact(
-            f"{index} has vectors by another model than {published}\n"
-            f"build it again: {errors.command('publish/build_index.py', '--remake')}"
-        )
+    dim = model_files.read_json(published / "config.json")["output_dim"]
+    weights = model_files.weights_digest(published)
+    vector_index.refuse_other_model(vector_index.open(index), weights, dim, published)
     with parquet.open_file(index / "rows.parquet") as file:
         columns = file.schema_arrow
-    if binary := [field.name for field in columns if _holds_bytes(field.type)]:
+    if binary := push.columns_of_bytes(columns):
         raise PipelineError(
             f"{index}/rows.parquet has columns of bytes, which may be photographs: {', '.join(binary)}\n"
             "build the index from vectors without these columns"
@@ -45,10 +39,4 @@ def of_space(published: Path, model_repo: str, index: Path) -> dict[str, Path | 
 def push_space(files: push.Files, repo: str) -> str:
     """Send the files of `of_space` to the Space `repo`, a private one if it is new; the commit's URL."""
     kind = {"repo_type": "space", "space_sdk": "gradio"}
-    return push.upload(files, repo, "Publish the search", replaced=[*files], flag="--push-space", **kind)
-
-
-def _holds_bytes(kind) -> bool:
-    """Whether a column of this type, or a part of it, holds bytes."""
-    nested = [kind.field(i).type for i in range(kind.num_fields)]
-    return types.is_binary(kind) or types.is_large_binary(kind) or any(map(_holds_bytes, nested))
+    return push.upload(files, repo, "Publish the search", flag="--push-space", **kind)

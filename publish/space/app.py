@@ -109,11 +109,12 @@ def search(image: Image.Image | None) -> tuple[list[list], str]:
     return table, map_of(found)
 
 
-with gr.Blocks(title="Nearest buildings", analytics_enabled=False, delete_cache=(600, 600)) as page:
+# delete_cache: every minute, what is older than nine
+with gr.Blocks(title="Nearest buildings", analytics_enabled=False, delete_cache=(60, 540)) as page:
     gr.Markdown(
         "# Nearest buildings\n\nUpload a street-level photograph with a building at its centre. The model "
         f"`{html.escape(Path(name).name)}` compares it with {len(rows):,} rows of an index. A high cosine is no "
-        "proof that it is the same building. Photographs are deleted after ten minutes."
+        "proof that it is the same building. Photographs are deleted within ten minutes."
     )
     with gr.Row():
         photograph = gr.Image(type="pil", label="photograph", sources=["upload", "clipboard"])

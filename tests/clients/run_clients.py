@@ -1,7 +1,7 @@
 """A published model in the programs that people use it with, each in an environment of its own.
 
 Reads    nothing: it trains, publishes and embeds something tiny
-Writes   PLACE: what the clients use, and their environments (a second run reuses these)
+Writes   PLACE/prepared: what the clients use, made anew; PLACE/environments, which a second run reuses
 Command  python tests/clients/run_clients.py [--place PLACE] [CLIENT ...]; make clients
 Time     15 minutes, most of them for installing torch into four environments (1 GB each); a network is needed
 
@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -38,15 +39,12 @@ CLIENTS = {  # what is installed
 def prepare(place: Path) -> None:
     """Everything but the environments: images, a published model, its vectors, its card's code and its Space."""
     import numpy as np
-    import pyarrow.parquet as pq
     import torch
     from PIL import Image
     from trained_model import JPEGS, Trained
     from transformers import AutoImageProcessor, AutoModel
 
-    from common import parquet
-    from generate.model_files import weights_digest
-    from publish import convert_to_hf, generate_embeddings_from_parquet
+    from publish import build_index, convert_to_hf, generate_embeddings_from_parquet
     from publish.hub import space_push
 
     done = Trained(place / "pipeline")
@@ -73,16 +71,13 @@ def prepare(place: Path) -> None:
 
     command = [str(done.cfg.paths.merged_dir / "test.parquet"), str(place / "vectors"), "--model", str(published)]
     assert generate_embeddings_from_parquet.main([*command, *done.flags]) == 0
-    rows = parquet.read(place / "vectors" / "test-0.parquet")
     with torch.inference_mode():
         np.save(place / "projected.npy", model.project(done.embeddings()).numpy())
 
+    assert build_index.main([str(place / "vectors"), str(place / "index")]) == 0
     space = place / "space"
     space.mkdir()
-    np.save(space / "vectors.npy", expected.astype(np.float16))
-    pq.write_table(rows.drop(["embedding"]), space / "rows.parquet")
-    (space / "index.json").write_text(json.dumps({"model": weights_digest(published)}))
-    for name, content in space_push.of_space(published, str(published), space).items():
+    for name, content in space_push.of_space(published, str(published), place / "index").items():
         (space / name).write_bytes(content.read_bytes() if isinstance(content, Path) else content.encode())
 
 
@@ -99,9 +94,10 @@ def environment(folder: Path, packages: list[str], place: Path) -> Path:
 def run(client: str, place: Path) -> bool:
     """Whether the client gives the model's vectors; prints what it says."""
     start = time.perf_counter()
-    python = environment(place / "environments" / client, CLIENTS[client], place)
+    folder = place.parent / "environments" / client
+    python = environment(folder, CLIENTS[client], place)
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
-    kept |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "environments" / client / "home")}
+    kept |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
     command = [str(python), str(HERE / f"use_{client}.py")]
     done = subprocess.run(command, cwd=place, env=kept, capture_output=True, text=True, timeout=600)
     seconds = time.perf_counter() - start
@@ -118,9 +114,9 @@ def main() -> int:
     parser.add_argument("--place", type=Path, default=ROOT / "demo" / "clients", help="folder (demo/clients)")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    place = args.place.resolve()
-    if not (place / "space" / "app.py").exists():  # written last
-        prepare(place)
+    place = args.place.resolve() / "prepared"
+    shutil.rmtree(place, ignore_errors=True)  # of an earlier version of the pipeline
+    prepare(place)
     worked = [run(client, place) for client in args.clients or CLIENTS]  # all of them, whatever fails
     return 0 if all(worked) else 1
 
