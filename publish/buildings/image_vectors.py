@@ -53,9 +53,9 @@ class ImageVectors:
         """The names of the rows' buildings, strings; null where there is none."""
         if self.labels is not None:
             rows = pc.index_in(self.ids(), pa.array(self.labels, pa.large_string()))
-            names = pa.array(self.labels.values(), pa.string()).take(rows.combine_chunks())
-            return pa.chunked_array([names])
-        names = self._column(self.by)
+            names = pa.chunked_array([pa.array(self.labels.values(), pa.string()).take(rows.combine_chunks())])
+        else:
+            names = self._column(self.by)
         return pc.if_else(pc.equal(names, ""), None, names)
 
     def ids(self) -> pa.ChunkedArray:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from common import errors, files, parquet, schemas
+from common import errors, files, parquet, provenance, schemas
 from common.errors import PipelineError, StaleArtefact
 from common.sections import Config
 from generate import model_files
@@ -104,6 +104,8 @@ def card(cfg: Config, tables: list[Table], repo: str, model_repo: str | None) ->
             {
                 "config_name": table.name,
                 "data_files": [{"split": split, "path": path} for split, path in table.splits.items()],
+                # `datasets` takes what it has read of an equal card for the same: a retrained model's has others
+                "description": provenance.digest_of(*(parquet.content_id(path).encode() for path in table.paths)),
                 **({"default": True} if table is tables[0] else {}),
             }
             for table in tables

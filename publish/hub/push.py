@@ -9,6 +9,7 @@ import pyarrow as pa
 from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
 
+from common import errors
 from common.errors import PipelineError, first_line
 from publish.hub import model_card
 
@@ -25,6 +26,11 @@ PATTERNS = (
 
 def of_model(folder: Path, repo: str) -> dict[str, Path | str]:
     """The files of a published folder that are sent to the hub; the card names the repository in its code."""
+    if (folder / "preprocessor_config.json").exists() and not (folder / "modules.json").exists():
+        raise PipelineError(  # sentence-transformers would take the backbone's vectors, without a word
+            f"{folder} was published by an older version, without the files for sentence-transformers\n"
+            f"publish it again: {errors.command('publish/convert_to_hf.py', '--overwrite')}"
+        )
     files: dict[str, Path | str] = {
         path.name: path for pattern in PATTERNS for path in sorted(folder.glob(pattern)) if path.is_file()
     }
