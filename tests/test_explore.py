@@ -108,6 +108,29 @@ def test_without_a_table_it_says_which_script_makes_one(made, tmp_path):
         explore.main(flags(cfg, str(tmp_path)))
 
 
+def test_a_table_that_pandas_has_written_is_shown(made, tmp_path):
+    """Without a record, with lists and strings of other types, and vectors that are not of length 1."""
+    cfg, buildings, _, page = made
+    table = tmp_path / "own.parquet"
+    frame = pd.DataFrame(buildings | {"embedding": list(3 * buildings["embedding"])})
+    frame.to_parquet(table)
+    words = flags(cfg, str(table), str(tmp_path / "page.html"), "--pictures-mb", "0")
+    assert explore.main(words) == explore.main(words) == 0
+    own, data = part_of(tmp_path / "page.html", "data"), part_of(page, "data")
+    assert (own["names"], own["failures"]) == (data["names"], data["failures"])
+    np.testing.assert_allclose(own["cosines"], data["cosines"], atol=1e-6)
+    frame.assign(spread=0.0).to_parquet(table)
+    with pytest.raises(StaleArtefact, match="--remake"):
+        explore.main(words)
+
+
+def test_a_table_of_images_is_refused_with_what_to_name_instead(made, tmp_path):
+    cfg, *_ = made
+    pd.DataFrame({"image": ["a"], "embedding": [[1.0]]}).to_parquet(tmp_path / "vectors.parquet")
+    with pytest.raises(PipelineError, match=r"no column building, images, .*\n.*publish/aggregate_buildings\.py$"):
+        explore.main(flags(cfg, str(tmp_path / "vectors.parquet"), str(tmp_path / "page.html")))
+
+
 def test_what_is_not_known_is_not_shown(made, tmp_path, capsys):
     """No positions, no projection, no clusters, no datasets, no queries, no tars."""
     _, buildings, _, _ = made

@@ -43,10 +43,15 @@ def read(paths: list[Path], kept: set[str], limit: int, seed: int) -> ShownBuild
 
     Raises PipelineError if a file is missing, damaged, or lacks a column, and if there are no buildings.
     """
+    for path in paths:
+        has = parquet.open_file(path).schema_arrow.names
+        if missing := [name for name in [*_FACTS, "embedding"] if name not in has]:
+            words = f"{path} is no table of buildings: it has no column {', '.join(missing)}"
+            raise PipelineError(f"{words}\nname a table of publish/aggregate_buildings.py")
     all_rows = pa.concat_tables(parquet.read(path, ["building", "x"]) for path in paths)
     if not len(all_rows):
         raise PipelineError(f"{paths[0]} has no rows: no building to show")
-    is_kept = pc.is_in(all_rows["building"], pa.array(kept, pa.string())).to_numpy()
+    is_kept = pc.is_in(all_rows["building"].cast(pa.string()), pa.array(kept, pa.string())).to_numpy()
     rows = sample(2 - 2 * is_kept - np.isfinite(all_rows["x"].to_numpy()), limit, seed)
     facts, vectors, start = [], [], 0
     for path in paths:
@@ -54,9 +59,14 @@ def read(paths: list[Path], kept: set[str], limit: int, seed: int) -> ShownBuild
         for batch in parquet.batches(path, [*_FACTS, *optional, "embedding"], 8_192):
             chosen = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + len(batch))] - start
             start += len(batch)
+            if not len(chosen):
+                continue
             batch = batch.take(chosen)
-            vectors.append(np.array(parquet.to_matrix(batch["embedding"]), np.float32))
-            of_batch = batch.drop_columns("embedding").to_pandas()
+            name = lambda row: f"building {batch['building'][row]}"  # noqa: B023,E731
+            dim = vectors[0].shape[1] if vectors else None
+            own = parquet.embedding_matrix(path, batch, "embedding", name, dim).astype(np.float32)
+            vectors.append(own / np.linalg.norm(own, axis=1, keepdims=True).clip(1e-12))
+            of_batch = batch.drop_columns("embedding").to_pandas().astype({"building": str})
             of_batch["city"] = list(map(_city, batch["dataset_id"].to_pylist())) if optional else ""
             facts.append(of_batch)
     return ShownBuildings(len(all_rows), pd.concat(facts, ignore_index=True), np.concatenate(vectors))
