@@ -225,6 +225,34 @@ def test_places_are_in_metres_of_their_city_even_across_the_180th_meridian():
     np.testing.assert_allclose(found["cells"][:, 3] - found["cells"][:, 1], 500, rtol=1e-3)
 
 
+def test_positions_without_a_city_are_shown_by_areas_of_at_most_100_km():
+    rng, places = np.random.default_rng(0), [(50.08, 14.43, 0.1), (-17.0, 180.0, 0.1), (48.1, 11.6, 0.02)]
+    lat, lon = (np.concatenate([place[axis] + place[2] * rng.normal(size=60 - 20 * i) for i, place in
+                                enumerate(places)]) for axis in (0, 1))  # fmt: skip
+    lon = (lon + 180) % 360 - 180
+    names = explorer_data.areas(np.append(lat, np.nan), np.append(lon, np.nan))
+    assert [name[:7] for name in names] == ["area 1 "] * 60 + ["area 2 "] * 40 + ["area 3 "] * 20 + [""]
+    assert names[100] == f"area 3 ({lat[100:].mean():.2f}, {lon[100:].mean():.2f})"
+    chain = explorer_data.areas(np.linspace(45, 55, 500), np.full(500, 10.0))  # 1,100 km without a gap
+    for name in set(chain):
+        inside = np.linspace(45, 55, 500)[chain == name]
+        assert geo.METRES_PER_DEGREE * (inside.max() - inside.min()) < 100_000
+    assert explorer_data.areas(np.array([np.nan]), np.array([np.nan])).tolist() == [""]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_own_tables_cities_are_named_or_found_by_position(named, made, tmp_path):
+    _, buildings, *_ = made
+    own = {name: values for name, values in buildings.items() if name != "dataset_id"}
+    own["city"] = np.where(np.array(buildings["dataset_id"]) == 89, "Brno", "Prague") if named else ""
+    frame = pd.DataFrame(own | {"embedding": list(own["embedding"])})
+    frame.to_parquet(tmp_path / "own.parquet")
+    out = tmp_path / "page.html"
+    assert explore.main([str(tmp_path / "own.parquet"), str(out), "--set", f"paths.root={tmp_path}"]) == 0
+    cities = [(city["name"].split(" (")[0], city["located"]) for city in part_of(out, "data")["cities"]]
+    assert cities == ([("Brno", 40), ("Prague", 80)] if named else [(f"area {k}", 40) for k in (1, 2, 3)])
+
+
 def test_many_categories_share_a_grey_and_the_split_keeps_its_order():
     cluster = np.concatenate([np.arange(40).repeat(range(44, 4, -1)), np.full(10, -1)])  # 0 is the largest
     n = len(cluster)

@@ -167,7 +167,7 @@ function bindCities() {
   const choice = byId("city");
   if (!choice) return;
   const shown = data.cities.map((city, code) => [code, city]).filter(([, city]) => city.located);
-  const options = shown.map(([code, { name, located }]) => [code, `city ${name} (${count(located)})`]);
+  const options = shown.map(([code, { name, located }]) => [code, `${/^\d+$/.test(name) ? "city " : ""}${name} (${count(located)})`]);
   setOptions(choice, options, state.city);
   choice.hidden = shown.length < 2;
   choice.onchange = () => showCity(Number(choice.value));
