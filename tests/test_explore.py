@@ -1,6 +1,7 @@
 """publish/explore.py and publish/explorer. Oracles: numpy's brute force, plain loops, and the page read back."""
 
 import base64
+import io
 import json
 import re
 
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 import small_explorer
 import torch
+from PIL import Image
 
 from common import cli, config, parquet
 from common.errors import PipelineError, StaleArtefact
@@ -346,7 +348,7 @@ def test_pictures_take_turns_and_stop_at_the_budget():
 def test_failures_have_half_of_the_budget_and_buildings_the_rest(made, monkeypatch, tmp_path):
     cfg, _, _, page = made
     monkeypatch.setattr(explorer_pictures, "_SMALLEST_BYTES", 100)  # these are flat
-    sizes = [len(jpeg) for jpeg in part_of(page, "pictures")]
+    sizes = [size_of(jpeg, 120) for jpeg in part_of(page, "pictures")]
     budget = 60 * max(sizes)
     out = tmp_path / "page.html"
     words = [str(cfg.paths.buildings_dir), str(out), "--pictures-mb", str(budget / 1e6)]
@@ -361,6 +363,30 @@ def test_failures_have_half_of_the_budget_and_buildings_the_rest(made, monkeypat
     assert 25 <= first.index(False) <= 35
     without = sum(not numbers for numbers in data["images_of"])
     assert f"{without} have no picture here" in out.read_text()
+
+
+def test_pictures_are_larger_from_the_first_on_while_the_budget_lasts(made, monkeypatch, tmp_path):
+    cfg, _, _, page = made
+    monkeypatch.setattr(explorer_pictures, "_SMALLEST_BYTES", 100)  # these are flat
+    large = part_of(page, "pictures")
+    assert {opened(jpeg).size for jpeg in large} == {(240, 240)}
+    budget = sum(size_of(jpeg, 120) for jpeg in large) + 20 * max(map(len, large))
+    out = tmp_path / "page.html"
+    words = [str(cfg.paths.buildings_dir), str(out), "--pictures-mb", str(budget / 1e6)]
+    assert explore.main(flags(cfg, *words)) == 0
+    widths = [opened(jpeg).width for jpeg in part_of(out, "pictures")]
+    assert len(widths) == len(large)  # none is left out for a larger one
+    assert 15 <= widths.index(120) <= 30
+    assert widths == sorted(widths, reverse=True)
+
+
+def opened(jpeg: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(jpeg)))
+
+
+def size_of(jpeg: str, px: int) -> int:
+    """In the page, once resized."""
+    return len(explorer_pictures._jpeg(opened(jpeg).resize((px, px))))
 
 
 def test_the_record_is_read_from_the_page_and_a_damaged_one_is_remade(made, tmp_path):

@@ -78,6 +78,10 @@ async function selecting() {
   await wait(200); // decoded meanwhile
   found.images = all("#building img").map(image => image.complete && image.naturalWidth);
   found.nearest = texts("#building .tiles:last-child .tile");
+  data.images[row] = 5;
+  page.showBuilding();
+  found.partly = texts("#building dd")[0];
+  data.images[row] = 3;
   click(projection, far);
   found.far = chosen();
   found.marks = [map.has(far), map.has(row), projection.has(row)];
@@ -256,7 +260,8 @@ def test_a_click_shows_a_building_and_what_is_like_it(made, wide):
     lat, lon = map(float, wide["facts"]["Position"].split(","))
     assert (lat, lon) == pytest.approx((buildings["lat"][0], buildings["lon"][0]), abs=1e-5)
     assert wide["tiles"] == [3, 8]
-    assert wide["images"] == [120] * 11
+    assert wide["images"] == [240] * 11
+    assert wide["partly"] == "3 of 5 shown"
     cosines = vectors @ vectors[0]
     best = [row for row in np.argsort(-cosines) if row][:8]
     for row, text in zip(best, wide["nearest"], strict=True):

@@ -33,7 +33,9 @@ function showBuilding() {
 }
 
 function factsOf(row) {
-  const facts = [["Images", count(data.images[row])], ["Spread of its images", data.spread[row].toFixed(3)]];
+  const all = count(data.images[row]), shown = data.images_of[row].length;
+  const images = shown && shown < data.images[row] ? `${shown} of ${all} shown` : all;
+  const facts = [["Images", images], ["Spread of its images", data.spread[row].toFixed(3)]];
   if (data.cities.length > 1) facts.push(["City", data.cities[data.city[row]].name]);
   for (const { name, title, classes, codes } of data.colourings) {
     if (["split", "right"].includes(name)) facts.push([title, classes[codes[row]].label]);
