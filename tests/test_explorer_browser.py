@@ -72,6 +72,14 @@ async function selecting() {
   found.first = [...chosen(), map.canvas.dataset.scale];
   click(map, row);
   found.clicked = chosen();
+  const inView = what => {
+    const { top, bottom } = one(what).getBoundingClientRect();
+    return top >= 0 && bottom <= page.innerHeight;
+  };
+  found.bar = [one("#chosen").textContent, Boolean(one("#chosen img").src), inView("#chosen"), inView(".facts")];
+  one("#chosen button").click();
+  found.details = inView(".facts");
+  page.scrollTo(0, 0);
   const words = texts("#building dd");
   found.facts = Object.fromEntries(texts("#building dt").map((term, i) => [term, words[i]]));
   found.tiles = all("#building .tiles").map(each => each.children.length);
@@ -256,6 +264,8 @@ def test_a_click_shows_a_building_and_what_is_like_it(made, wide):
     assert wide["first"] == ["", "0088", "buildings", wide["first"][3]]
     assert wide["first"][3].endswith("km")
     assert wide["clicked"] == [names[0], "0088", "buildings"]
+    assert wide["bar"][:3] == [f"Building {names[0]}", True, True]
+    assert wide["details"]
     assert (wide["facts"]["Images"], wide["facts"]["City"], wide["facts"]["Split"]) == ("3", "0088", "train")
     lat, lon = map(float, wide["facts"]["Position"].split(","))
     assert (lat, lon) == pytest.approx((buildings["lat"][0], buildings["lon"][0]), abs=1e-5)
@@ -348,6 +358,8 @@ def test_it_works_on_a_phone_and_in_the_dark(made, tmp_path):
     assert found["back"] == "rgb(20, 23, 26)"
     assert found["stacked"]
     assert found["clicked"] == [made[1]["building"][0], "0088", "buildings"]
+    assert found["bar"] == [f"Building {made[1]['building'][0]}", True, True, False]
+    assert found["details"]
     assert found["pinch"] == pytest.approx(2)
     assert found["enlarged"][0]
 

@@ -17,6 +17,7 @@ function select(row) {
 
 function showBuilding() {
   const row = state.building, place = byId("building");
+  showChosen(row);
   if (row < 0) {
     place.replaceChildren(element("p", { className: "dim", textContent: "No building is selected." }));
     return;
@@ -24,12 +25,20 @@ function showBuilding() {
   const images = data.images_of[row].map(number => ({ number, name: data.image_names[number] }));
   const nearest = nearestTo(row).map((other, k) => nearestTile(row, other, data.cosines[row * NUM_NEAREST + k]));
   place.replaceChildren(
-    element("h2", { textContent: `Building ${data.names[row]}` }),
     factsOf(row),
     tiles(images.map(({ number, name }) => pictureTile(name, number, name))),
     element("h3", { textContent: "Most similar buildings" }),
     tiles(nearest),
   );
+}
+
+function showChosen(row) { // in view even where the details are not
+  byId("chosen").hidden = row < 0;
+  if (row < 0) return;
+  const src = picture(data.images_of[row][0]);
+  const button = element("button", {}, src && element("img", { src, alt: "" }), `Building ${data.names[row]}`);
+  button.onclick = () => byId("building").scrollIntoView();
+  byId("chosen").replaceChildren(button);
 }
 
 function factsOf(row) {
