@@ -135,7 +135,7 @@ def test_a_table_of_images_is_refused_with_what_to_name_instead(made, tmp_path):
 
 def test_what_is_not_known_is_not_shown(made, tmp_path, capsys):
     """No positions, no projection, no clusters, no datasets, no queries, no tars."""
-    _, buildings, _, _ = made
+    _, buildings, _, page = made
     nothing = np.full(len(buildings["building"]), np.nan)
     bare = buildings | {"lat": nothing, "lon": nothing, "x": nothing, "y": nothing}
     bare |= {"cluster": np.full(len(nothing), -1), "building": [f"</script>{i}" for i in range(len(nothing))]}
@@ -150,6 +150,9 @@ def test_what_is_not_known_is_not_shown(made, tmp_path, capsys):
     assert [one["located"] for one in data["cities"]] == [0]
     assert 'id="map"' not in text
     assert 'id="projection"' not in text
+    assert "Select a dot" not in text
+    assert "Choose a name in the field Find" in text
+    assert "Select a dot" in page.read_text()
     assert "There are no pictures" in text
 
 

@@ -108,6 +108,10 @@ async function selecting() {
   one("#search").value = "nowhere";
   one("#search").dispatchEvent(new page.Event("input"));
   found.noSuch = texts("#found li");
+  one("#search").value = "";
+  one("#search").dispatchEvent(new page.Event("focus"));
+  found.any = one("#found").hidden ? [] : texts("#found li");
+  one("#found").hidden = true;
 }
 """
 GESTURES = """
@@ -264,7 +268,7 @@ def test_a_click_shows_a_building_and_what_is_like_it(made, wide):
     assert wide["first"] == ["", "0088", "buildings", wide["first"][3]]
     assert wide["first"][3].endswith("km")
     assert wide["clicked"] == [names[0], "0088", "buildings"]
-    assert wide["bar"][:3] == [f"Building {names[0]}", True, True]
+    assert wide["bar"][:3] == [f"Building {names[0]} details", True, True]
     assert wide["details"]
     assert (wide["facts"]["Images"], wide["facts"]["City"], wide["facts"]["Split"]) == ("3", "0088", "train")
     lat, lon = map(float, wide["facts"]["Position"].split(","))
@@ -289,6 +293,7 @@ def test_both_panels_and_the_search_select_too(made, wide):
     assert wide["next"] not in (names[-1], "")
     assert wide["search"][0] == names[0]
     assert wide["searched"] == [names[0], "0088", "buildings"]
+    assert wide["any"] == names[:10]
     assert wide["noSuch"] == ["no such building here"]
 
 
@@ -358,7 +363,7 @@ def test_it_works_on_a_phone_and_in_the_dark(made, tmp_path):
     assert found["back"] == "rgb(20, 23, 26)"
     assert found["stacked"]
     assert found["clicked"] == [made[1]["building"][0], "0088", "buildings"]
-    assert found["bar"] == [f"Building {made[1]['building'][0]}", True, True, False]
+    assert found["bar"] == [f"Building {made[1]['building'][0]} details", True, True, False]
     assert found["details"]
     assert found["pinch"] == pytest.approx(2)
     assert found["enlarged"][0]

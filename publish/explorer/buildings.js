@@ -37,6 +37,7 @@ function showChosen(row) { // in view even where the details are not
   if (row < 0) return;
   const src = picture(data.images_of[row][0]);
   const button = element("button", {}, src && element("img", { src, alt: "" }), `Building ${data.names[row]}`);
+  button.append(element("span", { className: "dim", textContent: " details" }));
   button.onclick = () => byId("building").scrollIntoView();
   byId("chosen").replaceChildren(button);
 }
@@ -111,7 +112,7 @@ const MOST_FOUND = 10;
 
 function bindSearch() {
   const field = byId("search");
-  field.oninput = () => showFound(field.value.trim().toLowerCase());
+  field.oninput = field.onfocus = () => showFound(field.value.trim().toLowerCase());
   field.onkeydown = event => {
     if (event.key === "Enter") byId("found").querySelector("button")?.click();
     if (event.key === "Escape") byId("found").hidden = true;
@@ -124,7 +125,7 @@ function bindSearch() {
 
 function showFound(text) {
   const found = [];
-  for (let row = 0; text && row < data.names.length && found.length < MOST_FOUND; row++) {
+  for (let row = 0; row < data.names.length && found.length < MOST_FOUND; row++) {
     if (data.names[row].toLowerCase().includes(text)) found.push(row);
   }
   const entries = found.map(row => {
@@ -134,7 +135,7 @@ function showFound(text) {
   });
   if (!found.length) entries.push(element("li", { textContent: "no such building here" }));
   byId("found").replaceChildren(...entries);
-  byId("found").hidden = !text;
+  byId("found").hidden = false;
 }
 
 // ---------------------------------------------------------------- colours, and cities on the map

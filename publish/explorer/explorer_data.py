@@ -54,7 +54,8 @@ def read(paths: list[Path], kept: set[str], limit: int, seed: int) -> ShownBuild
         raise PipelineError(f"{paths[0]} has no rows: no building to show")
     is_kept = pc.is_in(all_rows["building"].cast(pa.string()), pa.array(kept, pa.string())).to_numpy()
     rows = sample(2 - 2 * is_kept - np.isfinite(all_rows["x"].to_numpy()), limit, seed)
-    facts, vectors, start = [], [], 0
+    vectors: list[np.ndarray] = []
+    facts, start = [], 0
     for path in paths:
         has = parquet.open_file(path).schema_arrow.names
         optional = [name for name in ("dataset_id", "city") if name in has][:1]

@@ -50,8 +50,8 @@ def find(paths: Iterable[Path], wanted: set[str]) -> dict[str, dict[str, Any]]:
 def read(
     store: TarImages, images: dict[str, dict], first: list[str], then: list[str], budget_bytes: float
 ) -> dict[str, str]:
-    """JPEGs in base64 by image id: of `first` until half of the budget is used, of `then` until all is. What is left
-    makes them larger, from the first on. Images that are not found or cannot be read are left out."""
+    """JPEGs in base64 by image id: of `first` until half of the budget is used, of `then` until all is. What is
+    left makes them larger, from the first on. Images that are not found or cannot be read are left out."""
     chosen = _within(store, images, first, budget_bytes / 2)
     left = budget_bytes - sum(map(len, chosen.values()))
     chosen |= _within(store, images, [one for one in then if one not in chosen], left)
