@@ -1,4 +1,4 @@
-"""Atomic file writes: a file appears only once it is complete, and leftovers of dead runs are removed."""
+"""Atomic writes: a file, or a folder, appears only once it is complete, and leftovers of dead runs are removed."""
 
 import contextlib
 import errno
@@ -7,7 +7,9 @@ import glob
 import json
 import os
 import shlex
+import shutil
 import stat
+import tempfile
 import time
 import uuid
 import zipfile
@@ -24,6 +26,7 @@ _NO_LOCKS = (
 )  # Lustre mounted without flock, some network file systems
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORMER = "former"  # a folder for what is being replaced, until that has succeeded
+_NEW = "new"  # in a temporary folder: what replaces FORMER
 _DEAD_AFTER_S = 3 * 24 * 3600.0  # without locks: no live run is silent for this long
 
 
@@ -110,6 +113,55 @@ def refuse_leftovers(folder: Path, what: str, *patterns: str) -> None:
             f"{folder} contains files of an older version that prevent reading it as one table: {', '.join(old)}\n"
             f"move them out:  mkdir -p {target} && mv {paths} {target}"
         )
+
+
+def remove_dead_folders(path: Path) -> None:
+    """Remove what dead runs of `new_folder` left beside `path`: folders that no process locks. If one died between
+    moving the former `path` away and the new one into place, the former is put back."""
+    for other in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(other) as is_locked:
+            _put_back(other, path)
+            if is_locked:
+                shutil.rmtree(other)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """An empty folder, inside a locked one beside `path`, that replaces `path` if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+    with _locked(place):
+        try:
+            folder = place / _NEW
+            folder.mkdir()
+            yield folder
+            for written in (*folder.iterdir(), folder):
+                fsync(written)
+            if path.exists():
+                path.rename(place / FORMER)
+            folder.rename(path)
+            fsync(path.parent)
+        finally:
+            _put_back(place, path)  # first: what is interrupted here, `remove_dead_folders` completes
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _put_back(place: Path, path: Path) -> None:
+    """Move the former `path` out of a temporary folder of `new_folder`, unless there is a new one."""
+    former = place / FORMER
+    if former.exists() and not path.exists():
+        former.rename(path)
+        fsync(path.parent)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the folder's lock; False if the file system has none. Raises BlockingIOError if it is taken."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield lock(descriptor, wait=False)
+    finally:
+        os.close(descriptor)
 
 
 def fsync(path: Path) -> None:

@@ -20,7 +20,7 @@ if not __package__:  # run by path: import from the repository root, not from th
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli
-from common.errors import ConfigError
+from common.errors import ConfigError, command
 
 
 def parse(argv) -> argparse.Namespace:
@@ -49,10 +49,16 @@ def main(argv=None) -> int:
         raise ConfigError(f"{out} is the folder of the vectors: name another one for the table")
     source = image_vectors.find(folder, args.by, args.id)
     settings = {"model.weights": source.model, "by": args.by, "id": source.id, "clusters": args.clusters}
-    settings |= {"projection": vector_projection.method(), **values(cfg, "global.seed")}
+    settings |= values(cfg, "global.seed")
     record = provenance.record("aggregate_buildings", settings, source.inputs)
-    target = out / "buildings.parquet"
-    if parquet.is_done(target, record, args.redo):
+    target, report = out / "buildings.parquet", files.beside(out, "report")
+    is_done = parquet.is_done(target, record, args.redo)
+    facts = parquet.read_provenance(target).facts if is_done else {}
+    if is_done and not facts["projection"] and vector_projection.method():
+        is_done = not args.redo
+        if is_done:
+            print(f"aggregate_buildings: x and y are empty; openTSNE is installed now: {command('', '--remake')}")
+    if is_done and (facts["stability"] is None or (report / "clusters.json").exists()):
         return cli.nothing_to_do("aggregate_buildings", str(target))
 
     from publish.buildings import building_clusters, building_means, building_table
@@ -60,11 +66,14 @@ def main(argv=None) -> int:
     total, seed = sum(source.num_rows), cfg.global_.seed
     with cli.Progress("aggregate_buildings", "image", total, cfg.logging.progress_interval_s) as progress:
         buildings, rejected = building_means.aggregate(source, progress)
-        clusters = building_clusters.fit(buildings.vectors, args.clusters, seed)
-        plane = vector_projection.project(buildings.vectors, seed, cfg.infrastructure.threads)
-        report = files.beside(out, "report")
+        if is_done:  # but for the report
+            clusters = building_table.clusters_of(target)
+        else:
+            clusters = building_clusters.fit(buildings.vectors, args.clusters, seed)
+            plane = vector_projection.project(buildings.vectors, seed, cfg.infrastructure.threads)
         building_table.write_report(report, buildings, clusters, source, record, cfg.paths)
-        building_table.write(target, buildings, clusters, plane, rejected, source, record)
+        if not is_done:
+            building_table.write(target, buildings, clusters, plane, rejected, source, record)
     note = f"{len(buildings):,} buildings"
     if clusters.stability is not None:
         note += f" in {clusters.number} clusters (stability {clusters.stability:.2f}: {report / 'clusters.json'})"

@@ -6,10 +6,11 @@ built beside them with faiss, and its recall against the exact search is measure
 Reads    VECTORS (paths.vectors_dir): a folder of Parquet files, or a file, with a column `embedding`: of images
          (generate_embeddings_from_*.py), of buildings (aggregate_buildings.py), or of any program
 Writes   OUT (paths.index_dir): vectors.npy, rows.parquet, index.json and, of kind ivf, index.faiss: see
-         publish/retrieval/vector_index.py for their format
+         publish/retrieval/vector_index.py for their format. A former index stays until the new one is complete, so
+         a rebuild needs room for both. OUT_rejects/rows.parquet: rows without a usable vector
 Command  python publish/build_index.py [VECTORS [OUT]] [--kind exact]
          then python publish/demo_usage.py search QUERY.jpg --index [OUT]
-Memory   65,536 rows: D x 12 bytes each, and the other columns; of kind ivf also N x (D x 2 + 8) bytes (13 GB for
+Memory   65,536 rows: D x 30 bytes each, and the other columns; of kind ivf also N x (D x 2 + 8) bytes (13 GB for
          25 M x 256), and 256 sqrt(N) x D x 4 while it is trained (1.3 GB)
 """
 
@@ -38,12 +39,13 @@ def parse(argv) -> argparse.Namespace:
 def main(argv=None) -> int:
     args = parse(argv)
     cfg = cli.load_config(args)
-    from common import devices, provenance
+    from common import devices, files, provenance
     from publish.retrieval import embedding_tables, index_files, inverted_file
 
-    source, out = args.vectors or cfg.paths.vectors_dir, args.out or cfg.paths.index_dir
+    source, out = args.vectors or cfg.paths.vectors_dir, (args.out or cfg.paths.index_dir).resolve()
+    files.remove_dead_folders(out)
     tables = embedding_tables.tables_at(source)
-    index_files.refuse_own_folder(tables, out)
+    index_files.refuse_folder(tables, out)
     record = provenance.record("build_index", {"model.weights": tables.model}, tables.inputs)
     if index_files.is_done(out, record, args.kind, args.redo):
         return cli.nothing_to_do("build_index", str(out))

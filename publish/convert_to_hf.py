@@ -93,7 +93,7 @@ def convert(cfg, redo: provenance.Redo) -> None:
     from train import run_record
     from train.evaluation import heads, metrics_json
 
-    published_folder.remove_dead_folders(cfg.paths.published_dir)
+    files.remove_dead_folders(cfg.paths.published_dir)
 
     # the inputs, and whether they belong together
     checkpoint_path = run_record.run_dir(cfg) / run_record.BEST
@@ -118,7 +118,7 @@ def convert(cfg, redo: provenance.Redo) -> None:
     # write beside the target, check, move into place
     device = devices.pick(cfg.infrastructure.device, for_backbone=True)
     settings = published_folder.backbone_settings(cfg, checkpoint_path, checkpoint)
-    with published_folder.new_folder(cfg.paths.published_dir) as folder:
+    with files.new_folder(cfg.paths.published_dir) as folder:
         preprocessing = published_folder.write_model(folder, settings, checkpoint_path, checkpoint)
         model_card.write(folder, cfg, checkpoint, metrics, preprocessing)
         found = parity.check(folder, cfg, checkpoint, preprocessing, device)

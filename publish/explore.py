@@ -4,7 +4,8 @@ The page is a file by itself: it asks nothing of a network, and opens without a 
 train/evaluate.py it also shows which queries went wrong, with the raw backbone and with the trained head.
 
 Reads    BUILDINGS (paths.buildings_dir): a Parquet file, or a folder of them, of publish/aggregate_buildings.py;
-         data/<backbone>/evaluation/<run>/queries.parquet, if there is one;
+         data/<backbone>/evaluation/<run>/queries.parquet, if there is one, which must be of the same model
+         (as data/<backbone>/published/<run>/provenance.json tells);
          for the pictures data/<backbone>/{vectors/<run>,merged}/*.parquet, and by offset data/raw/<tar>.tar
          (optional)
 Writes   OUT.html (explorer.html in paths.evaluation_dir)
@@ -14,6 +15,7 @@ Memory   50,000 buildings x D x 4 bytes (256-d: 51 MB), infrastructure.search_me
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ if not __package__:  # run by path: import from the repository root, not from th
 from common import cli
 from common.errors import PipelineError
 
+log = logging.getLogger("pipeline")
 MAX_BUILDINGS = 50_000  # a page of more is slow to load
 
 
@@ -46,8 +49,10 @@ def main(argv=None) -> int:
 
     # what exists, and whether the page shows it already
     paths = tables_of(args.buildings or cfg.paths.buildings_dir)
+    explorer_data.require_columns(paths)
     out = args.out or cfg.paths.evaluation_dir / "explorer.html"
     queries_path = cfg.paths.evaluation_dir / "queries.parquet"
+    doubt = explorer_failures.doubt_of_model(paths, queries_path, cfg.paths.published_dir)
     inputs = embedding_tables.identities([*paths, *([queries_path] if queries_path.exists() else [])])
     settings = config.values(cfg, "global.seed", "data.split_cell_m") | {"pictures_mb": args.pictures_mb}
     record = provenance.record("explore", settings, inputs)
@@ -57,10 +62,14 @@ def main(argv=None) -> int:
 
     # choose, compare
     queries = explorer_failures.read(queries_path)
-    failures, num_failures = explorer_failures.listed(queries, cfg.global_.seed)
+    failures, num_failures, elsewhere = explorer_failures.listed(queries, paths, cfg.global_.seed)
+    notes = [f"It is not known whether the failures are of the table's model: {doubt}."] if doubt else []
+    if elsewhere:
+        notes.append(f"{elsewhere:,} failures are of buildings that are not in this table.")
+    for note in notes:
+        log.warning(note)
     buildings = explorer_data.read(paths, set(failures["building_id"]), MAX_BUILDINGS, cfg.global_.seed)
     facts = buildings.facts
-    failures = failures[failures["building_id"].isin(facts["building"])]  # none if the table is of other buildings
     device = devices.pick(cfg.infrastructure.device)
     memory_mb = devices.search_memory_mb(cfg.infrastructure, device)
     with cli.Progress("explore", "building", len(buildings), cfg.logging.progress_interval_s) as progress:
@@ -79,6 +88,7 @@ def main(argv=None) -> int:
         chosen = explorer_pictures.read(store, images, of_failures, of_buildings, budget_bytes)
         content |= explorer_pictures.content(chosen, facts["image_ids"])
         content |= explorer_failures.content(failures, num_failures, images, content["names"])
+        content["notes"] = notes
         made = record.finished("", {"in": buildings.total, "out": len(buildings)})
         page = explorer_page.render(content, list(chosen.values()), made, cfg)
         files.write_text(out, page)

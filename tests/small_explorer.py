@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import small_merge
 
-from common import parquet, provenance, schemas
+from common import files, parquet, provenance, schemas
 
 CITY_OF_SPLIT = {"train": 88, "val": 88, "test": 89}
 
@@ -78,8 +78,14 @@ def queries_of(columns: dict) -> dict:
 def write_queries(cfg, columns: dict) -> None:
     table = pa.table(columns)
     path = cfg.paths.evaluation_dir / "queries.parquet"
-    with parquet.writer(path, table.schema, provenance.record("evaluate", {}, {"test.parquet": "t0"})) as out:
+    inputs = {"test.parquet": "t0", "checkpoint_best.pt": "c0"}
+    with parquet.writer(path, table.schema, provenance.record("evaluate", {}, inputs)) as out:
         out.append(table)
+
+
+def write_published(folder, weights: str, checkpoint: str) -> None:
+    made = provenance.record("convert_to_hf", {}, {"checkpoint_best.pt": checkpoint}).finished(weights, {})
+    files.write_text(folder / "provenance.json", made.to_json())
 
 
 def write(cfg, num_buildings: int = 40) -> tuple[dict, dict]:
@@ -88,4 +94,5 @@ def write(cfg, num_buildings: int = 40) -> tuple[dict, dict]:
     buildings, queries = buildings_of(merged), queries_of(merged["test"])
     write_buildings(cfg.paths.buildings_dir / "buildings.parquet", buildings)
     write_queries(cfg, queries)
+    write_published(cfg.paths.published_dir, "w0", "c0")  # the model of both
     return buildings, queries

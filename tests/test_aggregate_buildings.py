@@ -220,6 +220,38 @@ def test_a_rerun_does_nothing_and_what_has_changed_is_named(run, tmp_path, capsy
     assert not run(flags=("--clusters", "0", "--remake")).equals(former)
 
 
+def test_openTSNE_gone_leaves_the_table_and_one_that_comes_is_told_of(run, tmp_path, capsys, monkeypatch):
+    frame = {"building_id": range(12), "embedding": list(np.random.default_rng(0).normal(size=(12, DIM)))}
+    assert np.isnan(run(frame)["x"].to_numpy()).all()
+    monkeypatch.setattr(vector_projection, "method", lambda: "openTSNE")
+    assert np.isnan(run()["x"].to_numpy()).all()
+    printed = capsys.readouterr().out
+    assert "x and y are empty; openTSNE is installed now: " in printed
+    assert "nothing to do" in printed
+    remake = ("--clusters", "0", "--remake")
+    assert np.isfinite(run(flags=remake)["x"].to_numpy()).all()
+    capsys.readouterr()
+    monkeypatch.setattr(vector_projection, "method", lambda: None)
+    for flags in (remake[:2], remake):
+        assert np.isfinite(run(flags=flags)["x"].to_numpy()).all()
+        assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_report_that_is_gone_is_written_again_of_the_clusters_in_the_table(run, tmp_path, monkeypatch):
+    vectors, _ = planted(3, 6, 0.3)
+    run({"building_id": range(18), "embedding": list(vectors)}, flags=("--clusters", "3"))
+    table = (tmp_path / "out" / "buildings.parquet").read_bytes()
+    report = tmp_path / "out_report" / "clusters.json"
+    content = json.loads(report.read_text())
+    report.unlink()
+    monkeypatch.delattr(building_clusters, "fit")
+    run(flags=("--clusters", "3"))
+    assert (tmp_path / "out" / "buildings.parquet").read_bytes() == table
+    again = json.loads(report.read_text())
+    assert again["clusters"] == content["clusters"]
+    assert again["stability"] == content["stability"]
+
+
 def planted(clusters: int, each: int, noise: float) -> tuple[np.ndarray, np.ndarray]:
     """(unit vectors around random directions, (n, 32) float32; the direction of each)."""
     rng = np.random.default_rng(0)
@@ -296,9 +328,24 @@ def test_clusters_are_reported(run, tmp_path):
     assert not (tmp_path / "out_report" / "clusters.json").exists()  # a former one would tell of other clusters
 
 
-def test_more_clusters_than_buildings_are_none():
-    found = building_clusters.fit(np.eye(3, dtype=np.float32), 4, seed=0)
+def test_of_few_buildings_there_are_fewer_clusters_and_it_says_so(caplog):
+    vectors, _ = planted(10, 1, 0.1)
+    found = building_clusters.fit(vectors, 20, seed=0)
+    assert (found.number, sorted(set(found.label.tolist()))) == (5, [0, 1, 2, 3, 4])
+    assert "5 clusters, not 20: buildings are few" in caplog.text
+    found = building_clusters.fit(vectors[:3], 20, seed=0)
     assert (found.number, found.label.tolist(), found.stability) == (0, [-1] * 3, None)
+    assert "no clusters: there are too few buildings (3)" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_of_few_different_vectors_no_cluster_is_empty(run, tmp_path, caplog):
+    vectors = np.eye(3)[[0, 1, 2] * 8]
+    table = run({"building_id": range(10, 34), "embedding": list(vectors)}, flags=("--clusters", "5"))
+    assert len(set(zip(table["cluster"].to_pylist(), vectors.argmax(axis=1).tolist(), strict=True))) == 3
+    report = json.loads((tmp_path / "out_report" / "clusters.json").read_text())
+    assert [row["buildings"] for row in report["clusters"]] == [8, 8, 8]
+    assert "3 clusters, not 5: many vectors are equal" in caplog.text
 
 
 def test_the_sheet_shows_the_most_typical_image_of_each_building(run, tmp_path, monkeypatch):
@@ -315,15 +362,15 @@ def test_the_sheet_shows_the_most_typical_image_of_each_building(run, tmp_path, 
     monkeypatch.setattr(pictures, "read", read)
     monkeypatch.setattr(pictures, "sheet", lambda lines: sheets.append(lines) or b"png")
     frame = {
-        "building_id": ["a", "b", "a", "a"],
-        "embedding": [[1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.4]],  # the last is nearest to the mean of a
-        "tar_file": ["1.tar"] * 4,
-        "image_offset": [0, 10, 20, 30],
-        "image_size": [1] * 4,
+        "building_id": ["a", "b", "a", "a", "c", "d"],  # the last of a is nearest to the mean of a
+        "embedding": [[1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.4], [0.5, -1.0], [0.5, -1.1]],
+        "tar_file": ["1.tar"] * 6,
+        "image_offset": [0, 10, 20, 30, 40, 50],
+        "image_size": [1] * 6,
     }
     run(frame, flags=("--clusters", "2"))
-    assert sorted(asked) == [10, 30]
-    assert [line.captions for line in sheets[0]] in ([["a"], ["b"]], [["b"], ["a"]])
+    assert sorted(asked) == [10, 30, 40, 50]
+    assert sorted("".join(sorted(line.captions)) for line in sheets[0]) == ["ab", "cd"]
     assert (tmp_path / "out_report" / "clusters.png").read_bytes() == b"png"
 
 
@@ -353,3 +400,10 @@ def test_the_default_folders_are_the_settings(tmp_path, capsys):
     assert table["building"].to_pylist() == ["a", "b"]
     assert np.isnan(table["x"].to_numpy()).all()  # 2 buildings have no neighbourhoods
     assert not files.beside(cfg.paths.buildings_dir, "report").exists()
+
+
+def test_columns_that_differ_between_files_are_left_out_with_a_warning(run, caplog):
+    first, second = images(0, 60, 20), images(1, 60, 20).drop(columns="street")
+    table = run(first, second.astype({"city": "int64"}))
+    assert not {"city", "street"} & set(table.column_names)
+    assert "not with one type: city, street" in caplog.text

@@ -11,7 +11,7 @@ from test_vector_index import made_up, rows_of, write_vectors
 from common.errors import PipelineError, StaleArtefact
 from publish import build_index
 from publish.build_index import main
-from publish.retrieval import inverted_file, vector_index
+from publish.retrieval import embedding_tables, inverted_file, vector_index
 
 
 @pytest.fixture
@@ -70,9 +70,10 @@ def test_many_vectors_get_an_inverted_file_by_themselves(vectors, tmp_path, monk
     assert "ivf index of 50 x 24" in capsys.readouterr().out
 
 
-def test_a_build_that_fails_leaves_no_index_that_looks_whole(vectors, tmp_path, monkeypatch):
+def test_a_build_that_fails_leaves_the_former_index(vectors, tmp_path, monkeypatch):
     command = [str(vectors), str(tmp_path / "index"), "--kind", "ivf"]
     assert main(command) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "index").iterdir()}
 
     def fail(*_):
         raise OSError("the disk is full")
@@ -80,22 +81,39 @@ def test_a_build_that_fails_leaves_no_index_that_looks_whole(vectors, tmp_path, 
     monkeypatch.setattr(inverted_file, "write", fail)
     with pytest.raises(OSError, match="full"):
         main([*command, "--overwrite"])
-    with pytest.raises(PipelineError, match="holds no index"):
+    assert {path.name: path.read_bytes() for path in (tmp_path / "index").iterdir()} == before
+    assert before.keys() == {"vectors.npy", "rows.parquet", "index.faiss", "index.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"index", "vectors"}  # nothing is left of the other
+
+
+def test_an_index_does_not_replace_other_files(vectors, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("")
+    with pytest.raises(PipelineError, match=r"thesis holds other files, such as thesis\.tex"):
+        main([str(vectors), str(tmp_path / "thesis"), "--overwrite"])
+    assert (tmp_path / "thesis" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("names", [["rows.parquet"], ["vectors.npy", "index.faiss"], ["index.faiss"]])
+def test_files_of_two_indexes_are_not_read_as_one(names, vectors, tmp_path):
+    write_vectors(tmp_path / "other" / "0.parquet", made_up(50, seed=1), model="n" * 32)  # of the same shape
+    for source, out in ((vectors, "index"), (tmp_path / "other", "second")):
+        assert main([str(source), str(tmp_path / out), "--kind", "ivf"]) == 0
+    for name in names:
+        (tmp_path / "second" / name).replace(tmp_path / "index" / name)
+    with pytest.raises(PipelineError, match="missing, or not of one index"):
         vector_index.open(tmp_path / "index")
-    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", ["vectors.npy", "rows.parquet", "index.faiss"])
+def test_an_index_that_lacks_a_file_is_made_again(name, vectors, tmp_path):
+    command = [str(vectors), str(tmp_path / "index"), "--kind", "ivf"]
     assert main(command) == 0
-    assert {path.name for path in (tmp_path / "index").iterdir()} == {
-        *("vectors.npy", "rows.parquet", "index.faiss", "index.json")
-    }
-
-
-def test_files_of_two_indexes_are_not_read_as_one(vectors, tmp_path):
-    assert main([str(vectors), str(tmp_path / "index")]) == 0
-    write_vectors(tmp_path / "other" / "0.parquet", made_up(50, seed=1), first=50)
-    assert main([str(tmp_path / "other"), str(tmp_path / "second")]) == 0
-    (tmp_path / "second" / "rows.parquet").replace(tmp_path / "index" / "rows.parquet")
-    with pytest.raises(PipelineError, match="not of one index"):
+    (tmp_path / "index" / name).unlink()
+    with pytest.raises(PipelineError, match="missing, or not of one index"):
         vector_index.open(tmp_path / "index")
+    assert main(command) == 0
+    assert len(vector_index.open(tmp_path / "index").vectors) == 50
 
 
 @pytest.mark.parametrize("other", ["n" * 32, None])
@@ -111,14 +129,49 @@ def test_what_is_no_table_of_vectors_is_refused_by_name(vectors, tmp_path):
         main([str(tmp_path / "empty"), str(tmp_path / "index")])
     with pytest.raises(PipelineError, match="is the folder of the vectors"):
         main([str(vectors), str(vectors)])
-    zero = made_up(50)
-    zero[7] = 0
-    write_vectors(tmp_path / "zero" / "0.parquet", zero)
-    with pytest.raises(PipelineError, match=r"embedding of row 7 is all 0"):
+    write_vectors(tmp_path / "zero" / "0.parquet", 0 * made_up(50))
+    with pytest.raises(PipelineError, match=r"no row of .*zero can be used: the vectors are missing, zero or not"):
         main([str(tmp_path / "zero"), str(tmp_path / "index")])
     pq.write_table(pq.read_table(vectors / "0.parquet").drop_columns("building"), vectors / "1.parquet")
     with pytest.raises(PipelineError, match=r"1\.parquet has other columns than .*0\.parquet"):
         main([str(vectors), str(tmp_path / "index")])
+    pq.write_table(pq.read_table(vectors / "0.parquet").drop_columns("embedding"), vectors / "1.parquet")
+    with pytest.raises(PipelineError, match=r"1\.parquet has no column embedding"):
+        main([str(vectors), str(tmp_path / "index")])
+
+
+@pytest.mark.parametrize("batch_rows", [4, 100])
+def test_rows_without_a_usable_vector_are_left_out_and_counted(batch_rows, tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setattr(embedding_tables, "BATCH_ROWS", batch_rows)
+    lists = made_up(60).tolist()
+    lists[0], lists[7], lists[55], lists[56] = (
+        None,
+        [0.0] * 24,
+        [float("nan"), *lists[55][1:]],
+        [None, *lists[56][1:]],
+    )
+    for number, rows in enumerate((slice(0, 50), slice(50, 60))):
+        table = rows_of(made_up(60)).drop_columns("embedding")[rows.start : rows.stop]
+        (tmp_path / "any").mkdir(exist_ok=True)
+        pq.write_table(
+            table.append_column("embedding", pa.array(lists[rows])), tmp_path / "any" / f"{number}.parquet"
+        )
+    assert main([str(tmp_path / "any"), str(tmp_path / "index")]) == 0
+    assert "60 vectors in, 56 out, 4 rejected (vector_unusable 4)" in capsys.readouterr().out
+    rejects = pq.read_table(tmp_path / "index_rejects" / "rows.parquet").to_pylist()
+    assert [row["member"] for row in rejects] == ["0:0", "0:7", "1:5", "1:6"]
+    assert {row["reason"] for row in rejects} == {"vector_unusable"}
+
+    good = [number for number in range(60) if number not in (0, 7, 55, 56)]
+    index = vector_index.open(tmp_path / "index")
+    assert index.record["rows"] == 56
+    assert np.allclose(np.load(tmp_path / "index" / "vectors.npy"), made_up(60)[good], atol=1e-3)
+    gallery = vector_index.of_tables(embedding_tables.tables_at(tmp_path / "any"))
+    assert "leaving out 4 rows" in caplog.text
+    for one in (index, gallery):
+        _, rows = one.search(-made_up(60)[:1], 60)  # away from a building: some cosines are below 0
+        assert sorted(row["image"] for row in one.take(rows[0])) == sorted(f"{number}.jpg" for number in good)
+    assert np.flatnonzero(gallery.where([("building", "b0")])).tolist() == [1, 2]
 
 
 def test_without_faiss_an_ivf_is_refused_before_any_work(vectors, tmp_path, monkeypatch):

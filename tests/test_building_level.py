@@ -6,12 +6,12 @@ import small_merge
 import torch
 from small_evaluation import load
 
-from common import config
+from common import cli, config
 from common.places import zones
 from train.evaluation import building_level, metrics
-from train.evaluation.building_level import half_to_half, image_to_building, mean_vectors
+from train.evaluation.building_level import TIE, half_to_half, image_to_building, mean_vectors
 
-CPU = torch.device("cpu")
+CPU, PROGRESS = torch.device("cpu"), cli.Progress("evaluate", "ranking")
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -26,7 +26,7 @@ def in_a_row(sizes, metres_apart: float = 12.0) -> zones.Zones:
 
 def slow_rank(query: np.ndarray, own: np.ndarray, others: dict[int, np.ndarray]) -> int:
     """Of `own` among the vectors of other buildings that count; those as similar come before it."""
-    return 1 + sum(round(float(query @ other - query @ own), 6) >= 0 for other in others.values())
+    return 1 + sum(float(query @ other - query @ own) >= -TIE for other in others.values())
 
 
 def far(around: zones.Zones, building: int) -> list[int]:
@@ -62,7 +62,7 @@ def test_images_find_their_buildings_as_in_a_loop(seed, monkeypatch):
     vectors = unit(rng.normal(size=(60, 8))[around.building_of_row] + rng.normal(size=(sizes.sum(), 8)))
     vectors = vectors.astype(np.float32)
     num_queries = int(around.starts[40])  # the other 20 buildings are distractors
-    found = image_to_building(torch.from_numpy(vectors), around, num_queries, 16, CPU)
+    found = image_to_building(torch.from_numpy(vectors), around, num_queries, 16, CPU, PROGRESS)
     expected = slow_images(vectors.astype(np.float64), around, num_queries)
     assert found.tolist() == expected
     assert 0.05 < np.mean(np.array(expected) == 1) < 0.95
@@ -74,9 +74,12 @@ def test_the_query_does_not_help_its_own_building():
     degrees = np.radians([0, 80, 60, 60])
     vectors = torch.from_numpy(np.stack([np.cos(degrees), np.sin(degrees)], axis=1).astype(np.float32))
     around = in_a_row([2, 2], metres_apart=100.0)
-    assert image_to_building(vectors, around, 2, 16, CPU).tolist() == [2, 2]  # 1, 2 with the query in the mean
+    assert image_to_building(vectors, around, 2, 16, CPU, PROGRESS).tolist() == [
+        2,
+        2,
+    ]  # 1, 2 with the query in the mean
     near = in_a_row([2, 2], metres_apart=10.0)
-    assert image_to_building(vectors, near, 2, 16, CPU).tolist() == [1, 1]  # the rival is in the zone
+    assert image_to_building(vectors, near, 2, 16, CPU, PROGRESS).tolist() == [1, 1]  # the rival is in the zone
 
 
 def test_buildings_that_look_the_same_come_before_the_right_one():
@@ -84,8 +87,19 @@ def test_buildings_that_look_the_same_come_before_the_right_one():
     vectors = torch.eye(4)[torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 1])]  # three of the four look the same
     around = in_a_row(sizes, metres_apart=100.0)
     expected = [3, 3, 3, 3, 3, 3, 0, 1, 1]
-    assert image_to_building(vectors, around, 9, 16, CPU).tolist() == expected
-    assert half_to_half(vectors, around, 9, 0, 16, CPU).tolist() == [3, 3, 0, 1]
+    assert image_to_building(vectors, around, 9, 16, CPU, PROGRESS).tolist() == expected
+    assert half_to_half(vectors, around, 9, 0, 16, CPU, PROGRESS).tolist() == [3, 3, 0, 1]
+
+
+@pytest.mark.parametrize("alike", [300, 2])  # a model that gives all the same vector; twins
+def test_ties_count_against_the_right_building_despite_rounding(alike):
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(2, 9, 300)
+    looks = unit(rng.normal(size=(300 // alike, 96))).astype(np.float32)
+    around = in_a_row(sizes, metres_apart=100.0)
+    vectors = torch.from_numpy(looks[around.building_of_row % len(looks)])
+    assert set(image_to_building(vectors, around, len(vectors), 16, CPU, PROGRESS)) == {alike}
+    assert set(half_to_half(vectors, around, len(vectors), 0, 16, CPU, PROGRESS)) == {alike}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -108,10 +122,12 @@ def test_halves_find_the_other_halves_as_in_a_loop(seed):
         for b, (rows, _) in enumerate(halves[:40])
     ]
     single = torch.from_numpy(vectors.astype(np.float32))
-    found = half_to_half(single, around, num_queries, seed, 16, CPU)
+    found = half_to_half(single, around, num_queries, seed, 16, CPU, PROGRESS)
     assert found.tolist() == expected
     assert 0.05 < np.mean(np.array(expected) == 1) < 0.95
-    assert half_to_half(single, around, num_queries, seed + 1, 16, CPU).tolist() != expected  # other halves
+    assert (
+        half_to_half(single, around, num_queries, seed + 1, 16, CPU, PROGRESS).tolist() != expected
+    )  # other halves
 
 
 def test_means_are_those_of_numpy_and_opposites_cancel():
@@ -132,7 +148,8 @@ def test_figures_are_shares_of_the_test_splits_queries_in_any_gallery(tmp_path, 
     small_merge.write_merge(cfg, buildings=30, cells=5)
     rows = load(cfg, *splits)
     vectors = torch.nn.functional.normalize(torch.from_numpy(rows.embeddings).float(), dim=1)
-    ranks = {"raw": building_level.rank(vectors, rows, 0, 16, CPU)}
+    ranks = {"raw": building_level.rank(vectors, rows, 0, 16, CPU, PROGRESS)}
+    assert building_level.num_rankings(rows) == 90 + 30
     cells = np.unique(rows.column("cell_id")[: rows.num_queries])
     found = building_level.figures(ranks, rows, cells, np.ones((1, len(cells))), [("trained", "raw")])
     assert found["buildings"] == 30 * len(splits)

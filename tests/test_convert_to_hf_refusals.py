@@ -16,7 +16,7 @@ from huggingface_hub import errors as hub_errors
 from local_backbone import write_tiny_backbone
 from trained_model import Trained, write_metrics
 
-from common import cli, config, parquet
+from common import cli, config, files, parquet
 from common.errors import PipelineError, StaleArtefact
 from generate import model_files
 from publish import demo_usage, generate_embeddings_from_parquet
@@ -166,9 +166,9 @@ def test_what_a_dead_run_left_is_removed_and_what_a_live_one_writes_is_not(tmp_p
     dead = tmp_path / ".published.tmp-0123456789ab"
     dead.mkdir()
     (dead / "model.safetensors").write_bytes(b"half")
-    with published_folder.new_folder(target) as live:
+    with files.new_folder(target) as live:
         (live / "config.json").write_text("{}")
-        published_folder.remove_dead_folders(target)
+        files.remove_dead_folders(target)
         assert not dead.exists()
         assert live.exists()
         assert not target.exists()
@@ -179,7 +179,7 @@ def test_what_a_dead_run_left_is_removed_and_what_a_live_one_writes_is_not(tmp_p
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from publish.hub import published_folder
+from common import files
 
 path, rename = Path(sys.argv[1]), Path.rename
 
@@ -189,7 +189,7 @@ def killed(source, target):
     return rename(source, target)
 
 Path.rename = killed
-with published_folder.new_folder(path) as folder:
+with files.new_folder(path) as folder:
     (folder / "config.json").write_text("{}")
 """
 
@@ -235,9 +235,9 @@ def test_a_folder_whose_replacement_is_interrupted_between_its_renames_is_put_ba
         return rename(source, target)
 
     monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt), published_folder.new_folder(path) as folder:
+    with pytest.raises(KeyboardInterrupt), files.new_folder(path) as folder:
         (folder / "config.json").write_text("new")
-    published_folder.remove_dead_folders(path)  # the second Ctrl-C interrupts the putting back
+    files.remove_dead_folders(path)  # the second Ctrl-C interrupts the putting back
     assert contents(path) == {"config.json": b"former"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["published"]
 
@@ -247,14 +247,14 @@ def test_a_run_may_have_any_name(name, tmp_path):
     path = tmp_path / name
     path.mkdir()
     (path / "config.json").write_text("first")
-    with pytest.raises(KeyError), published_folder.new_folder(path):
+    with pytest.raises(KeyError), files.new_folder(path):
         raise KeyError
     assert contents(path) == {"config.json": b"first"}
-    with published_folder.new_folder(path) as folder:
+    with files.new_folder(path) as folder:
         (folder / "config.json").write_text("second")
     assert contents(path) == {"config.json": b"second"}
     path.rename(tmp_path / "elsewhere")
-    with pytest.raises(KeyError), published_folder.new_folder(path):
+    with pytest.raises(KeyError), files.new_folder(path):
         raise KeyError
     assert not path.exists()
 
@@ -264,7 +264,7 @@ def test_a_former_folder_is_not_put_back_over_a_new_one(tmp_path):
     (dead / "former").mkdir(parents=True)
     path.mkdir()
     (path / "config.json").write_text("new")
-    published_folder.remove_dead_folders(path)
+    files.remove_dead_folders(path)
     assert contents(path) == {"config.json": b"new"}
     assert not dead.exists()
 

@@ -86,7 +86,9 @@ def slow_classes(rows, query: int, match: int) -> dict[str, str]:
 def evaluate_run(cfg, rows):
     checkpoint = torch.load(cfg.paths.checkpoints_dir / "default" / "checkpoint_best.pt", weights_only=True)
     with cli.Progress("evaluate", "ranking") as progress:
-        return protocol.evaluate(cfg, rows, methods.of_checkpoint(checkpoint), CPU, progress)
+        found = protocol.evaluate(cfg, rows, methods.of_checkpoint(checkpoint), CPU, progress)
+    assert progress.rows_in == protocol.num_rankings(rows) * len(found.matches)  # of images and of buildings
+    return found
 
 
 @pytest.mark.parametrize("splits", [("test",), ("test", "train", "val")])

@@ -84,13 +84,66 @@ def test_a_rerun_has_nothing_to_do_until_a_table_changes(made, capsys, tmp_path)
     assert "split" not in [one["name"] for one in part_of(out, "data")["colourings"]]
 
 
-def test_a_table_of_other_buildings_has_no_failures(made, tmp_path):
-    cfg, buildings, _, page = made
+def failed_buildings(queries: dict) -> list[str]:
+    """Of each failure of either method."""
+    ranks = np.maximum(queries["rank_raw"], queries["rank_trained"])
+    return [name for name, rank in zip(queries["building_id"], ranks, strict=True) if rank > 1]
+
+
+def test_a_table_of_some_buildings_has_their_failures_and_counts_the_others(made, tmp_path, caplog):
+    cfg, buildings, queries, _ = made
+    failed, other = failed_buildings(queries), tmp_path / "other.parquet"
+    gone = failed[0]
+    small_explorer.write_buildings(
+        other, buildings | {"building": [f"{n}!" if n == gone else n for n in buildings["building"]]}
+    )
+    assert explore.main(flags(cfg, str(other), str(tmp_path / "page.html"), "--pictures-mb", "0")) == 0
+    failures = part_of(tmp_path / "page.html", "data")["failures"]
+    missing = failed.count(gone)
+    assert failures["total"] == len(failures["queries"]) == len(failed) - missing
+    note = f"{missing} failures are of buildings that are not in this table."
+    assert note in caplog.text
+    assert note in (tmp_path / "page.html").read_text()
+
+
+MODELS = {  # (weights and checkpoint of the published model): what is said of a table by w0 and queries by c0
+    "the same": (("w0", "c0"), ""),
+    "another table": (
+        ("w1", "c0"),
+        r"(?s)is of another model than .*redo.*: \S+ publish/generate_emb.*aggregate_",
+    ),
+    "other queries": (("w0", "c1"), r"(?s)is of another model than .*train/evaluate\.py .*--remake && .*FOLDER"),
+    "neither": (("w1", "c1"), "neither .* nor .* is of the model in"),
+    "nothing published": (None, "holds no published model to compare with"),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_table_and_queries_by_two_models_are_refused_and_doubts_are_told(case, made, tmp_path, caplog):
+    cfg, *_ = made
+    (published, message), out = MODELS[case], tmp_path / "page.html"
+    if published:
+        small_explorer.write_published(tmp_path, *published)
+    command = flags(cfg, str(cfg.paths.buildings_dir), str(out), "--pictures-mb", "0")
+    command += ["--set", f"paths.published_dir={tmp_path}"]
+    if "another model" in message:
+        with pytest.raises(StaleArtefact, match=message):
+            explore.main(command)
+        return
+    assert explore.main(command) == 0
+    for text in (caplog.text, out.read_text()):
+        told = re.search(r"It is not known whether the failures are of the table(?:'|&#39;)s model: (.*)\.", text)
+        assert re.search(message, told[1]) if message else not told
+
+
+def test_a_table_of_other_buildings_has_no_failures(made, tmp_path, caplog):
+    cfg, buildings, queries, page = made
     other = tmp_path / "other.parquet"
     small_explorer.write_buildings(other, buildings | {"building": [f"b{i}" for i in range(120)]})
     assert explore.main(flags(cfg, str(other), str(tmp_path / "page.html"), "--pictures-mb", "0")) == 0
     data = part_of(tmp_path / "page.html", "data")
     assert data["failures"] is None
+    assert f"{len(failed_buildings(queries))} failures are of buildings that are not in this table." in caplog.text
     assert "right" not in [one["name"] for one in data["colourings"]]
     assert part_of(page, "data")["failures"]
 
@@ -180,8 +233,7 @@ def test_a_table_above_the_limit_is_sampled_with_the_failures_buildings(made, mo
     small_explorer.write_buildings(table, buildings | {"x": x})
     assert explore.main(flags(cfg, str(table), str(out), "--pictures-mb", "0")) == 0
     data = part_of(out, "data")
-    wrong = np.minimum(queries["rank_raw"] > 1, 1) | (queries["rank_trained"] > 1)
-    failed = {name for name, is_wrong in zip(queries["building_id"], wrong, strict=True) if is_wrong}
+    failed = set(failed_buildings(queries))
     assert len(data["names"]) == 45
     assert len(failed) < 45
     assert failed <= set(data["names"])
@@ -312,7 +364,8 @@ def test_failures_are_those_of_either_method_with_classes_as_computed_by_hand(ma
 
 
 def test_too_many_failures_are_sampled_and_queries_without_a_match_are_none(made, monkeypatch, tmp_path):
-    _, _, queries, _ = made
+    cfg, _, queries, _ = made
+    tables = [cfg.paths.buildings_dir / "buildings.parquet"]
     changed = {name: list(values) for name, values in queries.items()}
     first = next(i for i, rank in enumerate(queries["rank_trained"]) if rank > 1)
     for method in ("raw", "trained"):
@@ -320,7 +373,7 @@ def test_too_many_failures_are_sampled_and_queries_without_a_match_are_none(made
     other = config.load(None, [f"paths.root={tmp_path}"])
     small_explorer.write_queries(other, changed)
     table = explorer_failures.read(other.paths.evaluation_dir / "queries.parquet")
-    everything, total = explorer_failures.listed(table, seed=0)
+    everything, total, _ = explorer_failures.listed(table, tables, seed=0)
     assert queries["streetview_image_id"][first] not in set(everything["streetview_image_id"])
     assert total == len(everything) == sum(np.maximum(changed["rank_raw"], changed["rank_trained"]) > 1)
     name = queries["building_id"][first]
@@ -328,9 +381,9 @@ def test_too_many_failures_are_sampled_and_queries_without_a_match_are_none(made
     share = np.mean([queries["rank_trained"][i] == 1 for i in own])  # not lowered by the one without a match
     assert explorer_failures.share_found(table)[name] == pytest.approx(share)
     monkeypatch.setattr(explorer_failures, "MAX_FAILURES", 5)
-    some, total = explorer_failures.listed(table, seed=0)
+    some, total, _ = explorer_failures.listed(table, tables, seed=0)
     assert (len(some), total) == (5, len(everything))
-    assert some.equals(explorer_failures.listed(table, seed=0)[0])
+    assert some.equals(explorer_failures.listed(table, tables, seed=0)[0])
 
 
 def test_a_class_includes_its_lower_end_and_what_is_not_known_is_in_none():

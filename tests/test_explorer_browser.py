@@ -203,8 +203,10 @@ async function failures() {
   one(".failure .link").click();
   found.linked = [...chosen(), one("#view-buildings").hidden];
   await until(() => !page.location.hash.includes("tab=failures"));
-  page.location.hash = found.address;
+  look.panels.projection.zoom(2);
+  page.location.hash = found.address.replace(/&projection=[^&]*/, "");
   await until(() => look.state.tab === "failures");
+  found.projectionMoved = look.panels.projection.isMoved;
   found.restored = [look.state.tab, look.state.colouring.name, [...look.state.hidden], look.state.building >= 0,
     one("#filter-compare").value, one("#failure-count").textContent];
   choose("#filter-angle", ""); choose("#filter-compare", "");
@@ -355,6 +357,7 @@ def test_failures_are_filtered_counted_enlarged_and_linked(made, wide):
 
 def test_the_address_brings_a_view_back(wide):
     assert "tab=failures" in wide["address"]
+    assert not wide["projectionMoved"]  # the address had no view of it: all is shown
     assert wide["restored"] == ["failures", "split", [0, 1], True, "gained", wide["filtered"]]
 
 

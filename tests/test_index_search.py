@@ -1,5 +1,6 @@
 """demo_usage.py search with an index or a folder of vectors. Oracle: vectors at known angles to the query's."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,12 @@ from trained_model import JPEGS
 from common import config, parquet, provenance, schemas
 from common.errors import ConfigError, PipelineError, StaleArtefact
 from generate.model_files import weights_digest
-from publish import build_index, generate_embeddings_from_parquet
+from publish import (
+    aggregate_buildings,
+    build_index,
+    generate_embeddings_from_hf,
+    generate_embeddings_from_parquet,
+)
 from publish.demo_usage import main
 
 QUERY = jpeg(picture(90, 70, seed=500))
@@ -103,6 +109,41 @@ def test_a_table_of_labels_goes_before_those_of_an_index(place, found, tmp_path)
     labels.write_text(f"image,building\n{place.query},a\n{place.names[0]},a\n{place.names[1]},b\n")
     told = verdicts(found("--index", place.root / "index", "--labels", labels, "--top", 7))
     assert told == dict.fromkeys(place.names) | {place.names[0]: True, place.names[1]: False}
+
+
+def test_buildings_named_otherwise_than_the_query_get_no_verdict(place, found, tmp_path):
+    """0088_<n> by the pipeline's own column, w<n> by osm_id: two of the former each."""
+    rows = parquet.read(next(place.cfg.paths.vectors_dir.glob("*.parquet")))
+    osm = pa.array([f"w{int(name[5:]) // 2}" for name in rows["building_id"].to_pylist()])
+    (tmp_path / "images").mkdir()
+    pq.write_table(rows.append_column("osm_id", osm), tmp_path / "images" / "0.parquet")
+    query, labels = f"{place.cfg.paths.raw_dir}/0088.tar:0088/0088_0_0_0.jpg", tmp_path / "labels.csv"
+    for by, own in (("building_id", "0088_0"), ("osm_id", "w0")):
+        flags = ["--by", by, "--clusters", "0", *place.flags[2:]]
+        assert aggregate_buildings.main([str(tmp_path / "images"), str(tmp_path / by), *flags]) == 0
+        assert build_index.main([str(tmp_path / by), str(tmp_path / f"{by}-index")]) == 0
+        labels.write_text(f"image,building\n{query},{own}\n")
+        names = parquet.read(tmp_path / by / "buildings.parquet")["building"].to_pylist()
+        known = {name: name == own for name in names}
+        for source in (("--gallery", tmp_path / by), ("--index", tmp_path / f"{by}-index")):
+            told = [found(*source, *more, query=query) for more in ((), ("--labels", labels))]
+            without, labelled = (verdicts(re.sub("  images=.*", "", one)) for one in told)
+            assert without == (known if by == "building_id" else dict.fromkeys(names))
+            assert labelled == known
+
+
+def test_the_query_is_left_out_by_its_name_where_its_bytes_are_not_here(place, found, model, tmp_path):  # noqa: F811
+    photos = place.root / "photos"
+    assert generate_embeddings_from_hf.main([str(photos), str(tmp_path / "vectors"), *place.flags]) == 0
+    name, others = place.names[0], place.names[1:]
+    query = str(photos / name)
+    for source in (("--gallery", tmp_path / "vectors"), ("--images", photos, "--gallery", tmp_path / "vectors")):
+        told = [one for _, one in results_of(found(*source, "--top", 7, query=query))]
+        assert sorted(told) == sorted(others)
+    (tmp_path / "holiday" / name).parent.mkdir(parents=True)
+    (tmp_path / "holiday" / name).write_bytes(QUERY)  # another photograph of that name
+    told = found("--gallery", place.root / "vectors", "--top", 7, query=str(tmp_path / "holiday" / name))
+    assert name in [one for _, one in results_of(told)]
 
 
 def test_a_table_of_buildings_is_searched_like_one_of_images(place, found, model, tmp_path):  # noqa: F811

@@ -12,7 +12,7 @@ import small_merge
 import torch
 from torch.nn import functional as F
 
-from common import config, devices
+from common import cli, config, devices
 from common.places import zones
 from train import evaluate
 from train.evaluation import building_level, heads, metrics, metrics_json
@@ -61,9 +61,10 @@ def test_buildings_are_ranked_within_the_device_as_on_the_cpu(share, monkeypatch
     around = zones.make_zones(building, building * 1e-4, np.zeros(len(building)), 25.0)
 
     def ranks(placed: torch.Tensor, memory_mb: int, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-        one = building_level.image_to_building(placed, around, 3_000, memory_mb, device)
-        return one, building_level.half_to_half(placed, around, 3_000, 0, memory_mb, device)
+        one = building_level.image_to_building(placed, around, 3_000, memory_mb, device, quiet)
+        return one, building_level.half_to_half(placed, around, 3_000, 0, memory_mb, device, quiet)
 
+    quiet = cli.Progress("evaluate", "ranking")
     expected = ranks(vectors, 16, CPU)
     with simulated_cuda.installed(int(vectors.nbytes / share)) as cuda:
         placed = heads.by_blocks(lambda x: x, vectors, 64, CUDA)  # on the device, if it has the room

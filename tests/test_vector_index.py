@@ -1,5 +1,7 @@
 """publish/retrieval. Oracle: products in float64 of all vectors that an index has stored."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -85,11 +87,22 @@ def test_the_exact_search_is_that_of_float64(folders, tile, share, monkeypatch):
     monkeypatch.setattr(cosine_search, "TILE_QUERIES", 3)
     monkeypatch.setattr(cosine_search, "SCORES", 100)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # each has a range, whose tiles must not overlap
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     index, queries = vector_index.open(folders[1]), made_up(8, seed=1)
     mask = None if share is None else np.random.default_rng(2).random(N) < share
     rows = np.arange(N) if mask is None else np.flatnonzero(mask)
     expected = by_hand(np.asarray(index.vectors), queries, rows)
     assert_best(index.search(queries, 20, mask), expected, min(20, len(rows)))
+
+
+def test_a_search_leaves_the_threads_of_torch_as_they_were(folders):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    vector_index.open(folders[1]).search(made_up(1), 5)
+    with ThreadPoolExecutor(1) as pool:  # a new thread has the process's number, not its maker's
+        later = pool.submit(torch.get_num_threads).result()
+    torch.set_num_threads(before)
+    assert later == 3
 
 
 def test_copies_are_found_as_well(folders):

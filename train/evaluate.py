@@ -92,7 +92,7 @@ def main(argv=None) -> int:
     # rank, average
     rows = gallery.load(task.paths, cfg.data.ignore_radius_m)
     device = devices.pick(cfg.infrastructure.device)
-    total = rows.num_queries * len(task.methods)
+    total = protocol.num_rankings(rows) * len(task.methods)
     with cli.Progress("evaluate", "ranking", total, cfg.logging.progress_interval_s) as progress:
         found = protocol.evaluate(cfg, rows, task.methods, device, progress)
     results = found.figures | {

@@ -3,6 +3,7 @@
 HDBSCAN was tried on the demo's 1,009 buildings and left out (docs/buildings.md).
 """
 
+import logging
 from itertools import combinations
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_limits
 
+log = logging.getLogger("pipeline")
 SEEDS = 5
 MAX_FITTED = 100_000  # buildings that the centres are fitted to: a sample of more
 _BLOCK = 65_536  # buildings assigned at a time
@@ -26,9 +28,12 @@ class Clusters(NamedTuple):
 
 
 def fit(vectors: np.ndarray, count: int, seed: int) -> Clusters:
-    """Clusters of unit vectors (B, D); none if `count` is 0 or there are fewer buildings."""
-    buildings = len(vectors)
-    if not 0 < count <= buildings:
+    """`count` clusters of unit vectors (B, D), and a warning if it is fewer: at most B / 2, and none is empty."""
+    buildings, asked = len(vectors), count
+    count = min(count, buildings // 2)
+    if not count or count < 2 <= asked:
+        if asked:
+            log.warning("no clusters: there are too few buildings (%d)", buildings)
         return Clusters(0, np.full(buildings, -1, np.int32), np.full(buildings, np.nan, np.float32), None)
     rng = np.random.default_rng(seed)
     fitted = vectors
@@ -39,10 +44,15 @@ def fit(vectors: np.ndarray, count: int, seed: int) -> Clusters:
         best = min(fits, key=lambda found: found.inertia_)
         label, similarity = assign(vectors, best.cluster_centers_)
     stability = np.mean([adjusted_rand_score(one.labels_, other.labels_) for one, other in combinations(fits, 2)])
-    by_size = np.argsort(-np.bincount(label, minlength=count), kind="stable")
+    sizes = np.bincount(label, minlength=count)
+    by_size = np.argsort(-sizes, kind="stable")
     rank = np.empty(count, np.int32)
     rank[by_size] = np.arange(count)
-    return Clusters(count, rank[label], similarity, float(stability))
+    number = int(np.count_nonzero(sizes))
+    if number < asked:
+        why = "buildings are few" if number == count else "many vectors are equal"
+        log.warning("%d clusters, not %d: %s", number, asked, why)
+    return Clusters(number, rank[label], similarity, float(stability))
 
 
 def assign(vectors: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

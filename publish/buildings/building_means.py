@@ -5,16 +5,16 @@ out near-identical views made the mean better (docs/buildings.md).
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common import cli, parquet, schemas
+from common import cli, schemas
 from common.errors import PipelineError
 from common.schemas import Reject, Rejected
-from publish.buildings.image_vectors import EMBEDDING, ImageVectors
+from publish.buildings.image_vectors import ImageVectors
+from publish.retrieval.embedding_tables import EMBEDDING, UNUSABLE, unit_vectors
 
 _SHORTEST = 1e-6  # mean of unit vectors: anything below is rounding, and no direction
 _CODE = "building"  # the number of a row's building; no column that is kept is called so
@@ -51,7 +51,7 @@ def aggregate(source: ImageVectors, progress: cli.Progress) -> tuple[Buildings, 
     codes, names = encode(source.buildings())
     why = {}
     why[f"{source.by} is empty"] = np.flatnonzero(codes < 0)
-    sums, why["missing, zero or not finite"] = _add_up(source, codes, len(names), progress)
+    sums, why[UNUSABLE] = _add_up(source, codes, len(names), progress)
     counts = np.bincount(codes[codes >= 0], minlength=len(names))
     lengths = np.sqrt(np.einsum("bd,bd->b", sums, sums)) / np.maximum(counts, 1)
     kept = lengths > _SHORTEST
@@ -118,26 +118,6 @@ def _add_up(
             sums[present] += np.add.reduceat(units[order], starts, axis=0)
         progress.add(len(batch))
     return sums, np.concatenate(unusable)
-
-
-def unit_vectors(path: Path, batch: pa.Table, start: int, dim: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """(the embeddings scaled to length 1, (n, D) float32; (n,) whether there is one with a direction).
-
-    `start`: number of the first row, for messages. Raises PipelineError for lists of another length.
-    """
-    present = batch[EMBEDDING].is_valid().to_numpy()
-    lists = batch if present.all() else batch.filter(pa.array(present))
-    numbers = start + np.flatnonzero(present)
-    matrix = parquet.unchecked_matrix(
-        path, lists, EMBEDDING, lambda row: f"row {numbers[row]:,}", dim, "the rows before it have"
-    )
-    matrix = matrix.astype(np.float64)  # squares of small float16 and float32 values vanish otherwise
-    lengths = np.linalg.norm(matrix, axis=1, keepdims=True)
-    usable = np.isfinite(lengths) & (lengths > 0)
-    units = np.zeros((len(batch), matrix.shape[1]), np.float32)
-    units[present] = np.divide(matrix, lengths, out=np.zeros_like(matrix), where=usable)
-    present[present] = usable[:, 0]
-    return units, present
 
 
 def _cosines(source: ImageVectors, codes: np.ndarray, vectors: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from common.provenance import Provenance, digest_of
 from common.schemas import Rejected
 from common.sections import Paths
 from generate import embedding_parts
-from publish.buildings import cluster_report
+from publish.buildings import cluster_report, vector_projection
 from publish.buildings.building_clusters import Clusters
 from publish.buildings.building_means import Buildings
 from publish.buildings.image_vectors import ImageVectors
@@ -63,9 +63,18 @@ def write(
         out.facts = {
             "dim": buildings.vectors.shape[1],
             "projected": projected,
+            "projection": vector_projection.method(),
             "stability": clusters.stability,
             "image_similarity": round(float(buildings.cosines.mean()), 4),  # mean cosine to the building's vector
         }
+
+
+def clusters_of(target: Path) -> Clusters:
+    """The clusters that are in the table."""
+    table = parquet.read(target, ["cluster", "cluster_similarity"])
+    label, similarity = (table[name].to_numpy() for name in table.column_names)
+    stability = parquet.read_provenance(target).facts["stability"]
+    return Clusters(int(label.max()) + 1, label, similarity, stability)
 
 
 def write_report(

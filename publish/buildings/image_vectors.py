@@ -3,6 +3,7 @@
 Rows are numbered through all files, in the order of their names.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from common.errors import PipelineError, command
 from publish.retrieval import embedding_tables
 from publish.retrieval.embedding_tables import EMBEDDING
 
+log = logging.getLogger("pipeline")
 BATCH_ROWS = 16_384  # read at a time: 17 MB of float32 at 256 dimensions
 IDS = ("streetview_image_id", "image", "image_id")  # columns that name images: the first that there is
 POSITIONS = (("target_lat", "target_lon"), ("lat", "lon"), ("latitude", "longitude"))
@@ -96,6 +98,9 @@ def find(source: Path, by: str, image_id: str | None) -> ImageVectors:
     columns = [name for name in tables[0].names if all(name in schema.names for schema in tables)]
     fields = [tables[0].field(name) for name in columns]
     fields = [field for field in fields if all(schema.field(field.name).type == field.type for schema in tables)]
+    usable = {EMBEDDING, by, image_id, *(field.name for field in fields)}  # of the first three, types may differ
+    if dropped := sorted({name for schema in tables for name in schema.names} - usable):
+        log.warning("leaving out columns that not all files have, or not with one type: %s", ", ".join(dropped))
     numbers = {field.name for field in fields if types.is_floating(field.type)}
     records = [parquet.read_provenance(path) if parquet.has_provenance(path) else None for path in paths]
     return ImageVectors(

@@ -13,7 +13,7 @@ _MIN_PARALLEL = 5_000  # for fewer, threads wait for one another longer than the
 
 
 def method() -> str | None:
-    """The library that projects, for records; None if it is not installed."""
+    """The library that projects; None if it is not installed."""
     return "openTSNE" if importlib.util.find_spec("openTSNE") else None
 
 

@@ -38,17 +38,21 @@ class ShownBuildings:
         return len(self.facts)
 
 
-def read(paths: list[Path], kept: set[str], limit: int, seed: int) -> ShownBuildings:
-    """The buildings of these files, at most `limit`: first those named in `kept`, then those that have a place in
-    the projection, at random among equals.
-
-    Raises PipelineError if a file is missing, damaged, or lacks a column, and if there are no buildings.
-    """
+def require_columns(paths: list[Path]) -> None:
+    """Raises PipelineError if a file has not the columns of a table of buildings."""
     for path in paths:
         has = parquet.open_file(path).schema_arrow.names
         if missing := [name for name in [*_FACTS, "embedding"] if name not in has]:
             words = f"{path} is no table of buildings: it has no column {', '.join(missing)}"
             raise PipelineError(f"{words}\nname a table of publish/aggregate_buildings.py")
+
+
+def read(paths: list[Path], kept: set[str], limit: int, seed: int) -> ShownBuildings:
+    """The buildings of these files, at most `limit`: first those named in `kept`, then those that have a place in
+    the projection, at random among equals.
+
+    Raises PipelineError if a file is missing or damaged, and if there are no buildings.
+    """
     all_rows = pa.concat_tables(parquet.read(path, ["building", "x"]) for path in paths)
     if not len(all_rows):
         raise PipelineError(f"{paths[0]} has no rows: no building to show")

@@ -12,7 +12,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common import parquet
+from common import parquet, stages
+from common.errors import PipelineError, StaleArtefact, command
+from publish.retrieval.embedding_tables import UNKNOWN
+from train import run_record
 from train.evaluation.breakdowns import CAMERA_M, HEADING_DEG, heading_difference_deg
 
 METHODS = ("raw", "trained")
@@ -31,6 +34,43 @@ def read(path: Path) -> pa.Table | None:
     return table.filter(pc.field(f"rank_{compared[0]}") > 0) if compared else None
 
 
+def doubt_of_model(tables: list[Path], queries_path: Path, published_dir: Path) -> str:
+    """Why it is not known whether one model made the tables of buildings and answered the queries; "" if it did.
+    Raises StaleArtefact if two did. The published folder tells which weights are those of a checkpoint."""
+    if not queries_path.exists():
+        return ""
+    checkpoint = parquet.read_provenance(queries_path).inputs.get(run_record.BEST)
+    if not checkpoint:
+        return f"{queries_path} names no checkpoint"
+    try:
+        published = stages.record_of(published_dir / "provenance.json")
+    except (OSError, PipelineError):
+        return f"{published_dir} holds no published model to compare with"
+    for path in tables:
+        known = parquet.read_provenance(path).config if parquet.has_provenance(path) else {}
+        model = known.get("model.weights", UNKNOWN)
+        if model == UNKNOWN:
+            return f"{path} does not say which model made it"
+        is_evaluated = published.inputs.get(run_record.BEST) == checkpoint
+        if not is_evaluated and model != published.id:
+            return f"neither {path} nor {queries_path} is of the model in {published_dir}"
+        if not is_evaluated or model != published.id:
+            raise StaleArtefact(
+                "\n".join([f"{path} is of another model than {queries_path}", *_ways(is_evaluated)])
+            )
+    return ""
+
+
+def _ways(is_evaluated: bool) -> list[str]:
+    """What can be done about a table of another model than the queries, which are of the published one or not."""
+    scripts = ["train/evaluate.py", "publish/convert_to_hf.py"] if not is_evaluated else []
+    scripts += ["publish/generate_embeddings_from_parquet.py", "publish/aggregate_buildings.py"]
+    return [
+        f"to redo what is older: {' && '.join(command(script, '--remake') for script in scripts)}",
+        f"to show the table without failures: {command('', '--set', 'paths.evaluation_dir=FOLDER')}",
+    ]
+
+
 def methods_of(queries: pa.Table | pd.DataFrame) -> list[str]:
     """The compared methods that were evaluated; the last one is the one judged."""
     columns = queries.columns if isinstance(queries, pd.DataFrame) else queries.column_names
@@ -43,19 +83,26 @@ def share_found(queries: pa.Table) -> pd.Series:
     return pd.Series(first.astype(float)).groupby(queries["building_id"].to_numpy()).mean()
 
 
-def listed(queries: pa.Table | None, seed: int) -> tuple[pd.DataFrame, int]:
-    """The queries for which a method's first result is wrong, and how many these are: if more than MAX_FAILURES,
-    that many at random. First those whose wrong result is most similar, compared with the best match."""
+def listed(queries: pa.Table | None, tables: list[Path], seed: int) -> tuple[pd.DataFrame, int, int]:
+    """The queries of buildings in these tables for which a method's first result is wrong; how many these are, and
+    how many are of other buildings. If there are more than MAX_FAILURES, that many at random. First those whose
+    wrong result is most similar, compared with the best match."""
     if queries is None:
-        return pd.DataFrame({"streetview_image_id": [], "building_id": []}), 0
+        return pd.DataFrame({"streetview_image_id": [], "building_id": []}), 0, 0
     methods = methods_of(queries)
-    wrong = np.flatnonzero(np.any([queries[f"rank_{method}"].to_numpy() > 1 for method in methods], axis=0))
-    chosen = wrong
+    is_wrong = np.any([queries[f"rank_{method}"].to_numpy() > 1 for method in methods], axis=0)
+    names = pa.concat_tables(parquet.read(path, ["building"]) for path in tables)["building"]
+    is_known = pc.is_in(queries["building_id"], names.cast(pa.string()).combine_chunks()).to_numpy()
+    chosen = wrong = np.flatnonzero(is_wrong & is_known)
     if len(wrong) > MAX_FAILURES:
         chosen = np.random.default_rng(seed).choice(wrong, MAX_FAILURES, replace=False)
     rows = queries.take(np.sort(chosen)).to_pandas()
     margin = rows[f"wrong_cosine_{methods[-1]}"] - rows[f"match_cosine_{methods[-1]}"]
-    return rows.iloc[np.argsort(-margin.to_numpy(), kind="stable")].reset_index(drop=True), len(wrong)
+    return (
+        rows.iloc[np.argsort(-margin.to_numpy(), kind="stable")].reset_index(drop=True),
+        len(wrong),
+        int((is_wrong & ~is_known).sum()),
+    )
 
 
 def image_ids(failures: pd.DataFrame) -> list[str]:

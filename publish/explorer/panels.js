@@ -87,7 +87,7 @@ class Panel {
 
   setView(text) {
     const [x, y, zoom] = (text || "").split("_").map(Number);
-    if (!(zoom > 0)) return;
+    if (!(zoom > 0)) return this.fit();
     Object.assign(this, { centreX: x, centreY: y, scale: zoom * this.fitted, isMoved: true });
     this.changed();
   }

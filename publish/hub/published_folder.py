@@ -1,19 +1,14 @@
-"""The published folder: its contents, the check that they belong together, and writing it as a whole."""
+"""The published folder: its contents, and the check that they belong together."""
 
-import contextlib
-import glob
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from common import errors, files, parquet, provenance
+from common import errors, parquet, provenance
 from common.config import is_folder, vector_files
 from common.errors import PipelineError, StaleArtefact
 from common.provenance import Provenance, Redo
@@ -36,7 +31,6 @@ SENTENCE_TRANSFORMERS: dict[str, list | dict] = {
     },
     "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
 }
-NEW = "new"  # in a temporary folder: what is being published; files.FORMER is what it replaces
 
 
 def refuse_mixture(test: Path, checkpoint_path: Path, checkpoint: dict, metrics_path: Path, metrics: dict) -> None:
@@ -128,52 +122,3 @@ def write_provenance(folder: Path, record: Provenance, facts: dict) -> None:
     """provenance.json, whose id is a digest of the model's files."""
     finished = record.finished(model_files.weights_digest(folder), {}, facts)
     (folder / "provenance.json").write_text(json.dumps(finished.to_dict(), indent=1) + "\n")
-
-
-def remove_dead_folders(path: Path) -> None:
-    """Remove what dead runs of `new_folder` left beside `path`: folders that no process locks. If one died between
-    moving the former `path` away and the new one into place, the former is put back."""
-    for other in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
-        with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(other) as is_locked:
-            _put_back(other, path)
-            if is_locked:
-                shutil.rmtree(other)
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """An empty folder, inside a locked one beside `path`, that replaces `path` if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
-    with _locked(place):
-        try:
-            folder = place / NEW
-            folder.mkdir()
-            yield folder
-            for written in (*folder.iterdir(), folder):
-                files.fsync(written)
-            if path.exists():
-                path.rename(place / files.FORMER)
-            folder.rename(path)
-            files.fsync(path.parent)
-        finally:
-            _put_back(place, path)  # first: what is interrupted here, `remove_dead_folders` completes
-            shutil.rmtree(place, ignore_errors=True)
-
-
-def _put_back(place: Path, path: Path) -> None:
-    """Move the former `path` out of a temporary folder of `new_folder`, unless there is a new one."""
-    former = place / files.FORMER
-    if former.exists() and not path.exists():
-        former.rename(path)
-        files.fsync(path.parent)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Hold the folder's lock; False if the file system has none. Raises BlockingIOError if it is taken."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        yield files.lock(descriptor, wait=False)
-    finally:
-        os.close(descriptor)

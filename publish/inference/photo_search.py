@@ -25,6 +25,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 log = logging.getLogger("pipeline")
+_SAME = 0.999  # cosine of a row to the photograph that it was made from: float16, and another batch's rounding
 MAX_COLUMNS = 8  # of the picture: no wider than a screen
 VERDICTS = {True: ("same building", "#1a7f37"), False: ("another building", "#cf222e"), None: ("", "#57606a")}
 
@@ -111,9 +112,17 @@ def nearest_of(
     gallery_size: int,
     unit: str = "images",
 ) -> Nearest:
-    """The first `top` candidates, which come with the most similar first, without files equal to the query's."""
-    others = (candidate for candidate in candidates if candidate[0].encoded != query.encoded)
+    """The first `top` candidates, which come with the most similar first, without the query itself."""
+    others = (candidate for candidate in candidates if not _is_query(query, *candidate))
     return Nearest(query, list(islice(others, top)), gallery_size, unit)
+
+
+def _is_query(query: Photograph, other: Photograph, cosine: float) -> bool:
+    """Whether an image is the query: by its bytes, or where they are not here by its name and its vector."""
+    if other.encoded is not None:
+        return other.encoded == query.encoded
+    path = f"/{query.name.replace(':', '/')}"  # TAR:MEMBER; names in a table are relative to a folder or a tar
+    return cosine > _SAME and path.endswith(f"/{other.name}")
 
 
 def table(nearest: Nearest) -> str:

@@ -33,7 +33,8 @@ def most_similar(
     the only ones to look at, rising. Fewer than k columns if there are fewer rows.
     """
     total = len(vectors) if rows is None else len(rows)
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    own_threads = torch.get_num_threads()
+    threads = own_threads if device.type == "cpu" else 1
     edges = np.linspace(0, total, threads + 1).astype(int).tolist()
     found = []
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -41,6 +42,7 @@ def most_similar(
             block = torch.from_numpy(queries[first : first + TILE_QUERIES]).to(device)
             ranges = [pool.submit(_of_range, vectors, block, k, rows, *ends) for ends in itertools.pairwise(edges)]
             found.append(_best([one.result() for one in ranges], k))
+    torch.set_num_threads(own_threads)  # what a thread of the pool sets is also the default of later threads
     cosines, places = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
     return cosines, places if rows is None else rows[places]
 

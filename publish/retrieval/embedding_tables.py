@@ -12,6 +12,7 @@ from common import parquet, provenance
 from common.errors import PipelineError, StaleArtefact
 
 EMBEDDING = "embedding"
+UNUSABLE = "missing, zero or not finite"  # a vector without a direction
 UNKNOWN = "unknown"  # the model of vectors whose files do not say which it was
 BATCH_ROWS = 65_536  # read at a time
 
@@ -25,45 +26,69 @@ class EmbeddingTables:
     dim: int
     model: str  # digest of the weights, as generate_embeddings_from_parquet.py records it; or UNKNOWN
     schema: pa.Schema  # of the other columns
+    by: str | None  # of a table by aggregate_buildings.py: the images' column that named the buildings
 
     @property
     def inputs(self) -> dict[str, str]:
         """File name -> identity, for a record."""
         return identities(self.paths)
 
-    def batches(self) -> Iterator[tuple[np.ndarray, pa.Table]]:
-        """Vectors (n, D) float16 of length 1, and the other columns, BATCH_ROWS at a time.
+    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray, list[str], pa.Table]]:
+        """Vectors (n, D) float16 of length 1, BATCH_ROWS at a time; which rows have one, (n,) bool, those of the
+        others are 0; "<file>:<row>" of the latter; the other columns.
 
-        Raises PipelineError, naming the row, if a vector is missing, not finite, all 0, or of another dimension.
+        Raises PipelineError, naming the row, if a vector has another dimension.
         """
         for path in self.paths:
             start = 0
             for table in parquet.batches(path, [*self.schema.names, EMBEDDING], BATCH_ROWS):
-                name = lambda row: f"row {start + row:,}"  # noqa: B023,E731
-                vectors = parquet.embedding_matrix(path, table, EMBEDDING, name, self.dim).astype(np.float32)
-                lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-                if not lengths.all():
-                    raise PipelineError(f"{path}: the {EMBEDDING} of {name(int(lengths.argmin()))} is all 0")
-                yield (vectors / lengths).astype(np.float16), table.drop_columns(EMBEDDING).cast(self.schema)
-                start += len(vectors)
+                units, usable = unit_vectors(path, table, start, self.dim)
+                lacking = [f"{path.stem}:{start + row}" for row in np.flatnonzero(~usable)]
+                yield units.astype(np.float16), usable, lacking, table.drop_columns(EMBEDDING).cast(self.schema)
+                start += len(table)
 
-    def matrix(self) -> np.ndarray:
-        """All vectors in memory, (N, D) float16."""
-        vectors = np.empty((self.num_rows, self.dim), np.float16)
+    def matrix(self) -> tuple[np.ndarray, np.ndarray]:
+        """The vectors (N, D) float16 in memory, and which rows have one, (N,) bool."""
+        vectors, usable = np.empty((self.num_rows, self.dim), np.float16), np.empty(self.num_rows, bool)
         start = 0
-        for batch, _ in self.batches():
-            vectors[start : start + len(batch)] = batch
+        for batch, has_one, *_ in self.batches():
+            rows = slice(start, start + len(batch))
+            vectors[rows], usable[rows] = batch, has_one
             start += len(batch)
-        return vectors
+        return vectors, usable
+
+
+def unit_vectors(path: Path, batch: pa.Table, start: int, dim: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """(the embeddings scaled to length 1, (n, D) float32; (n,) whether there is one with a direction).
+
+    `start`: number of the first row, for messages. Raises PipelineError for lists of another length.
+    """
+    present = batch[EMBEDDING].is_valid().to_numpy()
+    lists = batch if present.all() else batch.filter(pa.array(present))
+    numbers = start + np.flatnonzero(present)
+    matrix = parquet.unchecked_matrix(
+        path, lists, EMBEDDING, lambda row: f"row {numbers[row]:,}", dim, "the rows before it have"
+    )
+    matrix = matrix.astype(np.float64)  # squares of small float16 and float32 values vanish otherwise
+    lengths = np.linalg.norm(matrix, axis=1, keepdims=True)
+    usable = np.isfinite(lengths) & (lengths > 0)
+    units = np.zeros((len(batch), matrix.shape[1]), np.float32)
+    units[present] = np.divide(matrix, lengths, out=np.zeros_like(matrix), where=usable)
+    present[present] = usable[:, 0]
+    return units, present
 
 
 def paths_at(source: Path) -> list[Path]:
-    """The Parquet files with a column `embedding` at `source`, a file or a folder; empty if there are none."""
+    """The Parquet files with a column `embedding` at `source`, a file or a folder; empty if there are none. Raises
+    PipelineError if some files of a folder have it, and others do not."""
     if source.is_dir():
         paths = sorted(source.glob("*.parquet"))
     else:
         paths = [source] if source.suffix == ".parquet" and source.is_file() else []
-    return [path for path in paths if EMBEDDING in parquet.open_file(path).schema_arrow.names]
+    lacking = [path for path in paths if EMBEDDING not in parquet.open_file(path).schema_arrow.names]
+    if lacking and len(lacking) < len(paths):
+        raise PipelineError(f"{lacking[0]} has no column {EMBEDDING}, unlike others of its folder: move it away")
+    return [] if lacking else paths
 
 
 def tables_at(source: Path) -> EmbeddingTables:
@@ -85,7 +110,11 @@ def tables_at(source: Path) -> EmbeddingTables:
     model, num_rows = model_of(paths), sum(map(parquet.num_rows, paths))
     if not num_rows:
         raise PipelineError(f"{source} holds no vectors: its tables are empty")
-    return EmbeddingTables(paths, num_rows, _dim_of(paths), model, schemas[first])
+    return EmbeddingTables(paths, num_rows, _dim_of(paths), model, schemas[first], _by(first))
+
+
+def _by(path: Path) -> str | None:
+    return parquet.read_provenance(path).config.get("by") if parquet.has_provenance(path) else None
 
 
 def _other_columns(path: Path) -> pa.Schema:
@@ -122,9 +151,12 @@ def identities(paths: list[Path]) -> dict[str, str]:
 
 
 def _dim_of(paths: list[Path]) -> int:
-    """The dimension of the first vector."""
-    batches = (table for path in paths for table in parquet.batches(path, [EMBEDDING], 1))
-    return parquet.embedding_matrix(paths[0], next(batches), EMBEDDING, lambda _: "the first row").shape[1]
+    """The dimension of the first vector. Raises PipelineError if there is none."""
+    for path in paths:
+        for table in parquet.batches(path, [EMBEDDING], BATCH_ROWS):
+            if dim := unit_vectors(path, table, 0, None)[0].shape[1]:
+                return dim
+    raise PipelineError(f"{paths[0].parent} holds no vectors: {EMBEDDING} is empty in all rows")
 
 
 def _identity(path: Path) -> str:

@@ -16,7 +16,6 @@ from publish.retrieval.vector_index import VectorIndex
 log = logging.getLogger("pipeline")
 IMAGE_IDS = "image_ids"  # a column of tables of buildings
 _NAMES = ("image", "streetview_image_id", "building", "building_id")  # columns: the first there names the row
-_BUILDINGS = ("building", "building_id")
 _DETAILS = ("building_id", "images", "lat", "lon", "target_lat", "target_lon")  # printed of a row, where known
 _SPARE = 8  # rows beyond those shown, in place of copies of the query
 
@@ -48,7 +47,8 @@ def nearest(
     top: int,
 ) -> Nearest:
     """The `top` rows of the index most similar to the query, without images equal to it. `mask` (n,) bool: the
-    rows to look at; `labels`: row's name -> building, instead of the index's own column."""
+    rows to look at; `labels`: image -> building, of the query, too; without, the query's is the dataset's."""
+    mask = index.usable if mask is None else mask
     vector = photo_search.vector_of(published, query)
     cosines, rows = index.search(vector[None], top + _SPARE, mask, published.device)
     is_found = rows[0] >= 0
@@ -57,7 +57,7 @@ def nearest(
     def candidates() -> Iterator[tuple[Photograph, float]]:
         for number, row, cosine in zip(found, index.take(found), cosines, strict=True):
             name = name_of(row, int(number))
-            building = building_of(row) if labels is None else labels.get(name)
+            building = building_of(row, index.by, name, labels)
             yield Photograph(name, images.read(row), None, building, details_of(row, name)), float(cosine)
 
     unit = "buildings" if IMAGE_IDS in index.columns else "images"
@@ -71,9 +71,13 @@ def name_of(row: dict, number: int) -> str:
     return next((str(row[name]) for name in names if row.get(name) is not None), f"row {number}")
 
 
-def building_of(row: dict) -> str | None:
-    """The building of a row, if it has a column for it."""
-    return next((str(row[name]) for name in _BUILDINGS if row.get(name)), None)
+def building_of(row: dict, by: str | None, name: str, labels: dict[str, str] | None) -> str | None:
+    """The building of a row, in the terms in which the query's is named: those of the user's `labels`, or else ids
+    of the dataset. `by`: what `building` is in a table of buildings, if known. None: not known."""
+    if labels is not None:
+        return str(row["building"]) if IMAGE_IDS in row else labels.get(name)
+    own = row.get("building") if by == "building_id" else row.get("building_id")
+    return None if own is None else str(own)
 
 
 def details_of(row: dict, name: str) -> str:

@@ -10,18 +10,19 @@ Memory: the buildings' vectors, M x D x 4 bytes, on the device if that is at mos
 else on the host; the images of 8,192 rows at a time; tiles of scores within `memory_mb`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from common import devices
+from common import cli, devices
 from common.places.zones import Zones, ranges
 from train.evaluation import bootstrap, metrics
 from train.evaluation.gallery import Gallery
 from train.evaluation.metric_names import BUILDING_METRICS, RECALL_AT
 
+TIE = 1e-6  # cosines no further apart are equal: float32 sums of unit vectors differ by less
 _BLOCK_ROWS = 8_192  # images whose vectors are gathered at a time, apart from those of one larger building
 
 
@@ -32,18 +33,35 @@ class BuildingRanks(NamedTuple):
     half_to_half: np.ndarray  # (B,) int64, of the test buildings; 0: a building of one image
 
 
+def num_rankings(gallery: Gallery) -> int:
+    """How many `rank` makes: of images and of halves."""
+    sizes = np.bincount(gallery.zones.building_of_row[: gallery.num_queries])
+    return int((sizes[sizes > 1] + 1).sum())
+
+
 def rank(
-    vectors: torch.Tensor, gallery: Gallery, seed: int, memory_mb: int, device: torch.device
+    vectors: torch.Tensor,
+    gallery: Gallery,
+    seed: int,
+    memory_mb: int,
+    device: torch.device,
+    progress: cli.Progress,
 ) -> BuildingRanks:
     """Both searches by (G, D) float32 unit vectors of the gallery's images, on the device or on the host."""
+    options = memory_mb, device, progress
     return BuildingRanks(
-        image_to_building(vectors, gallery.zones, gallery.num_queries, memory_mb, device),
-        half_to_half(vectors, gallery.zones, gallery.num_queries, seed, memory_mb, device),
+        image_to_building(vectors, gallery.zones, gallery.num_queries, *options),
+        half_to_half(vectors, gallery.zones, gallery.num_queries, seed, *options),
     )
 
 
 def image_to_building(
-    vectors: torch.Tensor, zones: Zones, num_queries: int, memory_mb: int, device: torch.device
+    vectors: torch.Tensor,
+    zones: Zones,
+    num_queries: int,
+    memory_mb: int,
+    device: torch.device,
+    progress: cli.Progress,
 ) -> np.ndarray:
     """The rank of its building for each of the first `num_queries` rows, (Q,) int64; 0 if it has no other image.
 
@@ -51,30 +69,25 @@ def image_to_building(
     """
     sizes, building = np.diff(zones.starts), zones.building_of_row
     means, lengths = mean_vectors(vectors, np.arange(len(vectors)), sizes, device)
-    queries = np.flatnonzero(sizes[building[:num_queries]] > 1)
+
+    def of_others(images: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        others = means[own].to(device).mul_(lengths[own].to(device)[:, None]).sub_(images)
+        return others.div_(torch.linalg.vector_norm(others, dim=1, keepdim=True).clamp(min=1e-12))
+
+    rows = np.flatnonzero(sizes[building[:num_queries]] > 1)
     ranks = np.zeros(num_queries, np.int64)
-    size, width = metrics.tile_sizes(means, device, memory_mb)
-    for start in range(0, len(queries), size):
-        rows = queries[start : start + size]
-        images = vectors[torch.from_numpy(rows).to(vectors.device)].to(device)
-        own = torch.from_numpy(building[rows]).to(means.device, torch.int64)
-        floors = _cosines_with_others(images, means[own].to(device), lengths[own].to(device))
-        scores = torch.empty((len(rows), width), device=device)
-        junk = _zone_of(zones, building[rows])
-        ahead, *_ = metrics.count_ahead(images, means, floors[:, None], [len(rows)], junk, scores)
-        ranks[rows] = 1 + ahead[:, 0]
+    ranks[rows] = _ranks(vectors, rows, means, of_others, zones, building[rows], memory_mb, device, progress)
     return ranks
 
 
-def _cosines_with_others(images: torch.Tensor, means: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """The cosine of each of n images and the mean of the other images of its building, (n,). `means` (n, D), which
-    is overwritten, and `lengths` (n,): of all its images, see `mean_vectors`."""
-    others = means.mul_(lengths[:, None]).sub_(images)
-    return (images * others).sum(dim=1) / torch.linalg.vector_norm(others, dim=1).clamp(min=1e-12)
-
-
 def half_to_half(
-    vectors: torch.Tensor, zones: Zones, num_queries: int, seed: int, memory_mb: int, device: torch.device
+    vectors: torch.Tensor,
+    zones: Zones,
+    num_queries: int,
+    seed: int,
+    memory_mb: int,
+    device: torch.device,
+    progress: cli.Progress,
 ) -> np.ndarray:
     """The rank of its other half for each building of the first `num_queries` rows, (B,) int64; 0 for a building
     of one image."""
@@ -85,21 +98,50 @@ def half_to_half(
     larger, _ = mean_vectors(vectors, shuffled[ranges(halves, starts[1:])], sizes - sizes // 2, device)
     asked = np.flatnonzero(sizes[:num_buildings] > 1)
     smaller, _ = mean_vectors(vectors, shuffled[ranges(starts[asked], halves[asked])], sizes[asked] // 2, device)
-    smaller = smaller.cpu()  # queries go to the device tile by tile
-    of_query, junk = _zone_of(zones, asked)
-    is_other = junk != asked[of_query]
-    found = metrics.retrieval(
-        smaller,
-        larger,
-        query_building=asked,
-        gallery_building=np.arange(len(sizes)),
-        self_rows=np.full(len(asked), -1),
-        junk=(np.searchsorted(of_query[is_other], np.arange(len(asked) + 1)), junk[is_other]),
-        memory_mb=memory_mb,
-        device=device,
-    )
     ranks = np.zeros(num_buildings, np.int64)
-    ranks[asked] = found.best_rank
+    ranks[asked] = _ranks(
+        smaller.cpu(),  # queries go to the device tile by tile
+        np.arange(len(asked)),
+        larger,
+        lambda _, own: larger[own].to(device),
+        zones,
+        asked,
+        memory_mb,
+        device,
+        progress,
+    )
+    return ranks
+
+
+def _ranks(
+    vectors: torch.Tensor,
+    rows: np.ndarray,
+    means: torch.Tensor,
+    matches: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    zones: Zones,
+    buildings: np.ndarray,
+    memory_mb: int,
+    device: torch.device,
+    progress: cli.Progress,
+) -> np.ndarray:
+    """The ranks of n matches, (n,) int64, among the `means` of the buildings outside the zones of their own.
+
+    The queries are `rows` of `vectors`, of `buildings` (n,). `matches`: the unit vectors (t, D) that t queries
+    (t, D) look for, of buildings (t,).
+    """
+    ranks = np.empty(len(rows), np.int64)
+    size, width = metrics.tile_sizes(means, device, memory_mb)
+    for start in range(0, len(rows), size):
+        tile = slice(start, start + size)
+        queries = vectors[torch.from_numpy(rows[tile]).to(vectors.device)].to(device)
+        own = torch.from_numpy(buildings[tile]).to(means.device, torch.int64)
+        # not from the product that gives the others' scores: equal vectors differ by a rounding error
+        floors = (queries * matches(queries, own)).sum(dim=1) - TIE
+        scores = torch.empty((len(queries), width), device=device)
+        zone = _zone_of(zones, buildings[tile])
+        ahead, *_ = metrics.count_ahead(queries, means, floors[:, None], [len(queries)], zone, scores)
+        ranks[tile] = 1 + ahead[:, 0]
+        progress.add(len(queries))
     return ranks
 
 

@@ -58,7 +58,7 @@ def evaluate(
         vectors = method.vectors(gallery, device)
         of_images = rank(method, vectors, gallery, memory_mb, device, progress)
         left_mb = devices.search_memory_mb(cfg.infrastructure, device)  # beside the vectors
-        ranked[method.name] = of_images, building_level.rank(vectors, gallery, seed, left_mb, device)
+        ranked[method.name] = of_images, building_level.rank(vectors, gallery, seed, left_mb, device, progress)
     matches = {method.name: ranked[method.name][0] for method in methods}
     building_ranks = {method.name: ranked[method.name][1] for method in methods}
     per_query = {name: metrics.per_query(of_method) for name, of_method in matches.items()}
@@ -66,6 +66,12 @@ def evaluate(
         raise PipelineError("no query has a match: no building has two evaluated images")
     results = figures(cfg, gallery, matches, per_query, building_ranks, vectors)
     return Evaluated(results, vectors, matches, per_query)
+
+
+def num_rankings(gallery: Gallery) -> int:
+    """How many `evaluate` makes with each method, for its progress: of images among images and among buildings,
+    and of halves of buildings."""
+    return gallery.num_queries + building_level.num_rankings(gallery)
 
 
 def shown_of(names: list[str]) -> str:
