@@ -42,16 +42,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv=None) -> int:
     args = parse(argv)
     cfg = cli.load_config(args)
-    from common import config, devices, files, provenance, schemas, stages
+    from common import config, devices, files, provenance, schemas
     from common.imagery import tar_images
     from publish.explorer import explorer_data, explorer_failures, explorer_page, explorer_pictures
+    from publish.retrieval import embedding_tables
 
     # what exists, and whether the page shows it already
     paths = tables_of(args.buildings or cfg.paths.buildings_dir)
+    explorer_data.require_columns(paths)
     out = args.out or cfg.paths.evaluation_dir / "explorer.html"
     queries_path = cfg.paths.evaluation_dir / "queries.parquet"
     doubt = explorer_failures.doubt_of_model(paths, queries_path, cfg.paths.published_dir)
-    inputs = stages.ids([*paths, *([queries_path] if queries_path.exists() else [])])
+    inputs = embedding_tables.identities([*paths, *([queries_path] if queries_path.exists() else [])])
     settings = config.values(cfg, "global.seed", "data.split_cell_m") | {"pictures_mb": args.pictures_mb}
     record = provenance.record("explore", settings, inputs)
     if explorer_page.is_done(out, record, args.redo):

@@ -1,6 +1,7 @@
 """publish/explore.py and publish/explorer. Oracles: numpy's brute force, plain loops, and the page read back."""
 
 import base64
+import io
 import json
 import re
 
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 import small_explorer
 import torch
+from PIL import Image
 
 from common import cli, config, parquet
 from common.errors import PipelineError, StaleArtefact
@@ -161,9 +163,32 @@ def test_without_a_table_it_says_which_script_makes_one(made, tmp_path):
         explore.main(flags(cfg, str(tmp_path)))
 
 
+def test_a_table_that_pandas_has_written_is_shown(made, tmp_path):
+    """Without a record, with lists and strings of other types, and vectors that are not of length 1."""
+    cfg, buildings, _, page = made
+    table = tmp_path / "own.parquet"
+    frame = pd.DataFrame(buildings | {"embedding": list(3 * buildings["embedding"])})
+    frame.to_parquet(table)
+    words = flags(cfg, str(table), str(tmp_path / "page.html"), "--pictures-mb", "0")
+    assert explore.main(words) == explore.main(words) == 0
+    own, data = part_of(tmp_path / "page.html", "data"), part_of(page, "data")
+    assert (own["names"], own["failures"]) == (data["names"], data["failures"])
+    np.testing.assert_allclose(own["cosines"], data["cosines"], atol=1e-6)
+    frame.assign(spread=0.0).to_parquet(table)
+    with pytest.raises(StaleArtefact, match="--remake"):
+        explore.main(words)
+
+
+def test_a_table_of_images_is_refused_with_what_to_name_instead(made, tmp_path):
+    cfg, *_ = made
+    pd.DataFrame({"image": ["a"], "embedding": [[1.0]]}).to_parquet(tmp_path / "vectors.parquet")
+    with pytest.raises(PipelineError, match=r"no column building, images, .*\n.*publish/aggregate_buildings\.py$"):
+        explore.main(flags(cfg, str(tmp_path / "vectors.parquet"), str(tmp_path / "page.html")))
+
+
 def test_what_is_not_known_is_not_shown(made, tmp_path, capsys):
     """No positions, no projection, no clusters, no datasets, no queries, no tars."""
-    _, buildings, _, _ = made
+    _, buildings, _, page = made
     nothing = np.full(len(buildings["building"]), np.nan)
     bare = buildings | {"lat": nothing, "lon": nothing, "x": nothing, "y": nothing}
     bare |= {"cluster": np.full(len(nothing), -1), "building": [f"</script>{i}" for i in range(len(nothing))]}
@@ -178,6 +203,9 @@ def test_what_is_not_known_is_not_shown(made, tmp_path, capsys):
     assert [one["located"] for one in data["cities"]] == [0]
     assert 'id="map"' not in text
     assert 'id="projection"' not in text
+    assert "Select a dot" not in text
+    assert "Choose a name in the field Find" in text
+    assert "Select a dot" in page.read_text()
     assert "There are no pictures" in text
 
 
@@ -252,6 +280,34 @@ def test_places_are_in_metres_of_their_city_even_across_the_180th_meridian():
         inside = (cells[:, 0] <= east) & (east <= cells[:, 2]) & (cells[:, 1] <= north) & (north <= cells[:, 3])
         assert inside.sum() == 1 or (row >= 2 and inside.any())  # those of both sides overlap at the meridian
     np.testing.assert_allclose(found["cells"][:, 3] - found["cells"][:, 1], 500, rtol=1e-3)
+
+
+def test_positions_without_a_city_are_shown_by_areas_of_at_most_100_km():
+    rng, places = np.random.default_rng(0), [(50.08, 14.43, 0.1), (-17.0, 180.0, 0.1), (48.1, 11.6, 0.02)]
+    lat, lon = (np.concatenate([place[axis] + place[2] * rng.normal(size=60 - 20 * i) for i, place in
+                                enumerate(places)]) for axis in (0, 1))  # fmt: skip
+    lon = (lon + 180) % 360 - 180
+    names = explorer_data.areas(np.append(lat, np.nan), np.append(lon, np.nan))
+    assert [name[:7] for name in names] == ["area 1 "] * 60 + ["area 2 "] * 40 + ["area 3 "] * 20 + [""]
+    assert names[100] == f"area 3 ({lat[100:].mean():.2f}, {lon[100:].mean():.2f})"
+    chain = explorer_data.areas(np.linspace(45, 55, 500), np.full(500, 10.0))  # 1,100 km without a gap
+    for name in set(chain):
+        inside = np.linspace(45, 55, 500)[chain == name]
+        assert geo.METRES_PER_DEGREE * (inside.max() - inside.min()) < 100_000
+    assert explorer_data.areas(np.array([np.nan]), np.array([np.nan])).tolist() == [""]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_own_tables_cities_are_named_or_found_by_position(named, made, tmp_path):
+    _, buildings, *_ = made
+    own = {name: values for name, values in buildings.items() if name != "dataset_id"}
+    own["city"] = np.where(np.array(buildings["dataset_id"]) == 89, "Brno", "Prague") if named else ""
+    frame = pd.DataFrame(own | {"embedding": list(own["embedding"])})
+    frame.to_parquet(tmp_path / "own.parquet")
+    out = tmp_path / "page.html"
+    assert explore.main([str(tmp_path / "own.parquet"), str(out), "--set", f"paths.root={tmp_path}"]) == 0
+    cities = [(city["name"].split(" (")[0], city["located"]) for city in part_of(out, "data")["cities"]]
+    assert cities == ([("Brno", 40), ("Prague", 80)] if named else [(f"area {k}", 40) for k in (1, 2, 3)])
 
 
 def test_many_categories_share_a_grey_and_the_split_keeps_its_order():
@@ -348,7 +404,7 @@ def test_pictures_take_turns_and_stop_at_the_budget():
 def test_failures_have_half_of_the_budget_and_buildings_the_rest(made, monkeypatch, tmp_path):
     cfg, _, _, page = made
     monkeypatch.setattr(explorer_pictures, "_SMALLEST_BYTES", 100)  # these are flat
-    sizes = [len(jpeg) for jpeg in part_of(page, "pictures")]
+    sizes = [size_of(jpeg, 120) for jpeg in part_of(page, "pictures")]
     budget = 60 * max(sizes)
     out = tmp_path / "page.html"
     words = [str(cfg.paths.buildings_dir), str(out), "--pictures-mb", str(budget / 1e6)]
@@ -363,6 +419,30 @@ def test_failures_have_half_of_the_budget_and_buildings_the_rest(made, monkeypat
     assert 25 <= first.index(False) <= 35
     without = sum(not numbers for numbers in data["images_of"])
     assert f"{without} have no picture here" in out.read_text()
+
+
+def test_pictures_are_larger_from_the_first_on_while_the_budget_lasts(made, monkeypatch, tmp_path):
+    cfg, _, _, page = made
+    monkeypatch.setattr(explorer_pictures, "_SMALLEST_BYTES", 100)  # these are flat
+    large = part_of(page, "pictures")
+    assert {opened(jpeg).size for jpeg in large} == {(240, 240)}
+    budget = sum(size_of(jpeg, 120) for jpeg in large) + 20 * max(map(len, large))
+    out = tmp_path / "page.html"
+    words = [str(cfg.paths.buildings_dir), str(out), "--pictures-mb", str(budget / 1e6)]
+    assert explore.main(flags(cfg, *words)) == 0
+    widths = [opened(jpeg).width for jpeg in part_of(out, "pictures")]
+    assert len(widths) == len(large)  # none is left out for a larger one
+    assert 15 <= widths.index(120) <= 30
+    assert widths == sorted(widths, reverse=True)
+
+
+def opened(jpeg: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(jpeg)))
+
+
+def size_of(jpeg: str, px: int) -> int:
+    """In the page, once resized."""
+    return len(explorer_pictures._jpeg(opened(jpeg).resize((px, px))))
 
 
 def test_the_record_is_read_from_the_page_and_a_damaged_one_is_remade(made, tmp_path):

@@ -72,12 +72,24 @@ async function selecting() {
   found.first = [...chosen(), map.canvas.dataset.scale];
   click(map, row);
   found.clicked = chosen();
+  const inView = what => {
+    const { top, bottom } = one(what).getBoundingClientRect();
+    return top >= 0 && bottom <= page.innerHeight;
+  };
+  found.bar = [one("#chosen").textContent, Boolean(one("#chosen img").src), inView("#chosen"), inView(".facts")];
+  one("#chosen button").click();
+  found.details = inView(".facts");
+  page.scrollTo(0, 0);
   const words = texts("#building dd");
   found.facts = Object.fromEntries(texts("#building dt").map((term, i) => [term, words[i]]));
   found.tiles = all("#building .tiles").map(each => each.children.length);
   await wait(200); // decoded meanwhile
   found.images = all("#building img").map(image => image.complete && image.naturalWidth);
   found.nearest = texts("#building .tiles:last-child .tile");
+  data.images[row] = 5;
+  page.showBuilding();
+  found.partly = texts("#building dd")[0];
+  data.images[row] = 3;
   click(projection, far);
   found.far = chosen();
   found.marks = [map.has(far), map.has(row), projection.has(row)];
@@ -96,6 +108,10 @@ async function selecting() {
   one("#search").value = "nowhere";
   one("#search").dispatchEvent(new page.Event("input"));
   found.noSuch = texts("#found li");
+  one("#search").value = "";
+  one("#search").dispatchEvent(new page.Event("focus"));
+  found.any = one("#found").hidden ? [] : texts("#found li");
+  one("#found").hidden = true;
 }
 """
 GESTURES = """
@@ -254,11 +270,14 @@ def test_a_click_shows_a_building_and_what_is_like_it(made, wide):
     assert wide["first"] == ["", "0088", "buildings", wide["first"][3]]
     assert wide["first"][3].endswith("km")
     assert wide["clicked"] == [names[0], "0088", "buildings"]
+    assert wide["bar"][:3] == [f"Building {names[0]} details", True, True]
+    assert wide["details"]
     assert (wide["facts"]["Images"], wide["facts"]["City"], wide["facts"]["Split"]) == ("3", "0088", "train")
     lat, lon = map(float, wide["facts"]["Position"].split(","))
     assert (lat, lon) == pytest.approx((buildings["lat"][0], buildings["lon"][0]), abs=1e-5)
     assert wide["tiles"] == [3, 8]
-    assert wide["images"] == [120] * 11
+    assert wide["images"] == [240] * 11
+    assert wide["partly"] == "3 of 5 shown"
     cosines = vectors @ vectors[0]
     best = [row for row in np.argsort(-cosines) if row][:8]
     for row, text in zip(best, wide["nearest"], strict=True):
@@ -276,6 +295,7 @@ def test_both_panels_and_the_search_select_too(made, wide):
     assert wide["next"] not in (names[-1], "")
     assert wide["search"][0] == names[0]
     assert wide["searched"] == [names[0], "0088", "buildings"]
+    assert wide["any"] == names[:10]
     assert wide["noSuch"] == ["no such building here"]
 
 
@@ -346,6 +366,8 @@ def test_it_works_on_a_phone_and_in_the_dark(made, tmp_path):
     assert found["back"] == "rgb(20, 23, 26)"
     assert found["stacked"]
     assert found["clicked"] == [made[1]["building"][0], "0088", "buildings"]
+    assert found["bar"] == [f"Building {made[1]['building'][0]} details", True, True, False]
+    assert found["details"]
     assert found["pinch"] == pytest.approx(2)
     assert found["enlarged"][0]
 

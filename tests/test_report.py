@@ -73,6 +73,7 @@ def test_the_page_holds_everything_and_asks_for_nothing(page_path):
         for name in ("src", "href", "xlink:href"):
             assert attributes.get(name, "#").startswith(("data:", "#")) or attributes[name] == "explorer.html"
     assert "url(http" not in text
+    assert "Buildings on a map, and the failures: explorer.html, once" in page.text
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert not page.all("script")

@@ -17,6 +17,7 @@ function select(row) {
 
 function showBuilding() {
   const row = state.building, place = byId("building");
+  showChosen(row);
   if (row < 0) {
     place.replaceChildren(element("p", { className: "dim", textContent: "No building is selected." }));
     return;
@@ -24,7 +25,6 @@ function showBuilding() {
   const images = data.images_of[row].map(number => ({ number, name: data.image_names[number] }));
   const nearest = nearestTo(row).map((other, k) => nearestTile(row, other, data.cosines[row * NUM_NEAREST + k]));
   place.replaceChildren(
-    element("h2", { textContent: `Building ${data.names[row]}` }),
     factsOf(row),
     tiles(images.map(({ number, name }) => pictureTile(name, number, name))),
     element("h3", { textContent: "Most similar buildings" }),
@@ -32,8 +32,20 @@ function showBuilding() {
   );
 }
 
+function showChosen(row) { // in view even where the details are not
+  byId("chosen").hidden = row < 0;
+  if (row < 0) return;
+  const src = picture(data.images_of[row][0]);
+  const button = element("button", {}, src && element("img", { src, alt: "" }), `Building ${data.names[row]}`);
+  button.append(element("span", { className: "dim", textContent: " details" }));
+  button.onclick = () => byId("building").scrollIntoView();
+  byId("chosen").replaceChildren(button);
+}
+
 function factsOf(row) {
-  const facts = [["Images", count(data.images[row])], ["Spread of its images", data.spread[row].toFixed(3)]];
+  const all = count(data.images[row]), shown = data.images_of[row].length;
+  const images = shown && shown < data.images[row] ? `${shown} of ${all} shown` : all;
+  const facts = [["Images", images], ["Spread of its images", data.spread[row].toFixed(3)]];
   if (data.cities.length > 1) facts.push(["City", data.cities[data.city[row]].name]);
   for (const { name, title, classes, codes } of data.colourings) {
     if (["split", "right"].includes(name)) facts.push([title, classes[codes[row]].label]);
@@ -100,7 +112,7 @@ const MOST_FOUND = 10;
 
 function bindSearch() {
   const field = byId("search");
-  field.oninput = () => showFound(field.value.trim().toLowerCase());
+  field.oninput = field.onfocus = () => showFound(field.value.trim().toLowerCase());
   field.onkeydown = event => {
     if (event.key === "Enter") byId("found").querySelector("button")?.click();
     if (event.key === "Escape") byId("found").hidden = true;
@@ -113,7 +125,7 @@ function bindSearch() {
 
 function showFound(text) {
   const found = [];
-  for (let row = 0; text && row < data.names.length && found.length < MOST_FOUND; row++) {
+  for (let row = 0; row < data.names.length && found.length < MOST_FOUND; row++) {
     if (data.names[row].toLowerCase().includes(text)) found.push(row);
   }
   const entries = found.map(row => {
@@ -123,7 +135,7 @@ function showFound(text) {
   });
   if (!found.length) entries.push(element("li", { textContent: "no such building here" }));
   byId("found").replaceChildren(...entries);
-  byId("found").hidden = !text;
+  byId("found").hidden = false;
 }
 
 // ---------------------------------------------------------------- colours, and cities on the map
@@ -167,7 +179,7 @@ function bindCities() {
   const choice = byId("city");
   if (!choice) return;
   const shown = data.cities.map((city, code) => [code, city]).filter(([, city]) => city.located);
-  const options = shown.map(([code, { name, located }]) => [code, `city ${name} (${count(located)})`]);
+  const options = shown.map(([code, { name, located }]) => [code, `${/^\d+$/.test(name) ? "city " : ""}${name} (${count(located)})`]);
   setOptions(choice, options, state.city);
   choice.hidden = shown.length < 2;
   choice.onchange = () => showCity(Number(choice.value));

@@ -22,6 +22,7 @@ NEAREST = 8
 _COLOURS = 24  # of categories: 8 hues in three shades; the smallest categories share a grey
 _FACTS = ["building", "images", "spread", "image_ids", "lat", "lon", "split", "cluster"]
 _FACTS += ["cluster_similarity", "x", "y"]
+_AREA_KM, _AREA_CELL_M = 40, 10_000  # of a map where no city is known: its radius, and the cells it is made of
 _IMAGES = {"1": 2, "2": 3, "3 or 4": 5, "5 to 8": 9}  # class -> first number that is above it
 
 
@@ -30,41 +31,81 @@ class ShownBuildings:
     """In the order of the table."""
 
     total: int  # in the table
-    facts: pd.DataFrame  # n rows with the columns _FACTS, and `city`, "" if it is not known
+    facts: pd.DataFrame  # n rows with the columns _FACTS, and `city`: a name, an area's, or "" if unknown
     vectors: np.ndarray  # (n, D) float32
 
     def __len__(self) -> int:
         return len(self.facts)
 
 
+def require_columns(paths: list[Path]) -> None:
+    """Raises PipelineError if a file has not the columns of a table of buildings."""
+    for path in paths:
+        has = parquet.open_file(path).schema_arrow.names
+        if missing := [name for name in [*_FACTS, "embedding"] if name not in has]:
+            words = f"{path} is no table of buildings: it has no column {', '.join(missing)}"
+            raise PipelineError(f"{words}\nname a table of publish/aggregate_buildings.py")
+
+
 def read(paths: list[Path], kept: set[str], limit: int, seed: int) -> ShownBuildings:
     """The buildings of these files, at most `limit`: first those named in `kept`, then those that have a place in
     the projection, at random among equals.
 
-    Raises PipelineError if a file is missing, damaged, or lacks a column, and if there are no buildings.
+    Raises PipelineError if a file is missing or damaged, and if there are no buildings.
     """
     all_rows = pa.concat_tables(parquet.read(path, ["building", "x"]) for path in paths)
     if not len(all_rows):
         raise PipelineError(f"{paths[0]} has no rows: no building to show")
-    is_kept = pc.is_in(all_rows["building"], pa.array(kept, pa.string())).to_numpy()
+    is_kept = pc.is_in(all_rows["building"].cast(pa.string()), pa.array(kept, pa.string())).to_numpy()
     rows = sample(2 - 2 * is_kept - np.isfinite(all_rows["x"].to_numpy()), limit, seed)
-    facts, vectors, start = [], [], 0
+    vectors: list[np.ndarray] = []
+    facts, start = [], 0
     for path in paths:
-        optional = [name for name in ("dataset_id",) if name in parquet.open_file(path).schema_arrow.names]
+        has = parquet.open_file(path).schema_arrow.names
+        optional = [name for name in ("dataset_id", "city") if name in has][:1]
         for batch in parquet.batches(path, [*_FACTS, *optional, "embedding"], 8_192):
             chosen = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + len(batch))] - start
             start += len(batch)
+            if not len(chosen):
+                continue
             batch = batch.take(chosen)
-            vectors.append(np.array(parquet.to_matrix(batch["embedding"]), np.float32))
-            of_batch = batch.drop_columns("embedding").to_pandas()
-            of_batch["city"] = list(map(_city, batch["dataset_id"].to_pylist())) if optional else ""
+            name = lambda row: f"building {batch['building'][row]}"  # noqa: B023,E731
+            dim = vectors[0].shape[1] if vectors else None
+            own = parquet.embedding_matrix(path, batch, "embedding", name, dim).astype(np.float32)
+            vectors.append(own / np.linalg.norm(own, axis=1, keepdims=True).clip(1e-12))
+            of_batch = batch.drop_columns("embedding").to_pandas().astype({"building": str})
+            of_batch["city"] = list(map(_city, batch[optional[0]].to_pylist())) if optional else ""
             facts.append(of_batch)
-    return ShownBuildings(len(all_rows), pd.concat(facts, ignore_index=True), np.concatenate(vectors))
+    shown = pd.concat(facts, ignore_index=True)
+    if not shown["city"].any():
+        shown["city"] = areas(shown["lat"].to_numpy(), shown["lon"].to_numpy())
+    return ShownBuildings(len(all_rows), shown, np.concatenate(vectors))
 
 
 def _city(dataset) -> str:
     """The name of a dataset's city: "0088" for the pipeline's number 88; "" if it is not known."""
     return f"{dataset:04d}" if isinstance(dataset, int) else str(dataset or "")
+
+
+def areas(lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
+    """Names for the surroundings of n positions, (n,) of str: "area 1 (50.08, 14.43)" is the largest; "" where the
+    position is not known. Each area lies around its densest cell, and is at most about 100 km wide."""
+    names, known = np.full(len(lat), "", object), np.flatnonzero(geo.is_known(lat, lon))
+    cells = geo.cell_ids(lat[known], lon[known], _AREA_CELL_M)
+    ids, cell, sizes = np.unique(cells, return_inverse=True, return_counts=True)
+    cell_lat, cell_lon = (sides.mean(axis=1) for sides in geo.cell_corners(ids, _AREA_CELL_M))
+    area_of_cell = np.full(len(ids), -1)
+    for densest in np.argsort(-sizes, kind="stable"):
+        if area_of_cell[densest] < 0:
+            away = geo.distance_m(cell_lat[densest], cell_lon[densest], cell_lat, cell_lon)
+            area_of_cell[(area_of_cell < 0) & (away < _AREA_KM * 1000)] = densest
+    area = area_of_cell[cell]
+    largest_first = pd.Series(area).value_counts().index
+    for number, one in enumerate(largest_first, 1):
+        rows = known[area == one]
+        middle_lat, middle_lon = _middle(lat[rows], lon[rows])
+        names[rows] = f"area {number:0{len(str(len(largest_first)))}} ({middle_lat:.2f}, {middle_lon:.2f})"
+    return names
 
 
 def sample(priority: np.ndarray, limit: int, seed: int) -> np.ndarray:

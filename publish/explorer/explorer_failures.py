@@ -47,7 +47,8 @@ def doubt_of_model(tables: list[Path], queries_path: Path, published_dir: Path) 
     except (OSError, PipelineError):
         return f"{published_dir} holds no published model to compare with"
     for path in tables:
-        model = parquet.read_provenance(path).config.get("model.weights", UNKNOWN)
+        known = parquet.read_provenance(path).config if parquet.has_provenance(path) else {}
+        model = known.get("model.weights", UNKNOWN)
         if model == UNKNOWN:
             return f"{path} does not say which model made it"
         is_evaluated = published.inputs.get(run_record.BEST) == checkpoint
@@ -91,7 +92,7 @@ def listed(queries: pa.Table | None, tables: list[Path], seed: int) -> tuple[pd.
     methods = methods_of(queries)
     is_wrong = np.any([queries[f"rank_{method}"].to_numpy() > 1 for method in methods], axis=0)
     names = pa.concat_tables(parquet.read(path, ["building"]) for path in tables)["building"]
-    is_known = pc.is_in(queries["building_id"], names.combine_chunks()).to_numpy()
+    is_known = pc.is_in(queries["building_id"], names.cast(pa.string()).combine_chunks()).to_numpy()
     chosen = wrong = np.flatnonzero(is_wrong & is_known)
     if len(wrong) > MAX_FAILURES:
         chosen = np.random.default_rng(seed).choice(wrong, MAX_FAILURES, replace=False)

@@ -16,7 +16,7 @@ from common.imagery import pictures
 from common.imagery.tar_images import TarImages
 
 PER_BUILDING = 4
-_PX, _QUALITY = 120, 70
+_PX, _LARGE_PX, _QUALITY = 120, 240, 70
 _SMALLEST_BYTES = 1_500  # of a picture in the page: no budget has room for more of them than that
 _READ_AT_ONCE = 1_024  # 44 MB; each time the tars are read from front to back
 _PLACE = ["tar_file", "image_offset", "image_size"]
@@ -50,20 +50,24 @@ def find(paths: Iterable[Path], wanted: set[str]) -> dict[str, dict[str, Any]]:
 def read(
     store: TarImages, images: dict[str, dict], first: list[str], then: list[str], budget_bytes: float
 ) -> dict[str, str]:
-    """JPEGs in base64 by image id: of `first` until half of the budget is used, of `then` until all is. Images
-    that are not found or cannot be read are left out."""
+    """JPEGs in base64 by image id: of `first` until half of the budget is used, of `then` until all is. What is
+    left makes them larger, from the first on. Images that are not found or cannot be read are left out."""
     chosen = _within(store, images, first, budget_bytes / 2)
     left = budget_bytes - sum(map(len, chosen.values()))
-    return chosen | _within(store, images, [one for one in then if one not in chosen], left)
+    chosen |= _within(store, images, [one for one in then if one not in chosen], left)
+    left = budget_bytes - sum(map(len, chosen.values()))
+    return chosen | _within(store, images, list(chosen), left, _LARGE_PX)
 
 
-def _within(store: TarImages, images: dict[str, dict], ids: list[str], budget_bytes: float) -> dict[str, str]:
-    known = [one for one in ids if one in images]
+def _within(
+    store: TarImages, images: dict[str, dict], ids: list[str], budget_bytes: float, px: int = _PX
+) -> dict[str, str]:
+    known = [one for one in ids if one in images][: int(budget_bytes / _SMALLEST_BYTES)]
     chosen: dict[str, str] = {}
     for start in range(0, len(known), _READ_AT_ONCE):
         some = known[start : start + _READ_AT_ONCE]
         places = pa.table({name: [images[one][name] for one in some] for name in _PLACE})
-        for one, picture in zip(some, pictures.read(store, places, _PX), strict=True):
+        for one, picture in zip(some, pictures.read(store, places, px), strict=True):
             if picture is None:
                 continue
             jpeg = _jpeg(picture)

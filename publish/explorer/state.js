@@ -97,7 +97,8 @@ function metres(distance) {
 }
 
 function howFar(a, b) { // in words, between two buildings
-  if (data.city[a] !== data.city[b]) return "another city";
+  const [cityA, cityB] = [a, b].map(row => data.cities[data.city[row]].name);
+  if (cityA && cityB && cityA !== cityB) return "another city";
   if (!located(a) || !located(b)) return "position not known";
   return metres(Math.hypot(data.east[a] - data.east[b], data.north[a] - data.north[b]));
 }
