@@ -440,9 +440,9 @@ def index_of(trained: Trained, folder: Path, vectors: np.ndarray, model: str, **
     for name, column in columns.items():
         rows = rows.append_column(name, column)
     made = provenance.record("generate_embeddings_from_parquet", {"model.weights": model}, {})
-    with parquet.writer(folder / "of" / "vectors.parquet", rows.schema, made) as out:
+    with parquet.writer(folder.with_name("of") / "vectors.parquet", rows.schema, made) as out:
         out.append(rows)
-    assert build_index.main([str(folder / "of"), str(folder)]) == 0
+    assert build_index.main([str(folder.with_name("of")), str(folder)]) == 0
     return folder
 
 

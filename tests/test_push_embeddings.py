@@ -116,6 +116,16 @@ def test_datasets_reads_both_tables_from_the_folder(place, monkeypatch, tmp_path
     assert f"the card: {place.folder / 'README.md'}" in told
 
 
+def test_datasets_reads_the_vectors_of_a_retrained_model_instead_of_those_it_has_read_before(place, tmp_path):
+    for seed in (1, 2):
+        rows = images("train", 5) | {"embedding": unit_vectors(seed, 5)}
+        write(place.cfg.paths.vectors_dir / "train-0.parquet", IMAGES, rows, place.weights)
+        place.aggregate()
+        push_embeddings.main([*place.flags, "--dry-run"])
+        found = load_dataset(str(place.folder), "images", split="train", cache_dir=str(tmp_path / "cache"))
+        np.testing.assert_array_equal(found.with_format("numpy")[:]["embedding"], unit_vectors(seed, 5))
+
+
 def test_the_card_says_what_it_holds_and_its_examples_run(place, tmp_path, monkeypatch, capsys):
     push_embeddings.main([*place.flags, "--dry-run", "--model-repo", "me/model"])
     made = place.card()
