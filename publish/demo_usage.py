@@ -141,7 +141,9 @@ def search(args, cfg) -> int:
     index = index_of(args, cfg, folder)
     if index is not None:
         mask = index.where(args.where) if args.where else None
-        images = index_search.RowImages(store, args.images)
+        folders = (cfg.paths.vectors_dir, cfg.paths.merged_dir)
+        tables = [path for place in folders for path in sorted(place.glob("*.parquet"))]
+        images = index_search.RowImages(store, args.images, tables)
         published = load(folder, args, cfg)
         nearest = index_search.nearest(published, query, index, mask, images, labels, args.top)
     else:

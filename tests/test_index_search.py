@@ -127,6 +127,7 @@ def test_buildings_named_otherwise_than_the_query_get_no_verdict(place, found, t
         known = {name: name == own for name in names}
         for source in (("--gallery", tmp_path / by), ("--index", tmp_path / f"{by}-index")):
             told = [found(*source, *more, query=query) for more in ((), ("--labels", labels))]
+            assert all("picture: " in one and " lat=" in one and "target" not in one for one in told)
             without, labelled = (verdicts(re.sub("  images=.*", "", one)) for one in told)
             assert without == (known if by == "building_id" else dict.fromkeys(names))
             assert labelled == known
