@@ -79,6 +79,10 @@ def check_search(args: argparse.Namespace) -> None:
     """Raise ConfigError for arguments of `search` that do not go together."""
     if args.gallery is not None and args.index is not None:
         raise ConfigError("search takes a --gallery or an --index, not both")
+    if args.query is None and args.index not in (None, OWN_INDEX):
+        raise ConfigError(
+            f"there is no QUERY: {args.index} was taken for the index's folder. Write the QUERY before --index."
+        )
     if (args.query is None) != (args.gallery is None and args.index is None):
         raise ConfigError(
             "search needs a QUERY and a --gallery, or neither: then it uses the test split; or QUERY and --index"

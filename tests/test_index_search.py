@@ -182,6 +182,8 @@ def test_options_that_do_not_go_together_are_refused(place, tmp_path):
     search = ["search", place.query, *place.flags]
     with pytest.raises(ConfigError, match="not both"):
         main([*search, "--index", "--gallery", str(place.root / "photos")])
+    with pytest.raises(ConfigError, match=r"query\.jpg was taken for the index's folder\. Write the QUERY before"):
+        main(["search", "--index", place.query, *place.flags])
     with pytest.raises(ConfigError, match="for an index"):
         main([*search, "--gallery", str(place.root / "photos"), "--where", "split=test"])
     with pytest.raises(ConfigError, match="--labels is for a QUERY"):
