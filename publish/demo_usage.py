@@ -10,7 +10,7 @@ Reads    the published model; images: files, or members of a tar as 0088.tar:008
 Writes   search: OUT, a picture of the query and its nearest images; both print their results
 Command  python publish/demo_usage.py compare A.jpg B.jpg
          python publish/demo_usage.py search QUERY.jpg --gallery FOLDER_OR_TAR --out search.png
-         python publish/demo_usage.py search QUERY.jpg --gallery FOLDER_OF_VECTORS [--where split=test]
+         python publish/demo_usage.py search QUERY.jpg --gallery FOLDER_OF_VECTORS [--where dataset_id=88]
          python publish/demo_usage.py search QUERY.jpg --index [FOLDER] [--where dataset_id=88] [--images FOLDER]
          python publish/demo_usage.py search
 Memory   the model, and the gallery's vectors: of images D x 4 bytes each, and the images in flight (see

@@ -20,6 +20,7 @@ from generate.model_files import weights_digest
 from publish import (
     aggregate_buildings,
     build_index,
+    demo_usage,
     generate_embeddings_from_hf,
     generate_embeddings_from_parquet,
 )
@@ -99,6 +100,8 @@ def test_the_runs_own_index_has_buildings_and_pictures(place, found, tmp_path):
     assert all(f"building_id=0088_{int(name[5:]) // 2}" in line for name, line in zip(names, lines, strict=True))
     Image.open(tmp_path / "found.png").verify()
     assert not any(verdict is not None for verdict in verdicts(found("--index")).values())  # no label of the query
+    for condition in re.findall(r"\[--where (\S+)\]", demo_usage.__doc__):  # the examples of --help
+        assert "the nearest of 7 images" in found("--gallery", place.cfg.paths.vectors_dir, "--where", condition)
     told = found("--index", "--where", "building_id=0088_2", "--where", "dataset_id=88")
     assert "the nearest of 2 images" in told
     assert sorted(line.split()[2] for line in told.splitlines()[1:3]) == ["0088_4", "0088_5"]
