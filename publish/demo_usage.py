@@ -184,10 +184,10 @@ def query_of(args, cfg, labels: dict[str, str] | None):
         return None
     if labels is None:
         building = image_labels.of_member(args.query, cfg.paths.intermediates_dir)
-    elif args.query not in labels:
-        raise PipelineError(f"{args.labels} has no row for the query: add one with {args.query} as its image")
     else:
-        building = labels[args.query]
+        building = image_labels.of_query(labels, args.query, args.images or args.gallery)
+        if building is None:
+            raise PipelineError(f"{args.labels} has no row for the query: add one with {args.query} as its image")
     box = args.box[0] if args.box else None
     return photo_search.Photograph(args.query, image_sources.read_image(args.query), box, building)
 
