@@ -49,6 +49,8 @@ def main(argv=None) -> int:
     out = (args.out or cfg.paths.index_dir).resolve()
     files.remove_dead_folders(out)
     tables = embedding_tables.tables_at(source)
+    if source.resolve() == cfg.paths.vectors_dir.resolve():
+        embedding_tables.warn_of_missing_splits(source, cfg.paths.merged_dir)
     index_files.refuse_folder(tables, out)
     record = provenance.record("build_index", {"model.weights": tables.model}, tables.inputs)
     if index_files.is_done(out, record, args.kind, args.redo):

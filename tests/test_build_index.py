@@ -38,6 +38,23 @@ def test_by_default_the_runs_own_vectors_become_its_index(cfg, tmp_path, capsys)
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_splits_without_vectors_are_named(cfg, tmp_path, caplog):
+    settings = ["--set", f"paths.root={tmp_path}"]
+    write_vectors(cfg.paths.vectors_dir / "test-0.parquet", made_up(50))
+    for split in ("train", "val", "test"):
+        write_vectors(cfg.paths.merged_dir / f"{split}.parquet", made_up(50))
+    assert main(settings) == 0
+    assert [record.message for record in caplog.records] == [
+        f"{cfg.paths.vectors_dir}: the vectors of train and val are missing: "
+        "run publish/generate_embeddings_from_parquet.py"
+    ]
+    caplog.clear()
+    for split in ("train", "val"):
+        write_vectors(cfg.paths.vectors_dir / f"{split}-0.parquet", made_up(50))
+    assert main([*settings, "--remake"]) == 0
+    assert not caplog.records
+
+
 def test_other_vectors_do_not_become_the_runs_own_index(cfg, vectors, tmp_path):
     settings = ["--set", f"paths.root={tmp_path}"]
     for source in (vectors, vectors / "0.parquet"):
