@@ -22,6 +22,7 @@ if not __package__:  # run by path: import from the repository root, not from th
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli
+from common.errors import ConfigError
 
 IVF_FROM = 2_000_000  # rows: an exact search takes about 0.2 s of processor time a query, and reads 1 GB (256-d)
 
@@ -42,9 +43,14 @@ def main(argv=None) -> int:
     from common import devices, files, provenance
     from publish.retrieval import embedding_tables, index_files, inverted_file
 
-    source, out = args.vectors or cfg.paths.vectors_dir, (args.out or cfg.paths.index_dir).resolve()
+    source, own = args.vectors or cfg.paths.vectors_dir, (cfg.paths.vectors_dir, cfg.paths.buildings_dir)
+    if not args.out and source.resolve() not in [folder.resolve() for folder in own]:
+        raise ConfigError(f"name a folder for the index of {source}, too: {cfg.paths.index_dir} is the run's own")
+    out = (args.out or cfg.paths.index_dir).resolve()
     files.remove_dead_folders(out)
     tables = embedding_tables.tables_at(source)
+    if source.resolve() == cfg.paths.vectors_dir.resolve():
+        embedding_tables.warn_of_missing_splits(source, cfg.paths.merged_dir)
     index_files.refuse_folder(tables, out)
     record = provenance.record("build_index", {"model.weights": tables.model}, tables.inputs)
     if index_files.is_done(out, record, args.kind, args.redo):

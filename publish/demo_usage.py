@@ -10,7 +10,7 @@ Reads    the published model; images: files, or members of a tar as 0088.tar:008
 Writes   search: OUT, a picture of the query and its nearest images; both print their results
 Command  python publish/demo_usage.py compare A.jpg B.jpg
          python publish/demo_usage.py search QUERY.jpg --gallery FOLDER_OR_TAR --out search.png
-         python publish/demo_usage.py search QUERY.jpg --gallery FOLDER_OF_VECTORS [--where split=test]
+         python publish/demo_usage.py search QUERY.jpg --gallery FOLDER_OF_VECTORS [--where dataset_id=88]
          python publish/demo_usage.py search QUERY.jpg --index [FOLDER] [--where dataset_id=88] [--images FOLDER]
          python publish/demo_usage.py search
 Memory   the model, and the gallery's vectors: of images D x 4 bytes each, and the images in flight (see
@@ -79,6 +79,10 @@ def check_search(args: argparse.Namespace) -> None:
     """Raise ConfigError for arguments of `search` that do not go together."""
     if args.gallery is not None and args.index is not None:
         raise ConfigError("search takes a --gallery or an --index, not both")
+    if args.query is None and args.index not in (None, OWN_INDEX):
+        raise ConfigError(
+            f"there is no QUERY: {args.index} was taken for the index's folder. Write the QUERY before --index."
+        )
     if (args.query is None) != (args.gallery is None and args.index is None):
         raise ConfigError(
             "search needs a QUERY and a --gallery, or neither: then it uses the test split; or QUERY and --index"
@@ -141,7 +145,9 @@ def search(args, cfg) -> int:
     index = index_of(args, cfg, folder)
     if index is not None:
         mask = index.where(args.where) if args.where else None
-        images = index_search.RowImages(store, args.images)
+        folders = (cfg.paths.vectors_dir, cfg.paths.merged_dir)
+        tables = [path for place in folders for path in sorted(place.glob("*.parquet"))]
+        images = index_search.RowImages(store, args.images, tables)
         published = load(folder, args, cfg)
         nearest = index_search.nearest(published, query, index, mask, images, labels, args.top)
     else:
@@ -178,10 +184,10 @@ def query_of(args, cfg, labels: dict[str, str] | None):
         return None
     if labels is None:
         building = image_labels.of_member(args.query, cfg.paths.intermediates_dir)
-    elif args.query not in labels:
-        raise PipelineError(f"{args.labels} has no row for the query: add one with {args.query} as its image")
     else:
-        building = labels[args.query]
+        building = image_labels.of_query(labels, args.query, args.images or args.gallery)
+        if building is None:
+            raise PipelineError(f"{args.labels} has no row for the query: add one with {args.query} as its image")
     box = args.box[0] if args.box else None
     return photo_search.Photograph(args.query, image_sources.read_image(args.query), box, building)
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_vector_index import made_up, rows_of, write_vectors
 
-from common.errors import PipelineError, StaleArtefact
+from common.errors import ConfigError, PipelineError, StaleArtefact
 from publish import build_index
 from publish.build_index import main
 from publish.retrieval import embedding_tables, inverted_file, vector_index
@@ -36,6 +36,33 @@ def test_by_default_the_runs_own_vectors_become_its_index(cfg, tmp_path, capsys)
     capsys.readouterr()
     assert main(settings) == 0
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_splits_without_vectors_are_named(cfg, tmp_path, caplog):
+    settings = ["--set", f"paths.root={tmp_path}"]
+    write_vectors(cfg.paths.vectors_dir / "test-0.parquet", made_up(50))
+    for split in ("train", "val", "test"):
+        write_vectors(cfg.paths.merged_dir / f"{split}.parquet", made_up(50))
+    assert main(settings) == 0
+    assert [record.message for record in caplog.records] == [
+        f"{cfg.paths.vectors_dir}: the vectors of train and val are missing: "
+        "run publish/generate_embeddings_from_parquet.py"
+    ]
+    caplog.clear()
+    for split in ("train", "val"):
+        write_vectors(cfg.paths.vectors_dir / f"{split}-0.parquet", made_up(50))
+    assert main([*settings, "--remake"]) == 0
+    assert not caplog.records
+
+
+def test_other_vectors_do_not_become_the_runs_own_index(cfg, vectors, tmp_path):
+    settings = ["--set", f"paths.root={tmp_path}"]
+    for source in (vectors, vectors / "0.parquet"):
+        with pytest.raises(ConfigError, match=f"the index of {source}, too: .* is the run's own"):
+            main([str(source), *settings])
+    write_vectors(cfg.paths.buildings_dir / "buildings.parquet", made_up(50))
+    assert main([str(cfg.paths.buildings_dir), *settings]) == 0
+    assert len(vector_index.open(cfg.paths.index_dir).vectors) == 50
 
 
 def test_vectors_of_another_length_and_type_are_made_unit_vectors(tmp_path):

@@ -23,7 +23,7 @@ from trained_model import JPEGS
 from common import cli, config, parquet, provenance, schemas
 from common.errors import ConfigError, PipelineError
 from publish.demo_usage import main
-from publish.inference import photo_search, published_model
+from publish.inference import image_labels, photo_search, published_model
 from train.evaluation import metrics_json
 
 QUERY = jpeg(picture(90, 70, seed=500))
@@ -129,13 +129,33 @@ def test_names_of_files_are_no_labels(names, model, flags, tmp_path, capsys):  #
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_a_table_of_labels_gives_verdicts(suffix, flags, query, tmp_path, capsys):  # noqa: F811
     names = image_folder(tmp_path / "gallery")
-    table = pa.table({"image": [query, *names[:4]], "building": ["7", "7", "8", "7", "07"]})
+    table = pa.table({"image": ["query.jpg", *names[:4]], "building": ["7", "7", "8", "7", "07"]})
     path = tmp_path / f"labels.{suffix}"
     (pq.write_table if suffix == "parquet" else pyarrow.csv.write_csv)(table, path)
     out = ["--out", str(tmp_path / "found.png"), "--top", "7", "--labels", str(path), *flags]
     assert main(["search", query, "--gallery", str(tmp_path / "gallery"), *out]) == 0
     expected = dict.fromkeys(names) | dict(zip(names, [True, False, True, False], strict=False))
     assert verdicts(capsys.readouterr().out) == expected
+
+
+def test_a_query_has_the_label_of_the_longest_end_of_its_path(tmp_path, monkeypatch):
+    image_folder(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    write_tar(tmp_path / "0088.tar", JPEGS[:1])
+    (tmp_path / "a.jpg").write_bytes(QUERY)  # another photograph of that name
+    labels = {"a.jpg": "1", "b/d.jpg": "2", "d.jpg": "3", "0088/0088_0_0_0.jpg": "4", "there/a.jpg": "5"}
+    for query, building in {
+        "photos/a.jpg": "1",
+        str(tmp_path / "photos" / "a.jpg"): "1",
+        "photos/b/d.jpg": "2",
+        "elsewhere/d.jpg": "3",
+        "0088.tar:0088/0088_0_0_0.jpg": "4",
+        "there/a.jpg": "5",
+        "a.jpg": "1",  # as typed
+        "./a.jpg": None,
+        "photos/g.jpg": None,
+    }.items():
+        assert image_labels.of_query(labels, query, tmp_path / "photos") == building, query
 
 
 def test_labels_that_cannot_be_used_are_refused(flags, query, tmp_path):  # noqa: F811

@@ -20,6 +20,7 @@ from generate.model_files import weights_digest
 from publish import (
     aggregate_buildings,
     build_index,
+    demo_usage,
     generate_embeddings_from_hf,
     generate_embeddings_from_parquet,
 )
@@ -99,6 +100,8 @@ def test_the_runs_own_index_has_buildings_and_pictures(place, found, tmp_path):
     assert all(f"building_id=0088_{int(name[5:]) // 2}" in line for name, line in zip(names, lines, strict=True))
     Image.open(tmp_path / "found.png").verify()
     assert not any(verdict is not None for verdict in verdicts(found("--index")).values())  # no label of the query
+    for condition in re.findall(r"\[--where (\S+)\]", demo_usage.__doc__):  # the examples of --help
+        assert "the nearest of 7 images" in found("--gallery", place.cfg.paths.vectors_dir, "--where", condition)
     told = found("--index", "--where", "building_id=0088_2", "--where", "dataset_id=88")
     assert "the nearest of 2 images" in told
     assert sorted(line.split()[2] for line in told.splitlines()[1:3]) == ["0088_4", "0088_5"]
@@ -127,6 +130,7 @@ def test_buildings_named_otherwise_than_the_query_get_no_verdict(place, found, t
         known = {name: name == own for name in names}
         for source in (("--gallery", tmp_path / by), ("--index", tmp_path / f"{by}-index")):
             told = [found(*source, *more, query=query) for more in ((), ("--labels", labels))]
+            assert all("picture: " in one and " lat=" in one and "target" not in one for one in told)
             without, labelled = (verdicts(re.sub("  images=.*", "", one)) for one in told)
             assert without == (known if by == "building_id" else dict.fromkeys(names))
             assert labelled == known
@@ -181,6 +185,8 @@ def test_options_that_do_not_go_together_are_refused(place, tmp_path):
     search = ["search", place.query, *place.flags]
     with pytest.raises(ConfigError, match="not both"):
         main([*search, "--index", "--gallery", str(place.root / "photos")])
+    with pytest.raises(ConfigError, match=r"query\.jpg was taken for the index's folder\. Write the QUERY before"):
+        main(["search", "--index", place.query, *place.flags])
     with pytest.raises(ConfigError, match="for an index"):
         main([*search, "--gallery", str(place.root / "photos"), "--where", "split=test"])
     with pytest.raises(ConfigError, match="--labels is for a QUERY"):

@@ -3,6 +3,7 @@
 The names of images say nothing: photographs of one's own may be called like the dataset's.
 """
 
+import filecmp
 from pathlib import Path
 
 import pyarrow as pa
@@ -31,6 +32,23 @@ def of_table(path: Path) -> dict[str, str]:
         if labels[image] != building:
             raise PipelineError(f"{path} gives {image} two buildings, {building} and {labels[image]}")
     return labels
+
+
+def of_query(labels: dict[str, str], query: str, folder: Path | None) -> str | None:
+    """The building of the image `query`: of the row with its path as typed, or else with the longest end of its
+    path, down to the file's name. A row that names another image in `folder` is passed over."""
+    if query in labels:
+        return labels[query]
+    parts = Path(query.replace(":", "/")).absolute().parts  # TAR:MEMBER
+    ends = ("/".join(parts[start:]) for start in range(1, len(parts)))
+    return next((labels[end] for end in ends if end in labels and not _is_other(query, end, folder)), None)
+
+
+def _is_other(query: str, name: str, folder: Path | None) -> bool:
+    """Whether `name` is a file in `folder`, and not the same as the query."""
+    if folder is None or not (folder / name).is_file():
+        return False
+    return not (Path(query).is_file() and filecmp.cmp(query, folder / name, shallow=False))
 
 
 def of_tar(tar: Path, intermediates_dir: Path) -> dict[str, str]:

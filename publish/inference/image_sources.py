@@ -120,6 +120,21 @@ def read_row(row: dict, store: tar_images.TarImages, folder: Path | None) -> byt
     return _content(folder / names[0]) if folder and names else None
 
 
+def find_rows(paths: Iterable[Path], image_ids: Iterable[str], columns: Sequence[str]) -> dict[str, dict]:
+    """These columns of the images with these streetview_image_ids, by id; only those that the files have."""
+    found, missing = dict[str, dict](), set(image_ids)
+    for path in paths:
+        if not missing or not path.exists():
+            continue
+        if not {"streetview_image_id", *columns} <= set(parquet.open_file(path).schema_arrow.names):
+            continue
+        for batch in parquet.batches(path, ["streetview_image_id", *columns]):
+            here = pc.is_in(batch["streetview_image_id"], pa.array(missing, pa.string()))
+            found |= {row["streetview_image_id"]: row for row in batch.filter(here).to_pylist()}
+        missing -= found.keys()
+    return found
+
+
 def _of_folder(folder: Path) -> ImageSource:
     """All images below a folder, sorted, named by their relative paths."""
     paths = sorted(path for path in folder.rglob("*") if is_named_image(path) and path.is_file())

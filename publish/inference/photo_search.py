@@ -112,8 +112,9 @@ def nearest_of(
     gallery_size: int,
     unit: str = "images",
 ) -> Nearest:
-    """The first `top` candidates, which come with the most similar first, without the query itself."""
-    others = (candidate for candidate in candidates if not _is_query(query, *candidate))
+    """The first `top` candidates, which come with the most similar first, without the query itself; a building
+    that the query is a picture of is kept."""
+    others = (candidate for candidate in candidates if unit != "images" or not _is_query(query, *candidate))
     return Nearest(query, list(islice(others, top)), gallery_size, unit)
 
 

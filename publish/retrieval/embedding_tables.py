@@ -1,6 +1,7 @@
 """Parquet files with a column `embedding`, of the pipeline or of any program: unit vectors, and who made them."""
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from common import parquet, provenance
+from common import parquet, provenance, schemas
 from common.errors import PipelineError, StaleArtefact
 
+log = logging.getLogger("pipeline")
 EMBEDDING = "embedding"
 UNUSABLE = "missing, zero or not finite"  # a vector without a direction
 UNKNOWN = "unknown"  # the model of vectors whose files do not say which it was
@@ -89,6 +91,15 @@ def paths_at(source: Path) -> list[Path]:
     if lacking and len(lacking) < len(paths):
         raise PipelineError(f"{lacking[0]} has no column {EMBEDDING}, unlike others of its folder: move it away")
     return [] if lacking else paths
+
+
+def warn_of_missing_splits(vectors_dir: Path, merged_dir: Path) -> None:
+    """Warn if splits of the merged tables have no vectors in the run's folder: their making was interrupted."""
+    splits = [split for split in schemas.SPLITS if (merged_dir / f"{split}.parquet").exists()]
+    missing = [split for split in splits if not any(vectors_dir.glob(f"{split}-*.parquet"))]
+    if missing:
+        remedy = "run publish/generate_embeddings_from_parquet.py"
+        log.warning("%s: the vectors of %s are missing: %s", vectors_dir, " and ".join(missing), remedy)
 
 
 def tables_at(source: Path) -> EmbeddingTables:

@@ -1,7 +1,7 @@
 """A photograph searched for in an index, with what is known of the rows that are found."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +11,31 @@ from common.imagery.tar_images import TarImages
 from publish.inference import image_sources, photo_search
 from publish.inference.photo_search import Nearest, Photograph
 from publish.inference.published_model import Published
+from publish.inference.vector_tables import LOCATION
 from publish.retrieval.vector_index import VectorIndex
 
 log = logging.getLogger("pipeline")
 IMAGE_IDS = "image_ids"  # a column of tables of buildings
 _NAMES = ("image", "streetview_image_id", "building", "building_id")  # columns: the first there names the row
-_DETAILS = ("building_id", "images", "lat", "lon", "target_lat", "target_lon")  # printed of a row, where known
+_DETAILS = ("building_id", "images")  # printed of a row, where known, and the position
 _SPARE = 8  # rows beyond those shown, in place of copies of the query
 
 
 class RowImages:
     """Reads the images of rows: out of the dataset's tars, or files below a folder."""
 
-    def __init__(self, store: TarImages, folder: Path | None):
-        self._store, self._folder, self._has_failed = store, folder, False
+    def __init__(self, store: TarImages, folder: Path | None, tables: Iterable[Path] = ()):
+        """`tables`: Parquet files in which the images of buildings are looked up, unless there is a folder."""
+        self._store, self._folder, self._tables, self._has_failed = store, folder, tables, False
+
+    def located(self, rows: list[dict]) -> list[dict]:
+        """Rows of buildings with the place of their most typical image, as far as the tables have it."""
+        firsts = [next(iter(row.get(IMAGE_IDS) or []), None) for row in rows]
+        wanted = {str(first) for first in firsts if first is not None}
+        if self._folder or not wanted:
+            return rows
+        places = image_sources.find_rows(self._tables, wanted, sorted(LOCATION))
+        return [row | places.get(str(first), {}) for row, first in zip(rows, firsts, strict=True)]
 
     def read(self, row: dict) -> bytes | None:
         """An encoded image; None if it is not here, with a warning for the first that should be."""
@@ -55,7 +66,7 @@ def nearest(
     found, cosines = rows[0][is_found], cosines[0][is_found]
 
     def candidates() -> Iterator[tuple[Photograph, float]]:
-        for number, row, cosine in zip(found, index.take(found), cosines, strict=True):
+        for number, row, cosine in zip(found, images.located(index.take(found)), cosines, strict=True):
             name = name_of(row, int(number))
             building = building_of(row, index.by, name, labels)
             yield Photograph(name, images.read(row), None, building, details_of(row, name)), float(cosine)
@@ -82,6 +93,8 @@ def building_of(row: dict, by: str | None, name: str, labels: dict[str, str] | N
 
 def details_of(row: dict, name: str) -> str:
     """What else to print of a row: building_id=0088_3 lat=48.85837 lon=2.29448."""
-    values = {key: row[key] for key in _DETAILS if row.get(key) is not None and str(row[key]) != name}
+    position = ("lat", "lon") if row.get("lat") is not None else ("target_lat", "target_lon")
+    keys = [key for key in (*_DETAILS, *position) if row.get(key) is not None]
+    values = {key: row[key] for key in keys if str(row[key]) != name}
     texts = {key: f"{value:.5f}" if isinstance(value, float) else value for key, value in values.items()}
     return " ".join(f"{key}={text}" for key, text in texts.items() if text != "nan")
