@@ -46,12 +46,15 @@ def main(argv=None) -> int:
     from common import files, parquet, provenance
     from common.config import values
     from publish.buildings import image_vectors, vector_projection
+    from publish.retrieval import embedding_tables
 
     folder = (args.vectors or cfg.paths.vectors_dir).resolve()
     out = (args.out or cfg.paths.buildings_dir).resolve()
     if out == (folder.parent if folder.is_file() else folder):
         raise ConfigError(f"{out} is the folder of the vectors: name another one for the table")
     source = image_vectors.find(folder, args.by, args.id, args.labels)
+    if folder == cfg.paths.vectors_dir.resolve():
+        embedding_tables.warn_of_missing_splits(folder, cfg.paths.merged_dir)
     settings = {
         "model.weights": source.model,
         "by": "labels" if args.labels else args.by,
