@@ -45,6 +45,7 @@ def main(argv=None) -> int:
     from common import config, devices, files, provenance, schemas
     from common.imagery import tar_images
     from publish.explorer import explorer_data, explorer_failures, explorer_page, explorer_pictures
+    from publish.inference import image_sources
     from publish.retrieval import embedding_tables
 
     # what exists, and whether the page shows it already
@@ -83,7 +84,7 @@ def main(argv=None) -> int:
         of_buildings = explorer_pictures.of_buildings(facts["image_ids"], budget_bytes)
         sources = [queries_path, *sorted(cfg.paths.vectors_dir.glob("*.parquet"))]
         sources += [cfg.paths.merged_dir / f"{split}.parquet" for split in schemas.SPLITS]
-        images = explorer_pictures.find(sources, {*of_failures, *of_buildings})
+        images = image_sources.find_rows(sources, {*of_failures, *of_buildings}, explorer_pictures.FACTS)
         store = tar_images.of_paths(cfg.paths)
         chosen = explorer_pictures.read(store, images, of_failures, of_buildings, budget_bytes)
         content |= explorer_pictures.content(chosen, facts["image_ids"])

@@ -4,14 +4,11 @@ import io
 from base64 import b64encode
 from collections.abc import Iterable
 from itertools import chain, zip_longest
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image
 
-from common import parquet
 from common.imagery import pictures
 from common.imagery.tar_images import TarImages
 
@@ -20,7 +17,7 @@ _PX, _LARGE_PX, _QUALITY = 120, 240, 70
 _SMALLEST_BYTES = 1_500  # of a picture in the page: no budget has room for more of them than that
 _READ_AT_ONCE = 1_024  # 44 MB; each time the tars are read from front to back
 _PLACE = ["tar_file", "image_offset", "image_size"]
-_FACTS = ["streetview_image_id", "building_id", "heading", *_PLACE]
+FACTS = ["building_id", "heading", *_PLACE]  # of an image, beside its id
 
 
 def of_buildings(image_ids: Iterable[Iterable[str]], budget_bytes: float) -> list[str]:
@@ -29,22 +26,6 @@ def of_buildings(image_ids: Iterable[Iterable[str]], budget_bytes: float) -> lis
     by_turn = zip_longest(*(list(ids)[:PER_BUILDING] for ids in image_ids))
     turns = ([one for one in turn if one] for turn in by_turn)
     return list(chain.from_iterable(turns))[: int(budget_bytes / _SMALLEST_BYTES)]
-
-
-def find(paths: Iterable[Path], wanted: set[str]) -> dict[str, dict[str, Any]]:
-    """Building, heading and place of the images with these ids, as far as the files have them."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in paths:
-        missing = wanted - found.keys()
-        if not missing:
-            break
-        if not path.exists() or not set(_FACTS) <= set(parquet.open_file(path).schema_arrow.names):
-            continue
-        ids = pa.array(missing, pa.string())
-        for batch in parquet.batches(path, _FACTS):
-            rows = batch.filter(pc.is_in(batch["streetview_image_id"], ids)).to_pylist()
-            found |= {row["streetview_image_id"]: row for row in rows}
-    return found
 
 
 def read(
