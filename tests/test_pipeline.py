@@ -324,7 +324,7 @@ def test_the_same_vectors_from_a_table_give_the_same_run_and_publish_the_same_he
 
     assert not (paths.published_dir / "preprocessor_config.json").exists()
     card = (paths.published_dir / "README.md").read_text()
-    assert "another network, `theirs`" in card
+    assert "another network,\n`theirs`, has made" in card
     given = np.stack(theirs["embedding"][:2]).astype(np.float32)
     code = card.split("```python")[1].split("```")[0].replace("PATH", str(paths.published_dir))
     code = re.sub(r"torch\.randn\(2, \d+\)", f"torch.tensor({given.tolist()})", code)
