@@ -9,9 +9,9 @@ from common.imagery.tar_images import TarImages
 from publish.buildings.building_clusters import Clusters
 from publish.buildings.building_means import Buildings
 from publish.buildings.image_vectors import ImageVectors
+from publish.inference.vector_tables import LOCATION
 
 SHOWN = 6  # buildings of each cluster
-LOCATION = ["tar_file", "image_offset", "image_size"]  # columns: where an image is
 
 
 def typical(clusters: Clusters) -> list[np.ndarray]:
@@ -48,11 +48,11 @@ def figures(buildings: Buildings, clusters: Clusters) -> dict:
 def sheet(buildings: Buildings, clusters: Clusters, source: ImageVectors, store: TarImages) -> bytes | None:
     """A PNG with a line for each cluster: the most typical image of its most typical buildings. None if no image
     can be read."""
-    if not set(LOCATION) <= set(source.columns):
+    if not set(source.columns) >= LOCATION:
         return None
     examples = typical(clusters)
     shown = np.concatenate(examples)
-    images = iter(pictures.read(store, source.take(buildings.order[buildings.offsets[shown]], LOCATION)))
+    images = iter(pictures.read(store, source.take(buildings.order[buildings.offsets[shown]], sorted(LOCATION))))
     lines, readable = [], 0
     for number, members in enumerate(examples):
         found = [next(images) for _ in members]

@@ -11,13 +11,13 @@ from PIL import Image
 
 from common.imagery import pictures
 from common.imagery.tar_images import TarImages
+from publish.inference.vector_tables import LOCATION
 
 PER_BUILDING = 4
 _PX, _LARGE_PX, _QUALITY = 120, 240, 70
 _SMALLEST_BYTES = 1_500  # of a picture in the page: no budget has room for more of them than that
 _READ_AT_ONCE = 1_024  # 44 MB; each time the tars are read from front to back
-_PLACE = ["tar_file", "image_offset", "image_size"]
-FACTS = ["building_id", "heading", *_PLACE]  # of an image, beside its id
+FACTS = ["building_id", "heading", *sorted(LOCATION)]  # of an image, beside its id
 
 
 def of_buildings(image_ids: Iterable[Iterable[str]], budget_bytes: float) -> list[str]:
@@ -47,7 +47,7 @@ def _within(
     chosen: dict[str, str] = {}
     for start in range(0, len(known), _READ_AT_ONCE):
         some = known[start : start + _READ_AT_ONCE]
-        places = pa.table({name: [images[one][name] for one in some] for name in _PLACE})
+        places = pa.table({name: [images[one][name] for one in some] for name in LOCATION})
         for one, picture in zip(some, pictures.read(store, places, px), strict=True):
             if picture is None:
                 continue

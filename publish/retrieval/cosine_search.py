@@ -11,7 +11,6 @@ Memory: for each thread TILE_ROWS x D x 6 bytes, and SCORES x 8: 40 MB for D = 2
 """
 
 import itertools
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -21,7 +20,6 @@ TILE_ROWS = 4_096  # of the vectors: a tile in float32 stays in the processor's 
 TILE_QUERIES = 1_024
 SCORES = 2**22  # compared at once: a top-k of every tile takes twice as long as the products for one query
 CPU = torch.device("cpu")
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # a memory-map, only read
 
 
 def most_similar(

@@ -111,17 +111,17 @@ def tables_at(source: Path) -> EmbeddingTables:
             f"{source} holds no Parquet file with a column {EMBEDDING}\n"
             "make vectors with publish/generate_embeddings_from_parquet.py, or of images with ..._from_hf.py"
         )
-    schemas = {path: _other_columns(path) for path in paths}
+    columns = {path: _other_columns(path) for path in paths}
     first = paths[0]
-    if not len(schemas[first]):
+    if not len(columns[first]):
         raise PipelineError(f"{first} has no column beside {EMBEDDING}: nothing would say what a vector is of")
     for path in paths:
-        if not schemas[path].equals(schemas[first]):
+        if not columns[path].equals(columns[first]):
             raise PipelineError(f"{path} has other columns than {first}: keep them in folders of their own")
     model, num_rows = model_of(paths), sum(map(parquet.num_rows, paths))
     if not num_rows:
         raise PipelineError(f"{source} holds no vectors: its tables are empty")
-    return EmbeddingTables(paths, num_rows, _dim_of(paths), model, schemas[first], _by(first))
+    return EmbeddingTables(paths, num_rows, _dim_of(paths), model, columns[first], _by(first))
 
 
 def _by(path: Path) -> str | None:
